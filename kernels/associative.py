@@ -1,0 +1,104 @@
+"""The memory on its own: what the associative RMT (arXiv 2407.04841) reads and writes between segments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from . import validation as check
+from .state import MemoryState
+
+FEATURE_MAPS = ("elu1", None)
+
+
+def _features(name: str, x: Tensor, feature_map: str | None) -> Tensor:
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map must be 'elu1' or None (inputs already mapped), got {feature_map!r}")
+    check.check_floating(name, x)
+    if x.ndim != 4:
+        raise ValueError(f"{name} must have 4 dimensions [batch, heads, time, width], got shape {list(x.shape)}")
+    x = x.to(check.state_dtype(x))
+    return reference.feature_map(x) if feature_map == "elu1" else x
+
+
+def memory_read(q: Tensor, state: MemoryState, *, feature_map: str | None = "elu1") -> Tensor:
+    """A_mem = σ(q) M / σ(q) z, 0 where the memory is empty (arXiv 2404.07143, equation 7).
+
+    Args:
+        q: [B, H, T, K]. With G memories per sequence, head h reads memory h // (H / G).
+        state: memory [B, G, K, V] and normalizer [B, G, K], float32 (float64 for float64 q).
+        feature_map: "elu1" for σ = ELU + 1, None for q already mapped.
+
+    Returns:
+        [B, H, T, V] in q's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be, and what it was.
+    """
+    features = _features("q", q, feature_map)
+    if not isinstance(state, tuple) or len(state) != 2 or not all(isinstance(x, Tensor) and x.ndim >= 3 for x in state):
+        raise TypeError(f"state must be a MemoryState(memory, normalizer), got {type(state).__name__}")
+    groups = state[0].shape[1]
+    if groups == 0 or q.shape[1] % groups:
+        raise ValueError(f"q must have a multiple of the memory's heads: H % G == 0, got H = {q.shape[1]}, G = {groups}")
+    like = q[:, :1].expand(-1, groups, -1, -1)
+    memory, normalizer = check.check_state(state, q.shape[0], like, state[0])
+    repeated = MemoryState(memory.unsqueeze(2), normalizer.unsqueeze(2))
+    recalled, _ = reference.read(features.unflatten(1, (groups, q.shape[1] // groups)), repeated)
+    return recalled.flatten(1, 2).to(q.dtype)
+
+
+def memory_write(
+    k: Tensor,
+    v: Tensor,
+    state: MemoryState | None = None,
+    *,
+    update: str = "delta",
+    beta: Tensor | None = None,
+    corrected: bool = False,
+    feature_map: str | None = "elu1",
+) -> MemoryState:
+    """Write T tokens at once, all against the memory as it was: M + Σ β_t σ(k_t)ᵀ (v_t − v̄_t), z + Σ γ_t σ(k_t).
+
+    v̄ is what the memory returns for k by the delta rule, 0 by the linear one (arXiv 2404.07143, equations 8 and 9).
+
+    Args:
+        k, v: [B, G, T, K] and [B, G, T, V].
+        state: the memory to write into, float32 (float64 for float64 inputs); default empty.
+        update: "delta" or "linear".
+        beta: [B, G, T] write strengths; default 1.
+        corrected: γ = clip(1 − z σ(k) / ‖σ(k)‖², 0, 1), without gradient, so that a key written again adds nothing to z
+            (arXiv 2407.04841); otherwise γ = 1.
+        feature_map: "elu1" for σ = ELU + 1, None for k already mapped.
+
+    Returns:
+        The new MemoryState; the one passed in is left as it was.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be, and what it was.
+    """
+    features = _features("k", k, feature_map)
+    check.check_floating("v", v)
+    check.check_like("v", v, "k", k)
+    check.check_shape("v", v, "[B, G, T, V]", (*k.shape[:3], v.shape[-1] if v.ndim else 0))
+    check.check_choice("update", update, check.UPDATES)
+    if state is None:
+        state = MemoryState.zeros(*k.shape[:2], k.shape[3], v.shape[3], device=k.device, dtype=features.dtype)
+    state = check.check_state(state, k.shape[0], k, v)
+    value = v.to(features.dtype)
+    if update == "delta":
+        value = value - reference.read(features, state)[0]
+    if beta is not None:
+        check.check_floating("beta", beta)
+        check.check_shape("beta", beta, "[B, G, T]", k.shape[:3])
+        check.check_device("beta", beta, "k", k)
+        value = value * beta.to(features.dtype).unsqueeze(-1)
+    counted = features
+    if corrected:
+        with torch.no_grad():
+            square = features.square().sum(-1, keepdim=True)
+            known = features @ state.normalizer.unsqueeze(-1)
+            gamma = torch.where(square > 0, 1 - known / square.clamp(min=torch.finfo(square.dtype).tiny), 0).clamp(0, 1)
+        counted = features * gamma
+    return MemoryState(state.memory + features.mT @ value, state.normalizer + counted.sum(-2))

@@ -1,0 +1,108 @@
+"""Packed sequences and padded rows, laid out as segments.
+
+A *slot* holds one segment of one sequence: L consecutive tokens, the last slot of a sequence perhaps fewer, spare slots none.
+The number of slots follows from shapes alone, so that nothing here waits for the device and compiled graphs stay whole.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def bounds_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
+    """[N + 1] → [N, 2]: first token and one past the last, per sequence."""
+    return torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)
+
+
+@torch.library.custom_op("segattn::checked_bounds", mutates_args=())
+def checked_bounds(offsets: Tensor, packed: bool, time: int, longest: int, shortest: int) -> Tensor:
+    """cu_seqlens [N + 1] (`packed`) or spans [B, 2] as int64 [N, 2], once their values have been checked.
+
+    longest: the most tokens a sequence may hold (-1: any); shortest: the fewest (the RMT mask needs room for its blocks).
+
+    Raises:
+        ValueError: offsets that decrease, do not cover [0, time], or leave a row empty; a sequence too long or too short.
+    """
+    bounds = bounds_from_cu_seqlens(offsets) if packed else offsets
+    pairs = bounds.tolist()
+    if packed and (offsets[0] != 0 or offsets[-1] != time or any(a > b for a, b in pairs)):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {time} without decreasing, got {offsets.tolist()}")
+    for row, (begin, end) in enumerate(pairs):
+        if not packed and not (0 <= begin < end <= time or time == begin == end == 0):
+            raise ValueError(
+                f"spans[{row}] must be [first, last + 1] of at least one token inside [0, {time}], got [{begin}, {end}];"
+                " drop rows that are all padding"
+            )
+        if longest >= 0 and end - begin > longest:
+            raise ValueError(f"num_read and num_write need sequences of one segment, at most {longest} tokens, got {end - begin}")
+        if 0 < end - begin < shortest:
+            raise ValueError(f"num_read + num_write = {shortest} must not exceed a sequence's length, got {end - begin}")
+    return bounds.to(torch.int64, copy=True).contiguous()
+
+
+@checked_bounds.register_fake
+def _(offsets: Tensor, packed: bool, time: int, longest: int, shortest: int) -> Tensor:
+    sequences = offsets.shape[0] - 1 if packed else offsets.shape[0]
+    return offsets.new_empty((sequences, 2), dtype=torch.int64)
+
+
+class Slots(NamedTuple):
+    """Where every segment lies. F slots; tokens are numbered row · T + position, so that one index reaches any of them."""
+
+    row: Tensor  # [F] batch row
+    sequence: Tensor  # [F] which sequence; N for a spare slot
+    begin: Tensor  # [F] first position
+    end: Tensor  # [F] one past the last; = begin for a spare slot
+    sequence_end: Tensor  # [F] end of the whole sequence
+    sequence_begin: Tensor  # [F] its begin
+
+
+def slots_of(bounds: Tensor, batch: int, time: int, segment_len: int) -> Slots:
+    """Slots of every sequence, in order: of rows with their own span (N = B), or packed into one row (B = 1)."""
+    sequences = bounds.shape[0]
+    begin, end = bounds.unbind(1)
+    per_row = -(-time // segment_len)
+    if sequences == batch:
+        sequence = torch.arange(batch, device=bounds.device).repeat_interleave(per_row)
+        number = torch.arange(per_row, device=bounds.device).repeat(batch)
+        row = sequence
+    else:
+        # Σ ceil(len / L) ≤ T // L + N
+        last = ((end - begin + segment_len - 1) // segment_len).cumsum(0)
+        slot = torch.arange(time // segment_len + sequences, device=bounds.device)
+        sequence = torch.searchsorted(last, slot, right=True)
+        number = slot - torch.nn.functional.pad(last, (1, 0))[sequence]
+        row = torch.zeros_like(slot)
+        begin, end = (torch.nn.functional.pad(x, (0, 1), value=time) for x in (begin, end))
+    first = begin[sequence] + number * segment_len
+    last_token = end[sequence]
+    stop = torch.minimum(first + segment_len, last_token)
+    first = torch.minimum(first, stop)
+    return Slots(row, sequence, first, stop, last_token, begin[sequence])
+
+
+def windows(slots: Slots, first: Tensor, width: int, time: int, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Token index [F, width] of the positions from `first` [F] on, and which of them [F, width] lie in their slot.
+
+    offset: position of the tensor's first token (queries cover the last ones only). Outside the slot the index is some valid token.
+    """
+    position = first[:, None] + torch.arange(width, device=first.device)
+    inside = (position >= slots.begin[:, None]) & (position < slots.end[:, None])
+    return slots.row[:, None] * time + (position - offset).clamp(0, time - 1), inside
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """[B, heads, T, width] at index [F, L] → [F, heads, L, width]."""
+    tokens = x.transpose(1, 2).flatten(0, 1)
+    return tokens.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+
+
+def scatter_tokens(slots: Tensor, index: Tensor, inside: Tensor, batch: int, time: int) -> Tensor:
+    """The inverse, [F, heads, L, width] → [B, heads, T, width]: 0 where no slot holds the token."""
+    values = slots.transpose(1, 2).flatten(0, 1)
+    target = torch.where(inside, index, batch * time).flatten()
+    tokens = values.new_zeros(batch * time + 1, *values.shape[1:]).index_copy(0, target, values)
+    return tokens[:-1].unflatten(0, (batch, time)).transpose(1, 2)

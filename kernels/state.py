@@ -1,0 +1,51 @@
+"""The two values that cross the operation's boundary: the memory's state and the result."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MemoryState(NamedTuple):
+    """A compressive memory as a value: passed in, returned, never mutated.
+
+    memory: [B, G, K, V], the sum of σ(k)ᵀ v that the update rule has kept.
+    normalizer: [B, G, K], the sum of σ(k).
+
+    Both are float32 (float64 when the call's inputs are). With packed sequences, B is their number N.
+    """
+
+    memory: Tensor
+    normalizer: Tensor
+
+    @classmethod
+    def zeros(
+        cls,
+        batch: int,
+        heads: int,
+        key_width: int,
+        value_width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> MemoryState:
+        """The empty memory of `batch` sequences and `heads` key/value heads."""
+        memory = torch.zeros(batch, heads, key_width, value_width, device=device, dtype=dtype)
+        return cls(memory, memory.new_zeros(batch, heads, key_width))
+
+    def detach(self) -> MemoryState:
+        """The same state, cut from the graph: where truncated back-propagation ends."""
+        return MemoryState(self.memory.detach(), self.normalizer.detach())
+
+
+class SegmentOutput(NamedTuple):
+    """What `segment_attention` returns.
+
+    out: [B, H, Tq, V] in q's dtype.
+    state: the memory after every segment completed inside k and v; None when the call has no gate.
+    """
+
+    out: Tensor
+    state: MemoryState | None

@@ -1,0 +1,324 @@
+"""The memory of the `torch` backend: every segment at once, with the closed-form backward.
+
+Two registered operations on slots (F segments, consecutive within a sequence):
+
+- `fold_segments` writes: M and z before every segment, and after the last one.
+- `read_and_blend` reads them for every query and blends the result with local attention.
+
+With u = σ(k) / σ(k) z, a segment's write is M ← M + B − A M, where B = σ(k)ᵀ v and A = uᵀ σ(k) (0 for the linear rule).
+A is symmetric, so the adjoint of the scan is the scan run backwards. Reads and writes are normalised before they are
+multiplied, never after: every factor stays bounded, however small σ is.
+
+Features are recomputed block by block, in cache, rather than stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Step = tuple[slice | Tensor, slice | Tensor]
+
+# tokens × width of one pass: about a core's cache on a CPU, a bound on scratch memory elsewhere
+_BLOCK = {"cpu": 2**19}
+_BLOCK_ELSEWHERE = 2**26
+
+
+def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """σ(x) = ELU(x) + 1 in `dtype`, as exp(x) below zero so that small values keep their digits."""
+    x = x.to(dtype)
+    return x.clamp(max=0).exp_().add_(x.clamp(min=0))
+
+
+def feature_map_grad(features: Tensor) -> Tensor:
+    """σ'(x) from σ(x): exp(x) below zero, 1 above."""
+    return features.clamp(max=1)
+
+
+def reciprocal(weight: Tensor) -> Tensor:
+    """1 / weight; 0 where the memory is empty, that is below the smallest normal number."""
+    found = weight >= torch.finfo(weight.dtype).tiny
+    return torch.where(found, weight.reciprocal(), 0)
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Runs of slots of x [F, ...] that one pass handles."""
+    size = max(1, _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // max(1, x[:1].numel()))
+    return (slice(i, min(i + size, len(x))) for i in range(0, len(x), size))
+
+
+def _steps(slots: int, sequences: int, owner: Tensor | None) -> list[Step]:
+    """For s = 1, 2, …: the slots that hold the s-th segment of a sequence, and those sequences.
+
+    owner [F]: the sequence of each slot, N for a spare one; None where every sequence has F / N slots.
+    """
+    if owner is None:
+        each = slots // sequences if sequences else 0
+        return [(slice(s, None, each), slice(None)) for s in range(each)]
+    steps: list[tuple[list[int], list[int]]] = []
+    seen = [0] * (sequences + 1)
+    for slot, sequence in enumerate(owner.tolist()):
+        if sequence == sequences:
+            continue
+        if seen[sequence] == len(steps):
+            steps.append(([], []))
+        for found, value in zip(steps[seen[sequence]], (slot, sequence), strict=True):
+            found.append(value)
+        seen[sequence] += 1
+    return [tuple(torch.tensor(x, device=owner.device) for x in step) for step in steps]  # type: ignore[misc]
+
+
+def _scan(steps: Sequence[Step], initial: Tensor, added: Tensor, erased: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """X ← X + added_s − erased_s X: every X before its segment [F, ...], and the last [N, ...]."""
+    state = initial.clone()
+    before = torch.zeros_like(added)
+    for slots, rows in steps:
+        x = state[rows].clone()
+        before[slots] = x
+        x += added[slots]
+        if erased is not None:
+            x -= erased[slots] @ before[slots]
+        state[rows] = x
+    return before, state
+
+
+def _erased(k: Tensor, normalizer: Tensor) -> Tensor:
+    """A = uᵀ σ(k) per segment, [F, G, K, K]."""
+    erased = normalizer.new_empty(*normalizer.shape, normalizer.shape[-1])
+    for block in _blocks(k):
+        features = feature_map(k[block], normalizer.dtype)
+        weight = features @ normalizer[block].unsqueeze(-1)
+        erased[block] = (features * reciprocal(weight)).mT @ features
+    return erased
+
+
+def _only(complete: Tensor | None, *per_slot: Tensor) -> None:
+    """Let segments that are not complete write nothing."""
+    if complete is not None:
+        for x in per_slot:
+            x *= complete.view(-1, *[1] * (x.ndim - 1))
+
+
+@torch.library.custom_op("segattn::fold_segments", mutates_args=())
+def fold_segments(
+    k: Tensor,
+    v: Tensor,
+    memory: Tensor,
+    normalizer: Tensor,
+    complete: Tensor | None,
+    owner: Tensor | None,
+    delta: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Write segments k [F, G, L, K], v [F, G, L, V] into memory [N, G, K, V], normalizer [N, G, K].
+
+    complete [F] bool: segments to write, None for all. owner [F]: see `_steps`.
+    Returns M and z before every segment, [F, ...], then after the last, [N, ...].
+    """
+    steps = _steps(len(k), len(memory), owner)
+    written = memory.new_empty(len(k), *memory.shape[1:])
+    sums = normalizer.new_empty(len(k), *normalizer.shape[1:])
+    for block in _blocks(k):
+        features = feature_map(k[block], memory.dtype)
+        torch.sum(features, -2, out=sums[block])
+        written[block] = features.mT @ v[block].to(memory.dtype)
+    _only(complete, written, sums)
+    z_before, z = _scan(steps, normalizer, sums)
+    erased = _erased(k, z_before) if delta else None
+    if erased is not None:
+        _only(complete, erased)
+    m_before, m = _scan(steps, memory, written, erased)
+    return m_before, z_before, m, z
+
+
+@fold_segments.register_fake
+def _(
+    k: Tensor,
+    v: Tensor,
+    memory: Tensor,
+    normalizer: Tensor,
+    complete: Tensor | None,
+    owner: Tensor | None,
+    delta: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    slots = k.shape[0]
+    return (
+        memory.new_empty(slots, *memory.shape[1:]),
+        normalizer.new_empty(slots, *normalizer.shape[1:]),
+        memory.new_empty(memory.shape),
+        normalizer.new_empty(normalizer.shape),
+    )
+
+
+@torch.library.custom_op("segattn::fold_segments_backward", mutates_args=())
+def fold_segments_backward(
+    k: Tensor,
+    v: Tensor,
+    m_before: Tensor,
+    z_before: Tensor,
+    complete: Tensor | None,
+    owner: Tensor | None,
+    delta: bool,
+    dm_before: Tensor,
+    dz_before: Tensor,
+    dm: Tensor,
+    dz: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The adjoint: gradients of k, v, memory and normalizer."""
+    steps = _steps(len(k), len(dm), owner)[::-1]
+    dtype = dm.dtype
+    erased = _erased(k, z_before) if delta else None
+    if erased is not None:
+        _only(complete, erased)
+    # the adjoint of M after each segment, then of z
+    dm_after, dm_initial = _scan(steps, dm, dm_before, erased)
+    _only(complete, dm_after)
+
+    dk = torch.empty_like(k, dtype=dtype)
+    dv = torch.empty_like(v)
+    from_weights = torch.zeros_like(dz_before)
+    for block in _blocks(k):
+        features = feature_map(k[block], dtype)
+        dv[block] = features @ dm_after[block]
+        dfeatures = v[block].to(dtype) @ dm_after[block].mT
+        if delta:
+            z = z_before[block]
+            u = features * reciprocal(features @ z.unsqueeze(-1))
+            c = dm_after[block] @ m_before[block].mT
+            back = u @ c
+            dweight = (back * u).sum(-1, keepdim=True)
+            from_weights[block] = (dweight.mT @ features).squeeze(-2)
+            dfeatures += dweight * z.unsqueeze(-2)
+            dfeatures -= back.add_(u @ c.mT)
+        dk[block] = dfeatures
+    dz_after, dz_initial = _scan(steps, dz, dz_before + from_weights)
+    _only(complete, dz_after)
+    for block in _blocks(k):
+        features = feature_map(k[block], dtype)
+        dk[block] += dz_after[block].unsqueeze(-2)
+        dk[block] *= feature_map_grad(features)
+    return dk.to(k.dtype), dv, dm_initial, dz_initial
+
+
+@fold_segments_backward.register_fake
+def _(
+    k: Tensor,
+    v: Tensor,
+    m_before: Tensor,
+    z_before: Tensor,
+    complete: Tensor | None,
+    owner: Tensor | None,
+    delta: bool,
+    dm_before: Tensor,
+    dz_before: Tensor,
+    dm: Tensor,
+    dz: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(k), torch.empty_like(v), dm.new_empty(dm.shape), dz.new_empty(dz.shape)
+
+
+def _no_second_derivative(ctx: object, *grads: Tensor) -> None:
+    raise RuntimeError("segment_attention has no second derivative: its backward is a closed form of its own")
+
+
+def _nothing_saved(ctx: object, inputs: tuple[object, ...], output: object) -> None:
+    return None
+
+
+def _fold_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    k, v, _, _, complete, owner, delta = inputs
+    ctx.save_for_backward(k, v, output[0], output[1], complete, owner)
+    ctx.delta = delta
+
+
+def _fold_backward(ctx, dm_before, dz_before, dm, dz):  # type: ignore[no-untyped-def]
+    k, v, m_before, z_before, complete, owner = ctx.saved_tensors
+    grads = fold_segments_backward(k, v, m_before, z_before, complete, owner, ctx.delta, dm_before, dz_before, dm, dz)
+    return *grads, None, None, None
+
+
+fold_segments.register_autograd(_fold_backward, setup_context=_fold_setup)
+fold_segments_backward.register_autograd(_no_second_derivative, setup_context=_nothing_saved)
+
+
+def _queries(q: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """σ(q) [F, G, R, L, K], 1 / σ(q) z [F, G, R, L, 1], and whether the memory held anything there."""
+    features = feature_map(q.unflatten(1, (z.shape[1], -1)), z.dtype)
+    inverse = reciprocal(features @ z[:, :, None, :, None])
+    return features, inverse, inverse > 0
+
+
+def blend_into(out: Tensor, local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool) -> Tensor:
+    """g A_mem + (1 − g) A_dot, written to `out`, which may be `local` itself."""
+    g = gate.to(memory.dtype).sigmoid().view(memory.shape[1], -1, 1, 1)
+    for block in _blocks(q):
+        features, inverse, found = _queries(q[block], normalizer[block])
+        weight = g if always else g * found
+        recalled = features.mul_(inverse * g) @ memory[block].unsqueeze(2)
+        kept = local[block].to(memory.dtype).unflatten(1, g.shape[:2]) * (1 - weight)
+        out[block] = kept.add_(recalled).flatten(1, 2)
+    return out
+
+
+@torch.library.custom_op("segattn::read_and_blend", mutates_args=())
+def read_and_blend(local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool) -> Tensor:
+    """Read memory [F, G, K, V], normalizer [F, G, K] for q [F, H, L, K]; blend with local [F, H, L, V] by gate [H].
+
+    always: keep the gate where the memory is empty (`empty_memory="gated"`).
+    """
+    return blend_into(torch.empty_like(local), local, q, memory, normalizer, gate, always)
+
+
+@read_and_blend.register_fake
+def _(local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool) -> Tensor:
+    return torch.empty_like(local)
+
+
+@torch.library.custom_op("segattn::read_and_blend_backward", mutates_args=())
+def read_and_blend_backward(
+    local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The adjoint: gradients of local, q, memory, normalizer and gate."""
+    dlocal, dq = torch.empty_like(local), torch.empty_like(q)
+    dmemory, dnormalizer = torch.empty_like(memory), torch.empty_like(normalizer)
+    g = gate.to(memory.dtype).sigmoid().view(memory.shape[1], -1, 1, 1)
+    dweight = torch.zeros_like(g)
+    for block in _blocks(q):
+        features, inverse, found = _queries(q[block], normalizer[block])
+        weight = (g if always else g * found).expand(*features.shape[:-1], 1)
+        do = dout[block].to(memory.dtype).unflatten(1, g.shape[:2])
+        dlocal[block] = (do * (1 - weight)).flatten(1, 2)
+        along_local = (do * local[block].to(memory.dtype).unflatten(1, g.shape[:2])).sum(-1, keepdim=True)
+        slope = feature_map_grad(features).mul_(inverse)
+        u = features.mul_(inverse)
+        back = do @ memory[block].unsqueeze(2).mT
+        along_memory = (u * back).sum(-1, keepdim=True)
+        dweight += ((along_memory - along_local) * weight).sum((0, 3), keepdim=True)[0]
+        dmemory[block] = (u.mT @ (do * g)).sum(2)
+        dnormalizer[block] = -((along_memory * g).mT @ u).sum((2, 3))
+        back -= along_memory * normalizer[block][:, :, None, None]
+        dq[block] = back.mul_(slope.mul_(g)).flatten(1, 2)
+    dgate = (dweight * (1 - g)).flatten().to(gate.dtype)
+    return dlocal, dq, dmemory, dnormalizer, dgate
+
+
+@read_and_blend_backward.register_fake
+def _(
+    local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tuple(torch.empty_like(x) for x in (local, q, memory, normalizer, gate))  # type: ignore[return-value]
+
+
+def _read_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, always = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.always = always
+
+
+def _read_backward(ctx, dout):  # type: ignore[no-untyped-def]
+    return *read_and_blend_backward(*ctx.saved_tensors, ctx.always, dout), None
+
+
+read_and_blend.register_autograd(_read_backward, setup_context=_read_setup)
+read_and_blend_backward.register_autograd(_no_second_derivative, setup_context=_nothing_saved)

@@ -1,0 +1,154 @@
+"""What a call may be. Each check names the argument, what it must be and what it was; none touches the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .state import MemoryState
+
+UPDATES = ("delta", "linear")
+EMPTY_MEMORY = ("local", "gated")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_floating(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+
+
+def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Same dtype and device."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {x.dtype}")
+    check_device(name, x, other_name, other)
+
+
+def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {x.device}")
+
+
+def check_shape(name: str, x: Tensor, letters: str, shape: Sequence[int]) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {letters} = {list(shape)}, got {list(x.shape)}")
+
+
+def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [B, H, Tq, K], k [B, G, Tk, K], v [B, G, Tk, V]."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_floating(name, x)
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have 4 dimensions [batch, heads, time, width], got shape {list(x.shape)}")
+        if x.shape[1] < 1 or x.shape[3] < 1:
+            raise ValueError(f"{name} must have at least one head and a width of at least 1, got shape {list(x.shape)}")
+    check_like("k", k, "q", q)
+    check_like("v", v, "q", q)
+    batch, heads, query_time, width = q.shape
+    groups, time = k.shape[1], k.shape[2]
+    if k.shape[0] != batch:
+        raise ValueError(f"k must have q's batch size {batch}, got {k.shape[0]}")
+    if k.shape[3] != width:
+        raise ValueError(f"k must have q's width K = {width}, got {k.shape[3]}")
+    check_shape("v", v, "[B, G, Tk, V]", (batch, groups, time, v.shape[3]))
+    if heads % groups:
+        raise ValueError(f"q must have a multiple of k's heads: H % G == 0, got H = {heads}, G = {groups}")
+    if query_time > time:
+        raise ValueError(f"q must cover the last Tq <= Tk positions, got Tq = {query_time}, Tk = {time}")
+
+
+def check_memory_inputs(q: Tensor, k: Tensor, memory_q: Tensor | None, memory_k: Tensor | None) -> None:
+    for name, x, like_name, like in (("memory_q", memory_q, "q", q), ("memory_k", memory_k, "k", k)):
+        if x is not None:
+            check_floating(name, x)
+            check_like(name, x, like_name, like)
+            check_shape(name, x, f"that of {like_name}", like.shape)
+
+
+def check_gate(gate: Tensor, q: Tensor) -> None:
+    check_floating("gate", gate)
+    check_shape("gate", gate, "[H]", (q.shape[1],))
+    check_device("gate", gate, "q", q)
+
+
+def check_state(state: object, sequences: int, k: Tensor, v: Tensor) -> MemoryState:
+    """The state of `sequences` sequences whose keys and values are k and v, as a MemoryState."""
+    if not isinstance(state, tuple) or len(state) != 2:
+        raise TypeError(f"state must be a MemoryState(memory, normalizer), got {type(state).__name__}")
+    dtype = state_dtype(k)
+    groups, width = k.shape[1], k.shape[3]
+    expected = (("memory", "[B, G, K, V]", (sequences, groups, width, v.shape[3])), ("normalizer", "[B, G, K]", (sequences, groups, width)))
+    for x, (name, letters, shape) in zip(state, expected, strict=True):
+        check_floating(f"state.{name}", x)
+        if x.dtype != dtype:
+            raise TypeError(f"state.{name} must be {dtype}, got {x.dtype}")
+        check_shape(f"state.{name}", x, letters, shape)
+        check_device(f"state.{name}", x, "k", k)
+    return MemoryState(*state)
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """M and z are kept in float32, in float64 where the inputs are."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_scale(scale: float | None, q: Tensor) -> float:
+    """The given scale or 1 / √K."""
+    if scale is None:
+        return 1 / math.sqrt(q.shape[3])
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def check_offsets(cu_seqlens: Tensor | None, spans: Tensor | None, q: Tensor) -> None:
+    """At most one of cu_seqlens int [N + 1] with B = 1, spans int [B, 2]; their values are checked where they are read."""
+    if cu_seqlens is not None and spans is not None:
+        raise ValueError("cu_seqlens and spans exclude each other: packed sequences have no padding; got both")
+    for name, x in (("cu_seqlens", cu_seqlens), ("spans", spans)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be an int32 tensor, got {type(x).__name__}")
+        if x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
+        check_device(name, x, "q", q)
+    if cu_seqlens is not None:
+        if q.shape[0] != 1:
+            raise ValueError(f"cu_seqlens needs one packed row, B = 1, got B = {q.shape[0]}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens must have shape [N + 1], got {list(cu_seqlens.shape)}")
+    if spans is not None:
+        check_shape("spans", spans, "[B, 2]", (q.shape[0], 2))
+
+
+def check_block_mask(num_read: int, num_write: int, gate: Tensor | None, time: int, segment_len: int, ragged: bool) -> None:
+    check_integer("num_read", num_read, 0)
+    check_integer("num_write", num_write, 0)
+    if not (num_read or num_write):
+        return
+    if gate is not None:
+        raise ValueError("num_read and num_write are for memory tokens and take no gate: pass gate=None")
+    if not ragged and time > segment_len:
+        raise ValueError(f"num_read and num_write need a single segment, T <= segment_len, got T = {time}, segment_len = {segment_len}")
+    if num_read + num_write > time > 0:
+        raise ValueError(f"num_read + num_write must not exceed T = {time}, got {num_read} + {num_write}")

@@ -1,0 +1,17 @@
+"""Fused segment attention: local attention, a compressive memory, and the architectures that stand on them."""
+
+from .kernels.associative import memory_read, memory_write
+from .kernels.backends import show_config
+from .kernels.operation import segment_attention
+from .kernels.state import MemoryState, SegmentOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MemoryState",
+    "SegmentOutput",
+    "memory_read",
+    "memory_write",
+    "segment_attention",
+    "show_config",
+]
