@@ -1,0 +1,174 @@
+"""Infini-attention as a module: projections and positions around `segment_attention`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.operation import segment_attention
+from ..kernels.state import MemoryState
+from .gate import Gate
+from .rotary import rotate
+
+ROPE = ("segment", "sequence", None)
+
+
+class InfiniState(NamedTuple):
+    """All that an `InfiniAttention` keeps of the tokens it has read: constant in size, a value, differentiable.
+
+    memory: completed segments, a MemoryState.
+    keys, values: [B, G, P, K] of the unfinished segment, P < L, before rotary embedding.
+    position: number of tokens read.
+    """
+
+    memory: MemoryState
+    keys: Tensor
+    values: Tensor
+    position: int
+
+    def detach(self) -> InfiniState:
+        """The same state, cut from the graph."""
+        return InfiniState(self.memory.detach(), self.keys.detach(), self.values.detach(), self.position)
+
+
+class InfiniAttention(nn.Module):
+    """Causal attention inside segments, and a memory of constant size across them (arXiv 2404.07143).
+
+    Feeding a text in pieces of any sizes, each with the state that the last one returned, equals feeding it whole.
+
+    Args:
+        width: of the input and output.
+        heads: query heads, H.
+        segment_len: tokens per segment, L.
+        kv_heads: key/value heads, G, a divisor of heads; default heads.
+        head_width: K = V; default width / heads.
+        update: "delta" or "linear".
+        gate_init: β at the start of training; 0 mixes memory and local attention evenly.
+        qk_norm: RMS-normalise queries and keys per head.
+        rope: rotary positions of local attention, "segment": restarting with each segment, "sequence": over the whole text,
+            None: none. The memory never sees them.
+        rope_base: base of the rotary frequencies.
+        write_bias: None, or the starting value of a learnt bias on the keys that the memory is written by. Negative: little
+            is written until training asks for it, which keeps a long text's noise out (not in the paper).
+        bias: of the projections.
+        empty_memory, backend: as in `segment_attention`.
+
+    Raises:
+        ValueError: sizes that do not divide, an odd head_width with rotary embedding, or an unknown `rope`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        segment_len: int,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        update: str = "delta",
+        gate_init: float = 0.0,
+        qk_norm: bool = False,
+        rope: str | None = "segment",
+        rope_base: float = 10_000.0,
+        write_bias: float | None = None,
+        bias: bool = False,
+        empty_memory: str = "local",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
+        if head_width is None:
+            if width % heads:
+                raise ValueError(f"width must be a multiple of heads unless head_width is given, got {width} and {heads}")
+            head_width = width // heads
+        if rope not in ROPE:
+            raise ValueError(f"rope must be one of 'segment', 'sequence', None, got {rope!r}")
+        if rope is not None and head_width % 2:
+            raise ValueError(f"head_width must be even for rotary embedding, got {head_width}")
+        self.segment_len = segment_len
+        self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
+        self.update, self.empty_memory, self.backend = update, empty_memory, backend
+        self.rope, self.rope_base = rope, rope_base
+        self.q_proj = nn.Linear(width, heads * head_width, bias=bias)
+        self.k_proj = nn.Linear(width, kv_heads * head_width, bias=bias)
+        self.v_proj = nn.Linear(width, kv_heads * head_width, bias=bias)
+        self.o_proj = nn.Linear(heads * head_width, width, bias=bias)
+        self.q_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
+        self.gate = Gate(heads, gate_init)
+        self.write_bias = None if write_bias is None else nn.Parameter(torch.full((kv_heads, 1, head_width), float(write_bias)))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: InfiniState | None = None,
+        *,
+        spans: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, InfiniState | None]:
+        """x [B, T, width] → the same shape, and the state to go on from.
+
+        spans, cu_seqlens: padded rows or packed sequences, as in `segment_attention`. Such a call stands alone: it takes no
+        state, and returns None for it, because its rows stop at different places of a segment.
+
+        Raises:
+            ValueError: x of another width, a state of another batch, or a state together with spans or cu_seqlens.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.q_proj.in_features:
+            raise ValueError(f"x must have shape [B, T, {self.q_proj.in_features}], got {list(x.shape)}")
+        alone = spans is not None or cu_seqlens is not None
+        if alone and state is not None:
+            raise ValueError("state cannot go with spans or cu_seqlens: feed each row by itself, got both")
+        if state is not None and state.keys.shape[0] != x.shape[0]:
+            raise ValueError(f"state must be of x's batch size {x.shape[0]}, got {state.keys.shape[0]}")
+        q = self.q_norm(self._heads(self.q_proj(x)))
+        k = self.k_norm(self._heads(self.k_proj(x)))
+        v = self._heads(self.v_proj(x))
+        read, memory = 0, None
+        if state is not None:
+            read, memory = state.position, state.memory
+            k, v = torch.cat([state.keys, k], dim=2), torch.cat([state.values, v], dim=2)
+        positions = self._positions(x, read - (k.shape[2] - x.shape[1]), k.shape[2], spans, cu_seqlens)
+        out, memory = segment_attention(
+            self._rotate(q, positions[..., k.shape[2] - x.shape[1] :]),
+            self._rotate(k, positions),
+            v,
+            segment_len=self.segment_len,
+            gate=self.gate(),
+            update=self.update,
+            memory_q=q,
+            memory_k=k if self.write_bias is None else k + self.write_bias,
+            state=memory,
+            spans=spans,
+            cu_seqlens=cu_seqlens,
+            empty_memory=self.empty_memory,
+            backend=self.backend,
+        )
+        out = self.o_proj(out.transpose(1, 2).flatten(2))
+        if alone or memory is None:
+            return out, None
+        # cloned, so that the rest of a long piece is not kept alive
+        tail = k.shape[2] // self.segment_len * self.segment_len
+        return out, InfiniState(memory, k[:, :, tail:].clone(), v[:, :, tail:].clone(), read + x.shape[1])
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x if self.rope is None else rotate(x, positions, self.rope_base)
+
+    def _positions(self, x: Tensor, first: int, time: int, spans: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """Positions [T] or [B, T] of the keys; `first` is that of the first one, a segment's boundary."""
+        positions = torch.arange(time, device=x.device)
+        if spans is not None:
+            positions = positions - spans[:, :1]
+        elif cu_seqlens is not None:
+            sequence = torch.searchsorted(cu_seqlens.to(positions.dtype), positions, right=True) - 1
+            positions = positions - cu_seqlens[sequence]
+        elif self.rope == "sequence":
+            positions = positions + first
+        return positions % self.segment_len if self.rope == "segment" else positions
