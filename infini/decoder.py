@@ -55,14 +55,14 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
 
-    def forward(self, tokens: Tensor, states: list[InfiniState] | None = None) -> tuple[Tensor, list[InfiniState]]:
-        """tokens [B, T] → logits [B, T, vocabulary] and the states to go on from."""
+    def forward(self, tokens: Tensor, states: list[InfiniState] | None = None, last: int = 0) -> tuple[Tensor, list[InfiniState]]:
+        """tokens [B, T] → logits [B, T, vocabulary], or of the `last` positions alone, and the states to go on from."""
         x = self.embedding(tokens)
         after = []
         for i, block in enumerate(self.blocks):
             x, state = block(x, None if states is None else states[i])
             after.append(state)
-        return self.head(self.norm(x)), after
+        return self.head(self.norm(x[:, -last:])), after
 
     def gates(self) -> Tensor:
         """sigmoid(β), [layers, heads]: each head's share of memory."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import validation as check
 from .backends import BACKENDS, resolve
 from .sequences import checked_bounds
-from .state import MemoryState, SegmentOutput
+from .state import MemoryState, SegmentOutput, empty_output
 
 
 def segment_attention(
@@ -93,7 +93,7 @@ def segment_attention(
         bounds = checked_bounds(offsets, cu_seqlens is not None, time, segment_len if blocks else -1, blocks)
     if time == 0 or sequences == 0 or q.shape[0] == 0:
         empty = MemoryState(*(x.clone() for x in state)) if state is not None else None
-        return SegmentOutput(q.new_zeros(*q.shape[:3], v.shape[3]), empty)
+        return SegmentOutput(empty_output(q, v), empty)
     with torch.autocast(q.device.type, enabled=False):
         return run(
             q,

@@ -49,3 +49,8 @@ class SegmentOutput(NamedTuple):
 
     out: Tensor
     state: MemoryState | None
+
+
+def empty_output(q: Tensor, v: Tensor) -> Tensor:
+    """out [B, H, Tq, V] of a call without queries: nothing, but still part of the graph."""
+    return q[..., :1].expand(-1, -1, -1, v.shape[-1])

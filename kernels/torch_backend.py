@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .sequences import gather_tokens, scatter_tokens, slots_of, windows
-from .state import MemoryState, SegmentOutput
+from .state import MemoryState, SegmentOutput, empty_output
 from .torch_memory import blend_into, fold_segments, read_and_blend
 
 
@@ -117,7 +117,7 @@ def attend_rows(
             local = reader(local, to_slots(memory_q[:, :, queries], 0, last_query - first, length), held)
         outs.append(from_slots(local, batch))
     if not outs:
-        return SegmentOutput(q.new_empty(*q.shape[:3], v.shape[-1]), state)
+        return SegmentOutput(empty_output(q, v), state)
     return SegmentOutput(outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), state)
 
 

@@ -6,8 +6,10 @@ Two registered operations on slots (F segments, consecutive within a sequence):
 - `read_and_blend` reads them for every query and blends the result with local attention.
 
 With u = σ(k) / σ(k) z, a segment's write is M ← M + B − A M, where B = σ(k)ᵀ v and A = uᵀ σ(k) (0 for the linear rule).
-A is symmetric, so the adjoint of the scan is the scan run backwards. Reads and writes are normalised before they are
-multiplied, never after: every factor stays bounded, however small σ is.
+A is symmetric, so the adjoint of the scan is the scan run backwards.
+
+Nothing here depends on the size of σ. z is divided by its peak, and rows are normalised before they are multiplied, never
+after, so that every factor stays bounded and float32 holds what its range holds.
 
 Features are recomputed block by block, in cache, rather than stored.
 """
@@ -37,8 +39,16 @@ def feature_map_grad(features: Tensor) -> Tensor:
     return features.clamp(max=1)
 
 
+def scaled(normalizer: Tensor) -> tuple[Tensor, Tensor]:
+    """z [..., K] over its peak, and 1 / peak [..., 1]; both 0 where the memory is empty, its sums lost in float underflow."""
+    limits = torch.finfo(normalizer.dtype)
+    peak = normalizer.amax(-1, keepdim=True)
+    inverse = torch.where(peak >= limits.tiny / limits.eps, peak.reciprocal(), 0)
+    return normalizer * inverse, inverse
+
+
 def reciprocal(weight: Tensor) -> Tensor:
-    """1 / weight; 0 where the memory is empty, that is below the smallest normal number."""
+    """1 / weight; 0 where there is none."""
     found = weight >= torch.finfo(weight.dtype).tiny
     return torch.where(found, weight.reciprocal(), 0)
 
@@ -86,12 +96,13 @@ def _scan(steps: Sequence[Step], initial: Tensor, added: Tensor, erased: Tensor 
 
 def _erased(k: Tensor, normalizer: Tensor) -> Tensor:
     """A = uᵀ σ(k) per segment, [F, G, K, K]."""
+    z, inverse_peak = scaled(normalizer)
     erased = normalizer.new_empty(*normalizer.shape, normalizer.shape[-1])
     for block in _blocks(k):
         features = feature_map(k[block], normalizer.dtype)
-        weight = features @ normalizer[block].unsqueeze(-1)
-        erased[block] = (features * reciprocal(weight)).mT @ features
-    return erased
+        u = features * reciprocal(features @ z[block].unsqueeze(-1))
+        erased[block] = u.mT @ features
+    return erased.mul_(inverse_peak.unsqueeze(-1))
 
 
 def _only(complete: Tensor | None, *per_slot: Tensor) -> None:
@@ -175,6 +186,7 @@ def fold_segments_backward(
     dm_after, dm_initial = _scan(steps, dm, dm_before, erased)
     _only(complete, dm_after)
 
+    z, inverse_peak = scaled(z_before)
     dk = torch.empty_like(k, dtype=dtype)
     dv = torch.empty_like(v)
     from_weights = torch.zeros_like(dz_before)
@@ -183,13 +195,13 @@ def fold_segments_backward(
         dv[block] = features @ dm_after[block]
         dfeatures = v[block].to(dtype) @ dm_after[block].mT
         if delta:
-            z = z_before[block]
-            u = features * reciprocal(features @ z.unsqueeze(-1))
-            c = dm_after[block] @ m_before[block].mT
+            # u and the weight's gradient, both times the peak
+            u = features * reciprocal(features @ z[block].unsqueeze(-1))
+            c = dm_after[block] @ (m_before[block] * inverse_peak[block].unsqueeze(-1)).mT
             back = u @ c
             dweight = (back * u).sum(-1, keepdim=True)
-            from_weights[block] = (dweight.mT @ features).squeeze(-2)
-            dfeatures += dweight * z.unsqueeze(-2)
+            from_weights[block] = (dweight.mT @ features).squeeze(-2) * inverse_peak[block]
+            dfeatures += dweight * z[block].unsqueeze(-2)
             dfeatures -= back.add_(u @ c.mT)
         dk[block] = dfeatures
     dz_after, dz_initial = _scan(steps, dz, dz_before + from_weights)
@@ -243,7 +255,7 @@ fold_segments_backward.register_autograd(_no_second_derivative, setup_context=_n
 
 
 def _queries(q: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """σ(q) [F, G, R, L, K], 1 / σ(q) z [F, G, R, L, 1], and whether the memory held anything there."""
+    """σ(q) [F, G, R, L, K], 1 / σ(q) z [F, G, R, L, 1] for a scaled z, and whether the memory held anything there."""
     features = feature_map(q.unflatten(1, (z.shape[1], -1)), z.dtype)
     inverse = reciprocal(features @ z[:, :, None, :, None])
     return features, inverse, inverse > 0
@@ -252,8 +264,10 @@ def _queries(q: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def blend_into(out: Tensor, local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool) -> Tensor:
     """g A_mem + (1 − g) A_dot, written to `out`, which may be `local` itself."""
     g = gate.to(memory.dtype).sigmoid().view(memory.shape[1], -1, 1, 1)
+    z, inverse_peak = scaled(normalizer)
+    memory = memory * inverse_peak.unsqueeze(-1)
     for block in _blocks(q):
-        features, inverse, found = _queries(q[block], normalizer[block])
+        features, inverse, found = _queries(q[block], z[block])
         weight = g if always else g * found
         recalled = features.mul_(inverse * g) @ memory[block].unsqueeze(2)
         kept = local[block].to(memory.dtype).unflatten(1, g.shape[:2]) * (1 - weight)
@@ -284,8 +298,10 @@ def read_and_blend_backward(
     dmemory, dnormalizer = torch.empty_like(memory), torch.empty_like(normalizer)
     g = gate.to(memory.dtype).sigmoid().view(memory.shape[1], -1, 1, 1)
     dweight = torch.zeros_like(g)
+    z, inverse_peak = scaled(normalizer)
+    memory = memory * inverse_peak.unsqueeze(-1)
     for block in _blocks(q):
-        features, inverse, found = _queries(q[block], normalizer[block])
+        features, inverse, found = _queries(q[block], z[block])
         weight = (g if always else g * found).expand(*features.shape[:-1], 1)
         do = dout[block].to(memory.dtype).unflatten(1, g.shape[:2])
         dlocal[block] = (do * (1 - weight)).flatten(1, 2)
@@ -297,8 +313,10 @@ def read_and_blend_backward(
         dweight += ((along_memory - along_local) * weight).sum((0, 3), keepdim=True)[0]
         dmemory[block] = (u.mT @ (do * g)).sum(2)
         dnormalizer[block] = -((along_memory * g).mT @ u).sum((2, 3))
-        back -= along_memory * normalizer[block][:, :, None, None]
+        back -= along_memory * z[block][:, :, None, None]
         dq[block] = back.mul_(slope.mul_(g)).flatten(1, 2)
+    dmemory *= inverse_peak.unsqueeze(-1)
+    dnormalizer *= inverse_peak
     dgate = (dweight * (1 - g)).flatten().to(gate.dtype)
     return dlocal, dq, dmemory, dnormalizer, dgate
 

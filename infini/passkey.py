@@ -1,0 +1,154 @@
+"""Passkey retrieval: a number is stated somewhere in running text, and asked for at its end (after arXiv 2305.16300)."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+UNKNOWN = "<unk>"
+DIGITS = tuple("0123456789")
+MARKER = "passkey"
+BEFORE = f"the {MARKER} is".split()
+BETWEEN = ". remember it .".split()
+AFTER = f"is the {MARKER} .".split()
+QUESTION = f"what is the {MARKER} ? the {MARKER} is".split()
+
+TOKEN = re.compile(r"\d|[^\W\d_]+(?:['’][^\W\d_]+)*|[^\w\s]")
+
+
+def tokenize(text: str) -> list[str]:
+    """Words in lower case, punctuation marks, and single digits."""
+    return TOKEN.findall(text.lower())
+
+
+def generate_text(words: int, seed: int) -> str:
+    """Sentences of made-up words, as unevenly frequent as in a language, with numbers of one to five digits among them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int, count: int) -> list[int]:
+        return torch.randint(high, (count,), generator=generator).tolist()
+
+    syllables = [c + v for c in "b d f g k l m n p r s t v z sh th st".split() for v in "a e i o u ai".split()]
+    lexicon = ["".join(syllables[i] for i in draw(len(syllables), 1 + n % 3)) for n in range(1200)]
+    frequency = 1 / torch.arange(10.0, 10 + len(lexicon))
+    chosen = torch.multinomial(frequency, words, replacement=True, generator=generator).tolist()
+    numbers = torch.rand(words, generator=generator).lt(0.03).tolist()
+    pieces, rest = [], 0
+    for word, number in zip(chosen, numbers, strict=True):
+        if rest == 0:
+            rest = 4 + draw(11, 1)[0]
+        rest -= 1
+        piece = "".join(map(str, draw(10, 1 + draw(5, 1)[0]))) if number else lexicon[word]
+        pieces.append(piece + (".,;?"[draw(4, 1)[0]] if rest == 0 else ""))
+    return " ".join(pieces)
+
+
+class Samples(NamedTuple):
+    """tokens [B, T], ending with the question and its answer; key [B, digits], token ids of the passkeys; start [B], where
+    each statement begins."""
+
+    tokens: Tensor
+    key: Tensor
+    start: Tensor
+
+
+class PasskeyTask:
+    """Samples of the task over one running text.
+
+    "the passkey is 7 1 9 3 4 . remember it . 7 1 9 3 4 is the passkey ." stands once in the text, anywhere, across a
+    segment's boundary too; the sample ends "what is the passkey ? the passkey is 7 1 9 3 4". The word `passkey` occurs
+    nowhere else; digits may.
+
+    Args:
+        text: running text, read round and round.
+        vocabulary_size: most frequent words kept, besides those of the task; the others are one unknown word.
+        digits: of a passkey.
+        held_out: share of the text, at its end, that only `sample(..., held_out=True)` reads.
+
+    Raises:
+        ValueError: a text too short to sample from, or sizes out of range.
+    """
+
+    def __init__(self, text: str, *, vocabulary_size: int = 1000, digits: int = 5, held_out: float = 0.2) -> None:
+        if digits < 1:
+            raise ValueError(f"digits must be at least 1, got {digits}")
+        if vocabulary_size < 1:
+            raise ValueError(f"vocabulary_size must be at least 1, got {vocabulary_size}")
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+        tokens = tokenize(text)
+        if len(tokens) < 1000:
+            raise ValueError(f"text must hold at least 1000 words and marks, got {len(tokens)}")
+        own = [UNKNOWN, *DIGITS, *dict.fromkeys(BEFORE + BETWEEN + AFTER + QUESTION)]
+        common = [word for word, _ in Counter(tokens).most_common(vocabulary_size + len(own))]
+        self.words = [*own, *[word for word in common if word not in own][:vocabulary_size]]
+        self.ids = {word: i for i, word in enumerate(self.words)}
+        self.digits = digits
+        ids = self.encode([UNKNOWN if word == MARKER else word for word in tokens])
+        split = round(len(ids) * (1 - held_out))
+        self._text = {False: ids[:split], True: ids[split:]}
+        blank = [UNKNOWN] * digits
+        self._statement = self.encode([*BEFORE, *blank, *BETWEEN, *blank, *AFTER])
+        self._question = self.encode([*QUESTION, *blank])
+        self.shortest = len(self._statement) + len(self._question)
+
+    def encode(self, words: list[str]) -> Tensor:
+        """Token ids [len(words)]."""
+        return torch.tensor([self.ids.get(word, 0) for word in words])
+
+    def decode(self, tokens: Tensor) -> str:
+        """The words of tokens [T], between blanks."""
+        return " ".join(self.words[i] for i in tokens.tolist())
+
+    def sample(
+        self,
+        batch: int,
+        length: int,
+        generator: torch.Generator,
+        *,
+        depth: float | None = None,
+        jitter: int = 0,
+        held_out: bool = False,
+    ) -> Samples:
+        """Draw `batch` samples of exactly `length` tokens.
+
+        Args:
+            depth: where the statement stands, 0 at the beginning, 1 just before the question; None: anywhere, evenly.
+            jitter: the statement is moved by up to so many tokens either way, so that it meets every place in a segment.
+            held_out: read the part of the text that training does not.
+
+        Raises:
+            ValueError: a length too short for statement and question, a depth outside 0 to 1, or less than one sample.
+        """
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        if length < self.shortest:
+            raise ValueError(f"length must be at least {self.shortest}, for the statement and the question, got {length}")
+        if depth is not None and not 0 <= depth <= 1:
+            raise ValueError(f"depth must be between 0 and 1, got {depth}")
+        room = length - self.shortest
+        if depth is None:
+            start = torch.randint(room + 1, (batch,), generator=generator)
+        else:
+            shift = torch.randint(-jitter, jitter + 1, (batch,), generator=generator)
+            start = (round(depth * room) + shift).clamp(0, room)
+        key = torch.randint(10, (batch, self.digits), generator=generator) + self.ids["0"]
+        tokens = self.filler(batch, length, generator, held_out=held_out)
+        statement = self._statement.expand(batch, -1).clone()
+        again = len(BEFORE) + self.digits + len(BETWEEN)
+        statement[:, len(BEFORE) : len(BEFORE) + self.digits] = key
+        statement[:, again : again + self.digits] = key
+        tokens.scatter_(1, start[:, None] + torch.arange(statement.shape[1]), statement)
+        tokens[:, -len(self._question) :] = self._question
+        tokens[:, -self.digits :] = key
+        return Samples(tokens, key, start)
+
+    def filler(self, batch: int, length: int, generator: torch.Generator, *, held_out: bool = False) -> Tensor:
+        """Running text alone, tokens [batch, length], from random places."""
+        text = self._text[held_out]
+        offset = torch.randint(len(text), (batch, 1), generator=generator)
+        return text[(offset + torch.arange(length)) % len(text)]

@@ -1,0 +1,211 @@
+"""Calls of every kind, for tests: what to pass, and how a backend's results and gradients are gathered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from segattn import MemoryState, segment_attention
+
+
+@dataclass(frozen=True)
+class Call:
+    """Sizes and options of a call; tensors are drawn from `seed`."""
+
+    B: int = 2
+    H: int = 4
+    G: int = 2
+    Tq: int = 23
+    Tk: int = 23
+    K: int = 6
+    V: int = 6
+    segment_len: int = 5
+    gated: bool = True
+    with_state: bool = True
+    own_memory_inputs: bool = True
+    token_major: bool = False
+    cu_seqlens: tuple[int, ...] | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
+    update: str = "delta"
+    empty_memory: str = "local"
+    causal: bool = True
+    num_read: int = 0
+    num_write: int = 0
+    scale: float | None = None
+    seed: int = 0
+
+    @property
+    def sequences(self) -> int:
+        return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+
+def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The call's tensors by name, as leaves that need gradients, drawn in `dtype` from the call's seed."""
+    generator = torch.Generator().manual_seed(call.seed)
+
+    def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(to).to(device)
+
+    def tokens(heads: int, time: int, width: int) -> Tensor:
+        if call.token_major:
+            return normal(call.B, time, heads, width).transpose(1, 2)
+        return normal(call.B, heads, time, width)
+
+    state_dtype = torch.promote_types(dtype, torch.float32)
+    made = {
+        "q": tokens(call.H, call.Tq, call.K),
+        "k": tokens(call.G, call.Tk, call.K),
+        "v": tokens(call.G, call.Tk, call.V),
+    }
+    if call.gated:
+        made["gate"] = normal(call.H, to=state_dtype)
+        if call.own_memory_inputs:
+            made |= {"memory_q": tokens(call.H, call.Tq, call.K), "memory_k": tokens(call.G, call.Tk, call.K)}
+        if call.with_state:
+            n = call.sequences
+            made["memory"] = normal(n, call.G, call.K, call.V, to=state_dtype)
+            made["normalizer"] = normal(n, call.G, call.K, to=state_dtype).abs() + 0.5
+    return {name: x.detach().requires_grad_() for name, x in made.items()}
+
+
+def apply(call: Call, made: dict[str, Tensor], backend: str | None = None, **changed: Any) -> dict[str, Tensor]:
+    """Outputs by name."""
+    made = dict(made)
+    device = made["q"].device
+    state = MemoryState(made.pop("memory"), made.pop("normalizer")) if "memory" in made else None
+    options: dict[str, Any] = {
+        "segment_len": call.segment_len,
+        "update": call.update,
+        "empty_memory": call.empty_memory,
+        "causal": call.causal,
+        "num_read": call.num_read,
+        "num_write": call.num_write,
+        "scale": call.scale,
+        "cu_seqlens": None if call.cu_seqlens is None else torch.tensor(call.cu_seqlens, dtype=torch.int32, device=device),
+        "spans": None if call.spans is None else torch.tensor(call.spans, dtype=torch.int32, device=device),
+        "backend": backend,
+    }
+    out, after = segment_attention(**made, state=state, **(options | changed))
+    return {"out": out} if after is None else {"out": out, "memory": after.memory, "normalizer": after.normalizer}
+
+
+def gradients(outputs: dict[str, Tensor], made: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+    """Gradients of a random projection of every output, by name of the input."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.zeros((), dtype=torch.float64, device=outputs["out"].device)
+    for x in outputs.values():
+        # in steps of 1/32, which every dtype holds exactly
+        direction = (32 * torch.randn(x.shape, generator=generator)).round().div(32).to(x.dtype).to(x.device)
+        loss = loss + (x * direction).sum(dtype=torch.float64)
+    found = torch.autograd.grad(loss, list(made.values()), allow_unused=True)
+    return {f"d{name}": torch.zeros_like(x) if g is None else g for (name, x), g in zip(made.items(), found, strict=True)}
+
+
+def everything(call: Call, backend: str | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Outputs and gradients."""
+    made = tensors(call, dtype, device)
+    outputs = apply(call, made, backend)
+    return outputs | gradients(outputs, made)
+
+
+def golden(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The reference in float64 on the values that `dtype` holds."""
+    made = {name: x.detach().double().requires_grad_() for name, x in tensors(call, dtype, device).items()}
+    outputs = apply(call, made, "reference")
+    return outputs | gradients(outputs, made)
+
+
+def error(value: Tensor, expected: Tensor) -> float:
+    """Relative RMS error; absolute where nothing is expected."""
+    value, expected = value.detach().double(), expected.detach().double()
+    if value.shape != expected.shape:
+        raise AssertionError(f"shape {list(value.shape)}, expected {list(expected.shape)}")
+    distance, size = (value - expected).norm(), expected.norm()
+    return float(distance / size if size > 1e-12 else distance)
+
+
+def worst(values: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest error and the name it belongs to."""
+    assert values.keys() == expected.keys()
+    return max((error(values[name], expected[name]), name) for name in expected)
+
+
+KINDS = {
+    "rows": Call(),
+    "no state": Call(with_state=False),
+    "shared inputs": Call(own_memory_inputs=False),
+    "token major": Call(token_major=True),
+    "one segment": Call(Tq=4, Tk=4),
+    "exact segments": Call(Tq=20, Tk=20),
+    "one head": Call(H=1, G=1),
+    "equal heads": Call(H=3, G=3),
+    "one kv head": Call(H=6, G=1),
+    "wide values": Call(V=9),
+    "wide keys": Call(K=9, V=3),
+    "linear": Call(update="linear"),
+    "gated when empty": Call(empty_memory="gated", with_state=False),
+    "bidirectional": Call(causal=False),
+    "decode": Call(Tq=1, Tk=3),
+    "decode over an edge": Call(Tq=2, Tk=11),
+    "prefill in pieces": Call(Tq=14, Tk=18),
+    "bidirectional piece": Call(Tq=14, Tk=18, causal=False),
+    "no queries": Call(Tq=0, Tk=18),
+    "scale": Call(scale=0.3),
+    "packed": Call(B=1, cu_seqlens=(0, 5, 5, 6, 14, 23)),
+    "packed, one sequence": Call(B=1, cu_seqlens=(0, 23)),
+    "packed, linear": Call(B=1, cu_seqlens=(0, 12, 23), update="linear", with_state=False),
+    "packed, last queries": Call(B=1, Tq=11, cu_seqlens=(0, 5, 5, 6, 14, 23)),
+    "packed, bidirectional": Call(B=1, cu_seqlens=(0, 7, 23), causal=False),
+    "left padding": Call(spans=((0, 23), (7, 23))),
+    "right padding": Call(spans=((0, 19), (0, 4))),
+    "padding, last queries": Call(Tq=8, spans=((2, 23), (18, 23))),
+    "padding, bidirectional": Call(spans=((3, 21), (0, 6)), causal=False),
+    "local": Call(gated=False),
+    "local, decode": Call(gated=False, Tq=2, Tk=9),
+    "block mask": Call(gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3),
+    "block mask, last queries": Call(gated=False, Tq=4, Tk=9, segment_len=12, num_read=2, num_write=3),
+    "block mask, padded": Call(gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3, spans=((0, 9), (2, 8))),
+    "block mask, packed": Call(B=1, gated=False, Tq=15, Tk=15, segment_len=9, num_read=2, num_write=3, cu_seqlens=(0, 8, 15)),
+    "block mask, bidirectional": Call(gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3, causal=False),
+}
+
+
+@st.composite
+def random_calls(draw: st.DrawFn) -> Call:
+    """Any valid call of small, odd sizes."""
+    integers, booleans = st.integers, st.booleans()
+    G = draw(integers(1, 3))
+    Tk = draw(integers(1, 26))
+    call = Call(
+        B=draw(integers(1, 3)),
+        H=G * draw(integers(1, 3)),
+        G=G,
+        Tq=Tk if draw(booleans) else draw(integers(0, Tk)),
+        Tk=Tk,
+        K=draw(integers(1, 9)),
+        V=draw(integers(1, 9)),
+        segment_len=draw(integers(1, 9)),
+        gated=draw(booleans),
+        with_state=draw(booleans),
+        own_memory_inputs=draw(booleans),
+        token_major=draw(booleans),
+        update=draw(st.sampled_from(["delta", "linear"])),
+        empty_memory=draw(st.sampled_from(["local", "gated"])),
+        causal=draw(booleans),
+        seed=draw(integers(0, 2**31)),
+    )
+    kind = draw(st.sampled_from(["rows", "spans", "packed", "block mask"]))
+    if kind == "spans":
+        pairs = [sorted(draw(st.lists(integers(0, Tk), min_size=2, max_size=2, unique=True))) for _ in range(call.B)]
+        return replace(call, spans=tuple((a, b) for a, b in pairs))
+    if kind == "packed":
+        inner = sorted(draw(st.lists(integers(0, Tk), max_size=4)))
+        return replace(call, B=1, cu_seqlens=(0, *inner, Tk))
+    if kind == "block mask":
+        num_read = draw(integers(0, Tk))
+        return replace(call, gated=False, segment_len=Tk, num_read=num_read, num_write=draw(integers(0, Tk - num_read)))
+    return call

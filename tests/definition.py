@@ -1,0 +1,71 @@
+"""A second definition of the operation, token by token in numpy, written apart from the reference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def sigma(x: Array) -> Array:
+    return np.array([xi + 1 if xi > 0 else math.exp(xi) for xi in x])
+
+
+def one_head(
+    q: Array,
+    k: Array,
+    v: Array,
+    memory_q: Array,
+    memory_k: Array,
+    beta: float | None,
+    memory: Array,
+    normalizer: Array,
+    *,
+    segment_len: int,
+    update: str = "delta",
+    causal: bool = True,
+    num_read: int = 0,
+    num_write: int = 0,
+    empty_memory: str = "local",
+    scale: float | None = None,
+) -> tuple[Array, Array, Array]:
+    """One head of one sequence: q [Tq, K] are the last positions; returns out [Tq, V], M [K, V], z [K]."""
+    time, width = k.shape
+    first = time - len(q)
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    gate = 0.0 if beta is None else 1 / (1 + math.exp(-beta))
+    memories = [(memory.copy(), normalizer.copy())]
+    for segment in range(time // segment_len):
+        old, z = memories[-1]
+        new, new_z = old.copy(), z.copy()
+        for t in range(segment * segment_len, (segment + 1) * segment_len):
+            key = sigma(memory_k[t])
+            value = v[t].copy()
+            if update == "delta" and key @ z != 0:
+                value -= key @ old / (key @ z)
+            new += np.outer(key, value)
+            new_z += key
+        memories.append((new, new_z))
+    out = np.zeros((len(q), v.shape[1]))
+    for i in range(first, time):
+        segment = i // segment_len
+        weights, total = np.zeros(v.shape[1]), 0.0
+        for j in range(segment * segment_len, min((segment + 1) * segment_len, time)):
+            if j <= i or not causal or j < num_read or i >= time - num_write:
+                p = math.exp(scale * (q[i - first] @ k[j]))
+                weights += p * v[j]
+                total += p
+        local = weights / total
+        if beta is None:
+            out[i - first] = local
+            continue
+        old, z = memories[segment]
+        query = sigma(memory_q[i - first])
+        if query @ z == 0:
+            out[i - first] = local if empty_memory == "local" else (1 - gate) * local
+        else:
+            out[i - first] = gate * (query @ old) / (query @ z) + (1 - gate) * local
+    return out, *memories[-1]

@@ -1,0 +1,335 @@
+"""What must hold of the operation whatever the backend: causality, pieces, rows, groups, extremes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from calls import KINDS, Call, apply, error, everything, gradients, random_calls, tensors, worst
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from segattn import MemoryState, segment_attention
+
+BACKENDS = ("torch", "reference")
+UPDATES = ("delta", "linear")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("segment_len", [1, 5, 64])
+def test_dependency_matrix(backend: str, update: str, segment_len: int, device: torch.device) -> None:
+    """Every token reaches every later output, through its segment or the memory, and no earlier one: bit for bit."""
+    call = Call(B=1, H=2, G=1, Tq=23, Tk=23, segment_len=segment_len, update=update)
+    made = tensors(call, torch.float64, device)
+    out = apply(call, made, backend)["out"]
+    reached = torch.zeros(call.Tk, call.Tk, dtype=torch.bool)
+    for j in range(call.Tk):
+        moved = {name: x.detach().clone() for name, x in made.items()}
+        for name in ("q", "k", "v", "memory_q", "memory_k"):
+            moved[name][:, :, j] += 0.5
+        reached[:, j] = (apply(call, moved, backend)["out"] != out).any(-1).all(1)[0].cpu()
+        assert torch.equal(apply(call, moved, backend)["out"][:, :, :j], out[:, :, :j])
+    assert torch.equal(reached, torch.ones_like(reached).tril())
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_pieces_equal_the_whole(data: st.DataObject) -> None:
+    """Cuts anywhere: the caller keeps the unfinished segment, the operation the rest."""
+    call = Call(B=2, Tq=29, Tk=29, segment_len=data.draw(st.integers(1, 12)), update=data.draw(st.sampled_from(UPDATES)))
+    cuts = sorted(data.draw(st.sets(st.integers(1, 28), max_size=6)))
+    made = tensors(call, torch.float64)
+    whole = apply(call, made)
+    state = MemoryState(made["memory"], made["normalizer"])
+    held, outs = 0, []
+    for first, last in zip([0, *cuts], [*cuts, 29], strict=True):
+        out, state = segment_attention(
+            made["q"][:, :, first:last],
+            made["k"][:, :, held:last],
+            made["v"][:, :, held:last],
+            memory_q=made["memory_q"][:, :, first:last],
+            memory_k=made["memory_k"][:, :, held:last],
+            gate=made["gate"],
+            segment_len=call.segment_len,
+            update=call.update,
+            state=state,
+        )
+        held += (last - held) // call.segment_len * call.segment_len
+        outs.append(out)
+    pieces = {"out": torch.cat(outs, 2), "memory": state.memory, "normalizer": state.normalizer}
+    assert worst(pieces, whole)[0] < 1e-12
+    assert worst(gradients(pieces, made), gradients(whole, made))[0] < 1e-10
+
+
+@pytest.mark.parametrize("name", ["rows", "left padding", "right padding", "padding, last queries", "local"])
+def test_a_row_equals_that_row_alone(name: str) -> None:
+    call = replace(KINDS[name], B=2)
+    made = tensors(call, torch.float64)
+    together = apply(call, made)
+    for b in range(2):
+        alone = replace(call, B=1, spans=None if call.spans is None else call.spans[b : b + 1])
+        one = apply(alone, {key: x if key == "gate" else x[b : b + 1] for key, x in made.items()})
+        assert worst(one, {key: x[b : b + 1] for key, x in together.items()})[0] < 1e-12
+
+
+@settings(max_examples=60)
+@given(random_calls(), st.integers(0, 5), st.integers(0, 5))
+def test_padded_equals_unpadded(call: Call, left: int, right: int) -> None:
+    """Padding of any values changes nothing, gives 0, and gets no gradient."""
+    call = replace(call, B=1, Tq=call.Tk, spans=None, cu_seqlens=None, num_read=0, num_write=0)
+    made = tensors(call, torch.float64)
+    bare = apply(call, made)
+    tokens = ("q", "k", "v", "memory_q", "memory_k")
+    padded = {
+        name: torch.nn.functional.pad(x.detach(), (0, 0, left, right), value=3.0).requires_grad_() if name in tokens else x
+        for name, x in made.items()
+    }
+    spanned = apply(replace(call, spans=((left, left + call.Tk),)), padded)
+    grads = gradients(spanned | {"out": spanned["out"][:, :, left : left + call.Tk]}, padded)
+    for name in tokens:
+        if f"d{name}" in grads:
+            before, inside, after = grads[f"d{name}"].split([left, call.Tk, right], 2)
+            assert not before.any()
+            assert not after.any()
+            grads[f"d{name}"] = inside
+    assert worst(grads, gradients(bare, made))[0] < 1e-10
+    outside = spanned["out"].clone()
+    outside[:, :, left : left + call.Tk] = 0
+    assert not outside.any()
+    spanned["out"] = spanned["out"][:, :, left : left + call.Tk]
+    assert worst(spanned, bare)[0] < 1e-12
+
+
+def test_packed_equals_each_sequence_alone() -> None:
+    call = KINDS["packed"]
+    made = tensors(call, torch.float64)
+    packed = apply(call, made)
+    for n, (begin, end) in enumerate(zip(call.cu_seqlens, call.cu_seqlens[1:], strict=False)):
+        alone = replace(call, cu_seqlens=None, Tq=end - begin, Tk=end - begin)
+        one = apply(
+            alone,
+            {
+                name: x if name == "gate" else x[n : n + 1] if name in ("memory", "normalizer") else x[:, :, begin:end]
+                for name, x in made.items()
+            },
+        )
+        expected = {"out": packed["out"][:, :, begin:end], "memory": packed["memory"][n : n + 1]}
+        assert worst({name: one[name] for name in expected}, expected)[0] < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["rows", "packed", "left padding", "local", "prefill in pieces"])
+def test_grouped_heads_equal_expanded_heads(name: str, backend: str) -> None:
+    """Head h reads key/value head h // (H / G): [0, 0, 1, 1], not [0, 1, 0, 1]."""
+    grouped = replace(KINDS[name], H=6, G=2)
+    made = tensors(grouped, torch.float64)
+    shared = ("k", "v", "memory_k", "memory", "normalizer")
+    expanded = {key: x.repeat_interleave(3, 1) if key in shared else x for key, x in made.items()}
+    few, many = apply(grouped, made, backend), apply(replace(grouped, G=6), expanded, backend)
+    assert error(few["out"], many["out"]) < 1e-12
+    for key in few.keys() - {"out"}:
+        assert error(few[key].repeat_interleave(3, 1), many[key]) < 1e-12
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_gradient_reaches_earlier_segments(update: str) -> None:
+    """dL(segment s) / dk, dv(segment r) is alive for every r < s, and the memory's write is trained."""
+    call = Call(B=1, H=2, G=2, Tq=15, Tk=15, segment_len=5, update=update, with_state=False)
+    made = tensors(call, torch.float64)
+    out = apply(call, made)["out"]
+    for s in (1, 2):
+        grads = torch.autograd.grad(out[:, :, 5 * s : 5 * s + 5].square().sum(), [made["memory_k"], made["v"]], retain_graph=True)
+        for r in range(s):
+            assert all((g[:, :, 5 * r : 5 * r + 5].abs().amax(-1) > 0).all() for g in grads)
+        assert not any(g[:, :, 5 * (s + 1) :].any() for g in grads)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_checkpointing_changes_nothing(update: str) -> None:
+    call = Call(update=update)
+    made = tensors(call, torch.float64)
+
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(apply(call, dict(zip(made, values, strict=True))).values())
+
+    plain = dict(zip(("out", "memory", "normalizer"), run(*made.values()), strict=True))
+    replayed = dict(zip(plain, checkpoint(run, *made.values(), use_reentrant=False), strict=True))
+    expected = gradients(plain, made)
+    for name, value in gradients(replayed, made).items():
+        assert torch.equal(value, expected[name])
+
+
+def test_two_training_steps_in_a_row() -> None:
+    """The carried state belongs to the caller: a second backward has a graph of its own, and the state is not written to."""
+    call = Call(Tq=20, Tk=20)
+    made = tensors(call, torch.float64)
+    before = made["memory"].detach().clone()
+    first = apply(call, made)
+    first["out"].sum().backward()
+    carried = {**made, "memory": first["memory"].detach(), "normalizer": first["normalizer"].detach()}
+    second = apply(call, carried)
+    second["out"].sum().backward()
+    assert torch.equal(made["memory"], before)
+    assert not torch.equal(first["out"], second["out"])
+
+
+def test_gate_at_its_start_has_a_gradient() -> None:
+    call = Call(with_state=False)
+    made = tensors(call, torch.float32)
+    made["gate"] = torch.zeros(call.H, requires_grad=True)
+    (gradient,) = torch.autograd.grad(apply(call, made)["out"].square().sum(), made["gate"])
+    assert (gradient.abs() > 1e-3).all()
+
+
+def test_up_to_one_segment_the_gate_changes_nothing() -> None:
+    """To the bit, and the gate stays in the graph with a gradient of zero."""
+    call = Call(Tq=5, Tk=5, with_state=False)
+    made = tensors(call, torch.float32)
+    local = segment_attention(made["q"], made["k"], made["v"], segment_len=5).out
+    out = apply(call, made)["out"]
+    assert torch.equal(out, local)
+    (gradient,) = torch.autograd.grad(out.sum(), made["gate"])
+    assert not gradient.any()
+    assert not torch.equal(apply(call, made, empty_memory="gated")["out"], local)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gate_leaves_no_state(backend: str) -> None:
+    call = KINDS["local"]
+    made = tensors(call, torch.float32)
+    assert segment_attention(**made, segment_len=5, backend=backend).state is None
+
+
+@pytest.mark.parametrize("gate", [-100.0, 100.0])
+def test_saturated_gates_are_pure(gate: float) -> None:
+    call = Call(with_state=True)
+    made = tensors(call, torch.float64)
+    made["gate"] = torch.full((call.H,), gate, dtype=torch.float64, requires_grad=True)
+    outputs = apply(call, made)
+    local = segment_attention(made["q"], made["k"], made["v"], segment_len=call.segment_len).out
+    if gate < 0:
+        assert error(outputs["out"], local) < 1e-12
+    else:
+        moved = {**made, "q": made["q"] + 1}
+        assert error(apply(call, moved)["out"], outputs["out"]) < 1e-12
+    assert all(x.isfinite().all() for x in gradients(outputs, made).values())
+
+
+@settings(max_examples=150)
+@given(random_calls(), st.lists(st.sampled_from([0.0, 1e-3, 1.0, 100.0, 1e4]), min_size=5, max_size=5))
+def test_finite_inputs_never_give_nan(call: Call, sizes: list[float]) -> None:
+    call = replace(call, with_state=False)
+    made = tensors(call, torch.float32)
+    scaled = dict(zip(("q", "k", "v", "memory_q", "memory_k"), sizes, strict=True))
+    made = {name: (x.detach() * scaled.get(name, 1.0)).requires_grad_() for name, x in made.items()}
+    outputs = apply(call, made)
+    assert all(x.isfinite().all() for x in outputs.values())
+    assert all(x.isfinite().all() for x in gradients(outputs, made).values())
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("q_level", [-100.0, 0.0, 100.0])
+@pytest.mark.parametrize("k_level", [-100.0, -60.0, 0.0, 100.0])
+def test_features_at_the_extremes(q_level: float, k_level: float, update: str) -> None:
+    """σ at ±100 is finite forward and backward in float32, and right wherever float32 can hold it."""
+    call = Call(B=1, H=2, G=1, Tq=12, Tk=12, segment_len=3, update=update, with_state=False)
+    made = tensors(call, torch.float32)
+    for name, level in (("memory_q", q_level), ("memory_k", k_level)):
+        made[name] = (made[name].detach() + level).requires_grad_()
+    outputs = apply(call, made)
+    grads = gradients(outputs, made)
+    assert all(x.isfinite().all() for x in (outputs | grads).values())
+    if q_level > -100 and k_level > -100:
+        exact = {name: x.detach().double().requires_grad_() for name, x in made.items()}
+        expected = apply(call, exact, "reference")
+        assert error(outputs["out"], expected["out"]) < 1e-5
+
+
+def test_small_features_keep_their_digits() -> None:
+    """σ(−30) = e⁻³⁰, where ELU(−30) + 1 is 0 in float32."""
+    call = Call(B=1, H=1, G=1, Tq=2, Tk=2, K=4, V=4, segment_len=1, with_state=False)
+    made = tensors(call, torch.float32)
+    made["memory_k"] = torch.full((1, 1, 2, 4), -30.0, requires_grad=True)
+    normalizer = apply(call, made)["normalizer"]
+    assert error(normalizer, 2 * torch.full((1, 1, 4), -30.0, dtype=torch.float64).exp()) < 1e-6
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_million_tokens_in_float32(update: str) -> None:
+    call = Call(B=1, H=1, G=1, Tq=1, Tk=2**20, K=4, V=4, segment_len=1024, update=update, with_state=False, own_memory_inputs=False)
+    made = {name: x.detach() for name, x in tensors(call, torch.float32).items()}
+    found = apply(call, made)
+    expected = apply(call, {name: x.double() for name, x in made.items()})
+    assert found["normalizer"].min() > 2**20
+    assert worst(found, expected)[0] < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_short_first_segment_then_long_ones(backend: str) -> None:
+    """A hand-carried state after 2 tokens, then segments of 64: A's largest eigenvalue is 32, the step overshoots, and the
+    backends still agree with the loop of the definition."""
+    generator = torch.Generator().manual_seed(3)
+    k, v = (torch.randn(1, 1, 130, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    gate = torch.zeros(1, dtype=torch.float64)
+    _, state = segment_attention(k[:, :, :2], k[:, :, :2], v[:, :, :2], segment_len=2, gate=gate, backend=backend)
+    _, after = segment_attention(k[:, :, 2:], k[:, :, 2:], v[:, :, 2:], segment_len=64, gate=gate, state=state, backend=backend)
+    memory, normalizer = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    sizes = []
+    for first, last in ((0, 2), (2, 66), (66, 130)):
+        features = torch.where(k[0, 0] > 0, k[0, 0] + 1, k[0, 0].exp())[first:last]
+        weight = features @ normalizer
+        recalled = torch.zeros_like(v[0, 0, first:last]) if first == 0 else features @ memory / weight[:, None]
+        memory = memory + features.T @ (v[0, 0, first:last] - recalled)
+        if first:
+            a = features.T @ (features / weight[:, None])
+            # A z is the segment's key sum, and its largest eigenvalue is tokens / tokens before
+            assert error(a @ normalizer, features.sum(0)) < 1e-12
+            sizes.append(torch.linalg.eigvals(a).abs().max().item())
+        normalizer = normalizer + features.sum(0)
+    assert sizes[0] > 20
+    assert sizes[1] < 1.5
+    assert error(after.memory[0, 0], memory) < 1e-11
+    assert error(after.normalizer[0, 0], normalizer) < 1e-12
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_twice_the_same_bits(name: str, device: torch.device) -> None:
+    first, second = (everything(KINDS[name], None, torch.float32, device) for _ in range(2))
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_empty_inputs_give_empty_results() -> None:
+    gate = torch.zeros(2)
+    x = torch.zeros(3, 2, 0, 4)
+    out, state = segment_attention(x, x, x, segment_len=4, gate=gate)
+    assert out.shape == (3, 2, 0, 4)
+    assert not state.memory.any()
+    assert state.memory.shape == (3, 2, 4, 4)
+    packed = torch.zeros(1, 2, 0, 4)
+    out, state = segment_attention(packed, packed, packed, segment_len=4, gate=gate, cu_seqlens=torch.zeros(3, dtype=torch.int32))
+    assert out.shape == (1, 2, 0, 4)
+    assert state.memory.shape == (2, 2, 4, 4)
+    nothing = torch.zeros(0, 2, 5, 4)
+    assert segment_attention(nothing, nothing, nothing, segment_len=4, gate=gate).out.shape == (0, 2, 5, 4)
+
+
+@pytest.mark.parametrize("name", ["rows", "packed", "left padding", "exact segments"])
+def test_strides_and_gradients_as_they_come(name: str) -> None:
+    """Slices, expanded and transposed tensors, and an expanded gradient, give what contiguous copies give."""
+    call = replace(KINDS[name], H=2, G=2, K=4, V=4, own_memory_inputs=False)
+    made = {key: x.detach() for key, x in tensors(call, torch.float64).items()}
+    wide = {key: torch.cat([x, x], -1)[..., ::2] if key in ("q", "v") else x for key, x in made.items()}
+    wide["k"] = made["k"][:, :, :, :1].expand(-1, -1, -1, 4)
+    leaves = {key: x.requires_grad_() for key, x in wide.items()}
+    copies = {key: x.detach().contiguous().requires_grad_() for key, x in wide.items()}
+    for values in (leaves, copies):
+        out = apply(call, values)["out"]
+        out.backward(torch.ones((), dtype=torch.float64).expand_as(out))
+    for key, x in leaves.items():
+        if copies[key].grad is not None:
+            assert error(x.grad, copies[key].grad) < 1e-12, key

@@ -1,0 +1,92 @@
+"""`backend="torch"` equals the reference: outputs and every gradient, calls of every kind, every dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from calls import KINDS, Call, apply, everything, golden, random_calls, tensors, worst
+from hypothesis import given, settings
+
+# relative RMS error against the float64 reference: outputs, gradients, gradients through the delta memory
+GATES = {
+    torch.float32: (2e-6, 1e-5, 1e-5),
+    torch.float16: (6e-4, 8e-4, 8e-4),
+    torch.bfloat16: (4e-3, 6e-3, 1e-2),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_equals_the_reference(name: str, device: torch.device) -> None:
+    call = KINDS[name]
+    worst_error, where = worst(everything(call, "torch", torch.float64, device), golden(call, torch.float64, device))
+    assert worst_error < 1e-12, where
+
+
+@settings(max_examples=400)
+@given(random_calls())
+def test_equals_the_reference_on_random_calls(call: Call) -> None:
+    worst_error, where = worst(everything(call, "torch", torch.float64), golden(call, torch.float64))
+    assert worst_error < 1e-9, where
+
+
+WIDE = {
+    "rows": Call(Tq=150, Tk=150, K=32, V=32, segment_len=32),
+    "linear": Call(Tq=150, Tk=150, K=32, V=32, segment_len=32, update="linear"),
+    "no state": Call(Tq=128, Tk=128, K=16, V=48, segment_len=32, with_state=False),
+    "shared inputs": Call(Tq=150, Tk=150, K=64, V=64, segment_len=37, with_state=False, own_memory_inputs=False),
+    "pieces": Call(Tq=70, Tk=150, K=32, V=32, segment_len=32),
+    "packed": Call(B=1, Tq=150, Tk=150, K=32, V=32, segment_len=16, cu_seqlens=(0, 16, 17, 99, 150)),
+    "padding": Call(Tq=150, Tk=150, K=32, V=32, segment_len=16, spans=((0, 150), (63, 150))),
+    "local": Call(Tq=150, Tk=150, K=32, V=32, segment_len=32, gated=False),
+}
+
+
+@pytest.mark.parametrize("dtype", GATES, ids=str)
+@pytest.mark.parametrize("name", WIDE)
+def test_error_stays_within_the_gates(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    call = WIDE[name]
+    forward, backward, through_delta = GATES[dtype]
+    values, expected = everything(call, "torch", dtype, device), golden(call, dtype, device)
+    outputs = {"out", "memory", "normalizer"} & expected.keys()
+    for names, gate in (
+        (outputs, forward),
+        (expected.keys() - outputs, through_delta if call.gated and call.update == "delta" else backward),
+    ):
+        worst_error, where = worst({n: values[n] for n in names}, {n: expected[n] for n in names})
+        assert worst_error < gate, where
+    assert values["out"].dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["rows", "linear", "no state", "shared inputs", "gated when empty", "packed", "left padding"])
+def test_gradcheck(name: str) -> None:
+    call = Call(**{**KINDS[name].__dict__, "H": 2, "G": 1, "K": 3, "V": 2})
+    made = tensors(call, torch.float64)
+    names = list(made)
+
+    def f(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(apply(call, dict(zip(names, values, strict=True)), "torch").values())
+
+    assert torch.autograd.gradcheck(f, tuple(made.values()), atol=1e-7, rtol=1e-5)
+
+
+def test_nothing_of_tokens_by_segment_is_saved() -> None:
+    """Everything autograd keeps, over two segment lengths: the states shrink, and nothing else grows."""
+
+    def saved(segment_len: int) -> int:
+        call = Call(B=1, H=2, G=2, Tq=512, Tk=512, K=8, V=8, segment_len=segment_len)
+        made = tensors(call, torch.float32)
+        kept: dict[int, int] = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            outputs = apply(call, made, "torch")
+        assert outputs["out"].requires_grad
+        return sum(kept.values()) - 512 // segment_len * call.G * call.K * (call.V + 1) * 4
+
+    assert saved(256) <= saved(16)
+    tokens = 512 * 2 * 8 * 4
+    # q, k, v, memory_q, memory_k, local attention, and row statistics
+    assert saved(256) <= 6 * tokens + 512 * 2 * 4 + 4096
