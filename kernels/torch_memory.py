@@ -53,6 +53,11 @@ def reciprocal(weight: Tensor) -> Tensor:
     return torch.where(found, weight.reciprocal(), 0)
 
 
+def _dot(rows: Tensor, vector: Tensor) -> Tensor:
+    """rows [..., L, K] · vector [..., K] → [..., L, 1]; faster than a product of matrices with one column."""
+    return (rows * vector.unsqueeze(-2)).sum(-1, keepdim=True)
+
+
 def _blocks(x: Tensor) -> Iterator[slice]:
     """Runs of slots of x [F, ...] that one pass handles."""
     size = max(1, _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // max(1, x[:1].numel()))
@@ -100,7 +105,7 @@ def _erased(k: Tensor, normalizer: Tensor) -> Tensor:
     erased = normalizer.new_empty(*normalizer.shape, normalizer.shape[-1])
     for block in _blocks(k):
         features = feature_map(k[block], normalizer.dtype)
-        u = features * reciprocal(features @ z[block].unsqueeze(-1))
+        u = features * reciprocal(_dot(features, z[block]))
         erased[block] = u.mT @ features
     return erased.mul_(inverse_peak.unsqueeze(-1))
 
@@ -196,11 +201,11 @@ def fold_segments_backward(
         dfeatures = v[block].to(dtype) @ dm_after[block].mT
         if delta:
             # u and the weight's gradient, both times the peak
-            u = features * reciprocal(features @ z[block].unsqueeze(-1))
+            u = features * reciprocal(_dot(features, z[block]))
             c = dm_after[block] @ (m_before[block] * inverse_peak[block].unsqueeze(-1)).mT
             back = u @ c
             dweight = (back * u).sum(-1, keepdim=True)
-            from_weights[block] = (dweight.mT @ features).squeeze(-2) * inverse_peak[block]
+            from_weights[block] = (dweight * features).sum(-2) * inverse_peak[block]
             dfeatures += dweight * z[block].unsqueeze(-2)
             dfeatures -= back.add_(u @ c.mT)
         dk[block] = dfeatures
@@ -257,7 +262,7 @@ fold_segments_backward.register_autograd(_no_second_derivative, setup_context=_n
 def _queries(q: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """σ(q) [F, G, R, L, K], 1 / σ(q) z [F, G, R, L, 1] for a scaled z, and whether the memory held anything there."""
     features = feature_map(q.unflatten(1, (z.shape[1], -1)), z.dtype)
-    inverse = reciprocal(features @ z[:, :, None, :, None])
+    inverse = reciprocal(_dot(features, z.unsqueeze(2)))
     return features, inverse, inverse > 0
 
 
@@ -312,7 +317,7 @@ def read_and_blend_backward(
         along_memory = (u * back).sum(-1, keepdim=True)
         dweight += ((along_memory - along_local) * weight).sum((0, 3), keepdim=True)[0]
         dmemory[block] = (u.mT @ (do * g)).sum(2)
-        dnormalizer[block] = -((along_memory * g).mT @ u).sum((2, 3))
+        dnormalizer[block] = -(along_memory * g * u).sum((2, 3))
         back -= along_memory * z[block][:, :, None, None]
         dq[block] = back.mul_(slope.mul_(g)).flatten(1, 2)
     dmemory *= inverse_peak.unsqueeze(-1)

@@ -1,0 +1,128 @@
+"""`memory_read` and `memory_write`: the operation's memory on its own, with write strengths and the corrected normaliser."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from calls import error
+
+from segattn import MemoryState, memory_read, memory_write, segment_attention
+
+DOUBLE = torch.float64
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=DOUBLE)
+
+
+@pytest.mark.parametrize("update", ["delta", "linear"])
+def test_segments_written_and_read_are_the_operation(update: str) -> None:
+    q, k, v = drawn(2, 4, 15, 6), drawn(2, 2, 15, 6), drawn(2, 2, 15, 5)
+    gate = torch.full((4,), 40.0, dtype=DOUBLE)
+    out, expected = segment_attention(q, k, v, segment_len=5, gate=gate, update=update)
+    state, outs = None, []
+    for s in range(3):
+        part = slice(5 * s, 5 * s + 5)
+        if state is not None:
+            outs.append(memory_read(q[:, :, part], state))
+        state = memory_write(k[:, :, part], v[:, :, part], state, update=update)
+    assert error(torch.cat(outs, 2), out[:, :, 5:]) < 1e-12
+    assert error(state.memory, expected.memory) < 1e-12
+    assert error(state.normalizer, expected.normalizer) < 1e-12
+
+
+def test_associative_rmt_token_by_token() -> None:
+    """Arithmetic of arXiv 2407.04841, one token after another, all against the old memory."""
+    k, v, beta = drawn(1, 1, 4, 6).abs(), drawn(1, 1, 4, 3), torch.rand(1, 1, 4, dtype=DOUBLE)
+    old = memory_write(drawn(1, 1, 5, 6).abs(), drawn(1, 1, 5, 3), feature_map=None)
+    new = memory_write(k, v, old, beta=beta, corrected=True, feature_map=None)
+    memory, normalizer = old.memory[0, 0].clone(), old.normalizer[0, 0].clone()
+    for t in range(4):
+        key = k[0, 0, t]
+        known = key @ old.normalizer[0, 0]
+        returned = key @ old.memory[0, 0] / known
+        gamma = min(max(1 - known.item() / (key @ key).item(), 0.0), 1.0)
+        memory += beta[0, 0, t] * torch.outer(key, v[0, 0, t] - returned)
+        normalizer += gamma * key
+    assert error(new.memory[0, 0], memory) < 1e-12
+    assert error(new.normalizer[0, 0], normalizer) < 1e-12
+
+
+def test_a_pair_written_again() -> None:
+    """The corrected normaliser returns the value in full each time; the plain one halves it from the second time on."""
+    k, v = drawn(1, 1, 1, 6), drawn(1, 1, 1, 3)
+    for corrected, expected in ((True, 1.0), (False, 0.5)):
+        state = None
+        for times in range(1, 5):
+            state = memory_write(k, v, state, corrected=corrected)
+            assert error(memory_read(k, state), v * (1.0 if times == 1 else expected)) < 1e-12
+
+
+def test_a_rewrite_replaces_the_value() -> None:
+    k, first, second = drawn(1, 1, 1, 6), drawn(1, 1, 1, 3), drawn(1, 1, 1, 3)
+    state = memory_write(k, second, memory_write(k, first, corrected=True), corrected=True)
+    assert error(memory_read(k, state), second) < 1e-12
+
+
+@pytest.mark.parametrize("feature_map", ["elu1", None])
+@pytest.mark.parametrize("update", ["delta", "linear"])
+def test_gradcheck(feature_map: str | None, update: str) -> None:
+    q, k, v, beta = drawn(1, 4, 3, 3), drawn(1, 2, 3, 3), drawn(1, 2, 3, 2), torch.rand(1, 2, 3, dtype=DOUBLE)
+    if feature_map is None:
+        q, k = q.abs() + 0.1, k.abs() + 0.1
+
+    def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+        state = memory_write(k, v, update=update, beta=beta, feature_map=feature_map)
+        return memory_read(q, memory_write(k.flip(2), v, state, update=update, beta=beta, feature_map=feature_map), feature_map=feature_map)
+
+    assert torch.autograd.gradcheck(f, tuple(x.requires_grad_() for x in (q, k, v, beta)))
+
+
+def test_gamma_carries_no_gradient() -> None:
+    k = drawn(1, 1, 2, 4).abs().requires_grad_()
+    old = memory_write(drawn(1, 1, 1, 4).abs(), drawn(1, 1, 1, 2), feature_map=None)
+    new = memory_write(k, drawn(1, 1, 2, 2), old, corrected=True, feature_map=None)
+    (gradient,) = torch.autograd.grad(new.normalizer.sum(), k)
+    # ∂z/∂k is γ alone: the same number for every coordinate of a token
+    assert torch.equal(gradient, gradient[..., :1].expand_as(gradient))
+
+
+@pytest.mark.parametrize("feature_map", ["elu1", None])
+def test_an_empty_memory_reads_zero(feature_map: str | None) -> None:
+    q = torch.zeros(1, 2, 3, 4, requires_grad=True)
+    out = memory_read(q, MemoryState.zeros(1, 1, 4, 5), feature_map=feature_map)
+    out.sum().backward()
+    assert not out.any()
+    assert not q.grad.any()
+
+
+def test_half_precision_keeps_a_float32_state() -> None:
+    k, v = torch.randn(1, 2, 5, 4).bfloat16(), torch.randn(1, 2, 5, 3).bfloat16()
+    state = memory_write(k, v)
+    assert state.memory.dtype == state.normalizer.dtype == torch.float32
+    assert error(state.memory, memory_write(k.double(), v.double()).memory) < 1e-6
+    assert memory_read(k, state).dtype == torch.bfloat16
+
+
+BAD = {
+    "feature_map must be 'elu1' or None": lambda k, v, s: memory_write(k, v, feature_map="relu"),
+    "k must have 4 dimensions": lambda k, v, s: memory_write(k[0], v),
+    r"v must have shape \[B, G, T, V\]": lambda k, v, s: memory_write(k, v[:, :, :2]),
+    "update must be one of": lambda k, v, s: memory_write(k, v, update="both"),
+    r"beta must have shape \[B, G, T\] = \[1, 2, 3\]": lambda k, v, s: memory_write(k, v, beta=torch.ones(1, 2)),
+    r"state.memory must have shape \[B, G, K, V\] = \[1, 2, 4, 5\]": lambda k, v, s: memory_write(k, v, MemoryState.zeros(2, 2, 4, 5)),
+    "state.normalizer must have shape": lambda k, v, s: memory_read(k, MemoryState(s.memory, s.normalizer[..., :3])),
+    "state.memory must have shape": lambda k, v, s: memory_read(k[..., :3], s),
+    "H % G == 0, got H = 3, G = 2": lambda k, v, s: memory_read(torch.ones(1, 3, 3, 4), s),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BAD[message](torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 5), MemoryState.zeros(1, 2, 4, 5))
+
+
+def test_a_state_must_be_a_state() -> None:
+    with pytest.raises(TypeError, match="state must be a MemoryState"):
+        memory_read(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 4, 5))
