@@ -24,7 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
         q, k = (F.pad(x, (0, value_width - key_width)) for x in (q, k))
     elif value_width < key_width:
         v = F.pad(v, (0, key_width - value_width))
-    grouped = q.shape[1] != k.shape[1]
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210  a bool also where compiled sizes are symbols
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return out[..., :value_width]
 

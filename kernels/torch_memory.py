@@ -16,16 +16,32 @@ Features are recomputed block by block, in cache, rather than stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 Step = tuple[slice | Tensor, slice | Tensor]
 
 # tokens × width of one pass: about a core's cache on a CPU, a bound on scratch memory elsewhere
 _BLOCK = {"cpu": 2**19}
 _BLOCK_ELSEWHERE = 2**26
+
+
+def without_autocast(f: Callable[P, R]) -> Callable[P, R]:
+    """A backward may run where the user's autocast still holds, which would lower the precision of the state's gradients."""
+
+    @functools.wraps(f)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        with torch.autocast(first.device.type if isinstance(first, Tensor) else "cpu", enabled=False):
+            return f(*args, **kwargs)
+
+    return wrapped
 
 
 def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,6 +184,7 @@ def _(
 
 
 @torch.library.custom_op("segattn::fold_segments_backward", mutates_args=())
+@without_autocast
 def fold_segments_backward(
     k: Tensor,
     v: Tensor,
@@ -295,6 +312,7 @@ def _(local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor
 
 
 @torch.library.custom_op("segattn::read_and_blend_backward", mutates_args=())
+@without_autocast
 def read_and_blend_backward(
     local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
