@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels import validation as check
+from ..kernels.backends import resolve
 from ..kernels.operation import segment_attention
 from ..kernels.state import MemoryState
 from .gate import Gate
@@ -47,11 +49,11 @@ class InfiniAttention(nn.Module):
         update: "delta" or "linear".
         gate_init: β at the start of training; 0 mixes memory and local attention evenly.
         qk_norm: RMS-normalise queries and keys per head.
-        rope: rotary positions of local attention, "segment": restarting with each segment, "sequence": over the whole text,
-            None: none. The memory never sees them.
+        rope: rotary positions of local attention, "segment": restarting with each segment, "sequence": over the whole
+            text, None: none. The memory never sees them.
         rope_base: base of the rotary frequencies.
-        write_bias: None, or the starting value of a learnt bias on the keys that the memory is written by. Negative: little
-            is written until training asks for it, which keeps a long text's noise out (not in the paper).
+        write_bias: None, or the starting value of a learnt bias on the keys that the memory is written by. Negative:
+            little is written until training asks for it, which keeps a long text's noise out (not in the paper).
         bias: of the projections.
         empty_memory, backend: as in `segment_attention`.
 
@@ -78,12 +80,18 @@ class InfiniAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check.check_integer("segment_len", segment_len, 1)
+        check.check_choice("update", update, check.UPDATES)
+        check.check_choice("empty_memory", empty_memory, check.EMPTY_MEMORY)
+        resolve(backend, torch.device("cpu"))
         kv_heads = heads if kv_heads is None else kv_heads
         if heads < 1 or kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
         if head_width is None:
             if width % heads:
-                raise ValueError(f"width must be a multiple of heads unless head_width is given, got {width} and {heads}")
+                raise ValueError(
+                    f"width must be a multiple of heads unless head_width is given, got {width} and {heads}"
+                )
             head_width = width // heads
         if rope not in ROPE:
             raise ValueError(f"rope must be one of 'segment', 'sequence', None, got {rope!r}")
@@ -100,7 +108,9 @@ class InfiniAttention(nn.Module):
         self.q_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
         self.gate = Gate(heads, gate_init)
-        self.write_bias = None if write_bias is None else nn.Parameter(torch.full((kv_heads, 1, head_width), float(write_bias)))
+        self.write_bias = (
+            None if write_bias is None else nn.Parameter(torch.full((kv_heads, 1, head_width), float(write_bias)))
+        )
 
     def forward(
         self,
@@ -112,8 +122,8 @@ class InfiniAttention(nn.Module):
     ) -> tuple[Tensor, InfiniState | None]:
         """x [B, T, width] → the same shape, and the state to go on from.
 
-        spans, cu_seqlens: padded rows or packed sequences, as in `segment_attention`. Such a call stands alone: it takes no
-        state, and returns None for it, because its rows stop at different places of a segment.
+        spans, cu_seqlens: padded rows or packed sequences, as in `segment_attention`. Such a call stands alone: it
+        takes no state, and returns None for it, because its rows stop at different places of a segment.
 
         Raises:
             ValueError: x of another width, a state of another batch, or a state together with spans or cu_seqlens.
@@ -123,8 +133,8 @@ class InfiniAttention(nn.Module):
         alone = spans is not None or cu_seqlens is not None
         if alone and state is not None:
             raise ValueError("state cannot go with spans or cu_seqlens: feed each row by itself, got both")
-        if state is not None and state.keys.shape[0] != x.shape[0]:
-            raise ValueError(f"state must be of x's batch size {x.shape[0]}, got {state.keys.shape[0]}")
+        if state is not None:
+            self._check_state(state, x)
         q = self.q_norm(self._heads(self.q_proj(x)))
         k = self.k_norm(self._heads(self.k_proj(x)))
         v = self._heads(self.v_proj(x))
@@ -154,6 +164,14 @@ class InfiniAttention(nn.Module):
         # cloned, so that the rest of a long piece is not kept alive
         tail = k.shape[2] // self.segment_len * self.segment_len
         return out, InfiniState(memory, k[:, :, tail:].clone(), v[:, :, tail:].clone(), read + x.shape[1])
+
+    def _check_state(self, state: InfiniState, x: Tensor) -> None:
+        held = state.keys.shape
+        if held[0] != x.shape[0]:
+            raise ValueError(f"state must be of x's batch size {x.shape[0]}, got {held[0]}")
+        if (held[1], held[3]) != (self.kv_heads, self.head_width) or held[2] >= self.segment_len:
+            wanted = f"[B, {self.kv_heads}, P < {self.segment_len}, {self.head_width}]"
+            raise ValueError(f"state must hold keys of shape {wanted}, got {list(held)}")
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)

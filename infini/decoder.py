@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import InfiniAttention, InfiniState
+from .gate import Gate
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
 
-    def forward(self, tokens: Tensor, states: list[InfiniState] | None = None, last: int = 0) -> tuple[Tensor, list[InfiniState]]:
+    def forward(
+        self, tokens: Tensor, states: list[InfiniState] | None = None, last: int = 0
+    ) -> tuple[Tensor, list[InfiniState]]:
         """tokens [B, T] → logits [B, T, vocabulary], or of the `last` positions alone, and the states to go on from."""
         x = self.embedding(tokens)
         after = []
@@ -66,4 +69,4 @@ class Decoder(nn.Module):
 
     def gates(self) -> Tensor:
         """sigmoid(β), [layers, heads]: each head's share of memory."""
-        return torch.stack([block.attention.gate().detach().sigmoid() for block in self.blocks])
+        return torch.stack([gate().detach().sigmoid() for gate in self.modules() if isinstance(gate, Gate)])

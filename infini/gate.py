@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class Gate(nn.Module):
-    """β [H], one per query head, float32 whatever the model's dtype; sigmoid(β) weighs the memory (arXiv 2404.07143, equation 10).
+    """β [H], one per query head; sigmoid(β) weighs the memory (arXiv 2404.07143, equation 10).
 
-    Called, so that hooks which gather parameters see it. The parameter is named `bias` because trainers keep weight decay
-    off that name: decay pulls β to 0, and every head to half memory.
+    float32 whatever the model's dtype. Called, so that hooks which gather parameters see it. The parameter is named
+    `bias` because trainers keep weight decay off that name: decay pulls β to 0, and every head to half memory.
     """
 
     def __init__(self, heads: int, init: float = 0.0) -> None:
@@ -25,13 +25,15 @@ class Gate(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         before = self.bias.detach()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self.bias.dtype != torch.float32:
             self.bias.data = before.to(device=self.bias.device, dtype=torch.float32)
         return self
 
 
-def parameter_groups(model: nn.Module, lr: float, gate_lr: float = 1e-2, weight_decay: float = 0.01) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, gate_lr: float = 1e-2, weight_decay: float = 0.01
+) -> list[dict[str, Any]]:
     """Groups for an optimiser: matrices with weight decay, vectors without, gates without and at their own rate.
 
     At a model's usual rate β hardly leaves its start, and every head stays half memory.

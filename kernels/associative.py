@@ -41,7 +41,9 @@ def memory_read(q: Tensor, state: MemoryState, *, feature_map: str | None = "elu
         raise TypeError(f"state must be a MemoryState(memory, normalizer), got {type(state).__name__}")
     groups = state[0].shape[1]
     if groups == 0 or q.shape[1] % groups:
-        raise ValueError(f"q must have a multiple of the memory's heads: H % G == 0, got H = {q.shape[1]}, G = {groups}")
+        raise ValueError(
+            f"q must have a multiple of the memory's heads: H % G == 0, got H = {q.shape[1]}, G = {groups}"
+        )
     like = q[:, :1].expand(-1, groups, -1, -1)
     memory, normalizer = check.check_state(state, q.shape[0], like, state[0])
     repeated = MemoryState(memory.unsqueeze(2), normalizer.unsqueeze(2))
@@ -84,7 +86,8 @@ def memory_write(
     check.check_shape("v", v, "[B, G, T, V]", (*k.shape[:3], v.shape[-1] if v.ndim else 0))
     check.check_choice("update", update, check.UPDATES)
     if state is None:
-        state = MemoryState.zeros(*k.shape[:2], k.shape[3], v.shape[3], device=k.device, dtype=features.dtype)
+        batch, groups, _, width = k.shape
+        state = MemoryState.zeros(batch, groups, width, v.shape[3], device=k.device, dtype=features.dtype)
     state = check.check_state(state, k.shape[0], k, v)
     value = v.to(features.dtype)
     if update == "delta":

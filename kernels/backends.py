@@ -72,5 +72,6 @@ def show_config(device: torch.device | str | None = None) -> Config:
         backend=backend,
         reason=f"the default on {chosen.type}",
         device=f"{chosen} {description}".strip(),
-        versions={name: _version(name) for name in ("segattn", "torch", "triton", "numpy")} | {"python": platform.python_version()},
+        versions={name: _version(name) for name in ("segattn", "torch", "triton", "numpy")}
+        | {"python": platform.python_version()},
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import validation as check
 from .backends import BACKENDS, resolve
 from .sequences import checked_bounds
-from .state import MemoryState, SegmentOutput, empty_output
+from .state import MemoryState, Options, SegmentOutput, empty_output
 
 
 def segment_attention(
@@ -31,90 +31,78 @@ def segment_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> SegmentOutput:
-    """Attention inside segments of `segment_len` tokens, blended with what a compressive memory recalls of earlier ones.
+    """Attention inside segments of `segment_len` tokens, blended with what a memory recalls of earlier ones.
 
-    Infini-attention, arXiv 2404.07143 equations 6 to 10: local attention, retrieval, update, gate. The equations as computed
-    here, forward and backward, are in `infini/README.md`. Gradients reach every tensor argument, and cross segments through
-    the memory. There is no second derivative.
+    Infini-attention, arXiv 2404.07143 equations 6 to 10: local attention, retrieval, update, gate. The equations as
+    computed here, forward and backward, are in `infini/README.md`. Gradients reach every tensor argument, and cross
+    segments through the memory. There is no second derivative.
 
     Args:
         q: [B, H, Tq, K], the last Tq of the Tk positions. bfloat16, float16, float32 or float64; any strides.
-        k, v: [B, G, Tk, K] and [B, G, Tk, V], from a segment boundary on; q's dtype. Head h of q uses head h // (H / G).
+        k, v: [B, G, Tk, K] and [B, G, Tk, V], from a segment boundary on; q's dtype. Head h of q uses h // (H / G).
         segment_len: tokens per segment, L.
         gate: [H] β; sigmoid(β) weighs the memory. None: no memory, and the returned state is None.
         update: "delta" writes what the memory does not already return for a key, "linear" adds values as they are.
         memory_q, memory_k: what the memory reads and writes by, before rotary embedding; default q and k.
         state: the memory to begin with, float32 (float64 for float64 inputs); default empty.
         cu_seqlens: int [N + 1] offsets from 0 to T of packed sequences (B = 1), each with its own segments and state.
-        spans: int [B, 2], each row's first real token and one past its last. Its segments start there; padding is neither
-            attended nor written, and gives 0.
+        spans: int [B, 2], each row's first real token and one past its last. Its segments start there; padding is
+            neither attended nor written, and gives 0.
         causal: False lets the queries of a segment see all of its keys.
-        num_read, num_write: memory tokens at the ends of a sequence (RMT, arXiv 2207.06881): key j is visible to row i where
-            j <= i, j < num_read or i >= T - num_write. For sequences of one segment, without a gate.
-        empty_memory: where the memory holds nothing, "local" leaves local attention alone, "gated" keeps the gate, as the
-            paper's equation reads.
+        num_read, num_write: memory tokens at the ends of a sequence (RMT, arXiv 2207.06881): key j is visible to row i
+            where j <= i, j < num_read or i >= T - num_write. For sequences of one segment, without a gate.
+        empty_memory: where the memory holds nothing, "local" leaves local attention alone, "gated" keeps the gate, as
+            the paper's equation reads.
         scale: of the local scores; default 1 / sqrt(K).
         backend: "torch", "reference", or None for the device's default.
 
     Returns:
-        SegmentOutput(out, state): out [B, H, Tq, V]; state with every segment completed inside k and v folded in. Keys and
-        values of the unfinished segment are the caller's to keep, and to pass again.
+        SegmentOutput(out, state): out [B, H, Tq, V]; state with every segment completed inside k and v folded in. Keys
+        and values of the unfinished segment are the caller's to keep, and to pass again.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
     """
-    if torch.is_autocast_enabled(q.device.type if isinstance(q, Tensor) else "cpu"):
-        q, k, v, memory_q, memory_k = (_autocast(x) for x in (q, k, v, memory_q, memory_k))
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
+        memory_q, memory_k = (None if x is None else _autocast(x) for x in (memory_q, memory_k))
     check.check_tokens(q, k, v)
     check.check_integer("segment_len", segment_len, 1)
     check.check_choice("update", update, check.UPDATES)
     check.check_choice("empty_memory", empty_memory, check.EMPTY_MEMORY)
     check.check_memory_inputs(q, k, memory_q, memory_k)
     check.check_offsets(cu_seqlens, spans, q)
+    offsets = spans if cu_seqlens is None else cu_seqlens
+    check.check_block_mask(num_read, num_write, gate, k.shape[2], segment_len, offsets is not None)
     scale = check.check_scale(scale, q)
-    time = k.shape[2]
-    ragged = cu_seqlens is not None or spans is not None
-    check.check_block_mask(num_read, num_write, gate, time, segment_len, ragged)
+    options = Options(segment_len, update, causal, num_read, num_write, empty_memory, scale)
     run = BACKENDS[resolve(backend, q.device)]
 
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if gate is not None:
         check.check_gate(gate, q)
-        if state is None:
-            state = MemoryState.zeros(sequences, *k.shape[1::2], v.shape[3], device=k.device, dtype=check.state_dtype(k))
-        state = check.check_state(state, sequences, k, v)
+        state = check.check_state(_empty(sequences, k, v) if state is None else state, sequences, k, v)
     elif state is not None:
         raise ValueError("state needs a gate to be read by: pass gate of shape [H], got gate=None")
-
     bounds = None
-    if ragged:
+    if offsets is not None:
         blocks = num_read + num_write
-        offsets = spans if cu_seqlens is None else cu_seqlens
-        bounds = checked_bounds(offsets, cu_seqlens is not None, time, segment_len if blocks else -1, blocks)
-    if time == 0 or sequences == 0 or q.shape[0] == 0:
-        empty = MemoryState(*(x.clone() for x in state)) if state is not None else None
-        return SegmentOutput(empty_output(q, v), empty)
+        longest = segment_len if blocks else -1
+        bounds = checked_bounds(offsets, cu_seqlens is not None, k.shape[2], longest, blocks)
+
+    if k.shape[2] == 0 or sequences == 0:
+        return SegmentOutput(empty_output(q, v), None if state is None else MemoryState(*(x.clone() for x in state)))
+    memory_q, memory_k = q if memory_q is None else memory_q, k if memory_k is None else memory_k
     with torch.autocast(q.device.type, enabled=False):
-        return run(
-            q,
-            k,
-            v,
-            q if memory_q is None else memory_q,
-            k if memory_k is None else memory_k,
-            gate,
-            state,
-            bounds,
-            segment_len=segment_len,
-            update=update,
-            causal=causal,
-            num_read=num_read,
-            num_write=num_write,
-            empty_memory=empty_memory,
-            scale=scale,
-        )
+        return run(q, k, v, memory_q, memory_k, gate, state, bounds, options)
 
 
-def _autocast(x: Tensor | None) -> Tensor | None:
+def _empty(sequences: int, k: Tensor, v: Tensor) -> MemoryState:
+    _, groups, _, width = k.shape
+    return MemoryState.zeros(sequences, groups, width, v.shape[3], device=k.device, dtype=check.state_dtype(k))
+
+
+def _autocast(x: Tensor) -> Tensor:
     """As PyTorch casts the inputs of its own attention: floats narrower than float64, to the autocast dtype."""
     if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16, torch.float32):
         return x.to(torch.get_autocast_dtype(x.device.type))

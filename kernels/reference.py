@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .state import MemoryState, SegmentOutput
+from .state import MemoryState, Options, SegmentOutput
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -22,6 +22,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
     return scores.softmax(-1) @ v
 
 
+def visibility(rows: Tensor, keys: Tensor, length: int, options: Options) -> Tensor:
+    """[Lq, Lk]: may the query at position `rows` see the key at `keys`? `length` is that of the sequence."""
+    i, j = rows[:, None], keys[None, :]
+    return (j <= i) | (j < options.num_read) | (i >= length - options.num_write) | (not options.causal)
+
+
 def read(features: Tensor, state: MemoryState) -> tuple[Tensor, Tensor]:
     """A_mem = σ(q) M / σ(q) z, and which rows [..., L, 1] found anything: an empty memory gives 0."""
     weight = features @ state.normalizer.unsqueeze(-1)
@@ -30,15 +36,9 @@ def read(features: Tensor, state: MemoryState) -> tuple[Tensor, Tensor]:
 
 
 def write(features: Tensor, v: Tensor, state: MemoryState, update: str) -> MemoryState:
-    """M + σ(k)ᵀ (v − what the memory already returns for k) by the delta rule, M + σ(k)ᵀ v by the linear; z + Σ σ(k)."""
+    """M + σ(k)ᵀ v and z + Σ σ(k); by the delta rule v less what the memory already returns for k."""
     value = v - read(features, state)[0] if update == "delta" else v
     return MemoryState(state.memory + features.mT @ value, state.normalizer + features.sum(-2))
-
-
-def visibility(rows: Tensor, keys: Tensor, length: int, causal: bool, num_read: int, num_write: int) -> Tensor:
-    """[Lq, Lk]: may the query at position `rows` see the key at `keys`? `length` is that of the sequence."""
-    i, j = rows[:, None], keys[None, :]
-    return (j <= i) | (j < num_read) | (i >= length - num_write) | (not causal)
 
 
 def blend(local: Tensor, recalled: Tensor, found: Tensor, gate: Tensor, empty_memory: str) -> Tensor:
@@ -57,30 +57,22 @@ def attend_sequence(
     memory_k: Tensor,
     gate: Tensor | None,
     state: MemoryState | None,
-    *,
     first_query: int,
-    segment_len: int,
-    update: str,
-    causal: bool,
-    num_read: int,
-    num_write: int,
-    empty_memory: str,
-    scale: float,
+    options: Options,
 ) -> tuple[Tensor, MemoryState | None]:
-    """One sequence without padding: q [H, Tq, K] at positions `first_query` and on; k, v [H, T, ·], repeated over the group."""
-    length = k.shape[-2]
+    """One sequence, no padding: q [H, Tq, K] from position `first_query` on; k, v [H, T, ·] repeated over the group."""
+    length, L = k.shape[-2], options.segment_len
+    position = torch.arange(length, device=q.device)
     outs = [q[:, :0, :1].expand(-1, -1, v.shape[-1])]
-    for start in range(0, length, segment_len):
-        stop = min(start + segment_len, length)
-        rows = slice(max(start - first_query, 0), max(stop - first_query, 0))
-        positions = torch.arange(length, device=q.device)
-        visible = visibility(positions[first_query:][rows], positions[start:stop], length, causal, num_read, num_write)
-        out = attend(q[:, rows], k[:, start:stop], v[:, start:stop], visible, scale)
+    for start in range(0, length, L):
+        segment = slice(start, min(start + L, length))
+        rows = slice(max(start - first_query, 0), max(segment.stop - first_query, 0))
+        visible = visibility(position[first_query:][rows], position[segment], length, options)
+        out = attend(q[:, rows], k[:, segment], v[:, segment], visible, options.scale)
         if gate is not None and state is not None:
-            recalled, found = read(feature_map(memory_q[:, rows]), state)
-            out = blend(out, recalled, found, gate, empty_memory)
-            if stop - start == segment_len:
-                state = write(feature_map(memory_k[:, start:stop]), v[:, start:stop], state, update)
+            out = blend(out, *read(feature_map(memory_q[:, rows]), state), gate, options.empty_memory)
+            if segment.stop - start == L:
+                state = write(feature_map(memory_k[:, segment]), v[:, segment], state, options.update)
         outs.append(out)
     return torch.cat(outs, dim=1), state
 
@@ -94,48 +86,37 @@ def segment_attention(
     gate: Tensor | None,
     state: MemoryState | None,
     bounds: Tensor | None,
-    *,
-    segment_len: int,
-    update: str,
-    causal: bool,
-    num_read: int,
-    num_write: int,
-    empty_memory: str,
-    scale: float,
+    options: Options,
 ) -> SegmentOutput:
-    """Sequence by sequence; arguments as `operation.segment_attention` passes them, already checked."""
-    batch, heads, query_time, _ = q.shape
-    groups, time = k.shape[1], k.shape[2]
+    """Sequence by sequence. bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows."""
+    batch, _, query_time, _ = q.shape
+    time, repeat = k.shape[2], q.shape[1] // k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    spans = [(0, time)] * batch if bounds is None else bounds.tolist()
-    pieces, states = [], []
+    wide_q, wide_mq = q.to(dtype), memory_q.to(dtype)
+    wide_k, wide_v, wide_mk = (x.to(dtype).repeat_interleave(repeat, 1) for x in (k, v, memory_k))
+    wide_gate = None if gate is None else gate.to(dtype)
+    out, states = q.new_zeros(*q.shape[:3], v.shape[3]), []
+    spans = [[0, time]] * batch if bounds is None else bounds.tolist()
     for n, (begin, end) in enumerate(spans):
-        row = n if len(spans) == batch else 0
-        first = min(max(time - query_time, begin), end)
-        asked, held = slice(first - (time - query_time), end - (time - query_time)), slice(begin, end)
-        repeat = heads // groups
-        out, last = attend_sequence(
-            q[row, :, asked].to(dtype),
-            *(x[row, :, held].to(dtype).repeat_interleave(repeat, 0) for x in (k, v)),
-            memory_q[row, :, asked].to(dtype),
-            memory_k[row, :, held].to(dtype).repeat_interleave(repeat, 0),
-            None if gate is None else gate.to(dtype),
+        row, offset = n if len(spans) == batch else 0, time - query_time
+        asked, held = slice(max(begin - offset, 0), max(end - offset, 0)), slice(begin, end)
+        piece, last = attend_sequence(
+            wide_q[row, :, asked],
+            wide_k[row, :, held],
+            wide_v[row, :, held],
+            wide_mq[row, :, asked],
+            wide_mk[row, :, held],
+            wide_gate,
             None if state is None else MemoryState(*(x[n].repeat_interleave(repeat, 0) for x in state)),
-            first_query=first - begin,
-            segment_len=segment_len,
-            update=update,
-            causal=causal,
-            num_read=num_read,
-            num_write=num_write,
-            empty_memory=empty_memory,
-            scale=scale,
+            max(offset - begin, 0),
+            options,
         )
-        pieces.append((row, asked, out))
-        # the group's heads hold equal memories
-        states.append(None if last is None else MemoryState(*(x[::repeat] for x in last)))
-    out = q.new_zeros(batch, heads, query_time, v.shape[-1])
-    for row, asked, piece in pieces:
         out[row, :, asked] = piece.to(q.dtype)
-    if state is None or not states:
-        return SegmentOutput(out, state)
-    return SegmentOutput(out, MemoryState(*(torch.stack(x) for x in zip(*states, strict=True))))
+        if last is not None:
+            # the group's heads hold equal memories
+            states.append(MemoryState(last.memory[::repeat], last.normalizer[::repeat]))
+    if state is None:
+        return SegmentOutput(out, None)
+    return SegmentOutput(
+        out, MemoryState(torch.stack([s.memory for s in states]), torch.stack([s.normalizer for s in states]))
+    )

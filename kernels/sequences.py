@@ -1,7 +1,8 @@
 """Packed sequences and padded rows, laid out as segments.
 
-A *slot* holds one segment of one sequence: L consecutive tokens, the last slot of a sequence perhaps fewer, spare slots none.
-The number of slots follows from shapes alone, so that nothing here waits for the device and compiled graphs stay whole.
+A *slot* holds one segment of one sequence: L consecutive tokens, the last slot of a sequence perhaps fewer, spare slots
+none. The number of slots follows from shapes alone, so that nothing here waits for the device and compiled graphs stay
+whole.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ def bounds_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
 def checked_bounds(offsets: Tensor, packed: bool, time: int, longest: int, shortest: int) -> Tensor:
     """cu_seqlens [N + 1] (`packed`) or spans [B, 2] as int64 [N, 2], once their values have been checked.
 
-    longest: the most tokens a sequence may hold (-1: any); shortest: the fewest (the RMT mask needs room for its blocks).
+    longest, shortest: bounds on a sequence's tokens (longest = -1: none), which the RMT mask needs.
 
     Raises:
-        ValueError: offsets that decrease, do not cover [0, time], or leave a row empty; a sequence too long or too short.
+        ValueError: offsets that decrease, do not cover [0, time], or leave a row empty; a sequence out of its bounds.
     """
     bounds = bounds_from_cu_seqlens(offsets) if packed else offsets
     pairs = bounds.tolist()
@@ -33,13 +34,17 @@ def checked_bounds(offsets: Tensor, packed: bool, time: int, longest: int, short
     for row, (begin, end) in enumerate(pairs):
         if not packed and not (0 <= begin < end <= time or time == begin == end == 0):
             raise ValueError(
-                f"spans[{row}] must be [first, last + 1] of at least one token inside [0, {time}], got [{begin}, {end}];"
-                " drop rows that are all padding"
+                f"spans[{row}] must be [first, last + 1] of at least one token inside [0, {time}], "
+                f"got [{begin}, {end}]; drop rows that are all padding"
             )
         if longest >= 0 and end - begin > longest:
-            raise ValueError(f"num_read and num_write need sequences of one segment, at most {longest} tokens, got {end - begin}")
+            raise ValueError(
+                f"num_read and num_write need sequences of one segment, at most {longest} tokens, got {end - begin}"
+            )
         if 0 < end - begin < shortest:
-            raise ValueError(f"num_read + num_write = {shortest} must not exceed a sequence's length, got {end - begin}")
+            raise ValueError(
+                f"num_read + num_write = {shortest} must not exceed a sequence's length, got {end - begin}"
+            )
     return bounds.to(torch.int64, copy=True).contiguous()
 
 
@@ -50,7 +55,7 @@ def _(offsets: Tensor, packed: bool, time: int, longest: int, shortest: int) -> 
 
 
 class Slots(NamedTuple):
-    """Where every segment lies. F slots; tokens are numbered row · T + position, so that one index reaches any of them."""
+    """Where every segment lies, for F slots."""
 
     row: Tensor  # [F] batch row
     sequence: Tensor  # [F] which sequence; N for a spare slot
@@ -85,9 +90,10 @@ def slots_of(bounds: Tensor, batch: int, time: int, segment_len: int) -> Slots:
 
 
 def windows(slots: Slots, first: Tensor, width: int, time: int, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """Token index [F, width] of the positions from `first` [F] on, and which of them [F, width] lie in their slot.
+    """Which token, row · time + position, stands at the positions from `first` [F] on, and which lie in their slot.
 
-    offset: position of the tensor's first token (queries cover the last ones only). Outside the slot the index is some valid token.
+    Both [F, width]. offset: position of the tensor's first token, as queries may cover the last ones only. Outside the
+    slot the index is that of some other token.
     """
     position = first[:, None] + torch.arange(width, device=first.device)
     inside = (position >= slots.begin[:, None]) & (position < slots.end[:, None])

@@ -1,4 +1,4 @@
-"""The two values that cross the operation's boundary: the memory's state and the result."""
+"""The values that cross the operation's boundary: the memory's state, the result, and a call's options."""
 
 from __future__ import annotations
 
@@ -49,6 +49,18 @@ class SegmentOutput(NamedTuple):
 
     out: Tensor
     state: MemoryState | None
+
+
+class Options(NamedTuple):
+    """The arguments of `segment_attention` that are not tensors, checked."""
+
+    segment_len: int
+    update: str
+    causal: bool
+    num_read: int
+    num_write: int
+    empty_memory: str
+    scale: float
 
 
 def empty_output(q: Tensor, v: Tensor) -> Tensor:

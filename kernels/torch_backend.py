@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .sequences import gather_tokens, scatter_tokens, slots_of, windows
-from .state import MemoryState, SegmentOutput, empty_output
+from .state import MemoryState, Options, SegmentOutput, empty_output
 from .torch_memory import blend_into, fold_segments, read_and_blend
 
 
@@ -30,7 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
 
 
 class Reader(NamedTuple):
-    """What blending needs besides the memory."""
+    """Blends what a memory recalls into local attention."""
 
     gate: Tensor
     always: bool
@@ -43,7 +43,7 @@ class Reader(NamedTuple):
 
 
 def to_slots(x: Tensor, first: int, last: int, segment_len: int) -> Tensor:
-    """Tokens first … last of x [B, heads, T, width], whole segments, as [B · S, heads, L, width]; a view where strides allow."""
+    """Segments in [first, last) of x [B, heads, T, width] as [B · S, heads, L, width]; a view where strides allow."""
     segments = (last - first) // segment_len
     return x[:, :, first:last].unflatten(2, (segments, segment_len)).transpose(1, 2).flatten(0, 1)
 
@@ -53,16 +53,19 @@ def from_slots(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, x.shape[0] // batch)).transpose(1, 2).flatten(2, 3)
 
 
-def cuts(first: int, time: int, segment_len: int) -> Iterator[tuple[int, int, int]]:
-    """(first, last, segment) of the query runs in [first, time): the rest of a segment, whole segments, an unfinished one."""
+def cuts(first: int, time: int, segment_len: int) -> Iterator[tuple[int, int, int, int]]:
+    """Runs of queries in [first, time): the rest of a segment, whole segments, an unfinished one.
+
+    Each as first position, one past the last, first segment, one past the last.
+    """
     start = -(-first // segment_len) * segment_len
     whole = time // segment_len * segment_len
     if first < min(start, time):
-        yield first, min(start, time), first // segment_len
+        yield first, min(start, time), first // segment_len, first // segment_len + 1
     if start < whole:
-        yield start, whole, start // segment_len
+        yield start, whole, start // segment_len, whole // segment_len
     if max(start, whole) < time:
-        yield max(start, whole), time, time // segment_len
+        yield max(start, whole), time, time // segment_len, time // segment_len + 1
 
 
 def attend_rows(
@@ -73,49 +76,42 @@ def attend_rows(
     memory_k: Tensor,
     reader: Reader | None,
     state: MemoryState | None,
-    *,
-    segment_len: int,
-    delta: bool,
-    causal: bool,
     mask: Tensor | None,
-    scale: float,
+    options: Options,
 ) -> SegmentOutput:
-    """Rows of equal length: slots are views of k and v, no mask is stored where the kernels know it."""
+    """Rows of equal length: slots are views of q, k and v, and causality needs no mask but in a segment's rest.
+
+    mask [Tq, Tk]: in place of causality, for rows of one segment.
+    """
     batch, _, time, _ = k.shape
-    first_query = time - q.shape[2]
-    each = time // segment_len
-    whole = each * segment_len
+    L, first_query = options.segment_len, time - q.shape[2]
+    each = time // L
     before = None
     if state is not None:
-        m_before, z_before, *last = fold_segments(
-            to_slots(memory_k, 0, whole, segment_len), to_slots(v, 0, whole, segment_len), *state, None, None, delta
-        )
-        state = MemoryState(*last)
+        keys, values = (to_slots(x, 0, each * L, L) for x in (memory_k, v))
+        m_before, z_before, m, z = fold_segments(keys, values, *state, None, None, options.update == "delta")
+        state = MemoryState(m, z)
         before = (m_before.unflatten(0, (batch, each)), z_before.unflatten(0, (batch, each)))
     outs = []
-    for first, last_query, segment in cuts(first_query, time, segment_len):
-        start = segment * segment_len
-        many = last_query - start > segment_len
-        length = segment_len if many else last_query - first
-        keys = segment_len if many else last_query - start
-        queries = slice(first - first_query, last_query - first_query)
-        is_causal = causal and mask is None
-        bias = mask
-        if is_causal and length < keys:
-            is_causal, bias = False, torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
-        local = attend(
-            to_slots(q[:, :, queries], 0, last_query - first, length),
-            to_slots(k, start, last_query, keys),
-            to_slots(v, start, last_query, keys),
-            bias,
+    for first, last, segment, stop in cuts(first_query, time, L):
+        held = min(L, last - segment * L)
+        asked = min(held, last - first)
+        queries = slice(first - first_query, last - first_query)
+        is_causal, visible = options.causal and mask is None, mask
+        if is_causal and asked < held:
+            is_causal, visible = False, torch.ones(asked, held, dtype=torch.bool, device=q.device).tril(held - asked)
+        out = attend(
+            to_slots(q[:, :, queries], 0, last - first, asked),
+            to_slots(k, segment * L, last, held),
+            to_slots(v, segment * L, last, held),
+            visible,
             is_causal,
-            scale,
+            options.scale,
         )
         if reader is not None and before is not None and state is not None:
-            segments = slice(segment, last_query // segment_len) if many else slice(segment, segment + 1)
-            held = MemoryState(*(x[:, segments].flatten(0, 1) for x in before)) if segment < each else state
-            local = reader(local, to_slots(memory_q[:, :, queries], 0, last_query - first, length), held)
-        outs.append(from_slots(local, batch))
+            seen = state if segment == each else MemoryState(*(x[:, segment:stop].flatten(0, 1) for x in before))
+            out = reader(out, to_slots(memory_q[:, :, queries], 0, last - first, asked), seen)
+        outs.append(from_slots(out, batch))
     if not outs:
         return SegmentOutput(empty_output(q, v), state)
     return SegmentOutput(outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), state)
@@ -130,39 +126,36 @@ def attend_sequences(
     reader: Reader | None,
     state: MemoryState | None,
     bounds: Tensor,
-    *,
-    segment_len: int,
-    delta: bool,
-    causal: bool,
-    num_read: int,
-    num_write: int,
-    scale: float,
+    options: Options,
 ) -> SegmentOutput:
     """Sequences of any lengths: tokens are gathered into slots and scattered back."""
     batch, _, time, _ = k.shape
-    query_time = q.shape[2]
-    slots = slots_of(bounds, batch, time, segment_len)
-    key_index, key_inside = windows(slots, slots.begin, segment_len, time)
+    L, query_time = options.segment_len, q.shape[2]
+    slots = slots_of(bounds, batch, time, L)
+    key_index, key_inside = windows(slots, slots.begin, L, time)
     first_query = slots.begin.clamp(min=time - query_time)
     # a slot's queries follow one another: fewer than L of them when the call brings fewer
-    width = min(query_time, segment_len)
+    width = min(query_time, L)
     query_index, query_inside = windows(slots, first_query, width, query_time, time - query_time)
 
     mask = None
-    if not causal or num_read or num_write or query_time < time:
+    if not options.causal or options.num_read or options.num_write or query_time < time:
         i = first_query[:, None, None] + torch.arange(width, device=k.device)[:, None]
-        j = slots.begin[:, None, None] + torch.arange(segment_len, device=k.device)
-        mask = (j <= i) | (j < slots.sequence_begin[:, None, None] + num_read) | (i >= slots.sequence_end[:, None, None] - num_write)
+        j = slots.begin[:, None, None] + torch.arange(L, device=k.device)
+        read = j < slots.sequence_begin[:, None, None] + options.num_read
+        write = i >= slots.sequence_end[:, None, None] - options.num_write
+        mask = ((j <= i) | read | write | (not options.causal)) & key_inside[:, None]
         # rows outside the slot see everything, so that no row is empty
-        mask = ((mask | (not causal)) & key_inside[:, None]) | ~query_inside[:, :, None]
-        mask = mask.unsqueeze(1)
+        mask = (mask | ~query_inside[:, :, None]).unsqueeze(1)
     values = gather_tokens(v, key_index)
-    out = attend(gather_tokens(q, query_index), gather_tokens(k, key_index), values, mask, mask is None, scale)
+    queries, keys = gather_tokens(q, query_index), gather_tokens(k, key_index)
+    out = attend(queries, keys, values, mask, mask is None, options.scale)
     if reader is not None and state is not None:
         owner = None if len(bounds) == batch else slots.sequence
-        keys = gather_tokens(memory_k, key_index)
-        m_before, z_before, *last = fold_segments(keys, values, *state, key_inside[:, -1], owner, delta)
-        state = MemoryState(*last)
+        m_before, z_before, m, z = fold_segments(
+            gather_tokens(memory_k, key_index), values, *state, key_inside[:, -1], owner, options.update == "delta"
+        )
+        state = MemoryState(m, z)
         out = reader(out, gather_tokens(memory_q, query_index), MemoryState(m_before, z_before))
     return SegmentOutput(scatter_tokens(out, query_index, query_inside, batch, query_time), state)
 
@@ -176,30 +169,16 @@ def segment_attention(
     gate: Tensor | None,
     state: MemoryState | None,
     bounds: Tensor | None,
-    *,
-    segment_len: int,
-    update: str,
-    causal: bool,
-    num_read: int,
-    num_write: int,
-    empty_memory: str,
-    scale: float,
+    options: Options,
 ) -> SegmentOutput:
-    """Arguments as `operation.segment_attention` passes them, already checked."""
-    reader = None if gate is None else Reader(gate, empty_memory == "gated")
-    delta = update == "delta"
+    """bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows."""
+    reader = None if gate is None else Reader(gate, options.empty_memory == "gated")
     if bounds is not None:
-        return attend_sequences(
-            q, k, v, memory_q, memory_k, reader, state, bounds,
-            segment_len=segment_len, delta=delta, causal=causal, num_read=num_read, num_write=num_write, scale=scale,
-        )  # fmt: skip
+        return attend_sequences(q, k, v, memory_q, memory_k, reader, state, bounds, options)
     mask = None
-    if causal and (num_read or num_write):
+    if options.causal and (options.num_read or options.num_write):
         time = k.shape[2]
         i = torch.arange(time - q.shape[2], time, device=q.device)[:, None]
         j = torch.arange(time, device=q.device)
-        mask = (j <= i) | (j < num_read) | (i >= time - num_write)
-    return attend_rows(
-        q, k, v, memory_q, memory_k, reader, state,
-        segment_len=segment_len, delta=delta, causal=causal, mask=mask, scale=scale,
-    )  # fmt: skip
+        mask = (j <= i) | (j < options.num_read) | (i >= time - options.num_write)
+    return attend_rows(q, k, v, memory_q, memory_k, reader, state, mask, options)

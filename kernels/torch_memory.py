@@ -8,8 +8,8 @@ Two registered operations on slots (F segments, consecutive within a sequence):
 With u = σ(k) / σ(k) z, a segment's write is M ← M + B − A M, where B = σ(k)ᵀ v and A = uᵀ σ(k) (0 for the linear rule).
 A is symmetric, so the adjoint of the scan is the scan run backwards.
 
-Nothing here depends on the size of σ. z is divided by its peak, and rows are normalised before they are multiplied, never
-after, so that every factor stays bounded and float32 holds what its range holds.
+Nothing here depends on the size of σ: z is divided by its peak, and rows are normalised before they are multiplied,
+never after, so that every factor stays bounded.
 
 Features are recomputed block by block, in cache, rather than stored.
 """
@@ -23,7 +23,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Step = tuple[slice | Tensor, slice | Tensor]
 
@@ -33,7 +34,7 @@ _BLOCK_ELSEWHERE = 2**26
 
 
 def without_autocast(f: Callable[P, R]) -> Callable[P, R]:
-    """A backward may run where the user's autocast still holds, which would lower the precision of the state's gradients."""
+    """For a backward, which may run where the user's autocast still holds: the memory's products stay in float32."""
 
     @functools.wraps(f)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -56,7 +57,7 @@ def feature_map_grad(features: Tensor) -> Tensor:
 
 
 def scaled(normalizer: Tensor) -> tuple[Tensor, Tensor]:
-    """z [..., K] over its peak, and 1 / peak [..., 1]; both 0 where the memory is empty, its sums lost in float underflow."""
+    """z [..., K] over its peak, and 1 / peak [..., 1]; both 0 where the memory is empty or lost in underflow."""
     limits = torch.finfo(normalizer.dtype)
     peak = normalizer.amax(-1, keepdim=True)
     inverse = torch.where(peak >= limits.tiny / limits.eps, peak.reciprocal(), 0)
@@ -283,7 +284,9 @@ def _queries(q: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return features, inverse, inverse > 0
 
 
-def blend_into(out: Tensor, local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool) -> Tensor:
+def blend_into(
+    out: Tensor, local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool
+) -> Tensor:
     """g A_mem + (1 − g) A_dot, written to `out`, which may be `local` itself."""
     g = gate.to(memory.dtype).sigmoid().view(memory.shape[1], -1, 1, 1)
     z, inverse_peak = scaled(normalizer)

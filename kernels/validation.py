@@ -94,7 +94,10 @@ def check_state(state: object, sequences: int, k: Tensor, v: Tensor) -> MemorySt
         raise TypeError(f"state must be a MemoryState(memory, normalizer), got {type(state).__name__}")
     dtype = state_dtype(k)
     groups, width = k.shape[1], k.shape[3]
-    expected = (("memory", "[B, G, K, V]", (sequences, groups, width, v.shape[3])), ("normalizer", "[B, G, K]", (sequences, groups, width)))
+    expected = (
+        ("memory", "[B, G, K, V]", (sequences, groups, width, v.shape[3])),
+        ("normalizer", "[B, G, K]", (sequences, groups, width)),
+    )
     for x, (name, letters, shape) in zip(state, expected, strict=True):
         check_floating(f"state.{name}", x)
         if x.dtype != dtype:
@@ -121,7 +124,7 @@ def check_scale(scale: float | None, q: Tensor) -> float:
 
 
 def check_offsets(cu_seqlens: Tensor | None, spans: Tensor | None, q: Tensor) -> None:
-    """At most one of cu_seqlens int [N + 1] with B = 1, spans int [B, 2]; their values are checked where they are read."""
+    """At most one of cu_seqlens int [N + 1] with B = 1, spans int [B, 2]; `checked_bounds` reads their values."""
     if cu_seqlens is not None and spans is not None:
         raise ValueError("cu_seqlens and spans exclude each other: packed sequences have no padding; got both")
     for name, x in (("cu_seqlens", cu_seqlens), ("spans", spans)):
@@ -141,7 +144,9 @@ def check_offsets(cu_seqlens: Tensor | None, spans: Tensor | None, q: Tensor) ->
         check_shape("spans", spans, "[B, 2]", (q.shape[0], 2))
 
 
-def check_block_mask(num_read: int, num_write: int, gate: Tensor | None, time: int, segment_len: int, ragged: bool) -> None:
+def check_block_mask(
+    num_read: int, num_write: int, gate: Tensor | None, time: int, segment_len: int, ragged: bool
+) -> None:
     check_integer("num_read", num_read, 0)
     check_integer("num_write", num_write, 0)
     if not (num_read or num_write):
@@ -149,6 +154,9 @@ def check_block_mask(num_read: int, num_write: int, gate: Tensor | None, time: i
     if gate is not None:
         raise ValueError("num_read and num_write are for memory tokens and take no gate: pass gate=None")
     if not ragged and time > segment_len:
-        raise ValueError(f"num_read and num_write need a single segment, T <= segment_len, got T = {time}, segment_len = {segment_len}")
+        raise ValueError(
+            "num_read and num_write need a single segment, T <= segment_len, "
+            f"got T = {time}, segment_len = {segment_len}"
+        )
     if num_read + num_write > time > 0:
         raise ValueError(f"num_read + num_write must not exceed T = {time}, got {num_read} + {num_write}")

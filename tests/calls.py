@@ -85,7 +85,9 @@ def apply(call: Call, made: dict[str, Tensor], backend: str | None = None, **cha
         "num_read": call.num_read,
         "num_write": call.num_write,
         "scale": call.scale,
-        "cu_seqlens": None if call.cu_seqlens is None else torch.tensor(call.cu_seqlens, dtype=torch.int32, device=device),
+        "cu_seqlens": None
+        if call.cu_seqlens is None
+        else torch.tensor(call.cu_seqlens, dtype=torch.int32, device=device),
         "spans": None if call.spans is None else torch.tensor(call.spans, dtype=torch.int32, device=device),
         "backend": backend,
     }
@@ -102,10 +104,14 @@ def gradients(outputs: dict[str, Tensor], made: dict[str, Tensor], seed: int = 1
         direction = (32 * torch.randn(x.shape, generator=generator)).round().div(32).to(x.dtype).to(x.device)
         loss = loss + (x * direction).sum(dtype=torch.float64)
     found = torch.autograd.grad(loss, list(made.values()), allow_unused=True)
-    return {f"d{name}": torch.zeros_like(x) if g is None else g for (name, x), g in zip(made.items(), found, strict=True)}
+    return {
+        f"d{name}": torch.zeros_like(x) if g is None else g for (name, x), g in zip(made.items(), found, strict=True)
+    }
 
 
-def everything(call: Call, backend: str | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def everything(
+    call: Call, backend: str | None, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """Outputs and gradients."""
     made = tensors(call, dtype, device)
     outputs = apply(call, made, backend)
@@ -169,7 +175,9 @@ KINDS = {
     "block mask": Call(gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3),
     "block mask, last queries": Call(gated=False, Tq=4, Tk=9, segment_len=12, num_read=2, num_write=3),
     "block mask, padded": Call(gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3, spans=((0, 9), (2, 8))),
-    "block mask, packed": Call(B=1, gated=False, Tq=15, Tk=15, segment_len=9, num_read=2, num_write=3, cu_seqlens=(0, 8, 15)),
+    "block mask, packed": Call(
+        B=1, gated=False, Tq=15, Tk=15, segment_len=9, num_read=2, num_write=3, cu_seqlens=(0, 8, 15)
+    ),
     "block mask, bidirectional": Call(gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3, causal=False),
 }
 

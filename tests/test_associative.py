@@ -1,4 +1,4 @@
-"""`memory_read` and `memory_write`: the operation's memory on its own, with write strengths and the corrected normaliser."""
+"""`memory_read` and `memory_write`: the memory on its own, with write strengths and the corrected normaliser."""
 
 from __future__ import annotations
 
@@ -73,7 +73,11 @@ def test_gradcheck(feature_map: str | None, update: str) -> None:
 
     def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
         state = memory_write(k, v, update=update, beta=beta, feature_map=feature_map)
-        return memory_read(q, memory_write(k.flip(2), v, state, update=update, beta=beta, feature_map=feature_map), feature_map=feature_map)
+        return memory_read(
+            q,
+            memory_write(k.flip(2), v, state, update=update, beta=beta, feature_map=feature_map),
+            feature_map=feature_map,
+        )
 
     assert torch.autograd.gradcheck(f, tuple(x.requires_grad_() for x in (q, k, v, beta)))
 
@@ -110,7 +114,9 @@ BAD = {
     r"v must have shape \[B, G, T, V\]": lambda k, v, s: memory_write(k, v[:, :, :2]),
     "update must be one of": lambda k, v, s: memory_write(k, v, update="both"),
     r"beta must have shape \[B, G, T\] = \[1, 2, 3\]": lambda k, v, s: memory_write(k, v, beta=torch.ones(1, 2)),
-    r"state.memory must have shape \[B, G, K, V\] = \[1, 2, 4, 5\]": lambda k, v, s: memory_write(k, v, MemoryState.zeros(2, 2, 4, 5)),
+    r"state.memory must have shape \[B, G, K, V\] = \[1, 2, 4, 5\]": lambda k, v, s: memory_write(
+        k, v, MemoryState.zeros(2, 2, 4, 5)
+    ),
     "state.normalizer must have shape": lambda k, v, s: memory_read(k, MemoryState(s.memory, s.normalizer[..., :3])),
     "state.memory must have shape": lambda k, v, s: memory_read(k[..., :3], s),
     "H % G == 0, got H = 3, G = 2": lambda k, v, s: memory_read(torch.ones(1, 3, 3, 4), s),

@@ -21,7 +21,12 @@ def normal(*shape: int, grad: bool = True) -> torch.Tensor:
 
 def operations() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """One sample of every registered operation, and of its optional arguments."""
-    k, v, local, q = normal(F, L, G, K).transpose(1, 2), normal(F, G, L, V), normal(F, L, H, V).transpose(1, 2), normal(F, H, L, K)
+    k, v, local, q = (
+        normal(F, L, G, K).transpose(1, 2),
+        normal(F, G, L, V),
+        normal(F, L, H, V).transpose(1, 2),
+        normal(F, H, L, K),
+    )
     memory, normalizer = normal(N, G, K, V), normal(N, G, K, grad=False).abs().requires_grad_()
     before, z_before = normal(F, G, K, V), normal(F, G, K, grad=False).abs().requires_grad_()
     complete, owner = torch.tensor([True, False, True]), torch.tensor([0, 0, 2])
@@ -32,7 +37,10 @@ def operations() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "fold sequences": (fold_segments, (k, v, memory, normalizer, complete, owner, True)),
         "fold linear": (fold_segments, (*rows[:-1], False)),
         "fold half": (fold_segments, (k.bfloat16(), v.bfloat16(), *rows[2:])),
-        "fold backward": (fold_segments_backward, (*detached, complete, owner, True, *detached[2:], memory.detach(), normalizer.detach())),
+        "fold backward": (
+            fold_segments_backward,
+            (*detached, complete, owner, True, *detached[2:], memory.detach(), normalizer.detach()),
+        ),
         "read": (read_and_blend, (local, q, before, z_before, normal(H), False)),
         "read always": (read_and_blend, (local.bfloat16(), q.bfloat16(), before, z_before, normal(H), True)),
         "read backward": (
@@ -50,7 +58,9 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(operation, arguments)
 
 
-@pytest.mark.parametrize("name", ["rows", "linear", "prefill in pieces", "packed", "left padding", "local", "block mask", "decode"])
+@pytest.mark.parametrize(
+    "name", ["rows", "linear", "prefill in pieces", "packed", "left padding", "local", "block mask", "decode"]
+)
 def test_one_graph(name: str, device: torch.device) -> None:
     """fullgraph=True raises at a graph break; values and gradients stay those of the eager call."""
     call = KINDS[name]
@@ -84,7 +94,13 @@ def test_one_graph_for_many_lengths() -> None:
     gate = torch.zeros(2)
     for time in range(41, 61):
         x = torch.randn(1, 2, time, 4)
-        assert error(compiled(x, x, x, segment_len=8, gate=gate).out, segment_attention(x, x, x, segment_len=8, gate=gate).out) < 1e-6
+        assert (
+            error(
+                compiled(x, x, x, segment_len=8, gate=gate).out,
+                segment_attention(x, x, x, segment_len=8, gate=gate).out,
+            )
+            < 1e-6
+        )
     assert graphs <= 3
 
 
@@ -131,7 +147,7 @@ def test_a_second_derivative_is_refused(name: str) -> None:
 
 
 def test_inference_reuses_no_input() -> None:
-    """Without gradients local attention is blended in place; the caller's tensors stay as they were, the result the same."""
+    """Without gradients the blend is in place: the caller's tensors stay as they were, the result the same."""
     call = Call(Tq=20, Tk=20)
     made = tensors(call, torch.float32)
     copies = {key: x.detach().clone() for key, x in made.items()}

@@ -40,7 +40,9 @@ def test_dependency_matrix(backend: str, update: str, segment_len: int, device: 
 @given(st.data())
 def test_pieces_equal_the_whole(data: st.DataObject) -> None:
     """Cuts anywhere: the caller keeps the unfinished segment, the operation the rest."""
-    call = Call(B=2, Tq=29, Tk=29, segment_len=data.draw(st.integers(1, 12)), update=data.draw(st.sampled_from(UPDATES)))
+    call = Call(
+        B=2, Tq=29, Tk=29, segment_len=data.draw(st.integers(1, 12)), update=data.draw(st.sampled_from(UPDATES))
+    )
     cuts = sorted(data.draw(st.sets(st.integers(1, 28), max_size=6)))
     made = tensors(call, torch.float64)
     whole = apply(call, made)
@@ -85,7 +87,9 @@ def test_padded_equals_unpadded(call: Call, left: int, right: int) -> None:
     bare = apply(call, made)
     tokens = ("q", "k", "v", "memory_q", "memory_k")
     padded = {
-        name: torch.nn.functional.pad(x.detach(), (0, 0, left, right), value=3.0).requires_grad_() if name in tokens else x
+        name: torch.nn.functional.pad(x.detach(), (0, 0, left, right), value=3.0).requires_grad_()
+        if name in tokens
+        else x
         for name, x in made.items()
     }
     spanned = apply(replace(call, spans=((left, left + call.Tk),)), padded)
@@ -142,7 +146,9 @@ def test_gradient_reaches_earlier_segments(update: str) -> None:
     made = tensors(call, torch.float64)
     out = apply(call, made)["out"]
     for s in (1, 2):
-        grads = torch.autograd.grad(out[:, :, 5 * s : 5 * s + 5].square().sum(), [made["memory_k"], made["v"]], retain_graph=True)
+        grads = torch.autograd.grad(
+            out[:, :, 5 * s : 5 * s + 5].square().sum(), [made["memory_k"], made["v"]], retain_graph=True
+        )
         for r in range(s):
             assert all((g[:, :, 5 * r : 5 * r + 5].abs().amax(-1) > 0).all() for g in grads)
         assert not any(g[:, :, 5 * (s + 1) :].any() for g in grads)
@@ -164,7 +170,7 @@ def test_checkpointing_changes_nothing(update: str) -> None:
 
 
 def test_two_training_steps_in_a_row() -> None:
-    """The carried state belongs to the caller: a second backward has a graph of its own, and the state is not written to."""
+    """The carried state is the caller's: a second backward has its own graph, and the state is not written to."""
     call = Call(Tq=20, Tk=20)
     made = tensors(call, torch.float64)
     before = made["memory"].detach().clone()
@@ -260,7 +266,19 @@ def test_small_features_keep_their_digits() -> None:
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_a_million_tokens_in_float32(update: str) -> None:
-    call = Call(B=1, H=1, G=1, Tq=1, Tk=2**20, K=4, V=4, segment_len=1024, update=update, with_state=False, own_memory_inputs=False)
+    call = Call(
+        B=1,
+        H=1,
+        G=1,
+        Tq=1,
+        Tk=2**20,
+        K=4,
+        V=4,
+        segment_len=1024,
+        update=update,
+        with_state=False,
+        own_memory_inputs=False,
+    )
     made = {name: x.detach() for name, x in tensors(call, torch.float32).items()}
     found = apply(call, made)
     expected = apply(call, {name: x.double() for name, x in made.items()})
@@ -270,13 +288,15 @@ def test_a_million_tokens_in_float32(update: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_short_first_segment_then_long_ones(backend: str) -> None:
-    """A hand-carried state after 2 tokens, then segments of 64: A's largest eigenvalue is 32, the step overshoots, and the
-    backends still agree with the loop of the definition."""
+    """A state carried by hand after 2 tokens, then segments of 64: A's largest eigenvalue is near 32, the step
+    overshoots, and both backends still give what the rule says."""
     generator = torch.Generator().manual_seed(3)
     k, v = (torch.randn(1, 1, 130, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     gate = torch.zeros(1, dtype=torch.float64)
     _, state = segment_attention(k[:, :, :2], k[:, :, :2], v[:, :, :2], segment_len=2, gate=gate, backend=backend)
-    _, after = segment_attention(k[:, :, 2:], k[:, :, 2:], v[:, :, 2:], segment_len=64, gate=gate, state=state, backend=backend)
+    _, after = segment_attention(
+        k[:, :, 2:], k[:, :, 2:], v[:, :, 2:], segment_len=64, gate=gate, state=state, backend=backend
+    )
     memory, normalizer = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     sizes = []
     for first, last in ((0, 2), (2, 66), (66, 130)):
@@ -311,7 +331,9 @@ def test_empty_inputs_give_empty_results() -> None:
     assert not state.memory.any()
     assert state.memory.shape == (3, 2, 4, 4)
     packed = torch.zeros(1, 2, 0, 4)
-    out, state = segment_attention(packed, packed, packed, segment_len=4, gate=gate, cu_seqlens=torch.zeros(3, dtype=torch.int32))
+    out, state = segment_attention(
+        packed, packed, packed, segment_len=4, gate=gate, cu_seqlens=torch.zeros(3, dtype=torch.int32)
+    )
     assert out.shape == (1, 2, 0, 4)
     assert state.memory.shape == (2, 2, 4, 4)
     nothing = torch.zeros(0, 2, 5, 4)

@@ -57,7 +57,9 @@ def test_error_stays_within_the_gates(name: str, dtype: torch.dtype, device: tor
     assert values["out"].dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["rows", "linear", "no state", "shared inputs", "gated when empty", "packed", "left padding"])
+@pytest.mark.parametrize(
+    "name", ["rows", "linear", "no state", "shared inputs", "gated when empty", "packed", "left padding"]
+)
 def test_gradcheck(name: str) -> None:
     call = Call(**{**KINDS[name].__dict__, "H": 2, "G": 1, "K": 3, "V": 2})
     made = tensors(call, torch.float64)

@@ -33,11 +33,19 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "not a tensor": (TypeError, "q must be a tensor, got list", {"q": [1.0]}),
     "rank": (ValueError, r"k must have 4 dimensions .* got shape \[2, 12, 6\]", {"k": x(B, T, K)}),
     "integer tensor": (TypeError, "v must be bfloat16, .* got torch.int64", {"v": x(B, G, T, V, dtype=torch.int64)}),
-    "mixed dtypes": (TypeError, "k must have q's dtype torch.float32, got torch.float64", {"k": x(B, G, T, K).double()}),
+    "mixed dtypes": (
+        TypeError,
+        "k must have q's dtype torch.float32, got torch.float64",
+        {"k": x(B, G, T, K).double()},
+    ),
     "mixed devices": (ValueError, "k must be on q's device cpu, got meta", {"k": x(B, G, T, K).to("meta")}),
     "batch": (ValueError, "k must have q's batch size 2, got 3", {"k": x(3, G, T, K)}),
     "width": (ValueError, "k must have q's width K = 6, got 7", {"k": x(B, G, T, 7)}),
-    "v": (ValueError, r"v must have shape \[B, G, Tk, V\] = \[2, 2, 12, 5\], got \[2, 1, 12, 5\]", {"v": x(B, 1, T, V)}),
+    "v": (
+        ValueError,
+        r"v must have shape \[B, G, Tk, V\] = \[2, 2, 12, 5\], got \[2, 1, 12, 5\]",
+        {"v": x(B, 1, T, V)},
+    ),
     "no width": (ValueError, r"v must have at least one head .* got shape \[2, 2, 12, 0\]", {"v": x(B, G, T, 0)}),
     "heads": (ValueError, "H % G == 0, got H = 4, G = 3", {"k": x(B, 3, T, K), "v": x(B, 3, T, V)}),
     "more queries than keys": (ValueError, "Tq <= Tk positions, got Tq = 13, Tk = 12", {"q": x(B, H, 13, K)}),
@@ -48,9 +56,17 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "backend": (ValueError, "backend must be one of 'torch', 'reference', got 'cuda'", {"backend": "cuda"}),
     "gate": (ValueError, r"gate must have shape \[H\] = \[4\], got \[2\]", {"gate": torch.zeros(G)}),
     "gate type": (TypeError, "gate must be a tensor, got float", {"gate": 0.0}),
-    "memory_q": (ValueError, r"memory_q must have shape that of q = \[2, 4, 12, 6\]", {"gate": GATE, "memory_q": x(B, G, T, K)}),
+    "memory_q": (
+        ValueError,
+        r"memory_q must have shape that of q = \[2, 4, 12, 6\]",
+        {"gate": GATE, "memory_q": x(B, G, T, K)},
+    ),
     "memory_k": (TypeError, "memory_k must have k's dtype", {"gate": GATE, "memory_k": x(B, G, T, K).half()}),
-    "state type": (TypeError, r"state must be a MemoryState\(memory, normalizer\), got Tensor", {"gate": GATE, "state": state.memory}),
+    "state type": (
+        TypeError,
+        r"state must be a MemoryState\(memory, normalizer\), got Tensor",
+        {"gate": GATE, "state": state.memory},
+    ),
     "state shape": (
         ValueError,
         r"state.memory must have shape \[B, G, K, V\] = \[2, 2, 6, 5\], got \[2, 4, 6, 5\]",
@@ -62,21 +78,57 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         {"gate": GATE, "state": MemoryState.zeros(B, G, K, V, dtype=torch.bfloat16)},
     ),
     "state without gate": (ValueError, "state needs a gate", {"state": state}),
-    "decreasing cu_seqlens": (ValueError, r"cu_seqlens must rise from 0 to T = 12 .* got \[0, 7, 5, 12\]", packed | {"cu_seqlens": ints(0, 7, 5, 12)}),
-    "cu_seqlens not to T": (ValueError, r"cu_seqlens must rise from 0 to T = 12 .* got \[0, 7\]", packed | {"cu_seqlens": ints(0, 7)}),
+    "decreasing cu_seqlens": (
+        ValueError,
+        r"cu_seqlens must rise from 0 to T = 12 .* got \[0, 7, 5, 12\]",
+        packed | {"cu_seqlens": ints(0, 7, 5, 12)},
+    ),
+    "cu_seqlens not to T": (
+        ValueError,
+        r"cu_seqlens must rise from 0 to T = 12 .* got \[0, 7\]",
+        packed | {"cu_seqlens": ints(0, 7)},
+    ),
     "cu_seqlens not from 0": (ValueError, "cu_seqlens must rise from 0", packed | {"cu_seqlens": ints(1, 12)}),
-    "cu_seqlens in a batch": (ValueError, "cu_seqlens needs one packed row, B = 1, got B = 2", {"cu_seqlens": ints(0, 12)}),
+    "cu_seqlens in a batch": (
+        ValueError,
+        "cu_seqlens needs one packed row, B = 1, got B = 2",
+        {"cu_seqlens": ints(0, 12)},
+    ),
     "cu_seqlens rank": (ValueError, r"cu_seqlens must have shape \[N \+ 1\]", packed | {"cu_seqlens": ints([0, 12])}),
-    "cu_seqlens dtype": (TypeError, "cu_seqlens must be int32 or int64, got torch.float32", packed | {"cu_seqlens": torch.tensor([0.0, 12.0])}),
+    "cu_seqlens dtype": (
+        TypeError,
+        "cu_seqlens must be int32 or int64, got torch.float32",
+        packed | {"cu_seqlens": torch.tensor([0.0, 12.0])},
+    ),
     "cu_seqlens type": (TypeError, "cu_seqlens must be an int32 tensor, got list", packed | {"cu_seqlens": [0, 12]}),
-    "spans out of range": (ValueError, r"spans\[1\] must be .* inside \[0, 12\], got \[3, 13\]", {"spans": ints([0, 12], [3, 13])}),
+    "spans out of range": (
+        ValueError,
+        r"spans\[1\] must be .* inside \[0, 12\], got \[3, 13\]",
+        {"spans": ints([0, 12], [3, 13])},
+    ),
     "negative span": (ValueError, r"spans\[0\] must be .* got \[-1, 12\]", {"spans": ints([-1, 12], [0, 12])}),
-    "empty span": (ValueError, r"spans\[1\] must be .* at least one token .* got \[5, 5\]; drop rows", {"spans": ints([0, 12], [5, 5])}),
+    "empty span": (
+        ValueError,
+        r"spans\[1\] must be .* at least one token .* got \[5, 5\]; drop rows",
+        {"spans": ints([0, 12], [5, 5])},
+    ),
     "spans shape": (ValueError, r"spans must have shape \[B, 2\] = \[2, 2\], got \[1, 2\]", {"spans": ints([0, 12])}),
-    "both": (ValueError, "cu_seqlens and spans exclude each other", packed | {"cu_seqlens": ints(0, 12), "spans": ints([0, 12])}),
+    "both": (
+        ValueError,
+        "cu_seqlens and spans exclude each other",
+        packed | {"cu_seqlens": ints(0, 12), "spans": ints([0, 12])},
+    ),
     "negative num_read": (ValueError, "num_read must be at least 0, got -1", {"num_read": -1, "segment_len": T}),
-    "blocks too long": (ValueError, r"num_read \+ num_write must not exceed T = 12, got 7 \+ 6", {"num_read": 7, "num_write": 6, "segment_len": T}),
-    "blocks over segments": (ValueError, "single segment, T <= segment_len, got T = 12, segment_len = 4", {"num_read": 1}),
+    "blocks too long": (
+        ValueError,
+        r"num_read \+ num_write must not exceed T = 12, got 7 \+ 6",
+        {"num_read": 7, "num_write": 6, "segment_len": T},
+    ),
+    "blocks over segments": (
+        ValueError,
+        "single segment, T <= segment_len, got T = 12, segment_len = 4",
+        {"num_read": 1},
+    ),
     "blocks with a gate": (ValueError, "take no gate", {"num_write": 1, "segment_len": T, "gate": GATE}),
     "packed blocks too long": (
         ValueError,
@@ -90,7 +142,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     ),
     "scale": (ValueError, "scale must be finite, got inf", {"scale": float("inf")}),
     "scale type": (TypeError, "scale must be a number, got Tensor", {"scale": torch.ones(())}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -1,5 +1,7 @@
 """Fused segment attention: local attention, a compressive memory, and the architectures that stand on them."""
 
+from .infini.attention import InfiniAttention, InfiniState
+from .infini.gate import parameter_groups
 from .kernels.associative import memory_read, memory_write
 from .kernels.backends import show_config
 from .kernels.operation import segment_attention
@@ -8,10 +10,13 @@ from .kernels.state import MemoryState, SegmentOutput
 __version__ = "0.1.0"
 
 __all__ = [
+    "InfiniAttention",
+    "InfiniState",
     "MemoryState",
     "SegmentOutput",
     "memory_read",
     "memory_write",
+    "parameter_groups",
     "segment_attention",
     "show_config",
 ]

@@ -1,0 +1,214 @@
+"""`InfiniAttention`: streaming, positions, padding, gates, and what an optimiser is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from calls import error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segattn import InfiniAttention, parameter_groups
+from segattn.infini.decoder import Decoder, DecoderConfig
+from segattn.infini.rotary import rotate
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "linear": {"update": "linear"},
+    "grouped": {"kv_heads": 2},
+    "normalised": {"qk_norm": True},
+    "sequence positions": {"rope": "sequence"},
+    "no positions": {"rope": None},
+    "write bias": {"write_bias": -1.0},
+    "wide heads": {"head_width": 6},
+    "gated when empty": {"empty_memory": "gated"},
+}
+
+
+def layer(**options: Any) -> InfiniAttention:
+    return InfiniAttention(16, 4, segment_len=5, **options).double()
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, 16, dtype=torch.float64)
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(sorted(VARIANTS)), st.sets(st.integers(1, 22), max_size=7))
+def test_pieces_equal_the_whole(name: str, cuts: set[int]) -> None:
+    """Any cuts, token by token included; the state and the gradients of the parameters too."""
+    torch.manual_seed(0)
+    attention = layer(**VARIANTS[name])
+    x = tokens(2, 23)
+    whole, expected = attention(x)
+    state, outs = None, []
+    for piece in x.tensor_split(sorted(cuts), dim=1):
+        out, state = attention(piece, state)
+        outs.append(out)
+    assert error(torch.cat(outs, 1), whole) < 1e-12
+    assert error(state.memory.memory, expected.memory.memory) < 1e-12
+    assert error(state.keys, expected.keys) < 1e-12
+    assert state.position == expected.position == 23
+    grads = torch.autograd.grad(torch.cat(outs, 1).square().sum(), attention.parameters(), retain_graph=True)
+    for got, wanted in zip(grads, torch.autograd.grad(whole.square().sum(), attention.parameters()), strict=True):
+        # the gate is float32 in a float64 model too
+        assert error(got, wanted) < (1e-10 if got.dtype == torch.float64 else 1e-6)
+
+
+def test_decoding_token_by_token_equals_one_pass() -> None:
+    attention = layer(rope="sequence")
+    x = tokens(1, 21)
+    state, outs = None, []
+    with torch.no_grad():
+        for t in range(21):
+            out, state = attention(x[:, t : t + 1], state)
+            outs.append(out)
+            assert state.keys.shape[2] == (t + 1) % 5
+        assert error(torch.cat(outs, 1), attention(x)[0]) < 1e-12
+
+
+def test_the_state_is_constant_in_size() -> None:
+    attention = layer()
+    sizes = set()
+    state = None
+    with torch.no_grad():
+        for _ in range(4):
+            _, state = attention(tokens(2, 502), state)
+            sizes.add(
+                sum(x.untyped_storage().nbytes() for x in (*state.memory, state.keys, state.values))
+                - state.keys.nbytes * 2
+            )
+    assert sizes == {(2 * 4 * 4 * 4 + 2 * 4 * 4) * 8}
+    assert state.position == 2008
+
+
+@pytest.mark.parametrize("rope", ["segment", "sequence"])
+def test_the_memory_never_sees_positions(rope: str) -> None:
+    """Another rotary base changes what is attended, and leaves what is written to the bit."""
+    torch.manual_seed(1)
+    one = layer(rope=rope, rope_base=10_000.0)
+    torch.manual_seed(1)
+    other = layer(rope=rope, rope_base=10.0)
+    x = tokens(1, 20)
+    (out, state), (out_other, state_other) = one(x), other(x)
+    assert not torch.equal(out, out_other)
+    assert torch.equal(state.memory.memory, state_other.memory.memory)
+    assert torch.equal(state.memory.normalizer, state_other.memory.normalizer)
+
+
+def test_rotation_depends_on_distance_alone() -> None:
+    q, k = (torch.randn(1, 1, 1, 8, dtype=torch.float64) for _ in range(2))
+    scores = [(rotate(q, torch.tensor([t + 3]), 100.0) * rotate(k, torch.tensor([t]), 100.0)).sum() for t in (0, 7, 50)]
+    assert torch.allclose(torch.stack(scores), scores[0], rtol=1e-5)
+    assert torch.equal(rotate(q, torch.tensor([0]), 100.0), q)
+    assert error(rotate(q, torch.tensor([5]), 100.0).norm(), q.norm()) < 1e-6
+
+
+def test_segment_positions_restart() -> None:
+    """The same tokens give the same local attention in every segment; over the whole text too, by equal distances."""
+    x = tokens(1, 5).repeat(1, 3, 1)
+    for rope in ("segment", "sequence"):
+        attention = layer(rope=rope, gate_init=-60.0)
+        out, _ = attention(x)
+        assert error(out[:, 5:10], out[:, :5]) < 1e-6
+        assert error(out[:, 10:], out[:, :5]) < 1e-6
+
+
+@pytest.mark.parametrize("rope", ["segment", "sequence"])
+def test_padded_and_packed_rows_equal_rows_alone(rope: str) -> None:
+    attention = layer(rope=rope, kv_heads=2)
+    x = tokens(2, 13)
+    spans = torch.tensor([[4, 13], [0, 11]], dtype=torch.int32)
+    out, state = attention(x, spans=spans)
+    assert state is None
+    for row, (begin, end) in enumerate(spans.tolist()):
+        assert error(out[row : row + 1, begin:end], attention(x[row : row + 1, begin:end])[0]) < 1e-12
+        assert not out[row, :begin].any()
+        assert not out[row, end:].any()
+    offsets = torch.tensor([0, 3, 3, 13], dtype=torch.int32)
+    out, _ = attention(x[:1], cu_seqlens=offsets)
+    for begin, end in ((0, 3), (3, 13)):
+        assert error(out[:, begin:end], attention(x[:1, begin:end])[0]) < 1e-12
+
+
+def test_layers_keep_states_of_their_own() -> None:
+    model = Decoder(DecoderConfig(vocabulary=11, segment_len=4, width=16, heads=2))
+    _, states = model(torch.randint(11, (1, 9)))
+    assert len(states) == 2
+    assert error(states[0].memory.memory, states[1].memory.memory) > 0.1
+
+
+def test_gates_stay_float32() -> None:
+    attention = InfiniAttention(16, 4, segment_len=5, gate_init=0.1234567)
+    before = attention.gate().detach().clone()
+    attention.to(torch.bfloat16)
+    assert attention.gate().dtype == torch.float32
+    assert torch.equal(attention.gate(), before)
+    assert attention.q_proj.weight.dtype == torch.bfloat16
+    out, state = attention(torch.randn(1, 12, 16, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    assert state.memory.memory.dtype == torch.float32
+    assert "gate.bias" in attention.state_dict()
+
+
+def test_parameter_groups() -> None:
+    model = Decoder(DecoderConfig(vocabulary=11, segment_len=4, width=16, heads=2))
+    model.embedding.weight.requires_grad_(False)
+    matrices, vectors, gates = parameter_groups(model, lr=1e-3, gate_lr=2e-2, weight_decay=0.1)
+    assert [g["lr"] for g in (matrices, vectors, gates)] == [1e-3, 1e-3, 2e-2]
+    assert [g["weight_decay"] for g in (matrices, vectors, gates)] == [0.1, 0.0, 0.0]
+    assert {id(p) for p in gates["params"]} == {id(block.attention.gate.bias) for block in model.blocks}
+    assert all(p.ndim >= 2 for p in matrices["params"])
+    grouped = [id(p) for g in (matrices, vectors, gates) for p in g["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    before = gates["params"][0].detach().clone()
+    optimiser = torch.optim.AdamW([matrices, vectors, gates])
+    model(torch.randint(11, (1, 12)))[0].square().sum().backward()
+    optimiser.step()
+    # Adam's first step has the size of the rate
+    assert torch.allclose((gates["params"][0] - before).abs(), torch.full_like(before, 2e-2), rtol=1e-3)
+
+
+def test_truncation_is_where_the_caller_detaches() -> None:
+    attention = layer()
+    first, second = tokens(1, 10).requires_grad_(), tokens(1, 10)
+    _, state = attention(first)
+    out, _ = attention(second, state.detach())
+    assert torch.autograd.grad(out.sum(), first, allow_unused=True) == (None,)
+    out, _ = attention(second, state)
+    assert torch.autograd.grad(out.sum(), first)[0].any()
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("heads must be a multiple of kv_heads, got 4 and 3", {"kv_heads": 3}),
+        ("rope must be one of 'segment', 'sequence', None, got 'yarn'", {"rope": "yarn"}),
+        ("head_width must be even for rotary embedding, got 3", {"head_width": 3}),
+        ("segment_len must be at least 1, got 0", {"segment_len": 0}),
+        ("update must be one of 'delta', 'linear', got 'gated'", {"update": "gated"}),
+        ("empty_memory must be one of 'local', 'gated', got None", {"empty_memory": None}),
+        ("backend must be one of 'torch', 'reference', got 'cpu'", {"backend": "cpu"}),
+    ],
+)
+def test_bad_options_are_named_at_construction(message: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        InfiniAttention(16, 4, **({"segment_len": 5} | options))
+
+
+def test_bad_calls_are_named() -> None:
+    attention = layer()
+    _, state = attention(tokens(2, 3))
+    spans = torch.tensor([[0, 3], [0, 3]], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"width must be a multiple of heads"):
+        InfiniAttention(15, 4, segment_len=5)
+    with pytest.raises(ValueError, match=r"x must have shape \[B, T, 16\], got \[2, 16\]"):
+        attention(tokens(2))
+    with pytest.raises(ValueError, match="state must be of x's batch size 3, got 2"):
+        attention(tokens(3, 3), state)
+    with pytest.raises(ValueError, match="state cannot go with spans"):
+        attention(tokens(2, 3), state, spans=spans)
+    with pytest.raises(ValueError, match=r"state must hold keys .* got \[2, 4, 3, 4\]"):
+        InfiniAttention(16, 2, segment_len=5).double()(tokens(2, 3), state)
