@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import InfiniAttention, InfiniState
-from .gate import Gate
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a `Decoder`; `attention` holds further arguments of `InfiniAttention`."""
+    """Sizes of a `Decoder`; `attention` holds further arguments of `InfiniAttention`.
+
+    With `neighbours`, a token's embedding takes in so many of the tokens before it, each by weights of its own (a short
+    convolution). Order within a phrase is then known before the first layer.
+    """
 
     vocabulary: int
     segment_len: int
     width: int = 64
     layers: int = 2
     heads: int = 4
+    neighbours: int = 0
     update: str = "delta"
     attention: dict[str, Any] | None = None
+
+
+class DecoderState(NamedTuple):
+    """What a `Decoder` keeps of the tokens it has read: a state per layer, and the last tokens [B, neighbours]."""
+
+    layers: list[InfiniState]
+    tokens: Tensor
 
 
 class Block(nn.Module):
@@ -39,34 +50,41 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, state: InfiniState | None) -> tuple[Tensor, InfiniState | None]:
+    def forward(self, x: Tensor, state: InfiniState | None) -> tuple[Tensor, InfiniState]:
         attended, state = self.attention(self.attention_norm(x), state)
         x = x + attended
         return x + self.down(F.silu(self.up(self.feed_forward_norm(x)))), state
 
 
 class Decoder(nn.Module):
-    """Tokens in, logits out, one InfiniState per layer carried by the caller."""
+    """Tokens in, logits out; the state is carried by the caller."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
+        # small beside what the layers add, so that they count from the first step
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.neighbours = nn.Parameter(0.5 * torch.randn(config.neighbours, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
 
-    def forward(
-        self, tokens: Tensor, states: list[InfiniState] | None = None, last: int = 0
-    ) -> tuple[Tensor, list[InfiniState]]:
-        """tokens [B, T] → logits [B, T, vocabulary], or of the `last` positions alone, and the states to go on from."""
-        x = self.embedding(tokens)
-        after = []
+    def forward(self, tokens: Tensor, state: DecoderState | None = None, last: int = 0) -> tuple[Tensor, DecoderState]:
+        """tokens [B, T] → logits [B, T, vocabulary], or those of the `last` positions alone, and the state to go on from."""
+        count = self.config.neighbours
+        before = tokens.new_zeros(tokens.shape[0], count) if state is None else state.tokens
+        tokens = torch.cat([before, tokens], dim=1)
+        embedded = self.embedding(tokens)
+        x = embedded[:, count:]
+        for distance, weight in enumerate(self.neighbours, start=1):
+            x = x + weight * embedded[:, count - distance : -distance]
+        layers = []
         for i, block in enumerate(self.blocks):
-            x, state = block(x, None if states is None else states[i])
-            after.append(state)
-        return self.head(self.norm(x[:, -last:])), after
+            x, after = block(x, None if state is None else state.layers[i])
+            layers.append(after)
+        return self.head(self.norm(x[:, -last:])), DecoderState(layers, tokens[:, tokens.shape[1] - count :])
 
     def gates(self) -> Tensor:
         """sigmoid(β), [layers, heads]: each head's share of memory."""
-        return torch.stack([gate().detach().sigmoid() for gate in self.modules() if isinstance(gate, Gate)])
+        return torch.stack([block.attention.gate().detach().sigmoid() for block in self.blocks])

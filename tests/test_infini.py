@@ -135,7 +135,7 @@ def test_padded_and_packed_rows_equal_rows_alone(rope: str) -> None:
 
 def test_layers_keep_states_of_their_own() -> None:
     model = Decoder(DecoderConfig(vocabulary=11, segment_len=4, width=16, heads=2))
-    _, states = model(torch.randint(11, (1, 9)))
+    states = model(torch.randint(11, (1, 9)))[1].layers
     assert len(states) == 2
     assert error(states[0].memory.memory, states[1].memory.memory) > 0.1
 

@@ -1,0 +1,40 @@
+"""Options of `pytest bench/`, and the table of ratios that it ends with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+Row = tuple[str, str, str, float, int]
+ROWS = pytest.StashKey[list[Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where to measure: cpu (default), cuda, mps")
+    parser.addoption(
+        "--rounds", type=int, default=5, help="timed rounds of each provider, each beside a baseline round"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def rows(request: pytest.FixtureRequest) -> list[Row]:
+    """(workload, direction, provider, ratio, peak bytes) of every measurement so far."""
+    return request.config.stash[ROWS]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    group = None
+    for workload, direction, provider, ratio, peak in config.stash[ROWS]:
+        if (workload, direction) != group:
+            group = (workload, direction)
+            terminalreporter.section(f"{workload}, {direction}: ratio to SDPA local, peak MiB", sep="-")
+        terminalreporter.write_line(f"{provider:36} {ratio:6.2f} {peak / 2**20:9.0f}")

@@ -1,0 +1,154 @@
+"""Training a `Decoder` on passkey retrieval by curriculum, a step at a time, to be stopped and gone on with at any step."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.state import MemoryState
+from .decoder import Decoder, DecoderState
+from .gate import parameter_groups
+from .passkey import PasskeyTask
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run trains.
+
+    Each step has texts of one length, drawn evenly from the shortest possible to a longest one, which grows to `segments`
+    over the first `curriculum` of the steps. In `stretched` of the steps that follow the first quarter, what the memory
+    holds after the first segments counts up to `stretch` times: noise as of a text so many times as long, for the price of
+    a short one.
+    """
+
+    steps: int = 800
+    segments: int = 8
+    batch_tokens: int = 4096
+    lr: float = 3e-3
+    gate_lr: float = 3e-2
+    weight_decay: float = 0.01
+    warm_up: int = 20
+    curriculum: float = 0.5
+    stretched: float = 0.5
+    stretch: float = 4096.0
+    clip: float = 1.0
+
+
+def stretch(state: DecoderState, factor: float) -> DecoderState:
+    """The state as if what was read so far had been read `factor` times: recall is the same, and weighs more beside new keys."""
+    layers = [s._replace(memory=MemoryState(s.memory.memory * factor, s.memory.normalizer * factor)) for s in state.layers]
+    return state._replace(layers=layers)
+
+
+class Trainer:
+    """A model, its optimiser and the random numbers of its samples: all that a step depends on, and nothing else.
+
+    Raises:
+        ValueError: texts of `recipe.segments` too short for the task.
+    """
+
+    def __init__(self, model: Decoder, task: PasskeyTask, recipe: Recipe, seed: int) -> None:
+        self.model, self.task, self.recipe = model, task, recipe
+        self.shortest = -(-task.shortest // model.config.segment_len)
+        if recipe.segments < self.shortest:
+            raise ValueError(f"segments must be at least {self.shortest} to hold a sample, got {recipe.segments}")
+        self.device = next(model.parameters()).device
+        self.generator = torch.Generator().manual_seed(seed)
+        groups = parameter_groups(model, recipe.lr, recipe.gate_lr, recipe.weight_decay)
+        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+        self.rates = [group["lr"] for group in self.optimiser.param_groups]
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return len(self.losses)
+
+    def advance(self) -> None:
+        """One step; appends the loss, and the share of passkeys recalled whole."""
+        self._schedule()
+        tokens, state = self._batch()
+        digits = self.task.digits
+        logits, _ = self.model(tokens[:, :-1], state, last=digits)
+        key = tokens[:, -digits:]
+        loss = F.cross_entropy(logits.flatten(0, 1), key.flatten())
+        self.optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimiser.step()
+        self.losses.append(loss.item())
+        self.accuracies.append(exact(logits, key).float().mean().item())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, in plain types and tensors."""
+        return {
+            "recipe": asdict(self.recipe),
+            "losses": list(self.losses),
+            "accuracies": list(self.accuracies),
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.model.load_state_dict(saved["model"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.generator.set_state(saved["generator"])
+        self.losses, self.accuracies = list(saved["losses"]), list(saved["accuracies"])
+
+    def _schedule(self) -> None:
+        """Linear warm-up, then a cosine to zero."""
+        done = self.step / self.recipe.steps
+        factor = min((self.step + 1) / self.recipe.warm_up, 0.5 * (1 + math.cos(math.pi * done)))
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = factor * rate
+
+    def _batch(self) -> tuple[Tensor, DecoderState | None]:
+        """Tokens of a step, and the state that they go on from."""
+        recipe, length = self.recipe, self.model.config.segment_len
+        done = self.step / recipe.steps
+        grown = min(1.0, done / recipe.curriculum) * (recipe.segments - self.shortest)
+        segments = self._integer(self.shortest, self.shortest + math.ceil(grown))
+        batch = max(8, recipe.batch_tokens // (segments * length))
+        state = None
+        if segments > self.shortest and done > 0.25 and self._uniform() < recipe.stretched:
+            first = self._integer(1, segments - self.shortest)
+            filler = self.task.filler(batch, first * length, self.generator)
+            _, state = self.model(filler.to(self.device), last=1)
+            state = stretch(state, math.exp(self._uniform() * math.log(recipe.stretch)))
+            segments -= first
+        samples = self.task.sample(batch, segments * length, self.generator)
+        return samples.tokens.to(self.device), state
+
+    def _integer(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+    def _uniform(self) -> float:
+        return float(torch.rand((), generator=self.generator))
+
+
+def exact(logits: Tensor, key: Tensor) -> Tensor:
+    """Where every digit is the likeliest token: logits [B, digits, vocabulary], key [B, digits] → bool [B]."""
+    return logits.argmax(dim=-1).eq(key).all(dim=-1)
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write whole or not at all: a process that dies while writing leaves the checkpoint before."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU; tensors and plain types only, so that a file from elsewhere cannot run code."""
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
