@@ -51,22 +51,22 @@ def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(max=0).exp_().add_(x.clamp(min=0))
 
 
-def feature_map_grad(features: Tensor) -> Tensor:
-    """σ'(x) from σ(x): exp(x) below zero, 1 above."""
-    return features.clamp(max=1)
+def feature_map_grad(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """σ'(x) in `dtype`: exp(x) below zero, 1 above; that is min(σ(x), 1)."""
+    return x.to(dtype).clamp(max=0).exp_()
 
 
 def scaled(normalizer: Tensor) -> tuple[Tensor, Tensor]:
     """z [..., K] over its peak, and 1 / peak [..., 1]; both 0 where the memory is empty or lost in underflow."""
     limits = torch.finfo(normalizer.dtype)
-    peak = normalizer.amax(-1, keepdim=True)
+    peak = normalizer.abs().amax(-1, keepdim=True)
     inverse = torch.where(peak >= limits.tiny / limits.eps, peak.reciprocal(), 0)
     return normalizer * inverse, inverse
 
 
 def reciprocal(weight: Tensor) -> Tensor:
     """1 / weight; 0 where there is none."""
-    found = weight >= torch.finfo(weight.dtype).tiny
+    found = weight.abs() >= torch.finfo(weight.dtype).tiny
     return torch.where(found, weight.reciprocal(), 0)
 
 
@@ -75,10 +75,14 @@ def _dot(rows: Tensor, vector: Tensor) -> Tensor:
     return (rows * vector.unsqueeze(-2)).sum(-1, keepdim=True)
 
 
-def _blocks(x: Tensor) -> Iterator[slice]:
-    """Runs of slots of x [F, ...] that one pass handles."""
-    size = max(1, _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // max(1, x[:1].numel()))
-    return (slice(i, min(i + size, len(x))) for i in range(0, len(x), size))
+def _blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Parts of x [F, G, ...] that one pass handles: runs of slots, or of one slot's heads."""
+    slots, heads = x.shape[:2]
+    room = max(1, _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // max(1, x[:1, :1].numel()))
+    many, wide = max(1, room // heads), min(room, heads)
+    for i in range(0, slots, many):
+        for j in range(0, heads, wide):
+            yield slice(i, min(i + many, slots)), slice(j, min(j + wide, heads))
 
 
 def _steps(slots: int, sequences: int, owner: Tensor | None) -> list[Step]:
@@ -209,10 +213,9 @@ def fold_segments_backward(
     dm_after, dm_initial = _scan(steps, dm, dm_before, erased)
     _only(complete, dm_after)
 
-    z, inverse_peak = scaled(z_before)
-    dk = torch.empty_like(k, dtype=dtype)
-    dv = torch.empty_like(v)
+    dk, dv = torch.empty_like(k, dtype=dtype), torch.empty_like(v)
     from_weights = torch.zeros_like(dz_before)
+    z, inverse_peak = scaled(z_before)
     for block in _blocks(k):
         features = feature_map(k[block], dtype)
         dv[block] = features @ dm_after[block]
@@ -230,9 +233,7 @@ def fold_segments_backward(
     dz_after, dz_initial = _scan(steps, dz, dz_before + from_weights)
     _only(complete, dz_after)
     for block in _blocks(k):
-        features = feature_map(k[block], dtype)
-        dk[block] += dz_after[block].unsqueeze(-2)
-        dk[block] *= feature_map_grad(features)
+        dk[block] = (dk[block] + dz_after[block].unsqueeze(-2)).mul_(feature_map_grad(k[block], dtype))
     return dk.to(k.dtype), dv, dm_initial, dz_initial
 
 
@@ -277,26 +278,33 @@ fold_segments.register_autograd(_fold_backward, setup_context=_fold_setup)
 fold_segments_backward.register_autograd(_no_second_derivative, setup_context=_nothing_saved)
 
 
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """[F, H, ...] → [F, G, H / G, ...]"""
+    return x.unflatten(1, (groups, x.shape[1] // groups))
+
+
 def _queries(q: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """σ(q) [F, G, R, L, K], 1 / σ(q) z [F, G, R, L, 1] for a scaled z, and whether the memory held anything there."""
-    features = feature_map(q.unflatten(1, (z.shape[1], -1)), z.dtype)
+    features = feature_map(q, z.dtype)
     inverse = reciprocal(_dot(features, z.unsqueeze(2)))
-    return features, inverse, inverse > 0
+    return features, inverse, inverse != 0
 
 
 def blend_into(
     out: Tensor, local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool
 ) -> Tensor:
     """g A_mem + (1 − g) A_dot, written to `out`, which may be `local` itself."""
-    g = gate.to(memory.dtype).sigmoid().view(memory.shape[1], -1, 1, 1)
+    groups, dtype = memory.shape[1], memory.dtype
+    g = _by_group(gate.to(dtype).sigmoid().view(1, -1, 1, 1), groups)
     z, inverse_peak = scaled(normalizer)
     memory = memory * inverse_peak.unsqueeze(-1)
+    q, local, blended = (_by_group(x, groups) for x in (q, local, out))
     for block in _blocks(q):
         features, inverse, found = _queries(q[block], z[block])
-        weight = g if always else g * found
-        recalled = features.mul_(inverse * g) @ memory[block].unsqueeze(2)
-        kept = local[block].to(memory.dtype).unflatten(1, g.shape[:2]) * (1 - weight)
-        out[block] = kept.add_(recalled).flatten(1, 2)
+        share = g[:, block[1]]
+        recalled = features.mul_(inverse * share) @ memory[block].unsqueeze(2)
+        kept = local[block].to(dtype) * (1 - (share if always else share * found))
+        blended[block] = kept.add_(recalled)
     return out
 
 
@@ -320,31 +328,31 @@ def read_and_blend_backward(
     local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The adjoint: gradients of local, q, memory, normalizer and gate."""
-    dlocal, dq = torch.empty_like(local), torch.empty_like(q)
-    dmemory, dnormalizer = torch.empty_like(memory), torch.empty_like(normalizer)
-    g = gate.to(memory.dtype).sigmoid().view(memory.shape[1], -1, 1, 1)
-    dweight = torch.zeros_like(g)
+    groups, dtype = memory.shape[1], memory.dtype
+    g = _by_group(gate.to(dtype).sigmoid().view(1, -1, 1, 1), groups)
     z, inverse_peak = scaled(normalizer)
     memory = memory * inverse_peak.unsqueeze(-1)
+    dlocal, dq = torch.empty_like(local), torch.empty_like(q)
+    dmemory, dnormalizer = torch.empty_like(memory), torch.empty_like(normalizer)
+    dweight = torch.zeros_like(g[0])
+    q, local, dout, dlocal_out, dq_out = (_by_group(x, groups) for x in (q, local, dout, dlocal, dq))
     for block in _blocks(q):
         features, inverse, found = _queries(q[block], z[block])
-        weight = (g if always else g * found).expand(*features.shape[:-1], 1)
-        do = dout[block].to(memory.dtype).unflatten(1, g.shape[:2])
-        dlocal[block] = (do * (1 - weight)).flatten(1, 2)
-        along_local = (do * local[block].to(memory.dtype).unflatten(1, g.shape[:2])).sum(-1, keepdim=True)
-        slope = feature_map_grad(features).mul_(inverse)
+        do, share = dout[block].to(dtype), g[:, block[1]]
+        weight = share if always else share * found
+        dlocal_out[block] = do * (1 - weight)
+        slope = features.clamp(max=1).mul_(inverse).mul_(share)
         u = features.mul_(inverse)
         back = do @ memory[block].unsqueeze(2).mT
         along_memory = (u * back).sum(-1, keepdim=True)
-        dweight += ((along_memory - along_local) * weight).sum((0, 3), keepdim=True)[0]
-        dmemory[block] = (u.mT @ (do * g)).sum(2)
-        dnormalizer[block] = -(along_memory * g * u).sum((2, 3))
-        back -= along_memory * z[block][:, :, None, None]
-        dq[block] = back.mul_(slope.mul_(g)).flatten(1, 2)
+        along_local = (do * local[block]).sum(-1, keepdim=True)
+        dweight[block[1]] += ((along_memory - along_local) * weight).sum((0, 3), keepdim=True)[0]
+        dmemory[block] = (u.mT @ (do * share)).sum(2)
+        dnormalizer[block] = -(u * (along_memory * share)).sum((2, 3))
+        dq_out[block] = back.sub_(along_memory * z[block][:, :, None, None]).mul_(slope)
     dmemory *= inverse_peak.unsqueeze(-1)
     dnormalizer *= inverse_peak
-    dgate = (dweight * (1 - g)).flatten().to(gate.dtype)
-    return dlocal, dq, dmemory, dnormalizer, dgate
+    return dlocal, dq, dmemory, dnormalizer, (dweight * (1 - g[0])).flatten().to(gate.dtype)
 
 
 @read_and_blend_backward.register_fake

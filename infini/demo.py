@@ -1,0 +1,301 @@
+"""The main job: train a small decoder to recall a passkey, and measure how far beyond the trained length it still does."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ..kernels.validation import UPDATES
+from .decoder import Decoder, DecoderConfig
+from .evaluation import Cell, Evaluation, evaluate
+from .passkey import PasskeyTask, generate_text
+from .training import Recipe, Trainer, load_checkpoint, save_checkpoint
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+CHECKPOINT_EVERY = 50
+GENERATED_WORDS = 60_000
+
+
+class SettingError(ValueError):
+    """A setting that cannot be: its name, what it must be, and what it was."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name} {problem}")
+        self.name, self.problem = name, problem
+
+
+class Interrupted(Exception):
+    """Training was stopped by Ctrl-C, and its checkpoint is written."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What a run can be asked for.
+
+    Args:
+        text: file of running text; None: made-up words.
+        steps: of training.
+        segment_len: tokens per segment.
+        segments: longest text in training.
+        update: how the memory is written, "delta" or "linear".
+        seed: of weights, samples and made-up text.
+        reach: longest text in the evaluation, as a multiple of the longest in training.
+        samples: texts per length and depth in the evaluation.
+        device: where to run.
+
+    Raises:
+        SettingError: naming the setting, what it must be, and what it was.
+    """
+
+    text: str | None = None
+    steps: int = 600
+    segment_len: int = 32
+    segments: int = 8
+    update: str = "delta"
+    seed: int = 0
+    reach: int = 64
+    samples: int = 40
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "segment_len": 1, "segments": 1, "seed": 0, "reach": 1, "samples": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise SettingError(name, f"must be at least {low}, got {getattr(self, name)}")
+        if self.update not in UPDATES:
+            raise SettingError("update", f"must be one of {', '.join(map(repr, UPDATES))}, got {self.update!r}")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError):
+            raise SettingError("device", f"must be one that PyTorch can use here, such as 'cpu', got {self.device!r}") from None
+
+    def lengths(self) -> list[int]:
+        """Of the evaluation: the trained length, doubled as often as `reach` allows."""
+        trained = self.segments * self.segment_len
+        return [trained * 2**i for i in range(self.reach.bit_length())]
+
+
+# what a checkpoint's weights depend on; the other settings may change between a run and its continuation
+FIXED = ("text", "steps", "segment_len", "segments", "update", "seed")
+
+
+class Outputs(NamedTuple):
+    """Where a run's files are."""
+
+    checkpoint: Path
+    recall: Path
+    gates: Path
+    figures: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> Outputs:
+        """The files of a run in `folder`."""
+        return cls(folder / "checkpoint.pt", folder / "recall.png", folder / "gates.png", folder / "figures.json")
+
+
+class Listener(Protocol):
+    """Is told how far a run has come."""
+
+    def trained(self, step: int, steps: int, loss: float, accuracy: float) -> None:
+        """After each training step; accuracy over the last twenty."""
+
+    def evaluated(self, done: int, cells: int, cell: Cell) -> None:
+        """After each cell of the evaluation."""
+
+
+def read_text(settings: DemoSettings) -> str:
+    """The running text of a run."""
+    if settings.text is None:
+        return generate_text(GENERATED_WORDS, settings.seed)
+    try:
+        return Path(settings.text).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingError("text", f"must be a file that can be read, got {settings.text!r} ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise SettingError("text", f"must be a file of UTF-8 text, got {settings.text!r}") from None
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run whose checkpoint is in `folder`."""
+    return dict(_checkpoint(folder)["settings"])
+
+
+def build(settings: DemoSettings) -> tuple[Trainer, str]:
+    """A run before its first step, and the fingerprint of its text."""
+    text = read_text(settings)
+    try:
+        task = PasskeyTask(text)
+    except ValueError as error:
+        raise SettingError("text", f"does not do: {error}") from None
+    if settings.segments * settings.segment_len < task.shortest:
+        need = -(-task.shortest // settings.segments)
+        raise SettingError(
+            "segment_len",
+            f"must be at least {need}, so that {settings.segments} segments hold a sample, got {settings.segment_len}",
+        )
+    torch.manual_seed(settings.seed)
+    config = DecoderConfig(
+        vocabulary=len(task.words),
+        segment_len=settings.segment_len,
+        neighbours=task.digits,
+        update=settings.update,
+        attention={"write_bias": -8.0, "rope_base": 30.0},
+    )
+    model = Decoder(config).to(settings.device)
+    recipe = Recipe(steps=settings.steps, segments=settings.segments)
+    return Trainer(model, task, recipe, settings.seed), hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
+    """Train, evaluate, and write checkpoint, pictures and figures to `folder`.
+
+    Args:
+        resume: go on from the checkpoint in `folder`; the weights become those of a run that was never stopped.
+
+    Returns:
+        Every figure of the run, as in the JSON file.
+
+    Raises:
+        SettingError: a setting that cannot be, or with `resume`, one that is not the checkpoint's.
+        Interrupted: by Ctrl-C while training.
+    """
+    begin = time.perf_counter()
+    trainer, fingerprint = build(settings)
+    before = 0.0
+    if resume:
+        before = _restore(trainer, settings, fingerprint, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError("out", f"must be a folder that can be made, got {str(folder)!r} ({error.strerror})") from None
+    _train(trainer, settings, fingerprint, folder, listener, before)
+    trained = time.perf_counter()
+    lengths = settings.lengths()
+    done = 0
+
+    def on_cell(cell: Cell) -> None:
+        nonlocal done
+        done += 1
+        listener.evaluated(done, len(lengths) * len(DEPTHS), cell)
+
+    trainer.model.eval()
+    evaluation = evaluate(
+        trainer.model,
+        trainer.task,
+        lengths=lengths,
+        depths=DEPTHS,
+        samples=settings.samples,
+        seed=settings.seed,
+        on_cell=on_cell,
+    )
+    seconds = {"train": before + trained - begin, "evaluate": time.perf_counter() - trained}
+    figures = _figures(settings, trainer, evaluation, seconds)
+    _write(figures, evaluation, trainer, Outputs.of(folder))
+    return figures
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    path = Outputs.of(folder).checkpoint
+    if not path.is_file():
+        raise SettingError("resume", f"needs a checkpoint in the output folder, and there is no {str(path)!r}")
+    return load_checkpoint(path)
+
+
+def _restore(trainer: Trainer, settings: DemoSettings, fingerprint: str, folder: Path) -> float:
+    """Bring the trainer to the checkpoint; returns the seconds that were spent on it."""
+    saved = _checkpoint(folder)
+    for name in FIXED:
+        value = getattr(settings, name)
+        if saved["settings"][name] != value:
+            raise SettingError(name, f"must be the checkpoint's with resume, {saved['settings'][name]!r}, got {value!r}")
+    if saved["text"] != fingerprint:
+        raise SettingError("text", f"must be the checkpoint's with resume, got {settings.text!r} with other content")
+    trainer.load_state_dict(saved["trainer"])
+    return float(saved["seconds"])
+
+
+def _train(
+    trainer: Trainer, settings: DemoSettings, fingerprint: str, folder: Path, listener: Listener, before: float
+) -> None:
+    begin = time.perf_counter()
+
+    def save() -> None:
+        seconds = before + time.perf_counter() - begin
+        content = {"settings": asdict(settings), "text": fingerprint, "seconds": seconds, "trainer": trainer.state_dict()}
+        save_checkpoint(Outputs.of(folder).checkpoint, content)
+
+    with _deferred_interrupt() as interrupted:
+        while trainer.step < settings.steps:
+            trainer.advance()
+            recent = trainer.accuracies[-20:]
+            listener.trained(trainer.step, settings.steps, trainer.losses[-1], sum(recent) / len(recent))
+            if interrupted or trainer.step % CHECKPOINT_EVERY == 0 or trainer.step == settings.steps:
+                save()
+            if interrupted:
+                raise Interrupted
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Ctrl-C appends to the list instead of breaking into a step; a second one breaks in all the same."""
+    caught: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        previous = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # signals belong to the main thread
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _figures(settings: DemoSettings, trainer: Trainer, evaluation: Evaluation, seconds: dict[str, float]) -> dict[str, Any]:
+    model = trainer.model
+    return {
+        "settings": asdict(settings),
+        "recipe": asdict(trainer.recipe),
+        "model": asdict(model.config) | {"parameters": sum(p.numel() for p in model.parameters())},
+        "versions": {name: importlib.metadata.version(name) for name in ("segattn", "torch")}
+        | {"python": platform.python_version(), "threads": torch.get_num_threads()},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "trained_length": settings.segments * settings.segment_len,
+        "recall": [cell._asdict() for cell in evaluation.cells],
+        "state_bytes": {str(length): size for length, size in evaluation.state_bytes.items()},
+        "gates": model.gates().tolist(),
+        "loss": trainer.losses,
+        "training_recall": trainer.accuracies,
+    }
+
+
+def _write(figures: dict[str, Any], evaluation: Evaluation, trainer: Trainer, outputs: Outputs) -> None:
+    # matplotlib takes a second to import, and only this needs it
+    from .plots import plot_gates, plot_recall
+
+    update = figures["settings"]["update"]
+    plot_recall(outputs.recall, evaluation.cells, figures["trained_length"], f"Passkey recall, {update} memory")
+    plot_gates(outputs.gates, trainer.model.gates(), "Share of memory per head")
+    outputs.figures.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def setting_names() -> list[str]:
+    """Names of the settings, in order."""
+    return [field.name for field in fields(DemoSettings)]
