@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
 
     def forward(self, tokens: Tensor, state: DecoderState | None = None, last: int = 0) -> tuple[Tensor, DecoderState]:
-        """tokens [B, T] → logits [B, T, vocabulary], or those of the `last` positions alone, and the state to go on from."""
+        """tokens [B, T] → logits [B, T, vocabulary], or those of the `last` positions; and the state to go on from."""
         count = self.config.neighbours
         before = tokens.new_zeros(tokens.shape[0], count) if state is None else state.tokens
         tokens = torch.cat([before, tokens], dim=1)
@@ -87,4 +88,5 @@ class Decoder(nn.Module):
 
     def gates(self) -> Tensor:
         """sigmoid(β), [layers, heads]: each head's share of memory."""
-        return torch.stack([block.attention.gate().detach().sigmoid() for block in self.blocks])
+        blocks = cast(Iterable[Block], self.blocks)
+        return torch.stack([block.attention.gate().detach().sigmoid() for block in blocks])

@@ -1,4 +1,4 @@
-"""The main job: train a small decoder to recall a passkey, and measure how far beyond the trained length it still does."""
+"""The main job: train a small decoder to recall a passkey, and see how far beyond the trained length it still does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -36,7 +36,7 @@ class SettingError(ValueError):
         self.name, self.problem = name, problem
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """Training was stopped by Ctrl-C, and its checkpoint is written."""
 
 
@@ -79,7 +79,9 @@ class DemoSettings:
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError):
-            raise SettingError("device", f"must be one that PyTorch can use here, such as 'cpu', got {self.device!r}") from None
+            raise SettingError(
+                "device", f"must be one that PyTorch can use here, such as 'cpu', got {self.device!r}"
+            ) from None
 
     def lengths(self) -> list[int]:
         """Of the evaluation: the trained length, doubled as often as `reach` allows."""
@@ -87,8 +89,8 @@ class DemoSettings:
         return [trained * 2**i for i in range(self.reach.bit_length())]
 
 
-# what a checkpoint's weights depend on; the other settings may change between a run and its continuation
-FIXED = ("text", "steps", "segment_len", "segments", "update", "seed")
+# what a checkpoint's weights depend on besides the text; the rest may change between a run and its continuation
+FIXED = ("steps", "segment_len", "segments", "update", "seed")
 
 
 class Outputs(NamedTuple):
@@ -122,7 +124,9 @@ def read_text(settings: DemoSettings) -> str:
     try:
         return Path(settings.text).read_text(encoding="utf-8")
     except OSError as error:
-        raise SettingError("text", f"must be a file that can be read, got {settings.text!r} ({error.strerror})") from None
+        raise SettingError(
+            "text", f"must be a file that can be read, got {settings.text!r} ({error.strerror})"
+        ) from None
     except UnicodeDecodeError:
         raise SettingError("text", f"must be a file of UTF-8 text, got {settings.text!r}") from None
 
@@ -169,7 +173,7 @@ def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume
 
     Raises:
         SettingError: a setting that cannot be, or with `resume`, one that is not the checkpoint's.
-        Interrupted: by Ctrl-C while training.
+        InterruptedRunError: by Ctrl-C while training.
     """
     begin = time.perf_counter()
     trainer, fingerprint = build(settings)
@@ -179,7 +183,9 @@ def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingError("out", f"must be a folder that can be made, got {str(folder)!r} ({error.strerror})") from None
+        raise SettingError(
+            "out", f"must be a folder that can be made, got {str(folder)!r} ({error.strerror})"
+        ) from None
     _train(trainer, settings, fingerprint, folder, listener, before)
     trained = time.perf_counter()
     lengths = settings.lengths()
@@ -219,9 +225,13 @@ def _restore(trainer: Trainer, settings: DemoSettings, fingerprint: str, folder:
     for name in FIXED:
         value = getattr(settings, name)
         if saved["settings"][name] != value:
-            raise SettingError(name, f"must be the checkpoint's with resume, {saved['settings'][name]!r}, got {value!r}")
+            raise SettingError(
+                name, f"must be the checkpoint's with resume, {saved['settings'][name]!r}, got {value!r}"
+            )
     if saved["text"] != fingerprint:
-        raise SettingError("text", f"must be the checkpoint's with resume, got {settings.text!r} with other content")
+        raise SettingError(
+            "text", f"must be a file of the checkpoint's text with resume, got {settings.text!r}, which holds another"
+        )
     trainer.load_state_dict(saved["trainer"])
     return float(saved["seconds"])
 
@@ -233,7 +243,12 @@ def _train(
 
     def save() -> None:
         seconds = before + time.perf_counter() - begin
-        content = {"settings": asdict(settings), "text": fingerprint, "seconds": seconds, "trainer": trainer.state_dict()}
+        content = {
+            "settings": asdict(settings),
+            "text": fingerprint,
+            "seconds": seconds,
+            "trainer": trainer.state_dict(),
+        }
         save_checkpoint(Outputs.of(folder).checkpoint, content)
 
     with _deferred_interrupt() as interrupted:
@@ -244,7 +259,7 @@ def _train(
             if interrupted or trainer.step % CHECKPOINT_EVERY == 0 or trainer.step == settings.steps:
                 save()
             if interrupted:
-                raise Interrupted
+                raise InterruptedRunError
 
 
 @contextmanager
@@ -268,7 +283,9 @@ def _deferred_interrupt() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _figures(settings: DemoSettings, trainer: Trainer, evaluation: Evaluation, seconds: dict[str, float]) -> dict[str, Any]:
+def _figures(
+    settings: DemoSettings, trainer: Trainer, evaluation: Evaluation, seconds: dict[str, float]
+) -> dict[str, Any]:
     model = trainer.model
     return {
         "settings": asdict(settings),
@@ -294,8 +311,3 @@ def _write(figures: dict[str, Any], evaluation: Evaluation, trainer: Trainer, ou
     plot_recall(outputs.recall, evaluation.cells, figures["trained_length"], f"Passkey recall, {update} memory")
     plot_gates(outputs.gates, trainer.model.gates(), "Share of memory per head")
     outputs.figures.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-
-
-def setting_names() -> list[str]:
-    """Names of the settings, in order."""
-    return [field.name for field in fields(DemoSettings)]

@@ -24,7 +24,7 @@ class Cell(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """One cell per length and depth; and per length, the bytes that the state of one text takes when it has been read."""
+    """One cell per length and depth; and per length, the bytes of one text's state when it has been read."""
 
     cells: list[Cell]
     state_bytes: dict[int, int]

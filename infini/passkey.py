@@ -1,4 +1,4 @@
-"""Passkey retrieval: a number is stated somewhere in running text, and asked for at its end (after arXiv 2305.16300)."""
+"""Passkey retrieval: a number stated somewhere in running text, and asked for at its end (arXiv 2305.16300)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def generate_text(words: int, seed: int) -> str:
-    """Sentences of made-up words, as unevenly frequent as in a language, with numbers of one to five digits among them."""
+    """Sentences of made-up words, as unevenly frequent as in a language, and numbers of up to five digits."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int, count: int) -> list[int]:
@@ -48,8 +48,12 @@ def generate_text(words: int, seed: int) -> str:
 
 
 class Samples(NamedTuple):
-    """tokens [B, T], ending with the question and its answer; key [B, digits], token ids of the passkeys; start [B], where
-    each statement begins."""
+    """A batch of texts.
+
+    tokens: [B, T], ending with the question and its answer.
+    key: [B, digits], token ids of the passkeys.
+    start: [B], where each statement begins.
+    """
 
     tokens: Tensor
     key: Tensor
@@ -118,7 +122,7 @@ class PasskeyTask:
 
         Args:
             depth: where the statement stands, 0 at the beginning, 1 just before the question; None: anywhere, evenly.
-            jitter: the statement is moved by up to so many tokens either way, so that it meets every place in a segment.
+            jitter: the statement is moved by up to so many tokens either way, to meet every place in a segment.
             held_out: read the part of the text that training does not.
 
         Raises:
@@ -127,7 +131,9 @@ class PasskeyTask:
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         if length < self.shortest:
-            raise ValueError(f"length must be at least {self.shortest}, for the statement and the question, got {length}")
+            raise ValueError(
+                f"length must be at least {self.shortest}, for the statement and the question, got {length}"
+            )
         if depth is not None and not 0 <= depth <= 1:
             raise ValueError(f"depth must be between 0 and 1, got {depth}")
         room = length - self.shortest

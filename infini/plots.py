@@ -35,7 +35,14 @@ def plot_recall(path: Path, cells: Sequence[Cell], trained_length: int, title: s
     picture = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     for row, values in enumerate(grid):
         for column, value in enumerate(values):
-            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color="white" if value < 0.15 or value > 0.85 else "black")
+            axes.text(
+                column,
+                row,
+                f"{100 * value:.0f}",
+                ha="center",
+                va="center",
+                color="white" if value < 0.15 or value > 0.85 else "black",
+            )
     axes.set_xticks(range(len(lengths)), [f"{length:,}\n{length / trained_length:g}×" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     axes.set_xlabel("tokens of text, and multiples of the trained length")
@@ -45,7 +52,13 @@ def plot_recall(path: Path, cells: Sequence[Cell], trained_length: int, title: s
         edge = lengths.index(trained_length) + 0.5
         axes.axvline(edge, color="black", linewidth=2)
         axes.annotate(
-            "trained up to here", (edge, 1), (-4, 4), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", fontsize=7
+            "trained up to here",
+            (edge, 1),
+            (-4, 4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7,
         )
     _grid(axes, len(lengths), len(depths))
     bar = figure.colorbar(picture, ax=axes, pad=0.02)
@@ -62,7 +75,14 @@ def plot_gates(path: Path, gates: Tensor, title: str) -> None:
     picture = axes.imshow(gates.cpu().numpy(), cmap="PuOr", vmin=0, vmax=1, aspect="auto")
     for layer, row in enumerate(gates.tolist()):
         for head, value in enumerate(row):
-            axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color="white" if abs(value - 0.5) > 0.35 else "black")
+            axes.text(
+                head,
+                layer,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                color="white" if abs(value - 0.5) > 0.35 else "black",
+            )
     axes.set_xticks(range(heads), [str(head + 1) for head in range(heads)])
     axes.set_yticks(range(layers), [str(layer + 1) for layer in range(layers)])
     axes.set_xlabel("head")

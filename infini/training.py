@@ -1,4 +1,4 @@
-"""Training a `Decoder` on passkey retrieval by curriculum, a step at a time, to be stopped and gone on with at any step."""
+"""Training a `Decoder` on passkey retrieval by curriculum, to be stopped and gone on with at any step."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .passkey import PasskeyTask
 class Recipe:
     """How a run trains.
 
-    Each step has texts of one length, drawn evenly from the shortest possible to a longest one, which grows to `segments`
-    over the first `curriculum` of the steps. In `stretched` of the steps that follow the first quarter, what the memory
-    holds after the first segments counts up to `stretch` times: noise as of a text so many times as long, for the price of
-    a short one.
+    Each step has texts of one length, drawn evenly from the shortest possible to a longest one, which grows to
+    `segments` over the first `curriculum` of the steps. In `stretched` of the steps that follow the first quarter, what
+    the memory holds after the first segments counts up to `stretch` times: noise as of a text so many times as long,
+    for the price of a short one.
     """
 
     steps: int = 800
@@ -42,8 +42,10 @@ class Recipe:
 
 
 def stretch(state: DecoderState, factor: float) -> DecoderState:
-    """The state as if what was read so far had been read `factor` times: recall is the same, and weighs more beside new keys."""
-    layers = [s._replace(memory=MemoryState(s.memory.memory * factor, s.memory.normalizer * factor)) for s in state.layers]
+    """The state as if what was read so far had been read `factor` times: the same recall, more weight beside new keys."""
+    layers = [
+        s._replace(memory=MemoryState(s.memory.memory * factor, s.memory.normalizer * factor)) for s in state.layers
+    ]
     return state._replace(layers=layers)
 
 
@@ -81,7 +83,7 @@ class Trainer:
         key = tokens[:, -digits:]
         loss = F.cross_entropy(logits.flatten(0, 1), key.flatten())
         self.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimiser.step()
         self.losses.append(loss.item())
@@ -149,6 +151,6 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU; tensors and plain types only, so that a file from elsewhere cannot run code."""
+    """A checkpoint's content, on the CPU; tensors and plain types only, so that no file can run code."""
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return content

@@ -29,8 +29,8 @@ R = TypeVar("R")
 Step = tuple[slice | Tensor, slice | Tensor]
 
 # tokens × width of one pass: about a core's cache on a CPU, a bound on scratch memory elsewhere
-_BLOCK = {"cpu": 2**19}
-_BLOCK_ELSEWHERE = 2**26
+_BLOCK = {"cpu": 2**18}
+_BLOCK_ELSEWHERE = 2**24
 
 
 def without_autocast(f: Callable[P, R]) -> Callable[P, R]:
@@ -303,8 +303,8 @@ def blend_into(
         features, inverse, found = _queries(q[block], z[block])
         share = g[:, block[1]]
         recalled = features.mul_(inverse * share) @ memory[block].unsqueeze(2)
-        kept = local[block].to(dtype) * (1 - (share if always else share * found))
-        blended[block] = kept.add_(recalled)
+        kept = 1 - (share if always else share * found)
+        blended[block] = torch.addcmul(recalled, local[block].to(dtype), kept)
     return out
 
 
