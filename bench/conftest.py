@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,6 +32,21 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def rows(request: pytest.FixtureRequest) -> list[Row]:
     """(workload, direction, provider, ratio, peak bytes) of every measurement so far."""
     return request.config.stash[ROWS]
+
+
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
+    """What figures depend on, without the machine's name."""
+    device = torch.device(config.getoption("--device"))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": f"{device.type} {name}",
+        "cpu_capability": capability,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -42,7 +42,7 @@ class Recipe:
 
 
 def stretch(state: DecoderState, factor: float) -> DecoderState:
-    """The state as if what was read so far had been read `factor` times: the same recall, more weight beside new keys."""
+    """The state as if what was read had been read `factor` times: the same recall, more weight beside new ones."""
     layers = [
         s._replace(memory=MemoryState(s.memory.memory * factor, s.memory.normalizer * factor)) for s in state.layers
     ]
