@@ -63,7 +63,8 @@ def segment_attention(
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    autocast = isinstance(q, Tensor) and _autocast_holds(q.device.type)
+    if autocast:
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
         memory_q, memory_k = (None if x is None else _autocast(x) for x in (memory_q, memory_k))
     check.check_tokens(q, k, v)
@@ -93,13 +94,19 @@ def segment_attention(
     if k.shape[2] == 0 or sequences == 0:
         return SegmentOutput(empty_output(q, v), None if state is None else MemoryState(*(x.clone() for x in state)))
     memory_q, memory_k = q if memory_q is None else memory_q, k if memory_k is None else memory_k
-    with torch.autocast(q.device.type, enabled=False):
-        return run(q, k, v, memory_q, memory_k, gate, state, bounds, options)
+    if autocast:
+        with torch.autocast(q.device.type, enabled=False):
+            return run(q, k, v, memory_q, memory_k, gate, state, bounds, options)
+    return run(q, k, v, memory_q, memory_k, gate, state, bounds, options)
 
 
 def _empty(sequences: int, k: Tensor, v: Tensor) -> MemoryState:
     _, groups, _, width = k.shape
     return MemoryState.zeros(sequences, groups, width, v.shape[3], device=k.device, dtype=check.state_dtype(k))
+
+
+def _autocast_holds(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(x: Tensor) -> Tensor:

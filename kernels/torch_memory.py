@@ -38,8 +38,10 @@ def without_autocast(f: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(f)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[0]
-        with torch.autocast(first.device.type if isinstance(first, Tensor) else "cpu", enabled=False):
+        device_type = args[0].device.type if isinstance(args[0], Tensor) else "cpu"
+        if not torch.amp.is_autocast_available(device_type):
+            return f(*args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
             return f(*args, **kwargs)
 
     return wrapped

@@ -177,3 +177,12 @@ def test_state_travels_through_a_compiled_loop() -> None:
     whole = segment_attention(x, x, x, segment_len=4, gate=gate)
     assert error(torch.cat(outs, 2), whole.out) < 1e-6
     assert error(state.memory, whole.state.memory) < 1e-6
+
+
+def test_shapes_without_data() -> None:
+    """Meta tensors: what initialisation of large models runs on."""
+    q, gate = torch.empty(1, 2, 10, 4, device="meta"), torch.empty(2, device="meta")
+    out, state = segment_attention(q, q, q, segment_len=4, gate=gate)
+    assert out.shape == (1, 2, 10, 4)
+    assert state.memory.shape == (1, 2, 4, 4)
+    assert out.device.type == state.memory.device.type == "meta"
