@@ -10,12 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-
-def bounds_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
-    """[N + 1] → [N, 2]: first token and one past the last, per sequence."""
-    return torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)
 
 
 @torch.library.custom_op("segattn::checked_bounds", mutates_args=())
@@ -27,7 +23,7 @@ def checked_bounds(offsets: Tensor, packed: bool, time: int, longest: int, short
     Raises:
         ValueError: offsets that decrease, do not cover [0, time], or leave a row empty; a sequence out of its bounds.
     """
-    bounds = bounds_from_cu_seqlens(offsets) if packed else offsets
+    bounds = torch.stack([offsets[:-1], offsets[1:]], dim=1) if packed else offsets
     pairs = bounds.tolist()
     if packed and (offsets[0] != 0 or offsets[-1] != time or any(a > b for a, b in pairs)):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {time} without decreasing, got {offsets.tolist()}")
@@ -61,8 +57,8 @@ class Slots(NamedTuple):
     sequence: Tensor  # [F] which sequence; N for a spare slot
     begin: Tensor  # [F] first position
     end: Tensor  # [F] one past the last; = begin for a spare slot
-    sequence_end: Tensor  # [F] end of the whole sequence
-    sequence_begin: Tensor  # [F] its begin
+    sequence_begin: Tensor  # [F] first position of the whole sequence
+    sequence_end: Tensor  # [F] one past its last
 
 
 def slots_of(bounds: Tensor, batch: int, time: int, segment_len: int) -> Slots:
@@ -76,39 +72,40 @@ def slots_of(bounds: Tensor, batch: int, time: int, segment_len: int) -> Slots:
         row = sequence
     else:
         # Σ ceil(len / L) ≤ T // L + N
-        last = ((end - begin + segment_len - 1) // segment_len).cumsum(0)
+        last = (-(-(end - begin) // segment_len)).cumsum(0)
         slot = torch.arange(time // segment_len + sequences, device=bounds.device)
         sequence = torch.searchsorted(last, slot, right=True)
-        number = slot - torch.nn.functional.pad(last, (1, 0))[sequence]
+        number = slot - F.pad(last, (1, 0))[sequence]
         row = torch.zeros_like(slot)
-        begin, end = (torch.nn.functional.pad(x, (0, 1), value=time) for x in (begin, end))
+        begin, end = (F.pad(x, (0, 1), value=time) for x in (begin, end))
     first = begin[sequence] + number * segment_len
-    last_token = end[sequence]
-    stop = torch.minimum(first + segment_len, last_token)
-    first = torch.minimum(first, stop)
-    return Slots(row, sequence, first, stop, last_token, begin[sequence])
+    stop = torch.minimum(first + segment_len, end[sequence])
+    return Slots(row, sequence, torch.minimum(first, stop), stop, begin[sequence], end[sequence])
 
 
-def windows(slots: Slots, first: Tensor, width: int, time: int, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """Which token, row · time + position, stands at the positions from `first` [F] on, and which lie in their slot.
+class Window(NamedTuple):
+    """Positions of every slot: which tokens stand there, and which of them belong to the slot. Both [F, width]."""
 
-    Both [F, width]. offset: position of the tensor's first token, as queries may cover the last ones only. Outside the
-    slot the index is that of some other token.
-    """
+    token: Tensor  # row · time + position; some other one outside the slot
+    inside: Tensor
+
+
+def window(slots: Slots, first: Tensor, width: int, time: int, offset: int = 0) -> Window:
+    """`width` positions from `first` [F] on, in a tensor whose first token is at position `offset`."""
     position = first[:, None] + torch.arange(width, device=first.device)
     inside = (position >= slots.begin[:, None]) & (position < slots.end[:, None])
-    return slots.row[:, None] * time + (position - offset).clamp(0, time - 1), inside
+    return Window(slots.row[:, None] * time + (position - offset).clamp(0, time - 1), inside)
 
 
-def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """[B, heads, T, width] at index [F, L] → [F, heads, L, width]."""
-    tokens = x.transpose(1, 2).flatten(0, 1)
-    return tokens.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+def gather_tokens(x: Tensor, at: Window) -> Tensor:
+    """[B, heads, T, width] → [F, heads, L, width], 0 outside the slots: padding may hold anything, NaN too."""
+    tokens = x.transpose(1, 2).flatten(0, 1).index_select(0, at.token.flatten())
+    return tokens.unflatten(0, at.token.shape).masked_fill(~at.inside[..., None, None], 0).transpose(1, 2)
 
 
-def scatter_tokens(slots: Tensor, index: Tensor, inside: Tensor, batch: int, time: int) -> Tensor:
+def scatter_tokens(slots: Tensor, at: Window, batch: int, time: int) -> Tensor:
     """The inverse, [F, heads, L, width] → [B, heads, T, width]: 0 where no slot holds the token."""
     values = slots.transpose(1, 2).flatten(0, 1)
-    target = torch.where(inside, index, batch * time).flatten()
+    target = torch.where(at.inside, at.token, batch * time).flatten()
     tokens = values.new_zeros(batch * time + 1, *values.shape[1:]).index_copy(0, target, values)
     return tokens[:-1].unflatten(0, (batch, time)).transpose(1, 2)

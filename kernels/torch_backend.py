@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sequences import gather_tokens, scatter_tokens, slots_of, windows
+from .sequences import gather_tokens, scatter_tokens, slots_of, window
 from .state import MemoryState, Options, SegmentOutput, empty_output
 from .torch_memory import blend_into, fold_segments, read_and_blend
 
@@ -86,31 +86,31 @@ def attend_rows(
     batch, _, time, _ = k.shape
     L, first_query = options.segment_len, time - q.shape[2]
     each = time // L
+    k_slots, v_slots = (to_slots(x, 0, each * L, L) for x in (k, v))
     before = None
     if state is not None:
-        keys, values = (to_slots(x, 0, each * L, L) for x in (memory_k, v))
-        m_before, z_before, m, z = fold_segments(keys, values, *state, None, None, options.update == "delta")
+        written = k_slots if memory_k is k else to_slots(memory_k, 0, each * L, L)
+        m_before, z_before, m, z = fold_segments(written, v_slots, *state, None, None, options.update == "delta")
         state = MemoryState(m, z)
-        before = (m_before.unflatten(0, (batch, each)), z_before.unflatten(0, (batch, each)))
+        before = [x.unflatten(0, (batch, each)) for x in (m_before, z_before)]
     outs = []
     for first, last, segment, stop in cuts(first_query, time, L):
         held = min(L, last - segment * L)
         asked = min(held, last - first)
-        queries = slice(first - first_query, last - first_query)
+        mine = slice(first - first_query, last - first_query)
+        queries = to_slots(q[:, :, mine], 0, last - first, asked)
+        keys, values = k_slots, v_slots
+        if (segment, stop) != (0, each):
+            keys, values = (to_slots(x, segment * L, last, held) for x in (k, v))
         is_causal, visible = options.causal and mask is None, mask
         if is_causal and asked < held:
             is_causal, visible = False, torch.ones(asked, held, dtype=torch.bool, device=q.device).tril(held - asked)
-        out = attend(
-            to_slots(q[:, :, queries], 0, last - first, asked),
-            to_slots(k, segment * L, last, held),
-            to_slots(v, segment * L, last, held),
-            visible,
-            is_causal,
-            options.scale,
-        )
+        out = attend(queries, keys, values, visible, is_causal, options.scale)
         if reader is not None and before is not None and state is not None:
             seen = state if segment == each else MemoryState(*(x[:, segment:stop].flatten(0, 1) for x in before))
-            out = reader(out, to_slots(memory_q[:, :, queries], 0, last - first, asked), seen)
+            out = reader(
+                out, queries if memory_q is q else to_slots(memory_q[:, :, mine], 0, last - first, asked), seen
+            )
         outs.append(from_slots(out, batch))
     if not outs:
         return SegmentOutput(empty_output(q, v), state)
@@ -132,11 +132,11 @@ def attend_sequences(
     batch, _, time, _ = k.shape
     L, query_time = options.segment_len, q.shape[2]
     slots = slots_of(bounds, batch, time, L)
-    key_index, key_inside = windows(slots, slots.begin, L, time)
+    keys_at = window(slots, slots.begin, L, time)
     first_query = slots.begin.clamp(min=time - query_time)
     # a slot's queries follow one another: fewer than L of them when the call brings fewer
     width = min(query_time, L)
-    query_index, query_inside = windows(slots, first_query, width, query_time, time - query_time)
+    queries_at = window(slots, first_query, width, query_time, time - query_time)
 
     mask = None
     if not options.causal or options.num_read or options.num_write or query_time < time:
@@ -144,20 +144,21 @@ def attend_sequences(
         j = slots.begin[:, None, None] + torch.arange(L, device=k.device)
         read = j < slots.sequence_begin[:, None, None] + options.num_read
         write = i >= slots.sequence_end[:, None, None] - options.num_write
-        mask = ((j <= i) | read | write | (not options.causal)) & key_inside[:, None]
+        mask = ((j <= i) | read | write | (not options.causal)) & keys_at.inside[:, None]
         # rows outside the slot see everything, so that no row is empty
-        mask = (mask | ~query_inside[:, :, None]).unsqueeze(1)
-    values = gather_tokens(v, key_index)
-    queries, keys = gather_tokens(q, query_index), gather_tokens(k, key_index)
+        mask = (mask | ~queries_at.inside[:, :, None]).unsqueeze(1)
+    queries = gather_tokens(q, queries_at)
+    keys, values = gather_tokens(k, keys_at), gather_tokens(v, keys_at)
     out = attend(queries, keys, values, mask, mask is None, options.scale)
     if reader is not None and state is not None:
         owner = None if len(bounds) == batch else slots.sequence
-        m_before, z_before, m, z = fold_segments(
-            gather_tokens(memory_k, key_index), values, *state, key_inside[:, -1], owner, options.update == "delta"
-        )
+        written = keys if memory_k is k else gather_tokens(memory_k, keys_at)
+        complete = keys_at.inside[:, -1]
+        m_before, z_before, m, z = fold_segments(written, values, *state, complete, owner, options.update == "delta")
         state = MemoryState(m, z)
-        out = reader(out, gather_tokens(memory_q, query_index), MemoryState(m_before, z_before))
-    return SegmentOutput(scatter_tokens(out, query_index, query_inside, batch, query_time), state)
+        asked = queries if memory_q is q else gather_tokens(memory_q, queries_at)
+        out = reader(out, asked, MemoryState(m_before, z_before))
+    return SegmentOutput(scatter_tokens(out, queries_at, batch, query_time), state)
 
 
 def segment_attention(

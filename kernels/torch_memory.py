@@ -137,7 +137,7 @@ def _only(complete: Tensor | None, *per_slot: Tensor) -> None:
     """Let segments that are not complete write nothing."""
     if complete is not None:
         for x in per_slot:
-            x *= complete.view(-1, *[1] * (x.ndim - 1))
+            x.masked_fill_(~complete.view(-1, *[1] * (x.ndim - 1)), 0)
 
 
 @torch.library.custom_op("segattn::fold_segments", mutates_args=())

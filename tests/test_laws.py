@@ -81,13 +81,13 @@ def test_a_row_equals_that_row_alone(name: str) -> None:
 @settings(max_examples=60)
 @given(random_calls(), st.integers(0, 5), st.integers(0, 5))
 def test_padded_equals_unpadded(call: Call, left: int, right: int) -> None:
-    """Padding of any values changes nothing, gives 0, and gets no gradient."""
+    """Padding of any values, NaN too, changes nothing, gives 0, and gets no gradient."""
     call = replace(call, B=1, Tq=call.Tk, spans=None, cu_seqlens=None, num_read=0, num_write=0)
     made = tensors(call, torch.float64)
     bare = apply(call, made)
     tokens = ("q", "k", "v", "memory_q", "memory_k")
     padded = {
-        name: torch.nn.functional.pad(x.detach(), (0, 0, left, right), value=3.0).requires_grad_()
+        name: torch.nn.functional.pad(x.detach(), (0, 0, left, right), value=float("nan")).requires_grad_()
         if name in tokens
         else x
         for name, x in made.items()
