@@ -50,7 +50,8 @@ class InfiniAttention(nn.Module):
         gate_init: β at the start of training; 0 mixes memory and local attention evenly.
         qk_norm: RMS-normalise queries and keys per head.
         rope: rotary positions of local attention, "segment": restarting with each segment, "sequence": over the whole
-            text, None: none. The memory never sees them.
+            text, None: none. The memory never sees them, and local attention only sees distances, so the first two are
+            equal but for rounding, which grows with the position: "sequence" is for models that number theirs so.
         rope_base: base of the rotary frequencies.
         write_bias: None, or the starting value of a learnt bias on the keys that the memory is written by. Negative:
             little is written until training asks for it, which keeps a long text's noise out (not in the paper).
@@ -80,12 +81,14 @@ class InfiniAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check.check_integer("segment_len", segment_len, 1)
+        kv_heads = heads if kv_heads is None else kv_heads
+        sizes = {"width": width, "heads": heads, "segment_len": segment_len, "kv_heads": kv_heads}
+        for name, size in sizes.items():
+            check.check_integer(name, size, 1)
         check.check_choice("update", update, check.UPDATES)
         check.check_choice("empty_memory", empty_memory, check.EMPTY_MEMORY)
         resolve(backend, torch.device("cpu"))
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        if heads % kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
         if head_width is None:
             if width % heads:
@@ -93,6 +96,7 @@ class InfiniAttention(nn.Module):
                     f"width must be a multiple of heads unless head_width is given, got {width} and {heads}"
                 )
             head_width = width // heads
+        check.check_integer("head_width", head_width, 1)
         if rope not in ROPE:
             raise ValueError(f"rope must be one of 'segment', 'sequence', None, got {rope!r}")
         if rope is not None and head_width % 2:
@@ -105,11 +109,12 @@ class InfiniAttention(nn.Module):
         self.k_proj = nn.Linear(width, kv_heads * head_width, bias=bias)
         self.v_proj = nn.Linear(width, kv_heads * head_width, bias=bias)
         self.o_proj = nn.Linear(heads * head_width, width, bias=bias)
-        self.q_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(head_width) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_width) if qk_norm else None
         self.gate = Gate(heads, gate_init)
+        # a vector, so that optimisers keep weight decay off it
         self.write_bias = (
-            None if write_bias is None else nn.Parameter(torch.full((kv_heads, 1, head_width), float(write_bias)))
+            None if write_bias is None else nn.Parameter(torch.full((kv_heads * head_width,), float(write_bias)))
         )
 
     def forward(
@@ -126,8 +131,11 @@ class InfiniAttention(nn.Module):
         takes no state, and returns None for it, because its rows stop at different places of a segment.
 
         Raises:
-            ValueError: x of another width, a state of another batch, or a state together with spans or cu_seqlens.
+            TypeError, ValueError: x of another width, a state of another kind, batch or layer, a state together with
+                spans or cu_seqlens, or what `segment_attention` refuses of these.
         """
+        check.check_floating("x", x)
+        check.check_offsets(cu_seqlens, spans, x)
         if x.ndim != 3 or x.shape[-1] != self.q_proj.in_features:
             raise ValueError(f"x must have shape [B, T, {self.q_proj.in_features}], got {list(x.shape)}")
         alone = spans is not None or cu_seqlens is not None
@@ -135,8 +143,8 @@ class InfiniAttention(nn.Module):
             raise ValueError("state cannot go with spans or cu_seqlens: feed each row by itself, got both")
         if state is not None:
             self._check_state(state, x)
-        q = self.q_norm(self._heads(self.q_proj(x)))
-        k = self.k_norm(self._heads(self.k_proj(x)))
+        q = _normalised(self._heads(self.q_proj(x)), self.q_norm)
+        k = _normalised(self._heads(self.k_proj(x)), self.k_norm)
         v = self._heads(self.v_proj(x))
         read, memory = 0, None
         if state is not None:
@@ -151,7 +159,7 @@ class InfiniAttention(nn.Module):
             gate=self.gate(),
             update=self.update,
             memory_q=q,
-            memory_k=k if self.write_bias is None else k + self.write_bias,
+            memory_k=k if self.write_bias is None else k + self.write_bias.view(self.kv_heads, 1, self.head_width),
             state=memory,
             spans=spans,
             cu_seqlens=cu_seqlens,
@@ -166,12 +174,19 @@ class InfiniAttention(nn.Module):
         return out, InfiniState(memory, k[:, :, tail:].clone(), v[:, :, tail:].clone(), read + x.shape[1])
 
     def _check_state(self, state: InfiniState, x: Tensor) -> None:
+        if not isinstance(state, InfiniState):
+            raise TypeError(f"state must be the InfiniState of an earlier call, got {type(state).__name__}")
         held = state.keys.shape
         if held[0] != x.shape[0]:
             raise ValueError(f"state must be of x's batch size {x.shape[0]}, got {held[0]}")
         if (held[1], held[3]) != (self.kv_heads, self.head_width) or held[2] >= self.segment_len:
             wanted = f"[B, {self.kv_heads}, P < {self.segment_len}, {self.head_width}]"
             raise ValueError(f"state must hold keys of shape {wanted}, got {list(held)}")
+        if state.position % self.segment_len != held[2] % self.segment_len:
+            raise ValueError(
+                f"state must stop {state.position % self.segment_len} tokens into a segment of {self.segment_len}, "
+                f"as its position {state.position} does, got {held[2]} keys: it is of another segment_len"
+            )
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
@@ -190,3 +205,8 @@ class InfiniAttention(nn.Module):
         elif self.rope == "sequence":
             positions = positions + first
         return positions % self.segment_len if self.rope == "segment" else positions
+
+
+def _normalised(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    """In the norm's own dtype, which autocast does not lower."""
+    return x if norm is None else norm(x.to(norm.weight.dtype))

@@ -60,7 +60,7 @@ class DemoSettings:
     """
 
     text: str | None = None
-    steps: int = 600
+    steps: int = 800
     segment_len: int = 32
     segments: int = 8
     update: str = "delta"

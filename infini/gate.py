@@ -18,10 +18,11 @@ class Gate(nn.Module):
 
     def __init__(self, heads: int, init: float = 0.0) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.full((heads,), float(init)))
+        self.bias = nn.Parameter(torch.full((heads,), float(init), dtype=torch.float32))
 
     def forward(self) -> Tensor:
-        return self.bias
+        # a checkpoint in half precision may have been assigned
+        return self.bias.float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         before = self.bias.detach()

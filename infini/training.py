@@ -36,7 +36,7 @@ class Recipe:
     weight_decay: float = 0.01
     warm_up: int = 20
     curriculum: float = 0.5
-    stretched: float = 0.5
+    stretched: float = 0.75
     stretch: float = 4096.0
     clip: float = 1.0
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import reference
 from . import validation as check
+from .autocast import without_autocast
 from .state import MemoryState
 
 FEATURE_MAPS = ("elu1", None)
@@ -22,6 +23,7 @@ def _features(name: str, x: Tensor, feature_map: str | None) -> Tensor:
     return reference.feature_map(x) if feature_map == "elu1" else x
 
 
+@without_autocast
 def memory_read(q: Tensor, state: MemoryState, *, feature_map: str | None = "elu1") -> Tensor:
     """A_mem = σ(q) M / σ(q) z, 0 where the memory is empty (arXiv 2404.07143, equation 7).
 
@@ -51,6 +53,7 @@ def memory_read(q: Tensor, state: MemoryState, *, feature_map: str | None = "elu
     return recalled.flatten(1, 2).to(q.dtype)
 
 
+@without_autocast
 def memory_write(
     k: Tensor,
     v: Tensor,

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from . import reference, torch_backend
+from .autocast import without_autocast
 from .state import SegmentOutput
 from .validation import check_choice
 
 BACKENDS: dict[str, Callable[..., SegmentOutput]] = {
-    "torch": torch_backend.segment_attention,
-    "reference": reference.segment_attention,
+    "torch": without_autocast(torch_backend.segment_attention),
+    "reference": without_autocast(reference.segment_attention),
 }
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import validation as check
+from .autocast import autocast, autocast_holds
 from .backends import BACKENDS, resolve
 from .sequences import checked_bounds
 from .state import MemoryState, Options, SegmentOutput, empty_output
@@ -35,7 +35,8 @@ def segment_attention(
 
     Infini-attention, arXiv 2404.07143 equations 6 to 10: local attention, retrieval, update, gate. The equations as
     computed here, forward and backward, are in `infini/README.md`. Gradients reach every tensor argument, and cross
-    segments through the memory. There is no second derivative.
+    segments through the memory. There is no second derivative. Finite inputs give finite results as long as q kᵀ and
+    the memory's sums stay inside the range of float32.
 
     Args:
         q: [B, H, Tq, K], the last Tq of the Tk positions. bfloat16, float16, float32 or float64; any strides.
@@ -43,7 +44,8 @@ def segment_attention(
         segment_len: tokens per segment, L.
         gate: [H] β; sigmoid(β) weighs the memory. None: no memory, and the returned state is None.
         update: "delta" writes what the memory does not already return for a key, "linear" adds values as they are.
-        memory_q, memory_k: what the memory reads and writes by, before rotary embedding; default q and k.
+        memory_q, memory_k: what the memory reads and writes by, before rotary embedding; default q and k. Not looked at
+            without a gate.
         state: the memory to begin with, float32 (float64 for float64 inputs); default empty.
         cu_seqlens: int [N + 1] offsets from 0 to T of packed sequences (B = 1), each with its own segments and state.
         spans: int [B, 2], each row's first real token and one past its last. Its segments start there; padding is
@@ -53,7 +55,7 @@ def segment_attention(
             where j <= i, j < num_read or i >= T - num_write. For sequences of one segment, without a gate.
         empty_memory: where the memory holds nothing, "local" leaves local attention alone, "gated" keeps the gate, as
             the paper's equation reads.
-        scale: of the local scores; default 1 / sqrt(K).
+        scale: of the local scores, positive; default 1 / sqrt(K).
         backend: "torch", "reference", or None for the device's default.
 
     Returns:
@@ -63,12 +65,12 @@ def segment_attention(
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
     """
-    autocast = isinstance(q, Tensor) and _autocast_holds(q.device.type)
-    if autocast:
-        q, k, v = _autocast(q), _autocast(k), _autocast(v)
-        memory_q, memory_k = (None if x is None else _autocast(x) for x in (memory_q, memory_k))
+    if isinstance(q, Tensor) and autocast_holds(q.device.type):
+        q, k, v = autocast(q), autocast(k), autocast(v)
+        memory_q, memory_k = (None if x is None else autocast(x) for x in (memory_q, memory_k))
     check.check_tokens(q, k, v)
-    check.check_integer("segment_len", segment_len, 1)
+    segment_len = check.check_integer("segment_len", segment_len, 1)
+    check.check_bool("causal", causal)
     check.check_choice("update", update, check.UPDATES)
     check.check_choice("empty_memory", empty_memory, check.EMPTY_MEMORY)
     check.check_memory_inputs(q, k, memory_q, memory_k)
@@ -82,6 +84,7 @@ def segment_attention(
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if gate is not None:
         check.check_gate(gate, q)
+        gate = gate.to(check.state_dtype(q))
         state = check.check_state(_empty(sequences, k, v) if state is None else state, sequences, k, v)
     elif state is not None:
         raise ValueError("state needs a gate to be read by: pass gate of shape [H], got gate=None")
@@ -94,23 +97,9 @@ def segment_attention(
     if k.shape[2] == 0 or sequences == 0:
         return SegmentOutput(empty_output(q, v), None if state is None else MemoryState(*(x.clone() for x in state)))
     memory_q, memory_k = q if memory_q is None else memory_q, k if memory_k is None else memory_k
-    if autocast:
-        with torch.autocast(q.device.type, enabled=False):
-            return run(q, k, v, memory_q, memory_k, gate, state, bounds, options)
     return run(q, k, v, memory_q, memory_k, gate, state, bounds, options)
 
 
 def _empty(sequences: int, k: Tensor, v: Tensor) -> MemoryState:
     _, groups, _, width = k.shape
     return MemoryState.zeros(sequences, groups, width, v.shape[3], device=k.device, dtype=check.state_dtype(k))
-
-
-def _autocast_holds(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """As PyTorch casts the inputs of its own attention: floats narrower than float64, to the autocast dtype."""
-    if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x

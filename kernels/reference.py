@@ -29,10 +29,16 @@ def visibility(rows: Tensor, keys: Tensor, length: int, options: Options) -> Ten
 
 
 def read(features: Tensor, state: MemoryState) -> tuple[Tensor, Tensor]:
-    """A_mem = σ(q) M / σ(q) z, and which rows [..., L, 1] found anything: an empty memory gives 0."""
-    weight = features @ state.normalizer.unsqueeze(-1)
-    found = weight.abs() >= torch.finfo(weight.dtype).tiny
-    return torch.where(found, features @ state.memory / weight.masked_fill(~found, 1), 0), found
+    """A_mem = σ(q) M / σ(q) z, and which rows [..., L, 1] found anything: an empty memory gives 0.
+
+    Both are taken over z's largest entry, which cancels, so that small features do not vanish in their product.
+    """
+    limits = torch.finfo(features.dtype)
+    peak = state.normalizer.detach().abs().amax(-1, keepdim=True)
+    peak = peak.masked_fill(peak < limits.tiny / limits.eps, torch.inf)
+    weight = features @ (state.normalizer / peak).unsqueeze(-1)
+    found = weight.abs() >= limits.tiny
+    return torch.where(found, features @ (state.memory / peak.unsqueeze(-1)) / weight.masked_fill(~found, 1), 0), found
 
 
 def write(features: Tensor, v: Tensor, state: MemoryState, update: str) -> MemoryState:

@@ -7,6 +7,7 @@ whole.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,8 +58,6 @@ class Slots(NamedTuple):
     sequence: Tensor  # [F] which sequence; N for a spare slot
     begin: Tensor  # [F] first position
     end: Tensor  # [F] one past the last; = begin for a spare slot
-    sequence_begin: Tensor  # [F] first position of the whole sequence
-    sequence_end: Tensor  # [F] one past its last
 
 
 def slots_of(bounds: Tensor, batch: int, time: int, segment_len: int) -> Slots:
@@ -80,7 +79,7 @@ def slots_of(bounds: Tensor, batch: int, time: int, segment_len: int) -> Slots:
         begin, end = (F.pad(x, (0, 1), value=time) for x in (begin, end))
     first = begin[sequence] + number * segment_len
     stop = torch.minimum(first + segment_len, end[sequence])
-    return Slots(row, sequence, torch.minimum(first, stop), stop, begin[sequence], end[sequence])
+    return Slots(row, sequence, torch.minimum(first, stop), stop)
 
 
 class Window(NamedTuple):
@@ -93,7 +92,7 @@ class Window(NamedTuple):
 def window(slots: Slots, first: Tensor, width: int, time: int, offset: int = 0) -> Window:
     """`width` positions from `first` [F] on, in a tensor whose first token is at position `offset`."""
     position = first[:, None] + torch.arange(width, device=first.device)
-    inside = (position >= slots.begin[:, None]) & (position < slots.end[:, None])
+    inside = (position >= slots.begin.clamp(min=offset)[:, None]) & (position < slots.end[:, None])
     return Window(slots.row[:, None] * time + (position - offset).clamp(0, time - 1), inside)
 
 
@@ -103,9 +102,11 @@ def gather_tokens(x: Tensor, at: Window) -> Tensor:
     return tokens.unflatten(0, at.token.shape).masked_fill(~at.inside[..., None, None], 0).transpose(1, 2)
 
 
-def scatter_tokens(slots: Tensor, at: Window, batch: int, time: int) -> Tensor:
-    """The inverse, [F, heads, L, width] → [B, heads, T, width]: 0 where no slot holds the token."""
-    values = slots.transpose(1, 2).flatten(0, 1)
-    target = torch.where(at.inside, at.token, batch * time).flatten()
-    tokens = values.new_zeros(batch * time + 1, *values.shape[1:]).index_copy(0, target, values)
+def scatter_tokens(parts: Sequence[tuple[Tensor, Window]], batch: int, time: int) -> Tensor:
+    """The inverse, [F, heads, L, width] → [B, heads, T, width]: 0 where no slot holds it; later parts prevail."""
+    heads, width = parts[0][0].shape[1], parts[0][0].shape[3]
+    tokens = parts[0][0].new_zeros(batch * time + 1, heads, width)
+    for values, at in parts:
+        target = torch.where(at.inside, at.token, batch * time).flatten()
+        tokens = tokens.index_copy(0, target, values.transpose(1, 2).flatten(0, 1))
     return tokens[:-1].unflatten(0, (batch, time)).transpose(1, 2)

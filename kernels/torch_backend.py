@@ -6,7 +6,6 @@ CPU, CUDA and MPS run the same code.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +28,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
     return out[..., :value_width]
 
 
-class Reader(NamedTuple):
-    """Blends what a memory recalls into local attention."""
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Queries at the last of the keys' positions. A backward keeps no mask: those before them are zeros instead."""
+    asked, held = q.shape[2], k.shape[2]
+    if asked == held:
+        return attend(q, k, v, None, True, scale)
+    if torch.is_grad_enabled():
+        return attend(F.pad(q, (0, 0, held - asked, 0)), k, v, None, True, scale)[:, :, held - asked :]
+    mask = torch.ones(asked, held, dtype=torch.bool, device=q.device).tril(held - asked)
+    return attend(q, k, v, None if asked == 1 else mask, False, scale)
 
-    gate: Tensor
-    always: bool
 
-    def __call__(self, local: Tensor, memory_q: Tensor, state: MemoryState) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return read_and_blend(local, memory_q, *state, self.gate, self.always)
-        # nothing is kept for a backward, so the result takes local attention's place
-        return blend_into(local, local, memory_q, *state, self.gate, self.always)
+def blend(local: Tensor, memory_q: Tensor, state: MemoryState, gate: Tensor, options: Options) -> Tensor:
+    """What the memory before each slot recalls, blended into local attention."""
+    always = options.empty_memory == "gated"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return read_and_blend(local, memory_q, *state, gate, always)
+    # nothing is kept for a backward, so the result takes local attention's place
+    return blend_into(local, local, memory_q, *state, gate, always)
 
 
 def to_slots(x: Tensor, first: int, last: int, segment_len: int) -> Tensor:
@@ -74,21 +80,17 @@ def attend_rows(
     v: Tensor,
     memory_q: Tensor,
     memory_k: Tensor,
-    reader: Reader | None,
+    gate: Tensor | None,
     state: MemoryState | None,
-    mask: Tensor | None,
     options: Options,
 ) -> SegmentOutput:
-    """Rows of equal length: slots are views of q, k and v, and causality needs no mask but in a segment's rest.
-
-    mask [Tq, Tk]: in place of causality, for rows of one segment.
-    """
+    """Rows of equal length: slots are views of q, k and v where strides allow."""
     batch, _, time, _ = k.shape
     L, first_query = options.segment_len, time - q.shape[2]
     each = time // L
     k_slots, v_slots = (to_slots(x, 0, each * L, L) for x in (k, v))
-    before = None
-    if state is not None:
+    before = []
+    if state is not None and each:
         written = k_slots if memory_k is k else to_slots(memory_k, 0, each * L, L)
         m_before, z_before, m, z = fold_segments(written, v_slots, *state, None, None, options.update == "delta")
         state = MemoryState(m, z)
@@ -102,19 +104,32 @@ def attend_rows(
         keys, values = k_slots, v_slots
         if (segment, stop) != (0, each):
             keys, values = (to_slots(x, segment * L, last, held) for x in (k, v))
-        is_causal, visible = options.causal and mask is None, mask
-        if is_causal and asked < held:
-            is_causal, visible = False, torch.ones(asked, held, dtype=torch.bool, device=q.device).tril(held - asked)
-        out = attend(queries, keys, values, visible, is_causal, options.scale)
-        if reader is not None and before is not None and state is not None:
+        if options.causal:
+            out = attend_causally(queries, keys, values, options.scale)
+        else:
+            out = attend(queries, keys, values, None, False, options.scale)
+        if gate is not None and state is not None:
             seen = state if segment == each else MemoryState(*(x[:, segment:stop].flatten(0, 1) for x in before))
-            out = reader(
-                out, queries if memory_q is q else to_slots(memory_q[:, :, mine], 0, last - first, asked), seen
-            )
+            asking = queries if memory_q is q else to_slots(memory_q[:, :, mine], 0, last - first, asked)
+            out = blend(out, asking, seen, gate, options)
         outs.append(from_slots(out, batch))
     if not outs:
         return SegmentOutput(empty_output(q, v), state)
     return SegmentOutput(outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), state)
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """Rows of one segment under the RMT mask, block by block: no mask of T × T is needed."""
+    time = k.shape[2]
+    first, body = time - q.shape[2], time - options.num_write
+    read, write = q[:, :, : max(options.num_read - first, 0)], q[:, :, max(body - first, 0) :]
+    tokens = q[:, :, read.shape[2] : q.shape[2] - write.shape[2]]
+    blocks = (
+        attend(read, k[:, :, : options.num_read], v[:, :, : options.num_read], None, False, options.scale),
+        attend_causally(tokens, k[:, :, :body], v[:, :, :body], options.scale),
+        attend(write, k, v, None, False, options.scale),
+    )
+    return torch.cat(blocks, dim=2)
 
 
 def attend_sequences(
@@ -123,42 +138,51 @@ def attend_sequences(
     v: Tensor,
     memory_q: Tensor,
     memory_k: Tensor,
-    reader: Reader | None,
+    gate: Tensor | None,
     state: MemoryState | None,
     bounds: Tensor,
     options: Options,
 ) -> SegmentOutput:
     """Sequences of any lengths: tokens are gathered into slots and scattered back."""
     batch, _, time, _ = k.shape
-    L, query_time = options.segment_len, q.shape[2]
-    slots = slots_of(bounds, batch, time, L)
-    keys_at = window(slots, slots.begin, L, time)
-    first_query = slots.begin.clamp(min=time - query_time)
-    # a slot's queries follow one another: fewer than L of them when the call brings fewer
-    width = min(query_time, L)
-    queries_at = window(slots, first_query, width, query_time, time - query_time)
-
-    mask = None
-    if not options.causal or options.num_read or options.num_write or query_time < time:
-        i = first_query[:, None, None] + torch.arange(width, device=k.device)[:, None]
-        j = slots.begin[:, None, None] + torch.arange(L, device=k.device)
-        read = j < slots.sequence_begin[:, None, None] + options.num_read
-        write = i >= slots.sequence_end[:, None, None] - options.num_write
-        mask = ((j <= i) | read | write | (not options.causal)) & keys_at.inside[:, None]
-        # rows outside the slot see everything, so that no row is empty
-        mask = (mask | ~queries_at.inside[:, :, None]).unsqueeze(1)
-    queries = gather_tokens(q, queries_at)
+    query_time = q.shape[2]
+    offset = time - query_time
+    slots = slots_of(bounds, batch, time, options.segment_len)
+    # a compiled graph knows no lengths but the tensor's own
+    longest = time if torch.compiler.is_compiling() else int((bounds[:, 1] - bounds[:, 0]).max())
+    width = min(options.segment_len, longest)
+    keys_at = window(slots, slots.begin, width, time)
     keys, values = gather_tokens(k, keys_at), gather_tokens(v, keys_at)
-    out = attend(queries, keys, values, mask, mask is None, options.scale)
-    if reader is not None and state is not None:
+    # an empty slot sees everything, so that no row of scores is empty
+    held = (keys_at.inside | ~keys_at.inside[:, :1])[:, None, None]
+
+    few = query_time == 0 or (query_time < width and not torch.is_grad_enabled())
+    first_query = slots.begin.clamp(min=offset) if few else slots.begin
+    queries_at = window(slots, first_query, query_time if few else width, query_time, offset)
+    queries = gather_tokens(q, queries_at)
+    if options.causal and few:
+        i = first_query[:, None] + torch.arange(query_time, device=k.device)
+        j = slots.begin[:, None] + torch.arange(width, device=k.device)
+        out = attend(queries, keys, values, (j[:, None] <= i[:, :, None]).unsqueeze(1) & held, False, options.scale)
+    else:
+        out = attend(queries, keys, values, None if options.causal else held, options.causal, options.scale)
+    if gate is not None and state is not None:
         owner = None if len(bounds) == batch else slots.sequence
         written = keys if memory_k is k else gather_tokens(memory_k, keys_at)
-        complete = keys_at.inside[:, -1]
+        complete = slots.end - slots.begin == options.segment_len
         m_before, z_before, m, z = fold_segments(written, values, *state, complete, owner, options.update == "delta")
         state = MemoryState(m, z)
-        asked = queries if memory_q is q else gather_tokens(memory_q, queries_at)
-        out = reader(out, asked, MemoryState(m_before, z_before))
-    return SegmentOutput(scatter_tokens(out, queries_at, batch, query_time), state)
+        asking = queries if memory_q is q else gather_tokens(memory_q, queries_at)
+        out = blend(out, asking, MemoryState(m_before, z_before), gate, options)
+    parts = [(out, queries_at)]
+    if query_time and options.num_read and options.causal:
+        at = window(slots, slots.begin, options.num_read, query_time, offset)
+        read_k, read_v = (x[:, :, : options.num_read] for x in (keys, values))
+        parts.append((attend(gather_tokens(q, at), read_k, read_v, None, False, options.scale), at))
+    if query_time and options.num_write and options.causal:
+        at = window(slots, slots.end - options.num_write, options.num_write, query_time, offset)
+        parts.append((attend(gather_tokens(q, at), keys, values, held, False, options.scale), at))
+    return SegmentOutput(scatter_tokens(parts, batch, query_time), state)
 
 
 def segment_attention(
@@ -173,13 +197,8 @@ def segment_attention(
     options: Options,
 ) -> SegmentOutput:
     """bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows."""
-    reader = None if gate is None else Reader(gate, options.empty_memory == "gated")
     if bounds is not None:
-        return attend_sequences(q, k, v, memory_q, memory_k, reader, state, bounds, options)
-    mask = None
+        return attend_sequences(q, k, v, memory_q, memory_k, gate, state, bounds, options)
     if options.causal and (options.num_read or options.num_write):
-        time = k.shape[2]
-        i = torch.arange(time - q.shape[2], time, device=q.device)[:, None]
-        j = torch.arange(time, device=q.device)
-        mask = (j <= i) | (j < options.num_read) | (i >= time - options.num_write)
-    return attend_rows(q, k, v, memory_q, memory_k, reader, state, mask, options)
+        return SegmentOutput(attend_blocks(q, k, v, options), state)
+    return attend_rows(q, k, v, memory_q, memory_k, gate, state, options)

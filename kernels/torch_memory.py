@@ -16,35 +16,18 @@ Features are recomputed block by block, in cache, rather than stored.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
-R = TypeVar("R")
+from .autocast import without_autocast
 
 Step = tuple[slice | Tensor, slice | Tensor]
 
 # tokens × width of one pass: about a core's cache on a CPU, a bound on scratch memory elsewhere
 _BLOCK = {"cpu": 2**18}
 _BLOCK_ELSEWHERE = 2**24
-
-
-def without_autocast(f: Callable[P, R]) -> Callable[P, R]:
-    """For a backward, which may run where the user's autocast still holds: the memory's products stay in float32."""
-
-    @functools.wraps(f)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        device_type = args[0].device.type if isinstance(args[0], Tensor) else "cpu"
-        if not torch.amp.is_autocast_available(device_type):
-            return f(*args, **kwargs)
-        with torch.autocast(device_type, enabled=False):
-            return f(*args, **kwargs)
-
-    return wrapped
 
 
 def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:

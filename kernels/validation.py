@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -20,11 +22,17 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def check_integer(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value if isinstance(value, torch.SymInt) else operator.index(value)  # type: ignore[return-value]
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_floating(name: str, x: object) -> None:
@@ -32,6 +40,8 @@ def check_floating(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -116,10 +126,10 @@ def check_scale(scale: float | None, q: Tensor) -> float:
     """The given scale or 1 / √K."""
     if scale is None:
         return 1 / math.sqrt(q.shape[3])
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
     return float(scale)
 
 
@@ -152,7 +162,8 @@ def check_block_mask(
     if not (num_read or num_write):
         return
     if gate is not None:
-        raise ValueError("num_read and num_write are for memory tokens and take no gate: pass gate=None")
+        got = f"got num_read = {num_read}, num_write = {num_write} and a gate"
+        raise ValueError(f"num_read and num_write are for memory tokens and take no gate: pass gate=None; {got}")
     if not ragged and time > segment_len:
         raise ValueError(
             "num_read and num_write need a single segment, T <= segment_len, "

@@ -172,6 +172,7 @@ KINDS = {
     "padding, bidirectional": Call(spans=((3, 21), (0, 6)), causal=False),
     "local": Call(gated=False),
     "local, decode": Call(gated=False, Tq=2, Tk=9),
+    "packed, shorter than a segment": Call(B=1, Tq=23, Tk=23, segment_len=30, cu_seqlens=(0, 4, 15, 23)),
     "block mask": Call(gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3),
     "block mask, last queries": Call(gated=False, Tq=4, Tk=9, segment_len=12, num_read=2, num_write=3),
     "block mask, padded": Call(gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3, spans=((0, 9), (2, 8))),
@@ -204,6 +205,7 @@ def random_calls(draw: st.DrawFn) -> Call:
         update=draw(st.sampled_from(["delta", "linear"])),
         empty_memory=draw(st.sampled_from(["local", "gated"])),
         causal=draw(booleans),
+        scale=draw(st.sampled_from([None, 0.05, 1.0, 3.0])),
         seed=draw(integers(0, 2**31)),
     )
     kind = draw(st.sampled_from(["rows", "spans", "packed", "block mask"]))

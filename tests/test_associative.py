@@ -108,6 +108,26 @@ def test_half_precision_keeps_a_float32_state() -> None:
     assert memory_read(k, state).dtype == torch.bfloat16
 
 
+def test_autocast_leaves_the_state_in_full() -> None:
+    k, v = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 3)
+    expected = memory_write(k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = memory_write(k, v)
+        out = memory_read(k, state)
+    assert torch.equal(state.memory, expected.memory)
+    assert torch.equal(out, memory_read(k, expected))
+
+
+def test_small_features_do_not_vanish() -> None:
+    """σ(−60) is 1e-26 and its square no float32; the operation and the functions agree all the same."""
+    k, v = torch.randn(1, 1, 8, 4) - 60, torch.randn(1, 1, 8, 4)
+    gate = torch.full((1,), 40.0)
+    read = memory_read(k[:, :, 4:], memory_write(k[:, :, :4], v[:, :, :4]))
+    for backend in ("torch", "reference"):
+        out = segment_attention(k, k, v, segment_len=4, gate=gate, backend=backend).out
+        assert error(out[:, :, 4:], read) < 1e-5
+
+
 BAD = {
     "feature_map must be 'elu1' or None": lambda k, v, s: memory_write(k, v, feature_map="relu"),
     "k must have 4 dimensions": lambda k, v, s: memory_write(k[0], v),

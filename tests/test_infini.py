@@ -153,14 +153,36 @@ def test_gates_stay_float32() -> None:
     assert "gate.bias" in attention.state_dict()
 
 
+def test_gates_are_made_and_read_in_float32() -> None:
+    """Where the default dtype is lower, and where a checkpoint in half precision is assigned."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        attention = InfiniAttention(16, 4, segment_len=5, gate_init=0.1234567)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert attention.gate().dtype == torch.float32
+    assert attention.gate()[0].item() == pytest.approx(0.1234567, rel=1e-6)
+    attention.load_state_dict({k: v.bfloat16() for k, v in attention.state_dict().items()}, assign=True)
+    assert attention.gate().dtype == torch.float32
+
+
+def test_norms_do_not_warn_under_autocast(recwarn: pytest.WarningsRecorder) -> None:
+    attention = InfiniAttention(16, 4, segment_len=5, qk_norm=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention(torch.randn(1, 12, 16))[0].float().sum().backward()
+    assert not [w for w in recwarn if "dtype" in str(w.message)]
+
+
 def test_parameter_groups() -> None:
-    model = Decoder(DecoderConfig(vocabulary=11, segment_len=4, width=16, heads=2))
+    options = {"write_bias": -4.0, "qk_norm": True}
+    model = Decoder(DecoderConfig(vocabulary=11, segment_len=4, width=16, heads=2, attention=options))
     model.embedding.weight.requires_grad_(False)
     matrices, vectors, gates = parameter_groups(model, lr=1e-3, gate_lr=2e-2, weight_decay=0.1)
     assert [g["lr"] for g in (matrices, vectors, gates)] == [1e-3, 1e-3, 2e-2]
     assert [g["weight_decay"] for g in (matrices, vectors, gates)] == [0.1, 0.0, 0.0]
     assert {id(p) for p in gates["params"]} == {id(block.attention.gate.bias) for block in model.blocks}
     assert all(p.ndim >= 2 for p in matrices["params"])
+    assert {id(block.attention.write_bias) for block in model.blocks} <= {id(p) for p in vectors["params"]}
     grouped = [id(p) for g in (matrices, vectors, gates) for p in g["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     before = gates["params"][0].detach().clone()
@@ -206,9 +228,23 @@ def test_bad_calls_are_named() -> None:
         InfiniAttention(15, 4, segment_len=5)
     with pytest.raises(ValueError, match=r"x must have shape \[B, T, 16\], got \[2, 16\]"):
         attention(tokens(2))
-    with pytest.raises(ValueError, match="state must be of x's batch size 3, got 2"):
+    with pytest.raises(ValueError, match=r"state must be of x's batch size 3, got 2"):
         attention(tokens(3, 3), state)
     with pytest.raises(ValueError, match="state cannot go with spans"):
         attention(tokens(2, 3), state, spans=spans)
     with pytest.raises(ValueError, match=r"state must hold keys .* got \[2, 4, 3, 4\]"):
         InfiniAttention(16, 2, segment_len=5).double()(tokens(2, 3), state)
+    with pytest.raises(TypeError, match=r"state must be the InfiniState of an earlier call, got MemoryState"):
+        attention(tokens(2, 3), state.memory)
+    with pytest.raises(
+        ValueError, match=r"state must stop 2 tokens into a segment of 5, .* it is of another segment_len"
+    ):
+        attention(tokens(2, 3), InfiniAttention(16, 4, segment_len=6).double()(tokens(2, 7))[1])
+    with pytest.raises(ValueError, match=r"spans must have shape \[B, 2\]"):
+        attention(tokens(2, 3), spans=spans[0])
+    with pytest.raises(TypeError, match="cu_seqlens must be an int32 tensor, got list"):
+        attention(tokens(1, 3), cu_seqlens=[0, 3])
+    with pytest.raises(TypeError, match=r"x must be bfloat16, float16, float32 or float64, got torch.int64"):
+        attention(torch.zeros(2, 3, 16, dtype=torch.int64))
+    with pytest.raises(TypeError, match="heads must be an integer, got float"):
+        InfiniAttention(16, 4.0, segment_len=5)

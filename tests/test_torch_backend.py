@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from calls import KINDS, Call, apply, everything, golden, random_calls, tensors, worst
+from calls import KINDS, Call, apply, everything, golden, gradients, random_calls, tensors, worst
 from hypothesis import given, settings
 
 # relative RMS error against the float64 reference: outputs, gradients, gradients through the delta memory
@@ -71,24 +73,42 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(f, tuple(made.values()), atol=1e-7, rtol=1e-5)
 
 
-def test_nothing_of_tokens_by_segment_is_saved() -> None:
-    """Everything autograd keeps, over two segment lengths: the states shrink, and nothing else grows."""
+@pytest.mark.parametrize("name", KINDS)
+def test_nothing_of_tokens_by_segment_is_saved(name: str) -> None:
+    """All that autograd keeps is a few tensors of tokens, indices, and the states."""
+    kind = KINDS[name]
+    # the kind's call, 40 times as long
+    lengths = {"Tq": 40 * kind.Tq, "Tk": 40 * kind.Tk, "segment_len": 40 * kind.segment_len}
+    offsets = {
+        "cu_seqlens": None if kind.cu_seqlens is None else tuple(40 * x for x in kind.cu_seqlens),
+        "spans": None if kind.spans is None else tuple((40 * a, 40 * b) for a, b in kind.spans),
+    }
+    call = replace(kind, **lengths, **offsets, num_read=40 * kind.num_read, num_write=40 * kind.num_write)
+    made = tensors(call, torch.float32)
+    kept: dict[int, int] = {}
 
-    def saved(segment_len: int) -> int:
-        call = Call(B=1, H=2, G=2, Tq=512, Tk=512, K=8, V=8, segment_len=segment_len)
-        made = tensors(call, torch.float32)
-        kept: dict[int, int] = {}
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
 
-        def pack(x: torch.Tensor) -> torch.Tensor:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        assert apply(call, made, "torch")["out"].requires_grad
+    # slots are as wide as the longest sequence allows, which for these calls is less than 3 times their tokens
+    token = 4 * call.B * call.H * (call.K + call.V)
+    slots = call.B * (call.Tk // call.segment_len + call.sequences)
+    states = 4 * slots * call.G * call.K * (call.V + 1)
+    assert sum(kept.values()) < 16 * token * call.Tk + states
+    assert 16 * token < 4 * call.B * call.H * call.segment_len * 4
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            outputs = apply(call, made, "torch")
-        assert outputs["out"].requires_grad
-        return sum(kept.values()) - 512 // segment_len * call.G * call.K * (call.V + 1) * 4
 
-    assert saved(256) <= saved(16)
-    tokens = 512 * 2 * 8 * 4
-    # q, k, v, memory_q, memory_k, local attention, and row statistics
-    assert saved(256) <= 6 * tokens + 512 * 2 * 4 + 4096
+def test_half_the_dtype_of_the_gate() -> None:
+    """A gate in half precision is read as it is, its gradient returned in its dtype."""
+    call = Call(own_memory_inputs=False)
+    made = tensors(call, torch.float32)
+    made["gate"] = made["gate"].detach().bfloat16().requires_grad_()
+    exact = made | {"gate": made["gate"].detach().float().requires_grad_()}
+    outputs, expected = apply(call, made), apply(call, exact)
+    assert torch.equal(outputs["out"], expected["out"])
+    found, wanted = gradients(outputs, made)["dgate"], gradients(expected, exact)["dgate"]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted.bfloat16())

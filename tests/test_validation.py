@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -140,7 +141,10 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         "num_read \\+ num_write = 4 must not exceed a sequence's length, got 3",
         packed | {"num_read": 4, "segment_len": 9, "cu_seqlens": ints(0, 9, 12)},
     ),
-    "scale": (ValueError, "scale must be finite, got inf", {"scale": float("inf")}),
+    "scale": (ValueError, "scale must be positive and finite, got inf", {"scale": float("inf")}),
+    "no scale": (ValueError, "scale must be positive and finite, got 0", {"scale": 0}),
+    "causal": (TypeError, "causal must be True or False, got 'no'", {"causal": "no"}),
+    "sparse": (TypeError, "q must be a dense tensor, got torch.sparse_coo", {"q": x(B, H, T, K).to_sparse()}),
     "scale type": (TypeError, "scale must be a number, got Tensor", {"scale": torch.ones(())}),
 }
 
@@ -157,3 +161,4 @@ def test_the_base_call_is_good() -> None:
     assert call(gate=GATE, state=state).out.shape == (B, H, T, V)
     assert call(**packed, gate=GATE, cu_seqlens=ints(0, 7, 12).long()).state.memory.shape == (2, G, K, V)
     assert call(spans=ints([0, 12], [3, 9])).state is None
+    assert call(segment_len=np.int64(L), scale=np.float32(0.5)).out.shape == (B, H, T, V)

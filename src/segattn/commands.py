@@ -33,18 +33,18 @@ def config() -> None:
 @app.command()
 def demo(
     text: Annotated[
-        Path | None, typer.Option(help="Running text to hide passkeys in, UTF-8. [default: made-up words]")
+        Path | None, typer.Option(help="Running text to hide passkeys in, UTF-8. Default: made-up words.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps. [default: 600]")] = None,
-    segment_len: Annotated[int | None, typer.Option(help="Tokens per segment. [default: 32]")] = None,
-    segments: Annotated[int | None, typer.Option(help="Segments of the longest training text. [default: 8]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps. Default: 800.")] = None,
+    segment_len: Annotated[int | None, typer.Option(help="Tokens per segment. Default: 32.")] = None,
+    segments: Annotated[int | None, typer.Option(help="Segments of the longest training text. Default: 8.")] = None,
     update: Annotated[
-        str | None, typer.Option(help="How the memory is written: delta or linear. [default: delta]")
+        str | None, typer.Option(help="How the memory is written: delta or linear. Default: delta.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights and samples. [default: 0]")] = None,
-    reach: Annotated[int | None, typer.Option(help="Longest text tested, in trained lengths. [default: 64]")] = None,
-    samples: Annotated[int | None, typer.Option(help="Texts tested per length and depth. [default: 40]")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda. [default: cpu]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights and samples. Default: 0.")] = None,
+    reach: Annotated[int | None, typer.Option(help="Longest text tested, in trained lengths. Default: 64.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Texts tested per length and depth. Default: 40.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda. Default: cpu.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("segattn-demo"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
 ) -> None:

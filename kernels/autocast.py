@@ -1,0 +1,39 @@
+"""Autocast: inputs are cast once, at the operation's boundary; inside, products keep the dtype of their operands."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def autocast_holds(device_type: str) -> bool:
+    """Is autocast on for the device?"""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """As PyTorch casts the inputs of its own attention: floats narrower than float64, to the autocast dtype."""
+    if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def without_autocast(f: Callable[P, R]) -> Callable[P, R]:
+    """f with autocast off, which would lower the products of float32 states; a backward may run under it too."""
+
+    @functools.wraps(f)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if not tensors or not autocast_holds(tensors[0].device.type):
+            return f(*args, **kwargs)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return f(*args, **kwargs)
+
+    return wrapped
