@@ -15,12 +15,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from segattn.bench.measure import DIRECTIONS, peak_bytes, step
 from segattn.bench.providers import BASELINE, PROVIDERS, check
-from segattn.bench.workloads import WORKLOADS, Workload
+from segattn.bench.workloads import Workload
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)
 def test_speed(
     workload: Workload,
     direction: str,

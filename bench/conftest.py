@@ -8,15 +8,25 @@ from typing import Any
 import pytest
 import torch
 
+from segattn.bench.workloads import WORKLOADS, Workload
+
 Row = tuple[str, str, str, float, int]
 ROWS = pytest.StashKey[list[Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where to measure: cpu (default), cuda, mps")
+    parser.addoption("--workload", action="append", help="sizes B,H,T,K,L instead of the table's; may be repeated")
     parser.addoption(
         "--rounds", type=int, default=5, help="timed rounds of each provider, each beside a baseline round"
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "workload" in metafunc.fixturenames:
+        given = metafunc.config.getoption("--workload")
+        workloads = WORKLOADS if given is None else [Workload.parse(sizes) for sizes in given]
+        metafunc.parametrize("workload", workloads, ids=lambda w: w.name)
 
 
 def pytest_configure(config: pytest.Config) -> None:

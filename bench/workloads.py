@@ -29,6 +29,19 @@ class Workload:
     V: int
     L: int
 
+    @classmethod
+    def parse(cls, sizes: str) -> Workload:
+        """From "B,H,T,K,L", with V = K.
+
+        Raises:
+            ValueError: anything but five positive integers, T a multiple of L.
+        """
+        numbers = [int(x) if x.isdecimal() else 0 for x in sizes.split(",")]
+        if len(numbers) != 5 or min(numbers) < 1 or numbers[2] % numbers[4]:
+            raise ValueError(f"workload must be five positive integers B,H,T,K,L, T a multiple of L, got {sizes!r}")
+        batch, heads, time, width, segment_len = numbers
+        return cls(batch, heads, time, width, width, segment_len)
+
     @property
     def name(self) -> str:
         return f"B{self.B}-H{self.H}-T{self.T}-K{self.K}-L{self.L}"

@@ -15,7 +15,7 @@ pytest.importorskip("infini_transformer_pytorch", reason="needs segattn[bench]")
 
 from segattn.bench.measure import DIRECTIONS, peak_bytes, step
 from segattn.bench.providers import PROVIDERS, check, eager_loop
-from segattn.bench.workloads import WORKLOADS, Workload
+from segattn.bench.workloads import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Workload(B=2, H=3, T=48, K=8, V=8, L=16)
@@ -64,29 +64,22 @@ def test_ours_holds_less_than_the_loop() -> None:
 
 def test_the_whole_path(tmp_path: Path) -> None:
     """`pytest bench/` with a tiny workload: a JSON with a ratio for every provider, and the table."""
-    file = tmp_path / "bench_small.py"
-    source = (ROOT / "bench" / "bench_segment_attention.py").read_text()
-    assert "WORKLOADS" in source
-    file.write_text(
-        source.replace("import WORKLOADS, Workload", "import Workload\nWORKLOADS = [Workload(1, 2, 32, 8, 8, 8)]")
-    )
-    (tmp_path / "conftest.py").write_text((ROOT / "bench" / "conftest.py").read_text())
     out = tmp_path / "result.json"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--rounds=2",
-        f"--benchmark-json={out}",
-        "-o",
-        "python_files=bench_*.py",
-    ]
-    done = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
+    options = ["--workload=1,2,32,8,8", "--rounds=2", f"--benchmark-json={out}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "bench", *options], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {b["extra_info"]["provider"]: b["extra_info"] for b in json.loads(out.read_text())["benchmarks"]}
-    assert found.keys() == PROVIDERS.keys()
-    assert all(info["ratio"] > 0 and info["peak_bytes"] > 0 for info in found.values())
+    result = json.loads(out.read_text())
+    found = [(b["group"], b["extra_info"]["provider"]) for b in result["benchmarks"]]
+    assert found == [(f"B1-H2-T32-K8-L8, {direction}", name) for direction in DIRECTIONS for name in PROVIDERS]
+    assert all(b["extra_info"]["ratio"] > 0 and b["extra_info"]["peak_bytes"] > 0 for b in result["benchmarks"])
+    assert "node" not in result["machine_info"]
     for name in PROVIDERS:
         assert name in done.stdout
-    assert len(WORKLOADS) == 2
+
+
+@pytest.mark.parametrize("sizes", ["1,2,3", "1,2,32,8,0", "1,2,33,8,8", "1,2,x,8,8", ""])
+def test_bad_workloads_are_named(sizes: str) -> None:
+    with pytest.raises(ValueError, match=f"five positive integers B,H,T,K,L, T a multiple of L, got '{sizes}'"):
+        Workload.parse(sizes)
