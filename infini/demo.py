@@ -60,7 +60,7 @@ class DemoSettings:
     """
 
     text: str | None = None
-    steps: int = 800
+    steps: int = 1500
     segment_len: int = 32
     segments: int = 8
     update: str = "delta"

@@ -81,7 +81,7 @@ def plot_gates(path: Path, gates: Tensor, title: str) -> None:
                 f"{value:.2f}",
                 ha="center",
                 va="center",
-                color="white" if abs(value - 0.5) > 0.35 else "black",
+                color="white" if abs(value - 0.5) > 0.25 else "black",
             )
     axes.set_xticks(range(heads), [str(head + 1) for head in range(heads)])
     axes.set_yticks(range(layers), [str(layer + 1) for layer in range(layers)])

@@ -28,7 +28,7 @@ class Recipe:
     for the price of a short one.
     """
 
-    steps: int = 800
+    steps: int = 1500
     segments: int = 8
     batch_tokens: int = 4096
     lr: float = 3e-3

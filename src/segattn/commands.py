@@ -35,7 +35,7 @@ def demo(
     text: Annotated[
         Path | None, typer.Option(help="Running text to hide passkeys in, UTF-8. Default: made-up words.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps. Default: 800.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps. Default: 1500.")] = None,
     segment_len: Annotated[int | None, typer.Option(help="Tokens per segment. Default: 32.")] = None,
     segments: Annotated[int | None, typer.Option(help="Segments of the longest training text. Default: 8.")] = None,
     update: Annotated[
