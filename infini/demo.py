@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from tempfile import TemporaryFile
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -74,13 +76,16 @@ class DemoSettings:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise SettingError(name, f"must be at least {low}, got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise SettingError("seed", f"must be below 2**32, got {self.seed}")
         if self.update not in UPDATES:
             raise SettingError("update", f"must be one of {', '.join(map(repr, UPDATES))}, got {self.update!r}")
         try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError):
+            torch.ones(1, device=self.device).item()
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
             raise SettingError(
-                "device", f"must be one that PyTorch can use here, such as 'cpu', got {self.device!r}"
+                "device", f"must be one that PyTorch can use here, such as 'cpu', got {self.device!r} ({reason})"
             ) from None
 
     def lengths(self) -> list[int]:
@@ -142,7 +147,7 @@ def build(settings: DemoSettings) -> tuple[Trainer, str]:
     try:
         task = PasskeyTask(text)
     except ValueError as error:
-        raise SettingError("text", f"does not do: {error}") from None
+        raise SettingError("text", f"must be running text for the task, got {settings.text!r}: {error}") from None
     if settings.segments * settings.segment_len < task.shortest:
         need = -(-task.shortest // settings.segments)
         raise SettingError(
@@ -180,12 +185,7 @@ def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume
     before = 0.0
     if resume:
         before = _restore(trainer, settings, fingerprint, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError(
-            "out", f"must be a folder that can be made, got {str(folder)!r} ({error.strerror})"
-        ) from None
+    _prepare(folder, resume)
     _train(trainer, settings, fingerprint, folder, listener, before)
     trained = time.perf_counter()
     lengths = settings.lengths()
@@ -212,11 +212,43 @@ def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume
     return figures
 
 
+def _prepare(folder: Path, resume: bool) -> None:
+    """Make the folder, see that it can be written, and let no run's files stand beside another's."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SettingError(
+            "out", f"must be a folder that can be written, got {str(folder)!r} ({error.strerror})"
+        ) from None
+    outputs = Outputs.of(folder)
+    if resume:
+        return
+    if outputs.checkpoint.is_file() and not outputs.figures.is_file():
+        raise SettingError(
+            "out",
+            f"must not hold a run that was stopped, got {str(folder)!r}: go on with it by --resume, "
+            "choose another folder, or delete this one",
+        )
+    for path in outputs:
+        path.unlink(missing_ok=True)
+
+
 def _checkpoint(folder: Path) -> dict[str, Any]:
     path = Outputs.of(folder).checkpoint
     if not path.is_file():
         raise SettingError("resume", f"needs a checkpoint in the output folder, and there is no {str(path)!r}")
-    return load_checkpoint(path)
+    damaged = SettingError("resume", f"needs a checkpoint of segattn demo; {str(path)!r} is another file, or damaged")
+    try:
+        content = load_checkpoint(path)
+    except (RuntimeError, EOFError, KeyError, OSError, UnpicklingError):
+        raise damaged from None
+    if not isinstance(content, dict) or not {"settings", "text", "seconds", "trainer"} <= content.keys():
+        raise damaged
+    if content["settings"].keys() != DemoSettings.__dataclass_fields__.keys():
+        raise SettingError("resume", f"needs a checkpoint of this version, and {str(path)!r} has other settings")
+    return content
 
 
 def _restore(trainer: Trainer, settings: DemoSettings, fingerprint: str, folder: Path) -> float:
@@ -228,6 +260,8 @@ def _restore(trainer: Trainer, settings: DemoSettings, fingerprint: str, folder:
             raise SettingError(
                 name, f"must be the checkpoint's with resume, {saved['settings'][name]!r}, got {value!r}"
             )
+    if saved["trainer"]["recipe"] != asdict(trainer.recipe):
+        raise SettingError("resume", "needs a checkpoint of this version: the recipe of training has changed since")
     if saved["text"] != fingerprint:
         raise SettingError(
             "text", f"must be a file of the checkpoint's text with resume, got {settings.text!r}, which holds another"

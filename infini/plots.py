@@ -30,7 +30,9 @@ def plot_recall(path: Path, cells: Sequence[Cell], trained_length: int, title: s
     depths = sorted({cell.depth for cell in cells})
     share = {(cell.depth, cell.length): cell.exact for cell in cells}
     grid = [[share[depth, length] for length in lengths] for depth in depths]
-    figure = Figure(figsize=(1.9 + 0.95 * len(lengths), 1.9 + 0.55 * len(depths)), dpi=DPI, layout="constrained")
+    figure = Figure(
+        figsize=(max(5.2, 1.9 + 0.95 * len(lengths)), 2.1 + 0.55 * len(depths)), dpi=DPI, layout="constrained"
+    )
     axes = figure.add_subplot()
     picture = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     for row, values in enumerate(grid):
@@ -47,7 +49,7 @@ def plot_recall(path: Path, cells: Sequence[Cell], trained_length: int, title: s
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     axes.set_xlabel("tokens of text, and multiples of the trained length")
     axes.set_ylabel("depth of the passkey")
-    axes.set_title(title)
+    axes.set_title(title, loc="left", pad=18)
     if trained_length in lengths and lengths[-1] > trained_length:
         edge = lengths.index(trained_length) + 0.5
         axes.axvline(edge, color="black", linewidth=2)

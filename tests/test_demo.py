@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,14 +17,18 @@ import torch
 from torch import Tensor
 
 from segattn.infini.decoder import Decoder, DecoderConfig
-from segattn.infini.demo import DEPTHS, DemoSettings, InterruptedRunError, Outputs, SettingError, build, run_demo
+from segattn.infini.demo import DEPTHS, FIXED, DemoSettings, InterruptedRunError, Outputs, SettingError, build, run_demo
 from segattn.infini.evaluation import Cell, evaluate, state_bytes, stream
 from segattn.infini.passkey import MARKER, PasskeyTask, generate_text
 from segattn.infini.training import Recipe, Trainer, load_checkpoint, save_checkpoint, stretch
 
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.commands")
+from matplotlib.axes import Axes  # noqa: E402
+from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
+
+from segattn.infini.plots import plot_recall  # noqa: E402
 
 SMALL = DemoSettings(steps=6, segments=3, reach=2, samples=3)
 
@@ -230,6 +235,85 @@ def test_resume_holds_to_the_checkpoint(tmp_path: Path) -> None:
         run_demo(replace(SMALL, text=str(text)), tmp_path, Quiet(), resume=True)
 
 
+@pytest.mark.parametrize("name", FIXED)
+def test_resume_refuses_another_run(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        run_demo(SMALL, tmp_path, Quiet(interrupt_after=1))
+    changed = "linear" if name == "update" else getattr(SMALL, name) + 1
+    with pytest.raises(SettingError, match=f"{name} must be the checkpoint's with resume"):
+        run_demo(replace(SMALL, **{name: changed}), tmp_path, Quiet(), resume=True)
+
+
+def test_a_stopped_run_is_not_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        run_demo(SMALL, tmp_path, Quiet(interrupt_after=2))
+    before = Outputs.of(tmp_path).checkpoint.read_bytes()
+    with pytest.raises(SettingError, match=r"out must not hold a run that was stopped, .* go on with it by --resume"):
+        run_demo(replace(SMALL, seed=7), tmp_path, Quiet())
+    assert Outputs.of(tmp_path).checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04"])
+def test_damaged_checkpoints_are_named(content: bytes, tmp_path: Path) -> None:
+    Outputs.of(tmp_path).checkpoint.write_bytes(content)
+    with pytest.raises(SettingError, match="is another file, or damaged"):
+        run_demo(SMALL, tmp_path, Quiet(), resume=True)
+
+
+def test_other_checkpoints_are_named(tmp_path: Path) -> None:
+    torch.save({"weights": torch.zeros(2)}, Outputs.of(tmp_path).checkpoint)
+    with pytest.raises(SettingError, match="is another file, or damaged"):
+        run_demo(SMALL, tmp_path, Quiet(), resume=True)
+
+
+def test_evaluation_asks_for_each_depth_in_unread_text(task: PasskeyTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    sample = task.sample
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        asked.append((arguments[1], options["depth"], options["held_out"]))
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(task, "sample", spy)
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(vocabulary=len(task.words), segment_len=16))
+    evaluate(model, task, lengths=[64, 128], depths=[0.0, 0.5, 1.0], samples=2, seed=0)
+    assert asked == [(length, depth, True) for length in (64, 128) for depth in (0.0, 0.5, 1.0)]
+
+
+def distinct_cells() -> list[Cell]:
+    return [
+        Cell(length, depth, 10, (3 * i + j) / 10, 0.0)
+        for i, length in enumerate((96, 192))
+        for j, depth in enumerate((0.0, 0.5, 1.0))
+    ]
+
+
+def test_table_and_picture_show_each_cell_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = distinct_cells()
+    console = Console(file=io.StringIO(), width=80)
+    console.print(commands._table({"trained_length": 96, "recall": [cell._asdict() for cell in cells]}))
+    lines = [
+        line.replace("│", " ").split() for line in console.file.getvalue().splitlines() if " % " in line and "│" in line
+    ]
+    assert lines == [["0", "%", "0.0", "30.0"], ["50", "%", "10.0", "40.0"], ["100", "%", "20.0", "50.0"]]
+    drawn = []
+    text = Axes.text
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **k: (drawn.append((x, y, s)), text(self, x, y, s, **k))[1])
+    plot_recall(tmp_path / "recall.png", cells, 96, "title")
+    assert drawn == [(x, y, str(30 * x + 10 * y)) for y in range(3) for x in range(2)]
+
+
+def test_bars_follow_a_run(tmp_path: Path) -> None:
+    """What a terminal shows: both bars, to their ends."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with commands._Bars(console) as bars:
+        run_demo(SMALL, tmp_path, bars)
+        assert all(task.finished for task in bars.progress.tasks)
+        assert [task.description for task in bars.progress.tasks] == ["train", "evaluate"]
+    assert "recall" in console.file.getvalue()
+
+
 def test_command_shows_what_it_writes(tmp_path: Path) -> None:
     arguments = ["demo", "--steps", "2", "--segments", "2", "--reach", "2", "--samples", "3", "--update", "linear"]
     result = CliRunner().invoke(commands.app, [*arguments, "--out", str(tmp_path)])
@@ -260,7 +344,9 @@ def test_command_shows_what_it_writes(tmp_path: Path) -> None:
         (["--segment-len", "0"], "--segment-len must be at least 1, got 0"),
         (["--segment-len", "4"], "--segment-len must be at least 5, so that 8 segments hold a sample, got 4"),
         (["--device", "abacus"], "--device must be one that PyTorch can use here, such as 'cpu', got 'abacus'"),
-        (["--text", "no-such-file"], "--text must be a file that can be read, got 'no-such-file'"),
+        (["--text", "no-such-file"], f"--text must be a file that can be read, got '{Path('no-such-file').resolve()}'"),
+        (["--seed", str(2**64)], f"--seed must be below 2**32, got {2**64}"),
+        (["--device", "meta"], "--device must be one that PyTorch can use here, such as 'cpu', got 'meta'"),
         (["--resume"], "--resume needs a checkpoint in the output folder, and there is no"),
     ],
 )

@@ -61,3 +61,19 @@ def test_figures_of_speed_are_in_the_results() -> None:
         ratios = [results[w, direction, name]["ratio"] for direction in (forward, both) for w in (64, 128)]
         peaks = [results[w, both, name]["peak_bytes"] / 2**20 for w in (64, 128)]
         assert cells == [f"{ratio:.2f}" for ratio in ratios] + [f"{peak:.0f}" for peak in peaks], name
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.search(r"^[A-Z]+(_[A-Z]+)+$|TODO|TBD", TEXT, re.MULTILINE)
+
+
+def test_figures_of_the_demo_are_in_the_results() -> None:
+    folder = ROOT / "bench" / "results" / "demo"
+    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    assert all(cell["exact"] == 1 for cell in figures["recall"])
+    assert max(cell["length"] for cell in figures["recall"]) == 16384
+    assert figures["trained_length"] == 256
+    assert len(set(figures["state_bytes"].values())) == 1
+    sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    assert "recall falls to 46 %" in TEXT
+    assert [run["recall"]["2048"] for run in sweep["ablations"] if run["changed"] == {"stretched": 0.0}] == [0.46]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +15,17 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .infini.evaluation import Cell
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fused segment attention for PyTorch.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Segment attention with a compressive memory, for PyTorch.",
+)
 
 
 @app.callback()
 def main() -> None:
-    """Fused segment attention for PyTorch."""
+    """Segment attention with a compressive memory, for PyTorch."""
 
 
 @app.command()
@@ -57,7 +63,7 @@ def demo(
     console = Console(soft_wrap=True, highlight=False)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     given = {
-        "text": None if text is None else str(text),
+        "text": None if text is None else str(text.resolve()),
         "steps": steps,
         "segment_len": segment_len,
         "segments": segments,
@@ -67,7 +73,7 @@ def demo(
         "samples": samples,
         "device": device,
     }
-    again = f"go on with: segattn demo --resume --out {out}"
+    again = f"go on with: segattn demo --resume --out {shlex.quote(str(out))}"
     try:
         settings = DemoSettings(
             **(saved_settings(out) if resume else {})
