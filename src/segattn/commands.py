@@ -56,7 +56,7 @@ def demo(
 ) -> None:
     """Train a small decoder to recall a passkey, then find it in texts far longer than those it was trained on.
 
-    About two minutes on two cores. Ctrl-C leaves a checkpoint to go on from.
+    Two to three minutes on two cores. Ctrl-C leaves a checkpoint to go on from.
     """
     from .infini.demo import DemoSettings, InterruptedRunError, Outputs, SettingError, run_demo, saved_settings
 
