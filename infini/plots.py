@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -24,6 +24,14 @@ def _grid(axes: Axes, columns: int, rows: int) -> None:
     axes.spines[:].set_visible(False)
 
 
+def _numbers(axes: Axes, grid: Sequence[Sequence[float]], form: str, light: Callable[[float], bool]) -> None:
+    """Each cell's number in its place, white where the cell is dark."""
+    for row, values in enumerate(grid):
+        for column, value in enumerate(values):
+            color = "white" if light(value) else "black"
+            axes.text(column, row, format(value, form), ha="center", va="center", color=color)
+
+
 def plot_recall(path: Path, cells: Sequence[Cell], trained_length: int, title: str) -> None:
     """Heat map of exact recall in per cent, length across and depth down; a line after the trained length."""
     lengths = sorted({cell.length for cell in cells})
@@ -35,16 +43,7 @@ def plot_recall(path: Path, cells: Sequence[Cell], trained_length: int, title: s
     )
     axes = figure.add_subplot()
     picture = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-    for row, values in enumerate(grid):
-        for column, value in enumerate(values):
-            axes.text(
-                column,
-                row,
-                f"{100 * value:.0f}",
-                ha="center",
-                va="center",
-                color="white" if value < 0.15 or value > 0.85 else "black",
-            )
+    _numbers(axes, [[100 * value for value in values] for values in grid], ".0f", light=lambda x: x < 15 or x > 85)
     axes.set_xticks(range(len(lengths)), [f"{length:,}\n{length / trained_length:g}×" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     axes.set_xlabel("tokens of text, and multiples of the trained length")
@@ -75,16 +74,7 @@ def plot_gates(path: Path, gates: Tensor, title: str) -> None:
     figure = Figure(figsize=(2.4 + 0.8 * heads, 1.8 + 0.6 * layers), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     picture = axes.imshow(gates.cpu().numpy(), cmap="PuOr", vmin=0, vmax=1, aspect="auto")
-    for layer, row in enumerate(gates.tolist()):
-        for head, value in enumerate(row):
-            axes.text(
-                head,
-                layer,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                color="white" if abs(value - 0.5) > 0.25 else "black",
-            )
+    _numbers(axes, gates.tolist(), ".2f", light=lambda x: abs(x - 0.5) > 0.25)
     axes.set_xticks(range(heads), [str(head + 1) for head in range(heads)])
     axes.set_yticks(range(layers), [str(layer + 1) for layer in range(layers)])
     axes.set_xlabel("head")
