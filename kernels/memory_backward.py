@@ -1,0 +1,268 @@
+"""The adjoint of the memory's write. A token's gradients need those of the state after its segment.
+
+With dM of that state and C = dM Mᵀ, the curvature C + Cᵀ is what the erased part A M sends back to the keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import block, launch, tile_of, view
+from .memory import exact_dot, scan, sum_normalizers
+from .sequences import Layout
+from .tiles import (
+    dot_float32,
+    feature_map,
+    feature_map_grad,
+    head_of,
+    load_rows,
+    load_vector,
+    reciprocal,
+    segment_at,
+    store_rows,
+)
+
+
+@triton.jit(do_not_specialize=["time", "segment_len", "segments"])
+def curvature_kernel(
+    memory,
+    dmemory,
+    curvature,
+    slots,
+    time,
+    segment_len,
+    segments,
+    groups,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of dM Mᵀ + M dMᵀ per complete segment, M before it over z's peak, dM after it."""
+    across = tl.cdiv(K, COLUMNS)
+    tiles = tl.cdiv(K, ROWS) * across
+    tile = tl.program_id(0) % tiles
+    group = tl.program_id(0) // tiles % groups
+    slot = tl.program_id(0) // tiles // groups
+    _, begin, end = segment_at(slot, slots, segments, segment_len, time)
+    if end - begin < segment_len:
+        return
+    at = tl.cast(slot, tl.int64) * groups + group
+    m = memory + at * K * V
+    dm = dmemory + at * K * V
+    i, j = tile // across * ROWS, tile % across * COLUMNS
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for c in tl.static_range(0, V, CHUNK):
+        m_rows = load_rows(m, V, i, K, c, ROWS, CHUNK, V).to(tl.float32)
+        dm_rows = load_rows(dm, V, i, K, c, ROWS, CHUNK, V)
+        m_columns = load_rows(m, V, j, K, c, COLUMNS, CHUNK, V).to(tl.float32)
+        dm_columns = load_rows(dm, V, j, K, c, COLUMNS, CHUNK, V)
+        acc = exact_dot(dm_rows, tl.trans(m_columns), acc, PRECISION)
+        acc = exact_dot(m_rows, tl.trans(dm_columns), acc, PRECISION)
+    store_rows(curvature + at * K * K, K, i, K, j, acc, ROWS, COLUMNS, K)
+
+
+@triton.jit
+def bend(
+    x,
+    stride,
+    first,
+    stop,
+    inverse,
+    curvature,
+    ELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """u (C + Cᵀ) of every row, with u = inverse · σ(x)."""
+    acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    for c in tl.static_range(0, K, CHUNK):
+        features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU) * inverse[:, None]
+        rows = load_rows(curvature + c * K, K, 0, K - c, 0, CHUNK, BLOCK_K, K, K % CHUNK != 0)
+        acc = dot_float32(features.to(x.dtype.element_ty), rows, acc)
+    return acc
+
+
+@triton.jit
+def write_adjoint(
+    k,
+    k_stride,
+    v,
+    v_stride,
+    beta,
+    gamma,
+    first,
+    stop,
+    normalizer,
+    dmemory,
+    dnormalizer,
+    curvature,
+    ELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """What the state after a segment sends back to its tokens: gradients of k, v and beta; curvature None: linear rule."""
+    inside = first + tl.arange(0, ROWS) < stop
+    tokens = load_rows(k, k_stride, first, stop, 0, ROWS, BLOCK_K, K)
+    features = feature_map(tokens, ELU)
+    dfeatures = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    erased = tl.zeros([ROWS], tl.float32)
+    if curvature is not None:
+        z = load_vector(normalizer, 0, BLOCK_K, K)
+        inverse = reciprocal(tl.sum(features * z[None, :], 1))
+        back = bend(k, k_stride, first, stop, inverse, curvature, ELU, ROWS, K, BLOCK_K, CHUNK)
+        erased = tl.sum(back * features, 1) * 0.5
+        dfeatures = (erased * inverse)[:, None] * z[None, :] - back
+    for c in tl.static_range(0, V, CHUNK):
+        values = load_rows(v, v_stride, first, stop, c, ROWS, CHUNK, V)
+        columns = load_rows(dmemory, V, 0, K, c, BLOCK_K, CHUNK, V, K % BLOCK_K != 0)
+        dfeatures = dot_float32(values, tl.trans(columns), dfeatures)
+    dv = tl.zeros([ROWS, BLOCK_V], tl.float32)
+    for c in tl.static_range(0, K, CHUNK):
+        some = feature_map(load_rows(k, k_stride, first, stop, c, ROWS, CHUNK, K), ELU)
+        rows = load_rows(dmemory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
+        dv = dot_float32(some.to(k.dtype.element_ty), rows, dv)
+    dbeta = erased
+    if beta is not None:
+        weights = tl.load(beta + first + tl.arange(0, ROWS), mask=inside, other=0.0)
+        values = load_rows(v, v_stride, first, stop, 0, ROWS, BLOCK_V, V)
+        dbeta = tl.sum(dv * values.to(tl.float32), 1) - erased
+        dfeatures *= weights[:, None]
+        dv *= weights[:, None]
+    dz = load_vector(dnormalizer, 0, BLOCK_K, K)[None, :]
+    if gamma is not None:
+        dz = dz * tl.load(gamma + first + tl.arange(0, ROWS), mask=inside, other=0.0)[:, None]
+    return (dfeatures + dz) * feature_map_grad(tokens, ELU), dv, dbeta
+
+
+@triton.jit(do_not_specialize=["time", "segment_len", "segments"])
+def weight_sums_kernel(
+    k,
+    beta,
+    normalizer,
+    inverse_peak,
+    curvature,
+    sums,
+    slots,
+    time,
+    segment_len,
+    segments,
+    groups,
+    ELU: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Onto sums, the gradient of z that the delta rule's weights 1 / σ(k) z send back over one complete segment."""
+    slot, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    row, begin, end = segment_at(slot, slots, segments, segment_len, time)
+    if end - begin < segment_len:
+        return
+    at = tl.cast(slot, tl.int64) * groups + group
+    keys = head_of(k, row, group)
+    z = load_vector(normalizer + at * K, 0, BLOCK_K, K)
+    total = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        features = feature_map(load_rows(keys, k[3], start, end, 0, BLOCK_N, BLOCK_K, K), ELU)
+        inverse = reciprocal(tl.sum(features * z[None, :], 1))
+        back = bend(keys, k[3], start, end, inverse, curvature + at * K * K, ELU, BLOCK_N, K, BLOCK_K, CHUNK)
+        dweight = tl.sum(back * features, 1) * inverse * 0.5
+        i = start + tl.arange(0, BLOCK_N)
+        if beta is not None:
+            at_rows = (tl.cast(row, tl.int64) * groups + group) * time
+            dweight *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
+        total += tl.sum(tl.where(i < end, dweight, 0.0)[:, None] * features, 0)
+    c = tl.arange(0, BLOCK_K)
+    target = sums + at * K + c
+    tl.store(target, tl.load(target, mask=c < K, other=0.0) + total * tl.load(inverse_peak + at), mask=c < K)
+
+
+class StateGrads(NamedTuple):
+    """Gradients of the state: after every slot, as its tokens take them, and of the one to begin with."""
+
+    after: Tensor  # float32 [F, G, K, V]
+    z_after: Tensor  # float32 [F, G, K]
+    curvature: Tensor | None  # float32 [F, G, K, K] C + Cᵀ; None by the linear rule
+    memory: Tensor  # float32 [N, G, K, V]
+    normalizer: Tensor  # float32 [N, G, K]
+
+
+def state_grads(
+    k: Tensor,
+    before: Tensor,
+    z_before: Tensor,
+    inverse_peak: Tensor,
+    erased: Tensor | None,
+    dmemory: Tensor,
+    dnormalizer: Tensor,
+    read: Tensor,
+    read_sums: Tensor,
+    layout: Layout,
+    segment_len: int,
+    *,
+    beta: Tensor | None = None,
+    elu: bool = True,
+) -> StateGrads:
+    """From the last state's gradients and what every slot's reads send back, read [F, G, K, V], read_sums [F, G, K].
+
+    read_sums is overwritten.
+    """
+    _, groups, time, key_width = k.shape
+    value_width = read.shape[3]
+    after, dm = scan(dmemory, read, erased, None, torch.float32, layout, time, segment_len)
+    curvature = None
+    if erased is not None:
+        tile = tile_of(curvature_kernel, before, key_width, key_width)
+        curvature = torch.empty_like(erased)
+        places = {
+            "slots": layout.slots,
+            "time": time,
+            "segment_len": segment_len,
+            "segments": layout.per_row,
+            "groups": groups,
+        }
+        launch(
+            curvature_kernel,
+            layout.count * groups * triton.cdiv(key_width, tile.ROWS) * triton.cdiv(key_width, tile.COLUMNS),
+            tile,
+            k,
+            memory=before,
+            dmemory=after,
+            curvature=curvature,
+            **places,
+            K=key_width,
+            V=value_width,
+        )
+        tile = tile_of(weight_sums_kernel, k, key_width, value_width)
+        launch(
+            weight_sums_kernel,
+            layout.count * groups,
+            tile,
+            k,
+            k=view(k),
+            beta=beta,
+            normalizer=z_before,
+            inverse_peak=inverse_peak,
+            curvature=curvature,
+            sums=read_sums,
+            **places,
+            ELU=elu,
+            K=key_width,
+            BLOCK_K=block(key_width),
+        )
+    z_after, _, dz = sum_normalizers(dnormalizer, read_sums, layout, time, segment_len, True)
+    return StateGrads(after, z_after, curvature, dm, dz)

@@ -1,0 +1,265 @@
+"""The kernels as operations that PyTorch knows: opaque to the compiler, with shapes for it, and one backward."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .attention import attend, new_tokens
+from .attention_backward import key_grads, query_grads
+from .launch import dense_rows
+from .memory import products, write
+from .memory_backward import state_grads
+from .sequences import layout_of, slot_count
+from .state import Options
+
+LIBRARY = torch.library.Library("segattn", "FRAGMENT")
+_TOKENS = "Tensor q, Tensor k, Tensor v, Tensor? memory_q, Tensor? memory_k, Tensor? gate"
+_OPTIONS = "SymInt segment_len, bool delta, bool causal, SymInt num_read, SymInt num_write, bool always, float scale"
+
+
+class Kept(NamedTuple):
+    """What a backward needs beside the inputs. Fields that do not exist in a call are empty tensors."""
+
+    local: Tensor  # A_dot [B, H, Tq, V] where there is a memory
+    statistic: Tensor  # float32 [B, H, Tq]
+    before: Tensor  # M / peak, the inputs' dtype [F, G, K, V]
+    z_before: Tensor  # z / peak, float32 [F, G, K]
+    inverse_peak: Tensor  # float32 [F, G]
+    erased: Tensor  # A, float32 [F, G, K, K], by the delta rule
+
+
+def _options(
+    segment_len: int, delta: bool, causal: bool, num_read: int, num_write: int, always: bool, scale: float
+) -> Options:
+    update, empty_memory = "delta" if delta else "linear", "gated" if always else "local"
+    return Options(segment_len, update, causal, num_read, num_write, empty_memory, scale)
+
+
+def _or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if x is None else x for x in tensors)
+
+
+def _or_none(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(x if x.numel() else None for x in tensors)
+
+
+LIBRARY.define(
+    f"attend({_TOKENS}, Tensor? memory, Tensor? normalizer, Tensor? bounds, {_OPTIONS}, bool keep) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor | None,
+    memory_k: Tensor | None,
+    gate: Tensor | None,
+    memory: Tensor | None,
+    normalizer: Tensor | None,
+    bounds: Tensor | None,
+    segment_len: int,
+    delta: bool,
+    causal: bool,
+    num_read: int,
+    num_write: int,
+    always: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    """The output, the state after, and what is kept; memory_q, memory_k None: q and k."""
+    options = _options(segment_len, delta, causal, num_read, num_write, always, scale)
+    layout = layout_of(bounds, q.shape[0], k.shape[2], segment_len)
+    if gate is None or memory is None or normalizer is None:
+        out, _, statistic = attend(q, k, v, q, None, None, None, layout, options, keep)
+        return out, *_or_empty(q, None, None, None, statistic, None, None, None, None)
+    written = write(k if memory_k is None else memory_k, v, memory, normalizer, layout, segment_len, delta)
+    asking = q if memory_q is None else memory_q
+    out, local, statistic = attend(q, k, v, asking, gate, written.before, written.z_before, layout, options, keep)
+    kept = Kept(
+        *_or_empty(q, local, statistic, written.before, written.z_before, written.inverse_peak, written.erased)
+    )
+    if not keep:
+        kept = Kept(*_or_empty(q, *(None for _ in kept)))
+    return out, written.memory, written.normalizer, *kept
+
+
+@torch.library.register_fake("segattn::attend", lib=LIBRARY)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor | None,
+    memory_k: Tensor | None,
+    gate: Tensor | None,
+    memory: Tensor | None,
+    normalizer: Tensor | None,
+    bounds: Tensor | None,
+    segment_len: int,
+    delta: bool,
+    causal: bool,
+    num_read: int,
+    num_write: int,
+    always: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    batch, heads, query_time, key_width = q.shape
+    groups, time, value_width = v.shape[1:]
+    count = slot_count(None if bounds is None else bounds.shape[0], batch, time, segment_len)
+    single = {"dtype": torch.float32}
+    out = new_tokens(q, heads, query_time, value_width)
+    statistic = q.new_empty((batch, heads, query_time), **single) if keep else None
+    if memory is None or normalizer is None:
+        return out, *_or_empty(q, None, None, None, statistic, None, None, None, None)
+    state = memory.new_empty(memory.shape), normalizer.new_empty(normalizer.shape)
+    if not keep:
+        return out, *state, *_or_empty(q, *(None for _ in Kept._fields))
+    kept = Kept(
+        new_tokens(q, heads, query_time, value_width),
+        q.new_empty((batch, heads, query_time), **single),
+        q.new_empty((count, groups, key_width, value_width)),
+        q.new_empty((count, groups, key_width), **single),
+        q.new_empty((count, groups), **single),
+        q.new_empty((count, groups, key_width, key_width) if delta else 0, **(single if delta else {})),
+    )
+    return out, *state, *kept
+
+
+LIBRARY.define(
+    f"attend_backward({_TOKENS}, Tensor local, Tensor statistic, Tensor before, Tensor z_before, "
+    f"Tensor inverse_peak, Tensor erased, Tensor? bounds, {_OPTIONS}, Tensor dout, Tensor? dmemory, "
+    "Tensor? dnormalizer) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _attend_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor | None,
+    memory_k: Tensor | None,
+    gate: Tensor | None,
+    local: Tensor,
+    statistic: Tensor,
+    before: Tensor,
+    z_before: Tensor,
+    inverse_peak: Tensor,
+    erased: Tensor,
+    bounds: Tensor | None,
+    segment_len: int,
+    delta: bool,
+    causal: bool,
+    num_read: int,
+    num_write: int,
+    always: bool,
+    scale: float,
+    dout: Tensor,
+    dmemory: Tensor | None,
+    dnormalizer: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, memory_q, memory_k, gate, memory and normalizer; local is the output without a memory."""
+    options = _options(segment_len, delta, causal, num_read, num_write, always, scale)
+    groups, time = k.shape[1:3]
+    layout = layout_of(bounds, q.shape[0], time, segment_len)
+    dout = dense_rows(dout)
+    if gate is None or dmemory is None or dnormalizer is None:
+        dq, _, row_sum, _, _ = query_grads(q, k, v, None, local, statistic, None, None, None, dout, layout, options)
+        dk, dv, _ = key_grads(q, k, v, None, statistic, None, None, None, None, dout, row_sum, layout, options)
+        return dq, dk, dv, *_or_empty(q, None, None, None, None, None)
+    dq, dmemory_q, row_sum, along, dgate = query_grads(
+        q, k, v, memory_q, local, statistic, gate, before, z_before, dout, layout, options
+    )
+    asking = q if memory_q is None else memory_q
+    read, read_sums = products(
+        *(asking, dout, z_before, inverse_peak, gate, None, along, groups, time, layout, segment_len),
+        elu=True,
+        whole=False,
+        summed=True,
+    )
+    written = k if memory_k is None else memory_k
+    grads = state_grads(
+        written, before, z_before, inverse_peak, *_or_none(erased), dmemory, dnormalizer, read, read_sums, layout,
+        segment_len,
+    )  # fmt: skip
+    dk, dv, dmemory_k = key_grads(
+        *(q, k, v, memory_k, statistic, z_before, grads.after, grads.z_after, grads.curvature, dout, row_sum),
+        layout,
+        options,
+    )
+    return dq, dk, dv, *_or_empty(q, dmemory_q, dmemory_k, dgate), grads.memory, grads.normalizer
+
+
+@torch.library.register_fake("segattn::attend_backward", lib=LIBRARY)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor | None,
+    memory_k: Tensor | None,
+    gate: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *_, dmemory, dnormalizer = rest
+    grads = tuple(new_tokens(x, *x.shape[1:]) for x in (q, k, v))
+    if gate is None or dmemory is None or dnormalizer is None:
+        return *grads, *_or_empty(q, None, None, None, None, None)
+    return (
+        *grads,
+        *_or_empty(q, *(None if x is None else new_tokens(like, *x.shape[1:]) for x, like in ((memory_q, q), (memory_k, k)))),
+        gate.new_empty(gate.shape),
+        dmemory.new_empty(dmemory.shape),
+        dnormalizer.new_empty(dnormalizer.shape),
+    )
+
+
+for device in ("CPU", "CUDA"):
+    LIBRARY.impl("attend", _attend, device)
+    LIBRARY.impl("attend_backward", _attend_backward, device)
+
+
+class Attend(torch.autograd.Function):
+    """(out, memory, normalizer) of a call, differentiable once; memory and normalizer are empty without a gate."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        memory_q: Tensor | None,
+        memory_k: Tensor | None,
+        gate: Tensor | None,
+        memory: Tensor | None,
+        normalizer: Tensor | None,
+        bounds: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, *state_and_kept = torch.ops.segattn.attend(
+            q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds, *options, True
+        )
+        memory_after, normalizer_after, *kept = state_and_kept
+        if gate is None:
+            kept[0] = out
+        ctx.save_for_backward(q, k, v, memory_q, memory_k, gate, bounds, *kept)
+        ctx.options = options  # type: ignore[attr-defined]
+        return out, memory_after, normalizer_after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, dmemory: Tensor, dnormalizer: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, memory_q, memory_k, gate, bounds, *kept = ctx.saved_tensors
+        without = gate is None
+        grads = torch.ops.segattn.attend_backward(
+            *(q, k, v, memory_q, memory_k, gate, *kept, bounds, *ctx.options, dout),
+            None if without else dmemory,
+            None if without else dnormalizer,
+        )
+        given = (q, k, v, memory_q, memory_k, gate, None if without else dmemory, None if without else dnormalizer)
+        found = (None if x is None else grad for x, grad in zip(given, grads, strict=True))
+        return *found, None, *(None for _ in ctx.options)
