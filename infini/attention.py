@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import validation as check
-from ..kernels.backends import resolve
+from ..kernels.backends import check_backend
 from ..kernels.operation import segment_attention
 from ..kernels.state import MemoryState
 from .gate import Gate
@@ -87,7 +87,7 @@ class InfiniAttention(nn.Module):
             check.check_integer(name, size, 1)
         check.check_choice("update", update, check.UPDATES)
         check.check_choice("empty_memory", empty_memory, check.EMPTY_MEMORY)
-        resolve(backend, torch.device("cpu"))
+        check_backend(backend)
         if heads % kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
         if head_width is None:

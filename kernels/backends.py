@@ -3,29 +3,83 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from . import reference, torch_backend
 from .autocast import without_autocast
 from .state import SegmentOutput
 from .validation import check_choice
 
-BACKENDS: dict[str, Callable[..., SegmentOutput]] = {
+Backend = Callable[..., SegmentOutput]
+
+BACKENDS: dict[str, Backend] = {
     "torch": without_autocast(torch_backend.segment_attention),
     "reference": without_autocast(reference.segment_attention),
 }
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from . import triton_backend
+    from .tiles import INTERPRETED
+
+    BACKENDS = {"triton": without_autocast(triton_backend.segment_attention), **BACKENDS}
+
+# every name there is, here or elsewhere
+NAMES = ("triton", "torch", "reference")
+TRITON_WIDTHS = range(16, 257, 8)
 
 
-def resolve(backend: str | None, device: torch.device) -> str:
-    """The backend's name; None takes the default of the device."""
-    if backend is None:
-        return "torch"
-    check_choice("backend", backend, tuple(BACKENDS))
-    return backend
+def check_backend(backend: str | None) -> None:
+    if backend is not None:
+        check_choice("backend", backend, NAMES)
+
+
+def default(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """The backend of calls that name none, and why."""
+    if not HAS_TRITON:
+        return "torch", "triton is not installed"
+    if device.type != "cuda":
+        return "torch", f"the default on {device.type}"
+    if dtype == torch.float64:
+        return "torch", "the kernels do not compute in float64"
+    return "triton", "the default on a GPU"
+
+
+def resolve(backend: str | None, q: Tensor, v: Tensor) -> Backend:
+    """What runs a call.
+
+    Raises:
+        ValueError: no such backend; one that does not run here, or not these tensors.
+    """
+    check_backend(backend)
+    name = default(q.device, q.dtype)[0] if backend is None else backend
+    if name == "triton":
+        _check_triton(q, v)
+    return BACKENDS[name]
+
+
+def _check_triton(q: Tensor, v: Tensor) -> None:
+    remedy = "or pass backend='torch'"
+    if not HAS_TRITON:
+        raise ValueError(f"backend='triton' needs the triton package: pip install triton, {remedy}")
+    if q.device.type != "cuda" and not (INTERPRETED.value and q.device.type == "cpu"):
+        raise ValueError(
+            f"backend='triton' needs tensors on a GPU, got {q.device}: move them, {remedy}; to try the kernels on a "
+            "CPU, slowly, set TRITON_INTERPRET=1 before Python starts"
+        )
+    if q.dtype == torch.float64:
+        raise ValueError(f"backend='triton' computes in bfloat16, float16 and float32, got {q.dtype}: convert, {remedy}")
+    for letter, width in (("K", q.shape[3]), ("V", v.shape[3])):
+        if width not in TRITON_WIDTHS:
+            raise ValueError(
+                f"backend='triton' needs {letter} in 16, 24, 32, ... 256 (multiples of 8), got {letter} = {width}: "
+                f"pad, {remedy}"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,10 +122,10 @@ def show_config(device: torch.device | str | None = None) -> Config:
         chosen, description = _default_device()
     else:
         chosen, description = torch.device(device), ""
-    backend = resolve(None, chosen)
+    backend, reason = default(chosen)
     return Config(
         backend=backend,
-        reason=f"the default on {chosen.type}",
+        reason=reason,
         device=f"{chosen} {description}".strip(),
         versions={name: _version(name) for name in ("segattn", "torch", "triton", "numpy")}
         | {"python": platform.python_version()},

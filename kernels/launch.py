@@ -42,6 +42,19 @@ def recording(target: Target) -> Iterator[list[Launch]]:
         _recorded.reset(token)
 
 
+_tried: ContextVar[dict[str, Tile] | None] = ContextVar("tried", default=None)
+
+
+@contextmanager
+def trying(tiles: dict[str, Tile]) -> Iterator[None]:
+    """Kernels named in `tiles` take those tiles instead of the table's: for tuning, and for tests of every tile."""
+    token = _tried.set(tiles)
+    try:
+        yield
+    finally:
+        _tried.reset(token)
+
+
 def view(x: Tensor | None) -> View | None:
     """A tensor of tokens [B, heads, T, width] for a kernel; its last dimension must be contiguous."""
     return None if x is None else (x, *x.stride()[:3])
@@ -61,7 +74,8 @@ def tile_of(kernel: Any, like: Tensor, key_width: int, value_width: int) -> Tile
     """The table's tile for `kernel` on like's device, in like's dtype."""
     recorded = _recorded.get()
     target = target_of(like.device) if recorded is None else recorded[0]
-    tile = tile_for(kernel.__name__, target, like.dtype, key_width, value_width)
+    tried = _tried.get() or {}
+    tile = tried.get(kernel.__name__) or tile_for(kernel.__name__, target, like.dtype, key_width, value_width)
     widest_k, widest_v = block(key_width), block(value_width)
     return replace(
         tile,
