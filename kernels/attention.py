@@ -17,7 +17,7 @@ from .tiles import (
     head_of,
     keys_seen,
     load_rows,
-    load_vector,
+    memory_weight,
     reciprocal,
     segment_at,
     store_rows,
@@ -71,27 +71,6 @@ def softmax_loop(
 
 
 @triton.jit
-def memory_weight(
-    x,
-    stride,
-    first,
-    stop,
-    normalizer,
-    ELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """σ(x) z of every row, z over its peak."""
-    weight = tl.zeros([ROWS], tl.float32)
-    for c in tl.static_range(0, K, CHUNK):
-        features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU)
-        weight += tl.sum(features * load_vector(normalizer, c, CHUNK, K)[None, :], 1)
-    return weight
-
-
-@triton.jit
 def recall(
     acc,
     share,
@@ -109,7 +88,7 @@ def recall(
     CHUNK: tl.constexpr,
 ):
     """acc + share · σ(x) M, rows scaled before they are rounded."""
-    for c in tl.static_range(0, K, CHUNK):
+    for c in tl.range(0, K, CHUNK, num_stages=1):
         features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU) * share[:, None]
         recalled = load_rows(memory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
         acc = dot(features.to(recalled.dtype), recalled, acc)
@@ -210,7 +189,7 @@ def attend_kernel(
         asking = head_of(memory_q, row, head)
         # fmt: off
         inverse = reciprocal(memory_weight(
-            asking, memory_q[3], first - offset, end - offset, normalizer + at * K, True, BLOCK_M, K, BLOCK_K, CHUNK,
+            asking, memory_q[3], first - offset, end - offset, normalizer + at * K, True, BLOCK_M, K, CHUNK,
         ))
         kept = tl.where((inverse != 0) | ALWAYS, 1 - g, 1.0)
         acc = recall(

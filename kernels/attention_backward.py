@@ -75,59 +75,44 @@ def query_loop(
 
 
 @triton.jit
-def memory_adjoint(
-    dout,
-    dout_stride,
-    first,
-    stop,
-    memory,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """do Mᵀ of every row."""
-    acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    for c in tl.static_range(0, V, CHUNK):
-        rows = load_rows(dout, dout_stride, first, stop, c, ROWS, CHUNK, V)
-        columns = load_rows(memory, V, 0, K, c, BLOCK_K, CHUNK, V, K % BLOCK_K != 0)
-        acc = dot(rows, tl.trans(columns), acc)
-    return acc
-
-
-@triton.jit
 def recall_adjoint(
     x,
     stride,
     first,
     stop,
     dout,
-    dout_stride,
     memory,
     normalizer,
     share,
+    dx,
+    dx_stride,
     ELU: tl.constexpr,
     ROWS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Of A_mem = σ(x) M / σ(x) z: do · A_mem of every row, and share times the gradient of x.
+    """Of A_mem = σ(x) M / σ(x) z, M and z over z's peak: do · A_mem of every row and 1 / σ(x) z; share · dx is stored.
 
-    M and z are over z's peak.
+    do Mᵀ is computed twice, some columns at a time, rather than held.
     """
-    back = memory_adjoint(dout, dout_stride, first, stop, memory, ROWS, K, V, BLOCK_K, BLOCK_V, CHUNK)
-    tokens = load_rows(x, stride, first, stop, 0, ROWS, BLOCK_K, K)
-    z = load_vector(normalizer, 0, BLOCK_K, K)
-    features = feature_map(tokens, ELU)
-    inverse = reciprocal(tl.sum(features * z[None, :], 1))
-    along = tl.sum(features * back, 1) * inverse
-    dx = (back - along[:, None] * z[None, :]) * (share * inverse)[:, None]
-    return along, inverse, dx * feature_map_grad(tokens, ELU)
+    weight = tl.zeros([ROWS], tl.float32)
+    along = tl.zeros([ROWS], tl.float32)
+    for c in tl.range(0, K, CHUNK, num_stages=1):
+        features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU)
+        columns = load_rows(memory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
+        weight += tl.sum(features * load_vector(normalizer, c, CHUNK, K)[None, :], 1)
+        along += tl.sum(features * dot(dout, tl.trans(columns), None), 1)
+    inverse = reciprocal(weight)
+    along *= inverse
+    for c in tl.range(0, K, CHUNK, num_stages=1):
+        tokens = load_rows(x, stride, first, stop, c, ROWS, CHUNK, K)
+        columns = load_rows(memory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
+        back = dot(dout, tl.trans(columns), None) - along[:, None] * load_vector(normalizer, c, CHUNK, K)[None, :]
+        back *= (share * inverse)[:, None] * feature_map_grad(tokens, ELU)
+        store_rows(dx, dx_stride, first, stop, c, back, ROWS, CHUNK, K)
+    return along, inverse
 
 
 @triton.jit(
@@ -172,6 +157,7 @@ def query_grad_kernel(
     heads,
     groups,
     ALWAYS: tl.constexpr,
+    SHARED: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_MASK: tl.constexpr,
     K: tl.constexpr,
@@ -182,7 +168,7 @@ def query_grad_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One tile of one head's queries: dq, the memory's part of it in dmemory_q, or in dq too where that is None.
+    """One tile of one head's queries: dq, and the memory's part in dmemory_q; SHARED: that is dq too, which sums both.
 
     local: A_dot, which is the output where there is no memory.
     Leaves row_sum = do · A_dot and along_memory = do · A_mem [B, H, Tq], and β's gradient per tile [slots · H · tiles].
@@ -206,15 +192,27 @@ def query_grad_kernel(
     at, stop = first - offset, end - offset
     at_rows = (tl.cast(row, tl.int64) * heads + head) * query_time - offset + i
     doutputs = head_of(dout, row, head)
-    queries = load_rows(head_of(q, row, head), q[3], at, stop, 0, BLOCK_M, BLOCK_K, K)
     douts = load_rows(doutputs, dout[3], at, stop, 0, BLOCK_M, BLOCK_V, V)
     locals_ = load_rows(head_of(local, row, head), local[3], at, stop, 0, BLOCK_M, BLOCK_V, V)
     along_local = tl.sum(douts.to(tl.float32) * locals_.to(tl.float32), 1)
     tl.store(row_sum + at_rows, along_local, mask=i < end)
+
+    if memory is not None:
+        g = tl.sigmoid(tl.load(gate + head))
+        at_group = tl.cast(slot, tl.int64) * groups + group
+        # fmt: off
+        along, inverse = recall_adjoint(
+            head_of(memory_q, row, head), memory_q[3], at, stop, douts, memory + at_group * K * V,
+            normalizer + at_group * K, g, head_of(dmemory_q, row, head), dmemory_q[3], True, BLOCK_M, K, V, BLOCK_V, CHUNK,
+        )
+        # fmt: on
+        tl.store(along_memory + at_rows, along, mask=i < end)
+        counted = ((inverse != 0) | ALWAYS) & (i < end)
+        tl.store(dgate + program, g * (1 - g) * tl.sum(tl.where(counted, along - along_local, 0.0), 0))
+    queries = load_rows(head_of(q, row, head), q[3], at, stop, 0, BLOCK_M, BLOCK_K, K)
     row_statistic = tl.load(statistic + at_rows, mask=i < end, other=float("inf"))
     keys, values = head_of(k, row, group), head_of(v, row, group)
     full, last = keys_seen(first, begin, end, num_read, num_write, BLOCK_M, BLOCK_N, CAUSAL, BLOCK_MASK)
-
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     # fmt: off
     acc = query_loop(
@@ -228,21 +226,10 @@ def query_grad_kernel(
     # fmt: on
     acc *= scale
     if memory is not None:
-        g = tl.sigmoid(tl.load(gate + head))
-        at_group = tl.cast(slot, tl.int64) * groups + group
-        # fmt: off
-        along, inverse, dmemory = recall_adjoint(
-            head_of(memory_q, row, head), memory_q[3], at, stop, doutputs, dout[3], memory + at_group * K * V,
-            normalizer + at_group * K, g, True, BLOCK_M, K, V, BLOCK_K, BLOCK_V, CHUNK,
-        )
-        # fmt: on
-        tl.store(along_memory + at_rows, along, mask=i < end)
-        counted = ((inverse != 0) | ALWAYS) & (i < end)
-        tl.store(dgate + program, g * (1 - g) * tl.sum(tl.where(counted, along - along_local, 0.0), 0))
-        if dmemory_q is None:
-            acc += dmemory
-        else:
-            store_rows(head_of(dmemory_q, row, head), dmemory_q[3], at, stop, 0, dmemory, BLOCK_M, BLOCK_K, K)
+        if SHARED:
+            # other threads of this program have stored the memory's part
+            tl.debug_barrier()
+            acc += load_rows(head_of(dq, row, head), dq[3], at, stop, 0, BLOCK_M, BLOCK_K, K).to(tl.float32)
     store_rows(head_of(dq, row, head), dq[3], at, stop, 0, acc, BLOCK_M, BLOCK_K, K)
 
 
@@ -266,7 +253,8 @@ def query_grads(
     tile = tile_of(query_grad_kernel, q, key_width, value_width)
     programs, tiles, first = query_programs(layout, query_time, time, options.segment_len, tile.BLOCK_M)
     dq = new_tokens(q, heads, query_time, key_width, layout)
-    dmemory_q = None if memory_q is None else new_tokens(q, heads, query_time, key_width, layout)
+    shared = memory_q is None
+    dmemory_q = dq if shared else new_tokens(q, heads, query_time, key_width, layout)
     row_sum = torch.empty_like(statistic)
     along_memory = None if memory is None else torch.empty_like(statistic)
     dgate = None if memory is None else statistic.new_empty((programs // max(tiles, 1), heads, tiles))
@@ -278,7 +266,7 @@ def query_grads(
         q=view(q),
         k=view(k),
         v=view(v),
-        memory_q=view(q if memory_q is None else memory_q),
+        memory_q=view(q if shared else memory_q),
         local=view(local),
         statistic=statistic,
         gate=gate,
@@ -303,6 +291,7 @@ def query_grads(
         heads=heads,
         groups=groups,
         ALWAYS=options.empty_memory == "gated",
+        SHARED=shared,
         CAUSAL=options.causal,
         BLOCK_MASK=options.num_read + options.num_write > 0,
         K=key_width,
@@ -310,7 +299,7 @@ def query_grads(
         BLOCK_K=block(key_width),
         BLOCK_V=block(value_width),
     )
-    return dq, dmemory_q, row_sum, along_memory, None if dgate is None else dgate.sum((0, 2))
+    return dq, None if shared else dmemory_q, row_sum, along_memory, None if dgate is None else dgate.sum((0, 2))
 
 
 @triton.jit
@@ -321,13 +310,18 @@ def key_loop(
     values,
     j,
     q,
-    q_stride,
     dout,
-    dout_stride,
     statistic,
     row_sum,
+    row,
+    first_head,
+    members,
+    heads,
+    query_time,
     first,
-    last,
+    steps,
+    diagonal,
+    skipped,
     offset,
     begin,
     end,
@@ -343,18 +337,33 @@ def key_loop(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Queries [first, last): dv + Σ p' do and dk + Σ p' (do vᵀ − D) q, scores transposed from the start."""
-    for start in range(first, last, BLOCK_M):
-        i = start + tl.arange(0, BLOCK_M)
-        queries = load_rows(q, q_stride, start - offset, end - offset, 0, BLOCK_M, BLOCK_K, K)
-        rows = tl.load(statistic + start - offset + tl.arange(0, BLOCK_M), mask=i < end, other=float("inf"))
-        p = tl.exp2(dot(keys, tl.trans(queries), None) * scale - rows[None, :])
+    """dv + Σ p' do and dk + Σ p' (do vᵀ − D) q over the group's heads, `steps` tiles of queries each from `first` on.
+
+    MASKED: the tiles on the diagonal and, `skipped` queries later, what is left at the end.
+    Scores are transposed from the start: nothing that a product left in registers is transposed for the next.
+    """
+    for turn in range(0, members * steps):
+        head = first_head + turn // steps
+        step = turn % steps
+        start = first + step * BLOCK_M
         if MASKED:
+            start += tl.where(step >= diagonal, skipped, 0)
+        at = start - offset
+        i = start + tl.arange(0, BLOCK_M)
+        at_rows = (tl.cast(row, tl.int64) * heads + head) * query_time + at
+        rows = tl.arange(0, BLOCK_M)
+        queries = load_rows(head_of(q, row, head), q[3], at, end - offset, 0, BLOCK_M, BLOCK_K, K, MASKED)
+        scores = dot(keys, tl.trans(queries), None) * scale
+        if MASKED:
+            p = tl.exp2(scores - tl.load(statistic + at_rows + rows, mask=i < end, other=float("inf"))[None, :])
+            sums = tl.load(row_sum + at_rows + rows, mask=i < end, other=0.0)
             seen = visible(i[None, :], j[:, None], begin, end, num_read, num_write, CAUSAL, BLOCK_MASK)
             p = tl.where(seen, p, 0.0)
-        douts = load_rows(dout, dout_stride, start - offset, end - offset, 0, BLOCK_M, BLOCK_V, V)
+        else:
+            p = tl.exp2(scores - tl.load(statistic + at_rows + rows)[None, :])
+            sums = tl.load(row_sum + at_rows + rows)
+        douts = load_rows(head_of(dout, row, head), dout[3], at, end - offset, 0, BLOCK_M, BLOCK_V, V, MASKED)
         dv = dot(p.to(douts.dtype), douts, dv)
-        sums = tl.load(row_sum + start - offset + tl.arange(0, BLOCK_M), mask=i < end, other=0.0)
         dscores = p * (dot(values, tl.trans(douts), None) - sums[None, :])
         dk = dot(dscores.to(queries.dtype), queries, dk)
     return dk, dv
@@ -389,6 +398,7 @@ def key_grad_kernel(
     scale,
     heads,
     groups,
+    SHARED: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_MASK: tl.constexpr,
     K: tl.constexpr,
@@ -402,7 +412,7 @@ def key_grad_kernel(
     """One tile of one key/value head: dk and dv over its group's queries, begun with what the memory sends back.
 
     dmemory, dnormalizer: gradients of the state after the segment; curvature: None for the linear rule.
-    dmemory_k: None where the memory writes by k.
+    dmemory_k: the memory's part of what it writes by; SHARED: that is dk, which sums both.
     """
     program = tl.program_id(0)
     tile = program % tiles
@@ -414,57 +424,58 @@ def key_grad_kernel(
     if first >= end:
         return
     j = first + tl.arange(0, BLOCK_N)
-    dk_rows = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    values = load_rows(head_of(v, row, group), v[3], first, end, 0, BLOCK_N, BLOCK_V, V)
     dv_rows = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if dmemory is not None:
+        at = tl.cast(slot, tl.int64) * groups + group
+        dwritten = head_of(dmemory_k, row, group)
         if end - begin == segment_len:
-            at = tl.cast(slot, tl.int64) * groups + group
             # fmt: off
-            dwritten, dv_rows, _ = write_adjoint(
-                head_of(memory_k, row, group), memory_k[3], head_of(v, row, group), v[3], None, None, first, end,
-                normalizer + at * K, dmemory + at * K * V, dnormalizer + at * K,
-                None if curvature is None else curvature + at * K * K,
-                True, BLOCK_N, K, V, BLOCK_K, BLOCK_V, CHUNK,
+            dv_rows, _ = write_adjoint(
+                head_of(memory_k, row, group), memory_k[3], values, None, None, first, end, normalizer + at * K,
+                dmemory + at * K * V, dnormalizer + at * K, None if curvature is None else curvature + at * K * K,
+                dwritten, dmemory_k[3], True, BLOCK_N, K, V, BLOCK_K, BLOCK_V, CHUNK,
             )
             # fmt: on
-            if dmemory_k is None:
-                dk_rows = dwritten / scale
-            else:
-                store_rows(head_of(dmemory_k, row, group), dmemory_k[3], first, end, 0, dwritten, BLOCK_N, BLOCK_K, K)
-        elif dmemory_k is not None:
-            # fmt: off
-            store_rows(head_of(dmemory_k, row, group), dmemory_k[3], first, end, 0, dk_rows, BLOCK_N, BLOCK_K, K)
-            # fmt: on
+        else:
+            nothing = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+            store_rows(dwritten, dmemory_k[3], first, end, 0, nothing, BLOCK_N, BLOCK_K, K)
     keys = load_rows(head_of(k, row, group), k[3], first, end, 0, BLOCK_N, BLOCK_K, K)
-    values = load_rows(head_of(v, row, group), v[3], first, end, 0, BLOCK_N, BLOCK_V, V)
+    dk_rows = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
 
+    # queries [first_seen, full) see some of these keys, later ones all
     first_seen = tl.maximum(begin, offset)
-    full = first_seen
+    some = 0
     if CAUSAL:
-        full = tl.maximum(first_seen, first + BLOCK_N - 1)
+        least = first
         if BLOCK_MASK:
             least = tl.where(first < begin + num_read, begin, tl.minimum(first, end - num_write))
-        else:
-            least = first
         first_seen = tl.maximum(first_seen, least)
-    full = tl.minimum(first_seen + tl.cdiv(full - first_seen, BLOCK_M) * BLOCK_M, tl.maximum(end, first_seen))
-    for member in range(0, heads // groups):
-        head = group * (heads // groups) + member
-        at_rows = (tl.cast(row, tl.int64) * heads + head) * query_time
-        queries, doutputs = head_of(q, row, head), head_of(dout, row, head)
-        # fmt: off
-        dk_rows, dv_rows = key_loop(
-            dk_rows, dv_rows, keys, values, j, queries, q[3], doutputs, dout[3], statistic + at_rows,
-            row_sum + at_rows, first_seen, full, offset, begin, end, num_read, num_write, scale * LOG2_E,
-            True, CAUSAL, BLOCK_MASK, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
-        )
-        dk_rows, dv_rows = key_loop(
-            dk_rows, dv_rows, keys, values, j, queries, q[3], doutputs, dout[3], statistic + at_rows,
-            row_sum + at_rows, full, end, offset, begin, end, num_read, num_write, scale * LOG2_E,
-            False, CAUSAL, BLOCK_MASK, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
-        )
-        # fmt: on
-    store_rows(head_of(dk, row, group), dk[3], first, end, 0, dk_rows * scale, BLOCK_N, BLOCK_K, K)
+        some = tl.maximum(tl.minimum(first + BLOCK_N - 1, end) - first_seen, 0)
+    diagonal = tl.cdiv(some, BLOCK_M)
+    full = first_seen + diagonal * BLOCK_M
+    whole = tl.maximum(end - full, 0) // BLOCK_M
+    rest = tl.where(full + whole * BLOCK_M < end, 1, 0)
+    members = heads // groups
+    # fmt: off
+    dk_rows, dv_rows = key_loop(
+        dk_rows, dv_rows, keys, values, j, q, dout, statistic, row_sum, row, group * members, members, heads, query_time,
+        full, whole, 0, 0, offset, begin, end, num_read, num_write, scale * LOG2_E,
+        False, CAUSAL, BLOCK_MASK, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
+    )
+    dk_rows, dv_rows = key_loop(
+        dk_rows, dv_rows, keys, values, j, q, dout, statistic, row_sum, row, group * members, members, heads, query_time,
+        first_seen, diagonal + rest, diagonal, whole * BLOCK_M, offset, begin, end, num_read, num_write, scale * LOG2_E,
+        True, CAUSAL, BLOCK_MASK, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
+    )
+    # fmt: on
+    dk_rows *= scale
+    if dmemory is not None:
+        if SHARED:
+            # other threads of this program have stored the memory's part
+            tl.debug_barrier()
+            dk_rows += load_rows(head_of(dk, row, group), dk[3], first, end, 0, BLOCK_N, BLOCK_K, K).to(tl.float32)
+    store_rows(head_of(dk, row, group), dk[3], first, end, 0, dk_rows, BLOCK_N, BLOCK_K, K)
     store_rows(head_of(dv, row, group), dv[3], first, end, 0, dv_rows, BLOCK_N, BLOCK_V, V)
 
 
@@ -490,7 +501,8 @@ def key_grads(
     tiles = triton.cdiv(min(options.segment_len, time), tile.BLOCK_N)
     dk = new_tokens(k, groups, time, key_width, layout)
     dv = new_tokens(v, groups, time, value_width, layout)
-    dmemory_k = None if memory_k is None else new_tokens(k, groups, time, key_width, layout)
+    shared = memory_k is None
+    dmemory_k = dk if shared else new_tokens(k, groups, time, key_width, layout)
     launch(
         key_grad_kernel,
         layout.count * groups * tiles,
@@ -499,7 +511,7 @@ def key_grads(
         q=view(q),
         k=view(k),
         v=view(v),
-        memory_k=view(k if memory_k is None else memory_k),
+        memory_k=view(k if shared else memory_k),
         statistic=statistic,
         normalizer=normalizer,
         dmemory=dmemory,
@@ -521,6 +533,7 @@ def key_grads(
         scale=options.scale,
         heads=heads,
         groups=groups,
+        SHARED=shared,
         CAUSAL=options.causal,
         BLOCK_MASK=options.num_read + options.num_write > 0,
         K=key_width,
@@ -528,4 +541,4 @@ def key_grads(
         BLOCK_K=block(key_width),
         BLOCK_V=block(value_width),
     )
-    return dk, dv, dmemory_k
+    return dk, dv, None if shared else dmemory_k

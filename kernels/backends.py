@@ -73,7 +73,9 @@ def _check_triton(q: Tensor, v: Tensor) -> None:
             "CPU, slowly, set TRITON_INTERPRET=1 before Python starts"
         )
     if q.dtype == torch.float64:
-        raise ValueError(f"backend='triton' computes in bfloat16, float16 and float32, got {q.dtype}: convert, {remedy}")
+        raise ValueError(
+            f"backend='triton' computes in bfloat16, float16 and float32, got {q.dtype}: convert, {remedy}"
+        )
     for letter, width in (("K", q.shape[3]), ("V", v.shape[3])):
         if width not in TRITON_WIDTHS:
             raise ValueError(

@@ -39,9 +39,24 @@ TARGETS = {
 }
 
 
+# interpreted kernels run the smallest tiles there are, so that small calls have many
+INTERPRETER = Tile(16, 16, 16, 16, 16, "ieee")
+
+TABLE = {
+    "attend_kernel": Tile(128, 64, 64, num_warps=8, num_stages=3),
+    "query_grad_kernel": Tile(128, 64, 64, num_warps=8, num_stages=2),
+    "key_grad_kernel": Tile(64, 128, 64, num_warps=8, num_stages=2),
+    "key_sums_kernel": Tile(BLOCK_N=64),
+    "normalizer_kernel": Tile(BLOCK_N=32),
+    "product_kernel": Tile(BLOCK_N=64, COLUMNS=64),
+    "scan_kernel": Tile(ROWS=128, COLUMNS=16, num_warps=8),
+    "curvature_kernel": Tile(ROWS=64, COLUMNS=64, CHUNK=32),
+    "weight_sums_kernel": Tile(BLOCK_N=64, CHUNK=64),
+}
+
+
 @cache
 def tile_for(kernel: str, target: Target, dtype: torch.dtype, key_width: int, value_width: int) -> Tile:
-    width = max(16, 1 << (max(key_width, value_width) - 1).bit_length())
-    small = 16
-    tile = Tile(small, small, small, small, small)
-    return tile
+    if target.name == "interpreter":
+        return INTERPRETER
+    return TABLE[kernel]

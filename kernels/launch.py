@@ -61,8 +61,8 @@ def view(x: Tensor | None) -> View | None:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """x, copied only where its last dimension is strided."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """x, copied only where its last dimension is strided, or where a tile's rows would be 2^31 elements apart."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 2**22 else x.contiguous()
 
 
 def block(width: int) -> int:

@@ -208,12 +208,16 @@ def product_kernel(
                 if along is None:
                     total += tl.sum(features, 0)
                 else:
-                    total -= tl.sum(features * (weights * tl.load(along + at_rows + i, mask=i < end, other=0.0))[:, None], 0)
+                    total -= tl.sum(
+                        features * (weights * tl.load(along + at_rows + i, mask=i < end, other=0.0))[:, None], 0
+                    )
             if y is None:
                 other = load_rows(tokens, x[3], start - offset, end - offset, column, BLOCK_N, COLUMNS, W)
                 other = feature_map(other, ELU).to(x[0].dtype.element_ty)
             else:
-                other = load_rows(head_of(y, row, head), y[3], start - offset, end - offset, column, BLOCK_N, COLUMNS, W)
+                other = load_rows(
+                    head_of(y, row, head), y[3], start - offset, end - offset, column, BLOCK_N, COLUMNS, W
+                )
             acc = dot(tl.trans((features * weights[:, None]).to(other.dtype)), other, acc)
     if normalizer is not None:
         scale = tl.load(inverse_peak + at)
@@ -235,16 +239,17 @@ def exact_dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def erase(x, erased, K: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr):
-    """x − A x, for x as a tuple of tiles of ROWS rows."""
+def advance(x, added, erased, inside, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr):
+    """x + B − A x, for x as a tuple of tiles of ROWS rows; added: pointers to the tile's columns."""
     r = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, ROWS)[None, :]
     y = ()
     for i in tl.static_range(0, K, ROWS):
-        acc = x[i // ROWS]
-        for j in tl.static_range(0, K, ROWS):
-            a = tl.load(erased + (i + r) * K + j + c, mask=(i + r < K) & (j + c < K), other=0.0)
-            acc = exact_dot(-a, x[j // ROWS], acc, PRECISION)
+        acc = x[i // ROWS] + tl.load(added + (i + r) * V, mask=(i + r < K) & inside, other=0.0)
+        if erased is not None:
+            for j in tl.static_range(0, K, ROWS):
+                a = tl.load(erased + (i + r) * K + j + c, mask=(i + r < K) & (j + c < K), other=0.0)
+                acc = exact_dot(-a, x[j // ROWS], acc, PRECISION)
         y = y + (acc,)
     return y
 
@@ -285,11 +290,11 @@ def scan_kernel(
     at_sequence = (tl.cast(n, tl.int64) * groups + group) * K * V
     x = ()
     for i in tl.static_range(0, K, ROWS):
-        y = tl.load(initial + at_sequence + (i + r) * V + column, mask=(i + r < K) & inside, other=0.0)
+        start = tl.load(initial + at_sequence + (i + r) * V + column, mask=(i + r < K) & inside, other=0.0)
         if REVERSE:
             at = ((first + whole) * groups + group) * K * V
-            y += tl.load(added + at + (i + r) * V + column, mask=(i + r < K) & inside & tail, other=0.0)
-        x = x + (y,)
+            start += tl.load(added + at + (i + r) * V + column, mask=(i + r < K) & inside & tail, other=0.0)
+        x = x + (start,)
     for step in range(0, whole):
         slot = first + (whole - 1 - step if REVERSE else step)
         at = slot * groups + group
@@ -298,14 +303,16 @@ def scan_kernel(
             scale = tl.load(inverse_peak + at)
         for i in tl.static_range(0, K, ROWS):
             store_rows(before + at * K * V, V, i, K, tile * COLUMNS, x[i // ROWS] * scale, ROWS, COLUMNS, V)
-        if erased is not None:
-            y = erase(x, erased + at * K * K, K, ROWS, PRECISION)
-        else:
-            y = x
-        x = ()
-        for i in tl.static_range(0, K, ROWS):
-            b = tl.load(added + at * K * V + (i + r) * V + column, mask=(i + r < K) & inside, other=0.0)
-            x = x + (y[i // ROWS] + b,)
+        x = advance(
+            x,
+            added + at * K * V + column,
+            None if erased is None else erased + at * K * K,
+            inside,
+            K,
+            V,
+            ROWS,
+            PRECISION,
+        )
     if not REVERSE:
         if tail:
             at = (first + whole) * groups + group
@@ -328,7 +335,9 @@ class Written(NamedTuple):
     normalizer: Tensor  # float32 [N, G, K]
 
 
-def sum_keys(k: Tensor, normalizer: Tensor | None, layout: Layout, segment_len: int, elu: bool) -> tuple[Tensor, Tensor | None]:
+def sum_keys(
+    k: Tensor, normalizer: Tensor | None, layout: Layout, segment_len: int, elu: bool
+) -> tuple[Tensor, Tensor | None]:
     """Σ γ σ(k) per slot [F, G, K], and γ [B, G, T] if a normalizer [F, G, K] is given to correct by."""
     batch, groups, time, width = k.shape
     tile = tile_of(key_sums_kernel, k, width, width)

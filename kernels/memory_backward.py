@@ -22,6 +22,7 @@ from .tiles import (
     head_of,
     load_rows,
     load_vector,
+    memory_weight,
     reciprocal,
     segment_at,
     store_rows,
@@ -59,7 +60,7 @@ def curvature_kernel(
     dm = dmemory + at * K * V
     i, j = tile // across * ROWS, tile % across * COLUMNS
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for c in tl.static_range(0, V, CHUNK):
+    for c in tl.range(0, V, CHUNK, num_stages=1):
         m_rows = load_rows(m, V, i, K, c, ROWS, CHUNK, V).to(tl.float32)
         dm_rows = load_rows(dm, V, i, K, c, ROWS, CHUNK, V)
         m_columns = load_rows(m, V, j, K, c, COLUMNS, CHUNK, V).to(tl.float32)
@@ -70,12 +71,19 @@ def curvature_kernel(
 
 
 @triton.jit
-def bend(
-    x,
+def bend(u, curvature, c, K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
+    """u (C + Cᵀ), its columns from c on."""
+    rows = load_rows(curvature + c * K, K, 0, K - c, 0, CHUNK, BLOCK_K, K, K % CHUNK != 0)
+    return dot_float32(u, tl.trans(rows), tl.zeros([u.shape[0], CHUNK], tl.float32))
+
+
+@triton.jit
+def erasure(
+    k,
     stride,
     first,
     stop,
-    inverse,
+    normalizer,
     curvature,
     ELU: tl.constexpr,
     ROWS: tl.constexpr,
@@ -83,21 +91,22 @@ def bend(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """u (C + Cᵀ) of every row, with u = inverse · σ(x)."""
-    acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    for c in tl.static_range(0, K, CHUNK):
-        features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU) * inverse[:, None]
-        rows = load_rows(curvature + c * K, K, 0, K - c, 0, CHUNK, BLOCK_K, K, K % CHUNK != 0)
-        acc = dot_float32(features.to(x.dtype.element_ty), rows, acc)
-    return acc
+    """u = σ(k) / σ(k) z rounded to k's dtype, 1 / σ(k) z, and σ(k) C uᵀ of every row."""
+    inverse = reciprocal(memory_weight(k, stride, first, stop, normalizer, ELU, ROWS, K, CHUNK))
+    u = feature_map(load_rows(k, stride, first, stop, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
+    u = u.to(k.dtype.element_ty)
+    erased = tl.zeros([ROWS], tl.float32)
+    for c in tl.range(0, K, CHUNK, num_stages=1):
+        features = feature_map(load_rows(k, stride, first, stop, c, ROWS, CHUNK, K), ELU)
+        erased += tl.sum(bend(u, curvature, c, K, BLOCK_K, CHUNK) * features, 1)
+    return u, inverse, erased * 0.5
 
 
 @triton.jit
 def write_adjoint(
     k,
     k_stride,
-    v,
-    v_stride,
+    values,
     beta,
     gamma,
     first,
@@ -106,6 +115,8 @@ def write_adjoint(
     dmemory,
     dnormalizer,
     curvature,
+    dk,
+    dk_stride,
     ELU: tl.constexpr,
     ROWS: tl.constexpr,
     K: tl.constexpr,
@@ -114,38 +125,34 @@ def write_adjoint(
     BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """What the state after a segment sends back to its tokens: gradients of k, v and beta; curvature None: linear rule."""
-    inside = first + tl.arange(0, ROWS) < stop
-    tokens = load_rows(k, k_stride, first, stop, 0, ROWS, BLOCK_K, K)
-    features = feature_map(tokens, ELU)
-    dfeatures = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    """What the state after a segment sends back to its tokens: dk is stored; dv, and the gradient of beta.
+
+    curvature None: the linear rule. Nothing as wide as a token is held but dv and u.
+    """
+    rows = first + tl.arange(0, ROWS)
     erased = tl.zeros([ROWS], tl.float32)
     if curvature is not None:
-        z = load_vector(normalizer, 0, BLOCK_K, K)
-        inverse = reciprocal(tl.sum(features * z[None, :], 1))
-        back = bend(k, k_stride, first, stop, inverse, curvature, ELU, ROWS, K, BLOCK_K, CHUNK)
-        erased = tl.sum(back * features, 1) * 0.5
-        dfeatures = (erased * inverse)[:, None] * z[None, :] - back
-    for c in tl.static_range(0, V, CHUNK):
-        values = load_rows(v, v_stride, first, stop, c, ROWS, CHUNK, V)
-        columns = load_rows(dmemory, V, 0, K, c, BLOCK_K, CHUNK, V, K % BLOCK_K != 0)
-        dfeatures = dot_float32(values, tl.trans(columns), dfeatures)
+        u, inverse, erased = erasure(k, k_stride, first, stop, normalizer, curvature, ELU, ROWS, K, BLOCK_K, CHUNK)
     dv = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    for c in tl.static_range(0, K, CHUNK):
-        some = feature_map(load_rows(k, k_stride, first, stop, c, ROWS, CHUNK, K), ELU)
-        rows = load_rows(dmemory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
-        dv = dot_float32(some.to(k.dtype.element_ty), rows, dv)
+    for c in tl.range(0, K, CHUNK, num_stages=1):
+        tokens = load_rows(k, k_stride, first, stop, c, ROWS, CHUNK, K)
+        received = load_rows(dmemory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
+        dv = dot_float32(feature_map(tokens, ELU).to(tokens.dtype), received, dv)
+        dfeatures = dot_float32(values, tl.trans(received), tl.zeros([ROWS, CHUNK], tl.float32))
+        if curvature is not None:
+            z = load_vector(normalizer, c, CHUNK, K)[None, :]
+            dfeatures += (erased * inverse)[:, None] * z - bend(u, curvature, c, K, BLOCK_K, CHUNK)
+        if beta is not None:
+            dfeatures *= tl.load(beta + rows, mask=rows < stop, other=0.0)[:, None]
+        dz = load_vector(dnormalizer, c, CHUNK, K)[None, :]
+        if gamma is not None:
+            dz = dz * tl.load(gamma + rows, mask=rows < stop, other=0.0)[:, None]
+        store_rows(dk, dk_stride, first, stop, c, (dfeatures + dz) * feature_map_grad(tokens, ELU), ROWS, CHUNK, K)
     dbeta = erased
     if beta is not None:
-        weights = tl.load(beta + first + tl.arange(0, ROWS), mask=inside, other=0.0)
-        values = load_rows(v, v_stride, first, stop, 0, ROWS, BLOCK_V, V)
         dbeta = tl.sum(dv * values.to(tl.float32), 1) - erased
-        dfeatures *= weights[:, None]
-        dv *= weights[:, None]
-    dz = load_vector(dnormalizer, 0, BLOCK_K, K)[None, :]
-    if gamma is not None:
-        dz = dz * tl.load(gamma + first + tl.arange(0, ROWS), mask=inside, other=0.0)[:, None]
-    return (dfeatures + dz) * feature_map_grad(tokens, ELU), dv, dbeta
+        dv *= tl.load(beta + rows, mask=rows < stop, other=0.0)[:, None]
+    return dv, dbeta
 
 
 @triton.jit(do_not_specialize=["time", "segment_len", "segments"])
@@ -174,17 +181,19 @@ def weight_sums_kernel(
         return
     at = tl.cast(slot, tl.int64) * groups + group
     keys = head_of(k, row, group)
-    z = load_vector(normalizer + at * K, 0, BLOCK_K, K)
     total = tl.zeros([BLOCK_K], tl.float32)
     for start in range(begin, end, BLOCK_N):
-        features = feature_map(load_rows(keys, k[3], start, end, 0, BLOCK_N, BLOCK_K, K), ELU)
-        inverse = reciprocal(tl.sum(features * z[None, :], 1))
-        back = bend(keys, k[3], start, end, inverse, curvature + at * K * K, ELU, BLOCK_N, K, BLOCK_K, CHUNK)
-        dweight = tl.sum(back * features, 1) * inverse * 0.5
+        # fmt: off
+        _, inverse, erased = erasure(
+            keys, k[3], start, end, normalizer + at * K, curvature + at * K * K, ELU, BLOCK_N, K, BLOCK_K, CHUNK
+        )
+        # fmt: on
+        dweight = erased * inverse
         i = start + tl.arange(0, BLOCK_N)
         if beta is not None:
             at_rows = (tl.cast(row, tl.int64) * groups + group) * time
             dweight *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
+        features = feature_map(load_rows(keys, k[3], start, end, 0, BLOCK_N, BLOCK_K, K), ELU)
         total += tl.sum(tl.where(i < end, dweight, 0.0)[:, None] * features, 0)
     c = tl.arange(0, BLOCK_K)
     target = sums + at * K + c

@@ -137,6 +137,4 @@ def layout_of(bounds: Tensor | None, batch: int, time: int, segment_len: int) ->
     lengths = bounds[:, 1] - bounds[:, 0]
     held = torch.full_like(lengths, per_row) if len(bounds) == batch else -(-lengths // segment_len)
     runs = torch.stack([held.cumsum(0) - held, lengths], 1)
-    return Layout(
-        len(bounds), len(slots.row), per_row, torch.stack([slots.row, slots.begin, slots.end], 1), runs
-    )
+    return Layout(len(bounds), len(slots.row), per_row, torch.stack([slots.row, slots.begin, slots.end], 1), runs)

@@ -38,10 +38,10 @@ def head_of(x, row, head):
 
 @triton.jit
 def pointers(x, stride, first, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """To x[first : first + ROWS, column : column + COLUMNS]."""
-    r = tl.arange(0, ROWS).to(tl.int64)
+    """To x[first : first + ROWS, column : column + COLUMNS]. Only the first row's offset needs 64 bits."""
+    r = tl.arange(0, ROWS)
     c = column + tl.arange(0, COLUMNS)
-    return x + tl.cast(first, tl.int64) * stride + r[:, None] * stride + c[None, :]
+    return x + tl.cast(first, tl.int64) * stride + (r[:, None] * stride + c[None, :])
 
 
 @triton.jit
@@ -73,9 +73,7 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
-    x, stride, first, stop, column, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr
-):
+def store_rows(x, stride, first, stop, column, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
     """The inverse of `load_rows`, in x's dtype."""
     at = pointers(x, stride, first, column, ROWS, COLUMNS)
     inside_rows = (first + tl.arange(0, ROWS) < stop)[:, None]
@@ -113,6 +111,26 @@ def reciprocal(weight):
     """1 / weight; 0 where there is none."""
     found = tl.abs(weight) >= TINY
     return tl.where(found, 1.0 / tl.where(found, weight, 1.0), 0.0)
+
+
+@triton.jit
+def memory_weight(
+    x,
+    stride,
+    first,
+    stop,
+    normalizer,
+    ELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """σ(x) z of every row, z over its peak."""
+    weight = tl.zeros([ROWS], tl.float32)
+    for c in tl.range(0, K, CHUNK, num_stages=1):
+        features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU)
+        weight += tl.sum(features * load_vector(normalizer, c, CHUNK, K)[None, :], 1)
+    return weight
 
 
 @triton.jit

@@ -81,9 +81,7 @@ def _attend(
     written = write(k if memory_k is None else memory_k, v, memory, normalizer, layout, segment_len, delta)
     asking = q if memory_q is None else memory_q
     out, local, statistic = attend(q, k, v, asking, gate, written.before, written.z_before, layout, options, keep)
-    kept = Kept(
-        *_or_empty(q, local, statistic, written.before, written.z_before, written.inverse_peak, written.erased)
-    )
+    kept = Kept(*_or_empty(q, local, statistic, written.before, written.z_before, written.inverse_peak, written.erased))
     if not keep:
         kept = Kept(*_or_empty(q, *(None for _ in kept)))
     return out, written.memory, written.normalizer, *kept
@@ -211,7 +209,9 @@ def _(
         return *grads, *_or_empty(q, None, None, None, None, None)
     return (
         *grads,
-        *_or_empty(q, *(None if x is None else new_tokens(like, *x.shape[1:]) for x, like in ((memory_q, q), (memory_k, k)))),
+        *_or_empty(
+            q, *(None if x is None else new_tokens(like, *x.shape[1:]) for x, like in ((memory_q, q), (memory_k, k)))
+        ),
         gate.new_empty(gate.shape),
         dmemory.new_empty(dmemory.shape),
         dnormalizer.new_empty(dnormalizer.shape),

@@ -1,0 +1,205 @@
+"""The calls that `segattn check` compares: one table in two sizes, and the tensors drawn for a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.operation import segment_attention
+from ..kernels.reference import feature_map
+from ..kernels.state import MemoryState
+
+
+@dataclass(frozen=True)
+class Call:
+    """Sizes and options of a call."""
+
+    B: int
+    H: int
+    G: int
+    T: int
+    K: int
+    V: int
+    L: int
+    remembered: int  # tokens in the incoming memory; 0: none is passed
+    asked: int | None = None  # the last positions only
+    gated: bool = True
+    own_memory_inputs: bool = True
+    token_major: bool = False
+    cu_seqlens: tuple[int, ...] | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
+    update: str = "delta"
+    empty_memory: str = "local"
+    causal: bool = True
+    num_read: int = 0
+    num_write: int = 0
+    scale: float | None = None
+
+
+# for a CPU, and for the interpreter, which takes about a millisecond per tile of 16 x 16
+SMALL = Call(B=1, H=2, G=1, T=41, K=16, V=16, L=16, remembered=40)
+FULL = Call(B=2, H=4, G=2, T=1111, K=64, V=64, L=128, remembered=400)
+
+# a call's name: what it changes in both sizes, in the small one, in the full one
+TABLE: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "rows": ({}, {"B": 2}, {}),
+    "whole segments": ({}, {"T": 48}, {"T": 1024}),
+    "no state": ({"remembered": 0}, {}, {}),
+    "gated when empty": ({"remembered": 0, "empty_memory": "gated"}, {}, {}),
+    "linear": ({"update": "linear"}, {}, {}),
+    "linear, no state": ({"update": "linear", "remembered": 0}, {}, {"T": 1024}),
+    "shared memory inputs": ({"own_memory_inputs": False}, {}, {}),
+    "shared, linear": ({"own_memory_inputs": False, "update": "linear"}, {}, {}),
+    "token major": ({"token_major": True}, {}, {}),
+    "scale 1": ({"scale": 1.0}, {}, {}),
+    # the delta rule overshoots where a memory of few tokens meets a long segment
+    "young memory": ({}, {"remembered": 4}, {"remembered": 32}),
+    "equal heads": ({}, {"G": 2}, {"G": 4}),
+    "four heads to one": ({}, {"H": 4, "T": 23}, {"H": 8}),
+    "eight heads to one": ({}, {"H": 8, "T": 23}, {"H": 16, "G": 2, "B": 1}),
+    "prefill in pieces": ({}, {"asked": 19}, {"asked": 777}),
+    "one token": ({"T": 1}, {}, {}),
+    "decode": ({"asked": 1}, {"T": 13}, {"T": 1531, "L": 2048, "H": 8}),
+    "decode over an edge": ({}, {"asked": 3, "T": 18}, {"asked": 5, "T": 131}),
+    "decode, linear": ({"asked": 1, "update": "linear"}, {"T": 9}, {"T": 127, "B": 3}),
+    "packed": (
+        {"B": 1},
+        {"T": 75, "cu_seqlens": (0, 5, 5, 6, 40, 75)},
+        {"T": 2100, "cu_seqlens": (0, 37, 37, 38, 900, 2100)},
+    ),
+    "packed, linear, no state": (
+        {"B": 1, "update": "linear", "remembered": 0},
+        {"cu_seqlens": (0, 17, 41)},
+        {"cu_seqlens": (0, 129, 512, 1111)},
+    ),
+    "packed, last queries": (
+        {"B": 1},
+        {"asked": 11, "cu_seqlens": (0, 18, 35, 41)},
+        {"asked": 300, "cu_seqlens": (0, 300, 900, 1111)},
+    ),
+    "packed, shorter than a segment": (
+        {"B": 1},
+        {"L": 40, "cu_seqlens": (0, 4, 4, 23, 41)},
+        {"L": 700, "cu_seqlens": (0, 5, 600, 1111)},
+    ),
+    "padding": ({"B": 2}, {"spans": ((7, 41), (0, 19))}, {"spans": ((130, 1111), (0, 600))}),
+    "padding, last queries": (
+        {"B": 2},
+        {"asked": 9, "spans": ((2, 41), (34, 41))},
+        {"asked": 200, "spans": ((3, 1111), (999, 1111))},
+    ),
+    "bidirectional": ({"causal": False}, {}, {}),
+    "bidirectional, packed": (
+        {"B": 1, "causal": False},
+        {"cu_seqlens": (0, 7, 41)},
+        {"cu_seqlens": (0, 333, 1111)},
+    ),
+    "local": ({"gated": False}, {}, {}),
+    "local, decode": ({"gated": False}, {"asked": 2, "T": 18}, {"asked": 1, "T": 1000}),
+    "local, bidirectional": ({"gated": False, "causal": False}, {}, {}),
+    "block mask": (
+        {"gated": False},
+        {"T": 37, "L": 40, "num_read": 3, "num_write": 5},
+        {"T": 600, "L": 700, "num_read": 16, "num_write": 20},
+    ),
+    "block mask, padded": (
+        {"B": 2, "gated": False},
+        {"T": 37, "L": 37, "num_read": 2, "num_write": 3, "spans": ((0, 37), (9, 30))},
+        {"T": 600, "L": 600, "num_read": 16, "num_write": 16, "spans": ((0, 600), (100, 500))},
+    ),
+    "block mask, packed": (
+        {"B": 1, "gated": False},
+        {"T": 37, "L": 40, "num_read": 2, "num_write": 3, "cu_seqlens": (0, 8, 37)},
+        {"T": 1111, "L": 700, "num_read": 16, "num_write": 16, "cu_seqlens": (0, 600, 1111)},
+    ),
+    "odd segments": ({}, {"L": 11}, {"L": 37, "T": 500}),
+    "short segments": ({}, {"L": 1, "T": 5}, {"L": 16}),
+    "long segments": ({}, {"L": 33, "T": 70}, {"L": 2048, "T": 4099, "B": 1, "K": 128, "V": 128}),
+    "long rows": ({}, {"T": 100, "L": 25}, {"T": 8192, "L": 512, "B": 1, "K": 128, "V": 128}),
+    "K 24, V 80": ({"K": 24, "V": 80}, {"T": 19, "L": 8}, {}),
+    "K 96, V 16": ({"K": 96, "V": 16}, {"T": 19, "L": 8}, {}),
+    "widest": ({}, {"K": 48, "V": 48, "T": 19}, {"K": 256, "V": 256}),
+    "widest but one": ({}, {"K": 32, "V": 32}, {"K": 192, "V": 192}),
+    "widest, linear": ({"update": "linear"}, {"K": 64, "V": 64, "T": 19}, {"K": 256, "V": 256}),
+    "widest, local": ({"gated": False}, {"K": 64, "V": 64, "T": 19}, {"K": 256, "V": 256}),
+    "narrowest": ({"K": 16, "V": 16, "update": "linear"}, {"T": 33}, {}),
+}
+
+
+def calls_of(size: str) -> dict[str, Call]:
+    """The table in one size, "small" or "full"."""
+    base, chosen = (SMALL, 1) if size == "small" else (FULL, 2)
+    return {name: replace(base, **row[0], **row[chosen]) for name, row in TABLE.items()}
+
+
+def tensors(call: Call, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The call's tensors by name, in `dtype`: the same values on every device."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def tokens(heads: int, time: int, width: int) -> Tensor:
+        x = normal(call.B, time, heads, width).to(device, dtype).transpose(1, 2)
+        return x if call.token_major else x.contiguous()
+
+    asked = call.T if call.asked is None else call.asked
+    made = {
+        "q": tokens(call.H, asked, call.K),
+        "k": tokens(call.G, call.T, call.K),
+        "v": tokens(call.G, call.T, call.V),
+    }
+    if not call.gated:
+        return made
+    made["gate"] = normal(call.H).to(device)
+    if call.own_memory_inputs:
+        made |= {"memory_q": tokens(call.H, asked, call.K), "memory_k": tokens(call.G, call.T, call.K)}
+    if call.remembered:
+        sequences = call.B if call.cu_seqlens is None else len(call.cu_seqlens) - 1
+        features = feature_map(normal(sequences, call.G, call.remembered, call.K))
+        made["memory"] = (features.mT @ normal(sequences, call.G, call.remembered, call.V)).to(device)
+        made["normalizer"] = features.sum(2).to(device)
+    return made
+
+
+def _offsets(values: tuple[Any, ...] | None, device: torch.device) -> Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def evaluate(call: Call, made: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """Outputs by name, and the gradients, by input, of a random projection of all outputs."""
+    leaves = {name: x.detach().requires_grad_() for name, x in made.items()}
+    tokens = dict(leaves)
+    device = made["q"].device
+    state = MemoryState(tokens.pop("memory"), tokens.pop("normalizer")) if "memory" in tokens else None
+    out, after = segment_attention(
+        **tokens,
+        segment_len=call.L,
+        state=state,
+        update=call.update,
+        cu_seqlens=_offsets(call.cu_seqlens, device),
+        spans=_offsets(call.spans, device),
+        causal=call.causal,
+        num_read=call.num_read,
+        num_write=call.num_write,
+        empty_memory=call.empty_memory,
+        scale=call.scale,
+        backend=backend,
+    )
+    outputs = {"out": out} if after is None else {"out": out, **after._asdict()}
+    found = torch.autograd.grad(
+        list(outputs.values()), list(leaves.values()), [_direction(x) for x in outputs.values()], allow_unused=True
+    )
+    gradients = {
+        f"d{name}": torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), found, strict=True)
+    }
+    return {name: x.detach() for name, x in (outputs | gradients).items()}
+
+
+def _direction(x: Tensor) -> Tensor:
+    """What x is projected on: in steps of 1/32, which every dtype holds exactly."""
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    return (32 * drawn).round().div(32).to(x.device, x.dtype)

@@ -1,0 +1,351 @@
+"""One case on a device: every peer is checked against the reference, then those that are right are timed side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.operation import segment_attention
+from ..kernels.state import MemoryState
+from . import floors
+from .cases import DIRECTIONS, DTYPES, Case, DecodeCase
+from .check import GATES
+from .device_counts import launches
+from .floors import Peak, Sizes, Work
+from .machine import plain
+from .measure import peak_bytes, synchronize
+from .peers import FLASH, PEERS, Peer, from_segments, ours, to_segments
+from .timing import Prepare, Times, captured, copies_needed, interleaved
+
+# others compute in the inputs' dtype throughout: this many times the error that is allowed to ours
+LENIENCY = 8.0
+Note = Callable[[dict[str, Any]], None]
+
+
+class Drawn(NamedTuple):
+    """One copy of a case's inputs, and the gradient of its output."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    dout: Tensor
+
+
+class DeviceLostError(RuntimeError):
+    """The device answers nothing more in this process."""
+
+
+def draw(case: Case, device: torch.device, copies: int | None = None) -> list[Drawn]:
+    """Copies of the inputs, by default enough to outrun the L2 cache."""
+    sizes = case.sizes()
+    if copies is None:
+        copies = copies_needed(sizes.queries + sizes.keys_values, device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(heads: int) -> Tensor:
+        shape = (1, heads, case.T, case.K)
+        return torch.randn(shape, device=device, dtype=DTYPES[case.dtype], generator=generator)
+
+    found = []
+    for _ in range(copies):
+        gate = torch.randn(case.H, device=device, generator=generator)
+        found.append(Drawn(normal(case.H), normal(case.G), normal(case.G), gate, normal(case.H)))
+    return found
+
+
+def preparation(peer: Peer, case: Case, drawn: list[Drawn], direction: str) -> Prepare:
+    """What is timed in one direction; for the backward alone, the forward is the preparation."""
+    grad = direction != "forward"
+
+    def prepare(copy: int) -> Callable[[], object]:
+        q, k, v, gate, dout = drawn[copy]
+        if peer.of_segments:
+            q, k, v, dout = (to_segments(x, case.L) for x in (q, k, v, dout))
+        q, k, v, gate = (x.detach().requires_grad_(grad) for x in (q, k, v, gate))
+        used = (q, k, v) if peer.update is None else (q, k, v, gate)
+        if direction == "forward":
+            return lambda: peer.run(q, k, v, gate, case.L)
+        if direction == "backward":
+            out = peer.run(q, k, v, gate, case.L)
+            return lambda: torch.autograd.grad(out, used, dout)
+        return lambda: torch.autograd.grad(peer.run(q, k, v, gate, case.L), used, dout)
+
+    return prepare
+
+
+def _results(peer: Peer, case: Case, drawn: Drawn, prefix: int) -> dict[str, Tensor]:
+    """Output and gradients of the first key/value head over a prefix, from a run over everything.
+
+    What comes later has no part in them: attention is causal, and the output's gradient is 0 behind the prefix.
+    """
+    members = case.H // case.G
+    dout = torch.zeros_like(drawn.dout)
+    dout[:, :members, :prefix] = drawn.dout[:, :members, :prefix]
+    q, k, v = drawn.q, drawn.k, drawn.v
+    if peer.of_segments:
+        q, k, v, dout = (to_segments(x, case.L) for x in (q, k, v, dout))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = peer.run(*leaves, drawn.gate, case.L)
+    grads = torch.autograd.grad(out, leaves, dout)
+    found = (out.detach(), *grads)
+    if not all(bool(x.isfinite().all()) for x in found):
+        raise ValueError("not finite")
+    if peer.of_segments:
+        found = tuple(from_segments(x[: -(-prefix // case.L)]) for x in found)
+    return {
+        name: x[:, :heads, :prefix].double()
+        for (name, heads), x in zip((("out", members), ("dq", members), ("dk", 1), ("dv", 1)), found, strict=True)
+    }
+
+
+def _expected(peer: Peer, case: Case, drawn: Drawn, prefix: int) -> dict[str, Tensor]:
+    """The same by the reference in float64."""
+    members = case.H // case.G
+    leaves = [
+        x[:, :heads, :prefix].double().requires_grad_()
+        for x, heads in ((drawn.q, members), (drawn.k, 1), (drawn.v, 1))
+    ]
+    gate = None if peer.update is None else drawn.gate[:members].double()
+    segment_len = prefix if peer.full else case.L
+    out = segment_attention(
+        *leaves, segment_len=segment_len, gate=gate, update=peer.update or "delta", backend="reference"
+    ).out
+    grads = torch.autograd.grad(out, leaves, drawn.dout[:, :members, :prefix].double())
+    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
+
+
+def errors_of(peer: Peer, case: Case, drawn: Drawn) -> dict[str, float]:
+    """Relative RMS errors of a peer's output and gradients, over three segments (one, for full attention)."""
+    prefix = min(case.T, case.L if peer.full else 3 * case.L)
+    expected = _expected(peer, case, drawn, prefix)
+    found = _results(peer, case, drawn, prefix)
+    return {name: float((found[name] - x).norm() / x.norm()) for name, x in expected.items()}
+
+
+def is_wrong(peer: Peer, dtype: str, errors: Mapping[str, float]) -> bool:
+    gate = GATES[dtype]
+    times = 1.0 if peer.ours else LENIENCY
+    gradients = gate.through_delta if peer.update == "delta" else gate.gradients
+    return not all(error <= times * (gate.outputs if name == "out" else gradients) for name, error in errors.items())
+
+
+def work_of(peer: Peer, sizes: Sizes, direction: str) -> Work:
+    if peer.full:
+        sizes = Sizes(**(sizes.__dict__ | {"L": sizes.T}))
+    forward, backward = floors.forward(sizes, peer.update), floors.backward(sizes, peer.update)
+    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}[direction]
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.5g}")
+
+
+def as_record(times: Times, work: Work, peak: Peak | None) -> dict[str, Any]:
+    """Times, what they come to per second, and their share of the floor: 1 is as fast as the GPU can be."""
+    record = {
+        "median_ms": _rounded(times.median),
+        "low_ms": _rounded(times.low),
+        "high_ms": _rounded(times.high),
+        "rounds": times.rounds,
+        "operations": work.operations,
+        "bytes": work.bytes,
+        "tflops": _rounded(work.operations / times.median / 1e9),
+        "gbytes_per_s": _rounded(work.bytes / times.median / 1e6),
+    }
+    if peak is not None:
+        floor = floors.seconds(work, peak) * 1e3
+        record |= {"floor_ms": _rounded(floor), "floor_share": _rounded(floor / times.median)}
+    return record
+
+
+def still_there(device: torch.device) -> None:
+    """Raises DeviceLostError where a kernel's fault has taken the process's context with it."""
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        raise DeviceLostError(plain(error)) from error
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def admit(
+    peer: Peer, case: Case, drawn: list[Drawn], device: torch.device, excluded: str | None = None
+) -> dict[str, Any]:
+    """The gate before timing: status "right", or why the peer is not timed; with memory and launches."""
+    reason = excluded or peer.refusal(device, case.H != case.G)
+    if reason is not None:
+        return {"status": "skipped" if excluded is None else "failed", "reason": reason}
+    record: dict[str, Any] = {}
+    try:
+        record["errors"] = {name: _rounded(error) for name, error in errors_of(peer, case, drawn[0]).items()}
+        if is_wrong(peer, case.dtype, record["errors"]):
+            return record | {"status": "wrong", "reason": "errors beyond the gate"}
+        for direction in case.directions:
+            if direction != "backward":
+                run = preparation(peer, case, drawn, direction)(0)
+                memory = {"peak_bytes": peak_bytes(lambda run=run: (run(), None)[1], device)}  # type: ignore[misc]
+                record[direction] = memory | {"launches": launches(run, device)}
+        return record | {"status": "right"}
+    except torch.OutOfMemoryError:
+        return record | {"status": "out of memory"}
+    except (RuntimeError, ValueError, TypeError) as error:
+        still_there(device)
+        return record | {"status": "failed", "reason": plain(error)}
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure_case(
+    case: Case,
+    device: torch.device,
+    peak: Peak | None,
+    note: Note,
+    excluded: Mapping[str, str] | None = None,
+    peers: Mapping[str, Peer] = PEERS,
+) -> dict[str, Any]:
+    """Times of every right peer in every direction. `note` is told which peer is at work, for whoever must end it."""
+    try:
+        drawn = draw(case, device)
+    except torch.OutOfMemoryError:
+        return case.as_json() | {"status": "out of memory", "peers": {}}
+    found: dict[str, dict[str, Any]] = {}
+    for name in case.peers:
+        note({"at": name})
+        found[name] = admit(peers[name], case, drawn, device, (excluded or {}).get(name))
+    note({"at": None})
+    record = case.as_json() | {"copies": len(drawn), "peers": found}
+    for direction in case.directions:
+        right = [name for name in case.peers if found[name]["status"] in ("right", "timed")]
+        prepares = {name: preparation(peers[name], case, drawn, direction) for name in right}
+        if not prepares:
+            continue
+        try:
+            times = interleaved(prepares, device, copies=len(drawn), seconds=case.seconds, rounds=(3, 30))
+        except torch.OutOfMemoryError:
+            record.setdefault("out of memory", []).append(direction)
+            continue
+        for name, measured in times.items():
+            work = work_of(peers[name], case.sizes(), direction)
+            found[name]["status"] = "timed"
+            found[name].setdefault(direction, {}).update(as_record(measured, work, peak))
+    return record
+
+
+class Step(NamedTuple):
+    """One decoding step's inputs."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    state: MemoryState
+
+
+def draw_step(case: DecodeCase, device: torch.device, copies: int | None = None) -> list[Step]:
+    sizes = case.sizes()
+    if copies is None:
+        copies = copies_needed(sizes.keys_values + sizes.state, device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = DTYPES[case.dtype]) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype, generator=generator)
+
+    found = []
+    # every token behind the tail has been written
+    written = case.context - case.context % case.L if case.context >= case.L else 0
+    for _ in range(copies):
+        m = normal(case.B, case.G, case.K, case.K, dtype=torch.float32) * written**0.5
+        z = torch.rand(case.B, case.G, case.K, device=device, generator=generator) * written
+        tokens = (normal(case.B, case.G, case.tail, case.K) for _ in range(2))
+        step = Step(normal(case.B, case.H, 1, case.K), *tokens, torch.zeros(case.H, device=device), MemoryState(m, z))
+        found.append(step)
+    return found
+
+
+def step_ours(x: Step, segment_len: int, backend: str = "triton") -> Tensor:
+    q, k, v, gate, state = x
+    return segment_attention(q, k, v, segment_len=segment_len, gate=gate, state=state, backend=backend).out
+
+
+def step_eager(x: Step, segment_len: int) -> Tensor:
+    """The same in PyTorch's own operations."""
+    q, k, v, gate, state = x
+    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    members = q.shape[1] // k.shape[1]
+    asked = (F.elu(q) + 1).float().unflatten(1, (-1, members)).squeeze(3)
+    weight = (asked @ state.normalizer[..., None]).clamp(min=1e-20)
+    recalled = torch.where(weight > 1e-20, asked @ state.memory / weight, 0).flatten(1, 2)[:, :, None]
+    g = gate.sigmoid()[:, None, None] * (weight > 1e-20).flatten(1, 2)[:, :, None]
+    return (g * recalled + (1 - g) * out).to(q.dtype)
+
+
+DECODERS: dict[str, Callable[[Step, int], Tensor]] = {"segattn": step_ours, "eager": step_eager}
+
+
+def measure_decode(
+    case: DecodeCase, device: torch.device, peak: Peak | None, note: Note, excluded: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """One step by each decoder: on the device, per call as it is called, and replayed as a CUDA graph."""
+    drawn = draw_step(case, device)
+    held = sum(x.nbytes for x in (drawn[0].k, drawn[0].v, *drawn[0].state))
+    double = Step(*(x.double() for x in drawn[0][:4]), MemoryState(*(x.double() for x in drawn[0].state)))
+    expected = step_ours(double, case.L, "reference")
+    work = floors.decode(case.sizes())
+    found: dict[str, dict[str, Any]] = {}
+    prepares: dict[str, Prepare] = {}
+    for name, decoder in DECODERS.items():
+        note({"at": name})
+        reason = (excluded or {}).get(name) or (PEERS["segattn delta"].refusal(device, True) if name != "eager" else None)
+        if reason is not None:
+            found[name] = {"status": "skipped", "reason": reason}
+            continue
+        try:
+            with torch.no_grad():
+                error = float((decoder(drawn[0], case.L).double() - expected).norm() / expected.norm())
+                found[name] = {"status": "right", "error": _rounded(error)}
+                if not error <= GATES[case.dtype].outputs * (1 if name == "segattn" else LENIENCY):
+                    found[name]["status"] = "wrong"
+                    continue
+                found[name] |= {"launches": launches(lambda run=decoder: run(drawn[0], case.L), device)}  # type: ignore[misc]
+                found[name]["call_ms"] = _rounded(_call(decoder, drawn, case.L, device))
+                prepares[name] = lambda i, run=decoder: lambda: run(drawn[i], case.L)  # type: ignore[misc]
+                if device.type == "cuda":
+                    graphs = [captured(lambda run=decoder, x=x: run(x, case.L), device) for x in drawn]  # type: ignore[misc]
+                    prepares[f"{name} graph"] = lambda i, graphs=graphs: graphs[i]  # type: ignore[misc]
+                else:
+                    found[f"{name} graph"] = {"status": "skipped", "reason": "needs a GPU"}
+        except (RuntimeError, ValueError) as error:
+            still_there(device)
+            where = f"{name} graph" if name in prepares else name
+            found[where] = {"status": "failed", "reason": plain(error)}
+    note({"at": None})
+    with torch.no_grad():
+        times = interleaved(prepares, device, copies=len(drawn), seconds=1.0, rounds=(3, 100)) if prepares else {}
+    for name, measured in times.items():
+        found.setdefault(name, {}).update(status="timed", **as_record(measured, work, peak))
+    return case.as_json() | {"copies": len(drawn), "held_bytes": held, "decoders": found}
+
+
+def _call(decoder: Callable[[Step, int], Tensor], drawn: list[Step], segment_len: int, device: torch.device) -> float:
+    """Milliseconds of one call among many, the CPU's part included."""
+    count = 50 if device.type == "cuda" else 2
+    synchronize(device)
+    begin = time.perf_counter()
+    for i in range(count):
+        decoder(drawn[i % len(drawn)], segment_len)
+    synchronize(device)
+    return (time.perf_counter() - begin) / count * 1e3
+
+
+def timed(record: Mapping[str, Any], direction: str) -> Iterator[tuple[str, float]]:
+    """(peer, median in ms) of a case's record."""
+    for name, found in record["peers"].items():
+        if "median_ms" in found.get(direction, {}):
+            yield name, found[direction]["median_ms"]
