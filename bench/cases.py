@@ -17,12 +17,16 @@ LOCAL = ("SDPA flash local", "SDPA cuDNN local")
 LOOPS = ("eager loop delta", "eager loop linear")
 SOME = (*OURS, *LOCAL)
 MOST = (*SOME, *LOOPS, "torch backend delta", "torch backend linear", "SDPA flash full")
+NOT_WRITTEN = ("peers", "seconds", "rounds", "limit", "counted")
 SLOW = ("segattn delta", "SDPA flash local", "FlexAttention local", "compiled torch delta", "compiled torch linear")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of text of T tokens, K = V. `seconds`: of timing for each direction; `limit`: of the whole case."""
+    """One row of text of T tokens, K = V.
+
+    seconds: of timing for each direction, within the bounds on rounds; limit: of the whole case; counted: launches too.
+    """
 
     name: str
     T: int
@@ -34,14 +38,16 @@ class Case:
     dtype: str = "bfloat16"
     directions: tuple[str, ...] = DIRECTIONS
     seconds: float = 1.5
+    rounds: tuple[int, int] = (3, 30)
     limit: float = 60.0
+    counted: bool = False
 
     def sizes(self) -> Sizes:
         itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
         return Sizes(1, self.H, self.G, self.T, self.K, self.K, self.L, itemsize)
 
     def as_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key not in ("peers", "seconds", "limit")}
+        return {key: value for key, value in asdict(self).items() if key not in NOT_WRITTEN}
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def _sweep(time: int, width: int, segment_len: int) -> Case:
     return _case(time, segment_len, width, (*local, *full), seconds=1.0)
 
 
-MAIN = _case(32 << 10, 2048, 128, MOST)
+MAIN = _case(32 << 10, 2048, 128, MOST, counted=True)
 LONG = _case(128 << 10, 2048, 128, (*OURS, "SDPA flash local", "SDPA flash full"))
 
 CASES: tuple[Case, ...] = (
@@ -99,7 +105,7 @@ CASES: tuple[Case, ...] = (
     _case(32 << 10, 2048, 64, MOST),
     _case(32 << 10, 2048, 128, (*SOME, "torch backend delta", "SDPA flash full"), H=32, G=8),
     _case(32 << 10, 512, 64, SOME),
-    _case(32 << 10, 2048, 128, SLOW, "compiled", limit=150.0),
+    _case(32 << 10, 2048, 128, SLOW, "compiled", limit=150.0, counted=True),
     _case(32 << 10, 2048, 128, SOME, "float16", dtype="float16"),
     _sweep(1 << 20, 128, 2048),
     *(_sweep(time << 10, 128, 2048) for time in (2, 8, 512)),
@@ -113,12 +119,21 @@ DECODES: tuple[DecodeCase, ...] = tuple(
     for context in (4 << 10, 64 << 10, 1 << 20, 1 << 10)
 )
 
-TINY_PEERS = ("segattn delta", "segattn local", "SDPA flash local", "SDPA cuDNN local", "FlexAttention local")
-TINY_MAIN = Case("tiny", 64, 32, 16, 2, 2, (*TINY_PEERS, "eager loop delta"), dtype="float32", seconds=0.0)
+
+def _tiny(name: str, time: int, segment_len: int, peers: tuple[str, ...], heads: int = 1) -> Case:
+    return Case(name, time, segment_len, 16, heads, 1, peers, "float32", seconds=0.0, rounds=(1, 1), counted=True)
+
+
+TINY_MAIN = _tiny(
+    "tiny",
+    32,
+    16,
+    (*OURS[::2], "SDPA flash local", "SDPA cuDNN local", "FlexAttention local", "eager loop delta"),
+)
 TINY_CASES: tuple[Case, ...] = (
     TINY_MAIN,
-    Case("tiny short segments", 64, 16, 16, 2, 2, ("segattn delta", "SDPA flash full"), "float32", DIRECTIONS, 0.0),
-    Case("tiny grouped", 48, 16, 16, 2, 1, ("torch backend delta", "eager loop delta"), "float32", DIRECTIONS, 0.0),
+    _tiny("tiny short segments", 32, 8, ("segattn delta", "SDPA flash full")),
+    _tiny("tiny grouped", 48, 16, ("torch backend delta", "eager loop delta"), heads=2),
 )
 TINY_DECODES: tuple[DecodeCase, ...] = tuple(
     DecodeCase(f"tiny context {context}", 1, 2, 1, 16, 32, context, "float32") for context in (64, 4096)

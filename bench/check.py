@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.backends import BACKENDS, HAS_TRITON, NAMES, show_config
-from .check_calls import Call, calls_of, evaluate, tensors
+from ..kernels.backends import HAS_TRITON, NAMES, show_config
+from .check_calls import Call, calls_of, evaluate, spread, tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTPUTS = ("out", "memory", "normalizer")
+DIFFERS = "differs between two runs"
 
 
 class Gate(NamedTuple):
@@ -35,8 +36,9 @@ GATES = {
     "float16": Gate(6e-4, 8e-4, 8e-4),
     "bfloat16": Gate(4e-3, 6e-3, 1e-2),
 }
-# the backend that others are compared with, how many times its error they may have, and from what share of the gate
-# on: below it an error is rounding, and the ratio of two roundings is luck
+# The backend that others are compared with, and how many times its error they may have. Counted only from a quarter of
+# the gate on, and from the RMS of one rounding to the dtype on (eps / sqrt 12): products of half precision start from
+# rounded operands, and below either the ratio of two errors is luck.
 BASELINE = "torch"
 TIMES, GRADIENT_TIMES, RATIO_FROM = 1.5, 2.0, 0.25
 
@@ -98,6 +100,28 @@ class CheckReport:
             found.values(),
             key=lambda row: (_place(row.backend, NAMES), _place(row.dtype, DTYPES), order.get(row.output, len(order))),
         )
+
+    def lines(self) -> list[str]:
+        """What failed, and how much was compared."""
+        failed: dict[tuple[str, ...], list[Row]] = {}
+        for row in self.failures:
+            # what keeps a whole call from being measured is said once
+            alone = "" if math.isnan(row.error) else row.output
+            failed.setdefault((row.backend, row.dtype, row.call, alone, row.problem or ""), []).append(row)
+        lines = []
+        for (backend, dtype, call, alone, problem), rows in failed.items():
+            outputs = ", ".join(row.output for row in rows)
+            figures = f"error {rows[0].error:.2e}, gate {rows[0].gate:.0e}, " if alone else ""
+            lines.append(f"FAILED {backend}, {dtype}, {call!r}, {outputs}: {figures}{problem}")
+        unequal = len({(row.backend, row.dtype, row.call) for row in self.failures if DIFFERS in (row.problem or "")})
+        void = len({(row.backend, row.dtype, row.call) for row in self.rows if math.isnan(row.error)})
+        equal = "bitwise equal" if not unequal else f"{unequal} of them not bitwise equal"
+        lines.append(
+            f"{self.compared} comparisons of {self.calls} calls, each run twice, {equal}"
+            + (f"; {void} could not be measured" if void else "")
+        )
+        lines.append(f"{len(self.failures)} of {len(self.rows)} outputs failed" if failed else "passed")
+        return lines
 
     def as_json(self) -> dict[str, Any]:
         """For `json.dumps`; an error that is not a number is None."""
@@ -213,7 +237,10 @@ def _chosen(option: str, given: Sequence[str] | None, names: list[str], where: s
 def compare(name: str, call: Call, dtype: str, device: torch.device, backends: Sequence[str]) -> list[Row]:
     """Every output and gradient of one call in one dtype, by every backend."""
     made = tensors(call, DTYPES[dtype], device)
-    expected = evaluate(call, {key: x.double() for key, x in made.items()}, "reference")
+    exact = {key: x.double() for key, x in made.items()}
+    expected = evaluate(call, exact, "reference")
+    # with few heads the terms of the gate's gradient may cancel, and what is left is no measure of an error
+    least = {"dgate": spread(call, exact, expected["out"])} if call.gated else {}
     rows: list[Row] = []
     baseline: dict[str, float] = {}
     for backend in dict.fromkeys((BASELINE, *backends)):
@@ -221,10 +248,13 @@ def compare(name: str, call: Call, dtype: str, device: torch.device, backends: S
         found = []
         for output, wanted in expected.items():
             gate = GATES[dtype].of(output, call)
-            error, problems = measure(output, wanted, runs, gate, baseline.get(output))
+            size = max(float(wanted.norm()), least.get(output, 0.0))
+            error, problems = measure(output, wanted, size, runs)
+            if not math.isnan(error):
+                problems += judge(output, error, dtype, call, baseline.get(output))
             found.append(Row(backend, dtype, name, output, error, gate, "; ".join(problems) or None))
         if backend == BASELINE:
-            baseline = {row.output: row.error for row in found}
+            baseline = {row.output: row.error for row in found if not math.isnan(row.error)}
         if backend in backends:
             rows += found
     return rows
@@ -250,12 +280,9 @@ def _poison(device: torch.device) -> None:
 
 
 def measure(
-    output: str, expected: Tensor, runs: Sequence[dict[str, Tensor] | str], gate: float, baseline: float | None
+    output: str, expected: Tensor, size: float, runs: Sequence[dict[str, Tensor] | str]
 ) -> tuple[float, list[str]]:
-    """Relative RMS error of the first run (absolute where nothing is expected), and all that is wrong with it.
-
-    baseline: the error of the backend to compare with, if there is one.
-    """
+    """RMS error of the first run, relative to `size` (absolute where nothing is expected), and what makes it void."""
     values = []
     for run in runs:
         if isinstance(run, str):
@@ -263,17 +290,20 @@ def measure(
         if output not in run:
             return math.nan, ["missing"]
         values.append(run[output])
-    value, again = values
-    if value.shape != expected.shape:
-        return math.nan, [f"of shape {list(value.shape)}, expected {list(expected.shape)}"]
+    if values[0].shape != expected.shape:
+        return math.nan, [f"of shape {list(values[0].shape)}, expected {list(expected.shape)}"]
     if not all(bool(x.isfinite().all()) for x in values):
         return math.nan, ["not finite"]
-    problems = [] if torch.equal(value, again) else ["differs between two runs"]
-    distance, size = float((value.double() - expected).norm()), float(expected.norm())
-    error = distance / size if size > 1e-12 else distance
-    if error > gate:
-        problems.append("above the gate")
+    distance = float((values[0].double() - expected).norm())
+    return distance / size if size > 1e-12 else distance, [] if torch.equal(*values) else [DIFFERS]
+
+
+def judge(output: str, error: float, dtype: str, call: Call, baseline: float | None) -> list[str]:
+    """What is wrong with an error; baseline is that of the backend to compare with, if there is one."""
+    gate = GATES[dtype].of(output, call)
+    problems = ["above the gate"] if error > gate else []
     times = TIMES if output in OUTPUTS else GRADIENT_TIMES
-    if baseline is not None and error > max(RATIO_FROM * gate, times * baseline):
+    least = max(RATIO_FROM * gate, torch.finfo(DTYPES[dtype]).eps / math.sqrt(12))
+    if baseline is not None and error > max(least, times * baseline):
         problems.append(f"{error / baseline:.1f} times the error of {BASELINE}, at most {times:g} allowed")
-    return error, problems
+    return problems

@@ -1,26 +1,23 @@
-"""One case on a device: every peer is checked against the reference, then those that are right are timed side by side."""
+"""One case on a device: peers are checked against the reference, and those that are right timed side by side."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.operation import segment_attention
-from ..kernels.state import MemoryState
 from . import floors
-from .cases import DIRECTIONS, DTYPES, Case, DecodeCase
+from .cases import DTYPES, Case
 from .check import GATES
 from .device_counts import launches
 from .floors import Peak, Sizes, Work
 from .machine import plain
 from .measure import peak_bytes, synchronize
-from .peers import FLASH, PEERS, Peer, from_segments, ours, to_segments
-from .timing import Prepare, Times, captured, copies_needed, interleaved
+from .peers import PEERS, Peer, from_segments, to_segments
+from .timing import Prepare, Times, copies_needed, interleaved
 
 # others compute in the inputs' dtype throughout: this many times the error that is allowed to ours
 LENIENCY = 8.0
@@ -91,7 +88,7 @@ def _results(peer: Peer, case: Case, drawn: Drawn, prefix: int) -> dict[str, Ten
     if peer.of_segments:
         q, k, v, dout = (to_segments(x, case.L) for x in (q, k, v, dout))
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = peer.run(*leaves, drawn.gate, case.L)
+    out = peer.run(leaves[0], leaves[1], leaves[2], drawn.gate, case.L)
     grads = torch.autograd.grad(out, leaves, dout)
     found = (out.detach(), *grads)
     if not all(bool(x.isfinite().all()) for x in found):
@@ -108,8 +105,7 @@ def _expected(peer: Peer, case: Case, drawn: Drawn, prefix: int) -> dict[str, Te
     """The same by the reference in float64."""
     members = case.H // case.G
     leaves = [
-        x[:, :heads, :prefix].double().requires_grad_()
-        for x, heads in ((drawn.q, members), (drawn.k, 1), (drawn.v, 1))
+        x[:, :heads, :prefix].double().requires_grad_() for x, heads in ((drawn.q, members), (drawn.k, 1), (drawn.v, 1))
     ]
     gate = None if peer.update is None else drawn.gate[:members].double()
     segment_len = prefix if peer.full else case.L
@@ -142,25 +138,25 @@ def work_of(peer: Peer, sizes: Sizes, direction: str) -> Work:
     return {"forward": forward, "backward": backward, "forward + backward": forward + backward}[direction]
 
 
-def _rounded(number: float) -> float:
+def rounded(number: float) -> float:
     return float(f"{number:.5g}")
 
 
 def as_record(times: Times, work: Work, peak: Peak | None) -> dict[str, Any]:
     """Times, what they come to per second, and their share of the floor: 1 is as fast as the GPU can be."""
     record = {
-        "median_ms": _rounded(times.median),
-        "low_ms": _rounded(times.low),
-        "high_ms": _rounded(times.high),
+        "median_ms": rounded(times.median),
+        "low_ms": rounded(times.low),
+        "high_ms": rounded(times.high),
         "rounds": times.rounds,
         "operations": work.operations,
         "bytes": work.bytes,
-        "tflops": _rounded(work.operations / times.median / 1e9),
-        "gbytes_per_s": _rounded(work.bytes / times.median / 1e6),
+        "tflops": rounded(work.operations / times.median / 1e9),
+        "gbytes_per_s": rounded(work.bytes / times.median / 1e6),
     }
     if peak is not None:
         floor = floors.seconds(work, peak) * 1e3
-        record |= {"floor_ms": _rounded(floor), "floor_share": _rounded(floor / times.median)}
+        record |= {"floor_ms": rounded(floor), "floor_share": rounded(floor / times.median)}
     return record
 
 
@@ -183,14 +179,15 @@ def admit(
         return {"status": "skipped" if excluded is None else "failed", "reason": reason}
     record: dict[str, Any] = {}
     try:
-        record["errors"] = {name: _rounded(error) for name, error in errors_of(peer, case, drawn[0]).items()}
+        record["errors"] = {name: rounded(error) for name, error in errors_of(peer, case, drawn[0]).items()}
         if is_wrong(peer, case.dtype, record["errors"]):
             return record | {"status": "wrong", "reason": "errors beyond the gate"}
         for direction in case.directions:
             if direction != "backward":
                 run = preparation(peer, case, drawn, direction)(0)
-                memory = {"peak_bytes": peak_bytes(lambda run=run: (run(), None)[1], device)}  # type: ignore[misc]
-                record[direction] = memory | {"launches": launches(run, device)}
+                record[direction] = {"peak_bytes": _peak(run, device)}
+                if case.counted:
+                    record[direction]["launches"] = launches(run, device)
         return record | {"status": "right"}
     except torch.OutOfMemoryError:
         return record | {"status": "out of memory"}
@@ -200,6 +197,13 @@ def admit(
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _peak(run: Callable[[], object], device: torch.device) -> int:
+    def without_result() -> None:
+        run()
+
+    return peak_bytes(without_result, device)
 
 
 def measure_case(
@@ -227,7 +231,7 @@ def measure_case(
         if not prepares:
             continue
         try:
-            times = interleaved(prepares, device, copies=len(drawn), seconds=case.seconds, rounds=(3, 30))
+            times = interleaved(prepares, device, copies=len(drawn), seconds=case.seconds, rounds=case.rounds)
         except torch.OutOfMemoryError:
             record.setdefault("out of memory", []).append(direction)
             continue
@@ -236,116 +240,3 @@ def measure_case(
             found[name]["status"] = "timed"
             found[name].setdefault(direction, {}).update(as_record(measured, work, peak))
     return record
-
-
-class Step(NamedTuple):
-    """One decoding step's inputs."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gate: Tensor
-    state: MemoryState
-
-
-def draw_step(case: DecodeCase, device: torch.device, copies: int | None = None) -> list[Step]:
-    sizes = case.sizes()
-    if copies is None:
-        copies = copies_needed(sizes.keys_values + sizes.state, device)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype = DTYPES[case.dtype]) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype, generator=generator)
-
-    found = []
-    # every token behind the tail has been written
-    written = case.context - case.context % case.L if case.context >= case.L else 0
-    for _ in range(copies):
-        m = normal(case.B, case.G, case.K, case.K, dtype=torch.float32) * written**0.5
-        z = torch.rand(case.B, case.G, case.K, device=device, generator=generator) * written
-        tokens = (normal(case.B, case.G, case.tail, case.K) for _ in range(2))
-        step = Step(normal(case.B, case.H, 1, case.K), *tokens, torch.zeros(case.H, device=device), MemoryState(m, z))
-        found.append(step)
-    return found
-
-
-def step_ours(x: Step, segment_len: int, backend: str = "triton") -> Tensor:
-    q, k, v, gate, state = x
-    return segment_attention(q, k, v, segment_len=segment_len, gate=gate, state=state, backend=backend).out
-
-
-def step_eager(x: Step, segment_len: int) -> Tensor:
-    """The same in PyTorch's own operations."""
-    q, k, v, gate, state = x
-    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
-    members = q.shape[1] // k.shape[1]
-    asked = (F.elu(q) + 1).float().unflatten(1, (-1, members)).squeeze(3)
-    weight = (asked @ state.normalizer[..., None]).clamp(min=1e-20)
-    recalled = torch.where(weight > 1e-20, asked @ state.memory / weight, 0).flatten(1, 2)[:, :, None]
-    g = gate.sigmoid()[:, None, None] * (weight > 1e-20).flatten(1, 2)[:, :, None]
-    return (g * recalled + (1 - g) * out).to(q.dtype)
-
-
-DECODERS: dict[str, Callable[[Step, int], Tensor]] = {"segattn": step_ours, "eager": step_eager}
-
-
-def measure_decode(
-    case: DecodeCase, device: torch.device, peak: Peak | None, note: Note, excluded: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """One step by each decoder: on the device, per call as it is called, and replayed as a CUDA graph."""
-    drawn = draw_step(case, device)
-    held = sum(x.nbytes for x in (drawn[0].k, drawn[0].v, *drawn[0].state))
-    double = Step(*(x.double() for x in drawn[0][:4]), MemoryState(*(x.double() for x in drawn[0].state)))
-    expected = step_ours(double, case.L, "reference")
-    work = floors.decode(case.sizes())
-    found: dict[str, dict[str, Any]] = {}
-    prepares: dict[str, Prepare] = {}
-    for name, decoder in DECODERS.items():
-        note({"at": name})
-        reason = (excluded or {}).get(name) or (PEERS["segattn delta"].refusal(device, True) if name != "eager" else None)
-        if reason is not None:
-            found[name] = {"status": "skipped", "reason": reason}
-            continue
-        try:
-            with torch.no_grad():
-                error = float((decoder(drawn[0], case.L).double() - expected).norm() / expected.norm())
-                found[name] = {"status": "right", "error": _rounded(error)}
-                if not error <= GATES[case.dtype].outputs * (1 if name == "segattn" else LENIENCY):
-                    found[name]["status"] = "wrong"
-                    continue
-                found[name] |= {"launches": launches(lambda run=decoder: run(drawn[0], case.L), device)}  # type: ignore[misc]
-                found[name]["call_ms"] = _rounded(_call(decoder, drawn, case.L, device))
-                prepares[name] = lambda i, run=decoder: lambda: run(drawn[i], case.L)  # type: ignore[misc]
-                if device.type == "cuda":
-                    graphs = [captured(lambda run=decoder, x=x: run(x, case.L), device) for x in drawn]  # type: ignore[misc]
-                    prepares[f"{name} graph"] = lambda i, graphs=graphs: graphs[i]  # type: ignore[misc]
-                else:
-                    found[f"{name} graph"] = {"status": "skipped", "reason": "needs a GPU"}
-        except (RuntimeError, ValueError) as error:
-            still_there(device)
-            where = f"{name} graph" if name in prepares else name
-            found[where] = {"status": "failed", "reason": plain(error)}
-    note({"at": None})
-    with torch.no_grad():
-        times = interleaved(prepares, device, copies=len(drawn), seconds=1.0, rounds=(3, 100)) if prepares else {}
-    for name, measured in times.items():
-        found.setdefault(name, {}).update(status="timed", **as_record(measured, work, peak))
-    return case.as_json() | {"copies": len(drawn), "held_bytes": held, "decoders": found}
-
-
-def _call(decoder: Callable[[Step, int], Tensor], drawn: list[Step], segment_len: int, device: torch.device) -> float:
-    """Milliseconds of one call among many, the CPU's part included."""
-    count = 50 if device.type == "cuda" else 2
-    synchronize(device)
-    begin = time.perf_counter()
-    for i in range(count):
-        decoder(drawn[i % len(drawn)], segment_len)
-    synchronize(device)
-    return (time.perf_counter() - begin) / count * 1e3
-
-
-def timed(record: Mapping[str, Any], direction: str) -> Iterator[tuple[str, float]]:
-    """(peer, median in ms) of a case's record."""
-    for name, found in record["peers"].items():
-        if "median_ms" in found.get(direction, {}):
-            yield name, found[direction]["median_ms"]

@@ -19,8 +19,9 @@ from . import cases
 from .cases import DTYPES, Case, DecodeCase
 from .check import compare, run_check
 from .check_calls import Call, calls_of, evaluate, tensors
-from .device_cases import DeviceLostError, Note, admit, draw, measure_case, measure_decode, preparation
+from .device_cases import DeviceLostError, Note, admit, draw, measure_case, preparation
 from .device_counts import profile_of, recorded
+from .device_decode import measure_decode
 from .floors import Peak, peak_of
 from .machine import plain
 from .peers import PEERS
@@ -55,13 +56,13 @@ def ceilings(job: dict[str, Any], device: torch.device, note: Note) -> dict[str,
 
 
 def check(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
-    """`segattn check` in one dtype; tiny: of a few calls."""
-    calls = calls_of("small") if job["tiny"] else None
-    if calls is not None:
-        calls = {name: calls[name] for name in list(calls)[:2]}
+    """A share of `segattn check` in one dtype; tiny: of a few calls."""
+    table = calls_of("small" if job["tiny"] else "full")
+    names = list(table)[:2] if job["tiny"] else list(table)[job["share"] :: job["shares"]]
+    calls = {name: table[name] for name in names}
     report = run_check(device, backends=["triton"], dtypes=[job["dtype"]], calls=calls)
     found = report.as_json()
-    return {"dtype": job["dtype"], "number": job["number"]} | {
+    return {"dtype": job["dtype"], "number": job["number"], "share": job["share"]} | {
         key: found[key] for key in ("size", "calls", "compared", "passed", "failures", "worst", "errors")
     }
 
@@ -72,8 +73,8 @@ def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
     from ..kernels.launch import trying
 
     width, dtype = job["width"], job["dtype"]
-    size = (41, 16) if job["tiny"] else (1111, 256)
-    call = Call(B=1, H=4, G=2, T=size[0], K=width, V=width, L=size[1], remembered=3 * size[1])
+    heads, time, segment_len = (2, 20, 16) if job["tiny"] else (4, 1111, 256)
+    call = Call(B=1, H=heads, G=heads // 2, T=time, K=width, V=width, L=segment_len, remembered=3 * segment_len)
     forced: dict[str, dict[str, Any]] = {}
     rows: dict[str, Any] = {}
     for update, own in product(("delta", "linear"), (False,) if job["tiny"] else (False, True)):
@@ -87,7 +88,14 @@ def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
         rows |= {f"{row.call}: {row.output}": (row.error, row.problem) for row in found}
     failures = {name: problem for name, (_, problem) in rows.items() if problem is not None}
     worst = {name: float(f"{error:.3g}") if error == error else None for name, (error, _) in rows.items()}
-    return {"dtype": dtype, "width": width, "passed": not failures, "failures": failures, "errors": worst, "tiles": forced}
+    return {
+        "dtype": dtype,
+        "width": width,
+        "passed": not failures,
+        "failures": failures,
+        "errors": worst,
+        "tiles": forced,
+    }
 
 
 def case_of(name: str) -> Case:

@@ -96,7 +96,7 @@ def read_backward(s: Sizes) -> Work:
 
 
 def write(s: Sizes, update: str) -> Work:
-    """σ(k)ᵀ v over complete segments: B G · 2 K V a token; by the delta rule σ(k) M first, as much again behind the first.
+    """σ(k)ᵀ v over complete segments: B G · 2 K V a token; by the delta rule also σ(k) M behind the first.
 
     Writes the state.
     """

@@ -72,7 +72,7 @@ def _decodes(document: Document, key: str, decoder: str) -> Iterator[tuple[dict[
 
 
 def decode_share(rows: int) -> Callable[[Document], float | None]:
-    """The slowest step of `rows` rows over the time that its bytes need, by the data sheet or else by a measured copy."""
+    """The slowest step of `rows` rows over its bytes' time, by the data sheet or else by a measured copy."""
 
     def value(document: Document) -> float | None:
         rate = document.get("device", {}).get("peak_bytes_per_s")

@@ -83,7 +83,7 @@ def loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, upd
 
 @functools.cache
 def _compiled_ours(update: str) -> Function:
-    torch._dynamo.config.cache_size_limit = 64
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(functools.partial(ours, update=update, backend="torch"), dynamic=False)
 
 

@@ -30,7 +30,7 @@ class Times:
     @classmethod
     def of(cls, milliseconds: list[float]) -> Times:
         if len(milliseconds) == 1:
-            return cls(*milliseconds * 3, 1)
+            return cls(milliseconds[0], milliseconds[0], milliseconds[0], 1)
         fifths = statistics.quantiles(milliseconds, n=5, method="inclusive")
         return cls(statistics.median(milliseconds), fifths[0], fifths[3], len(milliseconds))
 
@@ -85,7 +85,7 @@ def copies_needed(input_bytes: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(16, -(-2 * cache // max(input_bytes, 1)) + 1 if input_bytes < 2 * cache else 1))
+    return 1 if input_bytes > 2 * cache else min(64, 2 * cache // max(input_bytes, 1) + 2)
 
 
 def captured(run: Callable[[], object], device: torch.device) -> Callable[[], None]:

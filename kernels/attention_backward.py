@@ -342,9 +342,9 @@ def key_loop(
     MASKED: the tiles on the diagonal and, `skipped` queries later, what is left at the end.
     Scores are transposed from the start: nothing that a product left in registers is transposed for the next.
     """
-    for turn in range(0, members * steps):
-        head = first_head + turn // steps
-        step = turn % steps
+    head = first_head
+    step = 0
+    for _ in range(0, members * steps):
         start = first + step * BLOCK_M
         if MASKED:
             start += tl.where(step >= diagonal, skipped, 0)
@@ -356,16 +356,22 @@ def key_loop(
         scores = dot(keys, tl.trans(queries), None) * scale
         if MASKED:
             p = tl.exp2(scores - tl.load(statistic + at_rows + rows, mask=i < end, other=float("inf"))[None, :])
-            sums = tl.load(row_sum + at_rows + rows, mask=i < end, other=0.0)
             seen = visible(i[None, :], j[:, None], begin, end, num_read, num_write, CAUSAL, BLOCK_MASK)
             p = tl.where(seen, p, 0.0)
         else:
             p = tl.exp2(scores - tl.load(statistic + at_rows + rows)[None, :])
-            sums = tl.load(row_sum + at_rows + rows)
         douts = load_rows(head_of(dout, row, head), dout[3], at, end - offset, 0, BLOCK_M, BLOCK_V, V, MASKED)
         dv = dot(p.to(douts.dtype), douts, dv)
-        dscores = p * (dot(values, tl.trans(douts), None) - sums[None, :])
+        dp = dot(values, tl.trans(douts), None)
+        if MASKED:
+            sums = tl.load(row_sum + at_rows + rows, mask=i < end, other=0.0)
+        else:
+            sums = tl.load(row_sum + at_rows + rows)
+        dscores = p * (dp - sums[None, :])
         dk = dot(dscores.to(queries.dtype), queries, dk)
+        step += 1
+        head += tl.where(step == steps, 1, 0)
+        step = tl.where(step == steps, 0, step)
     return dk, dv
 
 
@@ -443,7 +449,8 @@ def key_grad_kernel(
     keys = load_rows(head_of(k, row, group), k[3], first, end, 0, BLOCK_N, BLOCK_K, K)
     dk_rows = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
 
-    # queries [first_seen, full) see some of these keys, later ones all
+    # queries [first_seen, full) see some of these keys, later ones all; masks take registers, so those tiles are smaller
+    MASKED_M: tl.constexpr = BLOCK_M // 2 if BLOCK_M > 16 else BLOCK_M
     first_seen = tl.maximum(begin, offset)
     some = 0
     if CAUSAL:
@@ -452,21 +459,21 @@ def key_grad_kernel(
             least = tl.where(first < begin + num_read, begin, tl.minimum(first, end - num_write))
         first_seen = tl.maximum(first_seen, least)
         some = tl.maximum(tl.minimum(first + BLOCK_N - 1, end) - first_seen, 0)
-    diagonal = tl.cdiv(some, BLOCK_M)
-    full = first_seen + diagonal * BLOCK_M
+    diagonal = tl.cdiv(some, MASKED_M)
+    full = first_seen + diagonal * MASKED_M
     whole = tl.maximum(end - full, 0) // BLOCK_M
-    rest = tl.where(full + whole * BLOCK_M < end, 1, 0)
+    rest = tl.cdiv(tl.maximum(end - full - whole * BLOCK_M, 0), MASKED_M)
     members = heads // groups
     # fmt: off
     dk_rows, dv_rows = key_loop(
         dk_rows, dv_rows, keys, values, j, q, dout, statistic, row_sum, row, group * members, members, heads, query_time,
-        full, whole, 0, 0, offset, begin, end, num_read, num_write, scale * LOG2_E,
-        False, CAUSAL, BLOCK_MASK, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
+        first_seen, diagonal + rest, diagonal, whole * BLOCK_M, offset, begin, end, num_read, num_write, scale * LOG2_E,
+        True, CAUSAL, BLOCK_MASK, K, V, MASKED_M, BLOCK_K, BLOCK_V,
     )
     dk_rows, dv_rows = key_loop(
         dk_rows, dv_rows, keys, values, j, q, dout, statistic, row_sum, row, group * members, members, heads, query_time,
-        first_seen, diagonal + rest, diagonal, whole * BLOCK_M, offset, begin, end, num_read, num_write, scale * LOG2_E,
-        True, CAUSAL, BLOCK_MASK, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
+        full, whole, 0, 0, offset, begin, end, num_read, num_write, scale * LOG2_E,
+        False, CAUSAL, BLOCK_MASK, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
     )
     # fmt: on
     dk_rows *= scale

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json as json_format
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .bench.check import CheckReport
     from .infini.evaluation import Cell
 
 app = typer.Typer(
@@ -34,6 +39,63 @@ def config() -> None:
     from .kernels.backends import show_config
 
     Console(soft_wrap=True).print(show_config(), highlight=False)
+
+
+@app.command()
+def check(
+    device: Annotated[str | None, typer.Option(help="Where to run: cuda or cpu. Default: a GPU where one is.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="What to check: torch or triton; may be repeated. Default: all that run.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, float16 or bfloat16; may be repeated. Default: all three.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File to write every error to.")] = None,
+) -> None:
+    """Compare every backend that runs here with the float64 reference, over calls of every kind, each run twice.
+
+    Seconds on a CPU, a minute with TRITON_INTERPRET=1, minutes on a GPU. Exit status 1 if anything fails.
+    """
+    from .bench.check import OptionError, run_check
+
+    console = Console(soft_wrap=True, highlight=False)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        if json is not None and (json.is_dir() or not json.parent.is_dir()):
+            raise OptionError("json", f"must be a file in a folder that exists, got {str(json)!r}")
+        with _Bar(console) if console.is_terminal else nullcontext() as bar:
+            report = run_check(device, backend, dtype, listener=None if bar is None else bar.compared)
+    except OptionError as error:
+        errors.print(f"segattn check: --{error.name} {error.problem}", markup=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        errors.print("segattn check: stopped", markup=False)
+        raise typer.Exit(130) from None
+    _show_check(console, report)
+    if json is not None:
+        try:
+            json.write_text(json_format.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            problem = f"must be a file that can be written, got {str(json)!r} ({error.strerror})"
+            errors.print(f"segattn check: --json {problem}", markup=False)
+            raise typer.Exit(2) from None
+    raise typer.Exit(1 if report.failures else 0)
+
+
+def _show_check(console: Console, report: CheckReport) -> None:
+    """The worst error of every output, what failed, and how much was compared."""
+    table = Table(title=f"Largest relative RMS errors, {report.device}", title_justify="left")
+    for column in ("backend", "dtype", "output", "error", "gate", "worst in call"):
+        table.add_column(column, justify="right" if column in ("error", "gate") else "left")
+    group = None
+    for row in report.worst():
+        if (row.backend, row.dtype) != group and group is not None:
+            table.add_section()
+        group = (row.backend, row.dtype)
+        table.add_row(row.backend, row.dtype, row.output, f"{row.error:.1e}", f"{row.gate:.0e}", row.call)
+    console.print(table)
+    for line in report.lines():
+        console.print(line, markup=False)
 
 
 @app.command()
@@ -119,8 +181,8 @@ def _summary(console: Console, figures: dict[str, Any], files: dict[str, Path]) 
         console.print(f"{name:10} {path}", markup=False)
 
 
-class _Bars:
-    """Two progress bars, for a terminal."""
+class _Progress:
+    """Bars that are on the screen while the block runs."""
 
     def __init__(self, console: Console) -> None:
         columns = (
@@ -131,10 +193,8 @@ class _Bars:
             TextColumn("{task.fields[note]}"),
         )
         self.progress = Progress(*columns, console=console)
-        self.training = self.progress.add_task("train", total=None, note="")
-        self.evaluation = self.progress.add_task("evaluate", total=None, note="", visible=False)
 
-    def __enter__(self) -> _Bars:
+    def __enter__(self) -> Self:
         self.progress.start()
         return self
 
@@ -142,6 +202,26 @@ class _Bars:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
+
+
+class _Bar(_Progress):
+    """The progress of a check, for a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.task = self.progress.add_task("check", total=None, note="")
+
+    def compared(self, done: int, total: int, call: str) -> None:
+        self.progress.update(self.task, completed=done, total=total, note=call)
+
+
+class _Bars(_Progress):
+    """Two progress bars, for a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.training = self.progress.add_task("train", total=None, note="")
+        self.evaluation = self.progress.add_task("evaluate", total=None, note="", visible=False)
 
     def trained(self, step: int, steps: int, loss: float, accuracy: float) -> None:
         note = f"loss {loss:.3f}  recall {100 * accuracy:.0f} %"
