@@ -120,8 +120,9 @@ DECODES: tuple[DecodeCase, ...] = tuple(
 )
 
 
-def _tiny(name: str, time: int, segment_len: int, peers: tuple[str, ...], heads: int = 1) -> Case:
-    return Case(name, time, segment_len, 16, heads, 1, peers, "float32", seconds=0.0, rounds=(1, 1), counted=True)
+def _tiny(name: str, time: int, segment_len: int, peers: tuple[str, ...], heads: int = 1, **options: Any) -> Case:
+    once: dict[str, Any] = {"dtype": "float32", "seconds": 0.0, "rounds": (1, 1), "counted": True}
+    return Case(name, time, segment_len, 16, heads, 1, peers, **(once | options))
 
 
 TINY_MAIN = _tiny(
@@ -132,7 +133,7 @@ TINY_MAIN = _tiny(
 )
 TINY_CASES: tuple[Case, ...] = (
     TINY_MAIN,
-    _tiny("tiny short segments", 32, 8, ("segattn delta", "SDPA flash full")),
+    _tiny("tiny short segments", 32, 8, ("segattn delta", "SDPA flash full"), directions=DIRECTIONS[::2]),
     _tiny("tiny grouped", 48, 16, ("torch backend delta", "eager loop delta"), heads=2),
 )
 TINY_DECODES: tuple[DecodeCase, ...] = tuple(

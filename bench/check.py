@@ -75,7 +75,7 @@ class CheckReport:
 
     device: str
     versions: dict[str, str]
-    size: str
+    size: str  # of the table: "full", "small"; "given" where calls were
     calls: int
     rows: tuple[Row, ...]
 
@@ -194,8 +194,9 @@ def run_check(
     device = _usable(default_device() if device is None else device)
     backends = _chosen("backend", backends, available(device), f" on {device}")
     dtypes = _chosen("dtype", dtypes, list(DTYPES), "")
-    size = "full" if device.type == "cuda" and not interpreted() else "small"
+    size = "given"
     if calls is None:
+        size = "full" if device.type == "cuda" and not interpreted() else "small"
         calls = calls_of(size)
     rows: list[Row] = []
     total = len(dtypes) * len(calls)
@@ -214,10 +215,11 @@ def _describe(device: torch.device) -> str:
 def _usable(device: torch.device | str) -> torch.device:
     try:
         chosen = torch.device(device)
-        torch.ones(1, device=chosen).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # the reference computes in float64, which not every device does
+        torch.ones(1, device=chosen, dtype=torch.float64).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        problem = f"must be one that PyTorch can use here, such as 'cpu', got {str(device)!r} ({reason})"
+        problem = f"must be one that PyTorch can use here in float64, such as 'cpu', got {str(device)!r} ({reason})"
         raise OptionError("device", problem) from None
     return chosen
 
@@ -231,7 +233,7 @@ def _chosen(option: str, given: Sequence[str] | None, names: list[str], where: s
             raise OptionError(
                 option, f"must be one of {known}{where}, got {name!r}{remedy if name == 'triton' else ''}"
             )
-    return [name for name in names if given is None or name in given]
+    return [name for name in names if not given or name in given]
 
 
 def compare(name: str, call: Call, dtype: str, device: torch.device, backends: Sequence[str]) -> list[Row]:

@@ -231,7 +231,10 @@ def measure_case(
         if not prepares:
             continue
         try:
-            times = interleaved(prepares, device, copies=len(drawn), seconds=case.seconds, rounds=case.rounds)
+            warm = device.type == "cuda"
+            times = interleaved(
+                prepares, device, copies=len(drawn), seconds=case.seconds, rounds=case.rounds, warm_up=warm
+            )
         except torch.OutOfMemoryError:
             record.setdefault("out of memory", []).append(direction)
             continue

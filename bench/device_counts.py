@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..kernels.backends import HAS_TRITON
+from .check import interpreted
 from .measure import synchronize
 
 
@@ -44,7 +44,7 @@ def launches(run: Callable[[], object], device: torch.device) -> int | None:
     if device.type == "cuda":
         moves = ("Memcpy", "Memset")
         return sum(x["count"] for x in kernel_times(run, device) if not x["name"].startswith(moves))
-    return len(recorded(run, device)) or None if HAS_TRITON else None
+    return len(recorded(run, device)) or None if interpreted() else None
 
 
 def profile_of(run: Callable[[], object], device: torch.device, ours: bool) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def profile_of(run: Callable[[], object], device: torch.device, ours: bool) -> d
     record: dict[str, Any] = {"total_ms": round(total, 5), "kernels": kernels[:20]}
     for kernel in record["kernels"]:
         kernel["share"] = round(kernel["ms"] / total, 4) if total else None
-    if ours and HAS_TRITON:
+    if ours:
         listed = recorded(run, device)
         counts = Counter(name for name, _ in listed)
         record["tiles"] = {name: {"launches": counts[name], **tile} for name, tile in listed}

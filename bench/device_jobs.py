@@ -28,6 +28,7 @@ from .peers import PEERS
 from .timing import interleaved
 
 LOST = 3
+TINY_CALL = "shared memory inputs"
 
 
 def device_here() -> torch.device:
@@ -56,9 +57,9 @@ def ceilings(job: dict[str, Any], device: torch.device, note: Note) -> dict[str,
 
 
 def check(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
-    """A share of `segattn check` in one dtype; tiny: of a few calls."""
+    """A share of `segattn check` in one dtype; tiny: of one call."""
     table = calls_of("small" if job["tiny"] else "full")
-    names = list(table)[:2] if job["tiny"] else list(table)[job["share"] :: job["shares"]]
+    names = [TINY_CALL] if job["tiny"] else list(table)[job["share"] :: job["shares"]]
     calls = {name: table[name] for name in names}
     report = run_check(device, backends=["triton"], dtypes=[job["dtype"]], calls=calls)
     found = report.as_json()
@@ -131,6 +132,13 @@ def profile(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, 
     return {"case": case.name, "peer": job["peer"], "direction": job["direction"]} | found
 
 
+def tune(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    """One step of the search for tiles."""
+    from .tune import tune as step
+
+    return step(job, device)
+
+
 JOBS: dict[str, Callable[[dict[str, Any], torch.device, Note], dict[str, Any] | None]] = {
     "ceilings": ceilings,
     "check": check,
@@ -139,6 +147,7 @@ JOBS: dict[str, Callable[[dict[str, Any], torch.device, Note], dict[str, Any] | 
     "timings": time_case,
     "decode": decode,
     "profile": profile,
+    "tune": tune,
 }
 
 

@@ -59,13 +59,14 @@ def interleaved(
     copies: int = 1,
     seconds: float = 3.0,
     rounds: tuple[int, int] = (5, 30),
+    warm_up: bool = True,
 ) -> dict[str, Times]:
     """Every function once per round, each round from another one on, for about `seconds` within the bounds on rounds.
 
-    Each is run once before, untimed: what is first may compile, allocate, and load.
+    warm_up: each is run once before, untimed, as what is first may compile, allocate, and load.
     """
     names = list(prepares)
-    for name in names:
+    for name in names if warm_up else ():
         prepares[name](0)()
     synchronize(device)
     found: dict[str, list[float]] = {name: [] for name in names}

@@ -51,7 +51,7 @@ class Signature(NamedTuple):
 def signature(launch: Launch) -> Signature:
     """As the launch's own arguments would be specialised: what is None or constant is compiled in, multiples of 16 noted."""
     kernel = launch.kernel
-    values = launch.arguments | constants(kernel, launch.tile)
+    values = constants(kernel, launch.tile) | launch.arguments
     unspecialised = set(kernel.do_not_specialize or ())
     types: dict[str, Any] = {}
     known: dict[tuple[int, ...], Any] = {}

@@ -19,6 +19,7 @@ from .tiles import (
     load_rows,
     memory_weight,
     reciprocal,
+    rounded,
     segment_at,
     store_rows,
     visible,
@@ -65,7 +66,7 @@ def softmax_loop(
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(p, 1)
         values = load_rows(v, v_stride, start, end, 0, BLOCK_N, BLOCK_V, V, MASKED)
-        acc = dot(p.to(values.dtype), values, acc * shrink[:, None])
+        acc = dot(rounded(p, values.dtype), values, acc * shrink[:, None])
         peak = new_peak
     return acc, peak, total
 
@@ -83,7 +84,6 @@ def recall(
     ROWS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -91,7 +91,7 @@ def recall(
     for c in tl.range(0, K, CHUNK, num_stages=1):
         features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU) * share[:, None]
         recalled = load_rows(memory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
-        acc = dot(features.to(recalled.dtype), recalled, acc)
+        acc = dot(rounded(features, recalled.dtype), recalled, acc)
     return acc
 
 
@@ -194,7 +194,7 @@ def attend_kernel(
         kept = tl.where((inverse != 0) | ALWAYS, 1 - g, 1.0)
         acc = recall(
             acc * kept[:, None], g * inverse, asking, memory_q[3], first - offset,
-            end - offset, memory + at * K * V, True, BLOCK_M, K, V, BLOCK_K, BLOCK_V, CHUNK,
+            end - offset, memory + at * K * V, True, BLOCK_M, K, V, BLOCK_V, CHUNK,
         )
         # fmt: on
         row_statistic -= tl.log2(kept)

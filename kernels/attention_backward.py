@@ -26,6 +26,7 @@ from .tiles import (
     load_rows,
     load_vector,
     reciprocal,
+    rounded,
     segment_at,
     store_rows,
     visible,
@@ -70,7 +71,7 @@ def query_loop(
             p = tl.where(seen, p, 0.0)
         values = load_rows(v, v_stride, start, end, 0, BLOCK_N, BLOCK_V, V, MASKED)
         dscores = p * (dot(dout, tl.trans(values), None) - row_sum[:, None])
-        acc = dot(dscores.to(keys.dtype), keys, acc)
+        acc = dot(rounded(dscores, keys.dtype), keys, acc)
     return acc
 
 
@@ -361,14 +362,14 @@ def key_loop(
         else:
             p = tl.exp2(scores - tl.load(statistic + at_rows + rows)[None, :])
         douts = load_rows(head_of(dout, row, head), dout[3], at, end - offset, 0, BLOCK_M, BLOCK_V, V, MASKED)
-        dv = dot(p.to(douts.dtype), douts, dv)
+        dv = dot(rounded(p, douts.dtype), douts, dv)
         dp = dot(values, tl.trans(douts), None)
         if MASKED:
             sums = tl.load(row_sum + at_rows + rows, mask=i < end, other=0.0)
         else:
             sums = tl.load(row_sum + at_rows + rows)
         dscores = p * (dp - sums[None, :])
-        dk = dot(dscores.to(queries.dtype), queries, dk)
+        dk = dot(rounded(dscores, queries.dtype), queries, dk)
         step += 1
         head += tl.where(step == steps, 1, 0)
         step = tl.where(step == steps, 0, step)

@@ -50,8 +50,8 @@ def default(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[s
     return "triton", "the default on a GPU"
 
 
-def resolve(backend: str | None, q: Tensor, v: Tensor) -> Backend:
-    """What runs a call.
+def resolve(backend: str | None, q: Tensor, v: Tensor) -> str:
+    """The backend of a call with these tensors.
 
     Raises:
         ValueError: no such backend; one that does not run here, or not these tensors.
@@ -60,7 +60,7 @@ def resolve(backend: str | None, q: Tensor, v: Tensor) -> Backend:
     name = default(q.device, q.dtype)[0] if backend is None else backend
     if name == "triton":
         _check_triton(q, v)
-    return BACKENDS[name]
+    return name
 
 
 def _check_triton(q: Tensor, v: Tensor) -> None:

@@ -101,8 +101,7 @@ def launch(kernel: Any, programs: int, tile: Tile, like: Tensor, **arguments: An
     try:
         with device:
             kernel[(programs,)](
-                **arguments,
-                **constants(kernel, tile),
+                **(constants(kernel, tile) | arguments),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
                 enable_fp_fusion=True,
@@ -118,6 +117,13 @@ def launch(kernel: Any, programs: int, tile: Tile, like: Tensor, **arguments: An
 def constants(kernel: Any, tile: Tile) -> dict[str, Any]:
     """The fields of a tile that the kernel names."""
     return {name: value for name, value in asdict(tile).items() if name in kernel.arg_names}
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU."""
+    if INTERPRETED.value or _recorded.get() is not None:
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 _TARGETS: dict[torch.device, Target] = {}

@@ -27,6 +27,7 @@ from .tiles import (
     load_rows,
     load_vector,
     reciprocal,
+    rounded,
     segment_at,
     store_rows,
 )
@@ -213,12 +214,12 @@ def product_kernel(
                     )
             if y is None:
                 other = load_rows(tokens, x[3], start - offset, end - offset, column, BLOCK_N, COLUMNS, W)
-                other = feature_map(other, ELU).to(x[0].dtype.element_ty)
+                other = rounded(feature_map(other, ELU), x[0].dtype.element_ty)
             else:
                 other = load_rows(
                     head_of(y, row, head), y[3], start - offset, end - offset, column, BLOCK_N, COLUMNS, W
                 )
-            acc = dot(tl.trans((features * weights[:, None]).to(other.dtype)), other, acc)
+            acc = dot(tl.trans(rounded(features * weights[:, None], other.dtype)), other, acc)
     if normalizer is not None:
         scale = tl.load(inverse_peak + at)
         acc *= scale

@@ -24,6 +24,7 @@ from .tiles import (
     load_vector,
     memory_weight,
     reciprocal,
+    rounded,
     segment_at,
     store_rows,
 )
@@ -94,7 +95,7 @@ def erasure(
     """u = σ(k) / σ(k) z rounded to k's dtype, 1 / σ(k) z, and σ(k) C uᵀ of every row."""
     inverse = reciprocal(memory_weight(k, stride, first, stop, normalizer, ELU, ROWS, K, CHUNK))
     u = feature_map(load_rows(k, stride, first, stop, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
-    u = u.to(k.dtype.element_ty)
+    u = rounded(u, k.dtype.element_ty)
     erased = tl.zeros([ROWS], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
         features = feature_map(load_rows(k, stride, first, stop, c, ROWS, CHUNK, K), ELU)
@@ -137,7 +138,7 @@ def write_adjoint(
     for c in tl.range(0, K, CHUNK, num_stages=1):
         tokens = load_rows(k, k_stride, first, stop, c, ROWS, CHUNK, K)
         received = load_rows(dmemory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
-        dv = dot_float32(feature_map(tokens, ELU).to(tokens.dtype), received, dv)
+        dv = dot_float32(rounded(feature_map(tokens, ELU), tokens.dtype), received, dv)
         dfeatures = dot_float32(values, tl.trans(received), tl.zeros([ROWS, CHUNK], tl.float32))
         if curvature is not None:
             z = load_vector(normalizer, c, CHUNK, K)[None, :]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import validation as check
 from .autocast import autocast, autocast_holds
-from .backends import resolve
+from .backends import BACKENDS, resolve
 from .sequences import checked_bounds
 from .state import MemoryState, Options, SegmentOutput, empty_output
 
@@ -80,7 +80,7 @@ def segment_attention(
     check.check_block_mask(num_read, num_write, gate, k.shape[2], segment_len, offsets is not None)
     scale = check.check_scale(scale, q)
     options = Options(segment_len, update, causal, num_read, num_write, empty_memory, scale)
-    run = resolve(backend, q, v)
+    run = BACKENDS[resolve(backend, q, v)]
 
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if gate is not None:

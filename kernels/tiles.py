@@ -73,12 +73,23 @@ def load_rows(
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x to the nearest of `dtype`."""
+    if INTERPRETED:
+        if dtype == tl.bfloat16:
+            # the interpreter would cut the last bits off
+            bits = x.to(tl.int32, bitcast=True)
+            x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def store_rows(x, stride, first, stop, column, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
     """The inverse of `load_rows`, in x's dtype."""
     at = pointers(x, stride, first, column, ROWS, COLUMNS)
     inside_rows = (first + tl.arange(0, ROWS) < stop)[:, None]
     inside_columns = (column + tl.arange(0, COLUMNS) < WIDTH)[None, :]
-    tl.store(at, values.to(x.dtype.element_ty), mask=inside_rows & inside_columns)
+    tl.store(at, rounded(values, x.dtype.element_ty), mask=inside_rows & inside_columns)
 
 
 @triton.jit
@@ -148,8 +159,8 @@ def operand(x, dtype: tl.constexpr):
     """float32 x as `dtype`, and the factor that restores it: float16 would lose what is small, so it takes x / max |x|."""
     if dtype == tl.float16:
         peak = tl.max(tl.max(tl.abs(x), 1), 0)
-        return (x * reciprocal(peak)).to(dtype), peak
-    return x.to(dtype), 1.0
+        return rounded(x * reciprocal(peak), dtype), peak
+    return rounded(x, dtype), 1.0
 
 
 @triton.jit

@@ -202,3 +202,30 @@ def segment_attention(
     if options.causal and (options.num_read or options.num_write):
         return SegmentOutput(attend_blocks(q, k, v, options), state)
     return attend_rows(q, k, v, memory_q, memory_k, gate, state, options)
+
+
+def segment_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor,
+    gate: Tensor | None,
+    state: MemoryState | None,
+    lengths: Tensor | None,
+    counters: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """lengths [B]: tokens in each row of k and v, the last of them q's; counters are the kernels' own affair."""
+    batch, _, query_time, _ = q.shape
+    time = k.shape[2]
+    end = torch.full((batch,), time, device=q.device) if lengths is None else lengths.clamp(max=time)
+    position = (end[:, None] - query_time + torch.arange(query_time, device=q.device))[:, None, :, None]
+    j = torch.arange(time, device=q.device)
+    held = (j < end[:, None])[:, None, None]
+    # tokens beyond a row's length may be anything, NaN too
+    k, v = k.masked_fill(~held.mT, 0), v.masked_fill(~held.mT, 0)
+    seen = held & (position >= 0) & ((j <= position) if options.causal else True)
+    out = attend(q, k, v, seen | (position < 0), False, options.scale)
+    if gate is not None and state is not None:
+        out = blend(out, memory_q, state, gate, options)
+    return out.masked_fill(position < 0, 0)

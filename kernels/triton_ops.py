@@ -10,6 +10,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .attention import attend, new_tokens
 from .attention_backward import key_grads, query_grads
+from .decode import decode
 from .launch import dense_rows
 from .memory import products, write
 from .memory_backward import state_grads
@@ -218,9 +219,25 @@ def _(
     )
 
 
+LIBRARY.define(
+    "decode(Tensor q, Tensor k, Tensor v, Tensor? memory_q, Tensor? gate, Tensor? memory, Tensor? normalizer, "
+    "Tensor? lengths, Tensor(a!)? counters, bool causal, bool always, float scale) -> Tensor"
+)
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor | None, gate: Tensor | None, *rest: Any) -> Tensor:
+    return decode(q, k, v, q if memory_q is None else memory_q, gate, *rest)
+
+
+@torch.library.register_fake("segattn::decode", lib=LIBRARY)
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return new_tokens(q, q.shape[1], q.shape[2], v.shape[3])
+
+
 for device in ("CPU", "CUDA"):
     LIBRARY.impl("attend", _attend, device)
     LIBRARY.impl("attend_backward", _attend_backward, device)
+    LIBRARY.impl("decode", _decode, device)
 
 
 class Attend(torch.autograd.Function):

@@ -4,6 +4,7 @@ from .infini.attention import InfiniAttention, InfiniState
 from .infini.gate import parameter_groups
 from .kernels.associative import memory_read, memory_write
 from .kernels.backends import show_config
+from .kernels.decoding import segment_decode
 from .kernels.operation import segment_attention
 from .kernels.state import MemoryState, SegmentOutput
 
@@ -18,5 +19,6 @@ __all__ = [
     "memory_write",
     "parameter_groups",
     "segment_attention",
+    "segment_decode",
     "show_config",
 ]

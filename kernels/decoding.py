@@ -1,0 +1,118 @@
+"""`segment_decode`: the newest tokens of an unfinished segment, from buffers of a fixed size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference, torch_backend
+from . import validation as check
+from .autocast import without_autocast
+from .backends import HAS_TRITON, resolve
+from .state import MemoryState, Options
+
+
+@without_autocast
+def segment_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    memory_q: Tensor | None = None,
+    state: MemoryState | None = None,
+    causal: bool = True,
+    empty_memory: str = "local",
+    scale: float | None = None,
+    counters: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`segment_attention` of a few last tokens, for decoding: one launch, and no gradients.
+
+    k and v are buffers, of which each row's first `lengths` tokens count. On a GPU the lengths are read there: a CUDA
+    graph of this call may be replayed while the buffers fill. When they hold a whole segment, fold it by `memory_write`
+    and begin again.
+
+    Args:
+        q: [B, H, Tq, K], the last Tq of a row's tokens. Rows with fewer tokens than that give 0 for those before them.
+        k, v: [B, G, L, K] and [B, G, L, V], the segment so far, q's own tokens included.
+        lengths: int32 or int64 [B], tokens in each row's buffers, at most L; default L.
+        gate: [H] β, with `state`; None: no memory.
+        memory_q: what the memory is read by; default q.
+        state: the memory before this segment, float32; needed with a gate.
+        causal, empty_memory, scale, backend: as in `segment_attention`.
+        counters: int32 [B · G] of zeros, left as zeros, for the kernel to count by. Default: made in each call, by a
+            small launch of its own. Calls that may run at the same time must not share them.
+
+    Returns:
+        [B, H, Tq, V] in q's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be, and what it was.
+        RuntimeError: gradients are wanted.
+    """
+    check.check_tokens(q, k, v)
+    check.check_memory_inputs(q, k, memory_q, None)
+    check.check_bool("causal", causal)
+    check.check_choice("empty_memory", empty_memory, check.EMPTY_MEMORY)
+    scale = check.check_scale(scale, q)
+    if (gate is None) != (state is None):
+        raise ValueError("gate and state go together: pass both, or neither for local attention alone")
+    if gate is not None:
+        check.check_gate(gate, q)
+        gate = gate.to(check.state_dtype(q))
+        state = check.check_state(state, q.shape[0], k, v)
+    for name, x, shape, dtypes in (
+        ("lengths", lengths, (q.shape[0],), (torch.int32, torch.int64)),
+        ("counters", counters, (k.shape[0] * k.shape[1],), (torch.int32,)),
+    ):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.dtype not in dtypes:
+            wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise TypeError(f"{name} must be {wanted}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+        check.check_shape(name, x, "[B]" if name == "lengths" else "[B · G]", shape)
+        check.check_device(name, x, "q", q)
+    tensors = (q, k, v, gate, memory_q, *(state or ()))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise RuntimeError("segment_decode has no gradients: call it under torch.no_grad(), or use segment_attention")
+    run = DECODERS[resolve(backend, q, v)]
+    if q.shape[0] == 0 or q.shape[2] == 0:
+        return q.new_empty((*q.shape[:3], v.shape[3]))
+    options = Options(k.shape[2] + 1, "delta", causal, 0, 0, empty_memory, scale)
+    return run(q, k, v, q if memory_q is None else memory_q, gate, state, lengths, counters, options)
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor,
+    gate: Tensor | None,
+    state: MemoryState | None,
+    lengths: Tensor | None,
+    counters: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """Row by row, each as the call that it stands for."""
+    time, query_time = k.shape[2], q.shape[2]
+    out = q.new_zeros((*q.shape[:3], v.shape[3]))
+    for n, length in enumerate([time] * len(q) if lengths is None else lengths.clamp(max=time).tolist()):
+        row, first = slice(n, n + 1), max(query_time - length, 0)
+        keys, values = (x[row, :, :length] for x in (k, v))
+        before = None if state is None else MemoryState(*(x[row] for x in state))
+        asked = (x[row, :, first:] for x in (q, memory_q))
+        q_row, memory_row = asked
+        piece = reference.segment_attention(q_row, keys, values, memory_row, keys, gate, before, None, options)
+        out[row, :, first:] = piece.out
+    return out
+
+
+DECODERS: dict[str, Callable[..., Tensor]] = {"torch": torch_backend.segment_decode, "reference": _reference}
+if HAS_TRITON:
+    from . import triton_backend
+
+    DECODERS["triton"] = triton_backend.segment_decode
