@@ -188,15 +188,13 @@ def admit(
                 record[direction] = {"peak_bytes": _peak(run, device)}
                 if case.counted:
                     record[direction]["launches"] = launches(run, device)
-        return record | {"status": "right"}
+        record["status"] = "right"
     except torch.OutOfMemoryError:
-        return record | {"status": "out of memory"}
+        record["status"] = "out of memory"
     except (RuntimeError, ValueError, TypeError) as error:
-        still_there(device)
-        return record | {"status": "failed", "reason": plain(error)}
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        record |= {"status": "failed", "reason": plain(error)}
+    still_there(device)
+    return record
 
 
 def _peak(run: Callable[[], object], device: torch.device) -> int:

@@ -19,7 +19,7 @@ from . import cases
 from .cases import DTYPES, Case, DecodeCase
 from .check import compare, run_check
 from .check_calls import Call, calls_of, evaluate, tensors
-from .device_cases import DeviceLostError, Note, admit, draw, measure_case, preparation
+from .device_cases import DeviceLostError, Note, admit, draw, measure_case, preparation, still_there
 from .device_counts import profile_of, recorded
 from .device_decode import measure_decode
 from .floors import Peak, peak_of
@@ -151,6 +151,21 @@ JOBS: dict[str, Callable[[dict[str, Any], torch.device, Note], dict[str, Any] | 
 }
 
 
+def answer_to(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    """The job's record or error; "lost" where this process can do no more."""
+    try:
+        answer: dict[str, Any] = {"record": JOBS[job["part"]](job, device, note)}
+    except torch.OutOfMemoryError:
+        answer = {"error": "out of memory"}
+    except (RuntimeError, ValueError, TypeError, ImportError) as error:
+        answer = {"error": plain(error)}
+    try:
+        still_there(device)
+    except DeviceLostError:
+        answer["lost"] = True
+    return answer
+
+
 def serve(requests: TextIO, answers: TextIO) -> None:
     """Answer each job with lines of notes, and one last: its record, or its error."""
 
@@ -160,17 +175,11 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
     device = device_here()
     for line in requests:
-        job = json.loads(line)
-        try:
-            note({"record": JOBS[job["part"]](job, device, note)})
-        except DeviceLostError as error:
-            note({"lost": str(error)})
+        answer = answer_to(json.loads(line), device, note)
+        note(answer)
+        if answer.get("lost"):
             # the context is gone, and tearing it down may hang
             os._exit(LOST)
-        except torch.OutOfMemoryError:
-            note({"error": "out of memory"})
-        except (RuntimeError, ValueError, TypeError, ImportError) as error:
-            note({"error": plain(error)})
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def check_jobs(tiny: bool) -> list[Job]:
     )
     tiles = jobs_of("tiles", False, ({"width": w, "dtype": d} for w in WIDTHS for d in DTYPES), 120)
     slow = [c.name for c in CASES if set(c.peers) & set(COMPILED)]
-    others = [c.name for c in CASES if c.K == 64 or c.dtype == "float16" or c.G != c.H]
+    others = [c.name for c in CASES if c.T == MAIN.T and (c.K == 64 or c.dtype == "float16" or c.G != c.H)]
     warm = jobs_of("warm", False, ({"name": name} for name in dict.fromkeys((*slow, MAIN.name, *others))), 150)
     soon, common = len(slow) + 1, 2 * len(DTYPES)
     return [*warm[:soon], *first, *tiles[:common], *warm[soon:], *second, *tiles[common:]]

@@ -77,13 +77,10 @@ class Worker:
                 answer = json.loads(line)
                 if "at" in answer:
                     at = answer["at"]
-                elif "record" in answer:
-                    return Outcome(record=answer["record"])
-                elif "lost" in answer:
+                    continue
+                if answer.get("lost"):
                     self.end()
-                    return Outcome(reason=answer["lost"], at=at)
-                else:
-                    return Outcome(reason=answer["error"])
+                return Outcome(answer.get("record"), answer.get("error"), at if answer.get("lost") else None)
         except queue.Empty:
             self.end()
             return Outcome(reason=f"ended after {seconds:.0f} s", at=at)

@@ -64,9 +64,9 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> dict[str, Any]:
-    """The checkout's commit, and whether files differ from it; None where that cannot be known."""
+    """The checkout's commit, and whether files but results differ from it; None where that cannot be known."""
     found = output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    changed = output_of("git", "-C", str(ROOT), "status", "--porcelain")
+    changed = output_of("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!bench/results")
     return {"commit": found, "dirty": None if changed is None else bool(changed)}
 
 

@@ -8,29 +8,40 @@ from torch import Tensor
 from . import reference
 from . import validation as check
 from .autocast import without_autocast
+from .backends import HAS_TRITON, resolve_memory
 from .state import MemoryState
+
+if HAS_TRITON:
+    from . import triton_memory
 
 FEATURE_MAPS = ("elu1", None)
 
 
-def _features(name: str, x: Tensor, feature_map: str | None) -> Tensor:
+def _check_tokens(name: str, x: Tensor, feature_map: str | None) -> None:
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map must be 'elu1' or None (inputs already mapped), got {feature_map!r}")
     check.check_floating(name, x)
     if x.ndim != 4:
         raise ValueError(f"{name} must have 4 dimensions [batch, heads, time, width], got shape {list(x.shape)}")
+
+
+def _features(x: Tensor, feature_map: str | None) -> Tensor:
     x = x.to(check.state_dtype(x))
     return reference.feature_map(x) if feature_map == "elu1" else x
 
 
 @without_autocast
-def memory_read(q: Tensor, state: MemoryState, *, feature_map: str | None = "elu1") -> Tensor:
+def memory_read(
+    q: Tensor, state: MemoryState, *, feature_map: str | None = "elu1", backend: str | None = None
+) -> Tensor:
     """A_mem = σ(q) M / σ(q) z, 0 where the memory is empty (arXiv 2404.07143, equation 7).
 
     Args:
         q: [B, H, T, K]. With G memories per sequence, head h reads memory h // (H / G).
         state: memory [B, G, K, V] and normalizer [B, G, K], float32 (float64 for float64 q).
         feature_map: "elu1" for σ = ELU + 1, None for q already mapped.
+        backend: "triton", "torch", "reference" (the same as torch), or None: triton on a GPU where it takes the dtype
+            and K and V (16 to 256 in steps of 8), torch elsewhere.
 
     Returns:
         [B, H, T, V] in q's dtype.
@@ -38,7 +49,7 @@ def memory_read(q: Tensor, state: MemoryState, *, feature_map: str | None = "elu
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
     """
-    features = _features("q", q, feature_map)
+    _check_tokens("q", q, feature_map)
     if not isinstance(state, tuple) or len(state) != 2 or not all(isinstance(x, Tensor) and x.ndim >= 3 for x in state):
         raise TypeError(f"state must be a MemoryState(memory, normalizer), got {type(state).__name__}")
     groups = state[0].shape[1]
@@ -48,6 +59,9 @@ def memory_read(q: Tensor, state: MemoryState, *, feature_map: str | None = "elu
         )
     like = q[:, :1].expand(-1, groups, -1, -1)
     memory, normalizer = check.check_state(state, q.shape[0], like, state[0])
+    if resolve_memory(backend, q, memory) == "triton" and q.numel():
+        return triton_memory.memory_read(q, MemoryState(memory, normalizer), feature_map is not None)
+    features = _features(q, feature_map)
     repeated = MemoryState(memory.unsqueeze(2), normalizer.unsqueeze(2))
     recalled, _ = reference.read(features.unflatten(1, (groups, q.shape[1] // groups)), repeated)
     return recalled.flatten(1, 2).to(q.dtype)
@@ -63,6 +77,7 @@ def memory_write(
     beta: Tensor | None = None,
     corrected: bool = False,
     feature_map: str | None = "elu1",
+    backend: str | None = None,
 ) -> MemoryState:
     """Write T tokens at once, all against the memory as it was: M + Σ β_t σ(k_t)ᵀ (v_t − v̄_t), z + Σ γ_t σ(k_t).
 
@@ -76,6 +91,8 @@ def memory_write(
         corrected: γ = clip(1 − z σ(k) / ‖σ(k)‖², 0, 1), without gradient, so that a key written again adds nothing to z
             (arXiv 2407.04841); otherwise γ = 1.
         feature_map: "elu1" for σ = ELU + 1, None for k already mapped.
+        backend: "triton", "torch", "reference" (the same as torch), or None: triton on a GPU where it takes the dtype
+            and K and V (16 to 256 in steps of 8), torch elsewhere.
 
     Returns:
         The new MemoryState; the one passed in is left as it was.
@@ -83,22 +100,26 @@ def memory_write(
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
     """
-    features = _features("k", k, feature_map)
+    _check_tokens("k", k, feature_map)
     check.check_floating("v", v)
     check.check_like("v", v, "k", k)
     check.check_shape("v", v, "[B, G, T, V]", (*k.shape[:3], v.shape[-1] if v.ndim else 0))
     check.check_choice("update", update, check.UPDATES)
     if state is None:
         batch, groups, _, width = k.shape
-        state = MemoryState.zeros(batch, groups, width, v.shape[3], device=k.device, dtype=features.dtype)
+        state = MemoryState.zeros(batch, groups, width, v.shape[3], device=k.device, dtype=check.state_dtype(k))
     state = check.check_state(state, k.shape[0], k, v)
-    value = v.to(features.dtype)
-    if update == "delta":
-        value = value - reference.read(features, state)[0]
     if beta is not None:
         check.check_floating("beta", beta)
         check.check_shape("beta", beta, "[B, G, T]", k.shape[:3])
         check.check_device("beta", beta, "k", k)
+    if resolve_memory(backend, k, v) == "triton" and k.numel():
+        return triton_memory.memory_write(k, v, state, update, beta, corrected, feature_map is not None)
+    features = _features(k, feature_map)
+    value = v.to(features.dtype)
+    if update == "delta":
+        value = value - reference.read(features, state)[0]
+    if beta is not None:
         value = value * beta.to(features.dtype).unsqueeze(-1)
     counted = features
     if corrected:

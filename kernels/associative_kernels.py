@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import new_tokens, recall
+from .attention import recall
 from .attention_backward import recall_adjoint
-from .launch import block, launch, tile_of, view
+from .launch import block, launch, new_tokens, tile_of, view
 from .memory_backward import StateGrads, write_adjoint
 from .tiles import head_of, load_rows, memory_weight, reciprocal, store_rows
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block, launch, tile_of, view
+from .launch import block, launch, new_tokens, tile_of, view
 from .sequences import Layout
 from .state import Options
 from .tiles import (
@@ -204,14 +204,6 @@ def attend_kernel(
     store_rows(head_of(out, row, head), out[3], first - offset, end - offset, 0, acc, BLOCK_M, BLOCK_V, V)
 
 
-def new_tokens(like: Tensor, heads: int, time: int, width: int, layout: Layout | None = None) -> Tensor:
-    """[B, heads, time, width] in the memory order of `like`; zeros where the layout has padding."""
-    new = like.new_empty if layout is None or layout.slots is None else like.new_zeros
-    if like.stride(1) < like.stride(2):
-        return new((like.shape[0], time, heads, width)).transpose(1, 2)
-    return new((like.shape[0], heads, time, width))
-
-
 def query_programs(layout: Layout, query_time: int, time: int, segment_len: int, rows: int) -> tuple[int, int, int]:
     """Programs per head over all slots that hold queries, tiles of `rows` queries per slot, and the first such slot."""
     tiles = triton.cdiv(min(segment_len, query_time), rows)
@@ -240,8 +232,9 @@ def attend(
     batch, heads, query_time, key_width = q.shape
     groups, time, value_width = k.shape[1], k.shape[2], v.shape[3]
     tile = tile_of(attend_kernel, q, key_width, value_width)
-    out = new_tokens(q, heads, query_time, value_width, layout)
-    local = new_tokens(q, heads, query_time, value_width, layout) if keep and memory is not None else None
+    padded = layout.slots is not None
+    out = new_tokens(q, heads, query_time, value_width, padded)
+    local = new_tokens(q, heads, query_time, value_width, padded) if keep and memory is not None else None
     statistic = q.new_empty((batch, heads, query_time), dtype=torch.float32) if keep else None
     programs, tiles, first = query_programs(layout, query_time, time, options.segment_len, tile.BLOCK_M)
     launch(

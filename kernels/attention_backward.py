@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import new_tokens, query_programs
-from .launch import block, launch, tile_of, view
+from .attention import query_programs
+from .launch import block, launch, new_tokens, tile_of, view
 from .memory_backward import write_adjoint
 from .sequences import Layout
 from .state import Options
@@ -252,10 +252,11 @@ def query_grads(
     batch, heads, query_time, key_width = q.shape
     groups, time, value_width = k.shape[1], k.shape[2], v.shape[3]
     tile = tile_of(query_grad_kernel, q, key_width, value_width)
+    padded = layout.slots is not None
     programs, tiles, first = query_programs(layout, query_time, time, options.segment_len, tile.BLOCK_M)
-    dq = new_tokens(q, heads, query_time, key_width, layout)
+    dq = new_tokens(q, heads, query_time, key_width, padded)
     shared = memory_q is None
-    dmemory_q = dq if shared else new_tokens(q, heads, query_time, key_width, layout)
+    dmemory_q = dq if shared else new_tokens(q, heads, query_time, key_width, padded)
     row_sum = torch.empty_like(statistic)
     along_memory = None if memory is None else torch.empty_like(statistic)
     dgate = None if memory is None else statistic.new_empty((programs // max(tiles, 1), heads, tiles))
@@ -506,11 +507,12 @@ def key_grads(
     heads, query_time, key_width = q.shape[1:]
     _, groups, time, value_width = v.shape
     tile = tile_of(key_grad_kernel, q, key_width, value_width)
+    padded = layout.slots is not None
     tiles = triton.cdiv(min(options.segment_len, time), tile.BLOCK_N)
-    dk = new_tokens(k, groups, time, key_width, layout)
-    dv = new_tokens(v, groups, time, value_width, layout)
+    dk = new_tokens(k, groups, time, key_width, padded)
+    dv = new_tokens(v, groups, time, value_width, padded)
     shared = memory_k is None
-    dmemory_k = dk if shared else new_tokens(k, groups, time, key_width, layout)
+    dmemory_k = dk if shared else new_tokens(k, groups, time, key_width, padded)
     launch(
         key_grad_kernel,
         layout.count * groups * tiles,

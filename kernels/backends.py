@@ -63,6 +63,14 @@ def resolve(backend: str | None, q: Tensor, v: Tensor) -> str:
     return name
 
 
+def resolve_memory(backend: str | None, k: Tensor, v: Tensor) -> str:
+    """The backend of the memory on its own, whose default on a GPU is torch for widths that the kernels do not take."""
+    wide = k.shape[3] not in TRITON_WIDTHS or v.shape[3] not in TRITON_WIDTHS
+    if backend is None and default(k.device, k.dtype)[0] == "triton" and wide:
+        return "torch"
+    return resolve(backend, k, v)
+
+
 def _check_triton(q: Tensor, v: Tensor) -> None:
     remedy = "or pass backend='torch'"
     if not HAS_TRITON:

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import new_tokens
-from .launch import block, launch, processors, tile_of, view
+from .launch import block, launch, new_tokens, processors, tile_of, view
 from .tiles import LEAST_PEAK, LOG2_E, dot, feature_map, head_of, load_rows, load_vector, reciprocal, rounded
 
 

@@ -65,6 +65,14 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(-2) < 2**22 else x.contiguous()
 
 
+def new_tokens(like: Tensor, heads: int, time: int, width: int, padded: bool = False) -> Tensor:
+    """[B, heads, time, width] in the memory order of `like`; zeros where it may be padded."""
+    new = like.new_zeros if padded else like.new_empty
+    if like.stride(1) < like.stride(2):
+        return new((like.shape[0], time, heads, width)).transpose(1, 2)
+    return new((like.shape[0], heads, time, width))
+
+
 def block(width: int) -> int:
     """The power of two that holds a width, at least what a tensor core takes."""
     return max(16, triton.next_power_of_2(width))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .attention import attend, new_tokens
+from .attention import attend
 from .attention_backward import key_grads, query_grads
 from .decode import decode
-from .launch import dense_rows
+from .launch import dense_rows, new_tokens
 from .memory import products, write
 from .memory_backward import state_grads
 from .sequences import layout_of, slot_count
@@ -40,11 +40,12 @@ def _options(
     return Options(segment_len, update, causal, num_read, num_write, empty_memory, scale)
 
 
-def _or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Operations return tensors only: an empty one stands for None."""
     return tuple(like.new_empty(0) if x is None else x for x in tensors)
 
 
-def _or_none(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+def or_none(*tensors: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(x if x.numel() else None for x in tensors)
 
 
@@ -78,13 +79,13 @@ def _attend(
     layout = layout_of(bounds, q.shape[0], k.shape[2], segment_len)
     if gate is None or memory is None or normalizer is None:
         out, _, statistic = attend(q, k, v, q, None, None, None, layout, options, keep)
-        return out, *_or_empty(q, None, None, None, statistic, None, None, None, None)
+        return out, *or_empty(q, None, None, None, statistic, None, None, None, None)
     written = write(k if memory_k is None else memory_k, v, memory, normalizer, layout, segment_len, delta)
     asking = q if memory_q is None else memory_q
     out, local, statistic = attend(q, k, v, asking, gate, written.before, written.z_before, layout, options, keep)
-    kept = Kept(*_or_empty(q, local, statistic, written.before, written.z_before, written.inverse_peak, written.erased))
+    kept = Kept(*or_empty(q, local, statistic, written.before, written.z_before, written.inverse_peak, written.erased))
     if not keep:
-        kept = Kept(*_or_empty(q, *(None for _ in kept)))
+        kept = Kept(*or_empty(q, *(None for _ in kept)))
     return out, written.memory, written.normalizer, *kept
 
 
@@ -115,10 +116,10 @@ def _(
     out = new_tokens(q, heads, query_time, value_width)
     statistic = q.new_empty((batch, heads, query_time), **single) if keep else None
     if memory is None or normalizer is None:
-        return out, *_or_empty(q, None, None, None, statistic, None, None, None, None)
+        return out, *or_empty(q, None, None, None, statistic, None, None, None, None)
     state = memory.new_empty(memory.shape), normalizer.new_empty(normalizer.shape)
     if not keep:
-        return out, *state, *_or_empty(q, *(None for _ in Kept._fields))
+        return out, *state, *or_empty(q, *(None for _ in Kept._fields))
     kept = Kept(
         new_tokens(q, heads, query_time, value_width),
         q.new_empty((batch, heads, query_time), **single),
@@ -170,7 +171,7 @@ def _attend_backward(
     if gate is None or dmemory is None or dnormalizer is None:
         dq, _, row_sum, _, _ = query_grads(q, k, v, None, local, statistic, None, None, None, dout, layout, options)
         dk, dv, _ = key_grads(q, k, v, None, statistic, None, None, None, None, dout, row_sum, layout, options)
-        return dq, dk, dv, *_or_empty(q, None, None, None, None, None)
+        return dq, dk, dv, *or_empty(q, None, None, None, None, None)
     dq, dmemory_q, row_sum, along, dgate = query_grads(
         q, k, v, memory_q, local, statistic, gate, before, z_before, dout, layout, options
     )
@@ -183,7 +184,7 @@ def _attend_backward(
     )
     written = k if memory_k is None else memory_k
     grads = state_grads(
-        written, before, z_before, inverse_peak, *_or_none(erased), dmemory, dnormalizer, read, read_sums, layout,
+        written, before, z_before, inverse_peak, *or_none(erased), dmemory, dnormalizer, read, read_sums, layout,
         segment_len,
     )  # fmt: skip
     dk, dv, dmemory_k = key_grads(
@@ -191,7 +192,7 @@ def _attend_backward(
         layout,
         options,
     )
-    return dq, dk, dv, *_or_empty(q, dmemory_q, dmemory_k, dgate), grads.memory, grads.normalizer
+    return dq, dk, dv, *or_empty(q, dmemory_q, dmemory_k, dgate), grads.memory, grads.normalizer
 
 
 @torch.library.register_fake("segattn::attend_backward", lib=LIBRARY)
@@ -207,10 +208,10 @@ def _(
     *_, dmemory, dnormalizer = rest
     grads = tuple(new_tokens(x, *x.shape[1:]) for x in (q, k, v))
     if gate is None or dmemory is None or dnormalizer is None:
-        return *grads, *_or_empty(q, None, None, None, None, None)
+        return *grads, *or_empty(q, None, None, None, None, None)
     return (
         *grads,
-        *_or_empty(
+        *or_empty(
             q, *(None if x is None else new_tokens(like, *x.shape[1:]) for x, like in ((memory_q, q), (memory_k, k)))
         ),
         gate.new_empty(gate.shape),

@@ -77,8 +77,10 @@ def test_it_says_what_it_ran_on_and_not_where(
     assert document["versions"]["torch"] == torch.__version__
     assert document["versions"]["python"] == platform.python_version()
     assert document["device"]["name"].startswith("cpu ")
-    for private in (socket.gethostname(), str(ROOT)):
-        assert private not in finished[1].replace(document["versions"]["torch"], "")
+    assert str(ROOT) not in finished[1]
+    # a host may be called by a word
+    if len(socket.gethostname()) > 5:
+        assert socket.gethostname() not in finished[1]
 
 
 def test_kernels_are_checked_twice_and_under_every_tile(document: dict[str, Any]) -> None:
@@ -268,6 +270,7 @@ for line in sys.stdin:
     print(json.dumps({"at": "peer"}), flush=True)
     if job["do"] == "hang": time.sleep(60)
     if job["do"] == "die": sys.exit(7)
+    if job["do"] == "lose": print(json.dumps({"error": "illegal access", "lost": True}), flush=True)
     print(json.dumps({"record": job["do"]} if job["do"] == "well" else {"error": "too large"}), flush=True)
 """
 
@@ -279,6 +282,8 @@ def test_a_worker_outlives_its_processes() -> None:
         assert worker.do({"do": "well"}, 20).record == "well"
         assert worker.do({"do": "hang"}, 0.5) == Outcome(None, "ended after 0 s", "peer")
         assert worker.do({"do": "fail"}, 20) == Outcome(reason="too large")
+        assert worker.do({"do": "lose"}, 20) == Outcome(reason="illegal access", at="peer")
+        assert worker.do({"do": "well"}, 20).record == "well"
     assert worker.process is None
 
 
