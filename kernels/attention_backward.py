@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .attention import query_programs
 from .launch import block, launch, new_tokens, tile_of, view
-from .memory_backward import write_adjoint
 from .sequences import Layout
 from .state import Options
 from .tiles import (
@@ -384,17 +383,11 @@ def key_grad_kernel(
     q,
     k,
     v,
-    memory_k,
     statistic,
-    normalizer,
-    dmemory,
-    dnormalizer,
-    curvature,
     dout,
     row_sum,
     dk,
     dv,
-    dmemory_k,
     slots,
     time,
     query_time,
@@ -406,7 +399,8 @@ def key_grad_kernel(
     scale,
     heads,
     groups,
-    SHARED: tl.constexpr,
+    ADD_DK: tl.constexpr,
+    ADD_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_MASK: tl.constexpr,
     K: tl.constexpr,
@@ -415,13 +409,8 @@ def key_grad_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
-    """One tile of one key/value head: dk and dv over its group's queries, begun with what the memory sends back.
-
-    dmemory, dnormalizer: gradients of the state after the segment; curvature: None for the linear rule.
-    dmemory_k: the memory's part of what it writes by; SHARED: that is dk, which sums both.
-    """
+    """One tile of one key/value head: dk and dv over its group's queries. ADD_DK, ADD_DV: onto what is there."""
     program = tl.program_id(0)
     tile = program % tiles
     group = program // tiles % groups
@@ -432,24 +421,10 @@ def key_grad_kernel(
     if first >= end:
         return
     j = first + tl.arange(0, BLOCK_N)
-    values = load_rows(head_of(v, row, group), v[3], first, end, 0, BLOCK_N, BLOCK_V, V)
-    dv_rows = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    if dmemory is not None:
-        at = tl.cast(slot, tl.int64) * groups + group
-        dwritten = head_of(dmemory_k, row, group)
-        if end - begin == segment_len:
-            # fmt: off
-            dv_rows, _ = write_adjoint(
-                head_of(memory_k, row, group), memory_k[3], values, None, None, first, end, normalizer + at * K,
-                dmemory + at * K * V, dnormalizer + at * K, None if curvature is None else curvature + at * K * K,
-                dwritten, dmemory_k[3], True, BLOCK_N, K, V, BLOCK_K, BLOCK_V, CHUNK,
-            )
-            # fmt: on
-        else:
-            nothing = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-            store_rows(dwritten, dmemory_k[3], first, end, 0, nothing, BLOCK_N, BLOCK_K, K)
     keys = load_rows(head_of(k, row, group), k[3], first, end, 0, BLOCK_N, BLOCK_K, K)
+    values = load_rows(head_of(v, row, group), v[3], first, end, 0, BLOCK_N, BLOCK_V, V)
     dk_rows = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    dv_rows = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
     # queries [first_seen, full) see some of these keys, later ones all; masks take registers, so those tiles are smaller
     MASKED_M: tl.constexpr = BLOCK_M // 2 if BLOCK_M > 16 else BLOCK_M
@@ -479,11 +454,10 @@ def key_grad_kernel(
     )
     # fmt: on
     dk_rows *= scale
-    if dmemory is not None:
-        if SHARED:
-            # other threads of this program have stored the memory's part
-            tl.debug_barrier()
-            dk_rows += load_rows(head_of(dk, row, group), dk[3], first, end, 0, BLOCK_N, BLOCK_K, K).to(tl.float32)
+    if ADD_DK:
+        dk_rows += load_rows(head_of(dk, row, group), dk[3], first, end, 0, BLOCK_N, BLOCK_K, K).to(tl.float32)
+    if ADD_DV:
+        dv_rows += load_rows(head_of(dv, row, group), dv[3], first, end, 0, BLOCK_N, BLOCK_V, V).to(tl.float32)
     store_rows(head_of(dk, row, group), dk[3], first, end, 0, dk_rows, BLOCK_N, BLOCK_K, K)
     store_rows(head_of(dv, row, group), dv[3], first, end, 0, dv_rows, BLOCK_N, BLOCK_V, V)
 
@@ -492,27 +466,23 @@ def key_grads(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    memory_k: Tensor | None,
     statistic: Tensor,
-    normalizer: Tensor | None,
-    dmemory: Tensor | None,
-    dnormalizer: Tensor | None,
-    curvature: Tensor | None,
     dout: Tensor,
     row_sum: Tensor,
+    dk: Tensor | None,
+    dv: Tensor | None,
     layout: Layout,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dk, dv, and dmemory_k (None where memory_k is: it writes by k)."""
+) -> tuple[Tensor, Tensor]:
+    """dk and dv, added to what is given of them."""
     heads, query_time, key_width = q.shape[1:]
     _, groups, time, value_width = v.shape
     tile = tile_of(key_grad_kernel, q, key_width, value_width)
     padded = layout.slots is not None
     tiles = triton.cdiv(min(options.segment_len, time), tile.BLOCK_N)
-    dk = new_tokens(k, groups, time, key_width, padded)
-    dv = new_tokens(v, groups, time, value_width, padded)
-    shared = memory_k is None
-    dmemory_k = dk if shared else new_tokens(k, groups, time, key_width, padded)
+    add_dk, add_dv = dk is not None, dv is not None
+    dk = new_tokens(k, groups, time, key_width, padded) if dk is None else dk
+    dv = new_tokens(v, groups, time, value_width, padded) if dv is None else dv
     launch(
         key_grad_kernel,
         layout.count * groups * tiles,
@@ -521,17 +491,11 @@ def key_grads(
         q=view(q),
         k=view(k),
         v=view(v),
-        memory_k=view(k if shared else memory_k),
         statistic=statistic,
-        normalizer=normalizer,
-        dmemory=dmemory,
-        dnormalizer=dnormalizer,
-        curvature=curvature,
         dout=view(dout),
         row_sum=row_sum,
         dk=view(dk),
         dv=view(dv),
-        dmemory_k=view(dmemory_k),
         slots=layout.slots,
         time=time,
         query_time=query_time,
@@ -543,7 +507,8 @@ def key_grads(
         scale=options.scale,
         heads=heads,
         groups=groups,
-        SHARED=shared,
+        ADD_DK=add_dk,
+        ADD_DV=add_dv,
         CAUSAL=options.causal,
         BLOCK_MASK=options.num_read + options.num_write > 0,
         K=key_width,
@@ -551,4 +516,4 @@ def key_grads(
         BLOCK_K=block(key_width),
         BLOCK_V=block(value_width),
     )
-    return dk, dv, None if shared else dmemory_k
+    return dk, dv

@@ -52,6 +52,10 @@ TABLE = {
     "scan_kernel": Tile(ROWS=128, COLUMNS=16, num_warps=8),
     "curvature_kernel": Tile(ROWS=64, COLUMNS=64, CHUNK=32),
     "weight_sums_kernel": Tile(BLOCK_N=64, CHUNK=64),
+    "write_grad_kernel": Tile(BLOCK_N=64, CHUNK=32),
+    "decode_kernel": Tile(BLOCK_N=64),
+    "read_kernel": Tile(),
+    "read_grad_kernel": Tile(),
 }
 
 

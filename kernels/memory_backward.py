@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block, launch, tile_of, view
+from .launch import block, launch, new_tokens, tile_of, view
 from .memory import exact_dot, scan, sum_normalizers
 from .sequences import Layout
 from .tiles import (
@@ -201,6 +201,63 @@ def weight_sums_kernel(
     tl.store(target, tl.load(target, mask=c < K, other=0.0) + total * tl.load(inverse_peak + at), mask=c < K)
 
 
+@triton.jit(do_not_specialize=["time", "segment_len", "segments", "tiles"])
+def write_grad_kernel(
+    k,
+    v,
+    beta,
+    gamma,
+    normalizer,
+    dmemory,
+    dnormalizer,
+    curvature,
+    dk,
+    dv,
+    dbeta,
+    slots,
+    time,
+    segment_len,
+    segments,
+    tiles,
+    groups,
+    ELU: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """dk, dv and dbeta of one tile of one head's tokens: zeros where they were not written."""
+    tile = tl.program_id(0) % tiles
+    group = tl.program_id(0) // tiles % groups
+    slot = tl.program_id(0) // tiles // groups
+    row, begin, end = segment_at(slot, slots, segments, segment_len, time)
+    first = begin + tile * BLOCK_N
+    if first >= end:
+        return
+    dkeys, dvalues = head_of(dk, row, group), head_of(dv, row, group)
+    if end - begin < segment_len:
+        store_rows(dkeys, dk[3], first, end, 0, tl.zeros([BLOCK_N, BLOCK_K], tl.float32), BLOCK_N, BLOCK_K, K)
+        store_rows(dvalues, dv[3], first, end, 0, tl.zeros([BLOCK_N, BLOCK_V], tl.float32), BLOCK_N, BLOCK_V, V)
+        return
+    at = tl.cast(slot, tl.int64) * groups + group
+    at_rows = (tl.cast(row, tl.int64) * groups + group) * time
+    values = load_rows(head_of(v, row, group), v[3], first, end, 0, BLOCK_N, BLOCK_V, V)
+    # fmt: off
+    dwritten, dstrength = write_adjoint(
+        head_of(k, row, group), k[3], values, None if beta is None else beta + at_rows,
+        None if gamma is None else gamma + at_rows, first, end, normalizer + at * K, dmemory + at * K * V,
+        dnormalizer + at * K, None if curvature is None else curvature + at * K * K, dkeys, dk[3],
+        ELU, BLOCK_N, K, V, BLOCK_K, BLOCK_V, CHUNK,
+    )
+    # fmt: on
+    store_rows(dvalues, dv[3], first, end, 0, dwritten, BLOCK_N, BLOCK_V, V)
+    if dbeta is not None:
+        i = first + tl.arange(0, BLOCK_N)
+        tl.store(dbeta + at_rows + i, dstrength, mask=i < end)
+
+
 class StateGrads(NamedTuple):
     """Gradients of the state: after every slot, as its tokens take them, and of the one to begin with."""
 
@@ -276,3 +333,55 @@ def state_grads(
         )
     z_after, _, dz = sum_normalizers(dnormalizer, read_sums, layout, time, segment_len, True)
     return StateGrads(after, z_after, curvature, dm, dz)
+
+
+def write_grads(
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    gamma: Tensor | None,
+    z_before: Tensor,
+    grads: StateGrads,
+    layout: Layout,
+    segment_len: int,
+    *,
+    elu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dk, dv and dbeta of every token; z_before [F, G, K] over its peak."""
+    _, groups, time, key_width = k.shape
+    value_width = v.shape[3]
+    tile = tile_of(write_grad_kernel, k, key_width, value_width)
+    padded = layout.slots is not None
+    tiles = triton.cdiv(min(segment_len, time), tile.BLOCK_N)
+    dk = new_tokens(k, groups, time, key_width, padded)
+    dv = new_tokens(v, groups, time, value_width, padded)
+    dbeta = None if beta is None else torch.empty_like(beta)
+    launch(
+        write_grad_kernel,
+        layout.count * groups * tiles,
+        tile,
+        k,
+        k=view(k),
+        v=view(v),
+        beta=beta,
+        gamma=gamma,
+        normalizer=z_before,
+        dmemory=grads.after,
+        dnormalizer=grads.z_after,
+        curvature=grads.curvature,
+        dk=view(dk),
+        dv=view(dv),
+        dbeta=dbeta,
+        slots=layout.slots,
+        time=time,
+        segment_len=segment_len,
+        segments=layout.per_row,
+        tiles=tiles,
+        groups=groups,
+        ELU=elu,
+        K=key_width,
+        V=value_width,
+        BLOCK_K=block(key_width),
+        BLOCK_V=block(value_width),
+    )
+    return dk, dv, dbeta

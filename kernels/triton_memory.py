@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .associative_kernels import read, read_grads, write_grads
 from .launch import dense_rows, new_tokens
 from .memory import products, write
-from .memory_backward import state_grads
+from .memory_backward import state_grads, write_grads
+from .reading import read, read_grads
 from .sequences import Layout
 from .state import MemoryState
 from .torch_memory import scaled
@@ -92,14 +92,13 @@ def _write_backward(
     dnormalizer: Tensor,
 ) -> tuple[Tensor, ...]:
     read_nothing = torch.zeros_like(dmemory), torch.zeros_like(dnormalizer)
+    place = _rows(k.shape[0]), k.shape[2]
     grads = state_grads(
-        *(k, before, z_before, inverse_peak, *or_none(erased), dmemory, dnormalizer, *read_nothing),
-        _rows(k.shape[0]),
-        k.shape[2],
+        *(k, before, z_before, inverse_peak, *or_none(erased), dmemory, dnormalizer, *read_nothing, *place),
         beta=beta,
         elu=elu,
     )
-    dk, dv, dbeta = write_grads(k, v, beta, *or_none(gamma), z_before, grads, elu)
+    dk, dv, dbeta = write_grads(k, v, beta, *or_none(gamma), z_before, grads, *place, elu=elu)
     return dk, dv, *or_empty(k, dbeta), grads.memory, grads.normalizer
 
 

@@ -13,7 +13,7 @@ from .attention_backward import key_grads, query_grads
 from .decode import decode
 from .launch import dense_rows, new_tokens
 from .memory import products, write
-from .memory_backward import state_grads
+from .memory_backward import state_grads, write_grads
 from .sequences import layout_of, slot_count
 from .state import Options
 
@@ -170,7 +170,7 @@ def _attend_backward(
     dout = dense_rows(dout)
     if gate is None or dmemory is None or dnormalizer is None:
         dq, _, row_sum, _, _ = query_grads(q, k, v, None, local, statistic, None, None, None, dout, layout, options)
-        dk, dv, _ = key_grads(q, k, v, None, statistic, None, None, None, None, dout, row_sum, layout, options)
+        dk, dv = key_grads(q, k, v, statistic, dout, row_sum, None, None, layout, options)
         return dq, dk, dv, *or_empty(q, None, None, None, None, None)
     dq, dmemory_q, row_sum, along, dgate = query_grads(
         q, k, v, memory_q, local, statistic, gate, before, z_before, dout, layout, options
@@ -187,11 +187,10 @@ def _attend_backward(
         written, before, z_before, inverse_peak, *or_none(erased), dmemory, dnormalizer, read, read_sums, layout,
         segment_len,
     )  # fmt: skip
-    dk, dv, dmemory_k = key_grads(
-        *(q, k, v, memory_k, statistic, z_before, grads.after, grads.z_after, grads.curvature, dout, row_sum),
-        layout,
-        options,
-    )
+    dwritten, dv, _ = write_grads(written, v, None, None, z_before, grads, layout, segment_len)
+    shared = memory_k is None
+    dk, dv = key_grads(q, k, v, statistic, dout, row_sum, dwritten if shared else None, dv, layout, options)
+    dmemory_k = None if shared else dwritten
     return dq, dk, dv, *or_empty(q, dmemory_q, dmemory_k, dgate), grads.memory, grads.normalizer
 
 
