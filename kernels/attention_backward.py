@@ -75,6 +75,17 @@ def query_loop(
 
 
 @triton.jit
+def sent_back(dout, memory, rest, c, K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns of do Mᵀ from c on, for M = memory + rest."""
+    columns = load_rows(memory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
+    acc = dot(dout, tl.trans(columns), None)
+    if rest is not None:
+        columns = load_rows(rest + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
+        acc = dot(dout, tl.trans(columns), acc)
+    return acc
+
+
+@triton.jit
 def recall_adjoint(
     x,
     stride,
@@ -82,6 +93,7 @@ def recall_adjoint(
     stop,
     dout,
     memory,
+    rest,
     normalizer,
     share,
     dx,
@@ -95,21 +107,21 @@ def recall_adjoint(
 ):
     """Of A_mem = σ(x) M / σ(x) z, M and z over z's peak: do · A_mem of every row and 1 / σ(x) z; share · dx is stored.
 
-    do Mᵀ is computed twice, some columns at a time, rather than held.
+    do Mᵀ is computed twice, some columns at a time, rather than held; and with all of M's digits, as most of it may
+    cancel against do · A_mem z.
     """
     weight = tl.zeros([ROWS], tl.float32)
     along = tl.zeros([ROWS], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
         features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU)
-        columns = load_rows(memory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
         weight += tl.sum(features * load_vector(normalizer, c, CHUNK, K)[None, :], 1)
-        along += tl.sum(features * dot(dout, tl.trans(columns), None), 1)
+        along += tl.sum(features * sent_back(dout, memory, rest, c, K, V, BLOCK_V, CHUNK), 1)
     inverse = reciprocal(weight)
     along *= inverse
     for c in tl.range(0, K, CHUNK, num_stages=1):
         tokens = load_rows(x, stride, first, stop, c, ROWS, CHUNK, K)
-        columns = load_rows(memory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
-        back = dot(dout, tl.trans(columns), None) - along[:, None] * load_vector(normalizer, c, CHUNK, K)[None, :]
+        back = sent_back(dout, memory, rest, c, K, V, BLOCK_V, CHUNK)
+        back -= along[:, None] * load_vector(normalizer, c, CHUNK, K)[None, :]
         back *= (share * inverse)[:, None] * feature_map_grad(tokens, ELU)
         store_rows(dx, dx_stride, first, stop, c, back, ROWS, CHUNK, K)
     return along, inverse
@@ -137,6 +149,7 @@ def query_grad_kernel(
     statistic,
     gate,
     memory,
+    rest,
     normalizer,
     dout,
     dq,
@@ -202,7 +215,7 @@ def query_grad_kernel(
         at_group = tl.cast(slot, tl.int64) * groups + group
         # fmt: off
         along, inverse = recall_adjoint(
-            head_of(memory_q, row, head), memory_q[3], at, stop, douts, memory + at_group * K * V,
+            head_of(memory_q, row, head), memory_q[3], at, stop, douts, memory + at_group * K * V, None if rest is None else rest + at_group * K * V,
             normalizer + at_group * K, g, head_of(dmemory_q, row, head), dmemory_q[3], True, BLOCK_M, K, V, BLOCK_V, CHUNK,
         )
         # fmt: on
@@ -242,6 +255,7 @@ def query_grads(
     statistic: Tensor,
     gate: Tensor | None,
     memory: Tensor | None,
+    rest: Tensor | None,
     normalizer: Tensor | None,
     dout: Tensor,
     layout: Layout,
@@ -272,6 +286,7 @@ def query_grads(
         statistic=statistic,
         gate=gate,
         memory=memory,
+        rest=rest,
         normalizer=normalizer,
         dout=view(dout),
         dq=view(dq),

@@ -255,12 +255,35 @@ def advance(x, added, erased, inside, K: tl.constexpr, V: tl.constexpr, ROWS: tl
     return y
 
 
+@triton.jit
+def leave(
+    before,
+    rest,
+    at,
+    column,
+    x,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """x · scale into before[at], rounded, and what that took from it into rest[at]."""
+    for i in tl.static_range(0, K, ROWS):
+        exact = x[i // ROWS] * scale
+        store_rows(before + at * K * V, V, i, K, column, exact, ROWS, COLUMNS, V)
+        if rest is not None:
+            lost = exact - rounded(exact, rest.dtype.element_ty).to(tl.float32)
+            store_rows(rest + at * K * V, V, i, K, column, lost, ROWS, COLUMNS, V)
+
+
 @triton.jit(do_not_specialize=["time", "segment_len", "segments"])
 def scan_kernel(
     initial,
     added,
     erased,
     before,
+    rest,
     inverse_peak,
     after,
     runs,
@@ -277,8 +300,8 @@ def scan_kernel(
 ):
     """X ← X + B − A X over the segments of one sequence's head, some columns of X = M.
 
-    Leaves M / peak before every segment in `before`, and M after the last. REVERSE: X is M's gradient, which is left
-    as it is after every segment (inverse_peak is None).
+    Leaves M / peak before every segment in `before`, what rounding took from it in `rest` (None: not wanted), and M
+    after the last. REVERSE: X is M's gradient, which is left as it is after every segment (inverse_peak is None).
     """
     tiles = tl.cdiv(V, COLUMNS)
     tile = tl.program_id(0) % tiles
@@ -302,8 +325,7 @@ def scan_kernel(
         scale = 1.0
         if inverse_peak is not None:
             scale = tl.load(inverse_peak + at)
-        for i in tl.static_range(0, K, ROWS):
-            store_rows(before + at * K * V, V, i, K, tile * COLUMNS, x[i // ROWS] * scale, ROWS, COLUMNS, V)
+        leave(before, rest, at, tile * COLUMNS, x, scale, K, V, ROWS, COLUMNS)
         x = advance(
             x,
             added + at * K * V + column,
@@ -318,8 +340,7 @@ def scan_kernel(
         if tail:
             at = (first + whole) * groups + group
             scale = tl.load(inverse_peak + at)
-            for i in tl.static_range(0, K, ROWS):
-                store_rows(before + at * K * V, V, i, K, tile * COLUMNS, x[i // ROWS] * scale, ROWS, COLUMNS, V)
+            leave(before, rest, at, tile * COLUMNS, x, scale, K, V, ROWS, COLUMNS)
     for i in tl.static_range(0, K, ROWS):
         tl.store(after + at_sequence + (i + r) * V + column, x[i // ROWS], mask=(i + r < K) & inside)
 
@@ -328,6 +349,7 @@ class Written(NamedTuple):
     """The memory before every slot, as readers take it, and after the last of every sequence."""
 
     before: Tensor  # [F, G, K, V] M over z's peak, in the tokens' dtype
+    rest: Tensor | None  # [F, G, K, V] what that rounding lost, for the backward; None for float32
     z_before: Tensor  # float32 [F, G, K] z over its peak
     inverse_peak: Tensor  # float32 [F, G] 0 where the memory is empty
     erased: Tensor | None  # float32 [F, G, K, K] A; None by the linear rule
@@ -461,14 +483,16 @@ def scan(
     layout: Layout,
     time: int,
     segment_len: int,
-) -> tuple[Tensor, Tensor]:
-    """M / peak before every slot in `dtype`, and M after the last [N, G, K, V].
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """M / peak before every slot in `dtype`, the rest that it rounds off if `keep`, and M after the last [N, G, K, V].
 
     inverse_peak None: the scan run backwards, the gradients after every slot and of the memory to begin with.
     """
     _, groups, key_width, value_width = initial.shape
     tile = tile_of(scan_kernel, initial, key_width, value_width)
     before = added.new_empty(added.shape, dtype=dtype)
+    rest = torch.empty_like(before) if keep and dtype != torch.float32 else None
     after = torch.empty_like(initial, memory_format=torch.contiguous_format)
     launch(
         scan_kernel,
@@ -479,6 +503,7 @@ def scan(
         added=added,
         erased=erased,
         before=before,
+        rest=rest,
         inverse_peak=inverse_peak,
         after=after,
         runs=layout.runs,
@@ -490,7 +515,7 @@ def scan(
         K=key_width,
         V=value_width,
     )
-    return before, after
+    return before, rest, after
 
 
 def write(
@@ -502,6 +527,7 @@ def write(
     segment_len: int,
     delta: bool,
     *,
+    keep: bool = True,
     beta: Tensor | None = None,
     corrected: bool = False,
     elu: bool = True,
@@ -525,5 +551,5 @@ def write(
             k, None, z_before, inverse_peak, None, beta, None, *shared, elu=elu, whole=True, summed=False
         )
     assert inverse_peak is not None
-    before, m = scan(memory, added, erased, inverse_peak, k.dtype, layout, time, segment_len)
-    return Written(before, z_before, inverse_peak, erased, gamma, m, z)
+    before, rest, m = scan(memory, added, erased, inverse_peak, k.dtype, layout, time, segment_len, keep)
+    return Written(before, rest, z_before, inverse_peak, erased, gamma, m, z)

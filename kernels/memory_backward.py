@@ -33,6 +33,7 @@ from .tiles import (
 @triton.jit(do_not_specialize=["time", "segment_len", "segments"])
 def curvature_kernel(
     memory,
+    rest,
     dmemory,
     curvature,
     slots,
@@ -47,7 +48,7 @@ def curvature_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of dM Mᵀ + M dMᵀ per complete segment, M before it over z's peak, dM after it."""
+    """One tile of dM Mᵀ + M dMᵀ per complete segment, M before it over z's peak, in two parts, dM after it."""
     across = tl.cdiv(K, COLUMNS)
     tiles = tl.cdiv(K, ROWS) * across
     tile = tl.program_id(0) % tiles
@@ -63,8 +64,11 @@ def curvature_kernel(
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for c in tl.range(0, V, CHUNK, num_stages=1):
         m_rows = load_rows(m, V, i, K, c, ROWS, CHUNK, V).to(tl.float32)
-        dm_rows = load_rows(dm, V, i, K, c, ROWS, CHUNK, V)
         m_columns = load_rows(m, V, j, K, c, COLUMNS, CHUNK, V).to(tl.float32)
+        if rest is not None:
+            m_rows += load_rows(rest + at * K * V, V, i, K, c, ROWS, CHUNK, V).to(tl.float32)
+            m_columns += load_rows(rest + at * K * V, V, j, K, c, COLUMNS, CHUNK, V).to(tl.float32)
+        dm_rows = load_rows(dm, V, i, K, c, ROWS, CHUNK, V)
         dm_columns = load_rows(dm, V, j, K, c, COLUMNS, CHUNK, V)
         acc = exact_dot(dm_rows, tl.trans(m_columns), acc, PRECISION)
         acc = exact_dot(m_rows, tl.trans(dm_columns), acc, PRECISION)
@@ -271,6 +275,7 @@ class StateGrads(NamedTuple):
 def state_grads(
     k: Tensor,
     before: Tensor,
+    rest: Tensor | None,
     z_before: Tensor,
     inverse_peak: Tensor,
     erased: Tensor | None,
@@ -290,7 +295,7 @@ def state_grads(
     """
     _, groups, time, key_width = k.shape
     value_width = read.shape[3]
-    after, dm = scan(dmemory, read, erased, None, torch.float32, layout, time, segment_len)
+    after, _, dm = scan(dmemory, read, erased, None, torch.float32, layout, time, segment_len, False)
     curvature = None
     if erased is not None:
         tile = tile_of(curvature_kernel, before, key_width, key_width)
@@ -308,6 +313,7 @@ def state_grads(
             tile,
             k,
             memory=before,
+            rest=rest,
             dmemory=after,
             curvature=curvature,
             **places,

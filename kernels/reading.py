@@ -47,6 +47,7 @@ def read_kernel(
 def read_grad_kernel(
     q,
     memory,
+    rest,
     normalizer,
     dout,
     dq,
@@ -71,7 +72,7 @@ def read_grad_kernel(
     douts = load_rows(head_of(dout, row, head), dout[3], first, time, 0, BLOCK_M, BLOCK_V, V)
     # fmt: off
     found, _ = recall_adjoint(
-        head_of(q, row, head), q[3], first, time, douts, memory + at * K * V, normalizer + at * K, 1.0,
+        head_of(q, row, head), q[3], first, time, douts, memory + at * K * V, None if rest is None else rest + at * K * V, normalizer + at * K, 1.0,
         head_of(dq, row, head), dq[3], ELU, BLOCK_M, K, V, BLOCK_V, CHUNK,
     )
     # fmt: on
@@ -107,7 +108,9 @@ def read(q: Tensor, memory: Tensor, normalizer: Tensor, elu: bool) -> Tensor:
     return out
 
 
-def read_grads(q: Tensor, memory: Tensor, normalizer: Tensor, dout: Tensor, elu: bool) -> tuple[Tensor, Tensor]:
+def read_grads(
+    q: Tensor, memory: Tensor, rest: Tensor | None, normalizer: Tensor, dout: Tensor, elu: bool
+) -> tuple[Tensor, Tensor]:
     """dq, and do · A_mem float32 [B, H, T]."""
     batch, heads, time, key_width = q.shape
     groups, value_width = memory.shape[1], memory.shape[3]
@@ -122,6 +125,7 @@ def read_grads(q: Tensor, memory: Tensor, normalizer: Tensor, dout: Tensor, elu:
         q,
         q=view(q),
         memory=memory,
+        rest=rest,
         normalizer=normalizer,
         dout=view(dout),
         dq=view(dq),

@@ -29,10 +29,10 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "write(Tensor k, Tensor v, Tensor? beta, Tensor memory, Tensor normalizer, bool delta, bool corrected, bool elu) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "write_backward(Tensor k, Tensor v, Tensor? beta, Tensor before, Tensor z_before, Tensor inverse_peak, "
+    "write_backward(Tensor k, Tensor v, Tensor? beta, Tensor before, Tensor rest, Tensor z_before, Tensor inverse_peak, "
     "Tensor erased, Tensor gamma, bool elu, Tensor dmemory, Tensor dnormalizer) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -48,7 +48,10 @@ def _read_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     z, inverse_peak = scaled(normalizer)
     dout, groups, time = dense_rows(dout), memory.shape[1], q.shape[2]
-    dq, along = read_grads(q, (memory * inverse_peak.unsqueeze(-1)).to(q.dtype), z, dout, elu)
+    exact = memory * inverse_peak.unsqueeze(-1)
+    rounded = exact.to(q.dtype)
+    rest = None if q.dtype == torch.float32 else (exact - rounded).to(q.dtype)
+    dq, along = read_grads(q, rounded, rest, z, dout, elu)
     dmemory, dnormalizer = products(
         *(q, dout, z, inverse_peak, None, None, along, groups, time, _rows(q.shape[0]), time),
         elu=elu,
@@ -74,7 +77,7 @@ def _write(
     return (
         done.memory,
         done.normalizer,
-        *or_empty(k, done.before, done.z_before, done.inverse_peak, done.erased, done.gamma),
+        *or_empty(k, done.before, done.rest, done.z_before, done.inverse_peak, done.erased, done.gamma),
     )
 
 
@@ -83,6 +86,7 @@ def _write_backward(
     v: Tensor,
     beta: Tensor | None,
     before: Tensor,
+    rest: Tensor,
     z_before: Tensor,
     inverse_peak: Tensor,
     erased: Tensor,
@@ -94,7 +98,18 @@ def _write_backward(
     read_nothing = torch.zeros_like(dmemory), torch.zeros_like(dnormalizer)
     place = _rows(k.shape[0]), k.shape[2]
     grads = state_grads(
-        *(k, before, z_before, inverse_peak, *or_none(erased), dmemory, dnormalizer, *read_nothing, *place),
+        *(
+            k,
+            before,
+            *or_none(rest),
+            z_before,
+            inverse_peak,
+            *or_none(erased),
+            dmemory,
+            dnormalizer,
+            *read_nothing,
+            *place,
+        ),
         beta=beta,
         elu=elu,
     )
@@ -128,6 +143,7 @@ def _(
         memory.new_empty(memory.shape),
         normalizer.new_empty(normalizer.shape),
         k.new_empty(memory.shape),
+        k.new_empty(0 if k.dtype == torch.float32 else memory.shape),
         normalizer.new_empty(normalizer.shape),
         normalizer.new_empty((batch, groups)),
         normalizer.new_empty((batch, groups, width, width)) if delta else k.new_empty(0),

@@ -28,6 +28,7 @@ class Kept(NamedTuple):
     local: Tensor  # A_dot [B, H, Tq, V] where there is a memory
     statistic: Tensor  # float32 [B, H, Tq]
     before: Tensor  # M / peak, the inputs' dtype [F, G, K, V]
+    rest: Tensor  # what that rounding lost, where it is not float32
     z_before: Tensor  # z / peak, float32 [F, G, K]
     inverse_peak: Tensor  # float32 [F, G]
     erased: Tensor  # A, float32 [F, G, K, K], by the delta rule
@@ -51,7 +52,7 @@ def or_none(*tensors: Tensor) -> tuple[Tensor | None, ...]:
 
 LIBRARY.define(
     f"attend({_TOKENS}, Tensor? memory, Tensor? normalizer, Tensor? bounds, {_OPTIONS}, bool keep) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -79,11 +80,15 @@ def _attend(
     layout = layout_of(bounds, q.shape[0], k.shape[2], segment_len)
     if gate is None or memory is None or normalizer is None:
         out, _, statistic = attend(q, k, v, q, None, None, None, layout, options, keep)
-        return out, *or_empty(q, None, None, None, statistic, None, None, None, None)
-    written = write(k if memory_k is None else memory_k, v, memory, normalizer, layout, segment_len, delta)
+        return out, *or_empty(q, None, None, None, statistic, None, None, None, None, None)
+    written = write(k if memory_k is None else memory_k, v, memory, normalizer, layout, segment_len, delta, keep=keep)
     asking = q if memory_q is None else memory_q
     out, local, statistic = attend(q, k, v, asking, gate, written.before, written.z_before, layout, options, keep)
-    kept = Kept(*or_empty(q, local, statistic, written.before, written.z_before, written.inverse_peak, written.erased))
+    kept = Kept(
+        *or_empty(
+            q, local, statistic, written.before, written.rest, written.z_before, written.inverse_peak, written.erased
+        )
+    )
     if not keep:
         kept = Kept(*or_empty(q, *(None for _ in kept)))
     return out, written.memory, written.normalizer, *kept
@@ -116,7 +121,7 @@ def _(
     out = new_tokens(q, heads, query_time, value_width)
     statistic = q.new_empty((batch, heads, query_time), **single) if keep else None
     if memory is None or normalizer is None:
-        return out, *or_empty(q, None, None, None, statistic, None, None, None, None)
+        return out, *or_empty(q, None, None, None, statistic, None, None, None, None, None)
     state = memory.new_empty(memory.shape), normalizer.new_empty(normalizer.shape)
     if not keep:
         return out, *state, *or_empty(q, *(None for _ in Kept._fields))
@@ -124,6 +129,7 @@ def _(
         new_tokens(q, heads, query_time, value_width),
         q.new_empty((batch, heads, query_time), **single),
         q.new_empty((count, groups, key_width, value_width)),
+        q.new_empty(0 if q.dtype == torch.float32 else (count, groups, key_width, value_width)),
         q.new_empty((count, groups, key_width), **single),
         q.new_empty((count, groups), **single),
         q.new_empty((count, groups, key_width, key_width) if delta else 0, **(single if delta else {})),
@@ -132,7 +138,7 @@ def _(
 
 
 LIBRARY.define(
-    f"attend_backward({_TOKENS}, Tensor local, Tensor statistic, Tensor before, Tensor z_before, "
+    f"attend_backward({_TOKENS}, Tensor local, Tensor statistic, Tensor before, Tensor rest, Tensor z_before, "
     f"Tensor inverse_peak, Tensor erased, Tensor? bounds, {_OPTIONS}, Tensor dout, Tensor? dmemory, "
     "Tensor? dnormalizer) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -148,6 +154,7 @@ def _attend_backward(
     local: Tensor,
     statistic: Tensor,
     before: Tensor,
+    rest: Tensor,
     z_before: Tensor,
     inverse_peak: Tensor,
     erased: Tensor,
@@ -169,11 +176,13 @@ def _attend_backward(
     layout = layout_of(bounds, q.shape[0], time, segment_len)
     dout = dense_rows(dout)
     if gate is None or dmemory is None or dnormalizer is None:
-        dq, _, row_sum, _, _ = query_grads(q, k, v, None, local, statistic, None, None, None, dout, layout, options)
+        dq, _, row_sum, _, _ = query_grads(
+            q, k, v, None, local, statistic, None, None, None, None, dout, layout, options
+        )
         dk, dv = key_grads(q, k, v, statistic, dout, row_sum, None, None, layout, options)
         return dq, dk, dv, *or_empty(q, None, None, None, None, None)
     dq, dmemory_q, row_sum, along, dgate = query_grads(
-        q, k, v, memory_q, local, statistic, gate, before, z_before, dout, layout, options
+        q, k, v, memory_q, local, statistic, gate, before, *or_none(rest), z_before, dout, layout, options
     )
     asking = q if memory_q is None else memory_q
     read, read_sums = products(
@@ -184,7 +193,7 @@ def _attend_backward(
     )
     written = k if memory_k is None else memory_k
     grads = state_grads(
-        written, before, z_before, inverse_peak, *or_none(erased), dmemory, dnormalizer, read, read_sums, layout,
+        written, before, *or_none(rest), z_before, inverse_peak, *or_none(erased), dmemory, dnormalizer, read, read_sums, layout,
         segment_len,
     )  # fmt: skip
     dwritten, dv, _ = write_grads(written, v, None, None, z_before, grads, layout, segment_len)
