@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_ops
+from . import triton_memory, triton_ops
 from .configs import Target
 from .launch import Launch, constants, recording
 
@@ -198,26 +198,67 @@ def _resident_warps(target: str, num_warps: int, registers: int, shared: int) ->
     return min(warps // num_warps, by_registers, by_memory) * num_warps
 
 
-def launches(
-    target: Target, dtype: torch.dtype, width: int, *, delta: bool = True, gated: bool = True, ragged: bool = False
-) -> list[Launch]:
+class Case(NamedTuple):
+    """A kind of call that compiles its own variants of the kernels."""
+
+    delta: bool = True
+    gated: bool = True
+    shared: bool = False  # the memory reads and writes by q and k
+    packed: bool = False
+    causal: bool = True
+    num_read: int = 0
+
+
+CASES = {
+    "delta": Case(),
+    "linear, packed": Case(delta=False, packed=True, shared=True),
+    "local": Case(gated=False),
+    "local, bidirectional": Case(gated=False, causal=False),
+    "local, block mask": Case(gated=False, num_read=8),
+}
+
+
+def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list[Launch]:
     """Every launch of a forward and a backward, for K = V = width."""
     B, H, G, T, L = 1, 8, 2, 8192, 2048
-    meta = {"device": "meta", "dtype": dtype}
-    q = torch.empty(B, H, T, width, **meta)
-    k, v = torch.empty(B, G, T, width, **meta), torch.empty(B, G, T, width, **meta)
-    bounds = torch.empty(3, 2, device="meta", dtype=torch.int64) if ragged else None
-    N = B if bounds is None else 3
-    gate = torch.empty(H, device="meta") if gated else None
-    memory = torch.empty(N, G, width, width, device="meta") if gated else None
-    normalizer = torch.empty(N, G, width, device="meta") if gated else None
-    options = (L, delta, True, 0, 0, False, width**-0.5)
+
+    def tokens(heads: int) -> Tensor:
+        return torch.empty(B, heads, T, width, device="meta", dtype=dtype)
+
+    q, k, v = tokens(H), tokens(G), tokens(G)
+    memory_q, memory_k = (None, None) if case.shared or not case.gated else (tokens(H), tokens(G))
+    bounds = torch.empty(3, 2, device="meta", dtype=torch.int64) if case.packed else None
+    N = 3 if case.packed else B
+    state = (torch.empty(N, G, width, width, device="meta"), torch.empty(N, G, width, device="meta"))
+    gate, (memory, normalizer) = (torch.empty(H, device="meta"), state) if case.gated else (None, (None, None))
+    options = (L, case.delta, case.causal, case.num_read, case.num_read, False, width**-0.5)
     with recording(target) as found:
-        out, m, z, *kept = triton_ops._attend(q, k, v, None, None, gate, memory, normalizer, bounds, *options, True)
-        if not gated:
+        out, m, z, *kept = triton_ops._attend(
+            q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds, *options, True
+        )
+        if not case.gated:
             kept[0] = out
         triton_ops._attend_backward(
-            *(q, k, v, None, None, gate, *kept, bounds, *options, out),
-            *((m, z) if gated else (None, None)),
+            *(q, k, v, memory_q, memory_k, gate, *kept, bounds, *options, out),
+            *((m, z) if case.gated else (None, None)),
         )
+    return found
+
+
+def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Launch]:
+    """Every launch of a decoding step, and of the memory read and written on its own, forward and backward."""
+    B, H, G, T = 2, 8, 2, 2048
+    q = torch.empty(B, H, T, width, device="meta", dtype=dtype)
+    k = torch.empty(B, G, T, width, device="meta", dtype=dtype)
+    beta, gate = torch.empty(B, G, T, device="meta"), torch.empty(H, device="meta")
+    m, z = torch.empty(B, G, width, width, device="meta"), torch.empty(B, G, width, device="meta")
+    lengths = torch.empty(B, device="meta", dtype=torch.int32)
+    with recording(target) as found:
+        for gated in (True, False):
+            state = (gate, m, z) if gated else (None, None, None)
+            triton_ops._decode(q[:, :, :1], k, k, None, *state, lengths, None, True, False, width**-0.5)
+        triton_memory._read(q, m, z, True)
+        triton_memory._read_backward(q, m, z, True, q)
+        _, _, *kept = triton_memory._write(k, k, beta, m, z, True, True, False)
+        triton_memory._write_backward(k, k, beta, *kept, False, m, z)
     return found

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from .configs import Target, Tile, tile_for
@@ -28,31 +28,32 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
 
-_recorded: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("recorded", default=None)
+# plain globals, as autograd launches from threads of its own
+_recorded: tuple[Target, list[Launch]] | None = None
+_tried: dict[str, Tile] = {}
 
 
 @contextmanager
 def recording(target: Target) -> Iterator[list[Launch]]:
     """Launches inside are listed, as they would be on `target`, and not run: nothing is written."""
-    launches: list[Launch] = []
-    token = _recorded.set((target, launches))
+    global _recorded
+    before, launches = _recorded, []
+    _recorded = (target, launches)
     try:
         yield launches
     finally:
-        _recorded.reset(token)
-
-
-_tried: ContextVar[dict[str, Tile] | None] = ContextVar("tried", default=None)
+        _recorded = before
 
 
 @contextmanager
 def trying(tiles: dict[str, Tile]) -> Iterator[None]:
     """Kernels named in `tiles` take those tiles instead of the table's: for tuning, and for tests of every tile."""
-    token = _tried.set(tiles)
+    global _tried
+    before, _tried = _tried, tiles
     try:
         yield
     finally:
-        _tried.reset(token)
+        _tried = before
 
 
 def view(x: Tensor | None) -> View | None:
@@ -80,10 +81,8 @@ def block(width: int) -> int:
 
 def tile_of(kernel: Any, like: Tensor, key_width: int, value_width: int) -> Tile:
     """The table's tile for `kernel` on like's device, in like's dtype."""
-    recorded = _recorded.get()
-    target = target_of(like.device) if recorded is None else recorded[0]
-    tried = _tried.get() or {}
-    tile = tried.get(kernel.__name__) or tile_for(kernel.__name__, target, like.dtype, key_width, value_width)
+    target = target_of(like.device) if _recorded is None else _recorded[0]
+    tile = _tried.get(kernel.__name__) or tile_for(kernel.__name__, target, like.dtype, key_width, value_width)
     widest_k, widest_v = block(key_width), block(value_width)
     return replace(
         tile,
@@ -101,9 +100,8 @@ def launch(kernel: Any, programs: int, tile: Tile, like: Tensor, **arguments: An
     """
     if programs == 0:
         return
-    recorded = _recorded.get()
-    if recorded is not None:
-        recorded[1].append(Launch(kernel, programs, tile, arguments))
+    if _recorded is not None:
+        _recorded[1].append(Launch(kernel, programs, tile, arguments))
         return
     device = torch.cuda.device(like.device) if like.is_cuda else nullcontext()
     try:
@@ -114,12 +112,16 @@ def launch(kernel: Any, programs: int, tile: Tile, like: Tensor, **arguments: An
                 num_stages=tile.num_stages,
                 enable_fp_fusion=True,
             )
-    except OutOfResources as error:
-        raise RuntimeError(
-            f"{kernel.__name__} does not fit {torch.cuda.get_device_name(like.device)}: with {tile} it needs "
-            f"{error.required} of {error.name}, the limit is {error.limit}. Use narrower heads or backend='torch', "
-            "and please report the GPU"
-        ) from error
+    except (OutOfResources, TritonError) as error:
+        raise RuntimeError(_refusal(kernel.__name__, tile, target_of(like.device).name, error)) from error
+
+
+def _refusal(name: str, tile: Tile, target: str, error: Exception) -> str:
+    remedy = "Use narrower heads or backend='torch', and please report the GPU"
+    if isinstance(error, OutOfResources):
+        need = f"it needs {error.required} of {error.name}, the limit is {error.limit}"
+        return f"{name} does not fit {target}: with {tile} {need}. {remedy}"
+    return f"{name} cannot be compiled for {target} with {tile}: {error}. {remedy}"
 
 
 def constants(kernel: Any, tile: Tile) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def constants(kernel: Any, tile: Tile) -> dict[str, Any]:
 
 def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU."""
-    if INTERPRETED.value or _recorded.get() is not None:
+    if INTERPRETED.value or _recorded is not None:
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 
