@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +17,12 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.errors import TritonError
 
 from . import triton_memory, triton_ops
 from .configs import Target
 from .launch import Launch, constants, recording
+from .machine_code import Line, Loop, amdgcn, loops, sass, tensor_core
 
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -30,14 +31,10 @@ _TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
-# what a multiprocessor holds: warps, registers, shared memory in bytes
-_CAPACITY = {
-    "sm_80": (64, 65536, 167936),
-    "sm_90": (64, 65536, 233472),
-    "sm_100": (64, 65536, 233472),
-    "sm_120": (48, 65536, 102400),
-}
-_TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
+
+
+class CompileError(RuntimeError):
+    """The compiler refused a kernel."""
 
 
 class Signature(NamedTuple):
@@ -49,7 +46,7 @@ class Signature(NamedTuple):
 
 
 def signature(launch: Launch) -> Signature:
-    """As the launch's own arguments would be specialised: what is None or constant is compiled in, multiples of 16 noted."""
+    """As the launch would be specialised: what is None or constant is compiled in, multiples of 16 are noted."""
     kernel = launch.kernel
     values = constants(kernel, launch.tile) | launch.arguments
     unspecialised = set(kernel.do_not_specialize or ())
@@ -57,12 +54,12 @@ def signature(launch: Launch) -> Signature:
     known: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
 
-    def describe(value: Any, path: tuple[int, ...], fixed: bool, plain: bool) -> Any:
-        if fixed or value is None:
+    def describe(value: Any, path: tuple[int, ...], plain: bool) -> Any:
+        if value is None:
             known[path] = value
             return "constexpr"
         if isinstance(value, tuple):
-            return tuple(describe(x, (*path, i), False, plain) for i, x in enumerate(value))
+            return tuple(describe(x, (*path, i), False) for i, x in enumerate(value))
         if isinstance(value, Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return _TYPES[value.dtype]
@@ -73,129 +70,125 @@ def signature(launch: Launch) -> Signature:
             return "constexpr"
         if not plain and value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
-        return "i32"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     for i, parameter in enumerate(kernel.params):
-        name = parameter.name
-        plain = name in unspecialised or i in unspecialised
-        types[name] = describe(values[name], (i,), parameter.is_constexpr, plain)
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            known[(i,)] = value
+            types[parameter.name] = "constexpr"
+        else:
+            types[parameter.name] = describe(value, (i,), parameter.name in unspecialised or i in unspecialised)
     return Signature(types, known, attributes)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one target. Registers, spilled bytes and shared memory are per thread, thread and program."""
+    """One kernel for one target."""
 
-    kernel: str
-    target: str
-    registers: int
-    spilled: int
-    shared: int
-    tensor_core: int  # instructions
-    resident_warps: int  # per multiprocessor; 0 where unknown
-    loops: tuple[int, ...]  # instructions of each innermost loop that multiplies matrices
+    registers: int  # per thread
+    spilled: int  # bytes per thread that registers do not hold
+    shared: int  # bytes per program
+    tensor_memory: int  # columns per program, of which sm_100 has 512
+    products: int  # matrix products as the kernel writes them
+    tensor_core: dict[str, int]  # instructions by their name
+    resident_warps: int  # per multiprocessor
+    loops: tuple[Loop, ...]  # the innermost that multiply matrices
     instructions: int
-
-
-def gpu_target(target: Target) -> GPUTarget:
-    if target.name.startswith("sm_"):
-        return GPUTarget("cuda", int(target.name[3:]), 32)
-    return GPUTarget("hip", target.name, 64)
 
 
 def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compile for `target` and read the result.
 
     Raises:
-        triton.compiler.errors.CompilationError, RuntimeError: what the compiler raised.
+        CompileError: the compiler refuses; from what it raised.
     """
     types, known, attributes = signature(launch)
     source = ASTSource(fn=launch.kernel, signature=types, constexprs=known, attrs=attributes)
     tile = launch.tile
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=gpu_target(target), options=options)
-    read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
-    registers, spilled, lines = read(compiled.asm)
-    shared = compiled.metadata.shared
-    mnemonic = _TENSOR_CORES[target.name]
-    code = [line for _, line in lines]
+    try:
+        compiled = triton.compile(source, target=_gpu_target(target), options=options)
+    except (TritonError, RuntimeError) as error:
+        raise CompileError(f"{type(error).__name__}: {error}") from error
+    nvidia = "cubin" in compiled.asm
+    registers, spilled, lines = _read_cubin(compiled.asm["cubin"]) if nvidia else _read_amdgcn(compiled.asm["amdgcn"])
+    code = [line.instruction for line in lines if line.instruction]
+    shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
     return Compiled(
-        launch.kernel.__name__,
-        target.name,
-        registers,
-        spilled,
-        shared,
-        sum(mnemonic in line for line in code),
-        _resident_warps(target.name, tile.num_warps, registers, shared),
-        tuple(_loops(lines, mnemonic)),
-        len(code),
+        registers=registers,
+        spilled=spilled,
+        shared=shared,
+        tensor_memory=columns,
+        products=len(re.findall(r"\btt\.dot\b", str(compiled.asm["ttir"]))),
+        tensor_core=dict(tensor_core(code)),
+        resident_warps=resident_warps(target.name, tile.num_warps, registers, shared, columns),
+        loops=tuple(loops(lines)),
+        instructions=len(code),
     )
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def _gpu_target(target: Target) -> GPUTarget:
+    if target.name.startswith("sm_"):
+        return GPUTarget("cuda", int(target.name[3:]), 32)
+    return GPUTarget("hip", target.name, 64)
 
 
-def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, list[tuple[str, str]]]:
-    """Registers, bytes of stack, and (label or address, instruction) lines of the machine code."""
+def _tool(name: str, *arguments: str) -> str:
+    """What one of the tools prints that Triton brings along."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _field(pattern: str, text: str) -> int:
+    """The number that `pattern` finds.
+
+    Raises:
+        ValueError: it finds none.
+    """
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern} in {text[:200]!r}")
+    return int(found.group(1))
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, list[Line]]:
+    """Registers, bytes of the stack, which the kernels have for spills alone, and the code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = _output([_tool("cuobjdump"), "--dump-resource-usage", file.name])
-        code = _output([_tool("nvdisasm"), "-c", "-plr", file.name] if False else [_tool("nvdisasm"), "-c", file.name])
-    registers, stack = (
-        int(re.search(rf"{field}:(\d+)", usage.split("Function")[-1]).group(1)) for field in ("REG", "STACK")
-    )  # type: ignore[union-attr]
-    lines = []
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L_x_\w+):", line):
-            lines.append((label.group(1), ""))
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);?\s*(/\*.*)?$", line):
-            lines.append(("", instruction.group(1)))
-    return registers, stack, lines
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name).split("Function")[-1]
+        code = _tool("nvdisasm", "-c", file.name)
+    return _field(r"REG:(\d+)", usage), _field(r"STACK:(\d+)", usage), sass(code)
 
 
-def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int, list[tuple[str, str]]]:
-    text = asm["amdgcn"]
-
-    def field(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
-
-    lines = []
-    for line in text.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            lines.append((label.group(1), ""))
-        elif instruction := re.match(r"\t([a-z]\w+.*)", line):
-            lines.append(("", instruction.group(1)))
-    return field("vgpr_count"), 4 * (field("vgpr_spill_count") + field("sgpr_spill_count")), lines
+def _read_amdgcn(text: str) -> tuple[int, int, list[Line]]:
+    """Vector registers, bytes of scratch memory, and the code."""
+    registers, scratch = _field(r"\.vgpr_count:\s+(\d+)", text), _field(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    return registers, scratch, amdgcn(text)
 
 
-def _output(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+# what a multiprocessor holds: warps, registers of one thread by warps, shared memory in bytes, and what it adds to a
+# program's; on gfx942 warps are 64 wide
+_CAPACITY = {
+    "sm_80": (64, 2048, 167936, 1024),
+    "sm_90": (64, 2048, 233472, 1024),
+    "sm_100": (64, 2048, 233472, 1024),
+    "sm_120": (48, 2048, 102400, 1024),
+    "gfx942": (32, 2048, 65536, 0),
+}
+TENSOR_MEMORY = 512
 
 
-def _loops(lines: list[tuple[str, str]], mnemonic: str) -> Iterator[int]:
-    """Sizes of the innermost loops that hold tensor-core instructions, in the order of the code."""
-    at = {label: i for i, (label, _) in enumerate(lines) if label}
-    found = []
-    for i, (_, line) in enumerate(lines):
-        branch = re.search(r"(?:BRA|branch\w*|cbranch\w+).*?(\.L\w+)", line)
-        if branch and at.get(branch.group(1), i) < i:
-            found.append((at[branch.group(1)], i))
-    for first, last in sorted(found):
-        inner = any(first <= a and b <= last and (a, b) != (first, last) for a, b in found)
-        body = [line for _, line in lines[first:last] if line]
-        if not inner and any(mnemonic in line for line in body):
-            yield len(body)
-
-
-def _resident_warps(target: str, num_warps: int, registers: int, shared: int) -> int:
-    if target not in _CAPACITY:
-        return 0
-    warps, register_file, memory = _CAPACITY[target]
-    by_registers = register_file // (max(registers, 1) * 32 * num_warps)
-    by_memory = memory // (shared + 1024)
-    return min(warps // num_warps, by_registers, by_memory) * num_warps
+def resident_warps(target: str, num_warps: int, registers: int, shared: int, tensor_memory: int) -> int:
+    """Warps that a multiprocessor holds at a time of programs with these needs; 0: not one program."""
+    warps, register_file, memory, reserved = _CAPACITY[target]
+    programs = [warps // num_warps, register_file // (num_warps * -(-max(registers, 1) // 8) * 8)]
+    if shared + reserved:
+        programs.append(memory // (shared + reserved))
+    if tensor_memory:
+        programs.append(TENSOR_MEMORY // tensor_memory)
+    return min(programs) * num_warps
 
 
 class Case(NamedTuple):
@@ -211,15 +204,21 @@ class Case(NamedTuple):
 
 CASES = {
     "delta": Case(),
-    "linear, packed": Case(delta=False, packed=True, shared=True),
     "local": Case(gated=False),
+    "linear, packed": Case(delta=False, packed=True, shared=True),
     "local, bidirectional": Case(gated=False, causal=False),
     "local, block mask": Case(gated=False, num_read=8),
 }
+ALONE = "alone"
+
+
+def launches_of(name: str, target: Target, dtype: torch.dtype, width: int) -> list[Launch]:
+    """Every launch of a case, or of what is called on its own, for K = V = width."""
+    return memory_launches(target, dtype, width) if name == ALONE else launches(target, dtype, width, CASES[name])
 
 
 def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list[Launch]:
-    """Every launch of a forward and a backward, for K = V = width."""
+    """Every launch of a forward and a backward."""
     B, H, G, T, L = 1, 8, 2, 8192, 2048
 
     def tokens(heads: int) -> Tensor:
@@ -254,11 +253,12 @@ def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Laun
     m, z = torch.empty(B, G, width, width, device="meta"), torch.empty(B, G, width, device="meta")
     lengths = torch.empty(B, device="meta", dtype=torch.int32)
     with recording(target) as found:
-        for gated in (True, False):
-            state = (gate, m, z) if gated else (None, None, None)
+        for state in ((gate, m, z), (None, None, None)):
             triton_ops._decode(q[:, :, :1], k, k, None, *state, lengths, None, True, False, width**-0.5)
         triton_memory._read(q, m, z, True)
         triton_memory._read_backward(q, m, z, True, q)
-        _, _, *kept = triton_memory._write(k, k, beta, m, z, True, True, False)
-        triton_memory._write_backward(k, k, beta, *kept, False, m, z)
+        _, _, before, rest, z_before, inverse_peak, erased, gamma = triton_memory._write(
+            k, k, beta, m, z, True, True, False
+        )
+        triton_memory._write_backward(k, k, beta, before, rest, z_before, inverse_peak, erased, gamma, False, m, z)
     return found

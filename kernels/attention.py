@@ -144,7 +144,7 @@ def attend_kernel(
 ):
     """One tile of one head's queries in one segment.
 
-    statistic [B, H, Tq]: log2 Σ exp(score) − log2(1 − w), with w the memory's weight: what the backward's softmax needs.
+    statistic [B, H, Tq]: log2 Σ exp(score) − log2(1 − w), w being the memory's weight: what the backward needs.
     local, statistic: None unless a backward follows.
     """
     program = tl.program_id(0)
@@ -208,9 +208,9 @@ def query_programs(layout: Layout, query_time: int, time: int, segment_len: int,
     """Programs per head over all slots that hold queries, tiles of `rows` queries per slot, and the first such slot."""
     tiles = triton.cdiv(min(segment_len, query_time), rows)
     if layout.slots is not None:
-        return layout.count * tiles, tiles, 0
+        return layout.total * tiles, tiles, 0
     first = (time - query_time) // segment_len
-    return layout.count // layout.per_row * (layout.per_row - first) * tiles, tiles, first
+    return layout.total // layout.per_row * (layout.per_row - first) * tiles, tiles, first
 
 
 def attend(

@@ -215,8 +215,9 @@ def query_grad_kernel(
         at_group = tl.cast(slot, tl.int64) * groups + group
         # fmt: off
         along, inverse = recall_adjoint(
-            head_of(memory_q, row, head), memory_q[3], at, stop, douts, memory + at_group * K * V, None if rest is None else rest + at_group * K * V,
-            normalizer + at_group * K, g, head_of(dmemory_q, row, head), dmemory_q[3], True, BLOCK_M, K, V, BLOCK_V, CHUNK,
+            head_of(memory_q, row, head), memory_q[3], at, stop, douts, memory + at_group * K * V,
+            None if rest is None else rest + at_group * K * V, normalizer + at_group * K, g,
+            head_of(dmemory_q, row, head), dmemory_q[3], True, BLOCK_M, K, V, BLOCK_V, CHUNK,
         )
         # fmt: on
         tl.store(along_memory + at_rows, along, mask=i < end)
@@ -262,8 +263,8 @@ def query_grads(
     options: Options,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """dq, dmemory_q (None where memory_q is: it reads by q), do · A_dot, do · A_mem and the gate's gradient."""
-    batch, heads, query_time, key_width = q.shape
-    groups, time, value_width = k.shape[1], k.shape[2], v.shape[3]
+    heads, query_time, key_width = q.shape[1:]
+    groups, time, value_width = v.shape[1:]
     tile = tile_of(query_grad_kernel, q, key_width, value_width)
     padded = layout.slots is not None
     programs, tiles, first = query_programs(layout, query_time, time, options.segment_len, tile.BLOCK_M)
@@ -441,7 +442,7 @@ def key_grad_kernel(
     dk_rows = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv_rows = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
-    # queries [first_seen, full) see some of these keys, later ones all; masks take registers, so those tiles are smaller
+    # queries [first_seen, full) see some of these keys, later ones all; masks take registers: those tiles are smaller
     MASKED_M: tl.constexpr = BLOCK_M // 2 if BLOCK_M > 16 else BLOCK_M
     first_seen = tl.maximum(begin, offset)
     some = 0
@@ -458,13 +459,13 @@ def key_grad_kernel(
     members = heads // groups
     # fmt: off
     dk_rows, dv_rows = key_loop(
-        dk_rows, dv_rows, keys, values, j, q, dout, statistic, row_sum, row, group * members, members, heads, query_time,
-        first_seen, diagonal + rest, diagonal, whole * BLOCK_M, offset, begin, end, num_read, num_write, scale * LOG2_E,
-        True, CAUSAL, BLOCK_MASK, K, V, MASKED_M, BLOCK_K, BLOCK_V,
+        dk_rows, dv_rows, keys, values, j, q, dout, statistic, row_sum, row, group * members, members, heads,
+        query_time, first_seen, diagonal + rest, diagonal, whole * BLOCK_M, offset, begin, end,
+        num_read, num_write, scale * LOG2_E, True, CAUSAL, BLOCK_MASK, K, V, MASKED_M, BLOCK_K, BLOCK_V,
     )
     dk_rows, dv_rows = key_loop(
-        dk_rows, dv_rows, keys, values, j, q, dout, statistic, row_sum, row, group * members, members, heads, query_time,
-        full, whole, 0, 0, offset, begin, end, num_read, num_write, scale * LOG2_E,
+        dk_rows, dv_rows, keys, values, j, q, dout, statistic, row_sum, row, group * members, members, heads,
+        query_time, full, whole, 0, 0, offset, begin, end, num_read, num_write, scale * LOG2_E,
         False, CAUSAL, BLOCK_MASK, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
     )
     # fmt: on
@@ -500,7 +501,7 @@ def key_grads(
     dv = new_tokens(v, groups, time, value_width, padded) if dv is None else dv
     launch(
         key_grad_kernel,
-        layout.count * groups * tiles,
+        layout.total * groups * tiles,
         tile,
         q,
         q=view(q),

@@ -61,7 +61,6 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("attend_kernel", 16, 128): {
         "": _tile(128, 64, warps=8, stages=3),
         "sm_80": _tile(64, 64),
-        "sm_120": _tile(64, 64),
         "gfx942": _tile(64, 32, stages=1),
     },
     ("attend_kernel", 16, 256): {
@@ -72,7 +71,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     },
     ("query_grad_kernel", 16, 64): {
         "": _tile(128, 64, warps=8, stages=3),
-        "sm_100": _tile(64, 32),
+        "sm_100": _tile(64, 64, 32),
         "gfx942": _tile(64, 32, stages=1),
     },
     ("query_grad_kernel", 16, 128): {
@@ -102,7 +101,6 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
         "sm_120": _tile(32, 32, warps=8, stages=1),
         "gfx942": _tile(16, 16, stages=1),
     },
-    ("key_sums_kernel", 16, 64): {"": _tile(n=128)},
     ("key_sums_kernel", 16, 256): {"": _tile(n=64)},
     ("normalizer_kernel", 32, 64): {"": _tile(n=64)},
     ("normalizer_kernel", 32, 128): {"": _tile(n=32)},
@@ -110,7 +108,8 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("product_kernel", 16, 64): {"": _tile(stages=3), "sm_100": _tile(n=32, COLUMNS=32), "gfx942": _tile(stages=1)},
     ("product_kernel", 16, 128): {
         "": _tile(warps=8, COLUMNS=128, stages=3),
-        "sm_120": _tile(warps=8),
+        "sm_100": _tile(n=32),
+        "sm_120": _tile(warps=8, stages=3),
         "gfx942": _tile(n=32, warps=8, stages=1),
     },
     ("product_kernel", 16, 256): {"": _tile(n=32, warps=8), "gfx942": _tile(n=16, warps=8, stages=1, COLUMNS=32)},
@@ -125,15 +124,19 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
         "sm_120": _tile(warps=8, stages=1, COLUMNS=16),
         "gfx942": _tile(warps=8, stages=1, COLUMNS=16),
     },
-    ("curvature_kernel", 16, 256): {"": _tile(chunk=32, ROWS=32), "gfx942": _tile(chunk=32, ROWS=32, COLUMNS=32)},
+    ("curvature_kernel", 16, 256): {
+        "": _tile(chunk=16, ROWS=32, COLUMNS=32),
+        "sm_90": _tile(chunk=32),
+        "sm_100": _tile(chunk=32),
+    },
     ("weight_sums_kernel", 16, 64): {"": _tile(), "gfx942": _tile(n=32, chunk=32, stages=1)},
     ("weight_sums_kernel", 16, 128): {"": _tile(warps=8), "gfx942": _tile(n=32, chunk=32, stages=1)},
     ("weight_sums_kernel", 16, 256): {"": _tile(n=32, chunk=32, warps=8, stages=1)},
     ("write_grad_kernel", 16, 64): {"": _tile(chunk=32), "gfx942": _tile(n=32, chunk=32, stages=1)},
     ("write_grad_kernel", 16, 128): {
         "": _tile(warps=8),
-        "sm_80": _tile(n=32, chunk=16),
-        "sm_120": _tile(n=32, chunk=16),
+        "sm_80": _tile(n=16, chunk=32, stages=1),
+        "sm_120": _tile(n=16, chunk=32, stages=1),
         "gfx942": _tile(n=32, chunk=16, stages=1),
     },
     ("write_grad_kernel", 16, 256): {"": _tile(n=32, chunk=16, warps=8, stages=1)},
@@ -142,21 +145,21 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("read_kernel", 16, 256): {"": _tile(), "gfx942": _tile(32, chunk=32, stages=1)},
     ("read_grad_kernel", 16, 256): {"": _tile(chunk=32), "gfx942": _tile(32, chunk=16, stages=1)},
     # float32: exact products are sums of scalar ones, which want small tiles
-    ("attend_kernel", 32, 128): {"": _tile(32, 32, 32), "gfx942": _tile(32, 16, 16, stages=1)},
+    ("attend_kernel", 32, 128): {"": _tile(32, 32, 16, warps=8, stages=1), "gfx942": _tile(32, 16, 16, stages=1)},
     ("attend_kernel", 32, 256): {"": _tile(16, 16, 16, stages=1)},
-    ("query_grad_kernel", 32, 128): {"": _tile(32, 32, 16, stages=1), "gfx942": _tile(16, 16, 16, stages=1)},
+    ("query_grad_kernel", 32, 128): {"": _tile(16, 16, 16, warps=8, stages=1)},
     ("query_grad_kernel", 32, 256): {"": _tile(16, 16, 16, stages=1)},
     ("key_grad_kernel", 32, 128): {"": _tile(16, 32, 16, warps=8, stages=1), "gfx942": _tile(16, 16, 16, stages=1)},
     ("key_grad_kernel", 32, 256): {"": _tile(16, 16, 16, stages=1)},
     ("product_kernel", 32, 128): {"": _tile(n=16, warps=8, stages=1, COLUMNS=32)},
     ("product_kernel", 32, 256): {"": _tile(n=16, warps=8, stages=1, COLUMNS=16)},
-    ("weight_sums_kernel", 32, 256): {"": _tile(n=16, chunk=16, stages=1)},
-    ("write_grad_kernel", 32, 256): {"": _tile(n=16, chunk=16, stages=1)},
+    ("weight_sums_kernel", 32, 256): {"": _tile(n=16, chunk=16, warps=8, stages=1)},
+    ("write_grad_kernel", 32, 256): {"": _tile(n=16, chunk=16, warps=8, stages=1)},
     ("key_sums_kernel", 32, 256): {"": _tile(n=32)},
-    ("curvature_kernel", 32, 256): {"": _tile(chunk=32, ROWS=32), "gfx942": _tile(chunk=32, ROWS=32, COLUMNS=32)},
-    ("decode_kernel", 32, 256): {"": _tile(n=16, chunk=16, stages=1)},
+    ("curvature_kernel", 32, 256): {"": _tile(chunk=32, ROWS=32, COLUMNS=32)},
+    ("decode_kernel", 32, 256): {"": _tile(n=16, chunk=16, warps=8, stages=1)},
     ("read_kernel", 32, 256): {"": _tile(16, chunk=16, stages=1)},
-    ("read_grad_kernel", 32, 256): {"": _tile(16, chunk=16, stages=1)},
+    ("read_grad_kernel", 32, 256): {"": _tile(16, chunk=16, warps=8, stages=1)},
 }
 _WIDTHS = {
     (kernel, bits): sorted(width for other, size, width in TABLE if (other, size) == (kernel, bits))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,8 @@ _tried: dict[str, Tile] = {}
 def recording(target: Target) -> Iterator[list[Launch]]:
     """Launches inside are listed, as they would be on `target`, and not run: nothing is written."""
     global _recorded
-    before, launches = _recorded, []
+    before = _recorded
+    launches: list[Launch] = []
     _recorded = (target, launches)
     try:
         yield launches
@@ -58,7 +60,7 @@ def trying(tiles: dict[str, Tile]) -> Iterator[None]:
 
 def view(x: Tensor | None) -> View | None:
     """A tensor of tokens [B, heads, T, width] for a kernel; its last dimension must be contiguous."""
-    return None if x is None else (x, *x.stride()[:3])
+    return None if x is None else (x, x.stride(0), x.stride(1), x.stride(2))
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -136,18 +138,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_TARGETS: dict[torch.device, Target] = {}
-
-
+@cache
 def target_of(device: torch.device) -> Target:
     """What the kernels are compiled for on a device."""
     if INTERPRETED.value:
         return Target("interpreter", 0)
-    if device not in _TARGETS:
-        properties = torch.cuda.get_device_properties(device)
-        if torch.version.hip:
-            name = properties.gcnArchName.split(":")[0]
-        else:
-            name = f"sm_{properties.major}{properties.minor}"
-        _TARGETS[device] = Target(name, properties.shared_memory_per_block_optin)
-    return _TARGETS[device]
+    properties = torch.cuda.get_device_properties(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    if torch.version.hip:
+        return Target(properties.gcnArchName.split(":")[0], shared)
+    return Target(f"sm_{properties.major}{properties.minor}", shared)

@@ -1,4 +1,4 @@
-"""The memory's write, every segment at once: key sums, the products A and B of each segment, and the scan over segments.
+"""The memory's write, every segment at once: key sums, each segment's products A and B, and the scan over segments.
 
 With u = σ(k) / σ(k) z, a segment's write is M ← M + B − A M, where B = σ(k)ᵀ v and A = uᵀ σ(k) (0 for the linear rule).
 The adjoints are the same kernels: the read's adjoint is a product like B, and as A is symmetric, the scan's is the scan
@@ -251,7 +251,7 @@ def advance(x, added, erased, inside, K: tl.constexpr, V: tl.constexpr, ROWS: tl
             for j in tl.static_range(0, K, ROWS):
                 a = tl.load(erased + (i + r) * K + j + c, mask=(i + r < K) & (j + c < K), other=0.0)
                 acc = exact_dot(-a, x[j // ROWS], acc, PRECISION)
-        y = y + (acc,)
+        y = y + (acc,)  # type: ignore[assignment]
     return y
 
 
@@ -318,7 +318,7 @@ def scan_kernel(
         if REVERSE:
             at = ((first + whole) * groups + group) * K * V
             start += tl.load(added + at + (i + r) * V + column, mask=(i + r < K) & inside & tail, other=0.0)
-        x = x + (start,)
+        x = x + (start,)  # type: ignore[assignment]
     for step in range(0, whole):
         slot = first + (whole - 1 - step if REVERSE else step)
         at = slot * groups + group
@@ -364,11 +364,11 @@ def sum_keys(
     """Σ γ σ(k) per slot [F, G, K], and γ [B, G, T] if a normalizer [F, G, K] is given to correct by."""
     batch, groups, time, width = k.shape
     tile = tile_of(key_sums_kernel, k, width, width)
-    sums = k.new_empty((layout.count, groups, width), dtype=torch.float32)
+    sums = k.new_empty((layout.total, groups, width), dtype=torch.float32)
     gamma = None if normalizer is None else sums.new_empty((batch, groups, time))
     launch(
         key_sums_kernel,
-        layout.count * groups,
+        layout.total * groups,
         tile,
         k,
         k=view(k),
@@ -397,7 +397,7 @@ def sum_normalizers(
     groups, width = initial.shape[1:]
     tile = tile_of(normalizer_kernel, initial, width, width)
     before = torch.empty_like(added)
-    inverse_peak = None if reverse else added.new_empty((layout.count, groups))
+    inverse_peak = None if reverse else added.new_empty((layout.total, groups))
     after = torch.empty_like(initial, memory_format=torch.contiguous_format)
     launch(
         normalizer_kernel,
@@ -437,16 +437,16 @@ def products(
     elu: bool,
     whole: bool,
     summed: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`product_kernel`'s table: one product per slot [F, G, K, W], and sums [F, G, K] if `summed`."""
+) -> tuple[Tensor, Tensor]:
+    """`product_kernel`'s table: one product per slot [F, G, K, W], and sums [F, G, K] if `summed` (else empty)."""
     heads, query_time, key_width = x.shape[1:]
     width = key_width if y is None else y.shape[3]
     tile = tile_of(product_kernel, x, key_width, width)
-    product = x.new_empty((layout.count, groups, key_width, width), dtype=torch.float32)
-    sums = product.new_empty((layout.count, groups, key_width)) if summed else None
+    product = x.new_empty((layout.total, groups, key_width, width), dtype=torch.float32)
+    sums = product.new_empty((layout.total, groups, key_width) if summed else 0)
     launch(
         product_kernel,
-        layout.count * groups * triton.cdiv(width, tile.COLUMNS),
+        layout.total * groups * triton.cdiv(width, tile.COLUMNS),
         tile,
         x,
         x=view(x),
@@ -457,7 +457,7 @@ def products(
         beta=beta,
         along=along,
         product=product,
-        sums=sums,
+        sums=sums if summed else None,
         slots=layout.slots,
         time=time,
         query_time=query_time,
@@ -542,7 +542,7 @@ def write(
         k, v, None, None, None, beta, None, *shared, elu=elu, whole=True, summed=not delta and not corrected
     )
     gamma = None
-    if sums is None:
+    if delta or corrected:
         sums, gamma = sum_keys(k, normalizer if corrected else None, layout, segment_len, elu)
     z_before, inverse_peak, z = sum_normalizers(normalizer, sums, layout, time, segment_len, False)
     erased = None

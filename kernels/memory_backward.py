@@ -309,7 +309,7 @@ def state_grads(
         }
         launch(
             curvature_kernel,
-            layout.count * groups * triton.cdiv(key_width, tile.ROWS) * triton.cdiv(key_width, tile.COLUMNS),
+            layout.total * groups * triton.cdiv(key_width, tile.ROWS) * triton.cdiv(key_width, tile.COLUMNS),
             tile,
             k,
             memory=before,
@@ -323,7 +323,7 @@ def state_grads(
         tile = tile_of(weight_sums_kernel, k, key_width, value_width)
         launch(
             weight_sums_kernel,
-            layout.count * groups,
+            layout.total * groups,
             tile,
             k,
             k=view(k),
@@ -364,7 +364,7 @@ def write_grads(
     dbeta = None if beta is None else torch.empty_like(beta)
     launch(
         write_grad_kernel,
-        layout.count * groups * tiles,
+        layout.total * groups * tiles,
         tile,
         k,
         k=view(k),

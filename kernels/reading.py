@@ -72,7 +72,8 @@ def read_grad_kernel(
     douts = load_rows(head_of(dout, row, head), dout[3], first, time, 0, BLOCK_M, BLOCK_V, V)
     # fmt: off
     found, _ = recall_adjoint(
-        head_of(q, row, head), q[3], first, time, douts, memory + at * K * V, None if rest is None else rest + at * K * V, normalizer + at * K, 1.0,
+        head_of(q, row, head), q[3], first, time, douts, memory + at * K * V,
+        None if rest is None else rest + at * K * V, normalizer + at * K, 1.0,
         head_of(dq, row, head), dq[3], ELU, BLOCK_M, K, V, BLOCK_V, CHUNK,
     )
     # fmt: on

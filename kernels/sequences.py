@@ -116,7 +116,7 @@ class Layout(NamedTuple):
     """How a kernel finds the segments of a call: F slots, from shapes alone where every row is whole."""
 
     sequences: int
-    count: int  # F
+    total: int  # F
     per_row: int  # slots of each row, where slots is None
     slots: Tensor | None  # int64 [F, 3]: row, first position, one past the last
     runs: Tensor | None  # int64 [N, 2]: a sequence's first slot, and its tokens

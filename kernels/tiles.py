@@ -156,7 +156,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def operand(x, dtype: tl.constexpr):
-    """float32 x as `dtype`, and the factor that restores it: float16 would lose what is small, so it takes x / max |x|."""
+    """float32 x as `dtype`, and the factor that restores it: x / max |x| for float16, which loses what is small."""
     if dtype == tl.float16:
         peak = tl.max(tl.max(tl.abs(x), 1), 0)
         return rounded(x * reciprocal(peak), dtype), peak

@@ -75,8 +75,8 @@ def segment_decode(
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     if rows > DECODED_ROWS:
         raise ValueError(
-            f"q must have at most {DECODED_ROWS} rows per key/value head, H / G · Tq, to be decoded by the kernels, got "
-            f"{rows}: use segment_attention, or pass backend='torch'"
+            f"q must have at most {DECODED_ROWS} rows per key/value head, H / G · Tq, for the kernels, got {rows}: "
+            f"use segment_attention, or pass backend='torch'"
         )
     asking = None if memory_q is q or gate is None else dense_rows(memory_q)
     memory, normalizer = (None, None) if state is None else (x.contiguous() for x in state)

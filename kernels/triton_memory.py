@@ -28,12 +28,12 @@ LIBRARY.define(
     "read_backward(Tensor q, Tensor memory, Tensor normalizer, bool elu, Tensor dout) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "write(Tensor k, Tensor v, Tensor? beta, Tensor memory, Tensor normalizer, bool delta, bool corrected, bool elu) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "write(Tensor k, Tensor v, Tensor? beta, Tensor memory, Tensor normalizer, bool delta, bool corrected, bool elu)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "write_backward(Tensor k, Tensor v, Tensor? beta, Tensor before, Tensor rest, Tensor z_before, Tensor inverse_peak, "
-    "Tensor erased, Tensor gamma, bool elu, Tensor dmemory, Tensor dnormalizer) -> "
+    "write_backward(Tensor k, Tensor v, Tensor? beta, Tensor before, Tensor rest, Tensor z_before, "
+    "Tensor inverse_peak, Tensor erased, Tensor gamma, bool elu, Tensor dmemory, Tensor dnormalizer) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -58,7 +58,7 @@ def _read_backward(
         whole=False,
         summed=True,
     )
-    return dq, dmemory, or_empty(q, dnormalizer)[0]
+    return dq, dmemory, dnormalizer
 
 
 def _write(
@@ -96,24 +96,12 @@ def _write_backward(
     dnormalizer: Tensor,
 ) -> tuple[Tensor, ...]:
     read_nothing = torch.zeros_like(dmemory), torch.zeros_like(dnormalizer)
-    place = _rows(k.shape[0]), k.shape[2]
+    layout, time = _rows(k.shape[0]), k.shape[2]
     grads = state_grads(
-        *(
-            k,
-            before,
-            *or_none(rest),
-            z_before,
-            inverse_peak,
-            *or_none(erased),
-            dmemory,
-            dnormalizer,
-            *read_nothing,
-            *place,
-        ),
-        beta=beta,
-        elu=elu,
-    )
-    dk, dv, dbeta = write_grads(k, v, beta, *or_none(gamma), z_before, grads, *place, elu=elu)
+        k, before, or_none(rest), z_before, inverse_peak, or_none(erased), dmemory, dnormalizer, *read_nothing, layout,
+        time, beta=beta, elu=elu,
+    )  # fmt: skip
+    dk, dv, dbeta = write_grads(k, v, beta, or_none(gamma), z_before, grads, layout, time, elu=elu)
     return dk, dv, *or_empty(k, dbeta), grads.memory, grads.normalizer
 
 

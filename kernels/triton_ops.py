@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from .attention import attend
 from .attention_backward import key_grads, query_grads
@@ -46,8 +46,9 @@ def or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if x is None else x for x in tensors)
 
 
-def or_none(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-    return tuple(x if x.numel() else None for x in tensors)
+def or_none(x: Tensor) -> Tensor | None:
+    """The inverse."""
+    return x if x.numel() else None
 
 
 LIBRARY.define(
@@ -117,9 +118,8 @@ def _(
     batch, heads, query_time, key_width = q.shape
     groups, time, value_width = v.shape[1:]
     count = slot_count(None if bounds is None else bounds.shape[0], batch, time, segment_len)
-    single = {"dtype": torch.float32}
     out = new_tokens(q, heads, query_time, value_width)
-    statistic = q.new_empty((batch, heads, query_time), **single) if keep else None
+    statistic = q.new_empty((batch, heads, query_time), dtype=torch.float32) if keep else None
     if memory is None or normalizer is None:
         return out, *or_empty(q, None, None, None, statistic, None, None, None, None, None)
     state = memory.new_empty(memory.shape), normalizer.new_empty(normalizer.shape)
@@ -127,12 +127,12 @@ def _(
         return out, *state, *or_empty(q, *(None for _ in Kept._fields))
     kept = Kept(
         new_tokens(q, heads, query_time, value_width),
-        q.new_empty((batch, heads, query_time), **single),
+        q.new_empty((batch, heads, query_time), dtype=torch.float32),
         q.new_empty((count, groups, key_width, value_width)),
         q.new_empty(0 if q.dtype == torch.float32 else (count, groups, key_width, value_width)),
-        q.new_empty((count, groups, key_width), **single),
-        q.new_empty((count, groups), **single),
-        q.new_empty((count, groups, key_width, key_width) if delta else 0, **(single if delta else {})),
+        q.new_empty((count, groups, key_width), dtype=torch.float32),
+        q.new_empty((count, groups), dtype=torch.float32),
+        q.new_empty((count, groups, key_width, key_width), dtype=torch.float32) if delta else q.new_empty(0),
     )
     return out, *state, *kept
 
@@ -182,7 +182,7 @@ def _attend_backward(
         dk, dv = key_grads(q, k, v, statistic, dout, row_sum, None, None, layout, options)
         return dq, dk, dv, *or_empty(q, None, None, None, None, None)
     dq, dmemory_q, row_sum, along, dgate = query_grads(
-        q, k, v, memory_q, local, statistic, gate, before, *or_none(rest), z_before, dout, layout, options
+        q, k, v, memory_q, local, statistic, gate, before, or_none(rest), z_before, dout, layout, options
     )
     asking = q if memory_q is None else memory_q
     read, read_sums = products(
@@ -193,8 +193,8 @@ def _attend_backward(
     )
     written = k if memory_k is None else memory_k
     grads = state_grads(
-        written, before, *or_none(rest), z_before, inverse_peak, *or_none(erased), dmemory, dnormalizer, read, read_sums, layout,
-        segment_len,
+        written, before, or_none(rest), z_before, inverse_peak, or_none(erased), dmemory, dnormalizer, read,
+        read_sums, layout, segment_len,
     )  # fmt: skip
     dwritten, dv, _ = write_grads(written, v, None, None, z_before, grads, layout, segment_len)
     shared = memory_k is None
@@ -253,8 +253,8 @@ class Attend(torch.autograd.Function):
     """(out, memory, normalizer) of a call, differentiable once; memory and normalizer are empty without a gate."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx,
+    def forward(
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -273,7 +273,7 @@ class Attend(torch.autograd.Function):
         if gate is None:
             kept[0] = out
         ctx.save_for_backward(q, k, v, memory_q, memory_k, gate, bounds, *kept)
-        ctx.options = options  # type: ignore[attr-defined]
+        ctx.options = options
         return out, memory_after, normalizer_after
 
     @staticmethod
