@@ -61,6 +61,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("attend_kernel", 16, 128): {
         "": _tile(128, 64, warps=8, stages=3),
         "sm_80": _tile(64, 64),
+        "sm_120": _tile(64, 32),
         "gfx942": _tile(64, 32, stages=1),
     },
     ("attend_kernel", 16, 256): {
@@ -77,7 +78,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("query_grad_kernel", 16, 128): {
         "": _tile(128, 64, 32, warps=8),
         "sm_80": _tile(64, 64, warps=8),
-        "sm_120": _tile(64, 32, 32, warps=8),
+        "sm_120": _tile(64, 32, 32),
         "gfx942": _tile(32, 32, 32, stages=1),
     },
     ("query_grad_kernel", 16, 256): {
@@ -132,7 +133,11 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("weight_sums_kernel", 16, 64): {"": _tile(), "gfx942": _tile(n=32, chunk=32, stages=1)},
     ("weight_sums_kernel", 16, 128): {"": _tile(warps=8), "gfx942": _tile(n=32, chunk=32, stages=1)},
     ("weight_sums_kernel", 16, 256): {"": _tile(n=32, chunk=32, warps=8, stages=1)},
-    ("write_grad_kernel", 16, 64): {"": _tile(chunk=32), "gfx942": _tile(n=32, chunk=32, stages=1)},
+    ("write_grad_kernel", 16, 64): {
+        "": _tile(chunk=32),
+        "sm_120": _tile(chunk=16),
+        "gfx942": _tile(n=32, chunk=32, stages=1),
+    },
     ("write_grad_kernel", 16, 128): {
         "": _tile(warps=8),
         "sm_80": _tile(n=16, chunk=32, stages=1),
