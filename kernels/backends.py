@@ -31,7 +31,11 @@ if HAS_TRITON:
 
 # every name there is, here or elsewhere
 NAMES = ("triton", "torch", "reference")
-TRITON_WIDTHS = range(16, 257, 8)
+
+
+def takes_width(width: int) -> bool:
+    """Do the kernels take K or V of this width?"""
+    return 16 <= width <= 256 and width % 8 == 0
 
 
 def check_backend(backend: str | None) -> None:
@@ -65,8 +69,8 @@ def resolve(backend: str | None, q: Tensor, v: Tensor) -> str:
 
 def resolve_memory(backend: str | None, k: Tensor, v: Tensor) -> str:
     """The backend of the memory on its own, whose default on a GPU is torch for widths that the kernels do not take."""
-    wide = k.shape[3] not in TRITON_WIDTHS or v.shape[3] not in TRITON_WIDTHS
-    if backend is None and default(k.device, k.dtype)[0] == "triton" and wide:
+    taken = takes_width(k.shape[3]) and takes_width(v.shape[3])
+    if backend is None and default(k.device, k.dtype)[0] == "triton" and not taken:
         return "torch"
     return resolve(backend, k, v)
 
@@ -85,7 +89,7 @@ def _check_triton(q: Tensor, v: Tensor) -> None:
             f"backend='triton' computes in bfloat16, float16 and float32, got {q.dtype}: convert, {remedy}"
         )
     for letter, width in (("K", q.shape[3]), ("V", v.shape[3])):
-        if width not in TRITON_WIDTHS:
+        if not takes_width(width):
             raise ValueError(
                 f"backend='triton' needs {letter} in 16, 24, 32, ... 256 (multiples of 8), got {letter} = {width}: "
                 f"pad, {remedy}"

@@ -79,7 +79,7 @@ def rounded(x, dtype: tl.constexpr):
         if dtype == tl.bfloat16:
             # the interpreter would cut the last bits off
             bits = x.to(tl.int32, bitcast=True)
-            x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+            x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 

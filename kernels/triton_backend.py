@@ -47,7 +47,7 @@ def segment_attention(
         options.scale,
     )
     if differentiated:
-        out, m, z = Attend.apply(*tensors, *settings)
+        out, m, z = Attend.apply(*distinct(*tensors), *settings)
     else:
         out, m, z, *_ = torch.ops.segattn.attend(*tensors, *settings, False)
     return SegmentOutput(out, None if state is None else MemoryState(m, z))

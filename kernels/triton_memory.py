@@ -15,7 +15,7 @@ from .reading import read, read_grads
 from .sequences import Layout
 from .state import MemoryState
 from .torch_memory import scaled
-from .triton_ops import LIBRARY, or_empty, or_none
+from .triton_ops import LIBRARY, distinct, or_empty, or_none
 
 
 def _rows(batch: int) -> Layout:
@@ -209,6 +209,5 @@ def memory_write(
 ) -> MemoryState:
     beta = None if beta is None else beta.float().contiguous()
     memory, normalizer = (x.contiguous() for x in state)
-    return MemoryState(
-        *Write.apply(dense_rows(k), dense_rows(v), beta, memory, normalizer, update == "delta", corrected, elu)
-    )
+    tensors = distinct(dense_rows(k), dense_rows(v), beta, memory, normalizer)
+    return MemoryState(*Write.apply(*tensors, update == "delta", corrected, elu))

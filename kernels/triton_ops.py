@@ -51,6 +51,15 @@ def or_none(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same, but none of them twice: a compiled graph takes a function's inputs one by one."""
+    seen: list[Tensor | None] = []
+    for x in tensors:
+        again = x is not None and any(x is other for other in seen)
+        seen.append(x.view_as(x) if x is not None and again else x)
+    return tuple(seen)
+
+
 LIBRARY.define(
     f"attend({_TOKENS}, Tensor? memory, Tensor? normalizer, Tensor? bounds, {_OPTIONS}, bool keep) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"

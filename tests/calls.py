@@ -140,6 +140,44 @@ def worst(values: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float
     return max((error(values[name], expected[name]), name) for name in expected)
 
 
+# relative RMS error against the float64 reference: outputs, gradients, gradients through the delta memory
+GATES = {
+    torch.float32: (2e-6, 1e-5, 1e-5),
+    torch.float16: (6e-4, 8e-4, 8e-4),
+    torch.bfloat16: (4e-3, 6e-3, 1e-2),
+}
+
+
+def check_gates(call: Call, values: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Every output and gradient within the gates of `dtype`."""
+    forward, backward, through_delta = GATES[dtype]
+    outputs = {"out", "memory", "normalizer"} & expected.keys()
+    for names, gate in (
+        (outputs, forward),
+        (expected.keys() - outputs, through_delta if call.gated and call.update == "delta" else backward),
+    ):
+        worst_error, where = worst({n: values[n] for n in names}, {n: expected[n] for n in names})
+        assert worst_error < gate, where
+    assert values["out"].dtype == dtype
+
+
+def for_kernels(call: Call, most: int | None = None) -> Call:
+    """The call in widths that the kernels take: K and V of up to 6 become 16, up to 9 become 24.
+
+    most: segments over all rows and key/value heads, which is what an interpreted call's time goes by; above it rows,
+    then groups are dropped, then segments made longer.
+    """
+    call = replace(call, **{name: 8 * max(2, -(-getattr(call, name) // 3)) for name in ("K", "V")})
+    segments = -(-call.Tk // call.segment_len)
+    if most is not None and call.B * call.G * segments > most and call.spans is None:
+        call = replace(call, B=1)
+    if most is not None and call.B * call.G * segments > most:
+        call = replace(call, H=call.H // call.G, G=1)
+    if most is not None and call.cu_seqlens is None and segments * call.B > most:
+        call = replace(call, segment_len=max(call.segment_len, -(-call.Tk * call.B // most)))
+    return call
+
+
 KINDS = {
     "rows": Call(),
     "no state": Call(with_state=False),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    # the kernels then run too, interpreted; Triton reads this when it is imported, which `segattn` does
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("segattn", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("segattn")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from calls import error
+from calls import GATES, error
 
 from segattn import MemoryState, memory_read, memory_write, segment_attention
 
@@ -126,6 +128,121 @@ def test_small_features_do_not_vanish() -> None:
     for backend in ("torch", "reference"):
         out = segment_attention(k, k, v, segment_len=4, gate=gate, backend=backend).out
         assert error(out[:, :, 4:], read) < 1e-5
+
+
+KERNEL_CALLS = {
+    "delta": {},
+    "linear": {"update": "linear"},
+    "strengths": {"beta": True},
+    "linear strengths": {"beta": True, "update": "linear"},
+    "corrected": {"corrected": True},
+    "corrected strengths": {"beta": True, "corrected": True},
+    "mapped": {"feature_map": None, "beta": True},
+    "mapped, linear": {"feature_map": None, "update": "linear"},
+    "mapped, corrected": {"feature_map": None, "beta": True, "corrected": True},
+    "linear, corrected": {"update": "linear", "corrected": True},
+}
+
+
+def by(backend: str, options: dict[str, Any], dtype: torch.dtype, with_state: bool) -> dict[str, torch.Tensor]:
+    """What is read after two writes, the state, and every gradient."""
+    generator = torch.Generator().manual_seed(7)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    computed = DOUBLE if backend == "reference" else dtype
+
+    def tokens(*shape: int, of: torch.dtype = dtype, positive: bool = False) -> torch.Tensor:
+        x = torch.randn(shape, generator=generator, dtype=DOUBLE)
+        x = (x.abs() + 0.05 if positive else x).to(of).to(device)
+        return x.to(torch.promote_types(computed, of)).requires_grad_()
+
+    mapped = options.get("feature_map", "elu1") is None
+    leaves = {
+        "q": tokens(1, 2, 33, 16, positive=mapped),
+        "k": tokens(1, 1, 33, 16, positive=mapped),
+        "v": tokens(1, 1, 33, 24),
+        "beta": tokens(1, 1, 33, of=torch.float32, positive=True),
+        "memory": tokens(1, 1, 16, 24, of=torch.float32),
+        "normalizer": tokens(1, 1, 16, of=torch.float32, positive=True),
+    }
+    options = options | {"backend": backend, "beta": leaves["beta"] if options.get("beta") else None}
+    state = MemoryState(leaves["memory"], leaves["normalizer"]) if with_state else None
+    state = memory_write(leaves["k"], leaves["v"], state, **options)
+    feature_map = {"feature_map": None} if mapped else {}
+    out = memory_read(leaves["q"], state, backend=backend, **feature_map)
+    results = {"out": out, "memory": state.memory, "normalizer": state.normalizer}
+    loss = sum(
+        (x.double() * torch.arange(x.numel(), device=device).view(x.shape).sin()).sum() for x in results.values()
+    )
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    grads = {f"d{name}": g for name, g in zip(leaves, found, strict=True) if g is not None}
+    return results | grads
+
+
+@pytest.mark.parametrize(
+    ("with_state", "dtype"),
+    [(True, torch.float32), (False, torch.float32), (True, torch.float16), (False, torch.bfloat16)],
+    ids=["state", "empty", "state, float16", "empty, bfloat16"],
+)
+@pytest.mark.parametrize("name", KERNEL_CALLS)
+def test_the_kernels_equal_the_equations(name: str, with_state: bool, dtype: torch.dtype) -> None:
+    """Written, then read, forward and backward, twice to the same bits."""
+    values = by("triton", KERNEL_CALLS[name], dtype, with_state)
+    expected = by("reference", KERNEL_CALLS[name], dtype, with_state)
+    assert values.keys() >= expected.keys()
+    forward, _, backward = GATES[dtype]
+    for key, value in expected.items():
+        assert error(values[key], value) < (forward if not key.startswith("d") else backward), key
+    assert values["out"].dtype == dtype
+    if dtype == torch.float32:
+        again = by("triton", KERNEL_CALLS[name], dtype, with_state)
+        for key, value in values.items():
+            assert torch.equal(again[key], value), key
+
+
+def test_the_kernels_read_and_write_strided_tensors() -> None:
+    """Token-major inputs, an expanded gradient, several rows and grouped heads."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = (torch.randn(2, 9, n, 16, device=device).transpose(1, 2) for n in (4, 2, 2))
+    results = []
+    for change, backend in (
+        (lambda x: x, "triton"),
+        (torch.Tensor.contiguous, "triton"),
+        (torch.Tensor.double, "torch"),
+    ):
+        leaves = [change(x).detach().requires_grad_() for x in (q, k, v)]
+        out = memory_read(leaves[0], memory_write(*leaves[1:], backend=backend), backend=backend)
+        direction = torch.tensor(0.5, dtype=out.dtype, device=device).expand_as(out)
+        results.append((out, *torch.autograd.grad(out, leaves, direction)))
+    for strided, plain, exact in zip(*results, strict=True):
+        assert torch.equal(strided, plain)
+        assert error(strided, exact) < 1e-5
+
+
+@pytest.mark.parametrize("feature_map", ["elu1", None])
+def test_the_kernels_read_zero_from_an_empty_memory(feature_map: str | None) -> None:
+    q = torch.zeros(1, 2, 3, 16, device="cuda" if torch.cuda.is_available() else "cpu", requires_grad=True)
+    out = memory_read(q, MemoryState.zeros(1, 1, 16, 24, device=q.device), feature_map=feature_map, backend="triton")
+    out.sum().backward()
+    assert not out.any()
+    assert not q.grad.any()
+
+
+def test_the_kernels_write_nothing_into_a_copy() -> None:
+    """No tokens, no rows: the state as it came, and a read of nothing."""
+    state = MemoryState(torch.randn(1, 2, 16, 24), torch.rand(1, 2, 16))
+    none = torch.ones(1, 2, 0, 16)
+    after = memory_write(none, torch.ones(1, 2, 0, 24), state, backend="triton")
+    assert torch.equal(after.memory, state.memory)
+    assert torch.equal(after.normalizer, state.normalizer)
+    assert memory_read(none, state, backend="triton").shape == (1, 2, 0, 24)
+
+
+def test_the_kernels_refuse_a_second_derivative() -> None:
+    k = torch.randn(1, 1, 3, 16, device="cuda" if torch.cuda.is_available() else "cpu", requires_grad=True)
+    state = memory_write(k, k, backend="triton")
+    (first,) = torch.autograd.grad(state.memory.square().sum(), k, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|second derivative"):
+        first.square().sum().backward()
 
 
 BAD = {

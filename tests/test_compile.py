@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from calls import KINDS, Call, apply, error, gradients, tensors, worst
+from calls import KINDS, Call, apply, error, for_kernels, gradients, tensors, worst
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from segattn import MemoryState, memory_read, memory_write, segment_attention
 from segattn.kernels.sequences import checked_bounds
@@ -56,6 +59,80 @@ def operations() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 def test_opcheck(name: str) -> None:
     operation, arguments = operations()[name]
     torch.library.opcheck(operation, arguments)
+
+
+def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Samples of the kernels' operations. They are differentiated by functions around them, so no sample needs it.
+
+    Where A is kept, every segment is whole: A of an unfinished one is never read nor written, and NaN equals nothing.
+    """
+    ops = torch.ops.segattn
+    options = (4, True, True, 0, 0, False, 0.25)
+
+    def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def arguments(gated: bool, dtype: torch.dtype = torch.float32, packed: bool = False, own: bool = True) -> list[Any]:
+        q, k, v = drawn(1, 2, 8, 16, dtype=dtype), drawn(1, 1, 8, 16, dtype=dtype), drawn(1, 1, 8, 24, dtype=dtype)
+        bounds = torch.tensor([[0, 5], [5, 8]], device=device) if packed else None
+        n = 2 if packed else 1
+        if not gated:
+            return [q, k, v, None, None, None, None, None, bounds]
+        asked = (q.clone(), k.clone()) if own else (None, None)
+        return [q, k, v, *asked, drawn(2), drawn(n, 1, 16, 24), drawn(n, 1, 16).abs(), bounds]
+
+    def backward(given: list[Any], chosen: tuple[Any, ...] = options) -> tuple[Any, ...]:
+        *tokens, gate, _, _, bounds = given
+        out, memory, normalizer, *kept = ops.attend(*given, *chosen, True)
+        if gate is None:
+            return (*tokens, gate, out, *kept[1:], bounds, *chosen, drawn(*out.shape, dtype=out.dtype), None, None)
+        return (*tokens, gate, *kept, bounds, *chosen, drawn(*out.shape, dtype=out.dtype), memory, normalizer)
+
+    major = arguments(True)
+    major[:5] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in major[:5]]
+    linear = (*options[:1], False, *options[2:])
+    q, k, v, memory_q, _, gate, memory, normalizer, _ = arguments(True)
+    half = [x.bfloat16() for x in (q, k, v)]
+    beta = torch.rand(1, 1, 8, device=device)
+    lengths, counters = (torch.full((1,), n, dtype=torch.int32, device=device) for n in (5, 0))
+    _, _, *written = ops.write(k, v, beta, memory, normalizer, True, True, False)
+    _, _, *plain = ops.write(half[1], half[2], None, memory, normalizer, False, False, True)
+    state = memory, normalizer
+    return {
+        "attend": (ops.attend, (*arguments(True), *options, True)),
+        "attend without a backward": (ops.attend, (*arguments(True, own=False), *options, False)),
+        "attend linear half": (ops.attend, (*arguments(True, torch.bfloat16), *linear, True)),
+        "attend packed": (ops.attend, (*arguments(True, packed=True), *options, False)),
+        "attend local": (ops.attend, (*arguments(False), *options, True)),
+        "attend token major": (ops.attend, (*major, *options, True)),
+        "attend backward": (ops.attend_backward, backward(arguments(True))),
+        "attend backward half": (ops.attend_backward, backward(arguments(True, torch.float16, own=False), linear)),
+        "attend backward packed": (ops.attend_backward, backward(arguments(True, packed=True))),
+        "attend backward local": (ops.attend_backward, backward(arguments(False))),
+        "attend backward token major": (ops.attend_backward, backward(major)),
+        "decode": (ops.decode, (q[:, :, :1], k, v, None, gate, *state, None, None, True, False, 0.25)),
+        "decode into counters": (
+            ops.decode,
+            (q[:, :, :1], k, v, memory_q[:, :, :1], gate, *state, lengths, counters, True, True, 0.25),
+        ),
+        "decode local half": (
+            ops.decode,
+            (half[0][:, :, :2], *half[1:], None, None, None, None, lengths, None, False, False, 0.25),
+        ),
+        "read": (ops.read, (q, memory, normalizer, True)),
+        "read mapped half": (ops.read, (half[0], memory, normalizer, False)),
+        "read backward": (ops.read_backward, (q, memory, normalizer, True, drawn(1, 2, 8, 24))),
+        "write": (ops.write, (k, v, beta, memory, normalizer, True, True, False)),
+        "write half linear": (ops.write, (*half[1:], None, memory, normalizer, False, False, True)),
+        "write backward": (ops.write_backward, (k, v, beta, *written, False, *state)),
+        "write backward half linear": (ops.write_backward, (*half[1:], None, *plain, True, *state)),
+    }
+
+
+def test_opcheck_of_the_kernels(device: torch.device, subtests: pytest.Subtests) -> None:
+    for name, (operation, arguments) in kernel_operations(device).items():
+        with subtests.test(name):
+            torch.library.opcheck(operation, arguments)
 
 
 @pytest.mark.parametrize(
@@ -126,10 +203,10 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_state(device: torch.device
     call = Call(Tq=20, Tk=20, own_memory_inputs=False)
     made = tensors(call, torch.float32, device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        outputs = apply(call, made)
+        outputs = apply(call, made, "torch")
         grads = gradients(outputs, made)
     low = {key: x.detach().bfloat16().requires_grad_() if key in "qkv" else x for key, x in made.items()}
-    expected = apply(call, low)
+    expected = apply(call, low, "torch")
     assert outputs["out"].dtype == torch.bfloat16
     assert outputs["memory"].dtype == torch.float32
     for key, value in (expected | gradients(expected, low)).items():
@@ -186,3 +263,144 @@ def test_shapes_without_data() -> None:
     assert out.shape == (1, 2, 10, 4)
     assert state.memory.shape == (1, 2, 4, 4)
     assert out.device.type == state.memory.device.type == "meta"
+
+
+KERNEL_KINDS = (
+    "exact segments",
+    "linear",
+    "prefill in pieces",
+    "packed, last queries",
+    "left padding",
+    "local",
+    "decode",
+)
+
+
+@pytest.mark.parametrize("name", KERNEL_KINDS)
+def test_the_kernels_in_one_graph(name: str, device: torch.device) -> None:
+    """Forward and backward of backend="triton": no graph break, the same bits as the eager call."""
+    call = replace(for_kernels(KINDS[name], 4), H=2, G=1)
+    if call.spans is None and call.cu_seqlens is None:
+        call = replace(call, Tq=min(call.Tq, 7), Tk=min(call.Tk, 10))
+    made = tensors(call, torch.float32, device)
+    offsets = {
+        key: None if value is None else torch.tensor(value, dtype=torch.int32, device=device)
+        for key, value in (("cu_seqlens", call.cu_seqlens), ("spans", call.spans))
+    }
+
+    def run(values: dict[str, torch.Tensor], offsets: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        return apply(call, {key: x * 1 for key, x in values.items()}, "triton", **offsets)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    outputs, expected = compiled(made, offsets), run(made, offsets)
+    found = outputs | gradients(outputs, made)
+    for key, value in (expected | gradients(expected, made)).items():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize(("training", "dynamic"), [(True, None), (False, True)])
+def test_one_graph_of_the_kernels_for_many_lengths(training: bool, dynamic: bool | None, device: torch.device) -> None:
+    """Twenty lengths, whole segments and not: a graph or two, not one each."""
+    graphs = 0
+
+    def count(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(segment_attention, fullgraph=True, backend=count, dynamic=dynamic)
+    gate = torch.zeros(1, device=device)
+    for time in range(41, 61):
+        x = torch.randn(3, 1, 1, time, 16, device=device).requires_grad_(training).unbind()
+        out = compiled(*x, segment_len=24, gate=gate, update="linear", backend="triton").out
+        expected = segment_attention(*x, segment_len=24, gate=gate, update="linear", backend="torch").out
+        assert error(out, expected) < 2e-6
+    assert graphs <= 3
+
+
+def test_the_kernels_compile_with_one_tensor_for_all(device: torch.device) -> None:
+    """q, k and v the same tensor, whose gradient is the sum of theirs."""
+    x = torch.randn(1, 1, 6, 16, device=device, requires_grad=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return segment_attention(x, x, x, segment_len=4, gate=torch.zeros(1, device=device), backend="triton").out
+
+    torch._dynamo.reset()
+    out, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
+    assert torch.equal(out, expected)
+    (found,), (wanted,) = (torch.autograd.grad(y.square().sum(), x) for y in (out, expected))
+    assert error(found, wanted) < 1e-6
+
+
+def test_the_kernels_under_autocast(device: torch.device) -> None:
+    call = Call(B=1, H=2, G=1, Tq=10, Tk=10, K=16, V=16, own_memory_inputs=False)
+    made = tensors(call, torch.float32, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        outputs = apply(call, made, "triton")
+        grads = gradients(outputs, made)
+    low = {key: x.detach().bfloat16().requires_grad_() if key in "qkv" else x for key, x in made.items()}
+    expected = apply(call, low, "triton")
+    assert outputs["out"].dtype == torch.bfloat16
+    assert outputs["memory"].dtype == torch.float32
+    for key, value in (expected | gradients(expected, low)).items():
+        assert torch.equal((outputs | grads)[key], value.to((outputs | grads)[key].dtype)), key
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_second_derivative_of_the_kernels_is_refused(gated: bool, device: torch.device) -> None:
+    call = Call(B=1, H=2, G=1, Tq=6, Tk=6, K=16, V=16, gated=gated)
+    made = tensors(call, torch.float32, device)
+    out = apply(call, made, "triton")["out"]
+    (first,) = torch.autograd.grad(out.square().sum(), made["k"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|second derivative"):
+        first.square().sum().backward()
+
+
+def test_checkpointing_the_kernels_changes_nothing(device: torch.device) -> None:
+    call = Call(B=1, H=2, G=1, Tq=12, Tk=12, K=16, V=16)
+    made = tensors(call, torch.float32, device)
+
+    def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(apply(call, dict(zip(made, values, strict=True)), "triton").values())
+
+    names = ("out", "memory", "normalizer")
+    plain = dict(zip(names, run(*made.values()), strict=True))
+    replayed = dict(zip(names, checkpoint(run, *made.values(), use_reentrant=False), strict=True))
+    expected = gradients(plain, made)
+    for name, value in gradients(replayed, made).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_states_of_the_kernels_carry_gradients(device: torch.device) -> None:
+    """A loss on the second call alone trains the first one's keys and values, through the state between them."""
+    x = torch.randn(1, 1, 10, 16, device=device)
+    gate = torch.zeros(1, device=device)
+    grads = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        first = x.to(dtype).detach().requires_grad_()
+        _, state = segment_attention(first, first, first, segment_len=5, gate=gate.to(dtype), backend=backend)
+        second = x.flip(2).to(dtype)
+        out, _ = segment_attention(
+            second, second, second, segment_len=5, gate=gate.to(dtype), state=state, backend=backend
+        )
+        grads.append(torch.autograd.grad(out.square().sum(), first)[0])
+    assert grads[1].abs().amax(-1).min() > 0
+    assert error(*grads) < 1e-5
+
+
+def test_shapes_of_the_kernels_without_data() -> None:
+    """As fake tensors, which is what a compiler and the initialisation of large models see: those of the real call."""
+    call = Call(B=1, H=2, G=1, Tq=6, Tk=6, K=16, V=24, token_major=True)
+    made = tensors(call, torch.float32)
+    outputs = apply(call, made, "triton")
+    real = outputs | gradients(outputs, made)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {name: mode.from_tensor(x.detach()).requires_grad_() for name, x in made.items()}
+        outputs = apply(call, fakes, "triton")
+        found = torch.autograd.grad([x.sum() for x in outputs.values()], list(fakes.values()))
+    fake = outputs | dict(zip((f"d{name}" for name in fakes), found, strict=True))
+    assert fake.keys() == real.keys()
+    for name, x in real.items():
+        assert (fake[name].shape, fake[name].stride(), fake[name].dtype) == (x.shape, x.stride(), x.dtype), name

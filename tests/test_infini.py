@@ -212,7 +212,7 @@ def test_truncation_is_where_the_caller_detaches() -> None:
         ("segment_len must be at least 1, got 0", {"segment_len": 0}),
         ("update must be one of 'delta', 'linear', got 'gated'", {"update": "gated"}),
         ("empty_memory must be one of 'local', 'gated', got None", {"empty_memory": None}),
-        ("backend must be one of 'torch', 'reference', got 'cpu'", {"backend": "cpu"}),
+        ("backend must be one of 'triton', 'torch', 'reference', got 'cpu'", {"backend": "cpu"}),
     ],
 )
 def test_bad_options_are_named_at_construction(message: str, options: dict[str, Any]) -> None:

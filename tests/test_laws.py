@@ -319,7 +319,7 @@ def test_short_first_segment_then_long_ones(backend: str) -> None:
 def test_twice_the_same_bits(name: str, device: torch.device) -> None:
     """In PyTorch's default mode, not only in its deterministic one."""
     torch.use_deterministic_algorithms(False)
-    first, second = (everything(KINDS[name], None, torch.float32, device) for _ in range(2))
+    first, second = (everything(KINDS[name], "torch", torch.float32, device) for _ in range(2))
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     for key, value in first.items():
         assert torch.equal(value, second[key]), key

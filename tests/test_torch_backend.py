@@ -6,15 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import KINDS, Call, apply, everything, golden, gradients, random_calls, tensors, worst
+from calls import GATES, KINDS, Call, apply, check_gates, everything, golden, gradients, random_calls, tensors, worst
 from hypothesis import given, settings
-
-# relative RMS error against the float64 reference: outputs, gradients, gradients through the delta memory
-GATES = {
-    torch.float32: (2e-6, 1e-5, 1e-5),
-    torch.float16: (6e-4, 8e-4, 8e-4),
-    torch.bfloat16: (4e-3, 6e-3, 1e-2),
-}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -47,16 +40,7 @@ WIDE = {
 @pytest.mark.parametrize("name", WIDE)
 def test_error_stays_within_the_gates(name: str, dtype: torch.dtype, device: torch.device) -> None:
     call = WIDE[name]
-    forward, backward, through_delta = GATES[dtype]
-    values, expected = everything(call, "torch", dtype, device), golden(call, dtype, device)
-    outputs = {"out", "memory", "normalizer"} & expected.keys()
-    for names, gate in (
-        (outputs, forward),
-        (expected.keys() - outputs, through_delta if call.gated and call.update == "delta" else backward),
-    ):
-        worst_error, where = worst({n: values[n] for n in names}, {n: expected[n] for n in names})
-        assert worst_error < gate, where
-    assert values["out"].dtype == dtype
+    check_gates(call, everything(call, "torch", dtype, device), golden(call, dtype, device), dtype)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "segment_len type": (TypeError, "segment_len must be an integer, got float", {"segment_len": 4.0}),
     "update": (ValueError, "update must be one of 'delta', 'linear', got 'Delta'", {"update": "Delta"}),
     "empty_memory": (ValueError, "empty_memory must be one of 'local', 'gated', got 'zero'", {"empty_memory": "zero"}),
-    "backend": (ValueError, "backend must be one of 'torch', 'reference', got 'cuda'", {"backend": "cuda"}),
+    "backend": (ValueError, "backend must be one of 'triton', 'torch', 'reference', got 'cuda'", {"backend": "cuda"}),
     "gate": (ValueError, r"gate must have shape \[H\] = \[4\], got \[2\]", {"gate": torch.zeros(G)}),
     "gate type": (TypeError, "gate must be a tensor, got float", {"gate": 0.0}),
     "memory_q": (
