@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .launch import dense_rows
 from .state import MemoryState, Options, SegmentOutput
-from .triton_ops import Attend
+from .triton_ops import Attend, distinct
 
 # queries of a group that one tile of the decoding kernel holds
 DECODED_ROWS = 64
