@@ -20,6 +20,7 @@ from .tiles import (
     memory_weight,
     reciprocal,
     rounded,
+    row_operand,
     segment_at,
     store_rows,
     visible,
@@ -90,8 +91,10 @@ def recall(
     """acc + share · σ(x) M, rows scaled before they are rounded."""
     for c in tl.range(0, K, CHUNK, num_stages=1):
         features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU) * share[:, None]
+        features = tl.where((c + tl.arange(0, CHUNK) < K)[None, :], features, 0.0)
         recalled = load_rows(memory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
-        acc = dot(rounded(features, recalled.dtype), recalled, acc)
+        features, factor = row_operand(features, recalled.dtype)
+        acc += dot(features, recalled, None) * factor
     return acc
 
 

@@ -145,8 +145,9 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
         "gfx942": _tile(n=32, chunk=16, stages=1),
     },
     ("write_grad_kernel", 16, 256): {"": _tile(n=32, chunk=16, warps=8, stages=1)},
-    ("decode_kernel", 16, 128): {"": _tile(), "gfx942": _tile(n=32, chunk=32, stages=1)},
-    ("decode_kernel", 16, 256): {"": _tile(n=32, chunk=32), "gfx942": _tile(n=16, chunk=16, stages=1)},
+    # on AMD only one wave's stores are sure to come before the count that it makes
+    ("decode_kernel", 16, 128): {"": _tile(), "gfx942": _tile(n=32, chunk=32, warps=1, stages=1)},
+    ("decode_kernel", 16, 256): {"": _tile(n=32, chunk=32), "gfx942": _tile(n=16, chunk=16, warps=1, stages=1)},
     ("read_kernel", 16, 256): {"": _tile(), "gfx942": _tile(32, chunk=32, stages=1)},
     ("read_grad_kernel", 16, 256): {"": _tile(chunk=32), "gfx942": _tile(32, chunk=16, stages=1)},
     # float32: exact products are sums of scalar ones, which want small tiles
@@ -162,7 +163,10 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("write_grad_kernel", 32, 256): {"": _tile(n=16, chunk=16, warps=8, stages=1)},
     ("key_sums_kernel", 32, 256): {"": _tile(n=32)},
     ("curvature_kernel", 32, 256): {"": _tile(chunk=32, ROWS=32, COLUMNS=32)},
-    ("decode_kernel", 32, 256): {"": _tile(n=16, chunk=16, warps=8, stages=1)},
+    ("decode_kernel", 32, 256): {
+        "": _tile(n=16, chunk=16, warps=8, stages=1),
+        "gfx942": _tile(n=16, chunk=16, warps=1, stages=1),
+    },
     ("read_kernel", 32, 256): {"": _tile(16, chunk=16, stages=1)},
     ("read_grad_kernel", 32, 256): {"": _tile(16, chunk=16, warps=8, stages=1)},
 }

@@ -12,7 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import block, launch, new_tokens, processors, tile_of, view
-from .tiles import LEAST_PEAK, LOG2_E, dot, feature_map, head_of, load_rows, load_vector, reciprocal, rounded
+from .tiles import (
+    LEAST_PEAK,
+    LOG2_E,
+    dot,
+    feature_map,
+    head_of,
+    load_rows,
+    load_vector,
+    reciprocal,
+    rounded,
+    row_operand,
+)
 
 
 @triton.jit
@@ -142,8 +153,9 @@ def decode_kernel(
         for start in tl.range(0, K, CHUNK, num_stages=1):
             some = gather_rows(memory_q, group * members, row, r, query_time, inside, start, CHUNK, K)
             rows = load_rows(memory + (tl.cast(at, tl.int64) * K + start) * V, V, 0, K - start, 0, CHUNK, BLOCK_V, V)
-            u = rounded(feature_map(some, True) * inverse[:, None], some.dtype)
-            acc = dot(u, rounded(rows * inverse_peak, some.dtype), acc)
+            u = tl.where((start + tl.arange(0, CHUNK) < K)[None, :], feature_map(some, True) * inverse[:, None], 0.0)
+            u, factor = row_operand(u, some.dtype)
+            acc += dot(u, rounded(rows * inverse_peak, some.dtype), None) * factor
         tl.store(parts + ((mine + splits) * BLOCK_M + r[:, None]) * V + c[None, :], acc, mask=(c < V)[None, :])
         tl.store(sums + (mine + splits) * 2 * BLOCK_M + r, inverse)
 

@@ -76,6 +76,8 @@ def segment_decode(
             raise TypeError(f"{name} must be {wanted}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
         check.check_shape(name, x, "[B]" if name == "lengths" else "[B · G]", shape)
         check.check_device(name, x, "q", q)
+    if counters is not None and not counters.is_contiguous():
+        raise ValueError(f"counters must be contiguous, got strides {list(counters.stride())}")
     tensors = (q, k, v, gate, memory_q, *(state or ()))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise RuntimeError("segment_decode has no gradients: call it under torch.no_grad(), or use segment_attention")

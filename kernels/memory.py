@@ -26,6 +26,7 @@ from .tiles import (
     head_of,
     load_rows,
     load_vector,
+    operand,
     reciprocal,
     rounded,
     segment_at,
@@ -200,6 +201,7 @@ def product_kernel(
             i = start + tl.arange(0, BLOCK_N)
             mapped = load_rows(tokens, x[3], start - offset, end - offset, 0, BLOCK_N, BLOCK_K, K)
             features = tl.where((i < end)[:, None], feature_map(mapped, ELU), 0.0)
+            features = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], features, 0.0)
             if normalizer is not None:
                 features *= reciprocal(tl.sum(features * z[None, :], 1))[:, None]
             weights = tl.full([BLOCK_N], 1.0, tl.float32) * weight
@@ -219,7 +221,8 @@ def product_kernel(
                 other = load_rows(
                     head_of(y, row, head), y[3], start - offset, end - offset, column, BLOCK_N, COLUMNS, W
                 )
-            acc = dot(tl.trans(rounded(features * weights[:, None], other.dtype)), other, acc)
+            some, factor = operand(features * weights[:, None], other.dtype)
+            acc += dot(tl.trans(some), other, None) * factor
     if normalizer is not None:
         scale = tl.load(inverse_peak + at)
         acc *= scale

@@ -25,6 +25,7 @@ from .tiles import (
     memory_weight,
     reciprocal,
     rounded,
+    row_operand,
     segment_at,
     store_rows,
 )
@@ -76,10 +77,10 @@ def curvature_kernel(
 
 
 @triton.jit
-def bend(u, curvature, c, K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
-    """u (C + Cᵀ), its columns from c on."""
+def bend(u, factor, curvature, c, K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
+    """factor · u (C + Cᵀ), its columns from c on."""
     rows = load_rows(curvature + c * K, K, 0, K - c, 0, CHUNK, BLOCK_K, K, K % CHUNK != 0)
-    return dot_float32(u, tl.trans(rows), tl.zeros([u.shape[0], CHUNK], tl.float32))
+    return dot_float32(u, tl.trans(rows), tl.zeros([u.shape[0], CHUNK], tl.float32)) * factor
 
 
 @triton.jit
@@ -96,15 +97,16 @@ def erasure(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """u = σ(k) / σ(k) z rounded to k's dtype, 1 / σ(k) z, and σ(k) C uᵀ of every row."""
+    """u = σ(k) / σ(k) z in k's dtype, the factor it takes, 1 / σ(k) z, and σ(k) C uᵀ of every row."""
     inverse = reciprocal(memory_weight(k, stride, first, stop, normalizer, ELU, ROWS, K, CHUNK))
     u = feature_map(load_rows(k, stride, first, stop, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
-    u = rounded(u, k.dtype.element_ty)
+    u = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], u, 0.0)
+    u, factor = row_operand(u, k.dtype.element_ty)
     erased = tl.zeros([ROWS], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
         features = feature_map(load_rows(k, stride, first, stop, c, ROWS, CHUNK, K), ELU)
-        erased += tl.sum(bend(u, curvature, c, K, BLOCK_K, CHUNK) * features, 1)
-    return u, inverse, erased * 0.5
+        erased += tl.sum(bend(u, factor, curvature, c, K, BLOCK_K, CHUNK) * features, 1)
+    return u, factor, inverse, erased * 0.5
 
 
 @triton.jit
@@ -137,7 +139,9 @@ def write_adjoint(
     rows = first + tl.arange(0, ROWS)
     erased = tl.zeros([ROWS], tl.float32)
     if curvature is not None:
-        u, inverse, erased = erasure(k, k_stride, first, stop, normalizer, curvature, ELU, ROWS, K, BLOCK_K, CHUNK)
+        u, factor, inverse, erased = erasure(
+            k, k_stride, first, stop, normalizer, curvature, ELU, ROWS, K, BLOCK_K, CHUNK
+        )
     dv = tl.zeros([ROWS, BLOCK_V], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
         tokens = load_rows(k, k_stride, first, stop, c, ROWS, CHUNK, K)
@@ -146,7 +150,7 @@ def write_adjoint(
         dfeatures = dot_float32(values, tl.trans(received), tl.zeros([ROWS, CHUNK], tl.float32))
         if curvature is not None:
             z = load_vector(normalizer, c, CHUNK, K)[None, :]
-            dfeatures += (erased * inverse)[:, None] * z - bend(u, curvature, c, K, BLOCK_K, CHUNK)
+            dfeatures += (erased * inverse)[:, None] * z - bend(u, factor, curvature, c, K, BLOCK_K, CHUNK)
         if beta is not None:
             dfeatures *= tl.load(beta + rows, mask=rows < stop, other=0.0)[:, None]
         dz = load_vector(dnormalizer, c, CHUNK, K)[None, :]
@@ -189,7 +193,7 @@ def weight_sums_kernel(
     total = tl.zeros([BLOCK_K], tl.float32)
     for start in range(begin, end, BLOCK_N):
         # fmt: off
-        _, inverse, erased = erasure(
+        _, _, inverse, erased = erasure(
             keys, k[3], start, end, normalizer + at * K, curvature + at * K * K, ELU, BLOCK_N, K, BLOCK_K, CHUNK
         )
         # fmt: on

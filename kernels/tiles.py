@@ -164,6 +164,15 @@ def operand(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def row_operand(x, dtype: tl.constexpr):
+    """As `operand`, each row by itself: factors [rows, 1]."""
+    if dtype == tl.float16:
+        peak = tl.max(tl.abs(x), 1)
+        return rounded(x * reciprocal(peak)[:, None], dtype), peak[:, None]
+    return rounded(x, dtype), 1.0
+
+
+@triton.jit
 def dot_float32(a, b, acc):
     """a b + acc for float32 b, rounded to a's dtype."""
     b, scale = operand(b, a.dtype)

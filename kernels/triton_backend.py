@@ -28,6 +28,7 @@ def segment_attention(
     asking = None if memory_q is q or gate is None else dense_rows(memory_q)
     written = None if memory_k is k or gate is None else dense_rows(memory_k)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    gate = None if gate is None else gate.contiguous()
     memory, normalizer = (None, None) if state is None else (x.contiguous() for x in state)
     tensors = (q, k, v, asking, written, gate, memory, normalizer, bounds)
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
@@ -80,6 +81,7 @@ def segment_decode(
         )
     asking = None if memory_q is q or gate is None else dense_rows(memory_q)
     memory, normalizer = (None, None) if state is None else (x.contiguous() for x in state)
+    gate, lengths = (None if x is None else x.contiguous() for x in (gate, lengths))
     return torch.ops.segattn.decode(
         *(dense_rows(q), dense_rows(k), dense_rows(v), asking, gate, memory, normalizer, lengths, counters),
         options.causal,

@@ -190,6 +190,7 @@ def _attend_backward(
         )
         dk, dv = key_grads(q, k, v, statistic, dout, row_sum, None, None, layout, options)
         return dq, dk, dv, *or_empty(q, None, None, None, None, None)
+    dmemory, dnormalizer = dmemory.contiguous(), dnormalizer.contiguous()
     dq, dmemory_q, row_sum, along, dgate = query_grads(
         q, k, v, memory_q, local, statistic, gate, before, or_none(rest), z_before, dout, layout, options
     )
@@ -229,7 +230,11 @@ def _(
     return (
         *grads,
         *or_empty(
-            q, *(None if x is None else new_tokens(like, *x.shape[1:]) for x, like in ((memory_q, q), (memory_k, k)))
+            q,
+            *(
+                None if x is None else new_tokens(like, *x.shape[1:])
+                for x, like in ((memory_q, q), (memory_k, memory_k))
+            ),
         ),
         gate.new_empty(gate.shape),
         dmemory.new_empty(dmemory.shape),
