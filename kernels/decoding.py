@@ -9,12 +9,11 @@ from torch import Tensor
 
 from . import reference, torch_backend
 from . import validation as check
-from .autocast import without_autocast
+from .autocast import autocast, autocast_holds, without_autocast
 from .backends import HAS_TRITON, resolve
 from .state import MemoryState, Options
 
 
-@without_autocast
 def segment_decode(
     q: Tensor,
     k: Tensor,
@@ -54,6 +53,9 @@ def segment_decode(
         TypeError, ValueError: naming the argument, what it must be, and what it was.
         RuntimeError: gradients are wanted.
     """
+    if isinstance(q, Tensor) and autocast_holds(q.device.type):
+        q, k, v = autocast(q), autocast(k), autocast(v)
+        memory_q = None if memory_q is None else autocast(memory_q)
     check.check_tokens(q, k, v)
     check.check_memory_inputs(q, k, memory_q, None)
     check.check_bool("causal", causal)
@@ -85,7 +87,8 @@ def segment_decode(
     if q.shape[0] == 0 or q.shape[2] == 0:
         return q.new_empty((*q.shape[:3], v.shape[3]))
     options = Options(k.shape[2] + 1, "delta", causal, 0, 0, empty_memory, scale)
-    return run(q, k, v, q if memory_q is None else memory_q, gate, state, lengths, counters, options)
+    asking = q if memory_q is None else memory_q
+    return without_autocast(run)(q, k, v, asking, gate, state, lengths, counters, options)
 
 
 def _reference(

@@ -227,15 +227,11 @@ def _(
     grads = tuple(new_tokens(x, *x.shape[1:]) for x in (q, k, v))
     if gate is None or dmemory is None or dnormalizer is None:
         return *grads, *or_empty(q, None, None, None, None, None)
+    dmemory_q = None if memory_q is None else new_tokens(q, *q.shape[1:])
+    dmemory_k = None if memory_k is None else new_tokens(memory_k, *memory_k.shape[1:])
     return (
         *grads,
-        *or_empty(
-            q,
-            *(
-                None if x is None else new_tokens(like, *x.shape[1:])
-                for x, like in ((memory_q, q), (memory_k, memory_k))
-            ),
-        ),
+        *or_empty(q, dmemory_q, dmemory_k),
         gate.new_empty(gate.shape),
         dmemory.new_empty(dmemory.shape),
         dnormalizer.new_empty(dnormalizer.shape),

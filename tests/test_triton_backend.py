@@ -670,3 +670,37 @@ def test_what_a_gpu_runs_when_nothing_is_named() -> None:
     assert backends.default(cuda) == ("triton", "the default on a GPU")
     assert backends.default(cuda, torch.float64) == ("torch", "the kernels do not compute in float64")
     assert backends.default(torch.device("cpu")) == ("torch", "the default on cpu")
+
+
+@pytest.mark.parametrize("update", ["delta", "linear"])
+def test_gates_and_state_gradients_of_any_strides(update: str) -> None:
+    """A gate that heads share, and a state that is summed or transposed on: their strides are not those of memory."""
+    made = {
+        name: x.detach()
+        for name, x in tensors(for_kernels(Call(update=update, with_state=False)), torch.float32).items()
+    }
+
+    def run(dtype: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
+        q, k, v = (made[name].to(dtype).requires_grad_() for name in "qkv")
+        gate = torch.tensor([1.5], dtype=dtype).expand(q.shape[1])
+        out, state = segment_attention(q, k, v, segment_len=5, gate=gate, update=update, backend=backend)
+        loss = out.sum() + state.normalizer.sum() + state.memory.sum() + state.memory.mT.cumsum(-1).sum()
+        return dict(zip(("out", "dq", "dk", "dv"), (out, *torch.autograd.grad(loss, (q, k, v))), strict=True))
+
+    assert worst(run(torch.float32, "triton"), run(torch.float64, "reference"))[0] < 1e-5
+
+
+@pytest.mark.parametrize("update", ["delta", "linear"])
+@pytest.mark.parametrize("K", [16, 24])
+def test_small_features_stay_finite_in_half_precision(K: int, update: str) -> None:
+    """σ(k) / σ(k) z may exceed what float16 holds: by keys far below zero, or by the columns that pad a tile."""
+    q, k, v = (torch.randn(1, 1, 12, K).half().requires_grad_() for _ in range(3))
+    low = torch.cat([torch.full((K // 2,), -15.0), torch.full((K - K // 2,), 5.0)]).half().expand(1, 1, 12, K)
+    z = torch.cat([torch.ones(K // 2), torch.full((K - K // 2,), 1e-6)]).expand(1, 1, K).contiguous()
+    for memory_input, normalizer in ((low, z), (torch.full_like(low, -15), torch.ones_like(z))):
+        out, state = segment_attention(
+            q, k, v, segment_len=4, gate=torch.zeros(1), update=update, memory_q=memory_input, memory_k=memory_input,
+            state=MemoryState(normalizer[..., None] * torch.randn(1, 1, K, K), normalizer), backend="triton",
+        )  # fmt: skip
+        grads = torch.autograd.grad(out.float().sum() + state.memory.sum(), (q, k, v))
+        assert all(x.isfinite().all() for x in (out, *state, *grads))
