@@ -128,7 +128,7 @@ def normalizer_kernel(
         if REVERSE:
             tl.store(before + (slot * groups + group) * K + c, z, mask=(p < whole) & column)
         else:
-            held = (p < whole) | ((p == whole) & tail)
+            held = p < whole + tl.where(tail, 1, 0)
             peak = tl.max(tl.abs(z), 1)
             inverse = tl.where(peak >= LEAST_PEAK, 1.0 / tl.where(peak >= LEAST_PEAK, peak, 1.0), 0.0)[:, None]
             tl.store(before + (slot * groups + group) * K + c, z * inverse, mask=held & column)
@@ -320,7 +320,7 @@ def scan_kernel(
         start = tl.load(initial + at_sequence + (i + r) * V + column, mask=(i + r < K) & inside, other=0.0)
         if REVERSE:
             at = ((first + whole) * groups + group) * K * V
-            start += tl.load(added + at + (i + r) * V + column, mask=(i + r < K) & inside & tail, other=0.0)
+            start += tl.load(added + at + (i + r) * V + column, mask=(i + r < tl.where(tail, K, 0)) & inside, other=0.0)
         x = x + (start,)  # type: ignore[assignment]
     for step in range(0, whole):
         slot = first + (whole - 1 - step if REVERSE else step)
