@@ -61,7 +61,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("attend_kernel", 16, 128): {
         "": _tile(128, 64, warps=8, stages=3),
         "sm_80": _tile(64, 64),
-        "sm_120": _tile(64, 32),
+        "sm_120": _tile(64, 32, 32),
         "gfx942": _tile(64, 32, stages=1),
     },
     ("attend_kernel", 16, 256): {
