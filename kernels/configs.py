@@ -153,6 +153,10 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     # float32: exact products are sums of scalar ones, which want small tiles
     ("attend_kernel", 32, 128): {"": _tile(32, 32, 16, warps=8, stages=1), "gfx942": _tile(32, 16, 16, stages=1)},
     ("attend_kernel", 32, 256): {"": _tile(16, 16, 16, stages=1)},
+    ("query_grad_kernel", 32, 64): {
+        "": _tile(16, 16, 16, warps=8, stages=1),
+        "sm_100": _tile(32, 32, 16, warps=8, stages=1),
+    },
     ("query_grad_kernel", 32, 128): {"": _tile(16, 16, 16, warps=8, stages=1)},
     ("query_grad_kernel", 32, 256): {"": _tile(16, 16, 16, stages=1)},
     ("key_grad_kernel", 32, 128): {"": _tile(16, 32, 16, warps=8, stages=1), "gfx942": _tile(16, 16, 16, stages=1)},
@@ -167,7 +171,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
         "": _tile(n=16, chunk=16, warps=8, stages=1),
         "gfx942": _tile(n=16, chunk=16, warps=1, stages=1),
     },
-    ("read_kernel", 32, 256): {"": _tile(16, chunk=16, stages=1)},
+    ("read_kernel", 32, 256): {"": _tile(16, chunk=16, warps=8, stages=1)},
     ("read_grad_kernel", 32, 256): {"": _tile(16, chunk=16, warps=8, stages=1)},
 }
 _WIDTHS = {
