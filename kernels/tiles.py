@@ -158,18 +158,22 @@ def dot(a, b, acc):
 def operand(x, dtype: tl.constexpr):
     """float32 x as `dtype`, and the factor that restores it: x / max |x| for float16, which loses what is small."""
     if dtype == tl.float16:
-        peak = tl.max(tl.max(tl.abs(x), 1), 0)
-        return rounded(x * reciprocal(peak), dtype), peak
-    return rounded(x, dtype), 1.0
+        factor = tl.max(tl.max(tl.abs(x), 1), 0)
+        x = x * reciprocal(factor)
+    else:
+        factor = 1.0
+    return rounded(x, dtype), factor
 
 
 @triton.jit
 def row_operand(x, dtype: tl.constexpr):
     """As `operand`, each row by itself: factors [rows, 1]."""
     if dtype == tl.float16:
-        peak = tl.max(tl.abs(x), 1)
-        return rounded(x * reciprocal(peak)[:, None], dtype), peak[:, None]
-    return rounded(x, dtype), 1.0
+        factor = tl.max(tl.abs(x), 1)[:, None]
+        x = x * reciprocal(factor)
+    else:
+        factor = 1.0
+    return rounded(x, dtype), factor
 
 
 @triton.jit
