@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -216,6 +218,31 @@ def query_programs(layout: Layout, query_time: int, time: int, segment_len: int,
     return layout.total // layout.per_row * (layout.per_row - first) * tiles, tiles, first
 
 
+def call_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options) -> dict[str, Any]:
+    """What every kernel over the scores is told of a call."""
+    return {
+        "q": view(q),
+        "k": view(k),
+        "v": view(v),
+        "slots": layout.slots,
+        "time": k.shape[2],
+        "query_time": q.shape[2],
+        "segment_len": options.segment_len,
+        "segments": layout.per_row,
+        "num_read": options.num_read,
+        "num_write": options.num_write,
+        "scale": options.scale,
+        "heads": q.shape[1],
+        "groups": k.shape[1],
+        "CAUSAL": options.causal,
+        "BLOCK_MASK": options.num_read + options.num_write > 0,
+        "K": q.shape[3],
+        "V": v.shape[3],
+        "BLOCK_K": block(q.shape[3]),
+        "BLOCK_V": block(v.shape[3]),
+    }
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -233,7 +260,7 @@ def attend(
     memory [F, G, K, V] over z's peak, normalizer [F, G, K] likewise: as before each slot.
     """
     batch, heads, query_time, key_width = q.shape
-    groups, time, value_width = k.shape[1], k.shape[2], v.shape[3]
+    time, value_width = v.shape[2:]
     tile = tile_of(attend_kernel, q, key_width, value_width)
     padded = layout.slots is not None
     out = new_tokens(q, heads, query_time, value_width, padded)
@@ -245,9 +272,6 @@ def attend(
         programs * heads,
         tile,
         q,
-        q=view(q),
-        k=view(k),
-        v=view(v),
         memory_q=view(memory_q),
         out=view(out),
         local=view(local),
@@ -255,24 +279,9 @@ def attend(
         gate=gate,
         memory=memory,
         normalizer=normalizer,
-        slots=layout.slots,
-        time=time,
-        query_time=query_time,
-        segment_len=options.segment_len,
-        segments=layout.per_row,
         first_segment=first,
         tiles=tiles,
-        num_read=options.num_read,
-        num_write=options.num_write,
-        scale=options.scale,
-        heads=heads,
-        groups=groups,
         ALWAYS=options.empty_memory == "gated",
-        CAUSAL=options.causal,
-        BLOCK_MASK=options.num_read + options.num_write > 0,
-        K=key_width,
-        V=value_width,
-        BLOCK_K=block(key_width),
-        BLOCK_V=block(value_width),
+        **call_arguments(q, k, v, layout, options),
     )
     return out, local, statistic

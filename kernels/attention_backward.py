@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import query_programs
-from .launch import block, launch, new_tokens, tile_of, view
+from .attention import call_arguments, query_programs
+from .launch import launch, new_tokens, tile_of, view
 from .sequences import Layout
 from .state import Options
 from .tiles import (
@@ -264,7 +264,7 @@ def query_grads(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """dq, dmemory_q (None where memory_q is: it reads by q), do · A_dot, do · A_mem and the gate's gradient."""
     heads, query_time, key_width = q.shape[1:]
-    groups, time, value_width = v.shape[1:]
+    time, value_width = v.shape[2:]
     tile = tile_of(query_grad_kernel, q, key_width, value_width)
     padded = layout.slots is not None
     programs, tiles, first = query_programs(layout, query_time, time, options.segment_len, tile.BLOCK_M)
@@ -279,9 +279,6 @@ def query_grads(
         programs * heads,
         tile,
         q,
-        q=view(q),
-        k=view(k),
-        v=view(v),
         memory_q=view(q if shared else memory_q),
         local=view(local),
         statistic=statistic,
@@ -295,26 +292,11 @@ def query_grads(
         row_sum=row_sum,
         along_memory=along_memory,
         dgate=dgate,
-        slots=layout.slots,
-        time=time,
-        query_time=query_time,
-        segment_len=options.segment_len,
-        segments=layout.per_row,
         first_segment=first,
         tiles=tiles,
-        num_read=options.num_read,
-        num_write=options.num_write,
-        scale=options.scale,
-        heads=heads,
-        groups=groups,
         ALWAYS=options.empty_memory == "gated",
         SHARED=shared,
-        CAUSAL=options.causal,
-        BLOCK_MASK=options.num_read + options.num_write > 0,
-        K=key_width,
-        V=value_width,
-        BLOCK_K=block(key_width),
-        BLOCK_V=block(value_width),
+        **call_arguments(q, k, v, layout, options),
     )
     return dq, None if shared else dmemory_q, row_sum, along_memory, None if dgate is None else dgate.sum((0, 2))
 
@@ -491,8 +473,8 @@ def key_grads(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv, added to what is given of them."""
-    heads, query_time, key_width = q.shape[1:]
-    _, groups, time, value_width = v.shape
+    key_width = q.shape[3]
+    groups, time, value_width = v.shape[1:]
     tile = tile_of(key_grad_kernel, q, key_width, value_width)
     padded = layout.slots is not None
     tiles = triton.cdiv(min(options.segment_len, time), tile.BLOCK_N)
@@ -504,32 +486,14 @@ def key_grads(
         layout.total * groups * tiles,
         tile,
         q,
-        q=view(q),
-        k=view(k),
-        v=view(v),
         statistic=statistic,
         dout=view(dout),
         row_sum=row_sum,
         dk=view(dk),
         dv=view(dv),
-        slots=layout.slots,
-        time=time,
-        query_time=query_time,
-        segment_len=options.segment_len,
-        segments=layout.per_row,
         tiles=tiles,
-        num_read=options.num_read,
-        num_write=options.num_write,
-        scale=options.scale,
-        heads=heads,
-        groups=groups,
         ADD_DK=add_dk,
         ADD_DV=add_dv,
-        CAUSAL=options.causal,
-        BLOCK_MASK=options.num_read + options.num_write > 0,
-        K=key_width,
-        V=value_width,
-        BLOCK_K=block(key_width),
-        BLOCK_V=block(value_width),
+        **call_arguments(q, k, v, layout, options),
     )
     return dk, dv

@@ -109,8 +109,7 @@ def _reference(
         row, first = slice(n, n + 1), max(query_time - length, 0)
         keys, values = (x[row, :, :length] for x in (k, v))
         before = None if state is None else MemoryState(*(x[row] for x in state))
-        asked = (x[row, :, first:] for x in (q, memory_q))
-        q_row, memory_row = asked
+        q_row, memory_row = (x[row, :, first:] for x in (q, memory_q))
         piece = reference.segment_attention(q_row, keys, values, memory_row, keys, gate, before, None, options)
         out[row, :, first:] = piece.out
     return out
