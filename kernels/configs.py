@@ -66,7 +66,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     },
     ("attend_kernel", 16, 256): {
         "": _tile(64, 64, warps=8),
-        "sm_80": _tile(64, 32, warps=8),
+        "sm_80": _tile(64, 32, warps=8, stages=3),
         "sm_120": _tile(32, 32, 32),
         "gfx942": _tile(32, 16, 32, stages=1),
     },
@@ -135,13 +135,14 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("weight_sums_kernel", 16, 256): {"": _tile(n=32, chunk=32, warps=8, stages=1)},
     ("write_grad_kernel", 16, 64): {
         "": _tile(chunk=32),
+        "sm_100": _tile(),
         "sm_120": _tile(chunk=16),
         "gfx942": _tile(n=32, chunk=32, stages=1),
     },
     ("write_grad_kernel", 16, 128): {
         "": _tile(warps=8),
         "sm_80": _tile(n=16, chunk=32, stages=1),
-        "sm_120": _tile(n=16, chunk=32, stages=1),
+        "sm_120": _tile(n=16, warps=8, stages=1),
         "gfx942": _tile(n=32, chunk=16, stages=1),
     },
     ("write_grad_kernel", 16, 256): {"": _tile(n=32, chunk=16, warps=8, stages=1)},
