@@ -16,3 +16,16 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     left, right = x.split(half, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Undo the rotary embedding of x [B, heads, T, K] by cos and sin [1 or B, T, R], R ≤ K its turned part.
+
+    Halves of cos and sin are equal. A scale in both, as of YaRN and longrope, is undone as well. In float32.
+    """
+    cos, sin = (part.to(device=x.device, dtype=torch.float32).unsqueeze(1) for part in (cos, sin))
+    turned = x[..., : cos.shape[-1]].float()
+    left, right = turned.chunk(2, dim=-1)
+    half = torch.cat([right, -left], dim=-1)
+    plain = (turned * cos + half * sin) / (cos * cos + sin * sin)
+    return torch.cat([plain.to(x.dtype), x[..., cos.shape[-1] :]], dim=-1)

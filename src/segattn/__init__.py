@@ -1,5 +1,8 @@
 """Fused segment attention: local attention, a compressive memory, and the architectures that stand on them."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .infini.attention import InfiniAttention, InfiniState
 from .infini.gate import parameter_groups
 from .kernels.associative import memory_read, memory_write
@@ -8,17 +11,47 @@ from .kernels.decoding import segment_decode
 from .kernels.operation import segment_attention
 from .kernels.state import MemoryState, SegmentOutput
 
+if TYPE_CHECKING:
+    from .infini.cache import InfiniCache
+    from .infini.conversion import convert, revert
+
 __version__ = "0.1.0"
+
+# of Hugging Face models: imported when asked for, since they import transformers
+_WITH_TRANSFORMERS = {
+    "InfiniCache": "cache",
+    "convert": "conversion",
+    "revert": "conversion",
+}
 
 __all__ = [
     "InfiniAttention",
+    "InfiniCache",
     "InfiniState",
     "MemoryState",
     "SegmentOutput",
+    "convert",
     "memory_read",
     "memory_write",
     "parameter_groups",
+    "revert",
     "segment_attention",
     "segment_decode",
     "show_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    module = _WITH_TRANSFORMERS.get(name)
+    if module is None:
+        raise AttributeError(f"module 'segattn' has no attribute {name!r}")
+    try:
+        return getattr(import_module(f".infini.{module}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("transformers", "safetensors"):
+            raise
+        raise ImportError(f"segattn.{name} needs {error.name}: pip install 'segattn[hf]'", name=error.name) from error
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,235 @@
+"""Put segment attention with a memory into a Hugging Face model, on the instance, and take it out again."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from . import forward, interface
+from .cache import InfiniCache
+from .families import FAMILIES, Family
+from .gate import Gate
+from .rotary import unrotate
+from .settings import (
+    ENTRY,
+    GATE,
+    IMPLEMENTATION,
+    Conversion,
+    Settings,
+    attach,
+    conversion_of,
+    detach,
+    is_converted,
+    trunk_of,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+_PREPARE_CACHE = "_prepare_cache_for_generation"
+
+
+def convert(
+    model: Model,
+    segment_len: int = 2048,
+    update: str = "delta",
+    gate_init: float = 0.0,
+    layers: Iterable[int] | None = None,
+    *,
+    convert_sliding: bool = False,
+    empty_memory: str = "local",
+    backend: str | None = None,
+    quiet: bool = False,
+) -> Model:
+    """Give a pretrained decoder's layers attention inside segments and a memory across them (arXiv 2404.07143).
+
+    Works on this instance, which it returns. Texts of up to one segment give exactly what they gave before; of longer
+    ones the model makes little before training has taught it to use its memory. Positions begin anew with each segment
+    where every layer is converted or positions are learnt. Each converted layer gets a gate, one number per head.
+
+    Args:
+        model: a Hugging Face causal language model, or its decoder, with weights; of a type in `segattn.FAMILIES`.
+        segment_len: tokens per segment, L, at least 2; at most the number of learnt positions of GPT-2 and OPT.
+        update: "delta" or "linear".
+        gate_init: β at the start; sigmoid(β) is the share of the memory.
+        layers: which to convert, negative ones from the end; default all.
+        convert_sliding: also convert layers whose attention has a sliding window, which stay as they are otherwise.
+        empty_memory, backend: as in `segment_attention`.
+        quiet: say nothing of what was converted.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be, and what it was; the model is then as before.
+    """
+    config, trunk = _checked(model)
+    family = FAMILIES[config.model_type]
+    attentions = _attentions(trunk)
+    chosen = _chosen(layers, attentions, config, convert_sliding)
+    settings = Settings(segment_len, update, gate_init, tuple(chosen), empty_memory, backend)
+    for layer in chosen:
+        _check_attention(attentions[layer], config, family, segment_len)
+    # with learnt positions there are no others; turned ones must go on where layers that were left look further back
+    restart = not family.rotary or len(chosen) == len(attentions)
+    inputs = tuple(inspect.signature(trunk.forward).parameters)
+    conversion = Conversion(settings, len(attentions), config._attn_implementation, restart, inputs)
+
+    interface.register()
+    setattr(config, ENTRY, settings.as_entry() | {"native": list(conversion.native)})
+    config._attn_implementation = IMPLEMENTATION
+    attach(trunk, conversion)
+    keep = conversion.handles.append
+    keep(trunk.register_forward_pre_hook(forward.begin, with_kwargs=True))
+    keep(trunk.register_forward_hook(forward.finish, with_kwargs=True))
+    for layer, attention in attentions.items():
+        keep(attention.register_forward_pre_hook(forward.bring_rotary, with_kwargs=True))
+        if layer in chosen:
+            device = next(attention.parameters()).device
+            setattr(attention, GATE, Gate(config.num_attention_heads, gate_init).to(device))
+    if hasattr(model, _PREPARE_CACHE):
+        setattr(model, _PREPARE_CACHE, partial(_prepare_cache, model))
+    if not quiet:
+        print(f"converted {len(chosen)}/{len(attentions)} attention layers of {type(model).__name__}", file=sys.stderr)  # noqa: T201
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undo `convert`: the model is what it was, to the bit, and its gates are gone.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: it is not converted.
+    """
+    conversion, trunk = conversion_of(model), trunk_of(model)
+    for handle in conversion.handles:
+        handle.remove()
+    for attention in _attentions(trunk).values():
+        if hasattr(attention, GATE):
+            delattr(attention, GATE)
+    trunk.config._attn_implementation = conversion.original
+    delattr(trunk.config, ENTRY)
+    for module in model.modules():
+        module.__dict__.pop(_PREPARE_CACHE, None)
+    detach(trunk)
+    return model
+
+
+def _checked(model: nn.Module) -> tuple[Any, Any]:
+    """The text configuration, and the module that runs the layers."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if is_converted(model):
+        raise ValueError(
+            f"model must not be converted yet, got a {type(model).__name__} that is: segattn.revert it first"
+        )
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"model must be of a type that can be converted ({known}), got {config.model_type!r}")
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and _attention_in(module[0], config) is not None
+    ]
+    if len(lists) != 1:
+        raise ValueError(f"model must have one stack of attention layers, got {len(lists)} in {type(model).__name__}")
+    name = lists[0][0]
+    return config, model.get_submodule(name.rpartition(".")[0])
+
+
+def _attention_in(layer: nn.Module, config: Any) -> Any:
+    """The causal self-attention of a layer: what knows its index, and that it is causal."""
+    found = (
+        module
+        for module in layer.modules()
+        if getattr(module, "is_causal", False)
+        and hasattr(module, "layer_idx")
+        and getattr(module, "config", None) is config
+    )
+    return next(found, None)
+
+
+def _attentions(trunk: Any) -> dict[int, Any]:
+    stack = next(
+        module
+        for module in trunk.children()
+        if isinstance(module, nn.ModuleList) and len(module) and _attention_in(module[0], trunk.config) is not None
+    )
+    return {index: _attention_in(layer, trunk.config) for index, layer in enumerate(stack)}
+
+
+def _chosen(layers: Iterable[int] | None, attentions: dict[int, Any], config: Any, convert_sliding: bool) -> list[int]:
+    depth = len(attentions)
+    asked = list(range(depth)) if layers is None else list(layers)
+    for layer in asked:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"layers must be integers, got {layer!r}")
+        if not -depth <= layer < depth:
+            raise ValueError(f"layers must lie in [{-depth}, {depth}), got {layer}")
+    asked = sorted({layer % depth for layer in asked})
+    if not asked:
+        raise ValueError("layers must name at least one layer, got none")
+    kept = [layer for layer in asked if convert_sliding or not _slides(config, layer)]
+    if not kept:
+        raise ValueError(
+            f"all of the layers asked for have a sliding window of {config.sliding_window}: pass convert_sliding=True "
+            "to give them segments instead"
+        )
+    return kept
+
+
+def _slides(config: Any, layer: int) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return kinds[layer] != "full_attention"
+    return getattr(config, "sliding_window", None) is not None
+
+
+def _check_attention(attention: Any, config: Any, family: Family, segment_len: int) -> None:
+    if any(parameter.is_meta for parameter in attention.parameters()):
+        raise ValueError("model must have its weights, got layers on the meta device: load them, then convert")
+    if getattr(attention, "attn_logit_softcapping", None) is not None:
+        raise ValueError(
+            f"model's scores must not be capped, got attn_logit_softcapping={attention.attn_logit_softcapping}: load "
+            "it with attn_logit_softcapping=None (as with SDPA, which does not cap either)"
+        )
+    if family.positions is not None and segment_len > getattr(config, family.positions):
+        raise ValueError(
+            f"segment_len must be at most the {getattr(config, family.positions)} learnt positions of the model "
+            f"({family.positions}), which begin anew with each segment, got {segment_len}"
+        )
+    if family.rotary and not _turns_in_halves(attention):
+        raise ValueError(
+            f"the rotary embedding of {type(attention).__name__} is not the one in halves that can be undone: the "
+            "memory must be free of positions"
+        )
+
+
+def _turns_in_halves(attention: nn.Module) -> bool:
+    """Whether the model's own rotary embedding is what `unrotate` undoes."""
+    turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if turn is None:
+        return False
+    x = torch.linspace(-1, 1, 2 * 3 * 8).view(1, 2, 3, 8)
+    angle = torch.linspace(0, 5, 3 * 4).view(1, 3, 4).repeat(1, 1, 2)
+    turned, _ = turn(x, x, angle.cos(), angle.sin())
+    return torch.allclose(unrotate(turned, angle.cos(), angle.sin()), x, atol=1e-5)
+
+
+def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    """`generate` makes its cache here: ours where it would have made one that grows."""
+    getattr(type(model), _PREPARE_CACHE)(model, generation_config, model_kwargs, *args, **kwargs)
+    if type(model_kwargs.get("past_key_values")) is DynamicCache:
+        cache = InfiniCache(model)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache

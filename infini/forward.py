@@ -1,0 +1,166 @@
+"""One forward pass of a converted model: hooks tell its attention where the tokens stand, and keep what it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from .cache import InfiniCache, LayerState
+from .rows import Real, Rows
+from .settings import Conversion, conversion_of
+
+# the argument that carries a call to the attention of every layer
+ARGUMENT = "segattn_call"
+ROTARY = "segattn_rotary"
+
+
+@dataclass(eq=False)
+class Call:
+    """What attention needs to know of one pass, and where it leaves what follows.
+
+    rows, after: how far each row had been read before, and will have been.
+    spans, cu_seqlens: as in `segment_attention`, over the tails and the new columns; of packed rows, laid end to end.
+    states: by layer, None where nothing has been read.
+    left: by layer, filled as the layers run.
+    """
+
+    conversion: Conversion
+    rows: Rows
+    after: Rows
+    spans: Tensor | None
+    cu_seqlens: Tensor | None
+    states: dict[int, LayerState | None]
+    cache: InfiniCache | None
+    left: dict[int, LayerState] = field(default_factory=dict)
+
+
+def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of the module that runs the layers."""
+    conversion = conversion_of(trunk)
+    given = dict(zip(conversion.inputs, args, strict=False)) | kwargs
+    config = trunk.config
+    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if tokens is None:
+        return args, kwargs
+    if _wanted(given, config, "output_attentions"):
+        raise ValueError(
+            "output_attentions must be False: segment attention never has the weights; segattn.revert first"
+        )
+    batch, time = tokens.shape[:2]
+    cache = _cache(trunk, conversion, given, config, batch)
+    mask = given.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must be [B, T] of ones and zeros for a converted model, got {shape}")
+    rows = Rows.fresh(batch) if cache is None or cache.is_empty() else cache.rows
+    real = None if mask is None else Real.of(mask[:, -time:])
+    _check_continues(rows, real)
+    packed = None if mask is not None or rows.columns else _packed(given, batch, time, tokens.device)
+    if packed is not None and cache is not None:
+        if given.get("past_key_values") is not None:
+            raise ValueError(
+                "past_key_values must be None for packed sequences, which end at different places of a segment"
+            )
+        cache, given["use_cache"] = None, False
+    after = rows.read(real, time, conversion.settings.segment_len, keep_last=cache is not None and cache.recording)
+    if conversion.restart:
+        positions = rows.positions(real, time, conversion.settings.segment_len, tokens.device)
+        if packed is not None:
+            positions = _positions_of_packed(packed, batch, time) % conversion.settings.segment_len
+        given["position_ids"] = positions.expand(batch, -1)
+    states = dict.fromkeys(conversion.settings.layers) if cache is None else cache.states
+    spans = None if packed is not None else rows.spans(real, time, tokens.device)
+    given["past_key_values"] = cache
+    given[ARGUMENT] = Call(conversion, rows, after, spans, packed, states, cache)
+    return (), given
+
+
+def finish(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of the same module: all layers have run, so the cache takes what they left."""
+    call = kwargs.get(ARGUMENT)
+    if call is None or call.cache is None:
+        return
+    if missing := sorted(set(call.states) - set(call.left)):
+        raise RuntimeError(f"layers {missing} did not run, so the cache cannot go on: turn layer dropping off")
+    call.cache.commit(call.after, dict(call.left))
+
+
+def bring_rotary(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of a layer's attention, which keeps its positions to itself."""
+    return args, {**kwargs, ROTARY: kwargs.get("position_embeddings")}
+
+
+def _wanted(given: dict[str, Any], config: Any, name: str) -> bool:
+    value = given.get(name)
+    return bool(getattr(config, name, False) if value is None else value)
+
+
+def _cache(
+    trunk: nn.Module, conversion: Conversion, given: dict[str, Any], config: Any, batch: int
+) -> InfiniCache | None:
+    """The cache to go on from: the caller's, or a new one where one is wanted."""
+    cache = given.get("past_key_values")
+    if cache is None:
+        # in training a cache is kept only where it is asked for by name
+        wanted = given.get("use_cache") if trunk.training else _wanted(given, config, "use_cache")
+        given["use_cache"] = bool(wanted)
+        return InfiniCache(trunk) if wanted else None
+    if type(cache) is DynamicCache and cache.get_seq_length() == 0:
+        return InfiniCache(trunk)
+    if not isinstance(cache, InfiniCache):
+        held = (
+            f"{type(cache).__name__} of {cache.get_seq_length()} tokens"
+            if isinstance(cache, Cache)
+            else type(cache).__name__
+        )
+        raise ValueError(f"past_key_values must be a segattn.InfiniCache, or None to begin anew, got a {held}")
+    if len(cache.layers) != conversion.depth or cache.settings != conversion.settings:
+        raise ValueError(
+            f"past_key_values must be of this model ({conversion.depth} layers, {conversion.settings}), got one of "
+            f"{len(cache.layers)} layers, {cache.settings}"
+        )
+    if not cache.is_empty() and len(cache.rows.lengths) != batch:
+        raise ValueError(
+            f"past_key_values must be of batch size {batch}, as the input is, got {len(cache.rows.lengths)}"
+        )
+    if not cache.is_empty() and not cache.rows.open:
+        raise ValueError("past_key_values must end with tokens, got rows that ended with padding: pad on the left")
+    return cache
+
+
+def _check_continues(rows: Rows, real: Real | None) -> None:
+    for row, (length, first) in enumerate(zip(rows.lengths, () if real is None else real.firsts, strict=False)):
+        if length and first:
+            raise ValueError(
+                f"attention_mask must go on without padding where a row has begun: row {row} has {first} columns of it "
+                f"after {length} tokens"
+            )
+
+
+def _packed(given: dict[str, Any], batch: int, time: int, device: torch.device) -> Tensor | None:
+    """int32 [N + 1], where sequences begin in rows laid end to end: as told, or where positions begin anew."""
+    told = given.get("cu_seq_lens_q")
+    if told is not None:
+        return told.to(device=device, dtype=torch.int32)
+    positions = given.get("position_ids")
+    if positions is None or torch.compiler.is_compiling():
+        return None
+    positions = positions.expand(batch, time)
+    begins = torch.cat([positions.new_ones(batch, 1, dtype=torch.bool), positions.diff(dim=1) != 1], dim=1)
+    starts = begins.flatten().nonzero().flatten()
+    if len(starts) == batch:
+        return None
+    return torch.cat([starts, starts.new_tensor([batch * time])]).to(device=device, dtype=torch.int32)
+
+
+def _positions_of_packed(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
+    """[B, T]: of each column in its own sequence."""
+    columns = torch.arange(batch * time, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    sequence = torch.searchsorted(cu_seqlens, columns, right=True) - 1
+    return (columns - cu_seqlens[sequence]).long().view(batch, time)
