@@ -21,10 +21,11 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Undo the rotary embedding of x [B, heads, T, K] by cos and sin [1 or B, T, R], R ≤ K its turned part.
 
-    Halves of cos and sin are equal. A scale in both, as of YaRN and longrope, is undone as well. In float32.
+    Halves of cos and sin are equal. A scale in both, as of YaRN and longrope, is undone as well. At least in float32.
     """
-    cos, sin = (part.to(device=x.device, dtype=torch.float32).unsqueeze(1) for part in (cos, sin))
-    turned = x[..., : cos.shape[-1]].float()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (part.to(device=x.device, dtype=dtype).unsqueeze(1) for part in (cos, sin))
+    turned = x[..., : cos.shape[-1]].to(dtype)
     left, right = turned.chunk(2, dim=-1)
     half = torch.cat([right, -left], dim=-1)
     plain = (turned * cos + half * sin) / (cos * cos + sin * sin)
