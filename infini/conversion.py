@@ -25,6 +25,8 @@ from .settings import (
     Conversion,
     Settings,
     attach,
+    attention_in,
+    attentions_of,
     conversion_of,
     detach,
     is_converted,
@@ -71,7 +73,7 @@ def convert(
     """
     config, trunk = _checked(model)
     family = FAMILIES[config.model_type]
-    attentions = _attentions(trunk)
+    attentions = attentions_of(trunk)
     chosen = _chosen(layers, attentions, config, convert_sliding)
     settings = Settings(segment_len, update, gate_init, tuple(chosen), empty_memory, backend)
     for layer in chosen:
@@ -88,7 +90,7 @@ def convert(
     keep = conversion.handles.append
     keep(trunk.register_forward_pre_hook(forward.begin, with_kwargs=True))
     keep(trunk.register_forward_hook(forward.finish, with_kwargs=True))
-    for layer, attention in attentions.items():
+    for layer, attention in enumerate(attentions):
         keep(attention.register_forward_pre_hook(forward.bring_rotary, with_kwargs=True))
         if layer in chosen:
             device = next(attention.parameters()).device
@@ -112,7 +114,7 @@ def revert(model: Model) -> Model:
     conversion, trunk = conversion_of(model), trunk_of(model)
     for handle in conversion.handles:
         handle.remove()
-    for attention in _attentions(trunk).values():
+    for attention in attentions_of(trunk):
         if hasattr(attention, GATE):
             delattr(attention, GATE)
     trunk.config._attn_implementation = conversion.original
@@ -138,7 +140,7 @@ def _checked(model: nn.Module) -> tuple[Any, Any]:
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and _attention_in(module[0], config) is not None
+        if isinstance(module, nn.ModuleList) and len(module) and attention_in(module[0], config) is not None
     ]
     if len(lists) != 1:
         raise ValueError(f"model must have one stack of attention layers, got {len(lists)} in {type(model).__name__}")
@@ -146,28 +148,7 @@ def _checked(model: nn.Module) -> tuple[Any, Any]:
     return config, model.get_submodule(name.rpartition(".")[0])
 
 
-def _attention_in(layer: nn.Module, config: Any) -> Any:
-    """The causal self-attention of a layer: what knows its index, and that it is causal."""
-    found = (
-        module
-        for module in layer.modules()
-        if getattr(module, "is_causal", False)
-        and hasattr(module, "layer_idx")
-        and getattr(module, "config", None) is config
-    )
-    return next(found, None)
-
-
-def _attentions(trunk: Any) -> dict[int, Any]:
-    stack = next(
-        module
-        for module in trunk.children()
-        if isinstance(module, nn.ModuleList) and len(module) and _attention_in(module[0], trunk.config) is not None
-    )
-    return {index: _attention_in(layer, trunk.config) for index, layer in enumerate(stack)}
-
-
-def _chosen(layers: Iterable[int] | None, attentions: dict[int, Any], config: Any, convert_sliding: bool) -> list[int]:
+def _chosen(layers: Iterable[int] | None, attentions: list[Any], config: Any, convert_sliding: bool) -> list[int]:
     depth = len(attentions)
     asked = list(range(depth)) if layers is None else list(layers)
     for layer in asked:

@@ -12,16 +12,20 @@ from transformers.cache_utils import Cache, DynamicCache
 from .cache import InfiniCache, LayerState
 from .rows import Real, Rows
 from .settings import Conversion, conversion_of
+from .static_cache import StaticInfiniCache
 
 # the argument that carries a call to the attention of every layer
 ARGUMENT = "segattn_call"
 ROTARY = "segattn_rotary"
+EMPTY = Rows.fresh(0)
 
 
 @dataclass(eq=False)
 class Call:
     """What attention needs to know of one pass, and where it leaves what follows.
 
+    cache: what the pass goes on from and leaves things in.
+    step: one token in each row of a static cache, which knows the rest itself.
     rows, after: how far each row had been read before, and will have been.
     spans, cu_seqlens: as in `segment_attention`, over the tails and the new columns; of packed rows, laid end to end.
     states: by layer, None where nothing has been read.
@@ -29,12 +33,13 @@ class Call:
     """
 
     conversion: Conversion
-    rows: Rows
-    after: Rows
-    spans: Tensor | None
-    cu_seqlens: Tensor | None
-    states: dict[int, LayerState | None]
-    cache: InfiniCache | None
+    cache: InfiniCache | StaticInfiniCache | None = None
+    step: bool = False
+    rows: Rows = EMPTY
+    after: Rows = EMPTY
+    spans: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    states: dict[int, LayerState | None] = field(default_factory=dict)
     left: dict[int, LayerState] = field(default_factory=dict)
 
 
@@ -52,6 +57,10 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
         )
     batch, time = tokens.shape[:2]
     cache = _cache(trunk, conversion, given, config, batch)
+    if isinstance(cache, StaticInfiniCache) and time == 1:
+        given["position_ids"] = cache.lengths[:, None] % conversion.settings.segment_len
+        given[ARGUMENT] = Call(conversion, cache=cache, step=True)
+        return (), given
     mask = given.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -75,7 +84,7 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     states = dict.fromkeys(conversion.settings.layers) if cache is None else cache.states
     spans = None if packed is not None else rows.spans(real, time, tokens.device)
     given["past_key_values"] = cache
-    given[ARGUMENT] = Call(conversion, rows, after, spans, packed, states, cache)
+    given[ARGUMENT] = Call(conversion, cache, False, rows, after, spans, packed, states)
     return (), given
 
 
@@ -83,6 +92,9 @@ def finish(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     """Forward hook of the same module: all layers have run, so the cache takes what they left."""
     call = kwargs.get(ARGUMENT)
     if call is None or call.cache is None:
+        return
+    if call.step:
+        call.cache.advance()
         return
     if missing := sorted(set(call.states) - set(call.left)):
         raise RuntimeError(f"layers {missing} did not run, so the cache cannot go on: turn layer dropping off")
@@ -103,7 +115,7 @@ def _wanted(given: dict[str, Any], config: Any, name: str) -> bool:
 
 def _cache(
     trunk: nn.Module, conversion: Conversion, given: dict[str, Any], config: Any, batch: int
-) -> InfiniCache | None:
+) -> InfiniCache | StaticInfiniCache | None:
     """The cache to go on from: the caller's, or a new one where one is wanted."""
     cache = given.get("past_key_values")
     if cache is None:
@@ -113,7 +125,12 @@ def _cache(
         return InfiniCache(trunk) if wanted else None
     if type(cache) is DynamicCache and cache.get_seq_length() == 0:
         return InfiniCache(trunk)
-    if not isinstance(cache, InfiniCache):
+    if isinstance(cache, StaticInfiniCache):
+        if len(cache.lengths) != batch:
+            raise ValueError(
+                f"past_key_values must be of batch size {batch}, as the input is, got {len(cache.lengths)}"
+            )
+    elif not isinstance(cache, InfiniCache):
         held = (
             f"{type(cache).__name__} of {cache.get_seq_length()} tokens"
             if isinstance(cache, Cache)
@@ -125,6 +142,8 @@ def _cache(
             f"past_key_values must be of this model ({conversion.depth} layers, {conversion.settings}), got one of "
             f"{len(cache.layers)} layers, {cache.settings}"
         )
+    if isinstance(cache, StaticInfiniCache):
+        return cache
     if not cache.is_empty() and len(cache.rows.lengths) != batch:
         raise ValueError(
             f"past_key_values must be of batch size {batch}, as the input is, got {len(cache.rows.lengths)}"

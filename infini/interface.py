@@ -20,6 +20,7 @@ from .families import FAMILIES
 from .forward import Call
 from .rotary import unrotate
 from .settings import ENTRY, GATE, IMPLEMENTATION
+from .static_cache import StaticInfiniCache
 
 
 class NativeMask(NamedTuple):
@@ -33,10 +34,16 @@ class NativeMask(NamedTuple):
 
 
 def segment_mask(*args: Any, **kwargs: Any) -> Any:
-    """The padding mask [B, T] as it came, or None: converted layers get their bounds with the call."""
+    """The new columns' padding mask [B, T], or None: converted layers get their bounds with the call.
+
+    `generate` makes masks ahead of a compiled step, whose inputs must keep their shape.
+    """
     if kwargs["config"].__dict__[ENTRY]["native"]:
         return NativeMask(kwargs)
-    return kwargs.get("attention_mask")
+    mask = kwargs.get("attention_mask")
+    # before transformers 5, the new columns' positions
+    time = kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"])
+    return None if mask is None else mask[:, -time:]
 
 
 def segment_attention_forward(
@@ -100,6 +107,8 @@ def _attend(
         if rotary is None:
             raise RuntimeError(f"{type(module).__name__} was given no position_embeddings by name")
         memory_q, memory_k = unrotate(memory_q, *rotary), unrotate(memory_k, *rotary)
+    if isinstance(call.cache, StaticInfiniCache) and call.step:
+        return call.cache.layers[layer].step(module, q, k, v, memory_q, memory_k, scale)
     state = call.states[layer]
     if state is not None:
         _check_state(state, k)

@@ -121,3 +121,20 @@ def attach(trunk: nn.Module, conversion: Conversion) -> None:
 def detach(trunk: nn.Module) -> None:
     """Forget it."""
     del trunk.__dict__[_ON_MODEL]
+
+
+def attention_in(layer: nn.Module, config: Any) -> Any:
+    """The causal self-attention of a layer: what knows its index, and that it is causal; None where there is none."""
+    for module in layer.modules():
+        causal = getattr(module, "is_causal", False) and hasattr(module, "layer_idx")
+        if causal and getattr(module, "config", None) is config:
+            return module
+    return None
+
+
+def attentions_of(trunk: Any) -> list[Any]:
+    """Of every layer that the trunk runs, in order."""
+    for module in trunk.children():
+        if isinstance(module, nn.ModuleList) and len(module) and attention_in(module[0], trunk.config) is not None:
+            return [attention_in(layer, trunk.config) for layer in module]
+    return []

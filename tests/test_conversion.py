@@ -45,7 +45,7 @@ def test_attention_is_the_definition_on_the_models_own_queries_keys_and_values(n
 
     def spy(module, q, k, v, mask, **kwargs):
         out, _ = interface.segment_attention_forward(module, q, k, v, mask, **kwargs)
-        seen.append((module, q, k, v, kwargs["scaling"], out))
+        seen.append((module, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5, out))
         return out, None
 
     monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._global_mapping, "segattn", spy)

@@ -14,12 +14,14 @@ from .kernels.state import MemoryState, SegmentOutput
 if TYPE_CHECKING:
     from .infini.cache import InfiniCache
     from .infini.conversion import convert, revert
+    from .infini.static_cache import StaticInfiniCache
 
 __version__ = "0.1.0"
 
 # of Hugging Face models: imported when asked for, since they import transformers
 _WITH_TRANSFORMERS = {
     "InfiniCache": "cache",
+    "StaticInfiniCache": "static_cache",
     "convert": "conversion",
     "revert": "conversion",
 }
@@ -30,6 +32,7 @@ __all__ = [
     "InfiniState",
     "MemoryState",
     "SegmentOutput",
+    "StaticInfiniCache",
     "convert",
     "memory_read",
     "memory_write",
