@@ -1,0 +1,72 @@
+"""What two processes do together, for tests."""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from models import make, open_gates, tokens
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import segattn
+
+L = 16
+
+
+def join(rank: int, world: int, folder: str) -> None:
+    """A gloo group that meets in a file."""
+    torch.set_num_threads(1)
+    where = f"file://{Path(folder) / 'meet'}"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=120))
+
+
+def model_of(kind: str) -> torch.nn.Module:
+    """The model that every process begins with."""
+    model = segattn.convert(make("llama"), L, quiet=True).train()
+    open_gates(model)
+    if kind == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def gradients(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss, and every parameter's gradient, whole."""
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        found[name.removeprefix("module.")] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+    return loss.item(), found
+
+
+def train(rank: int, world: int, folder: str) -> None:
+    """DDP on texts within the first segment, then FSDP2 on long ones, each step's gradients written by rank 0."""
+    join(rank, world, folder)
+    results = {}
+    model = DistributedDataParallel(model_of("plain"))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        results[f"ddp {step}"] = gradients(model, tokens(2, L - 3, step)[rank : rank + 1])[1]
+        optimizer.step()
+    for kind in ("plain", "checkpointed"):
+        sharded = model_of(kind)
+        for layer in sharded.model.layers:
+            fully_shard(layer)
+        fully_shard(sharded)
+        gate = sharded.model.layers[0].self_attn.segattn_gate.bias
+        assert isinstance(gate, DTensor)
+        results[f"fsdp {kind}"] = gradients(sharded, tokens(2, 3 * L + 5)[rank : rank + 1])[1]
+    if rank == 0:
+        torch.save(results, Path(folder) / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    train(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
