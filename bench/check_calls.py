@@ -37,6 +37,7 @@ class Call:
     num_read: int = 0
     num_write: int = 0
     scale: float | None = None
+    softcap: float | None = None
 
 
 # for a CPU, and for the interpreter, which takes 10 to 50 milliseconds for every tile of 16 x 16
@@ -56,6 +57,7 @@ TABLE: dict[str, tuple[Changes, Changes | None, Changes]] = {
     "shared, linear": ({"own_memory_inputs": False, "update": "linear"}, None, {}),
     "token major": ({"token_major": True}, {"T": 9}, {}),
     "scale 1": ({"scale": 1.0}, {"T": 9}, {}),
+    "capped": ({"scale": 1.0, "softcap": 5.0}, {"T": 17}, {}),
     # the delta rule overshoots where a memory of few tokens meets a long segment
     "young memory": ({}, {"remembered": 4, "T": 16}, {"remembered": 32}),
     "equal heads": ({}, {"H": 2, "G": 2, "T": 9}, {"G": 4}),
@@ -180,7 +182,7 @@ def spread(call: Call, made: dict[str, Tensor], out: Tensor) -> float:
 def evaluate(call: Call, made: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     """Outputs by name, and the gradients, by input, of a random projection of all outputs."""
     leaves = {name: x.detach().requires_grad_() for name, x in made.items()}
-    tokens = dict(leaves)
+    tokens: dict[str, Any] = dict(leaves)
     device = made["q"].device
     state = MemoryState(tokens.pop("memory"), tokens.pop("normalizer")) if "memory" in tokens else None
     out, after = segment_attention(
@@ -195,6 +197,7 @@ def evaluate(call: Call, made: dict[str, Tensor], backend: str) -> dict[str, Ten
         num_write=call.num_write,
         empty_memory=call.empty_memory,
         scale=call.scale,
+        softcap=call.softcap,
         backend=backend,
     )
     outputs = {"out": out} if after is None else {"out": out, **after._asdict()}

@@ -134,6 +134,11 @@ def _checked(model: nn.Module) -> tuple[Any, Any]:
             f"model must not be converted yet, got a {type(model).__name__} that is: segattn.revert it first"
         )
     config = model.config.get_text_config(decoder=True)
+    if config is not model.config:
+        raise ValueError(
+            f"model must be a text model, got the {type(model).__name__} around one, which makes masks of its own: "
+            "load the text model alone"
+        )
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"model must be of a type that can be converted ({known}), got {config.model_type!r}")
@@ -178,11 +183,6 @@ def _slides(config: Any, layer: int) -> bool:
 def _check_attention(attention: Any, config: Any, family: Family, segment_len: int) -> None:
     if any(parameter.is_meta for parameter in attention.parameters()):
         raise ValueError("model must have its weights, got layers on the meta device: load them, then convert")
-    if getattr(attention, "attn_logit_softcapping", None) is not None:
-        raise ValueError(
-            f"model's scores must not be capped, got attn_logit_softcapping={attention.attn_logit_softcapping}: load "
-            "it with attn_logit_softcapping=None (as with SDPA, which does not cap either)"
-        )
     if family.positions is not None and segment_len > getattr(config, family.positions):
         raise ValueError(
             f"segment_len must be at most the {getattr(config, family.positions)} learnt positions of the model "

@@ -80,7 +80,7 @@ def segment_attention_forward(
             f"attention dropout must be 0 in training, got {dropout}: set it to 0 in the configuration before loading "
             "(attention_dropout, or attn_pdrop of GPT-2)"
         )
-    out = _attend(module, query, key, value, scaling, segattn_call, segattn_rotary)
+    out = _attend(module, query, key, value, scaling, softcap, segattn_call, segattn_rotary)
     return out.transpose(1, 2), None
 
 
@@ -96,6 +96,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     scale: float | None,
+    softcap: float | None,
     call: Call,
     rotary: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
@@ -108,7 +109,7 @@ def _attend(
             raise RuntimeError(f"{type(module).__name__} was given no position_embeddings by name")
         memory_q, memory_k = unrotate(memory_q, *rotary), unrotate(memory_k, *rotary)
     if isinstance(call.cache, StaticInfiniCache) and call.step:
-        return call.cache.layers[layer].step(module, q, k, v, memory_q, memory_k, scale)
+        return call.cache.layers[layer].step(module, q, k, v, memory_q, memory_k, scale, softcap)
     state = call.states[layer]
     if state is not None:
         _check_state(state, k)
@@ -131,6 +132,7 @@ def _attend(
         spans=None if call.spans is None else call.spans.to(q.device),
         empty_memory=settings.empty_memory,
         scale=scale,
+        softcap=softcap,
         backend=settings.backend,
     )
     if packed:

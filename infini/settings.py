@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -80,6 +81,11 @@ class Conversion:
     restart: bool
     inputs: tuple[str, ...]
     handles: list[RemovableHandle] = field(default_factory=list)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # a model that was pickled finds its attention by name, also in a new process
+        import_module(".interface", __package__).register()
 
     @property
     def native(self) -> tuple[int, ...]:

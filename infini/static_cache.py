@@ -98,6 +98,7 @@ class StaticInfiniLayer(CacheLayerMixin):
         memory_q: Tensor,
         memory_k: Tensor,
         scale: float | None,
+        softcap: float | None,
     ) -> Tensor:
         """Attention of one new token in each row, without a branch: [B, H, 1, V]."""
         rows = torch.arange(q.shape[0], device=q.device)
@@ -114,6 +115,7 @@ class StaticInfiniLayer(CacheLayerMixin):
             state=MemoryState(self.memory, self.normalizer),
             empty_memory=self.settings.empty_memory,
             scale=scale,
+            softcap=softcap,
             counters=self.counters,
             backend=self.settings.backend,
         )

@@ -200,6 +200,7 @@ class Case(NamedTuple):
     packed: bool = False
     causal: bool = True
     num_read: int = 0
+    softcap: float | None = None
 
 
 CASES = {
@@ -208,6 +209,7 @@ CASES = {
     "linear, packed": Case(delta=False, packed=True, shared=True),
     "local, bidirectional": Case(gated=False, causal=False),
     "local, block mask": Case(gated=False, num_read=8),
+    "delta, capped": Case(softcap=50.0),
 }
 ALONE = "alone"
 
@@ -230,7 +232,7 @@ def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list
     N = 3 if case.packed else B
     state = (torch.empty(N, G, width, width, device="meta"), torch.empty(N, G, width, device="meta"))
     gate, (memory, normalizer) = (torch.empty(H, device="meta"), state) if case.gated else (None, (None, None))
-    options = (L, case.delta, case.causal, case.num_read, case.num_read, False, width**-0.5)
+    options = (L, case.delta, case.causal, case.num_read, case.num_read, False, width**-0.5, case.softcap)
     with recording(target) as found:
         out, m, z, *kept = triton_ops._attend(
             q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds, *options, True
@@ -254,7 +256,7 @@ def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Laun
     lengths = torch.empty(B, device="meta", dtype=torch.int32)
     with recording(target) as found:
         for state in ((gate, m, z), (None, None, None)):
-            triton_ops._decode(q[:, :, :1], k, k, None, *state, lengths, None, True, False, width**-0.5)
+            triton_ops._decode(q[:, :, :1], k, k, None, *state, lengths, None, True, False, width**-0.5, None)
         triton_memory._read(q, m, z, True)
         triton_memory._read_backward(q, m, z, True, q)
         _, _, before, rest, z_before, inverse_peak, erased, gamma = triton_memory._write(

@@ -13,7 +13,7 @@ from .launch import block, launch, new_tokens, tile_of, view
 from .sequences import Layout
 from .state import Options
 from .tiles import (
-    LOG2_E,
+    capped,
     dot,
     feature_map,
     head_of,
@@ -23,6 +23,7 @@ from .tiles import (
     reciprocal,
     rounded,
     row_operand,
+    score_factor,
     segment_at,
     store_rows,
     visible,
@@ -46,7 +47,8 @@ def softmax_loop(
     end,
     num_read,
     num_write,
-    scale,
+    factor,
+    softcap,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_MASK: tl.constexpr,
@@ -59,7 +61,7 @@ def softmax_loop(
     """Keys [first, last) into the online softmax, in powers of two: Σ p v, the peak of the scores, Σ p."""
     for start in range(first, last, BLOCK_N):
         keys = load_rows(k, k_stride, start, end, 0, BLOCK_N, BLOCK_K, K, MASKED)
-        scores = dot(q, tl.trans(keys), None) * scale
+        scores = capped(dot(q, tl.trans(keys), None) * factor, softcap)
         if MASKED:
             j = start + tl.arange(0, BLOCK_N)
             seen = visible(i[:, None], j[None, :], begin, end, num_read, num_write, CAUSAL, BLOCK_MASK)
@@ -111,6 +113,7 @@ def recall(
         "num_read",
         "num_write",
         "scale",
+        "softcap",
     ]
 )
 def attend_kernel(
@@ -134,6 +137,7 @@ def attend_kernel(
     num_read,
     num_write,
     scale,
+    softcap,
     heads,
     groups,
     ALWAYS: tl.constexpr,
@@ -174,14 +178,15 @@ def attend_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    factor = score_factor(scale, softcap)
     # fmt: off
     acc, peak, total = softmax_loop(
         acc, peak, total, queries, i, keys, k[3], values, v[3], begin, full, begin, end, num_read, num_write,
-        scale * LOG2_E, False, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
+        factor, softcap, False, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
     )
     acc, peak, total = softmax_loop(
         acc, peak, total, queries, i, keys, k[3], values, v[3], full, last, begin, end, num_read, num_write,
-        scale * LOG2_E, True, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
+        factor, softcap, True, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
     )
     # fmt: on
     row_statistic = peak + tl.log2(total)
@@ -232,6 +237,7 @@ def call_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Opt
         "num_read": options.num_read,
         "num_write": options.num_write,
         "scale": options.scale,
+        "softcap": options.softcap,
         "heads": q.shape[1],
         "groups": k.shape[1],
         "CAUSAL": options.causal,

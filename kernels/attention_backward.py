@@ -16,7 +16,8 @@ from .launch import launch, new_tokens, tile_of, view
 from .sequences import Layout
 from .state import Options
 from .tiles import (
-    LOG2_E,
+    capped,
+    capped_grad,
     dot,
     feature_map,
     feature_map_grad,
@@ -26,6 +27,7 @@ from .tiles import (
     load_vector,
     reciprocal,
     rounded,
+    score_factor,
     segment_at,
     store_rows,
     visible,
@@ -50,7 +52,8 @@ def query_loop(
     end,
     num_read,
     num_write,
-    scale,
+    factor,
+    softcap,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_MASK: tl.constexpr,
@@ -63,13 +66,14 @@ def query_loop(
     """acc + Σ over keys [first, last) of p' (do vᵀ − D) k."""
     for start in range(first, last, BLOCK_N):
         keys = load_rows(k, k_stride, start, end, 0, BLOCK_N, BLOCK_K, K, MASKED)
-        p = tl.exp2(dot(q, tl.trans(keys), None) * scale - row_statistic[:, None])
+        scores = capped(dot(q, tl.trans(keys), None) * factor, softcap)
+        p = tl.exp2(scores - row_statistic[:, None])
         if MASKED:
             j = start + tl.arange(0, BLOCK_N)
             seen = visible(i[:, None], j[None, :], begin, end, num_read, num_write, CAUSAL, BLOCK_MASK)
             p = tl.where(seen, p, 0.0)
         values = load_rows(v, v_stride, start, end, 0, BLOCK_N, BLOCK_V, V, MASKED)
-        dscores = p * (dot(dout, tl.trans(values), None) - row_sum[:, None])
+        dscores = capped_grad(p * (dot(dout, tl.trans(values), None) - row_sum[:, None]), scores, softcap)
         acc = dot(rounded(dscores, keys.dtype), keys, acc)
     return acc
 
@@ -138,6 +142,7 @@ def recall_adjoint(
         "num_read",
         "num_write",
         "scale",
+        "softcap",
     ]
 )
 def query_grad_kernel(
@@ -167,6 +172,7 @@ def query_grad_kernel(
     num_read,
     num_write,
     scale,
+    softcap,
     heads,
     groups,
     ALWAYS: tl.constexpr,
@@ -228,14 +234,15 @@ def query_grad_kernel(
     keys, values = head_of(k, row, group), head_of(v, row, group)
     full, last = keys_seen(first, begin, end, num_read, num_write, BLOCK_M, BLOCK_N, CAUSAL, BLOCK_MASK)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    factor = score_factor(scale, softcap)
     # fmt: off
     acc = query_loop(
         acc, queries, douts, row_statistic, along_local, i, keys, k[3], values, v[3], begin, full, begin, end,
-        num_read, num_write, scale * LOG2_E, False, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
+        num_read, num_write, factor, softcap, False, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
     )
     acc = query_loop(
         acc, queries, douts, row_statistic, along_local, i, keys, k[3], values, v[3], full, last, begin, end,
-        num_read, num_write, scale * LOG2_E, True, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
+        num_read, num_write, factor, softcap, True, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
     )
     # fmt: on
     acc *= scale
@@ -326,7 +333,8 @@ def key_loop(
     end,
     num_read,
     num_write,
-    scale,
+    factor,
+    softcap,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_MASK: tl.constexpr,
@@ -352,7 +360,7 @@ def key_loop(
         at_rows = (tl.cast(row, tl.int64) * heads + head) * query_time + at
         rows = tl.arange(0, BLOCK_M)
         queries = load_rows(head_of(q, row, head), q[3], at, end - offset, 0, BLOCK_M, BLOCK_K, K, MASKED)
-        scores = dot(keys, tl.trans(queries), None) * scale
+        scores = capped(dot(keys, tl.trans(queries), None) * factor, softcap)
         if MASKED:
             p = tl.exp2(scores - tl.load(statistic + at_rows + rows, mask=i < end, other=float("inf"))[None, :])
             seen = visible(i[None, :], j[:, None], begin, end, num_read, num_write, CAUSAL, BLOCK_MASK)
@@ -366,7 +374,7 @@ def key_loop(
             sums = tl.load(row_sum + at_rows + rows, mask=i < end, other=0.0)
         else:
             sums = tl.load(row_sum + at_rows + rows)
-        dscores = p * (dp - sums[None, :])
+        dscores = capped_grad(p * (dp - sums[None, :]), scores, softcap)
         dk = dot(rounded(dscores, queries.dtype), queries, dk)
         step += 1
         head += tl.where(step == steps, 1, 0)
@@ -375,7 +383,17 @@ def key_loop(
 
 
 @triton.jit(
-    do_not_specialize=["time", "query_time", "segment_len", "segments", "tiles", "num_read", "num_write", "scale"]
+    do_not_specialize=[
+        "time",
+        "query_time",
+        "segment_len",
+        "segments",
+        "tiles",
+        "num_read",
+        "num_write",
+        "scale",
+        "softcap",
+    ]
 )
 def key_grad_kernel(
     q,
@@ -395,6 +413,7 @@ def key_grad_kernel(
     num_read,
     num_write,
     scale,
+    softcap,
     heads,
     groups,
     ADD_DK: tl.constexpr,
@@ -439,15 +458,16 @@ def key_grad_kernel(
     whole = tl.maximum(end - full, 0) // BLOCK_M
     rest = tl.cdiv(tl.maximum(end - full - whole * BLOCK_M, 0), MASKED_M)
     members = heads // groups
+    factor = score_factor(scale, softcap)
     # fmt: off
     dk_rows, dv_rows = key_loop(
         dk_rows, dv_rows, keys, values, j, q, dout, statistic, row_sum, row, group * members, members, heads,
         query_time, first_seen, diagonal + rest, diagonal, whole * BLOCK_M, offset, begin, end,
-        num_read, num_write, scale * LOG2_E, True, CAUSAL, BLOCK_MASK, K, V, MASKED_M, BLOCK_K, BLOCK_V,
+        num_read, num_write, factor, softcap, True, CAUSAL, BLOCK_MASK, K, V, MASKED_M, BLOCK_K, BLOCK_V,
     )
     dk_rows, dv_rows = key_loop(
         dk_rows, dv_rows, keys, values, j, q, dout, statistic, row_sum, row, group * members, members, heads,
-        query_time, full, whole, 0, 0, offset, begin, end, num_read, num_write, scale * LOG2_E,
+        query_time, full, whole, 0, 0, offset, begin, end, num_read, num_write, factor, softcap,
         False, CAUSAL, BLOCK_MASK, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
     )
     # fmt: on

@@ -14,7 +14,7 @@ from torch import Tensor
 from .launch import block, launch, new_tokens, processors, tile_of, view
 from .tiles import (
     LEAST_PEAK,
-    LOG2_E,
+    capped,
     dot,
     feature_map,
     head_of,
@@ -23,6 +23,7 @@ from .tiles import (
     reciprocal,
     rounded,
     row_operand,
+    score_factor,
 )
 
 
@@ -45,7 +46,8 @@ def attend_tail(
     v_stride,
     first,
     stop,
-    scale,
+    factor,
+    softcap,
     CAUSAL: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -61,7 +63,7 @@ def attend_tail(
     for start in range(first, stop, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         key = load_rows(keys, k_stride, start, stop, 0, BLOCK_N, BLOCK_K, K)
-        scores = dot(queries, tl.trans(key), None) * scale
+        scores = capped(dot(queries, tl.trans(key), None) * factor, softcap)
         seen = (j < stop)[None, :] & (position >= 0)[:, None]
         if CAUSAL:
             seen = seen & (j[None, :] <= position[:, None])
@@ -77,7 +79,7 @@ def attend_tail(
     return acc, peak, total
 
 
-@triton.jit(do_not_specialize=["time", "query_time", "splits", "split_len", "scale"])
+@triton.jit(do_not_specialize=["time", "query_time", "splits", "split_len", "scale", "softcap"])
 def decode_kernel(
     q,
     k,
@@ -96,6 +98,7 @@ def decode_kernel(
     splits,
     split_len,
     scale,
+    softcap,
     heads,
     groups,
     ALWAYS: tl.constexpr,
@@ -137,7 +140,7 @@ def decode_kernel(
             # fmt: off
             acc, peak, total = attend_tail(
                 queries, position, head_of(k, row, group), k[3], head_of(v, row, group), v[3], first, stop,
-                scale * LOG2_E, CAUSAL, K, V, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N,
+                score_factor(scale, softcap), softcap, CAUSAL, K, V, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N,
             )
             # fmt: on
             tl.store(parts + ((mine + part) * BLOCK_M + r[:, None]) * V + c[None, :], acc, mask=(c < V)[None, :])
@@ -206,6 +209,7 @@ def decode(
     causal: bool,
     always: bool,
     scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """out [B, H, Tq, V] of the last Tq of lengths [B] tokens in k and v; memory [B, G, K, V], normalizer [B, G, K].
 
@@ -245,6 +249,7 @@ def decode(
         splits=splits,
         split_len=split_len,
         scale=scale,
+        softcap=softcap,
         heads=heads,
         groups=groups,
         ALWAYS=always,

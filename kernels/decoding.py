@@ -26,6 +26,7 @@ def segment_decode(
     causal: bool = True,
     empty_memory: str = "local",
     scale: float | None = None,
+    softcap: float | None = None,
     counters: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -42,7 +43,7 @@ def segment_decode(
         gate: [H] β, with `state`; None: no memory.
         memory_q: what the memory is read by; default q.
         state: the memory before this segment, float32; needed with a gate.
-        causal, empty_memory, scale, backend: as in `segment_attention`.
+        causal, empty_memory, scale, softcap, backend: as in `segment_attention`.
         counters: int32 [B · G] of zeros, left as zeros, for the kernel to count by. Default: made in each call, by a
             small launch of its own. Calls that may run at the same time must not share them.
 
@@ -86,7 +87,7 @@ def segment_decode(
     run = DECODERS[resolve(backend, q, v)]
     if q.shape[0] == 0 or q.shape[2] == 0:
         return q.new_empty((*q.shape[:3], v.shape[3]))
-    options = Options(k.shape[2] + 1, "delta", causal, 0, 0, empty_memory, scale)
+    options = Options(k.shape[2] + 1, "delta", causal, 0, 0, empty_memory, scale, check.check_softcap(softcap))
     asking = q if memory_q is None else memory_q
     return without_autocast(run)(q, k, v, asking, gate, state, lengths, counters, options)
 

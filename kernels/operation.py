@@ -29,6 +29,7 @@ def segment_attention(
     num_write: int = 0,
     empty_memory: str = "local",
     scale: float | None = None,
+    softcap: float | None = None,
     backend: str | None = None,
 ) -> SegmentOutput:
     """Attention inside segments of `segment_len` tokens, blended with what a memory recalls of earlier ones.
@@ -56,6 +57,7 @@ def segment_attention(
         empty_memory: where the memory holds nothing, "local" leaves local attention alone, "gated" keeps the gate, as
             the paper's equation reads.
         scale: of the local scores, positive; default 1 / sqrt(K).
+        softcap: scores s become softcap · tanh(s / softcap), as in Gemma 2; positive; default None, not capped.
         backend: "triton", "torch", "reference", or None: triton on a GPU (torch for float64), torch elsewhere. triton
             takes K and V from 16 to 256 in steps of 8.
 
@@ -79,7 +81,9 @@ def segment_attention(
     offsets = spans if cu_seqlens is None else cu_seqlens
     check.check_block_mask(num_read, num_write, gate, k.shape[2], segment_len, offsets is not None)
     scale = check.check_scale(scale, q)
-    options = Options(segment_len, update, causal, num_read, num_write, empty_memory, scale)
+    options = Options(
+        segment_len, update, causal, num_read, num_write, empty_memory, scale, check.check_softcap(softcap)
+    )
     run = BACKENDS[resolve(backend, q, v)]
 
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

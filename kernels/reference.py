@@ -16,9 +16,12 @@ def feature_map(x: Tensor) -> Tensor:
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """softmax(q kᵀ · scale) v over the visible keys; visible [Lq, Lk]."""
-    scores = (q @ k.mT * scale).masked_fill(~visible, float("-inf"))
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: Options) -> Tensor:
+    """softmax(q kᵀ · scale) v over the visible keys, scores perhaps capped; visible [Lq, Lk]."""
+    scores = q @ k.mT * options.scale
+    if options.softcap is not None:
+        scores = options.softcap * (scores / options.softcap).tanh()
+    scores = scores.masked_fill(~visible, float("-inf"))
     return scores.softmax(-1) @ v
 
 
@@ -74,7 +77,7 @@ def attend_sequence(
         segment = slice(start, min(start + L, length))
         rows = slice(max(start - first_query, 0), max(segment.stop - first_query, 0))
         visible = visibility(position[first_query:][rows], position[segment], length, options)
-        out = attend(q[:, rows], k[:, segment], v[:, segment], visible, options.scale)
+        out = attend(q[:, rows], k[:, segment], v[:, segment], visible, options)
         if gate is not None and state is not None:
             out = blend(out, *read(feature_map(memory_q[:, rows]), state), gate, options.empty_memory)
             if segment.stop - start == L:

@@ -61,6 +61,7 @@ class Options(NamedTuple):
     num_write: int
     empty_memory: str
     scale: float
+    softcap: float | None = None
 
 
 def empty_output(q: Tensor, v: Tensor) -> Tensor:

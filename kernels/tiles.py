@@ -118,6 +118,34 @@ def feature_map_grad(x, ELU: tl.constexpr):
 
 
 @triton.jit
+def capped(scores, softcap):
+    """softcap · tanh(scores) in powers of two, of scores over softcap; scores as they are where it is None."""
+    if softcap is not None:
+        shrunk = tl.exp2(tl.abs(scores) * (-2 * LOG2_E))
+        size = (1.0 - shrunk) / (1.0 + shrunk)
+        scores = tl.where(scores < 0, -size, size) * (softcap * LOG2_E)
+    return scores
+
+
+@triton.jit
+def capped_grad(dscores, scores, softcap):
+    """dscores · (1 − tanh²), of the scores that `capped` returned."""
+    if softcap is not None:
+        share = scores * (1.0 / (softcap * LOG2_E))
+        dscores = dscores * (1.0 - share * share)
+    return dscores
+
+
+@triton.jit
+def score_factor(scale, softcap):
+    """What products of queries and keys are multiplied by, before `capped`."""
+    factor = scale * LOG2_E
+    if softcap is not None:
+        factor = scale / softcap
+    return factor
+
+
+@triton.jit
 def reciprocal(weight):
     """1 / weight; 0 where there is none."""
     found = tl.abs(weight) >= TINY

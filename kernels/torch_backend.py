@@ -10,33 +10,58 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .sequences import gather_tokens, scatter_tokens, slots_of, window
 from .state import MemoryState, Options, SegmentOutput, empty_output
 from .torch_memory import blend_into, fold_segments, read_and_blend
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+def attend_capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, softcap: float
+) -> Tensor:
+    """`attend` with capped scores, which no fused attention of PyTorch's own has: a slot's scores are made."""
+    dtype, groups = torch.promote_types(q.dtype, torch.float32), k.shape[1]
+    q, k = q.to(dtype).unflatten(1, (groups, q.shape[1] // groups)), k.to(dtype).unsqueeze(2)
+    scores = softcap * (q @ k.mT * (scale / softcap)).tanh()
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask.unsqueeze(2)), float("-inf"))
+    return (scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v.unsqueeze(2)).flatten(
+        1, 2
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, options: Options) -> Tensor:
     """Local attention of slots: q [F, H, Lq, K], k [F, G, Lk, K], v [F, G, Lk, V]; the fused kernels want K = V."""
+    if options.softcap is not None:
+        capped = (q, k, v, mask, is_causal, options.scale, options.softcap)
+        if torch.is_grad_enabled():
+            # made again for the backward, rather than kept
+            return checkpoint(attend_capped, *capped, use_reentrant=False)
+        return attend_capped(*capped)
     key_width, value_width = q.shape[-1], v.shape[-1]
     if key_width < value_width:
         q, k = (F.pad(x, (0, value_width - key_width)) for x in (q, k))
     elif value_width < key_width:
         v = F.pad(v, (0, key_width - value_width))
     grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210  a bool also where compiled sizes are symbols
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=options.scale, enable_gqa=grouped
+    )
     return out[..., :value_width]
 
 
-def attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     """Queries at the last of the keys' positions. A backward keeps no mask: those before them are zeros instead."""
     asked, held = q.shape[2], k.shape[2]
     if asked == held:
-        return attend(q, k, v, None, True, scale)
+        return attend(q, k, v, None, True, options)
     if torch.is_grad_enabled():
-        return attend(F.pad(q, (0, 0, held - asked, 0)), k, v, None, True, scale)[:, :, held - asked :]
+        return attend(F.pad(q, (0, 0, held - asked, 0)), k, v, None, True, options)[:, :, held - asked :]
     mask = torch.ones(asked, held, dtype=torch.bool, device=q.device).tril(held - asked)
-    return attend(q, k, v, None if asked == 1 else mask, False, scale)
+    return attend(q, k, v, None if asked == 1 else mask, False, options)
 
 
 def blend(local: Tensor, memory_q: Tensor, state: MemoryState, gate: Tensor, options: Options) -> Tensor:
@@ -105,9 +130,9 @@ def attend_rows(
         if (segment, stop) != (0, each):
             keys, values = (to_slots(x, segment * L, last, held) for x in (k, v))
         if options.causal:
-            out = attend_causally(queries, keys, values, options.scale)
+            out = attend_causally(queries, keys, values, options)
         else:
-            out = attend(queries, keys, values, None, False, options.scale)
+            out = attend(queries, keys, values, None, False, options)
         if gate is not None and state is not None:
             seen = state if segment == each else MemoryState(*(x[:, segment:stop].flatten(0, 1) for x in before))
             asking = queries if memory_q is q else to_slots(memory_q[:, :, mine], 0, last - first, asked)
@@ -125,9 +150,9 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     read, write = q[:, :, : max(options.num_read - first, 0)], q[:, :, max(body - first, 0) :]
     tokens = q[:, :, read.shape[2] : q.shape[2] - write.shape[2]]
     blocks = (
-        attend(read, k[:, :, : options.num_read], v[:, :, : options.num_read], None, False, options.scale),
-        attend_causally(tokens, k[:, :, :body], v[:, :, :body], options.scale),
-        attend(write, k, v, None, False, options.scale),
+        attend(read, k[:, :, : options.num_read], v[:, :, : options.num_read], None, False, options),
+        attend_causally(tokens, k[:, :, :body], v[:, :, :body], options),
+        attend(write, k, v, None, False, options),
     )
     return torch.cat(blocks, dim=2)
 
@@ -163,9 +188,9 @@ def attend_sequences(
     if options.causal and few:
         i = first_query[:, None] + torch.arange(query_time, device=k.device)
         j = slots.begin[:, None] + torch.arange(width, device=k.device)
-        out = attend(queries, keys, values, (j[:, None] <= i[:, :, None]).unsqueeze(1) & held, False, options.scale)
+        out = attend(queries, keys, values, (j[:, None] <= i[:, :, None]).unsqueeze(1) & held, False, options)
     else:
-        out = attend(queries, keys, values, None if options.causal else held, options.causal, options.scale)
+        out = attend(queries, keys, values, None if options.causal else held, options.causal, options)
     if gate is not None and state is not None:
         owner = None if len(bounds) == batch else slots.sequence
         written = keys if memory_k is k else gather_tokens(memory_k, keys_at)
@@ -178,10 +203,10 @@ def attend_sequences(
     if query_time and options.num_read and options.causal:
         at = window(slots, slots.begin, options.num_read, query_time, offset)
         read_k, read_v = (x[:, :, : options.num_read] for x in (keys, values))
-        parts.append((attend(gather_tokens(q, at), read_k, read_v, None, False, options.scale), at))
+        parts.append((attend(gather_tokens(q, at), read_k, read_v, None, False, options), at))
     if query_time and options.num_write and options.causal:
         at = window(slots, slots.end - options.num_write, options.num_write, query_time, offset)
-        parts.append((attend(gather_tokens(q, at), keys, values, held, False, options.scale), at))
+        parts.append((attend(gather_tokens(q, at), keys, values, held, False, options), at))
     return SegmentOutput(scatter_tokens(parts, batch, query_time), state)
 
 
@@ -225,7 +250,7 @@ def segment_decode(
     # tokens beyond a row's length may be anything, NaN too
     k, v = k.masked_fill(~held.mT, 0), v.masked_fill(~held.mT, 0)
     seen = held & (position >= 0) & ((j <= position) if options.causal else True)
-    out = attend(q, k, v, seen | (position < 0), False, options.scale)
+    out = attend(q, k, v, seen | (position < 0), False, options)
     if gate is not None and state is not None:
         out = blend(out, memory_q, state, gate, options)
     return out.masked_fill(position < 0, 0)

@@ -33,10 +33,8 @@ def segment_attention(
     tensors = (q, k, v, asking, written, gate, memory, normalizer, bounds)
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if not differentiated and bounds is None and _is_tail(q, k, options):
-        always = options.empty_memory == "gated"
-        out = torch.ops.segattn.decode(
-            q, k, v, asking, gate, memory, normalizer, None, None, options.causal, always, options.scale
-        )
+        how = (options.causal, options.empty_memory == "gated", options.scale, options.softcap)
+        out = torch.ops.segattn.decode(q, k, v, asking, gate, memory, normalizer, None, None, *how)
         return SegmentOutput(out, state)
     settings = (
         options.segment_len,
@@ -46,6 +44,7 @@ def segment_attention(
         options.num_write,
         options.empty_memory == "gated",
         options.scale,
+        options.softcap,
     )
     if differentiated:
         out, m, z = Attend.apply(*distinct(*tensors), *settings)
@@ -87,4 +86,5 @@ def segment_decode(
         options.causal,
         options.empty_memory == "gated",
         options.scale,
+        options.softcap,
     )

@@ -19,7 +19,10 @@ from .state import Options
 
 LIBRARY = torch.library.Library("segattn", "FRAGMENT")
 _TOKENS = "Tensor q, Tensor k, Tensor v, Tensor? memory_q, Tensor? memory_k, Tensor? gate"
-_OPTIONS = "SymInt segment_len, bool delta, bool causal, SymInt num_read, SymInt num_write, bool always, float scale"
+_OPTIONS = (
+    "SymInt segment_len, bool delta, bool causal, SymInt num_read, SymInt num_write, bool always, "
+    "float scale, float? softcap"
+)
 
 
 class Kept(NamedTuple):
@@ -35,10 +38,17 @@ class Kept(NamedTuple):
 
 
 def _options(
-    segment_len: int, delta: bool, causal: bool, num_read: int, num_write: int, always: bool, scale: float
+    segment_len: int,
+    delta: bool,
+    causal: bool,
+    num_read: int,
+    num_write: int,
+    always: bool,
+    scale: float,
+    softcap: float | None,
 ) -> Options:
     update, empty_memory = "delta" if delta else "linear", "gated" if always else "local"
-    return Options(segment_len, update, causal, num_read, num_write, empty_memory, scale)
+    return Options(segment_len, update, causal, num_read, num_write, empty_memory, scale, softcap)
 
 
 def or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -83,10 +93,11 @@ def _attend(
     num_write: int,
     always: bool,
     scale: float,
+    softcap: float | None,
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """The output, the state after, and what is kept; memory_q, memory_k None: q and k."""
-    options = _options(segment_len, delta, causal, num_read, num_write, always, scale)
+    options = _options(segment_len, delta, causal, num_read, num_write, always, scale, softcap)
     layout = layout_of(bounds, q.shape[0], k.shape[2], segment_len)
     if gate is None or memory is None or normalizer is None:
         out, _, statistic = attend(q, k, v, q, None, None, None, layout, options, keep)
@@ -122,6 +133,7 @@ def _(
     num_write: int,
     always: bool,
     scale: float,
+    softcap: float | None,
     keep: bool,
 ) -> tuple[Tensor, ...]:
     batch, heads, query_time, key_width = q.shape
@@ -175,12 +187,13 @@ def _attend_backward(
     num_write: int,
     always: bool,
     scale: float,
+    softcap: float | None,
     dout: Tensor,
     dmemory: Tensor | None,
     dnormalizer: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, memory_q, memory_k, gate, memory and normalizer; local is the output without a memory."""
-    options = _options(segment_len, delta, causal, num_read, num_write, always, scale)
+    options = _options(segment_len, delta, causal, num_read, num_write, always, scale, softcap)
     groups, time = k.shape[1:3]
     layout = layout_of(bounds, q.shape[0], time, segment_len)
     dout = dense_rows(dout)
@@ -240,7 +253,7 @@ def _(
 
 LIBRARY.define(
     "decode(Tensor q, Tensor k, Tensor v, Tensor? memory_q, Tensor? gate, Tensor? memory, Tensor? normalizer, "
-    "Tensor? lengths, Tensor(a!)? counters, bool causal, bool always, float scale) -> Tensor"
+    "Tensor? lengths, Tensor(a!)? counters, bool causal, bool always, float scale, float? softcap) -> Tensor"
 )
 
 

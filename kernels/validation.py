@@ -133,6 +133,17 @@ def check_scale(scale: float | None, q: Tensor) -> float:
     return float(scale)
 
 
+def check_softcap(softcap: float | None) -> float | None:
+    """None, or a positive number."""
+    if softcap is None:
+        return None
+    if isinstance(softcap, bool) or not isinstance(softcap, Real):
+        raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
+    if not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    return float(softcap)
+
+
 def check_offsets(cu_seqlens: Tensor | None, spans: Tensor | None, q: Tensor) -> None:
     """At most one of cu_seqlens int [N + 1] with B = 1, spans int [B, 2]; `checked_bounds` reads their values."""
     if cu_seqlens is not None and spans is not None:

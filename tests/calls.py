@@ -36,6 +36,7 @@ class Call:
     num_read: int = 0
     num_write: int = 0
     scale: float | None = None
+    softcap: float | None = None
     seed: int = 0
 
     @property
@@ -85,6 +86,7 @@ def apply(call: Call, made: dict[str, Tensor], backend: str | None = None, **cha
         "num_read": call.num_read,
         "num_write": call.num_write,
         "scale": call.scale,
+        "softcap": call.softcap,
         "cu_seqlens": None
         if call.cu_seqlens is None
         else torch.tensor(call.cu_seqlens, dtype=torch.int32, device=device),
@@ -199,6 +201,9 @@ KINDS = {
     "bidirectional piece": Call(Tq=14, Tk=18, causal=False),
     "no queries": Call(Tq=0, Tk=18),
     "scale": Call(scale=0.3),
+    "softcap": Call(scale=1.0, softcap=1.5),
+    "softcap, decode": Call(scale=1.0, softcap=1.5, Tq=2, Tk=4),
+    "softcap, packed": Call(scale=1.0, softcap=1.5, B=1, cu_seqlens=(0, 5, 5, 6, 14, 23)),
     "packed": Call(B=1, cu_seqlens=(0, 5, 5, 6, 14, 23)),
     "packed, one sequence": Call(B=1, cu_seqlens=(0, 23)),
     "packed, linear": Call(B=1, cu_seqlens=(0, 12, 23), update="linear", with_state=False),
@@ -244,6 +249,7 @@ def random_calls(draw: st.DrawFn) -> Call:
         empty_memory=draw(st.sampled_from(["local", "gated"])),
         causal=draw(booleans),
         scale=draw(st.sampled_from([None, 0.05, 1.0, 3.0])),
+        softcap=draw(st.sampled_from([None, None, 2.0, 50.0])),
         seed=draw(integers(0, 2**31)),
     )
     kind = draw(st.sampled_from(["rows", "spans", "packed", "block mask"]))

@@ -31,6 +31,7 @@ def one_head(
     num_write: int = 0,
     empty_memory: str = "local",
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Array, Array, Array]:
     """One head of one sequence: q [Tq, K] are the last positions; returns out [Tq, V], M [K, V], z [K]."""
     time, width = k.shape
@@ -55,7 +56,8 @@ def one_head(
         weights, total = np.zeros(v.shape[1]), 0.0
         for j in range(segment * segment_len, min((segment + 1) * segment_len, time)):
             if j <= i or not causal or j < num_read or i >= time - num_write:
-                p = math.exp(scale * (q[i - first] @ k[j]))
+                score = scale * (q[i - first] @ k[j])
+                p = math.exp(score if softcap is None else softcap * math.tanh(score / softcap))
                 weights += p * v[j]
                 total += p
         local = weights / total

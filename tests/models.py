@@ -23,7 +23,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", _SIZES | {"sliding_window": None}),
     "qwen2": ("Qwen2Config", _SIZES),
     "qwen3": ("Qwen3Config", _SIZES | {"head_dim": 8}),
-    "gemma2": ("Gemma2Config", _SIZES | _FULL | {"head_dim": 8, "attn_logit_softcapping": None}),
+    "gemma2": ("Gemma2Config", _SIZES | _FULL | {"head_dim": 8, "attn_logit_softcapping": 2.0}),
     "gemma3_text": ("Gemma3TextConfig", _SIZES | _FULL | {"head_dim": 8}),
     "phi3": ("Phi3Config", _SIZES),
     "gpt_neox": ("GPTNeoXConfig", {n: v for n, v in _SIZES.items() if n != "num_key_value_heads"}),

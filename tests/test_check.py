@@ -189,6 +189,7 @@ def test_both_sizes_hold_calls_of_every_kind() -> None:
             "token_major": {True, False},
             "empty_memory": {"local", "gated"},
             "scale": {None, 1.0},
+            "softcap": {None, 5.0},
         }.items():
             assert {getattr(call, option) for call in calls.values()} == values
         for option in ("cu_seqlens", "spans", "num_read", "num_write", "asked", "remembered"):

@@ -44,6 +44,7 @@ def by_definition(call: Call, made: dict[str, Tensor]) -> dict[str, np.ndarray]:
                 num_write=call.num_write,
                 empty_memory=call.empty_memory,
                 scale=call.scale,
+                softcap=call.softcap,
             )
     return {"out": out, "memory": memory, "normalizer": normalizer} if call.gated else {"out": out}
 

@@ -142,6 +142,8 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         packed | {"num_read": 4, "segment_len": 9, "cu_seqlens": ints(0, 9, 12)},
     ),
     "scale": (ValueError, "scale must be positive and finite, got inf", {"scale": float("inf")}),
+    "softcap": (ValueError, "softcap must be positive and finite, or None, got 0", {"softcap": 0}),
+    "softcap type": (TypeError, "softcap must be a number or None, got str", {"softcap": "50"}),
     "no scale": (ValueError, "scale must be positive and finite, got 0", {"scale": 0}),
     "causal": (TypeError, "causal must be True or False, got 'no'", {"causal": "no"}),
     "sparse": (TypeError, "q must be a dense tensor, got torch.sparse_coo", {"q": x(B, H, T, K).to_sparse()}),
