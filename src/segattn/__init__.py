@@ -14,6 +14,7 @@ from .kernels.state import MemoryState, SegmentOutput
 if TYPE_CHECKING:
     from .infini.cache import InfiniCache
     from .infini.conversion import convert, revert
+    from .infini.saving import from_pretrained, load_gates, save_gates, save_pretrained
     from .infini.static_cache import StaticInfiniCache
 
 __version__ = "0.1.0"
@@ -23,7 +24,11 @@ _WITH_TRANSFORMERS = {
     "InfiniCache": "cache",
     "StaticInfiniCache": "static_cache",
     "convert": "conversion",
+    "from_pretrained": "saving",
+    "load_gates": "saving",
     "revert": "conversion",
+    "save_gates": "saving",
+    "save_pretrained": "saving",
 }
 
 __all__ = [
@@ -34,10 +39,14 @@ __all__ = [
     "SegmentOutput",
     "StaticInfiniCache",
     "convert",
+    "from_pretrained",
+    "load_gates",
     "memory_read",
     "memory_write",
     "parameter_groups",
     "revert",
+    "save_gates",
+    "save_pretrained",
     "segment_attention",
     "segment_decode",
     "show_config",
