@@ -48,11 +48,14 @@ OPT = COMMON | {"ffn_dim": 40, "word_embed_proj_dim": 24, "max_position_embeddin
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", COMMON),
     "llama tied": ("LlamaConfig", COMMON | {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", COMMON | {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", COMMON),
     "qwen3": ("Qwen3Config", COMMON | {"head_dim": 8}),
     "gemma2": (
         "Gemma2Config",
-        COMMON | {"head_dim": 8, "layer_types": ["full_attention"] * 3, "attn_logit_softcapping": None},
+        COMMON | {"head_dim": 8, "layer_types": ["full_attention"] * 3, "attn_logit_softcapping": 2.0},
     ),
+    "gemma3_text": ("Gemma3TextConfig", COMMON | {"head_dim": 8, "layer_types": ["full_attention"] * 3}),
     "phi3": ("Phi3Config", COMMON),
     "gpt_neox": ("GPTNeoXConfig", {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}),
     "gpt2": ("GPT2Config", GPT2 | {"attn_pdrop": 0.0}),
@@ -142,9 +145,6 @@ def heard() -> Any:
     yield handler
     logger.removeHandler(handler)
     logger.setLevel(level)
-
-
-# --- a whole model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -277,9 +277,6 @@ def test_conversion_is_announced_unless_quiet(tmp_path: Path, capsys: pytest.Cap
     assert "converted 3/3 attention layers of LlamaForCausalLM" in capsys.readouterr().err
 
 
-# --- a whole model that is not right
-
-
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model must be converted, got a LlamaForCausalLM that is not"):
         save_pretrained(plain(), tmp_path / "model")
@@ -385,9 +382,6 @@ def test_truncated_weights(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"model.safetensors must be a safetensors file, got a damaged"):
         from_pretrained(tmp_path)
-
-
-# --- gates alone
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -588,9 +582,6 @@ def test_sharded_gates(tmp_path: Path, ids: Tensor) -> None:
         load_gates(model, tmp_path / "gates")
 
 
-# --- PEFT
-
-
 def adapted(model: Any) -> Any:
     peft = pytest.importorskip("peft")
     torch.manual_seed(2)
@@ -671,9 +662,6 @@ def test_adapter_added_by_transformers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="without adapters"):
         save_pretrained(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
-
-
-# --- copies
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
