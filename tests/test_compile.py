@@ -67,7 +67,7 @@ def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, .
     Where A is kept, every segment is whole: A of an unfinished one is never read nor written, and NaN equals nothing.
     """
     ops = torch.ops.segattn
-    options = (4, True, True, 0, 0, False, 0.25)
+    options = (4, True, True, 0, 0, False, 0.25, None)
 
     def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -110,14 +110,14 @@ def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, .
         "attend backward packed": (ops.attend_backward, backward(arguments(True, packed=True))),
         "attend backward local": (ops.attend_backward, backward(arguments(False))),
         "attend backward token major": (ops.attend_backward, backward(major)),
-        "decode": (ops.decode, (q[:, :, :1], k, v, None, gate, *state, None, None, True, False, 0.25)),
+        "decode": (ops.decode, (q[:, :, :1], k, v, None, gate, *state, None, None, True, False, 0.25, None)),
         "decode into counters": (
             ops.decode,
-            (q[:, :, :1], k, v, memory_q[:, :, :1], gate, *state, lengths, counters, True, True, 0.25),
+            (q[:, :, :1], k, v, memory_q[:, :, :1], gate, *state, lengths, counters, True, True, 0.25, 1.5),
         ),
         "decode local half": (
             ops.decode,
-            (half[0][:, :, :2], *half[1:], None, None, None, None, lengths, None, False, False, 0.25),
+            (half[0][:, :, :2], *half[1:], None, None, None, None, lengths, None, False, False, 0.25, None),
         ),
         "read": (ops.read, (q, memory, normalizer, True)),
         "read mapped half": (ops.read, (half[0], memory, normalizer, False)),

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 from models import NAMES, make, open_gates, tokens  # noqa: E402
 
 import segattn  # noqa: E402
-from segattn.infini import interface  # noqa: E402
+from segattn.infini.huggingface import interface  # noqa: E402
 from segattn.kernels import reference  # noqa: E402
 from segattn.kernels.state import MemoryState, Options  # noqa: E402
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from segattn.infini.decoder import Decoder, DecoderConfig
-from segattn.infini.demo import DEPTHS, FIXED, DemoSettings, InterruptedRunError, Outputs, SettingError, build, run_demo
-from segattn.infini.evaluation import Cell, evaluate, state_bytes, stream
-from segattn.infini.passkey import MARKER, PasskeyTask, generate_text
-from segattn.infini.training import Recipe, Trainer, load_checkpoint, save_checkpoint, stretch
+from segattn.infini.demo.decoder import Decoder, DecoderConfig
+from segattn.infini.demo.evaluation import Cell, evaluate, state_bytes, stream
+from segattn.infini.demo.passkey import MARKER, PasskeyTask, generate_text
+from segattn.infini.demo.runs import DEPTHS, FIXED, DemoSettings, Outputs, build, run_demo
+from segattn.infini.demo.training import Recipe, Trainer, load_checkpoint, save_checkpoint, stretch
+from segattn.infini.running import InterruptedRunError, SettingError
 
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.commands")
@@ -28,7 +29,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from segattn.infini.plots import plot_recall  # noqa: E402
+from segattn.infini.demo.plots import plot_recall  # noqa: E402
 
 SMALL = DemoSettings(steps=6, segments=3, reach=2, samples=3)
 

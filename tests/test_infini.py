@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segattn import InfiniAttention, parameter_groups
-from segattn.infini.decoder import Decoder, DecoderConfig
+from segattn.infini.demo.decoder import Decoder, DecoderConfig
 from segattn.infini.rotary import rotate
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import support
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,3 +78,7 @@ def test_figures_of_the_demo_are_in_the_results() -> None:
     sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     assert "recall falls to 46 %" in TEXT
     assert [run["recall"]["2048"] for run in sweep["ablations"] if run["changed"] == {"stretched": 0.0}] == [0.46]
+
+
+def test_the_table_of_model_types_is_what_the_tests_say() -> None:
+    assert support.table() in TEXT

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from segattn.infini.conversion import convert, revert  # noqa: E402
-from segattn.infini.saving import from_pretrained, load_gates, save_gates, save_pretrained  # noqa: E402
-from segattn.infini.settings import conversion_of, is_converted  # noqa: E402
+from segattn.infini.huggingface.conversion import convert, revert  # noqa: E402
+from segattn.infini.huggingface.saving import from_pretrained, load_gates, save_gates, save_pretrained  # noqa: E402
+from segattn.infini.huggingface.settings import conversion_of, is_converted  # noqa: E402
 
 L = 7
 COMMON = {

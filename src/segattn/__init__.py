@@ -12,23 +12,27 @@ from .kernels.operation import segment_attention
 from .kernels.state import MemoryState, SegmentOutput
 
 if TYPE_CHECKING:
-    from .infini.cache import InfiniCache
-    from .infini.conversion import convert, revert
-    from .infini.saving import from_pretrained, load_gates, save_gates, save_pretrained
-    from .infini.static_cache import StaticInfiniCache
+    from .infini.huggingface.cache import InfiniCache
+    from .infini.huggingface.conversion import convert, revert
+    from .infini.huggingface.pieces import backward_in_pieces, loss_in_pieces, read_in_pieces
+    from .infini.huggingface.saving import from_pretrained, load_gates, save_gates, save_pretrained
+    from .infini.huggingface.static_cache import StaticInfiniCache
 
 __version__ = "0.1.0"
 
 # of Hugging Face models: imported when asked for, since they import transformers
 _WITH_TRANSFORMERS = {
-    "InfiniCache": "cache",
-    "StaticInfiniCache": "static_cache",
-    "convert": "conversion",
-    "from_pretrained": "saving",
-    "load_gates": "saving",
-    "revert": "conversion",
-    "save_gates": "saving",
-    "save_pretrained": "saving",
+    "InfiniCache": "huggingface.cache",
+    "StaticInfiniCache": "huggingface.static_cache",
+    "backward_in_pieces": "huggingface.pieces",
+    "convert": "huggingface.conversion",
+    "from_pretrained": "huggingface.saving",
+    "load_gates": "huggingface.saving",
+    "loss_in_pieces": "huggingface.pieces",
+    "read_in_pieces": "huggingface.pieces",
+    "revert": "huggingface.conversion",
+    "save_gates": "huggingface.saving",
+    "save_pretrained": "huggingface.saving",
 }
 
 __all__ = [
@@ -38,12 +42,15 @@ __all__ = [
     "MemoryState",
     "SegmentOutput",
     "StaticInfiniCache",
+    "backward_in_pieces",
     "convert",
     "from_pretrained",
     "load_gates",
+    "loss_in_pieces",
     "memory_read",
     "memory_write",
     "parameter_groups",
+    "read_in_pieces",
     "revert",
     "save_gates",
     "save_pretrained",

@@ -14,11 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from . import evaluate
+from .finetune import finetune
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .bench.check import CheckReport
-    from .infini.evaluation import Cell
+    from .infini.demo.evaluation import Cell
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +29,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Segment attention with a compressive memory, for PyTorch.",
 )
+
+
+app.add_typer(evaluate.app, name="evaluate")
+app.command()(finetune)
 
 
 @app.callback()
@@ -120,7 +127,8 @@ def demo(
 
     Two to three minutes on two cores. Ctrl-C leaves a checkpoint to go on from.
     """
-    from .infini.demo import DemoSettings, InterruptedRunError, Outputs, SettingError, run_demo, saved_settings
+    from .infini.demo.runs import DemoSettings, Outputs, run_demo, saved_settings
+    from .infini.running import InterruptedRunError, SettingError
 
     console = Console(soft_wrap=True, highlight=False)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..kernels import validation as check
-from ..kernels.backends import check_backend
+from ...kernels import validation as check
+from ...kernels.backends import check_backend
 
 # the entry in a model's configuration, and the name of attention there
 ENTRY = "segment_attention"

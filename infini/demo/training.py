@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.state import MemoryState
+from ...kernels.state import MemoryState
+from ..gate import parameter_groups
 from .decoder import Decoder, DecoderState
-from .gate import parameter_groups
 from .passkey import PasskeyTask
 
 

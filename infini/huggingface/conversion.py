@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from ..gate import Gate
+from ..rotary import unrotate
 from . import forward, interface
 from .cache import InfiniCache
 from .families import FAMILIES, Family
-from .gate import Gate
-from .rotary import unrotate
 from .settings import (
     ENTRY,
     GATE,

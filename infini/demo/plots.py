@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..heat_map import DPI, draw_grid, draw_numbers
 from .evaluation import Cell
-
-DPI = 160
-
-
-def _grid(axes: Axes, columns: int, rows: int) -> None:
-    """White lines between the cells, and no frame."""
-    axes.set_xticks([x - 0.5 for x in range(1, columns)], minor=True)
-    axes.set_yticks([y - 0.5 for y in range(1, rows)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.5)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
-
-
-def _numbers(axes: Axes, grid: Sequence[Sequence[float]], form: str, light: Callable[[float], bool]) -> None:
-    """Each cell's number in its place, white where the cell is dark."""
-    for row, values in enumerate(grid):
-        for column, value in enumerate(values):
-            color = "white" if light(value) else "black"
-            axes.text(column, row, format(value, form), ha="center", va="center", color=color)
 
 
 def plot_recall(path: Path, cells: Sequence[Cell], trained_length: int, title: str) -> None:
@@ -43,7 +24,7 @@ def plot_recall(path: Path, cells: Sequence[Cell], trained_length: int, title: s
     )
     axes = figure.add_subplot()
     picture = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-    _numbers(axes, [[100 * value for value in values] for values in grid], ".0f", light=lambda x: x < 15 or x > 85)
+    draw_numbers(axes, [[100 * value for value in values] for values in grid], ".0f", light=lambda x: x < 15 or x > 85)
     axes.set_xticks(range(len(lengths)), [f"{length:,}\n{length / trained_length:g}×" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     axes.set_xlabel("tokens of text, and multiples of the trained length")
@@ -61,7 +42,7 @@ def plot_recall(path: Path, cells: Sequence[Cell], trained_length: int, title: s
             ha="right",
             fontsize=7,
         )
-    _grid(axes, len(lengths), len(depths))
+    draw_grid(axes, len(lengths), len(depths))
     bar = figure.colorbar(picture, ax=axes, pad=0.02)
     bar.set_label("passkeys recalled whole, %")
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
@@ -74,13 +55,13 @@ def plot_gates(path: Path, gates: Tensor, title: str) -> None:
     figure = Figure(figsize=(2.4 + 0.8 * heads, 1.8 + 0.6 * layers), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     picture = axes.imshow(gates.cpu().numpy(), cmap="PuOr", vmin=0, vmax=1, aspect="auto")
-    _numbers(axes, gates.tolist(), ".2f", light=lambda x: abs(x - 0.5) > 0.25)
+    draw_numbers(axes, gates.tolist(), ".2f", light=lambda x: abs(x - 0.5) > 0.25)
     axes.set_xticks(range(heads), [str(head + 1) for head in range(heads)])
     axes.set_yticks(range(layers), [str(layer + 1) for layer in range(layers)])
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     axes.set_title(title)
-    _grid(axes, heads, layers)
+    draw_grid(axes, heads, layers)
     bar = figure.colorbar(picture, ax=axes, pad=0.04)
     bar.set_label("sigmoid(β)")
     bar.set_ticks([0, 0.5, 1], labels=["local", "0.5", "memory"])

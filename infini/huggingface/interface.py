@@ -12,13 +12,13 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..kernels.associative import memory_write
-from ..kernels.operation import segment_attention
-from ..kernels.state import MemoryState
+from ...kernels.associative import memory_write
+from ...kernels.operation import segment_attention
+from ...kernels.state import MemoryState
+from ..rotary import unrotate
 from .cache import LayerState
 from .families import FAMILIES
 from .forward import Call
-from .rotary import unrotate
 from .settings import ENTRY, GATE, IMPLEMENTATION
 from .static_cache import StaticInfiniCache
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from ..kernels.state import MemoryState
+from ...kernels.state import MemoryState
 from .rows import Rows
 from .settings import conversion_of, trunk_of
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..kernels.associative import memory_read, memory_write
-from ..kernels.decoding import segment_decode
-from ..kernels.state import MemoryState
+from ...kernels.associative import memory_read, memory_write
+from ...kernels.decoding import segment_decode
+from ...kernels.state import MemoryState
 from .cache import LayerState
 from .rows import Rows
 from .settings import GATE, Settings, attentions_of, conversion_of, trunk_of

@@ -6,20 +6,17 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryFile
-from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..kernels.validation import UPDATES
+from ...kernels.validation import UPDATES
+from ..running import InterruptedRunError, SettingError, deferred_interrupt
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
 from .passkey import PasskeyTask, generate_text
@@ -28,18 +25,6 @@ from .training import Recipe, Trainer, load_checkpoint, save_checkpoint
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CHECKPOINT_EVERY = 50
 GENERATED_WORDS = 60_000
-
-
-class SettingError(ValueError):
-    """A setting that cannot be: its name, what it must be, and what it was."""
-
-    def __init__(self, name: str, problem: str) -> None:
-        super().__init__(f"{name} {problem}")
-        self.name, self.problem = name, problem
-
-
-class InterruptedRunError(Exception):
-    """Training was stopped by Ctrl-C, and its checkpoint is written."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +270,7 @@ def _train(
         }
         save_checkpoint(Outputs.of(folder).checkpoint, content)
 
-    with _deferred_interrupt() as interrupted:
+    with deferred_interrupt() as interrupted:
         while trainer.step < settings.steps:
             trainer.advance()
             recent = trainer.accuracies[-20:]
@@ -294,27 +279,6 @@ def _train(
                 save()
             if interrupted:
                 raise InterruptedRunError
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[list[int]]:
-    """Ctrl-C appends to the list instead of breaking into a step; a second one breaks in all the same."""
-    caught: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    try:
-        previous = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # signals belong to the main thread
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _figures(

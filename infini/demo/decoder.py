@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import InfiniAttention, InfiniState
+from ..attention import InfiniAttention, InfiniState
 
 
 @dataclass(frozen=True)

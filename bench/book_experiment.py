@@ -1,0 +1,273 @@
+"""What a memory is worth on a book: perplexity by position of small models that differ only in their attention.
+
+Llama models of bytes, trained from scratch on the same windows, from the same weights. `full` attends to the whole row.
+The others are converted before their first step: `local` has its gates held at β = -30, which leaves the memory a share
+of 1e-13; `linear` and `delta` learn theirs. Each run is kept in the JSON as it ends, and is not run again:
+
+    python -m segattn.bench.book_experiment --text book.txt --out results
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ..infini.figures import versions, write_figures
+from ..infini.gate import Gate, parameter_groups
+from ..infini.huggingface.conversion import convert
+from .book_plot import plot_book
+
+VARIANTS = ("full", "local", "linear", "delta")
+BYTES = 256
+# of sigmoid(β) nothing is left in float32
+SHUT = -30.0
+EVALUATED_TOKENS = 16384
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Sizes and recipe, the same for every run.
+
+    row: bytes of a training row; `reach` times as many are read in the second evaluation.
+    held_out: share of the book, its end, that is evaluated on and never trained on.
+    warm_up, floor: steps of linear warm-up; the share of the rates that the cosine ends at.
+    """
+
+    segment_len: int = 16
+    row: int = 512
+    batch: int = 4
+    steps: int = 1800
+    seeds: int = 5
+    width: int = 64
+    layers: int = 2
+    heads: int = 2
+    hidden: int = 176
+    lr: float = 1e-2
+    gate_lr: float = 1e-2
+    weight_decay: float = 0.1
+    warm_up: int = 50
+    floor: float = 0.1
+    clip: float = 1.0
+    held_out: float = 0.1
+    reach: int = 4
+
+    def __post_init__(self) -> None:
+        if self.row % self.segment_len:
+            raise ValueError(f"row must be a multiple of segment_len, {self.segment_len}, got {self.row}")
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rates."""
+        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return min((step + 1) / self.warm_up, self.floor + (1 - self.floor) * cosine)
+
+
+def build(setup: Setup, variant: str, seed: int) -> LlamaForCausalLM:
+    """An untrained model; of one seed all variants have the same weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=BYTES,
+        hidden_size=setup.width,
+        intermediate_size=setup.hidden,
+        num_hidden_layers=setup.layers,
+        num_attention_heads=setup.heads,
+        max_position_embeddings=setup.row * setup.reach,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    if variant == "full":
+        return model
+    update = "delta" if variant == "local" else variant
+    convert(model, setup.segment_len, update, SHUT if variant == "local" else 0.0, quiet=True)
+    for gate in gates_of(model):
+        gate.bias.requires_grad_(variant != "local")
+    return model
+
+
+def gates_of(model: nn.Module) -> list[Gate]:
+    """By layer; none of a model that is not converted."""
+    return [module for module in model.modules() if isinstance(module, Gate)]
+
+
+def nats(model: nn.Module, rows: Tensor) -> Tensor:
+    """[B, T] of every byte but the first of rows [B, T + 1]."""
+    logits = model(rows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(len(rows), -1)
+
+
+def train(
+    model: nn.Module, text: Tensor, setup: Setup, seed: int, on_step: Callable[[float], None] = lambda loss: None
+) -> list[float]:
+    """All steps; the losses. The windows depend on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = parameter_groups(model, setup.lr, setup.gate_lr, setup.weight_decay)
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    rates = [group["lr"] for group in optimiser.param_groups]
+    offsets = torch.arange(setup.row + 1)
+    losses = []
+    model.train()
+    for step in range(setup.steps):
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = setup.rate(step) * rate
+        starts = torch.randint(len(text) - setup.row, (setup.batch, 1), generator=generator)
+        loss = nats(model, text[starts + offsets].long()).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), setup.clip)
+        optimiser.step()
+        losses.append(loss.item())
+        on_step(losses[-1])
+    return losses
+
+
+@torch.no_grad()
+def by_position(model: nn.Module, text: Tensor, row: int) -> Tensor:
+    """[row] mean nats of the bytes at each position of rows; two begin in the length of one."""
+    model.eval()
+    # no divisor of a row, so that no two positions have the same text
+    rows = text.long().unfold(0, row + 1, row // 2 + 1)
+    parts = rows.split(max(1, EVALUATED_TOKENS // row))
+    return sum(nats(model, part).double().sum(0) for part in parts) / len(rows)  # type: ignore[return-value]
+
+
+def run(setup: Setup, variant: str, seed: int, text: Tensor, on_step: Callable[[float], None]) -> Run:
+    """Train and evaluate one model."""
+    begin = time.perf_counter()
+    cut = round(len(text) * (1 - setup.held_out))
+    model = build(setup, variant, seed)
+    losses = train(model, text[:cut], setup, seed, on_step)
+    trained = time.perf_counter()
+    found = by_position(model, text[cut:], setup.row)
+    longer = by_position(model, text[cut:], setup.row * setup.reach)
+    in_segments = found.view(-1, setup.segment_len)
+    every = max(1, setup.steps // 20)
+    return {
+        "variant": variant,
+        "seed": seed,
+        "nats": rounded(found.mean()),
+        "by_segment": rounded(in_segments.mean(1)),
+        "by_place_in_segment": rounded(in_segments[1:].mean(0)),
+        "longer_by_position": rounded(longer.view(len(in_segments), -1).mean(1)),
+        "gates": [rounded(gate.bias.detach().sigmoid()) for gate in gates_of(model)],
+        "loss": [round(statistics.fmean(losses[i : i + every]), 4) for i in range(0, setup.steps, every)],
+        "seconds": {"train": round(trained - begin, 1), "evaluate": round(time.perf_counter() - trained, 1)},
+    }
+
+
+def rounded(x: Tensor) -> Any:
+    """For a JSON."""
+    values = x.tolist()
+    return [round(value, 5) for value in values] if isinstance(values, list) else round(values, 5)
+
+
+def summary(runs: Iterable[Run]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds, of the perplexity, and of the nats less those of `local`."""
+    found = {(run["variant"], run["seed"]): run["nats"] for run in runs}
+    table = {}
+    for variant in VARIANTS:
+        values = [value for (name, _), value in found.items() if name == variant]
+        less = [
+            value - found["local", seed]
+            for (name, seed), value in found.items()
+            if name == variant and ("local", seed) in found
+        ]
+        if values:
+            table[variant] = {
+                "seeds": len(values),
+                "perplexity": spread([math.exp(value) for value in values]),
+                "nats_less_local": spread(less),
+            }
+    return table
+
+
+def spread(values: Sequence[float]) -> list[float] | None:
+    """Mean and standard deviation."""
+    if not values:
+        return None
+    return [round(statistics.fmean(values), 5), round(statistics.stdev(values), 5) if len(values) > 1 else 0.0]
+
+
+def experiment(setup: Setup, path: Path, out: Path) -> dict[str, Any]:
+    """Every run that `out` does not hold yet.
+
+    Raises:
+        ValueError: the runs there are of another setup, or of another text.
+    """
+    content = path.read_bytes()
+    text = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    about = {"setup": asdict(setup), "text": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    out.mkdir(parents=True, exist_ok=True)
+    figures = earlier(out / "book.json", about)
+    done = {(run["variant"], run["seed"]) for run in figures["runs"]}
+    jobs = [(variant, seed) for seed in range(setup.seeds) for variant in VARIANTS if (variant, seed) not in done]
+    console = Console(soft_wrap=True, highlight=False)
+    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(jobs) * setup.steps)
+        for variant, seed in jobs:
+
+            def on_step(loss: float, name: str = f"{variant}, seed {seed}") -> None:
+                progress.update(task, advance=1, description=f"{name}: loss {loss:.3f}")
+
+            found = run(setup, variant, seed, text, on_step)
+            figures["runs"].append(found)
+            figures |= {"versions": versions(), "summary": summary(figures["runs"])}
+            write_figures(out / "book.json", figures)
+            perplexity, seconds = math.exp(found["nats"]), sum(found["seconds"].values())
+            console.print(f"{variant:6} seed {seed}: perplexity {perplexity:.3f} per byte, {seconds:.0f} s")
+            console.file.flush()
+    plot_book(out / "book.png", figures)
+    return figures
+
+
+def earlier(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The figures to go on with; there may be more seeds than before."""
+    if not path.is_file():
+        return about | {"runs": []}
+    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    figures["setup"]["seeds"] = about["setup"]["seeds"]
+    for name, value in about.items():
+        if figures[name] != value:
+            raise ValueError(f"{path} must be of this {name}, {value}, got {figures[name]}: choose another folder")
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 2 where the folder holds another experiment, 130 where it was interrupted."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--text", type=Path, required=True, help="a book, any encoding: it is read as bytes")
+    parser.add_argument("--out", type=Path, required=True, help="folder of book.json and book.png")
+    for field in fields(Setup):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    given = vars(parser.parse_args(arguments))
+    path, out = given.pop("text"), given.pop("out")
+    try:
+        experiment(Setup(**given), path, out)
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"book_experiment: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("book_experiment: stopped; the same command goes on after the last whole run\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""A model and its tokenizer by name, for the evaluations: converted, to be converted, or plain."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from ..huggingface.conversion import convert
+from ..huggingface.saving import from_pretrained, load_gates
+from ..huggingface.settings import ENTRY, conversion_of, is_converted
+from ..running import SettingError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BYTES = "bytes"
+FINGERPRINT_VALUES = 1024
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back; `prefix` is what a text begins with."""
+
+    prefix: list[int]
+
+    def encode(self, text: str) -> list[int]:
+        """Without special tokens."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; of any, also of such as are no whole characters."""
+
+
+class ByteTokenizer:
+    """Tokens are the bytes of a text in UTF-8."""
+
+    prefix: list[int] = []  # noqa: RUF012
+
+    def encode(self, text: str) -> list[int]:
+        """One token per byte."""
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Where they are no UTF-8, with replacement marks."""
+        return bytes(token if token < 256 else ord("?") for token in tokens).decode(errors="replace")
+
+
+class PretrainedTokenizer:
+    """A tokenizer of transformers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        begin = tokenizer.bos_token_id
+        # only those models begin with it whose tokenizer puts it there
+        self.prefix = [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
+
+    def encode(self, text: str) -> list[int]:
+        """Without special tokens, of any length."""
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """As it stands, no blanks removed."""
+        text: str = self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+        return text
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model, and how it is to be loaded.
+
+    Args:
+        model: folder or name on the hub.
+        tokenizer: folder or name, or "bytes"; None: the model's.
+        convert: give a plain model segments and a memory first.
+        segment_len, update: as in `convert`; None: its defaults, or those of the gates.
+        gates: file that `save_gates` wrote; converts a plain model as it says.
+        dtype: "auto", which is the checkpoint's, or a name of PyTorch.
+        device: default a GPU where one is.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    convert: bool = False
+    segment_len: int | None = None
+    update: str | None = None
+    gates: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("segment_len", "update"):
+            if getattr(self, name) is not None and not self.convert:
+                raise SettingError(name, f"must come with --convert, got {getattr(self, name)!r} without")
+        if self.dtype not in DTYPES:
+            raise SettingError("dtype", f"must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.gates is not None and not Path(self.gates).is_file():
+            raise SettingError("gates", f"must be a file of gates, got {self.gates!r}, which is none")
+        object.__setattr__(self, "device", self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            torch.ones(1, device=self.device).item()
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise SettingError(
+                "device", f"must be one that PyTorch can use here, such as 'cpu', got {self.device!r} ({reason})"
+            ) from None
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode, its tokenizer, and what its figures should say of it."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    about: dict[str, Any]
+
+
+def load(source: Source, *, with_tokenizer: bool = True) -> Loaded:
+    """The model of `source` on its device.
+
+    Args:
+        with_tokenizer: look for one; without, it is of bytes and must not be used.
+
+    Raises:
+        SettingError: naming the option, and what it must be.
+    """
+    # what is small first: it may be what is wrong
+    converted = _is_converted(source)
+    tokenizer = _tokenizer(source) if with_tokenizer else ByteTokenizer()
+    model = _model(source, converted).eval().to(source.device)
+    if with_tokenizer:
+        _check_vocabulary(source, tokenizer, model.get_input_embeddings().num_embeddings)
+    return Loaded(model, tokenizer, about(model))
+
+
+def about(model: nn.Module) -> dict[str, Any]:
+    """Kind, size, conversion and fingerprint of a model."""
+    config: Any = model.config
+    return {
+        "class": type(model).__name__,
+        "type": config.get_text_config(decoder=True).model_type,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "conversion": conversion_of(model).settings.as_entry() if is_converted(model) else None,
+        "fingerprint": fingerprint(model),
+    }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of the weights, from a thousand values or so of each parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().flatten()
+        some = values[:: max(1, len(values) // FINGERPRINT_VALUES)].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _is_converted(source: Source) -> bool:
+    """Whether the checkpoint is of a converted model."""
+    with _loading(source):
+        config = AutoConfig.from_pretrained(source.model).get_text_config(decoder=True)
+    converted = getattr(config, ENTRY, None) is not None
+    if converted and source.convert:
+        raise SettingError("convert", f"must be left out, since {source.model!r} is converted already")
+    return converted
+
+
+def _model(source: Source, converted: bool) -> Any:
+    dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
+    with _loading(source):
+        if converted:
+            model = from_pretrained(source.model, dtype=dtype, quiet=True)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source.model, dtype=dtype)
+    if source.gates is not None:
+        return _with_gates(model, source)
+    return _converted(model, source) if source.convert else model
+
+
+@contextmanager
+def _loading(source: Source) -> Iterator[None]:
+    """Errors as of the model, and transformers' bars only where somebody watches them."""
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise SettingError(
+            "model", f"must be a folder or name of a causal language model, got {source.model!r}: {_line(error)}"
+        ) from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _converted(model: Any, source: Source) -> Any:
+    given: dict[str, Any] = {"segment_len": source.segment_len, "update": source.update}
+    try:
+        return convert(model, **{name: value for name, value in given.items() if value is not None}, quiet=True)
+    except (TypeError, ValueError) as error:
+        name, _, problem = str(error).partition(" ")
+        if name in given:
+            raise SettingError(name, problem) from None
+        raise SettingError("convert", f"needs a model that can be: {error}") from None
+
+
+def _with_gates(model: Any, source: Source) -> Any:
+    try:
+        load_gates(model, str(source.gates), quiet=True)
+    except (OSError, TypeError, ValueError) as error:
+        raise SettingError("gates", f"must be a file of this model's gates: {error}") from None
+    settings = conversion_of(model).settings
+    for name in ("segment_len", "update"):
+        given, held = getattr(source, name), getattr(settings, name)
+        if given not in (None, held):
+            raise SettingError(name, f"must be that of the gates, {held!r}, or left out, got {given!r}")
+    return model
+
+
+def _tokenizer(source: Source) -> Tokenizer:
+    if source.tokenizer == BYTES:
+        return ByteTokenizer()
+    name = source.model if source.tokenizer is None else source.tokenizer
+    try:
+        return PretrainedTokenizer(AutoTokenizer.from_pretrained(name))
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise SettingError(
+            "tokenizer",
+            f"must lead to a tokenizer, got {name!r}: {_line(error)}; give its folder or name, or 'bytes' for a model "
+            "of bytes",
+        ) from None
+
+
+def _check_vocabulary(source: Source, tokenizer: Tokenizer, vocabulary: int) -> None:
+    """That the model has embeddings for what the tokenizer gives."""
+    if source.tokenizer == BYTES:
+        if vocabulary < 256:
+            raise SettingError("tokenizer", f"must not be 'bytes' for a model of {vocabulary} tokens, fewer than 256")
+        return
+    # some folders without a tokenizer give one that knows no words
+    tokens = tokenizer.encode("The pass key is 12345.")
+    if not tokens or max(tokens) >= vocabulary:
+        raise SettingError(
+            "tokenizer", f"must be of the model's {vocabulary} tokens, got {source.tokenizer!r}, which gives {tokens}"
+        )
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

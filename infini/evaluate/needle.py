@@ -1,0 +1,93 @@
+"""A needle in a haystack: one sentence hidden in running text, and asked for at its end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+from .loading import Tokenizer
+from .retrieval import Prompt, check_prompt, place, random_integer, split_answer
+
+NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
+QUESTION = "What is the best thing to do in San Francisco? The best thing to do in San Francisco is"
+ANSWER = "eat a sandwich and sit in Dolores Park on a sunny day"
+SCORES = ("substring", "tokens")
+
+
+class NeedleText:
+    """Prompts over one running text, which is read round and round from a random place.
+
+    Args:
+        tokenizer: of the model.
+        text: the haystack.
+        needle: the sentence that is hidden, in a paragraph of its own.
+        question: what the prompt ends with, as it may be continued by the answer.
+        answer: what is looked for.
+        score: "substring": the answer stands anywhere in what a model says, whatever the case and the blanks; "tokens":
+            its tokens come first.
+        extra: tokens decoded beyond the answer's, for "substring".
+
+    Raises:
+        ValueError: an empty text, needle, question or answer, or an unknown score.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        text: str,
+        *,
+        needle: str = NEEDLE,
+        question: str = QUESTION,
+        answer: str = ANSWER,
+        score: str = "substring",
+        extra: int = 16,
+    ) -> None:
+        given = {"text": text, "needle": needle, "question": question, "answer": answer}
+        for name, value in given.items():
+            if not value.strip():
+                raise ValueError(f"{name} must not be empty, got {value!r}")
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r}")
+        if extra < 0:
+            raise ValueError(f"extra must be at least 0, got {extra}")
+        self.tokenizer, self.answer, self.score = tokenizer, answer, score
+        self.extra = extra if score == "substring" else 0
+        self.haystack = tokenizer.encode(text)
+        self._hidden = tokenizer.encode(f"\n\n{needle}\n\n")
+        asked = f"\n\n{question}"
+        self._question, self._answer = split_answer(
+            tokenizer.encode(f"{asked} {answer}"),
+            tokenizer.encode(asked),
+            lambda token: not tokenizer.decode([token]).isspace(),
+        )
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of a prompt without running text."""
+        return len(self.tokenizer.prefix) + len(self._hidden) + len(self._question)
+
+    def prompt(self, length: int, depth: float, generator: torch.Generator) -> Prompt:
+        """Of exactly `length` tokens.
+
+        Raises:
+            ValueError: too short a length, or a depth outside 0 to 1.
+        """
+        check_prompt(length, depth, self.shortest)
+        room = length - self.shortest
+        begin = random_integer(0, len(self.haystack), generator)
+        rounds = -(-(begin + room) // len(self.haystack))
+        filler = (self.haystack * rounds)[begin : begin + room]
+        tokens, start = place(self.tokenizer.prefix, filler, self._hidden, self._question, depth)
+        return Prompt(tokens, self._answer, start)
+
+    def right(self, prompt: Prompt, said: Sequence[int]) -> bool:
+        """Whether the answer was given, by the score that was asked for."""
+        if self.score == "tokens":
+            return list(said[: len(prompt.answer)]) == prompt.answer
+        return _plain(self.answer) in _plain(self.tokenizer.decode(said))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip().casefold()

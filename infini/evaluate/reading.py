@@ -1,0 +1,155 @@
+"""Read a text of any length through a causal language model: piece after piece, with one cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..huggingface.settings import conversion_of, is_converted
+
+# of a piece, where the caller asks for nothing else; and rows of logits that are widened to float32 at once
+PIECE_TOKENS = 4096
+LOSS_ROWS = 512
+
+
+class Reading(NamedTuple):
+    """What a text leaves.
+
+    logits: [B, vocabulary], after its last token.
+    cache: as the model returned it.
+    """
+
+    logits: Tensor
+    cache: Any
+
+
+class Losses(NamedTuple):
+    """nats: [B, T - 1] float32 on the CPU, of every token but the first; cache: after the last but one."""
+
+    nats: Tensor
+    cache: Any
+
+
+def segment_len_of(model: nn.Module) -> int | None:
+    """Tokens per segment; None where the model is not converted."""
+    return conversion_of(model).settings.segment_len if is_converted(model) else None
+
+
+def piece_len(model: nn.Module, piece: int | None = None) -> int:
+    """Tokens read at once: `piece`, or about 4096 in whole segments.
+
+    Raises:
+        ValueError: `piece` is less than 1, or not a whole number of the model's segments.
+    """
+    segment = segment_len_of(model) or 1
+    if piece is None:
+        return max(1, PIECE_TOKENS // segment) * segment
+    if piece < 1 or piece % segment:
+        multiple = "at least 1" if segment == 1 else f"a positive multiple of the model's segments of {segment} tokens"
+        raise ValueError(f"piece must be {multiple}, got {piece}")
+    return piece
+
+
+def longest_text(model: nn.Module) -> int | None:
+    """Tokens that a model has positions for; None where their number has no bound, as after `convert`."""
+    if is_converted(model):
+        return None
+    config: Any = model.config
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def cache_bytes(cache: Any) -> int:
+    """What the tensors of a cache take, ours or one that grows."""
+    own = getattr(cache, "num_bytes", None)
+    if own is not None:
+        return int(own)
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+
+
+@torch.no_grad()
+def read(
+    model: nn.Module, tokens: Tensor, *, piece: int | None = None, on_tokens: Callable[[int], None] = lambda count: None
+) -> Reading:
+    """Read tokens [B, T] from the beginning. Logits are made of a piece's last token alone where the model can.
+
+    Args:
+        model: a causal language model that keeps a cache, converted or not; in evaluation mode.
+        piece: tokens read at once, whole segments; default about 4096.
+        on_tokens: called with the tokens of each piece when it has been read.
+
+    Raises:
+        ValueError: `piece` is not whole segments, the text is empty, or the model keeps no cache.
+    """
+    _check_text(tokens, 1)
+    device, keep, cache = _device(model), _last_only(model), None
+    for part in tokens.split(piece_len(model, piece), dim=1):
+        output = _advance(model, part.to(device), cache, keep)
+        cache = output.past_key_values
+        on_tokens(part.numel())
+    return Reading(output.logits[:, -1], cache)
+
+
+@torch.no_grad()
+def decode(model: nn.Module, reading: Reading, steps: int) -> Tensor:
+    """The `steps` likeliest tokens, one after the other, int64 [B, steps] on the CPU. The cache goes on with them."""
+    logits, cache = reading
+    keep = _last_only(model)
+    tokens = [logits.argmax(dim=-1, keepdim=True)]
+    for _ in range(steps - 1):
+        output = _advance(model, tokens[-1], cache, keep)
+        cache = output.past_key_values
+        tokens.append(output.logits[:, -1].argmax(dim=-1, keepdim=True))
+    return torch.cat(tokens, dim=1).cpu()
+
+
+@torch.no_grad()
+def losses(
+    model: nn.Module, tokens: Tensor, *, piece: int | None = None, on_tokens: Callable[[int], None] = lambda count: None
+) -> Losses:
+    """−log p of every token of [B, T] after those before it. Only one piece's logits exist at a time.
+
+    Arguments and errors as of `read`.
+    """
+    _check_text(tokens, 2)
+    device, cache, nats = _device(model), None, []
+    size = piece_len(model, piece)
+    # the last token is asked for, but never read
+    for part, targets in zip(tokens[:, :-1].split(size, dim=1), tokens[:, 1:].split(size, dim=1), strict=True):
+        output = _advance(model, part.to(device), cache, {})
+        cache = output.past_key_values
+        nats.append(_cross_entropy(output.logits, targets.to(device)).cpu())
+        on_tokens(part.numel())
+    return Losses(torch.cat(nats, dim=1), cache)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """float32 [B, T] of logits [B, T, vocabulary]."""
+    rows = zip(logits.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS), strict=True)
+    return torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in rows]).view(targets.shape)
+
+
+def _advance(model: nn.Module, part: Tensor, cache: Any, keep: dict[str, int]) -> Any:
+    output = model(part, past_key_values=cache, use_cache=True, **keep)
+    if getattr(output, "past_key_values", None) is None:
+        raise ValueError(f"model must return past_key_values, to go on from; {type(model).__name__} does not")
+    return output
+
+
+def _last_only(model: nn.Module) -> dict[str, int]:
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if takes else {}
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _check_text(tokens: Tensor, least: int) -> None:
+    if tokens.ndim != 2 or tokens.shape[1] < least:
+        raise ValueError(f"tokens must be [B, T] with T at least {least}, got {list(tokens.shape)}")

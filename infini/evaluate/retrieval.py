@@ -1,0 +1,198 @@
+"""What was hidden in a long text, asked for at its end: cells of length and depth, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .reading import cache_bytes, decode, longest_text, read
+
+DEPTHS = {"start": 0.0, "middle": 0.5, "end": 1.0}
+LENGTHS = (32_768, 131_072, 1_048_576)
+
+
+class Prompt(NamedTuple):
+    """A text and what should follow it, as tokens; `start` is where the hidden statement begins."""
+
+    tokens: list[int]
+    answer: list[int]
+    start: int
+
+
+class RetrievalTask(Protocol):
+    """Makes prompts, and judges what a model says to them.
+
+    extra: tokens that are decoded beyond the answer's.
+    """
+
+    extra: int
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of a prompt without filler, at most."""
+
+    def prompt(self, length: int, depth: float, generator: torch.Generator) -> Prompt:
+        """Of exactly `length` tokens; the statement stands at `depth` of the filler, 0 its beginning, 1 its end."""
+
+    def right(self, prompt: Prompt, said: Sequence[int]) -> bool:
+        """Whether the answer is in the tokens that a model gave."""
+
+
+class RetrievalCell(NamedTuple):
+    """Of one length and depth.
+
+    exact: share of prompts that were answered right.
+    tokens: share of the answers' tokens that were decoded in their place.
+    cache_bytes: of one prompt, when it was read.
+    """
+
+    length: int
+    depth: float
+    samples: int
+    exact: float
+    tokens: float
+    cache_bytes: int
+    seconds: float
+
+
+def measure(
+    model: nn.Module,
+    task: RetrievalTask,
+    length: int,
+    depth: float,
+    *,
+    samples: int,
+    seed: int = 0,
+    batch: int = 1,
+    piece: int | None = None,
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> RetrievalCell:
+    """One cell, by greedy decoding. Its prompts depend on seed, length and depth alone.
+
+    Raises:
+        ValueError: the model has not so many positions, or `piece` is not whole segments.
+    """
+    begin = time.perf_counter()
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + length) * 1009 + round(1000 * depth))
+    right, hits, held = 0, 0.0, 0
+    for first in range(0, samples, batch):
+        group = [task.prompt(length, depth, generator) for _ in range(min(batch, samples - first))]
+        steps = max(len(prompt.answer) for prompt in group) + task.extra
+        check_positions(model, length + steps)
+        reading = read(model, torch.tensor([prompt.tokens for prompt in group]), piece=piece, on_tokens=on_tokens)
+        held = max(held, cache_bytes(reading.cache) // len(group))
+        said = decode(model, reading, steps)
+        for prompt, tokens in zip(group, said.tolist(), strict=True):
+            right += task.right(prompt, tokens)
+            hits += _share(prompt.answer, tokens)
+    seconds = round(time.perf_counter() - begin, 3)
+    return RetrievalCell(length, depth, samples, right / samples, hits / samples, held, seconds)
+
+
+def measure_grid(
+    model: nn.Module,
+    task: RetrievalTask,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    *,
+    done: Iterable[RetrievalCell] = (),
+    on_cell: Callable[[RetrievalCell, list[RetrievalCell]], None] = lambda cell, cells: None,
+    samples: int,
+    seed: int = 0,
+    batch: int = 1,
+    piece: int | None = None,
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> list[RetrievalCell]:
+    """Every cell of the grid, in order, but for those that are done.
+
+    Args:
+        done: cells measured earlier, which are kept, those outside the grid too.
+        on_cell: called with each new cell, and all there are with it.
+
+    Raises:
+        ValueError: as of `measure`.
+    """
+    cells = {(cell.length, cell.depth): cell for cell in done}
+    for length in lengths:
+        for depth in depths:
+            if (length, depth) not in cells:
+                cells[length, depth] = measure(
+                    model,
+                    task,
+                    length,
+                    depth,
+                    samples=samples,
+                    seed=seed,
+                    batch=batch,
+                    piece=piece,
+                    on_tokens=on_tokens,
+                )
+                on_cell(cells[length, depth], in_order(cells.values()))
+    return in_order(cells.values())
+
+
+def in_order(cells: Iterable[RetrievalCell]) -> list[RetrievalCell]:
+    """By length, then by depth."""
+    return sorted(cells, key=lambda cell: (cell.length, cell.depth))
+
+
+def check_positions(model: nn.Module, length: int) -> None:
+    """That a model has positions for so many tokens.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    limit = longest_text(model)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"length must be at most the {limit} positions of a model that is not converted, answer included, got "
+            f"{length}: convert it, or read shorter texts"
+        )
+
+
+def place(
+    before: list[int], filler: list[int], hidden: list[int], after: list[int], depth: float
+) -> tuple[list[int], int]:
+    """The parts in one text, and where `hidden` begins: at `depth` of the filler."""
+    cut = round(depth * len(filler))
+    return [*before, *filler[:cut], *hidden, *filler[cut:], *after], len(before) + cut
+
+
+def split_answer(
+    whole: list[int], question: list[int], is_answer: Callable[[int], bool]
+) -> tuple[list[int], list[int]]:
+    """The tokens of a question with its answer, cut where the question's own end, and the answer's first one begins.
+
+    A tokenizer may join a question's last and an answer's first letters, or put a blank between them.
+    """
+    pairs = zip(whole, question, strict=False)
+    cut = next((i for i, (token, other) in enumerate(pairs) if token != other), min(len(whole), len(question)))
+    while cut < len(whole) - 1 and not is_answer(whole[cut]):
+        cut += 1
+    return whole[:cut], whole[cut:]
+
+
+def check_prompt(length: int, depth: float, shortest: int) -> None:
+    """That there can be such a prompt.
+
+    Raises:
+        ValueError: naming length or depth.
+    """
+    if not 0 <= depth <= 1:
+        raise ValueError(f"depth must be between 0 and 1, got {depth}")
+    if length < shortest:
+        raise ValueError(f"length must be at least {shortest}, for what is hidden and asked, got {length}")
+
+
+def random_integer(low: int, high: int, generator: torch.Generator) -> int:
+    """Evenly from [low, high)."""
+    drawn: Tensor = torch.randint(low, high, (1,), generator=generator)
+    return int(drawn)
+
+
+def _share(answer: list[int], said: Sequence[int]) -> float:
+    return sum(a == b for a, b in zip(answer, said, strict=False)) / len(answer)

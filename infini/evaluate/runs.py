@@ -1,0 +1,310 @@
+"""The evaluations as they are run: options checked, cells gone through, JSON and picture written, and gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from ..figures import earlier, prepare, read_text, versions, write_figures
+from ..running import SettingError
+from . import perplexity as ppl
+from .loading import Loaded, Source, load
+from .needle import ANSWER, NEEDLE, QUESTION, NeedleText
+from .passkey import PasskeyText
+from .reading import piece_len
+from .retrieval import RetrievalCell, RetrievalTask, check_positions, check_prompt, measure_grid
+
+# may change between a run and its continuation: the weights, their dtype, the conversion, and the text are compared
+FREE = ("model", "convert", "segment_len", "update", "gates", "dtype", "device", "text", "batch", "piece")
+
+
+class Listener(Protocol):
+    """Is told how far a run has come."""
+
+    def begin(self, tokens: int) -> None:
+        """So many are to be read."""
+
+    def read(self, tokens: int) -> None:
+        """So many more have been."""
+
+    def finished(self, what: str) -> None:
+        """A cell or document, in words."""
+
+
+class Outputs(NamedTuple):
+    """Where an evaluation's files are."""
+
+    figures: Path
+    picture: Path
+
+    @classmethod
+    def of(cls, folder: Path, command: str) -> Outputs:
+        """Named after the command, so that one folder holds them all."""
+        return cls(folder / f"{command}.json", folder / f"{command}.png")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Lengths and depths of a retrieval, and how it is measured.
+
+    Args:
+        lengths: tokens of a prompt, without the answer.
+        depths: 0 the beginning, 1 the end.
+        samples: prompts per cell.
+        batch: prompts read at once.
+        piece: tokens read at once of each, whole segments; None: about 4096.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    samples: int = 10
+    seed: int = 0
+    batch: int = 1
+    piece: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least({"samples": self.samples, "batch": self.batch, "seed": self.seed}, {"seed": 0})
+        if self.seed >= 2**32:
+            raise SettingError("seed", f"must be below 2**32, got {self.seed}")
+        if not self.lengths or not self.depths:
+            raise SettingError("depths" if self.lengths else "lengths", "must name at least one, got none")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """What is hidden where: arguments of `NeedleText`, the text by its file."""
+
+    text: str
+    needle: str = NEEDLE
+    question: str = QUESTION
+    answer: str = ANSWER
+    score: str = "substring"
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Perplexity by position.
+
+    Args:
+        text: file of running text.
+        length: tokens of a document; None: the text is one.
+        limit: tokens of the text that are read; None: all.
+        buckets: of positions in a document, about so many.
+        batch: documents read at once.
+        piece: tokens read at once of each, whole segments; None: about 4096.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    text: str
+    length: int | None = None
+    limit: int | None = None
+    buckets: int = 16
+    batch: int = 1
+    piece: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {"length": self.length, "limit": self.limit, "buckets": self.buckets, "batch": self.batch}
+        _at_least(given, {"length": 2, "limit": 2})
+
+
+def run_passkey(
+    source: Source, grid: Grid, folder: Path, listener: Listener, *, resume: bool = False
+) -> dict[str, Any]:
+    """Passkeys by length and depth; writes passkey.json after every cell, and passkey.png.
+
+    Args:
+        resume: keep the cells that the folder has, and measure the others.
+
+    Returns:
+        Every figure of the run, as in the JSON file.
+
+    Raises:
+        SettingError: naming an option that cannot be, or, with `resume`, is not the earlier run's.
+    """
+    path = Outputs.of(folder, "passkey")
+    prepare(path.figures, resume)
+    loaded = load(source)
+    settings = asdict(source) | asdict(grid)
+    return _retrieve(PasskeyText(loaded.tokenizer), loaded, grid, settings, path, listener, resume)
+
+
+def run_needle(
+    source: Source, grid: Grid, needle: Needle, folder: Path, listener: Listener, *, resume: bool = False
+) -> dict[str, Any]:
+    """A needle in running text by length and depth; needle.json and needle.png. Otherwise as `run_passkey`."""
+    path = Outputs.of(folder, "needle")
+    text = read_text(needle.text)
+    prepare(path.figures, resume)
+    loaded = load(source)
+    options = asdict(needle) | {"text": text}
+    with _named(**{name: name for name in options}):
+        task = NeedleText(loaded.tokenizer, **options)
+    settings = asdict(source) | asdict(grid) | asdict(needle) | {"text_sha256": _sha256(text)}
+    return _retrieve(task, loaded, grid, settings, path, listener, resume)
+
+
+def run_perplexity(
+    source: Source, positions: Positions, folder: Path, listener: Listener, *, resume: bool = False
+) -> dict[str, Any]:
+    """Perplexity by position; perplexity.json, written after every document, and .png. Otherwise as `run_passkey`."""
+    path = Outputs.of(folder, "perplexity")
+    text = read_text(positions.text)
+    prepare(path.figures, resume)
+    model, tokenizer, about = load(source)
+    with _named(text="text", length="length", piece="piece"):
+        documents = ppl.documents_of(tokenizer.encode(text)[: positions.limit], tokenizer.prefix, positions.length)
+        check_positions(model, max(map(len, documents)))
+        piece_len(model, positions.piece)
+    widths = ppl.widths(model, max(map(len, documents)), positions.buckets)
+    settings = asdict(source) | asdict(positions) | {"text_sha256": _sha256(text)}
+    before = earlier(path.figures, resume, settings, about, FREE)
+    done = [ppl.Document(**document) for document in before.get("documents", ())]
+    figures = _figures("perplexity", settings, about)
+
+    def keep(measured: list[ppl.Document]) -> None:
+        figures.update(_by_position(measured, widths, len(documents)))
+        write_figures(path.figures, figures)
+        listener.finished(f"document {measured[-1].number + 1}: perplexity {ppl.whole(measured).perplexity:.4g} so far")
+
+    there = {document.number for document in done}
+    listener.begin(sum(len(document) - 1 for number, document in enumerate(documents) if number not in there))
+    reading: dict[str, Any] = {"batch": positions.batch, "piece": positions.piece, "on_tokens": listener.read}
+    try:
+        measured = ppl.measure_documents(model, documents, widths, done=done, on_documents=keep, **reading)
+        figures.update(_by_position(measured, widths, len(documents)))
+        write_figures(path.figures, figures)
+    finally:
+        if "mean" in figures:
+            _draw_perplexity(path.picture, figures)
+    return figures
+
+
+def run_gates(source: Source, folder: Path) -> dict[str, Any]:
+    """The gates of a converted model; writes gates.json and gates.png, over earlier ones.
+
+    Raises:
+        SettingError: the model is not converted, or an option cannot be.
+    """
+    from .gate_map import gate_map, plot_gate_map
+
+    path = Outputs.of(folder, "gates")
+    prepare(path.figures, resume=True)
+    model, _, about = load(source, with_tokenizer=False)
+    if about["conversion"] is None:
+        raise SettingError("model", f"must be a converted model, got {source.model!r}, which is plain and has no gates")
+    gates = gate_map(model)
+    figures = _figures("gates", asdict(source), about) | {"layers": gates.rows()}
+    write_figures(path.figures, figures)
+    plot_gate_map(path.picture, gates, "Share of memory per head")
+    return figures
+
+
+def _retrieve(
+    task: RetrievalTask,
+    loaded: Loaded,
+    grid: Grid,
+    settings: dict[str, Any],
+    path: Outputs,
+    listener: Listener,
+    resume: bool,
+) -> dict[str, Any]:
+    model, _, about = loaded
+    names = {"length": "lengths", "depth": "depths", "piece": "piece", "model": "model"}
+    # before hours are spent on the first ones
+    with _named(**names):
+        for depth in grid.depths:
+            check_prompt(min(grid.lengths), depth, task.shortest)
+        check_positions(model, max(grid.lengths) + task.extra)
+        piece_len(model, grid.piece)
+    before = earlier(path.figures, resume, settings, about, (*FREE, "lengths", "depths"))
+    done = [RetrievalCell(**cell) for cell in before.get("cells", ())]
+    figures = _figures(path.figures.stem, settings, about) | {"cells": before.get("cells", [])}
+
+    def keep(cell: RetrievalCell, cells: list[RetrievalCell]) -> None:
+        figures["cells"] = [cell._asdict() for cell in cells]
+        write_figures(path.figures, figures)
+        listener.finished(f"{cell.length} tokens, depth {100 * cell.depth:g} %: {100 * cell.exact:.1f} % right")
+
+    there = {(cell.length, cell.depth) for cell in done}
+    left = [length for length in grid.lengths for depth in grid.depths if (length, depth) not in there]
+    listener.begin(sum(left) * grid.samples)
+    options: dict[str, Any] = {"samples": grid.samples, "seed": grid.seed, "batch": grid.batch, "piece": grid.piece}
+    try:
+        with _named(**names):
+            measure_grid(
+                model, task, grid.lengths, grid.depths, done=done, on_cell=keep, on_tokens=listener.read, **options
+            )
+    finally:
+        if figures["cells"]:
+            write_figures(path.figures, figures)
+            _draw_cells(path.picture, figures)
+    return figures
+
+
+def _figures(command: str, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    # tuples are lists in JSON
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return {"command": command, "settings": plain, "model": about, "versions": versions()}
+
+
+def _by_position(measured: list[ppl.Document], widths: ppl.Widths, documents: int) -> dict[str, Any]:
+    return {
+        "complete": len(measured) == documents,
+        "mean": ppl.whole(measured)._asdict(),
+        "by_position": [bucket._asdict() for bucket in ppl.by_position(measured, widths)],
+        "by_segment_position": [bucket._asdict() for bucket in ppl.by_segment_position(measured, widths)],
+        "cache_bytes": max(document.cache_bytes for document in measured),
+        "seconds": round(sum(document.seconds for document in measured), 3),
+        "documents": [document._asdict() for document in measured],
+    }
+
+
+def _draw_cells(path: Path, figures: dict[str, Any]) -> None:
+    # matplotlib takes a second to import, and only this needs it
+    from .plots import plot_retrieval
+
+    cells = [RetrievalCell(**cell) for cell in figures["cells"]]
+    plot_retrieval(path, cells, {"passkey": "Passkey retrieval", "needle": "Needle in a haystack"}[figures["command"]])
+
+
+def _draw_perplexity(path: Path, figures: dict[str, Any]) -> None:
+    from .plots import plot_perplexity
+
+    document, segment = (
+        [ppl.Bucket(**bucket) for bucket in figures[name]] for name in ("by_position", "by_segment_position")
+    )
+    plot_perplexity(path, document, segment, figures["mean"]["perplexity"], "Perplexity by position")
+
+
+@contextmanager
+def _named(**options: str) -> Iterator[None]:
+    """What is wrong with an argument of these names is wrong with the option."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except ValueError as error:
+        name, _, problem = str(error).partition(" ")
+        if name not in options:
+            raise
+        raise SettingError(options[name], problem) from None
+
+
+def _at_least(given: dict[str, int | None], least: dict[str, int]) -> None:
+    for name, value in given.items():
+        low = least.get(name, 1)
+        if value is not None and value < low:
+            raise SettingError(name, f"must be at least {low}, got {value}")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

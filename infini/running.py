@@ -1,0 +1,41 @@
+"""What commands that run long share: errors that name a setting, and Ctrl-C between two steps."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class SettingError(ValueError):
+    """A setting that cannot be: its name, what it must be, and what it was."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name} {problem}")
+        self.name, self.problem = name, problem
+
+
+class InterruptedRunError(Exception):
+    """Training was stopped by Ctrl-C, and its checkpoint is written."""
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[list[int]]:
+    """Ctrl-C appends to the list instead of breaking into a step; a second one breaks in all the same."""
+    caught: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        previous = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # signals belong to the main thread
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, previous)
