@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result  # noqa: E402
 import segattn  # noqa: E402
 from segattn import evaluate  # noqa: E402
 from segattn.infini.demo.passkey import generate_text  # noqa: E402
-from segattn.infini.demo.runs import SettingError  # noqa: E402
+from segattn.infini.running import SettingError  # noqa: E402
 from segattn.infini.evaluate import retrieval  # noqa: E402
 from segattn.infini.evaluate.gate_map import GateMap, gate_map, plot_gate_map  # noqa: E402
 from segattn.infini.evaluate.harness import harness_class  # noqa: E402

@@ -312,7 +312,7 @@ def launched(call: Call, dtype: torch.dtype = torch.float16) -> list[Launch]:
     bounds = None if call.cu_seqlens is None else torch.empty(call.sequences, 2, dtype=torch.int64, device="meta")
     memory = torch.empty(call.sequences, call.G, call.K, call.V, device="meta")
     state = (made["gate"], memory, memory[..., 0])
-    options = (call.segment_len, call.update == "delta", call.causal, 0, 0, False, 0.25)
+    options = (call.segment_len, call.update == "delta", call.causal, 0, 0, False, 0.25, None)
     with recording(TARGETS["sm_90"]) as found:
         out, m, z, *kept = triton_ops._attend(q, k, v, q, k, *state, bounds, *options, True)
         triton_ops._attend_backward(q, k, v, q, k, state[0], *kept, bounds, *options, out, m, z)
