@@ -61,28 +61,25 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
         given["position_ids"] = cache.lengths[:, None] % conversion.settings.segment_len
         given[ARGUMENT] = Call(conversion, cache=cache, step=True)
         return (), given
-    mask = given.get("attention_mask")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must be [B, T] of ones and zeros for a converted model, got {shape}")
     rows = Rows.fresh(batch) if cache is None or cache.is_empty() else cache.rows
-    real = None if mask is None else Real.of(mask[:, -time:])
-    _check_continues(rows, real)
-    packed = None if mask is not None or rows.columns else _packed(given, batch, time, tokens.device)
+    real = _real(given, rows, time)
+    packed = None if given.get("attention_mask") is not None or rows.columns else _packed(given, batch, time)
     if packed is not None and cache is not None:
         if given.get("past_key_values") is not None:
             raise ValueError(
                 "past_key_values must be None for packed sequences, which end at different places of a segment"
             )
         cache, given["use_cache"] = None, False
-    after = rows.read(real, time, conversion.settings.segment_len, keep_last=cache is not None and cache.recording)
+    segment_len = conversion.settings.segment_len
+    after = rows.read(real, time, segment_len, keep_last=cache is not None and cache.recording)
     if conversion.restart:
-        positions = rows.positions(real, time, conversion.settings.segment_len, tokens.device)
-        if packed is not None:
-            positions = _positions_of_packed(packed, batch, time) % conversion.settings.segment_len
+        if packed is None:
+            positions = rows.positions(real, time, segment_len, tokens.device)
+        else:
+            positions = _positions_of_packed(packed, batch, time) % segment_len
         given["position_ids"] = positions.expand(batch, -1)
-    states = dict.fromkeys(conversion.settings.layers) if cache is None else cache.states
     spans = None if packed is not None else rows.spans(real, time, tokens.device)
+    states = dict.fromkeys(conversion.settings.layers) if cache is None else cache.states
     given["past_key_values"] = cache
     given[ARGUMENT] = Call(conversion, cache, False, rows, after, spans, packed, states)
     return (), given
@@ -153,20 +150,29 @@ def _cache(
     return cache
 
 
-def _check_continues(rows: Rows, real: Real | None) -> None:
+def _real(given: dict[str, Any], rows: Rows, time: int) -> Real | None:
+    """The tokens among the new columns; None: all of them."""
+    mask = given.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must be [B, T] of ones and zeros for a converted model, got {shape}")
+    real = Real.of(mask[:, -time:])
     for row, (length, first) in enumerate(zip(rows.lengths, () if real is None else real.firsts, strict=False)):
         if length and first:
             raise ValueError(
                 f"attention_mask must go on without padding where a row has begun: row {row} has {first} columns of it "
                 f"after {length} tokens"
             )
+    return real
 
 
-def _packed(given: dict[str, Any], batch: int, time: int, device: torch.device) -> Tensor | None:
+def _packed(given: dict[str, Any], batch: int, time: int) -> Tensor | None:
     """int32 [N + 1], where sequences begin in rows laid end to end: as told, or where positions begin anew."""
     told = given.get("cu_seq_lens_q")
     if told is not None:
-        return told.to(device=device, dtype=torch.int32)
+        return told.to(torch.int32)
     positions = given.get("position_ids")
     if positions is None or torch.compiler.is_compiling():
         return None
@@ -175,7 +181,7 @@ def _packed(given: dict[str, Any], batch: int, time: int, device: torch.device) 
     starts = begins.flatten().nonzero().flatten()
     if len(starts) == batch:
         return None
-    return torch.cat([starts, starts.new_tensor([batch * time])]).to(device=device, dtype=torch.int32)
+    return torch.cat([starts, starts.new_tensor([batch * time])]).to(torch.int32)
 
 
 def _positions_of_packed(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
