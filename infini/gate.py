@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,10 @@ def parameter_groups(
     Returns:
         Dictionaries of "params", "lr" and "weight_decay", in that order, without empty groups.
     """
-    gates = {id(gate.bias) for gate in model.modules() if isinstance(gate, Gate)}
+    found = [gate.bias for gate in model.modules() if isinstance(gate, Gate)]
+    if found and not any(bias.requires_grad for bias in found):
+        warnings.warn("no gate is trained: with PEFT, name them by modules_to_save=['segattn_gate']", stacklevel=2)
+    gates = {id(bias) for bias in found}
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if id(p) not in gates and p.ndim >= 2]
     vectors = [p for p in trained if id(p) not in gates and p.ndim < 2]

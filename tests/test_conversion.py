@@ -130,7 +130,18 @@ def test_packed_sequences_by_position_ids_equal_each_alone(name, batch):
 
 def test_packed_sequences_as_flash_attention_tells_them():
     model, ids = converted(), tokens(1, 50)
-    packed = logits(model, ids, cu_seq_lens_q=torch.tensor([0, 19, 50], dtype=torch.int32))
+    bounds = torch.tensor([0, 19, 50], dtype=torch.int32)
+    packed = logits(model, ids, cu_seq_lens_q=bounds)
+    assert torch.equal(packed, logits(model, ids, cu_seq_lens_q=bounds, attention_mask=torch.ones_like(ids)))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, ids, cu_seq_lens_q=bounds), packed)
+    positions = torch.cat([torch.arange(19), torch.arange(31)])[None]
+    # where positions begin anew is looked up outside of a graph, or not at all
+    with pytest.raises(Exception, match=r"position_ids must be left out under torch\.compile"):
+        logits(compiled, ids, position_ids=positions)
+    torch._dynamo.reset()
+    torch.testing.assert_close(logits(torch.compile(model, backend="eager"), ids, position_ids=positions), packed)
     torch.testing.assert_close(packed[0, 19:], logits(model, ids[:, 19:])[0], rtol=1e-4, atol=1e-4)
 
 
@@ -171,16 +182,45 @@ def test_sliding_layers_stay_as_they_are_unless_asked_for():
     torch.testing.assert_close(seen["kept"], seen["plain"], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="convert_sliding=True"):
         segattn.convert(make("mistral", sliding_window=8), L)
+    with pytest.raises(ValueError, match=r"layers \[0\] have a sliding window of 8"):
+        segattn.convert(make("gemma3_text", layer_types=kinds, sliding_window=8), L, layers=[0, 1])
 
 
 def test_a_dynamic_rotary_embedding_does_not_see_the_length_of_the_text():
     long = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     model, ids = converted(max_position_embeddings=L, rope_parameters=long), tokens(1, 3 * L)
     whole = logits(model, ids)
+    with pytest.raises(ValueError, match=f"segment_len must be at most {L}, where the model's 'dynamic' rotary"):
+        segattn.convert(make(max_position_embeddings=L, rope_parameters=long), L + 1)
     with torch.no_grad():
         first = model(ids[:, :20], use_cache=True)
         second = model(ids[:, 20:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_models_of_one_configuration_do_not_disturb_each_other():
+    first = make()
+    second = type(first)(first.config).eval()
+    second.load_state_dict(first.state_dict())
+    ids = tokens(2, 40)
+    plain = logits(second, ids)
+    segattn.convert(first, L, layers=[0], quiet=True)
+    assert torch.equal(logits(second, ids), plain)
+    segattn.convert(second, L, quiet=True)
+    segattn.revert(first)
+    assert torch.equal(logits(first, ids), plain)
+    assert not torch.equal(logits(second, ids), plain)
+    segattn.revert(second)
+    assert torch.equal(logits(second, ids), plain)
+
+
+def test_converted_in_inference_mode_it_can_still_be_trained():
+    model = make()
+    with torch.inference_mode():
+        segattn.convert(model, L, quiet=True)
+    ids = tokens(1, 40)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "segattn_gate" in n)
 
 
 def test_a_copy_is_its_own():
@@ -255,8 +295,12 @@ def test_segments_longer_than_learnt_positions(name):
         ({"segment_len": 2.0}, TypeError, "segment_len must be an integer"),
         ({"update": "sum"}, ValueError, "update must be one of"),
         ({"gate_init": "0"}, TypeError, "gate_init must be a number"),
+        ({"gate_init": float("nan")}, ValueError, "gate_init must be finite, got nan"),
+        ({"convert_sliding": "yes"}, TypeError, "convert_sliding must be True or False"),
+        ({"layers": 5}, TypeError, "layers must be a list of integers, got 5"),
         ({"layers": [2]}, ValueError, r"layers must lie in \[-2, 2\), got 2"),
-        ({"layers": ["0"]}, TypeError, "layers must be integers"),
+        ({"layers": [-3]}, ValueError, "layers must be at least -2, got -3"),
+        ({"layers": ["0"]}, TypeError, "layers must be an integer"),
         ({"layers": []}, ValueError, "layers must name at least one"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
     ],
@@ -276,10 +320,24 @@ def test_bad_calls():
         model(ids, output_attentions=True)
     with pytest.raises(ValueError, match=r"attention_mask must be \[B, T\]"):
         model(ids, attention_mask=torch.ones(2, 1, 20, 20))
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \[2, 20\], .* got \[2, 5\]"):
+        model(ids, attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \[2, 20\], .* got \[1, 20\]"):
+        model(ids, attention_mask=torch.ones(1, 20))
+    with pytest.raises(ValueError, match="position_ids must count from 0 by ones"):
+        model(ids, position_ids=2 * torch.arange(20)[None])
+    with pytest.raises(ValueError, match="position_ids must count from 0 by ones"):
+        model(ids, position_ids=7 + torch.arange(20)[None])
+    with pytest.raises(ValueError, match="no zeros beside cu_seq_lens_q"):
+        model(ids, attention_mask=torch.arange(20).expand(2, 20) > 3, cu_seq_lens_q=torch.tensor([0, 40]))
     holes = torch.ones(2, 20)
     holes[1, 4] = 0
     with pytest.raises(ValueError, match="row 1 has 19 ones between 0 and 20"):
         model(ids, attention_mask=holes)
+    changed = converted()
+    changed.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match=r"'sdpa', which was set after convert: call segattn\.revert first"):
+        changed(ids)
     dropping = converted(attention_dropout=0.1).train()
     with pytest.raises(ValueError, match=r"attention dropout must be 0 in training, got 0\.1"):
         dropping(ids)

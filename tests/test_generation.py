@@ -151,6 +151,20 @@ def test_layers_that_were_left_keep_their_own_cache():
         assert torch.equal(padded[0, 6:], greedy(model, ids[:1, 6:])[0])
 
 
+def test_rows_taken_from_a_cache_go_on_as_they_were():
+    model, ids = converted(), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    cache = segattn.InfiniCache(model)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, use_cache=False).logits
+        # tails of 14 and 9 tokens
+        model(ids[:, :14], attention_mask=mask[:, :14], past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([1]))
+        rest = model(ids[1:, 14:], attention_mask=mask[1:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, whole[1:, 14:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_cache_is_a_value_to_those_who_copy_it():
     model, ids = converted(), tokens(1, 40)
     cache = segattn.InfiniCache(model)
@@ -241,6 +255,10 @@ def test_bad_static_caches():
         segattn.StaticInfiniCache(segattn.convert(make(), L, layers=[0], quiet=True))
     with pytest.raises(ValueError, match="batch size 2, as the input is, got 1"):
         model(tokens(2, 5), past_key_values=segattn.StaticInfiniCache(model, 1))
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        segattn.StaticInfiniCache(model, 0)
+    with pytest.raises(ValueError, match="must not be cropped"):
+        segattn.StaticInfiniCache(model).crop(-1)
     mask = torch.ones(1, 5)
     mask[0, -1] = 0
     with pytest.raises(ValueError, match="padding on the right"):

@@ -2,9 +2,10 @@
 
 The harness's own command loads models without their memory; this one is the same command, and knows `segattn` too:
 
-    python -m segattn.infini.harness --model segattn --model_args pretrained=FOLDER,max_length=131072,dtype=bfloat16 \\
+    python -m segattn.infini.evaluate.harness --model segattn \\
+        --model_args pretrained=FOLDER,max_length=131072,dtype=bfloat16 \\
         --batch_size 4 --tasks ruler --metadata '{"max_seq_lengths": [4096, 32768, 131072]}'
-    python -m segattn.infini.harness --model segattn --model_args pretrained=FOLDER,max_length=131072 \\
+    python -m segattn.infini.evaluate.harness --model segattn --model_args pretrained=FOLDER,max_length=131072 \\
         --tasks babilong_qa1 --metadata '{"max_seq_lengths": "32k"}'
 
 `max_length` is needed: longer prompts are cut on the left, and the harness would cut where the positions ended that the
@@ -34,7 +35,9 @@ def harness_class() -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
-        raise ImportError("segattn.infini.harness needs lm_eval: pip install lm-eval", name="lm_eval") from error
+        raise ImportError(
+            "segattn.infini.evaluate.harness needs lm_eval: pip install lm-eval", name="lm_eval"
+        ) from error
 
     class SegattnLM(base):  # type: ignore[valid-type, misc]
         def __init__(self, pretrained: str, max_length: int, batch_size: int | str = 1, **options: Any) -> None:

@@ -96,7 +96,8 @@ class InfiniLayer(CacheLayerMixin):
         if removed > min(self.rows.tails):
             raise ValueError(
                 f"crop must take back at most the {min(self.rows.tails)} tokens that are not in the memory yet, got "
-                f"{removed}: call activate_past_recording() before they are read, which keeps a segment more"
+                f"{removed}: call activate_past_recording() before they are read, which keeps a segment more; assisted "
+                "decoding may have as many candidates (num_assistant_tokens, prompt_lookup_num_tokens)"
             )
         self.rows = self.rows.without(removed)
         kept = self.state.keys.shape[2] - removed
@@ -106,8 +107,11 @@ class InfiniLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in this order."""
         if self.state is not None:
-            self.state = self.state.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
             self.rows = self.rows.select(beam_idx)
+            memory, *tail = self.state.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+            # the row with the longest tail may be gone
+            unused = self.state.keys.shape[2] - max(self.rows.tails)
+            self.state = LayerState(memory, *(x[:, :, unused:] for x in tail))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""

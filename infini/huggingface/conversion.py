@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from ...kernels.validation import check_bool, check_integer
 from ..gate import Gate
 from ..rotary import unrotate
 from . import forward, interface
@@ -71,6 +73,7 @@ def convert(
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was; the model is then as before.
     """
+    check_bool("convert_sliding", convert_sliding)
     config, trunk = _checked(model)
     family = FAMILIES[config.model_type]
     attentions = attentions_of(trunk)
@@ -80,10 +83,13 @@ def convert(
         _check_attention(attentions[layer], config, family, segment_len)
     # with learnt positions there are no others; turned ones must go on where layers that were left look further back
     restart = not family.rotary or len(chosen) == len(attentions)
+    if restart:
+        _check_rotary_length(config, segment_len)
     inputs = tuple(inspect.signature(trunk.forward).parameters)
     conversion = Conversion(settings, len(attentions), config._attn_implementation, restart, inputs)
 
     interface.register()
+    config = _own_config(model, config)
     setattr(config, ENTRY, settings.as_entry() | {"native": list(conversion.native)})
     config._attn_implementation = IMPLEMENTATION
     attach(trunk, conversion)
@@ -93,8 +99,7 @@ def convert(
     for layer, attention in enumerate(attentions):
         keep(attention.register_forward_pre_hook(forward.bring_rotary, with_kwargs=True))
         if layer in chosen:
-            device = next(attention.parameters()).device
-            setattr(attention, GATE, Gate(config.num_attention_heads, gate_init).to(device))
+            setattr(attention, GATE, _gate(attention, config.num_attention_heads, gate_init))
     if hasattr(model, _PREPARE_CACHE):
         setattr(model, _PREPARE_CACHE, partial(_prepare_cache, model))
     if not quiet:
@@ -125,10 +130,28 @@ def revert(model: Model) -> Model:
     return model
 
 
+def _gate(attention: nn.Module, heads: int, init: float) -> Gate:
+    # a parameter made in inference mode could never be trained
+    with torch.inference_mode(False):
+        return Gate(heads, init).to(next(attention.parameters()).device)
+
+
+def _own_config(model: nn.Module, shared: Any) -> Any:
+    """A configuration of this model alone: others may have been made of the same one."""
+    config = copy.deepcopy(shared)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = config
+    return config
+
+
 def _checked(model: nn.Module) -> tuple[Any, Any]:
     """The text configuration, and the module that runs the layers."""
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}: convert what it wraps "
+            "(model.get_base_model() of PEFT's, model.module of DDP's)"
+        )
     if is_converted(model):
         raise ValueError(
             f"model must not be converted yet, got a {type(model).__name__} that is: segattn.revert it first"
@@ -155,20 +178,21 @@ def _checked(model: nn.Module) -> tuple[Any, Any]:
 
 def _chosen(layers: Iterable[int] | None, attentions: list[Any], config: Any, convert_sliding: bool) -> list[int]:
     depth = len(attentions)
-    asked = list(range(depth)) if layers is None else list(layers)
+    if layers is not None and not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be a list of integers, got {layers!r}")
+    asked = range(depth) if layers is None else [check_integer("layers", layer, -depth) for layer in layers]
     for layer in asked:
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise TypeError(f"layers must be integers, got {layer!r}")
         if not -depth <= layer < depth:
             raise ValueError(f"layers must lie in [{-depth}, {depth}), got {layer}")
     asked = sorted({layer % depth for layer in asked})
     if not asked:
         raise ValueError("layers must name at least one layer, got none")
     kept = [layer for layer in asked if convert_sliding or not _slides(config, layer)]
-    if not kept:
+    if not kept or (layers is not None and kept != asked):
+        left = sorted(set(asked) - set(kept))
         raise ValueError(
-            f"all of the layers asked for have a sliding window of {config.sliding_window}: pass convert_sliding=True "
-            "to give them segments instead"
+            f"layers {left} have a sliding window of {config.sliding_window}: pass convert_sliding=True to give them "
+            "segments instead"
         )
     return kept
 
@@ -192,6 +216,21 @@ def _check_attention(attention: Any, config: Any, family: Family, segment_len: i
         raise ValueError(
             f"the rotary embedding of {type(attention).__name__} is not the one in halves that can be undone: the "
             "memory must be free of positions"
+        )
+
+
+def _check_rotary_length(config: Any, segment_len: int) -> None:
+    """Frequencies that depend on a call's largest position must not do so inside a segment."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind not in ("dynamic", "longrope"):
+        return
+    most = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    most = most or config.max_position_embeddings
+    if segment_len > most:
+        raise ValueError(
+            f"segment_len must be at most {most}, where the model's {kind!r} rotary embedding begins to depend on the "
+            f"length of a call, got {segment_len}: a text in pieces would not equal the whole"
         )
 
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .cache import InfiniCache, LayerState
 from .rows import Real, Rows
-from .settings import Conversion, conversion_of
+from .settings import IMPLEMENTATION, Conversion, conversion_of
 from .static_cache import StaticInfiniCache
 
 # the argument that carries a call to the attention of every layer
@@ -55,6 +55,11 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
         raise ValueError(
             "output_attentions must be False: segment attention never has the weights; segattn.revert first"
         )
+    if config._attn_implementation != IMPLEMENTATION:
+        raise RuntimeError(
+            f"the model's attention must be {IMPLEMENTATION!r}, got {config._attn_implementation!r}, which was set "
+            "after convert: call segattn.revert first"
+        )
     batch, time = tokens.shape[:2]
     cache = _cache(trunk, conversion, given, config, batch)
     if isinstance(cache, StaticInfiniCache) and time == 1:
@@ -63,7 +68,7 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
         return (), given
     rows = Rows.fresh(batch) if cache is None or cache.is_empty() else cache.rows
     real = _real(given, rows, time)
-    packed = None if given.get("attention_mask") is not None or rows.columns else _packed(given, batch, time)
+    packed = None if rows.columns else _packed(given, real, batch, time)
     if packed is not None and cache is not None:
         if given.get("past_key_values") is not None:
             raise ValueError(
@@ -95,7 +100,7 @@ def finish(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         return
     if missing := sorted(set(call.states) - set(call.left)):
         raise RuntimeError(f"layers {missing} did not run, so the cache cannot go on: turn layer dropping off")
-    call.cache.commit(call.after, dict(call.left))
+    call.cache.commit(call.after, call.left)
 
 
 def bring_rotary(
@@ -133,7 +138,10 @@ def _cache(
             if isinstance(cache, Cache)
             else type(cache).__name__
         )
-        raise ValueError(f"past_key_values must be a segattn.InfiniCache, or None to begin anew, got a {held}")
+        raise ValueError(
+            f"past_key_values must be a segattn.InfiniCache, or None to begin anew, got a {held}: instead of a "
+            "cache_implementation pass past_key_values=segattn.StaticInfiniCache(model, batch_size)"
+        )
     if len(cache.layers) != conversion.depth or cache.settings != conversion.settings:
         raise ValueError(
             f"past_key_values must be of this model ({conversion.depth} layers, {conversion.settings}), got one of "
@@ -158,7 +166,13 @@ def _real(given: dict[str, Any], rows: Rows, time: int) -> Real | None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask must be [B, T] of ones and zeros for a converted model, got {shape}")
+    batch, width = mask.shape
+    if batch != len(rows.lengths) or width not in (time, rows.columns + time):
+        wanted = f"[{len(rows.lengths)}, {rows.columns + time}]"
+        raise ValueError(f"attention_mask must have shape {wanted}, all columns read and new, got {list(mask.shape)}")
     real = Real.of(mask[:, -time:])
+    if width > time and (held := tuple(mask[:, :-time].sum(1).tolist())) != rows.lengths:
+        raise ValueError(f"attention_mask must have its ones where the cache has tokens, {rows.lengths}, got {held}")
     for row, (length, first) in enumerate(zip(rows.lengths, () if real is None else real.firsts, strict=False)):
         if length and first:
             raise ValueError(
@@ -168,16 +182,21 @@ def _real(given: dict[str, Any], rows: Rows, time: int) -> Real | None:
     return real
 
 
-def _packed(given: dict[str, Any], batch: int, time: int) -> Tensor | None:
+def _packed(given: dict[str, Any], real: Real | None, batch: int, time: int) -> Tensor | None:
     """int32 [N + 1], where sequences begin in rows laid end to end: as told, or where positions begin anew."""
-    told = given.get("cu_seq_lens_q")
+    told, positions = given.get("cu_seq_lens_q"), given.get("position_ids")
     if told is not None:
+        if real is not None:
+            raise ValueError("attention_mask must have no zeros beside cu_seq_lens_q: packed sequences have no padding")
         return told.to(torch.int32)
-    positions = given.get("position_ids")
-    if positions is None or torch.compiler.is_compiling():
+    if positions is None or given.get("attention_mask") is not None:
         return None
+    if torch.compiler.is_compiling():
+        raise ValueError("position_ids must be left out under torch.compile: pass cu_seq_lens_q for packed sequences")
     positions = positions.expand(batch, time)
     begins = torch.cat([positions.new_ones(batch, 1, dtype=torch.bool), positions.diff(dim=1) != 1], dim=1)
+    if bool(positions[begins].any()):
+        raise ValueError("position_ids must count from 0 by ones, and begin anew at 0 with each packed sequence")
     starts = begins.flatten().nonzero().flatten()
     if len(starts) == batch:
         return None

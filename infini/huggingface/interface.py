@@ -140,7 +140,7 @@ def _attend(
     if call.cache is not None:
         if call.cache.recording:
             memory = _folded(call, None if state is None else state.memory, memory_k, v)
-        call.left[layer] = _left(memory, k, memory_k, v, max(call.after.tails))
+        call.left[layer] = _left(memory, k, memory_k, v, max(call.after.tails), state is not None)
     return out
 
 
@@ -158,11 +158,12 @@ def _end_to_end(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
 
-def _left(memory: MemoryState | None, k: Tensor, memory_k: Tensor, v: Tensor, tail: int) -> LayerState:
+def _left(memory: MemoryState | None, k: Tensor, memory_k: Tensor, v: Tensor, tail: int, joined: bool) -> LayerState:
     if memory is None:
         raise RuntimeError("attention with a gate must return a memory")
-    # cloned, so that the rest of a long piece is not kept alive
-    return LayerState(memory, *(x[:, :, x.shape[2] - tail :].clone() for x in (k, memory_k, v)))
+    parts = (x[:, :, x.shape[2] - tail :] for x in (k, memory_k, v))
+    # cloned, so that the rest of a long piece is not kept alive; a step's tail was put together just now
+    return LayerState(memory, *(x if joined and x.shape[2] == k.shape[2] else x.clone() for x in parts))
 
 
 def _folded(call: Call, memory: MemoryState | None, memory_k: Tensor, v: Tensor) -> MemoryState:

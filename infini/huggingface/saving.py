@@ -246,6 +246,8 @@ def _check_gate(key: str, gate: Tensor, heads: int, where: str) -> None:
             f"{where}: {key} must be of shape [{heads}], a number for each of the model's query heads, got "
             f"{list(gate.shape)} of {gate.dtype}"
         )
+    if not bool(gate.isfinite().all()):
+        raise ValueError(f"{where}: {key} must hold finite numbers, got {gate.tolist()}")
 
 
 def _is_gate(key: str) -> bool:
@@ -266,8 +268,9 @@ def _by_layer(keys: Iterable[str], settings: Settings, where: str) -> dict[int, 
     missing = [layer for layer in settings.layers if layer not in found]
     if missing or extra:
         raise ValueError(
-            f"{where} must hold one gate for each of the layers {list(settings.layers)}, and no other: it lacks those "
-            f"of {missing}, and {extra} should not be there"
+            f"{where} must hold one gate for each of the layers {list(settings.layers)}, and no other: lacking are "
+            f"those of {missing}, too much is {extra}. A converted model saved again by transformers alone has none: "
+            "load it with transformers and convert it anew"
         )
     return found
 

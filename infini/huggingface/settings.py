@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
@@ -40,6 +41,8 @@ class Settings:
         check_backend(self.backend)
         if isinstance(self.gate_init, bool) or not isinstance(self.gate_init, (int, float)):
             raise TypeError(f"gate_init must be a number, got {type(self.gate_init).__name__}")
+        if not math.isfinite(self.gate_init):
+            raise ValueError(f"gate_init must be finite, got {self.gate_init}")
 
     def as_entry(self) -> dict[str, Any]:
         """For a configuration: what is needed to convert the same way again."""

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ...kernels.associative import memory_read, memory_write
 from ...kernels.decoding import segment_decode
 from ...kernels.state import MemoryState
+from ...kernels.validation import check_integer
 from .cache import LayerState
 from .rows import Rows
 from .settings import GATE, Settings, attentions_of, conversion_of, trunk_of
@@ -82,6 +83,26 @@ class StaticInfiniLayer(CacheLayerMixin):
         """Keep these rows, in this order; as many as there are."""
         for x in self.tensors():
             x.copy_(x.index_select(0, beam_idx.to(x.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what a token has written is not taken back.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a StaticInfiniCache must not be cropped, as by assisted decoding: use an InfiniCache")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused: its rows are as many as they are.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a StaticInfiniCache must keep its batch_size: make one of as many rows as there will be")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order; as many as there are."""
+        self.reorder_cache(indices)
 
     def offload(self) -> None:
         """Moved by nobody: its addresses are fixed."""
@@ -173,6 +194,7 @@ class StaticInfiniCache(Cache):
     """
 
     def __init__(self, model: nn.Module, batch_size: int = 1) -> None:
+        batch_size = check_integer("batch_size", batch_size, 1)
         conversion, trunk = conversion_of(model), trunk_of(model)
         if conversion.native:
             raise ValueError(
@@ -187,7 +209,8 @@ class StaticInfiniCache(Cache):
         device = next(trunk.parameters()).device
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.columns = torch.zeros((), dtype=torch.int64, device=device)
-        likes = [next(p for n, p in m.named_parameters() if GATE not in n) for m in attentions_of(trunk)]
+        # quantized weights are no floats
+        likes = [trunk.get_input_embeddings().weight[:0].to(_device(m)) for m in attentions_of(trunk)]
         layers: list[Any] = [
             StaticInfiniLayer(batch_size, groups, width, self.lengths, self.columns, like.detach(), self.settings)
             for like in likes
@@ -240,6 +263,10 @@ class StaticInfiniCache(Cache):
         for layer in self.layers:
             layer.reorder_cache(beam_idx)
         self.lengths.copy_(self.lengths.index_select(0, beam_idx.to(self.lengths.device)))
+
+
+def _device(attention: nn.Module) -> torch.device:
+    return next(parameter for name, parameter in attention.named_parameters() if GATE not in name).device
 
 
 def _at(x: Tensor, places: Tensor) -> Tensor:
