@@ -1,11 +1,16 @@
-"""What commands that run long share: errors that name a setting, and Ctrl-C between two steps."""
+"""What commands that run long share: errors that name a setting, checkpoints, and Ctrl-C between two steps."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import Any
+
+import torch
 
 
 class SettingError(ValueError):
@@ -39,3 +44,16 @@ def deferred_interrupt() -> Iterator[list[int]]:
         yield caught
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write whole or not at all: a process that dies while writing leaves the checkpoint before."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU; tensors and plain types only, so that no file can run code."""
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content

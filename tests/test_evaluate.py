@@ -145,7 +145,7 @@ class Answerer(nn.Module):
         for logit, row in zip(logits, rows, strict=True):
             logit[0, self.next_byte(row)] = 1
         return types.SimpleNamespace(
-            logits=logits, past_key_values=types.SimpleNamespace(rows=rows, num_bytes=64 * len(rows))
+            logits=logits, past_key_values=types.SimpleNamespace(rows=rows, max_bytes=64 * len(rows))
         )
 
     def next_byte(self, row: bytes) -> int:
@@ -301,8 +301,8 @@ def test_reading_names_what_is_wrong() -> None:
 def test_cache_is_of_constant_size() -> None:
     model = segattn.convert(tiny(), 256, quiet=True)
     sizes = {n: cache_bytes(read(model, torch.randint(256, (1, n)), piece=4096).cache) for n in (4096, 65536)}
-    # per layer M [2, 4, 4] and z [2, 4], and no unfinished segment
-    assert sizes == {4096: 2 * (32 + 8) * 4, 65536: 2 * (32 + 8) * 4}
+    # per layer M [2, 4, 4] and z [2, 4], and a segment of keys, plain keys and values [2, 256, 4]
+    assert sizes == dict.fromkeys((4096, 65536), 2 * 4 * (32 + 8 + 3 * 2048))
     plain = tiny()
     grown = {n: cache_bytes(read(plain, torch.randint(256, (1, n))).cache) for n in (100, 300)}
     # per layer and token K and V [2, 4]

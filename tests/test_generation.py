@@ -132,8 +132,12 @@ def test_bytes_do_not_grow_with_the_text():
             cache = segattn.InfiniCache(model)
             for piece in tokens(1, time + 5).split(256 * L, 1):
                 model(piece, past_key_values=cache, logits_to_keep=1)
-            held.append(cache.num_bytes)
-    assert held[0] == held[1] == held[2] > 0
+            held.append((cache.num_bytes, cache.max_bytes))
+    assert held[0] == held[1] == held[2]
+    kept, most = held[0]
+    # 2 layers; M and z of 2 heads, and three tails of 5 tokens, of 16 at most
+    assert kept == 2 * 4 * 2 * (8 * 8 + 8 + 3 * 5 * 8)
+    assert most == 2 * 4 * 2 * (8 * 8 + 8 + 3 * L * 8)
 
 
 def test_layers_that_were_left_keep_their_own_cache():

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ...kernels.validation import UPDATES
-from ..running import InterruptedRunError, SettingError, deferred_interrupt
+from ..running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, save_checkpoint
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
 from .passkey import PasskeyTask, generate_text
-from .training import Recipe, Trainer, load_checkpoint, save_checkpoint
+from .training import Recipe, Trainer
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CHECKPOINT_EVERY = 50

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,16 +139,3 @@ class Trainer:
 def exact(logits: Tensor, key: Tensor) -> Tensor:
     """Where every digit is the likeliest token: logits [B, digits, vocabulary], key [B, digits] → bool [B]."""
     return logits.argmax(dim=-1).eq(key).all(dim=-1)
-
-
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write whole or not at all: a process that dies while writing leaves the checkpoint before."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU; tensors and plain types only, so that no file can run code."""
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return content

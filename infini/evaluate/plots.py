@@ -61,7 +61,7 @@ def plot_perplexity(path: Path, document: Sequence[Bucket], segment: Sequence[Bu
     panels[0, 0].axhline(mean, color=GREY, linestyle="--", linewidth=1)
     panels[0, 0].annotate(
         f"mean {mean:.4g}", (1, mean), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-        ha="right", color=GREY, fontsize=8,
+        ha="right", color=GREY, fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
     )  # fmt: skip
     panels[0, 0].set_ylabel("perplexity")
     panels[0, 0].set_title(title, loc="left")

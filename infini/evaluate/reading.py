@@ -64,8 +64,8 @@ def longest_text(model: nn.Module) -> int | None:
 
 
 def cache_bytes(cache: Any) -> int:
-    """What the tensors of a cache take, ours or one that grows."""
-    own = getattr(cache, "num_bytes", None)
+    """What the tensors of a cache take, ours with a whole segment, or one that grows as it is."""
+    own = getattr(cache, "max_bytes", None)
     if own is not None:
         return int(own)
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]

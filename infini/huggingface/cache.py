@@ -179,6 +179,14 @@ class InfiniCache(Cache):
         held += [x for layer in self.layers for x in (layer.keys, layer.values) if x is not None]
         return sum(x.numel() * x.element_size() for x in held)
 
+    @property
+    def max_bytes(self) -> int:
+        """What they take when the unfinished segment is as long as it can be."""
+        length = self.settings.segment_len
+        tails = [x for state in self.states.values() if state is not None for x in state[1:]]
+        free = (x.element_size() * (length - x.shape[2]) * x.shape[0] * x.shape[1] * x.shape[3] for x in tails)
+        return self.num_bytes + sum(free)
+
     def commit(self, rows: Rows, states: dict[int, LayerState]) -> None:
         """What a whole forward pass has left."""
         for layer in self.settings.layers:

@@ -227,7 +227,7 @@ def _depths(given: str) -> tuple[float, ...]:
 def _cells(figures: dict[str, Any], what: str) -> Table:
     """Right answers and right tokens by length and depth, in per cent."""
     lengths = sorted({cell["length"] for cell in figures["cells"]})
-    table = Table(title=f"{what} found / their tokens, %", title_justify="left")
+    table = Table(title=f"{what} found / tokens of the answers right, %", title_justify="left")
     table.add_column("depth", justify="right")
     for length in lengths:
         table.add_column(f"{length:,}", justify="right")
