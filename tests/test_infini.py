@@ -248,3 +248,10 @@ def test_bad_calls_are_named() -> None:
         attention(torch.zeros(2, 3, 16, dtype=torch.int64))
     with pytest.raises(TypeError, match="heads must be an integer, got float"):
         InfiniAttention(16, 4.0, segment_len=5)
+
+
+def test_gates_that_nobody_trains_are_noticed() -> None:
+    layer = InfiniAttention(16, 2, segment_len=4)
+    layer.gate.requires_grad_(False)
+    with pytest.warns(UserWarning, match="no gate is trained"):
+        parameter_groups(layer, 1e-3)

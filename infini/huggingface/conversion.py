@@ -55,7 +55,8 @@ def convert(
 
     Works on this instance, which it returns. Texts of up to one segment give exactly what they gave before; of longer
     ones the model makes little before training has taught it to use its memory. Positions begin anew with each segment
-    where every layer is converted or positions are learnt. Each converted layer gets a gate, one number per head.
+    where every layer is converted or positions are learnt, counted from each row's first token. Each converted layer
+    gets a gate, one number per head. The model's configuration becomes its own, if it was shared.
 
     Args:
         model: a Hugging Face causal language model, or its decoder, with weights; of a type in `segattn.FAMILIES`.
