@@ -60,8 +60,10 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor
         return attend(q, k, v, None, True, options)
     if torch.is_grad_enabled():
         return attend(F.pad(q, (0, 0, held - asked, 0)), k, v, None, True, options)[:, :, held - asked :]
+    if asked == 1:
+        return attend(q, k, v, None, False, options)
     mask = torch.ones(asked, held, dtype=torch.bool, device=q.device).tril(held - asked)
-    return attend(q, k, v, None if asked == 1 else mask, False, options)
+    return attend(q, k, v, mask, False, options)
 
 
 def blend(local: Tensor, memory_q: Tensor, state: MemoryState, gate: Tensor, options: Options) -> Tensor:

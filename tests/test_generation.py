@@ -180,6 +180,22 @@ def test_a_cache_is_a_value_to_those_who_copy_it():
         assert torch.equal(model(ids[:, 21:], past_key_values=cache).logits, first)
 
 
+def test_copies_that_take_tokens_back_do_not_write_into_each_other():
+    model, ids = converted(), tokens(1, 15)
+    cache = segattn.InfiniCache(model)
+    with torch.no_grad():
+        for token in ids[:, :8].split(1, 1):
+            model(token, past_key_values=cache)
+        other = cache.copy()
+        for layer in cache.layers:
+            layer.crop(-3)
+        for token in tokens(1, 6, 9).split(1, 1):
+            model(token, past_key_values=cache)
+        rest = [model(token, past_key_values=other).logits for token in ids[:, 8:].split(1, 1)]
+        whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(rest, 1), whole[:, 8:], rtol=1e-4, atol=1e-4)
+
+
 def test_an_interrupted_pass_leaves_the_cache_as_it_was():
     model, ids = converted(), tokens(1, 40)
     cache = segattn.InfiniCache(model)
@@ -195,6 +211,8 @@ def test_an_interrupted_pass_leaves_the_cache_as_it_was():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_static_cache_equals_the_whole_eager_and_compiled(name):
+    if name == "opt" and not ROLLBACK:
+        pytest.skip("OPT of transformers 4 makes tensors as long as the text")
     model = segattn.convert(make(name), L, update="linear" if name == "phi3" else "delta", quiet=True)
     open_gates(model)
     ids, graphs = tokens(2, 63), CompileCounter()

@@ -77,6 +77,23 @@ class InfiniLayer(CacheLayerMixin):
         """Forget everything."""
         self.state: LayerState | None = None
         self.rows = Rows.fresh(0)
+        self.room: list[Tensor] = []
+
+    def joined(self, state: LayerState, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tail's keys, plain keys and values with new ones behind them; single ones go into room that is left."""
+        held = (state.keys, state.memory_keys, state.values)
+        grown = torch.is_grad_enabled() and any(x.requires_grad for x in (*held, *new))
+        if grown or new[0].shape[2] > 1 or torch.compiler.is_compiling():
+            return tuple(torch.cat(pair, dim=2) for pair in zip(held, new, strict=True))
+        batch, _, length, _ = held[0].shape
+        if not self.room or self.room[0].shape[0] != batch or self.room[0].shape[2] <= length:
+            places = max(length + 1, min(self.segment_len, 2 * length + 64))
+            self.room = [x.new_empty(batch, x.shape[1], places, x.shape[3]) for x in new]
+        for place, before, after in zip(self.room, held, new, strict=True):
+            if before.data_ptr() != place.data_ptr():
+                place[:, :, :length] = before
+            place[:, :, length : length + 1] = after
+        return tuple(place[:, :, : length + 1] for place in self.room)
 
     def activate_past_recording(self) -> None:
         """Keep the last completed segment unfolded, so that `crop` can take tokens back across its edge."""
@@ -194,6 +211,10 @@ class InfiniCache(Cache):
 
     def copy(self) -> InfiniCache:
         """The same values in a cache of its own: what is read into one is not seen by the other. Tensors are shared."""
+        # tensors may be shared, but not the room behind them
+        for layer in self.layers:
+            if isinstance(layer, InfiniLayer):
+                layer.room = []
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
         return other

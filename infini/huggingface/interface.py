@@ -16,7 +16,7 @@ from ...kernels.associative import memory_write
 from ...kernels.operation import segment_attention
 from ...kernels.state import MemoryState
 from ..rotary import unrotate
-from .cache import LayerState
+from .cache import InfiniLayer, LayerState
 from .families import FAMILIES
 from .forward import Call
 from .settings import ENTRY, GATE, IMPLEMENTATION
@@ -113,7 +113,7 @@ def _attend(
     state = call.states[layer]
     if state is not None:
         _check_state(state, k)
-        k, memory_k, v = (torch.cat([held, new], dim=2) for held, new in zip(state[1:], (k, memory_k, v), strict=True))
+        k, memory_k, v = _joined(call.cache, layer, state, (k, memory_k, v))
     packed = call.cu_seqlens is not None
     if packed:
         batch = q.shape[0]
@@ -142,6 +142,14 @@ def _attend(
             memory = _folded(call, None if state is None else state.memory, memory_k, v)
         call.left[layer] = _left(memory, k, memory_k, v, max(call.after.tails), state is not None)
     return out
+
+
+def _joined(cache: Any, layer: int, state: LayerState, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Keys, plain keys and values of the tail, and the new ones behind them."""
+    holder = cache.layers[layer]
+    if isinstance(holder, InfiniLayer):
+        return holder.joined(state, new)
+    return tuple(torch.cat(pair, dim=2) for pair in zip(state[1:], new, strict=True))
 
 
 def _check_state(state: LayerState, k: Tensor) -> None:

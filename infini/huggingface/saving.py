@@ -268,9 +268,9 @@ def _by_layer(keys: Iterable[str], settings: Settings, where: str) -> dict[int, 
     missing = [layer for layer in settings.layers if layer not in found]
     if missing or extra:
         raise ValueError(
-            f"{where} must hold one gate for each of the layers {list(settings.layers)}, and no other: lacking are "
-            f"those of {missing}, too much is {extra}. A converted model saved again by transformers alone has none: "
-            "load it with transformers and convert it anew"
+            f"{where} must hold one gate for each of the layers {list(settings.layers)}, and no other: it lacks "
+            f"those of {missing}, and {extra} should not be there. A converted model saved again by transformers "
+            "alone has none: load it with transformers and convert it anew"
         )
     return found
 
