@@ -1,10 +1,10 @@
 """The paper's passkey prompt, learnt by a small model on short texts and asked for in long ones.
 
-A Llama model of bytes, converted before its first step. Texts begin with the question beside the statement and grow as
-long as it keeps answering; then what the memory holds is made to count for up to thousands of times as much, as it
-would after so much more text. The texts it is asked in afterwards are read in pieces:
+A Llama model of bytes, converted before its first step. The question begins beside the statement and moves away from it
+as long as the model keeps answering; then what the memory holds is made to count for up to thousands of times as much,
+as it would after so much more text. The texts it is asked in afterwards are read in pieces:
 
-    python -m segattn.bench.passkey_experiment --out results --lengths 32768,131072,1048576
+    python -m segattn.bench.passkey_experiment --out results
 
 Stopped by Ctrl-C, the same command goes on: from the last checkpoint of the training, or after the last whole cell.
 """
@@ -44,7 +44,7 @@ CHECKPOINT_EVERY = 100
 class Setup:
     """Sizes and recipe.
 
-    goal: bytes of filler that the curriculum grows to, before the statement and after it together.
+    goal: bytes between statement and question that the curriculum grows to.
     stretch: with the goal reached, in three steps of four the memory counts for up to 2 to this power times as much.
     others: weight of the bytes that are not the answer's.
     """
@@ -57,7 +57,7 @@ class Setup:
     batch: int = 24
     width: int = 96
     layers: int = 3
-    heads: int = 4
+    heads: int = 2
     lr: float = 2e-3
     gate_lr: float = 1e-2
     others: float = 0.05
@@ -80,7 +80,7 @@ def build(setup: Setup) -> LlamaForCausalLM:
 
 
 class Trainer:
-    """A model on its way; `filler` is how far the curriculum has come, in bytes."""
+    """A model on its way; `filler` is how far the question has come, in bytes."""
 
     def __init__(self, model: LlamaForCausalLM, setup: Setup) -> None:
         self.model, self.setup = model.train(), setup
@@ -136,11 +136,14 @@ class Trainer:
 
     def _batch(self) -> tuple[Tensor, int]:
         """Prompts of one length with their answers [B, T], and the answers' length."""
-        room = self._integer(self.filler + 1)
-        length = self.task.shortest + room
+        # the question stands inside a segment: at its beginning a model has nothing to go by but the memory
+        inside = self.setup.segment_len // 2 + self._integer(self.setup.segment_len // 3)
+        least = 1 + (self.task.shortest + self.filler) // self.setup.segment_len
+        length = (least + self._integer(2)) * self.setup.segment_len + inside
+        room = length - self.task.shortest
         rows = []
         for _ in range(self.setup.batch):
-            depth = torch.rand((), generator=self.generator).item()
+            depth = 1 - self._integer(self.filler + 1) / room
             prompt = self.task.prompt(length, depth, self.generator)
             rows.append([*prompt.tokens, *prompt.answer])
         return torch.tensor(rows), len(prompt.answer)
@@ -218,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, unless that is done, and evaluate what is left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for figures, picture and checkpoint")
-    parser.add_argument("--lengths", default="4096,32768,131072,1048576", help="tokens of the prompts")
+    parser.add_argument("--lengths", default="4028,32700,131004,1048508", help="tokens of the prompts")
     parser.add_argument("--depths", default="0,0.5,1", help="of the passkey, 0 the beginning, 1 the end")
     parser.add_argument("--samples", type=int, default=5, help="prompts per cell")
     for name in ("update", "steps", "goal", "seed"):

@@ -6,20 +6,18 @@ import json as json_format
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import evaluate
 from .finetune import finetune
+from .screen import Bars, Lines
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from .bench.check import CheckReport
     from .infini.demo.evaluation import Cell
 
@@ -189,8 +187,8 @@ def _summary(console: Console, figures: dict[str, Any], files: dict[str, Path]) 
         console.print(f"{name:10} {path}", markup=False)
 
 
-class _Progress:
-    """Bars that are on the screen while the block runs."""
+class _Progress(Bars):
+    """Bars with a description and a note."""
 
     def __init__(self, console: Console) -> None:
         columns = (
@@ -200,16 +198,7 @@ class _Progress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        self.progress = Progress(*columns, console=console)
-
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()
+        super().__init__(console, *columns)
 
 
 class _Bar(_Progress):
@@ -240,20 +229,12 @@ class _Bars(_Progress):
         self.progress.update(self.evaluation, completed=done, total=cells, note=note, visible=True)
 
 
-class _Lines:
+class _Lines(Lines):
     """A few plain lines, for a file or a pipe."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console)
         self.recall: list[float] = []
-
-    def __enter__(self) -> _Lines:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
     def trained(self, step: int, steps: int, loss: float, accuracy: float) -> None:
         if step % max(1, steps // 6) == 0 or step == steps:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from .screen import Bars, Lines
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -298,22 +300,13 @@ class _Command:
         raise typer.Exit(status) from None
 
 
-class _Bar:
+class _Bar(Bars):
     """Tokens read of those to read, on a terminal."""
 
     def __init__(self, console: Console, name: str) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+        super().__init__(console, *columns, TextColumn("{task.fields[note]}"))
         self.task = self.progress.add_task(name, total=None, note="")
-
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()
 
     def begin(self, tokens: int) -> None:
         self.progress.update(self.task, total=tokens)
@@ -325,19 +318,8 @@ class _Bar:
         self.progress.update(self.task, note=what)
 
 
-class _Lines:
+class _Lines(Lines):
     """A line for everything that is done, for a file or a pipe."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
     def begin(self, tokens: int) -> None:
         return None

@@ -6,14 +6,13 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .screen import Bars, Lines
 
 FOLDER = Path("segattn-finetune")
 
@@ -122,41 +121,21 @@ class _Errors:
         raise typer.Exit(status) from None
 
 
-class _Bar:
+class _Bar(Bars):
     """Steps done, on a terminal."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+        note = TextColumn("{task.fields[note]}")
+        super().__init__(console, TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
         self.task = self.progress.add_task("train", total=None, note="")
-
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()
 
     def trained(self, step: int, steps: int, figures: Mapping[str, Any]) -> None:
         note = f"loss {figures['loss']:.3f}  gates {figures['gate_least']:.2f} to {figures['gate_largest']:.2f}"
         self.progress.update(self.task, completed=step, total=steps, note=note)
 
 
-class _Lines:
+class _Lines(Lines):
     """A few plain lines, for a file or a pipe."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
     def trained(self, step: int, steps: int, figures: Mapping[str, Any]) -> None:
         if step % max(1, steps // 20) == 0 or step == steps:
