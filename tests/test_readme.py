@@ -82,3 +82,22 @@ def test_figures_of_the_demo_are_in_the_results() -> None:
 
 def test_the_table_of_model_types_is_what_the_tests_say() -> None:
     assert support.table() in TEXT
+
+
+def test_figures_of_the_book_are_in_the_results() -> None:
+    summary = json.loads((ROOT / "bench" / "results" / "book" / "book.json").read_text(encoding="utf-8"))["summary"]
+    order = [summary[name] for name in ("full", "local", "linear", "delta")]
+    assert {variant["seeds"] for variant in order} == {5}
+    perplexity = " | ".join(f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in (v["perplexity"] for v in order))
+    assert f"| perplexity | {perplexity} |" in TEXT
+    nats = [
+        f"{mean:+.3f} ± {deviation:.3f}" if mean else "0" for mean, deviation in (v["nats_less_local"] for v in order)
+    ]
+    assert f"| nats per byte, against local | {' | '.join(nats)} |" in TEXT
+
+
+def test_figures_of_the_passkey_prompt_are_in_the_results() -> None:
+    cells = json.loads((ROOT / "bench" / "results" / "passkey" / "passkey.json").read_text(encoding="utf-8"))["cells"]
+    assert {cell["length"] for cell in cells} == {4028, 32700, 131004, 1048508}
+    assert {cell["exact"] for cell in cells} == {0.0}
+    assert {f"{cell['cache_bytes']:,}" for cell in cells} == {re.search(r"takes ([\d,]+) bytes of cache", TEXT)[1]}
