@@ -34,7 +34,7 @@ from ..infini.gate import parameter_groups
 from ..infini.huggingface.cache import InfiniCache, LayerState
 from ..infini.huggingface.conversion import convert
 from ..infini.huggingface.saving import save_pretrained
-from ..infini.running import deferred_interrupt
+from ..infini.running import deferred_interrupt, load_checkpoint, save_checkpoint
 from ..kernels.state import MemoryState
 
 CHECKPOINT_EVERY = 100
@@ -189,7 +189,7 @@ def train(trainer: Trainer, checkpoint: Path, bar: Progress) -> None:
             trainer.advance()
             bar.update(task, completed=trainer.step, description=f"train, {trainer.filler} bytes of filler")
             if interrupted or trainer.step % CHECKPOINT_EVERY == 0 or trainer.step == trainer.setup.steps:
-                torch.save(trainer.state_dict(), checkpoint)
+                save_checkpoint(checkpoint, trainer.state_dict())
                 print_line(trainer)
             if interrupted:
                 raise KeyboardInterrupt
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint, folder = given.out / "checkpoint.pt", given.out / "model"
     trainer = Trainer(build(setup), setup)
     if checkpoint.is_file():
-        trainer.load_state_dict(torch.load(checkpoint, weights_only=True))
+        trainer.load_state_dict(load_checkpoint(checkpoint))
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         train(trainer, checkpoint, bar)

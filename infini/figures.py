@@ -29,13 +29,12 @@ def write_figures(path: Path, figures: Mapping[str, Any]) -> None:
     beside.replace(path)
 
 
-def prepare(path: Path, resume: bool) -> None:
-    """Make the folder of the file, see that it can be written, and that earlier figures are not lost.
+def make_folder(folder: Path) -> None:
+    """Make it, and see that it can be written.
 
     Raises:
         SettingError: of `out`.
     """
-    folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -44,10 +43,19 @@ def prepare(path: Path, resume: bool) -> None:
         raise SettingError(
             "out", f"must be a folder that can be written, got {str(folder)!r} ({error.strerror})"
         ) from None
+
+
+def prepare(path: Path, resume: bool) -> None:
+    """Make the folder of the file, see that it can be written, and that earlier figures are not lost.
+
+    Raises:
+        SettingError: of `out`.
+    """
+    make_folder(path.parent)
     if path.exists() and not resume:
         raise SettingError(
             "out",
-            f"must not hold figures of an earlier run, got {str(folder)!r} with {path.name}: go on with them by "
+            f"must not hold figures of an earlier run, got {str(path.parent)!r} with {path.name}: go on with them by "
             "--resume, choose another folder, or delete them",
         )
 

@@ -10,12 +10,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from tempfile import TemporaryFile
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ...kernels.validation import UPDATES
+from ..figures import make_folder
 from ..running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, save_checkpoint
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
@@ -199,14 +199,7 @@ def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume
 
 def _prepare(folder: Path, resume: bool) -> None:
     """Make the folder, see that it can be written, and let no run's files stand beside another's."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise SettingError(
-            "out", f"must be a folder that can be written, got {str(folder)!r} ({error.strerror})"
-        ) from None
+    make_folder(folder)
     outputs = Outputs.of(folder)
     if resume:
         return

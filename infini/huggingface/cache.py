@@ -229,6 +229,16 @@ class InfiniCache(Cache):
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         return other
 
+    @property
+    def batch(self) -> int | None:
+        """Rows; None before the first pass, which decides."""
+        return None if self.is_empty() else len(self.rows.lengths)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its rows go on: none has ended with padding."""
+        return self.rows.open
+
     def is_empty(self) -> bool:
         """Whether nothing has been read."""
         return self.rows.columns == 0

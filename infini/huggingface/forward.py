@@ -127,12 +127,7 @@ def _cache(
         return InfiniCache(trunk) if wanted else None
     if type(cache) is DynamicCache and cache.get_seq_length() == 0:
         return InfiniCache(trunk)
-    if isinstance(cache, StaticInfiniCache):
-        if len(cache.lengths) != batch:
-            raise ValueError(
-                f"past_key_values must be of batch size {batch}, as the input is, got {len(cache.lengths)}"
-            )
-    elif not isinstance(cache, InfiniCache):
+    if not isinstance(cache, (InfiniCache, StaticInfiniCache)):
         held = (
             f"{type(cache).__name__} of {cache.get_seq_length()} tokens"
             if isinstance(cache, Cache)
@@ -147,13 +142,9 @@ def _cache(
             f"past_key_values must be of this model ({conversion.depth} layers, {conversion.settings}), got one of "
             f"{len(cache.layers)} layers, {cache.settings}"
         )
-    if isinstance(cache, StaticInfiniCache):
-        return cache
-    if not cache.is_empty() and len(cache.rows.lengths) != batch:
-        raise ValueError(
-            f"past_key_values must be of batch size {batch}, as the input is, got {len(cache.rows.lengths)}"
-        )
-    if not cache.is_empty() and not cache.rows.open:
+    if cache.batch not in (None, batch):
+        raise ValueError(f"past_key_values must be of batch size {batch}, as the input is, got {cache.batch}")
+    if not cache.is_open:
         raise ValueError("past_key_values must end with tokens, got rows that ended with padding: pad on the left")
     return cache
 

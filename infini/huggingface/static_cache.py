@@ -221,6 +221,13 @@ class StaticInfiniCache(Cache):
             torch._dynamo.mark_static_address(x)
 
     recording = False
+    # a piece that ends with padding is refused
+    is_open = True
+
+    @property
+    def batch(self) -> int:
+        """Rows, as it was made for."""
+        return len(self.lengths)
 
     @property
     def rows(self) -> Rows:
