@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..infini.figures import versions, write_figures
+from ..figures import versions, write_figures
 from ..infini.gate import Gate, parameter_groups
 from ..infini.huggingface.conversion import convert
 from .book_plot import plot_book

@@ -26,16 +26,16 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ..figures import write_figures
 from ..infini.evaluate.loading import ByteTokenizer, Source
 from ..infini.evaluate.passkey import PasskeyText
 from ..infini.evaluate.runs import Grid, run_passkey
-from ..infini.figures import write_figures
 from ..infini.gate import parameter_groups
 from ..infini.huggingface.cache import InfiniCache, LayerState
 from ..infini.huggingface.conversion import convert
 from ..infini.huggingface.saving import save_pretrained
-from ..infini.running import deferred_interrupt, load_checkpoint, save_checkpoint
 from ..kernels.state import MemoryState
+from ..running import deferred_interrupt, load_checkpoint, save_checkpoint
 
 CHECKPOINT_EVERY = 100
 

@@ -32,7 +32,7 @@ from segattn.infini.finetune.finetuner import Finetuner, FinetuneSettings  # noq
 from segattn.infini.finetune.runs import Outputs, build, run_finetune  # noqa: E402
 from segattn.infini.finetune.text import rows_of, tokens_of_dataset, tokens_of_file  # noqa: E402
 from segattn.infini.huggingface.saving import from_pretrained, save_pretrained  # noqa: E402
-from segattn.infini.running import InterruptedRunError, SettingError  # noqa: E402
+from segattn.running import InterruptedRunError, SettingError  # noqa: E402
 
 L, LENGTH = 16, 75
 

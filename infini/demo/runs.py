@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ...figures import make_folder
 from ...kernels.validation import UPDATES
-from ..figures import make_folder
-from ..running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, save_checkpoint
+from ...running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, save_checkpoint
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
 from .passkey import PasskeyTask, generate_text

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from ...running import SettingError
 from ..huggingface.conversion import convert
 from ..huggingface.saving import from_pretrained, load_gates
 from ..huggingface.settings import ENTRY, conversion_of, is_converted
-from ..running import SettingError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BYTES = "bytes"

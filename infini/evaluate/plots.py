@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..heat_map import DPI, draw_grid
+from ...heat_map import DPI, draw_grid
 from .perplexity import Bucket
 from .retrieval import RetrievalCell
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..figures import earlier, prepare, read_text, versions, write_figures
-from ..running import SettingError
+from ...figures import earlier, prepare, read_text, versions, write_figures
+from ...running import SettingError
 from . import perplexity as ppl
 from .loading import Loaded, Source, load
 from .needle import ANSWER, NEEDLE, QUESTION, NeedleText

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...running import SettingError
 from ..gate import Gate, parameter_groups
 from ..huggingface.pieces import backward_in_pieces
-from ..running import SettingError
 
 CLIP = 1.0
 

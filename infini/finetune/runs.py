@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ...figures import prepare
+from ...running import InterruptedRunError, SettingError, deferred_interrupt, save_checkpoint
 from ..evaluate.loading import PretrainedTokenizer, Source, Tokenizer, load
-from ..figures import prepare
 from ..gate import Gate
 from ..huggingface.conversion import convert
 from ..huggingface.pieces import check_checkpointing
 from ..huggingface.saving import save_pretrained
 from ..huggingface.settings import conversion_of, is_converted
-from ..running import InterruptedRunError, SettingError, deferred_interrupt, save_checkpoint
 from .finetuner import Finetuner, FinetuneSettings
 from .text import rows_of, tokens_of_dataset, tokens_of_file
 

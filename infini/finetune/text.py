@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..figures import read_text
-from ..running import SettingError
+from ...figures import read_text
+from ...running import SettingError
 
 if TYPE_CHECKING:
     from ..evaluate.loading import Tokenizer

@@ -126,7 +126,7 @@ def demo(
     Two to three minutes on two cores. Ctrl-C leaves a checkpoint to go on from.
     """
     from .infini.demo.runs import DemoSettings, Outputs, run_demo, saved_settings
-    from .infini.running import InterruptedRunError, SettingError
+    from .running import InterruptedRunError, SettingError
 
     console = Console(soft_wrap=True, highlight=False)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)

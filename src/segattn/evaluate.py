@@ -108,7 +108,7 @@ def needle(
     """A needle in a haystack: a sentence hidden in running text, by length and depth."""
     with _Command("needle", out) as command:
         from .infini.evaluate.runs import Grid, Needle, run_needle
-        from .infini.running import SettingError
+        from .running import SettingError
 
         source = _source(model, tokenizer, convert, segment_len, update, gates, dtype, device)
         given = {"needle": needle, "question": question, "answer": answer}
@@ -198,7 +198,7 @@ def _source(
 
 
 def _lengths(given: str) -> tuple[int, ...]:
-    from .infini.running import SettingError
+    from .running import SettingError
 
     lengths = []
     for part in filter(None, map(str.strip, given.split(","))):
@@ -212,7 +212,7 @@ def _lengths(given: str) -> tuple[int, ...]:
 
 def _depths(given: str) -> tuple[float, ...]:
     from .infini.evaluate.retrieval import DEPTHS
-    from .infini.running import SettingError
+    from .running import SettingError
 
     depths = []
     for part in filter(None, map(str.strip, given.split(","))):
@@ -282,7 +282,7 @@ class _Command:
     ) -> None:
         from torch import OutOfMemoryError
 
-        from .infini.running import SettingError
+        from .running import SettingError
 
         again = f"; go on with the same command and --resume --out {shlex.quote(str(self.out))}"
         if isinstance(error, SettingError):

@@ -68,7 +68,7 @@ def finetune(
     with _Errors(out) as console:
         from .infini.finetune.finetuner import FinetuneSettings
         from .infini.finetune.runs import Outputs, run_finetune, saved_settings
-        from .infini.running import SettingError
+        from .running import SettingError
 
         if model is None and not resume:
             raise SettingError("model", "must be given: a folder, or a name of the hub")
@@ -101,7 +101,7 @@ class _Errors:
     ) -> None:
         from torch import OutOfMemoryError
 
-        from .infini.running import InterruptedRunError, SettingError
+        from .running import InterruptedRunError, SettingError
 
         again = f"; go on with: segattn finetune --resume --out {shlex.quote(str(self.out))}"
         names = {"model": "MODEL", "gates_only": "--freeze-but-gates"}
