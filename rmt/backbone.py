@@ -1,0 +1,180 @@
+"""Any model that takes embeddings, called in one way."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .block_attention import Block
+from .layout import block_mask
+from .settings import Settings
+
+
+class Outputs(NamedTuple):
+    """hidden: the last layer's rows [B, T, d]. logits: [B, T, C], [B, C], or None. cache: keys and values so far."""
+
+    hidden: Tensor
+    logits: Tensor | None
+    cache: Any
+
+
+def huggingface_of(model: nn.Module) -> Any:
+    """The Hugging Face model that `model` is, or wraps (compiled, with adapters); None where there is none."""
+    for module in model.modules():
+        if hasattr(module, "config") and callable(getattr(module, "get_input_embeddings", None)):
+            return module
+    return None
+
+
+def kind_of(model: nn.Module) -> str:
+    """ "decoder" where the model's attention is causal, otherwise "encoder".
+
+    Raises:
+        ValueError: it cannot be told from the model.
+    """
+    inner = huggingface_of(model)
+    if inner is None:
+        raise ValueError(f"kind must be 'decoder' or 'encoder' for a {type(model).__name__}, which does not tell")
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model must be an encoder or a decoder, got {type(inner).__name__}, which is both: pass its encoder"
+        )
+    causal = {module.is_causal for module in inner.modules() if isinstance(getattr(module, "is_causal", None), bool)}
+    return "decoder" if True in causal else "encoder"
+
+
+def embedding_of(model: nn.Module) -> nn.Module:
+    """What turns token ids into vectors.
+
+    Raises:
+        ValueError: there is none.
+    """
+    inner = huggingface_of(model)
+    embedding = None if inner is None else inner.get_input_embeddings()
+    if not isinstance(embedding, nn.Module) or getattr(embedding, "weight", None) is None:
+        raise ValueError(
+            f"model must have input embeddings, got {type(model).__name__} without: pass embedding= (token ids to "
+            "vectors), with weight [tokens, d]"
+        )
+    return embedding
+
+
+def check_positions(model: nn.Module, rows: int, extra: int) -> None:
+    """See that a segment fits the positions that the model knows.
+
+    Raises:
+        ValueError: it does not.
+    """
+    known = getattr(getattr(huggingface_of(model), "config", None), "max_position_embeddings", None)
+    if isinstance(known, int) and rows > known:
+        raise ValueError(
+            f"segment_len must be at most {known - extra}, since the model knows {known} positions and {extra} go to "
+            f"memory and special tokens, got {rows - extra}"
+        )
+
+
+def accepted(model: nn.Module) -> frozenset[str]:
+    """The names of the arguments that the model's forward takes."""
+    return frozenset(inspect.signature((huggingface_of(model) or model).forward).parameters)
+
+
+class Caller(NamedTuple):
+    """How a model is called with the rows of a segment.
+
+    accepts: the arguments that it takes.
+    fused: whether its attention is told the block mask.
+    """
+
+    model: nn.Module
+    settings: Settings
+    accepts: frozenset[str]
+    fused: bool
+
+    @property
+    def caches(self) -> bool:
+        """Whether keys and values can be kept between calls."""
+        return "past_key_values" in self.accepts and "use_cache" in self.accepts
+
+    def segment(self, rows: Tensor, ends: Tensor | None, with_logits: bool) -> Outputs:
+        """A whole segment, rows [B, T, d], those behind `ends` [B] padding."""
+        arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in self.accepts else {}
+        if not with_logits and "logits_to_keep" in self.accepts:
+            arguments["logits_to_keep"] = 1
+        if self.settings.kind == "decoder":
+            arguments |= self._decoder_mask(rows, ends, 0, True)
+        else:
+            arguments |= {"attention_mask": self._encoder_mask(rows, ends)}
+        return run(self.model, rows, arguments)
+
+    def newest(self, rows: Tensor, writes: bool, cache: Any) -> Outputs:
+        """The newest rows [B, n, d] of a growing segment; the cache holds those before them.
+
+        Args:
+            writes: whether the last rows are the memory's, so that the segment is whole.
+        """
+        past = 0 if cache is None else cache.get_seq_length()
+        arguments = self._decoder_mask(rows, None, past, writes)
+        if "logits_to_keep" in self.accepts:
+            arguments["logits_to_keep"] = 1
+        if self.caches:
+            arguments |= {"use_cache": True, "past_key_values": cache}
+        return run(self.model, rows, arguments)
+
+    def _decoder_mask(self, rows: Tensor, ends: Tensor | None, past: int, writes: bool) -> dict[str, Any]:
+        queries, time = rows.shape[1], past + rows.shape[1]
+        read = self.settings.num_memory_tokens if self.settings.mask == "paper" else 0
+        write = read if writes else 0
+        if self.fused:
+            spans = None if ends is None else torch.stack((torch.zeros_like(ends), ends), 1).int()
+            return {"segattn_block": Block(read, write, spans)}
+        plain = huggingface_of(self.model) is None
+        # a causal model sees no padding, which stands behind all else, and a single new row sees everything
+        if not plain and (not read or (past and queries == 1)):
+            return {}
+        visible = block_mask(time, read, write, ends, queries=queries, device=rows.device)
+        if plain:
+            return {"attention_mask": visible}
+        mask = {"attention_mask": additive(visible, rows.dtype)}
+        if "position_ids" not in self.accepts:
+            return mask
+        return mask | {"position_ids": torch.arange(past, time, device=rows.device)[None]}
+
+    def _encoder_mask(self, rows: Tensor, ends: Tensor | None) -> Tensor | None:
+        batch, time = rows.shape[:2]
+        at = torch.arange(time, device=rows.device)
+        real = None if ends is None else at < ends[:, None]
+        if huggingface_of(self.model) is not None:
+            return None if real is None else real.long()
+        if real is None:
+            return torch.ones(1, 1, time, time, dtype=torch.bool, device=rows.device)
+        return real[:, None, None].expand(batch, 1, time, time)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool → 0 where visible, the least number of `dtype` elsewhere."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def run(model: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Outputs:
+    """One pass over embeddings [B, T, d].
+
+    Raises:
+        TypeError: the model returns neither hidden rows nor a tensor of them.
+    """
+    if huggingface_of(model) is None:
+        out = model(inputs_embeds=x, **arguments)
+        if isinstance(out, Tensor):
+            return Outputs(out, None, None)
+    else:
+        out = model(inputs_embeds=x, output_hidden_states=True, return_dict=True, **arguments)
+    states = getattr(out, "hidden_states", None)
+    hidden = states[-1] if states is not None else getattr(out, "last_hidden_state", None)
+    if hidden is None:
+        raise TypeError(
+            f"model must return the hidden rows [B, T, d], or an object with hidden_states or last_hidden_state, got "
+            f"{type(out).__name__}"
+        )
+    return Outputs(hidden, getattr(out, "logits", None), getattr(out, "past_key_values", None))

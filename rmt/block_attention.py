@@ -1,0 +1,83 @@
+"""Segment attention with the block mask of memory tokens, as transformers calls attention."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..kernels.operation import segment_attention
+
+IMPLEMENTATION = "segattn_block"
+
+
+class Block(NamedTuple):
+    """What attention is told with a call: rows of memory at the two ends, and each sequence's bounds [B, 2]."""
+
+    num_read: int
+    num_write: int
+    spans: Tensor | None
+
+
+def block_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    segattn_block: Block | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, Tq, K], key and value [B, G, T, ·] → [B, Tq, H, V]."""
+    if segattn_block is None:
+        raise ValueError(
+            "the model runs on attention='segattn' of a RecurrentMemory and must be called through it; "
+            "set_attn_implementation('sdpa') gives it its own attention back"
+        )
+    if dropout:
+        raise ValueError(f"attention dropout must be 0 in training, got {dropout}: set it to 0 in the configuration")
+    if sliding_window is not None and sliding_window < key.shape[2]:
+        raise ValueError(
+            f"attention must reach over a segment of {key.shape[2]} rows, got a sliding window of {sliding_window}: "
+            "pass attention=None"
+        )
+    out, _ = segment_attention(
+        query,
+        key,
+        value,
+        segment_len=key.shape[2],
+        num_read=segattn_block.num_read,
+        num_write=segattn_block.num_write,
+        spans=segattn_block.spans,
+        scale=scaling,
+        softcap=softcap,
+    )
+    return out.transpose(1, 2), None
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """Attention gets its bounds with the call."""
+
+
+def use(model: Any) -> None:
+    """Have a Hugging Face model run on segment attention.
+
+    Raises:
+        ValueError: its layers do not let attention be chosen.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, block_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
+    model.set_attn_implementation(IMPLEMENTATION)
+    if model.config._attn_implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"attention='segattn' needs a model whose attention can be chosen, got {type(model).__name__}: pass "
+            "attention=None"
+        )

@@ -1,0 +1,60 @@
+"""What the segments of a call come to: one loss, and logits in the places of their tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .segments import IGNORED, Segment
+
+
+def summed_loss(logits: Tensor, targets: Tensor, segment: Segment, last_only: bool) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropy over a segment's labels, in float32 at least, and how many there are.
+
+    Args:
+        logits: [b, n, C] of the segment's tokens, or [b, C] of its rows.
+        targets: [B, T] or [B]; -100 does not count.
+        last_only: whether only segments that are their row's last count.
+    """
+    if logits.ndim != targets.ndim + 1:
+        shapes = {2: "[B], since the model classifies rows", 3: "[B, T], since the model has logits for every token"}
+        raise ValueError(f"labels must have shape {shapes[logits.ndim]}, got {list(targets.shape)}")
+    own = segment.of(targets) if targets.ndim == 2 else segment.rows_of(targets)
+    unused = torch.tensor([last_only and left > 1 for left in segment.left], device=own.device)
+    if targets.ndim == 2:
+        size = torch.tensor([end - begin for begin, end in zip(segment.begin, segment.end, strict=True)])
+        outside = torch.arange(own.shape[1], device=own.device) >= size.to(own.device)[:, None]
+        unused = unused[:, None] | outside
+    own = own.masked_fill(unused, IGNORED)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    loss = F.cross_entropy(logits.flatten(0, -2), own.flatten(), ignore_index=IGNORED, reduction="sum")
+    return loss, (own != IGNORED).sum()
+
+
+def gather(pieces: list[tuple[Segment, Tensor]], batch: int, time: int) -> Tensor | None:
+    """Logits of the segments → [B, T, C], 0 where there is padding, or [B, C], of each row's last segment."""
+    if not pieces:
+        return None
+    first = pieces[0][1]
+    if first.ndim == 2:
+        out = first.new_zeros(batch, first.shape[1])
+        for segment, logits in pieces:
+            last = [at for at, left in enumerate(segment.left) if left == 1]
+            out = out.index_copy(0, _index([segment.rows[at] for at in last], out), logits[_index(last, out)])
+        return out
+    if all(segment.whole(batch) for segment, _ in pieces) and sum(x.shape[1] for _, x in pieces) == time:
+        return torch.cat([logits for _, logits in pieces], 1)
+    out = first.new_zeros(batch * time, first.shape[2])
+    for segment, logits in pieces:
+        to: list[int] = []
+        source: list[int] = []
+        for at, (row, begin, end) in enumerate(zip(segment.rows, segment.begin, segment.end, strict=True)):
+            to += range(row * time + begin, row * time + end)
+            source += range(at * logits.shape[1], at * logits.shape[1] + end - begin)
+        out = out.index_copy(0, _index(to, out), logits.flatten(0, 1)[_index(source, out)])
+    return out.unflatten(0, (batch, time))
+
+
+def _index(numbers: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, device=like.device, dtype=torch.long)

@@ -1,0 +1,341 @@
+"""The Recurrent Memory Transformer (arXiv 2207.06881, 2304.11062) around any model that takes embeddings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels import validation as check
+from . import block_attention
+from .backbone import Caller, Outputs, accepted, check_positions, embedding_of, huggingface_of, kind_of
+from .gathering import gather, summed_loss
+from .generation import generate
+from .layout import decoder_layout, encoder_layout
+from .segments import IGNORED, Segment, bounds, cut, next_tokens
+from .settings import Settings
+from .state import RecurrentState
+
+ATTENTIONS = (None, "segattn")
+
+
+class RecurrentOutput(NamedTuple):
+    """loss: scalar, None without labels. logits: [B, T, C] of every token, [B, C] of a row's last segment, or None."""
+
+    loss: Tensor | None
+    logits: Tensor | None
+    state: RecurrentState
+
+
+class RecurrentMemory(nn.Module):
+    """Reads a sequence segment by segment; memory tokens, written by each segment, are read by the next.
+
+    A decoder's segment is [read | tokens | write], the same memory at both ends, and what the last layer makes of the
+    write rows is the next memory (arXiv 2207.06881, section 3). An encoder's is [first | memory | separator | tokens |
+    separator], its memory read and written in place (arXiv 2304.11062, section 2). Positions begin anew with each
+    segment. Nothing is kept on the module between calls but its parameters.
+
+    Args:
+        model: a Hugging Face encoder or decoder with any head, or a module that is called with `inputs_embeds`
+            [B, T, d] and `attention_mask`, bool [B or 1, 1, T, T], True where a row sees another, and returns the last
+            layer's rows [B, T, d], or an object with `last_hidden_state` or `hidden_states`, and `logits`.
+        num_memory_tokens: m.
+        segment_len: L, tokens of the text per segment, without memory and special tokens.
+        kind: "decoder" or "encoder"; default: what a Hugging Face model's attention is.
+        mask: of a decoder: "paper", the default: memory rows see all of their own block, and write rows everything;
+            "causal": each row sees those before it, as in released checkpoints.
+        special_tokens: of an encoder: the ids (first, separator), such as BERT's 101 and 102; default none.
+        bptt: segments through which gradients reach back, counted from each row's last; they are cut at every multiple
+            of it, so that all segments train where all have a loss. Default: through all.
+        alignment: "left": a row's last segment is the short one; "right": its first.
+        loss: "all" segments, or each row's "last"; default: all for a decoder, last for an encoder.
+        attention: "segattn" for a Hugging Face decoder to run on `segment_attention` and its block mask; default: as it
+            is, with a mask [1, 1, T, T], or none for "causal".
+        embedding: token ids to vectors; default the model's own.
+        head: the last layer's rows of tokens [B, T, d] to logits, or an encoder's first row [B, d]; default the
+            model's own logits.
+        checkpoint: keep a segment's inputs alone for its backward, and run it again there.
+        noise: in training, standard deviation of the noise that is added to the memory between segments, relative to
+            the size of its rows; what is remembered then withstands more segments than it was trained on.
+
+    Attributes:
+        memory: [m, d], the first segment's memory.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be, and what it was: a segment shorter than the memory,
+            a model without embeddings, more rows than the model knows positions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_memory_tokens: int,
+        segment_len: int,
+        *,
+        kind: str | None = None,
+        mask: str | None = None,
+        special_tokens: tuple[int, int] | None = None,
+        bptt: int | None = None,
+        alignment: str = "left",
+        loss: str | None = None,
+        attention: str | None = None,
+        embedding: nn.Module | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
+        checkpoint: bool = False,
+        noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        kind = kind_of(model) if kind is None else kind
+        self.settings = Settings(num_memory_tokens, segment_len, kind, mask, special_tokens, bptt, alignment, loss)
+        check.check_bool("checkpoint", checkpoint)
+        if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
+            raise ValueError(f"noise must be a number of at least 0, got {noise!r}")
+        self.model = model
+        self.embedding = embedding
+        self.head = head
+        self.checkpoint = checkpoint
+        self.noise = noise
+        self.attention = _use_attention(attention, model, kind)
+        check_positions(model, segment_len + self.settings.extra_rows, self.settings.extra_rows)
+        self._layout = (
+            decoder_layout(num_memory_tokens)
+            if kind == "decoder"
+            else encoder_layout(num_memory_tokens, special_tokens is not None)
+        )
+        self._accepts = accepted(model)
+        weight = self._embedding.weight
+        width = weight.shape[1]
+        # as far from zero as the embeddings it stands among
+        spread = weight.detach().float().std().item()
+        self.memory = nn.Parameter(torch.randn(num_memory_tokens, width).to(weight) * spread)
+        self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+
+    generate = generate
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [B, T] → vectors [B, T, d]."""
+        vectors: Tensor = self._embedding(ids)
+        return vectors
+
+    @property
+    def _embedding(self) -> Any:
+        return embedding_of(self.model) if self.embedding is None else self.embedding
+
+    @property
+    def _caller(self) -> Caller:
+        return Caller(self.model, self.settings, self._accepts, self.attention == "segattn")
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what is done with one segment, by `torch.compile` with these arguments; the loop stays as it is.
+
+        With mode="reduce-overhead" a GPU replays it as a CUDA graph where no gradients are wanted.
+        """
+        self._compiled = torch.compile(self._segment, *args, **kwargs)
+
+    def initial_state(self, batch_size: int) -> RecurrentState:
+        """The trainable memory that a sequence begins with, for so many rows."""
+        check.check_integer("batch_size", batch_size, 1)
+        return RecurrentState(self.memory.expand(batch_size, -1, -1))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        state: RecurrentState | None = None,
+        output_logits: bool | None = None,
+    ) -> RecurrentOutput:
+        """Read sequences of any length.
+
+        Args:
+            input_ids: [B, T]; or `inputs_embeds` [B, T, d].
+            attention_mask: [B, T], 0 where padding stands before or after a row's tokens.
+            labels: [B, T], each token its own, -100 where none: a decoder's logits predict the next token, also over
+                the border of two segments, an encoder's the token at their place; or [B], an encoder's class of
+                the row.
+            state: what an earlier call returned, to go on from; default the trainable memory.
+            output_logits: keep logits of every token; default: where there are no labels. [B, C] is always kept.
+
+        Returns:
+            The mean cross-entropy over labels that count (0 where none does), logits, and the memory at the end.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what it must be, and what it was.
+        """
+        x = self._inputs(input_ids, inputs_embeds)
+        rows = bounds(attention_mask, *x.shape[:2])
+        targets = None if labels is None else self._targets(labels, x, rows)
+        keep = labels is None if output_logits is None else output_logits
+        memory = self._memory(state, x.shape[0])
+        loss = count = torch.zeros((), device=x.device)
+        kept = []
+        for segment in cut(rows, self.settings.segment_len, self.settings.alignment):
+            scored = targets is not None and (self.settings.loss == "all" or 1 in segment.left)
+            memory = self._disturb(self._truncate(memory, segment, state is not None), segment)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (keep or scored or self._reached(segment))):
+                memory, logits = self._read(x, segment, memory, keep or scored)
+            if logits is not None and (keep or logits.ndim == 2):
+                kept.append((segment, logits))
+            if targets is not None and scored and logits is not None:
+                own, number = summed_loss(logits, targets, segment, self.settings.loss == "last")
+                loss, count = loss + own, count + number
+        return RecurrentOutput(
+            None if targets is None else loss / count.clamp(min=1),
+            gather(kept, *x.shape[:2]),
+            RecurrentState(memory),
+        )
+
+    def _read(self, x: Tensor, segment: Segment, memory: Tensor, required: bool) -> tuple[Tensor, Tensor | None]:
+        """The memory [B, m, d] after a segment of those rows that have it, and its logits where they are wanted."""
+        classify = self.settings.kind == "encoder" and 1 in segment.left
+        arguments = segment.of(x), segment.rows_of(memory), segment.lengths(x.device), required or classify
+        if self.checkpoint and torch.is_grad_enabled():
+            own, logits = checkpoint(self._step, *arguments, use_reentrant=False)
+        else:
+            own, logits = self._step(*arguments)
+        if required and logits is None:
+            raise TypeError(_no_logits(self.model))
+        if len(segment.rows) < x.shape[0]:
+            own = memory.to(own.dtype).index_copy(0, torch.tensor(segment.rows, device=x.device), own)
+        return own, logits
+
+    def _reached(self, segment: Segment) -> bool:
+        """Whether gradients from a row's last segment come here."""
+        return self.settings.bptt is None or min(segment.left) <= self.settings.bptt
+
+    def _truncate(self, memory: Tensor, segment: Segment, earlier: bool) -> Tensor:
+        """Cut the graph in front of every `bptt` segments, counted from each row's last."""
+        depth = self.settings.bptt
+        # the trainable memory belongs to the first segment
+        if depth is None or (segment.number == 0 and not earlier):
+            return memory
+        ends = [row for row, left in zip(segment.rows, segment.left, strict=True) if left % depth == 0]
+        if len(ends) == memory.shape[0]:
+            return memory.detach()
+        rows = torch.tensor(ends, dtype=torch.long, device=memory.device)
+        return memory.index_copy(0, rows, memory[rows].detach()) if ends else memory
+
+    def _disturb(self, memory: Tensor, segment: Segment) -> Tensor:
+        if not self.training or not self.noise or segment.number == 0:
+            return memory
+        size = memory.detach().square().mean(-1, keepdim=True).sqrt()
+        return memory + self.noise * size * torch.randn_like(memory)
+
+    def _step(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """`_segment`, compiled where it was asked for."""
+        if self._compiled is None:
+            return self._segment(*arguments)
+        if torch.is_grad_enabled():
+            return self._compiled(*arguments)
+        # a graph's next replay writes over what this one returns
+        torch.compiler.cudagraph_mark_step_begin()
+        memory, logits = self._compiled(*arguments)
+        return memory.clone(), None if logits is None else logits.clone()
+
+    def _segment(
+        self, tokens: Tensor, memory: Tensor, lengths: Tensor | None, with_logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One segment of tokens (ids [B, n] or embeddings [B, n, d]): the next memory, and logits of the tokens."""
+        layout, embed = self._layout, self.embed
+        x = tokens if tokens.is_floating_point() else embed(tokens)
+        memory = memory.to(x.dtype)
+        if self.settings.kind == "decoder":
+            before = after = memory
+        elif self.settings.special_tokens:
+            special = embed(torch.tensor(self.settings.special_tokens, device=x.device)).expand(x.shape[0], -1, -1)
+            before, after = torch.cat((special[:, :1], memory, special[:, 1:]), 1), special[:, 1:]
+        else:
+            before, after = memory, memory[:, :0]
+        rows = layout.join(before, x, after, lengths)
+        ends = None if lengths is None else layout.before + lengths + layout.after
+        out = self._caller.segment(rows, ends, with_logits)
+        return layout.memory_of(out.hidden, lengths), self._logits(out) if with_logits else None
+
+    def _logits(self, out: Outputs) -> Tensor | None:
+        if self.head is not None:
+            encoder = self.settings.kind == "encoder"
+            return self.head(out.hidden[:, 0] if encoder else self._layout.tokens_of(out.hidden))
+        if out.logits is None or out.logits.ndim == 2:
+            return out.logits
+        return self._layout.tokens_of(out.logits)
+
+    def newest(self, rows: Tensor, writes: bool, cache: Any) -> tuple[Tensor, Tensor, Any]:
+        """The newest rows of a growing segment: the last m hidden rows, the last logits [B, C], and the cache.
+
+        Args:
+            rows: embeddings [B, n, d], the memory before the first token and again behind the last.
+            writes: whether the memory is behind the last token, so that the segment is whole.
+            cache: what this returned for the rows before; None: these are all.
+        """
+        out = self._caller.newest(rows, writes, cache)
+        last = out.logits if self.head is None else self.head(out.hidden[:, -1:])
+        if last is None:
+            raise TypeError(_no_logits(self.model))
+        return out.hidden[:, -self.settings.num_memory_tokens :], last[:, -1], out.cache
+
+    def _inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids or inputs_embeds must be given, and not both")
+        if input_ids is not None:
+            name, x, shape = "input_ids", input_ids, "[B, T]"
+            if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+                raise TypeError(f"input_ids must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        else:
+            name, x, shape = "inputs_embeds", inputs_embeds, f"[B, T, d = {self.memory.shape[1]}]"
+            check.check_floating(name, x)
+        if x.ndim != (2 if name == "input_ids" else 3) or (x.ndim == 3 and x.shape[2] != self.memory.shape[1]):
+            raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
+        if not x.shape[0] or not x.shape[1]:
+            raise ValueError(f"{name} must have a row and a token in it, got shape {list(x.shape)}")
+        return x
+
+    def _targets(self, labels: Tensor, x: Tensor, rows: list[tuple[int, int]]) -> Tensor:
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+        if labels.ndim == 1 and self.settings.kind == "encoder":
+            check.check_shape("labels", labels, "[B]", x.shape[:1])
+            return labels
+        check.check_shape("labels", labels, "[B, T]", x.shape[:2])
+        if self.settings.kind == "decoder":
+            return next_tokens(labels, rows)
+        at = torch.arange(labels.shape[1], device=labels.device)
+        begin, end = torch.tensor(rows, device=labels.device)[..., None].unbind(1)
+        return labels.masked_fill((at < begin) | (at >= end), IGNORED)
+
+    def _memory(self, state: RecurrentState | None, batch: int) -> Tensor:
+        if state is None:
+            return self.initial_state(batch).memory
+        if not isinstance(state, RecurrentState):
+            raise TypeError(f"state must be a RecurrentState, got {type(state).__name__}")
+        check.check_floating("state", state.memory)
+        check.check_shape("state", state.memory, "[B, m, d]", (batch, *self.memory.shape))
+        check.check_device("state", state.memory, "memory", self.memory)
+        return state.memory
+
+
+def _use_attention(attention: str | None, model: nn.Module, kind: str) -> str | None:
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention must be None or 'segattn', got {attention!r}")
+    if attention == "segattn":
+        inner = huggingface_of(model)
+        if kind != "decoder" or inner is None:
+            raise ValueError(
+                f"attention='segattn' is for Hugging Face decoders, got a {type(model).__name__} as {kind!r}"
+            )
+        block_attention.use(inner)
+    return attention
+
+
+def _no_logits(model: nn.Module) -> str:
+    return (
+        f"model must return logits, got {type(model).__name__}, which returns hidden rows alone: pass head=, or "
+        "output_logits=False for the memory alone"
+    )

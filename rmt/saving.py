@@ -1,0 +1,99 @@
+"""A memory on disk: its own parameters in one safetensors file, what it was made with in the file's metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+ENTRY = "segattn"
+
+
+class HasMemory(Protocol):
+    """`RecurrentMemory` and `AssociativeMemory`: a model, and what is trained around it."""
+
+    settings: Any
+    model: nn.Module
+
+    def named_parameters(self) -> Any: ...
+
+
+def own_parameters(module: HasMemory) -> dict[str, nn.Parameter]:
+    """The parameters of a memory that are not its model's, by name."""
+    of_model = {id(parameter) for parameter in module.model.parameters()}
+    return {name: x for name, x in module.named_parameters() if id(x) not in of_model}
+
+
+def save_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
+    """Write what was trained around the model; the model itself is saved by its own `save_pretrained`.
+
+    Args:
+        path: of a file, commonly ending in .safetensors.
+    """
+    tensors = {name: x.detach().cpu().contiguous() for name, x in own_parameters(module).items()}
+    entry = {"kind": type(module).__name__, **asdict(module.settings)}
+    save_file(tensors, path, metadata={ENTRY: json.dumps(entry)})
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the memory in a file was made with, and `kind`, the class.
+
+    Raises:
+        ValueError: it is no file of `save_memory`, or damaged.
+    """
+    return _read(path)[0]
+
+
+def load_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
+    """Load what `save_memory` wrote into a memory that was made with the same settings.
+
+    `bptt`, `alignment`, `loss` and the like may differ, since the weights do not depend on them.
+
+    Raises:
+        ValueError: it is no file of `save_memory`, or damaged; of another class, or another memory size, segment
+            length, mask or special tokens: the names and both values.
+    """
+    settings, tensors = _read(path)
+    _check(settings, {"kind": type(module).__name__, **asdict(module.settings)}, str(path))
+    own = own_parameters(module)
+    if missing := sorted(own.keys() ^ tensors.keys()):
+        raise ValueError(f"{str(path)!r} must hold the parameters {sorted(own)}, and differs in {missing}")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(
+                f"{name} must have shape {list(parameter.shape)} as this model's, got {list(tensors[name].shape)} in "
+                f"{str(path)!r}"
+            )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+# of the settings, those that may differ from what the weights were trained with
+_FREE = ("bptt", "alignment", "loss", "schedule")
+
+
+def _check(saved: Mapping[str, Any], own: Mapping[str, Any], path: str) -> None:
+    for name, value in own.items():
+        before = saved.get(name)
+        value = list(value) if isinstance(value, tuple) else value
+        if name not in _FREE and before != value:
+            raise ValueError(
+                f"{name} must be that of the memory in {path!r}, {before!r}, got {value!r}: make the module with it"
+            )
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            entry = json.loads((file.metadata() or {})[ENTRY])
+            return dict(entry), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"path must be a file that save_memory wrote, got {str(path)!r}: {error}") from None
