@@ -158,7 +158,8 @@ def _sampler(temperature: float, top_k: int | None, top_p: float | None, generat
         warpers.append(TopPLogitsWarper(top_p))
 
     def choose(logits: Tensor) -> Tensor:
-        chances = warpers(logits.new_empty(0), logits.float()).softmax(-1)
+        # they look at logits alone
+        chances = warpers(None, logits.float()).softmax(-1)  # type: ignore[arg-type]
         return torch.multinomial(chances, 1, generator=generator)[:, 0]
 
     return choose

@@ -179,7 +179,7 @@ class RecurrentMemory(nn.Module):
         kept = []
         for segment in cut(rows, self.settings.segment_len, self.settings.alignment):
             scored = targets is not None and (self.settings.loss == "all" or 1 in segment.left)
-            memory = self._disturb(self._truncate(memory, segment, state is not None), segment)
+            memory = self._truncate(memory, segment, state is not None)
             with torch.set_grad_enabled(torch.is_grad_enabled() and (keep or scored or self._reached(segment))):
                 memory, logits = self._read(x, segment, memory, keep or scored)
             if logits is not None and (keep or logits.ndim == 2):
@@ -196,7 +196,8 @@ class RecurrentMemory(nn.Module):
     def _read(self, x: Tensor, segment: Segment, memory: Tensor, required: bool) -> tuple[Tensor, Tensor | None]:
         """The memory [B, m, d] after a segment of those rows that have it, and its logits where they are wanted."""
         classify = self.settings.kind == "encoder" and 1 in segment.left
-        arguments = segment.of(x), segment.rows_of(memory), segment.lengths(x.device), required or classify
+        before = self._disturb(segment.rows_of(memory), segment)
+        arguments = segment.of(x), before, segment.lengths(x.device), required or classify
         if self.checkpoint and torch.is_grad_enabled():
             own, logits = checkpoint(self._step, *arguments, use_reentrant=False)
         else:
@@ -284,22 +285,22 @@ class RecurrentMemory(nn.Module):
     def _inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids or inputs_embeds must be given, and not both")
-        if input_ids is not None:
-            name, x, shape = "input_ids", input_ids, "[B, T]"
-            if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-                raise TypeError(f"input_ids must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-        else:
-            name, x, shape = "inputs_embeds", inputs_embeds, f"[B, T, d = {self.memory.shape[1]}]"
+        width = self.memory.shape[1]
+        if inputs_embeds is not None:
+            name, x, shape = "inputs_embeds", inputs_embeds, f"[B, T, d = {width}]"
             check.check_floating(name, x)
-        if x.ndim != (2 if name == "input_ids" else 3) or (x.ndim == 3 and x.shape[2] != self.memory.shape[1]):
+            fits = x.ndim == 3 and x.shape[2] == width
+        else:
+            name, x, shape = "input_ids", _integers("input_ids", input_ids), "[B, T]"
+            fits = x.ndim == 2
+        if not fits:
             raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
         if not x.shape[0] or not x.shape[1]:
             raise ValueError(f"{name} must have a row and a token in it, got shape {list(x.shape)}")
         return x
 
     def _targets(self, labels: Tensor, x: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+        _integers("labels", labels)
         if labels.ndim == 1 and self.settings.kind == "encoder":
             check.check_shape("labels", labels, "[B]", x.shape[:1])
             return labels
@@ -339,3 +340,9 @@ def _no_logits(model: nn.Module) -> str:
         f"model must return logits, got {type(model).__name__}, which returns hidden rows alone: pass head=, or "
         "output_logits=False for the memory alone"
     )
+
+
+def _integers(name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    return x

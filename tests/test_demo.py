@@ -18,9 +18,10 @@ from torch import Tensor
 
 from segattn.infini.demo.decoder import Decoder, DecoderConfig
 from segattn.infini.demo.evaluation import Cell, evaluate, state_bytes, stream
-from segattn.infini.demo.passkey import MARKER, PasskeyTask, generate_text
+from segattn.infini.demo.passkey import MARKER, PasskeyTask
 from segattn.infini.demo.runs import DEPTHS, FIXED, DemoSettings, Outputs, build, run_demo
 from segattn.infini.demo.training import Recipe, Trainer, stretch
+from segattn.made_text import generate_text
 from segattn.running import InterruptedRunError, SettingError, load_checkpoint, save_checkpoint
 
 pytest.importorskip("matplotlib")

@@ -24,7 +24,6 @@ from typer.testing import CliRunner, Result  # noqa: E402
 
 import segattn  # noqa: E402
 from segattn import evaluate  # noqa: E402
-from segattn.infini.demo.passkey import generate_text  # noqa: E402
 from segattn.infini.evaluate import retrieval  # noqa: E402
 from segattn.infini.evaluate.gate_map import GateMap, gate_map, plot_gate_map  # noqa: E402
 from segattn.infini.evaluate.harness import harness_class  # noqa: E402
@@ -45,6 +44,7 @@ from segattn.infini.evaluate.reading import cache_bytes, decode, losses, piece_l
 from segattn.infini.evaluate.retrieval import RetrievalCell, measure, measure_grid  # noqa: E402
 from segattn.infini.evaluate.runs import Grid, Outputs, run_passkey  # noqa: E402
 from segattn.infini.huggingface.saving import save_gates, save_pretrained  # noqa: E402
+from segattn.made_text import generate_text  # noqa: E402
 from segattn.running import SettingError  # noqa: E402
 
 L = 24

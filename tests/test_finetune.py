@@ -26,12 +26,12 @@ from typer.testing import CliRunner  # noqa: E402
 
 import segattn  # noqa: E402
 from segattn import finetune as command  # noqa: E402
-from segattn.infini.demo.passkey import generate_text  # noqa: E402
 from segattn.infini.evaluate.loading import ByteTokenizer  # noqa: E402
 from segattn.infini.finetune.finetuner import Finetuner, FinetuneSettings  # noqa: E402
 from segattn.infini.finetune.runs import Outputs, build, run_finetune  # noqa: E402
 from segattn.infini.finetune.text import rows_of, tokens_of_dataset, tokens_of_file  # noqa: E402
 from segattn.infini.huggingface.saving import from_pretrained, save_pretrained  # noqa: E402
+from segattn.made_text import generate_text  # noqa: E402
 from segattn.running import InterruptedRunError, SettingError  # noqa: E402
 
 L, LENGTH = 16, 75

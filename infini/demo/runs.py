@@ -16,10 +16,11 @@ import torch
 
 from ...figures import make_folder
 from ...kernels.validation import UPDATES
+from ...made_text import generate_text
 from ...running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, save_checkpoint
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
-from .passkey import PasskeyTask, generate_text
+from .passkey import PasskeyTask
 from .training import Recipe, Trainer
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

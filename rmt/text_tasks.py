@@ -1,0 +1,125 @@
+"""Facts in running text, and a question about them at its end (arXiv 2304.11062, section 4; BABILong, 2406.10149)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from .batch import IGNORE, SPLITS, Batch, generator_of
+from .facts import Question
+from .filler import Encode, Filler, Ids, token_ids
+from .vocabulary import Vocabulary
+
+Kind = Literal["class", "token"]
+
+
+class TextTask:
+    """Samples [filler and facts | question], and in a token task [... | question | GEN | answer].
+
+    Facts stand before, between or after whole sentences of filler, in the order of their story, at places drawn evenly
+    with replacement. The filler is cut to the exact length at its end, before the question.
+
+    Args:
+        name: of the task.
+        questions: those of the splits "train" and "test", with the facts to put in.
+        filler: the running text, encoded as the facts are.
+        encode: gives the token ids of one sentence without special tokens. It gets no blank before the sentence: for a
+            byte-level BPE pass `lambda text: tokenizer(" " + text, add_special_tokens=False).input_ids`.
+        vocab_size: number of token ids.
+        kind: "class": labels are indices of `classes`; "token": labels are the answer's tokens.
+        gen_token: the token between question and answer of a token task; None for none.
+        at_beginning: facts stand before all filler.
+        vocabulary: what encodes, where it is a `Vocabulary`; kept for the caller.
+
+    Attributes:
+        classes: the answers in alphabetical order; empty in a token task.
+        shortest: the least length that holds every sample, in tokens.
+
+    Raises:
+        ValueError: a split without questions, ids outside the vocabulary, an unknown kind.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        questions: Mapping[str, Sequence[Question]],
+        filler: Filler,
+        encode: Encode,
+        *,
+        vocab_size: int,
+        kind: Kind = "class",
+        gen_token: int | None = None,
+        at_beginning: bool = False,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        if kind not in ("class", "token"):
+            raise ValueError(f"kind must be 'class' or 'token', got {kind!r}")
+        self.name, self.kind, self.vocab_size, self.vocabulary = name, kind, vocab_size, vocabulary
+        self.at_beginning = at_beginning
+        self._questions = {split: list(questions.get(split, ())) for split in SPLITS}
+        for split, asked in self._questions.items():
+            if not asked:
+                raise ValueError(f"questions must hold some for the split {split!r}, got none")
+        self._filler, self._encode = filler, encode
+        self._gen = np.array([] if gen_token is None else [gen_token], np.int64)
+        self._known: dict[str, Ids] = {}
+        every = [question for asked in self._questions.values() for question in asked]
+        self.classes = tuple(sorted({question.answer for question in every})) if kind == "class" else ()
+        self.shortest = max(self._length(question) for question in every)
+        seen = [filler.tokens(split) for split in SPLITS] + list(self._known.values()) + [self._gen]
+        low, high = min(int(ids.min(initial=0)) for ids in seen), max(int(ids.max(initial=0)) for ids in seen)
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"vocab_size must exceed every token id, got {vocab_size} for ids from {low} to {high}")
+
+    def batch(self, batch_size: int, length: int, *, seed: int, index: int, split: str = "train") -> Batch:
+        """Samples of exactly `length` tokens; the same arguments give the same batch.
+
+        Raises:
+            ValueError: a length below `shortest`, a batch of less than one, a negative seed or index, an unknown split.
+        """
+        generator = generator_of(batch_size, seed=seed, index=index, split=split)
+        if length < self.shortest:
+            raise ValueError(f"length must be at least {self.shortest} for the task {self.name}, got {length}")
+        questions = self._questions[split]
+        asked = [questions[i] for i in generator.integers(len(questions), size=batch_size)]
+        rows = np.empty((batch_size, length), np.int64)
+        for row, question in zip(rows, asked, strict=True):
+            self._fill(row, question, generator, split)
+        if self.kind == "class":
+            return Batch(torch.from_numpy(rows), torch.tensor([self.classes.index(q.answer) for q in asked]))
+        labels = np.full_like(rows, IGNORE)
+        for label, question in zip(labels, asked, strict=True):
+            answer = self._ids(question.answer)
+            label[-len(answer) :] = answer
+        return Batch(torch.from_numpy(rows), torch.from_numpy(labels))
+
+    def _fill(self, row: Ids, question: Question, generator: np.random.Generator, split: str) -> None:
+        facts = [self._ids(fact) for fact in question.facts]
+        tail = self._tail(question)
+        room = len(row) - sum(map(len, facts)) - len(tail)
+        tokens, gaps = self._filler.draw(generator, room, split)
+        places = np.sort(gaps[generator.integers(len(gaps), size=len(facts))])
+        if self.at_beginning:
+            places[:] = 0
+        pieces, done = [], 0
+        for place, fact in zip(places, facts, strict=True):
+            pieces += [tokens[done:place], fact]
+            done = place
+        np.concatenate([*pieces, tokens[done:], tail], out=row)
+
+    def _tail(self, question: Question) -> Ids:
+        asked = self._ids(question.text)
+        return asked if self.kind == "class" else np.concatenate([asked, self._gen, self._ids(question.answer)])
+
+    def _length(self, question: Question) -> int:
+        return sum(len(self._ids(fact)) for fact in question.facts) + len(self._tail(question))
+
+    def _ids(self, text: str) -> Ids:
+        if text not in self._known:
+            self._known[text] = token_ids(self._encode, text)
+            if not len(self._known[text]):
+                raise ValueError(f"encode must give at least one token for {text!r}, got none")
+        return self._known[text]

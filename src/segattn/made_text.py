@@ -1,0 +1,27 @@
+"""Running text for where there is no book."""
+
+from __future__ import annotations
+
+import torch
+
+
+def generate_text(words: int, seed: int) -> str:
+    """Sentences of made-up words, as unevenly frequent as in a language, and numbers of up to five digits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int, count: int) -> list[int]:
+        return torch.randint(high, (count,), generator=generator).tolist()
+
+    syllables = [c + v for c in "b d f g k l m n p r s t v z sh th st".split() for v in "a e i o u ai".split()]
+    lexicon = ["".join(syllables[i] for i in draw(len(syllables), 1 + n % 3)) for n in range(1200)]
+    frequency = 1 / torch.arange(10.0, 10 + len(lexicon))
+    chosen = torch.multinomial(frequency, words, replacement=True, generator=generator).tolist()
+    numbers = torch.rand(words, generator=generator).lt(0.03).tolist()
+    pieces, rest = [], 0
+    for word, number in zip(chosen, numbers, strict=True):
+        if rest == 0:
+            rest = 4 + draw(11, 1)[0]
+        rest -= 1
+        piece = "".join(map(str, draw(10, 1 + draw(5, 1)[0]))) if number else lexicon[word]
+        pieces.append(piece + (".,;?"[draw(4, 1)[0]] if rest == 0 else ""))
+    return " ".join(pieces)
