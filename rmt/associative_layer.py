@@ -1,0 +1,108 @@
+"""One layer's associative memory: features of its keys, what it reads before the layer and writes after it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.associative import memory_read, memory_write
+from ..kernels.state import MemoryState
+
+
+class DPFP(NamedTuple):
+    """Deterministic parameter-free projection (arXiv 2102.11174, equation 37): [..., n] → [..., 2 nu n], none negative.
+
+    nu: products of each of [relu(x), relu(-x)] with its next neighbours.
+    normalize: to Euclidean length 1, so that all keys weigh the same in the memory.
+    """
+
+    nu: int = 3
+    normalize: bool = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        halves = torch.cat((x, -x), -1).relu()
+        features = torch.cat([halves * halves.roll(shift, -1) for shift in range(1, self.nu + 1)], -1)
+        return F.normalize(features, dim=-1) if self.normalize else features
+
+
+class Projections(NamedTuple):
+    """Weights of A layers, side by side.
+
+    query, key: [A, d_mem, d].
+    value: [A, d, d].
+    strength, bias: [A, 1, d] and [A, 1].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    strength: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, layers: list[AssociativeLayer]) -> Projections:
+        """Of layers of equal sizes; of a single one without a copy."""
+        weights = [(x.query.weight, x.key.weight, x.value.weight, x.strength.weight, x.strength.bias) for x in layers]
+        return cls(*(side_by_side(group) for group in zip(*weights, strict=True)))
+
+    def part(self, layers: slice) -> Projections:
+        """Of some of the layers."""
+        return Projections(*(weight[layers] for weight in self))
+
+
+class AssociativeLayer(nn.Module):
+    """Projections of one layer's hidden states to the queries, keys, values and strengths of its memory.
+
+    Values begin at 0: an untrained memory returns nothing.
+
+    Args:
+        width: of the hidden states, d.
+        d_mem: of queries and keys before their features.
+        device, dtype: of the weights.
+    """
+
+    def __init__(
+        self, width: int, d_mem: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, d_mem, bias=False, device=device, dtype=dtype)
+        self.key = nn.Linear(width, d_mem, bias=False, device=device, dtype=dtype)
+        self.value = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
+        self.strength = nn.Linear(width, 1, device=device, dtype=dtype)
+        nn.init.zeros_(self.value.weight)
+        nn.init.ones_(self.strength.bias)
+
+
+def side_by_side(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """[A, ...]; of a single one without a copy."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def recall(hidden: Tensor, weights: Projections, state: MemoryState, features: DPFP) -> Tensor:
+    """φ(Wq x) M / φ(Wq x) z, 0 where the memory is empty (arXiv 2407.04841).
+
+    Args:
+        hidden: [A, B, T, d], of A layers.
+        state: of A · B memories.
+
+    Returns:
+        [A, B, T, d].
+    """
+    q = features(_project(hidden, weights.query))
+    return memory_read(q.flatten(0, 1).unsqueeze(1), state, feature_map=None).reshape(hidden.shape)
+
+
+def memorize(hidden: Tensor, weights: Projections, state: MemoryState, features: DPFP) -> MemoryState:
+    """The memory after it took up hidden states [A, B, m, d], all at once, by the delta rule (arXiv 2407.04841)."""
+    k, v = features(_project(hidden, weights.key)), _project(hidden, weights.value)
+    beta = (_project(hidden, weights.strength) + weights.bias[:, None, None]).sigmoid()
+    k, v, beta = (x.flatten(0, 1).unsqueeze(1) for x in (k, v, beta.squeeze(-1)))
+    return memory_write(k, v, state, update="delta", beta=beta, corrected=True, feature_map=None)
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """[A, B, T, d], [A, n, d] → [A, B, T, n]."""
+    return torch.bmm(x.flatten(1, 2), weight.mT).unflatten(1, x.shape[1:3])

@@ -1,0 +1,259 @@
+"""The associative recurrent memory transformer: a memory in every layer of a pretrained decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache
+
+from ..kernels import validation as check
+from ..kernels.state import MemoryState
+from . import schedules
+from .associative_generation import generate
+from .associative_layer import DPFP, AssociativeLayer
+from .associative_settings import AssociativeSettings, chosen
+from .backbone import check_positions, embedding_of, huggingface_of
+from .decoder import Decoder, Layer
+from .placement import Placement
+from .segments import IGNORED, bounds, next_tokens
+
+
+class AssociativeState(NamedTuple):
+    """What an `AssociativeMemory` keeps of the segments it has read: constant in size, a value, differentiable.
+
+    memories: one for each layer with a memory, in order: memory [B, 1, K, d] and normalizer [B, 1, K] with
+        K = 2 · nu · d_mem, float32 (float64 for a float64 model).
+    """
+
+    memories: tuple[MemoryState, ...]
+
+    def detach(self) -> AssociativeState:
+        """The same state, cut from the graph."""
+        return AssociativeState(tuple(memory.detach() for memory in self.memories))
+
+    def select(self, rows: Tensor) -> AssociativeState:
+        """Of these rows of the batch, int [b], in this order."""
+        return AssociativeState(tuple(MemoryState(*(x[rows] for x in memory)) for memory in self.memories))
+
+
+class AssociativeOutput(NamedTuple):
+    """What `AssociativeMemory` returns.
+
+    loss: mean cross-entropy over the labels that count, 0 where none does; None without labels.
+    logits: [B, T, vocabulary]; None where not asked for. At padding they mean nothing.
+    state: after every segment that was read.
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+    state: AssociativeState
+
+
+class AssociativeMemory(nn.Module):
+    """A Hugging Face decoder that reads text of any length, segment by segment (ARMT, arXiv 2407.04841).
+
+    Every segment is followed by m trainable memory tokens, and is all that attention sees. What a layer makes of the
+    memory tokens is written into the layer's own memory, by the delta rule; tokens of later segments read it before the
+    layer. Positions begin anew with each segment. The last segment of a text may be shorter.
+
+    Nothing of what was read is kept on the module: state goes in and comes out as a value. Pieces of whole segments,
+    each with the state that the last one returned, equal the text read at once.
+
+    Parameters beside the model's are `memory_tokens` and those of `memories.<layer>`. The values written are 0 before
+    training, so a pretrained model begins as itself within each segment.
+
+    Args:
+        model: a Hugging Face causal language model with weights; it is not changed.
+        num_memory_tokens: m, at most segment_len.
+        segment_len: tokens per segment, without memory tokens, L.
+        d_mem: width of queries and keys before their features.
+        nu: of DPFP; features have K = 2 · nu · d_mem numbers.
+        normalize: features to Euclidean length 1 (as the authors' later code; not in the paper).
+        layers: which have a memory, negative ones from the end; default all.
+        schedule: the order of layers and segments, equal but for rounding. "vertical": segment by segment;
+            "horizontal": layer by layer; "diagonal": layers side by side, each in another segment (arXiv 2506.05229),
+            which holds a second copy of the layers' weights during a call, and takes as many steps as there are
+            segments and layers, not their product.
+        bptt: segments through which gradients reach back, counted from each row's last; they are cut at every multiple
+            of it, so that all segments train where all have a loss. Default: through all, and into `state`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be, and what it was: a model without causal layers or
+            embeddings, a segment shorter than the memory, more tokens in it than the model knows positions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_memory_tokens: int,
+        segment_len: int,
+        *,
+        d_mem: int = 64,
+        nu: int = 3,
+        normalize: bool = True,
+        layers: Iterable[int] | None = None,
+        schedule: str = "vertical",
+        bptt: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.decoder = Decoder.of(model)
+        modules = self.decoder.modules(model)
+        self.settings = AssociativeSettings(
+            num_memory_tokens, segment_len, d_mem, nu, normalize, chosen(layers, len(modules)), schedule, bptt
+        )
+        check_positions(model, segment_len + num_memory_tokens, num_memory_tokens)
+        self.model = model
+        weight: Tensor = embedding_of(model).weight  # type: ignore[assignment]
+        self.memories = nn.ModuleDict()
+        for layer in self.settings.layers:
+            device = next(modules[layer].parameters()).device
+            self.memories[str(layer)] = AssociativeLayer(weight.shape[1], d_mem, device=device, dtype=weight.dtype)
+        # as far from zero as the embeddings it stands among
+        spread = weight.detach().float().std().item()
+        self.memory_tokens = nn.Parameter(torch.randn(num_memory_tokens, weight.shape[1]).to(weight) * spread)
+
+    generate = generate
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        state: AssociativeState | None = None,
+        output_logits: bool | None = None,
+    ) -> AssociativeOutput:
+        """Read a text, from a segment's beginning on.
+
+        Args:
+            input_ids: int [B, T]; or
+            inputs_embeds: [B, T, d].
+            attention_mask: [B, T] of ones and zeros: padding on either side. A row's segments begin at its first token.
+            labels: int [B, T], each at its own token, as for Hugging Face models: the token before predicts it, in the
+                segment before where it must. -100 is left out, as is the label of a row's first token.
+            state: of the segments before; default none.
+            output_logits: default: only without labels.
+
+        Returns:
+            AssociativeOutput(loss, logits, state).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what it must be, and what it was.
+        """
+        embeds = self._embedded(input_ids, inputs_embeds)
+        batch, time = embeds.shape[:2]
+        rows = bounds(attention_mask, batch, time)
+        if labels is not None:
+            check.check_shape("labels", check_tokens("labels", labels), "[B, T]", (batch, time))
+        places = Placement.of(rows, time, self.settings, embeds.device)
+        table = torch.cat((embeds.flatten(0, 1), self.memory_tokens.to(embeds.dtype)))
+        hidden, state = self.read(F.embedding(places.inputs, table), self.started(state, embeds), places)
+        hidden = F.embedding(places.outputs, hidden.flatten(0, 2))
+        loss = None if labels is None else self._loss(hidden, next_tokens(labels, rows))
+        wanted = labels is None if output_logits is None else output_logits
+        return AssociativeOutput(loss, self.logits(hidden) if wanted else None, state)
+
+    def read(
+        self,
+        hidden: Tensor,
+        state: AssociativeState,
+        places: Placement | None = None,
+        *,
+        write: bool = True,
+        **kwargs: Any,
+    ) -> tuple[Tensor, AssociativeState]:
+        """Embeddings of S segments [S, B, W, d] to last hidden states, and the state after them.
+
+        Args:
+            places: where memory tokens stand; default in the last rows of each segment.
+            write: False where there are none.
+            kwargs: for the model's layers.
+        """
+        segments, batch = hidden.shape[:2]
+        own = self.settings
+        options = schedules.Options(own.schedule, DPFP(own.nu, own.normalize), own.num_memory_tokens if write else 0)
+        after: list[MemoryState | None] = []
+
+        def over(layers: list[Layer], x: Tensor) -> Tensor:
+            memories: list[AssociativeLayer | None] = [None] * len(layers)
+            begin: list[MemoryState | None] = [None] * len(layers)
+            for layer, memory in zip(own.layers, state.memories, strict=True):
+                memories[layer] = self.memories[str(layer)]  # type: ignore[call-overload]
+                begin[layer] = memory
+            x, after[:] = schedules.run(layers, memories, x.unflatten(0, (segments, batch)), begin, places, options)
+            return x.flatten(0, 1)
+
+        hidden = self.decoder.run(self.model, hidden.flatten(0, 1), over, **kwargs)
+        memories = tuple(memory for memory in after if memory is not None)
+        return hidden.unflatten(0, (segments, batch)), AssociativeState(memories)
+
+    def started(self, state: AssociativeState | None, embeds: Tensor) -> AssociativeState:
+        """The state that `embeds` [B, T, d] begin with: as given, once checked, or empty."""
+        batch, _, width = embeds.shape
+        layers = self.settings.layers
+        if state is None:
+            sizes, dtype = (batch, 1, self.settings.key_width, width), check.state_dtype(embeds)
+            devices = [next(self.memories[str(layer)].parameters()).device for layer in layers]
+            return AssociativeState(tuple(MemoryState.zeros(*sizes, device=x, dtype=dtype) for x in devices))
+        if not isinstance(state, AssociativeState):
+            raise TypeError(f"state must be an AssociativeState, got {type(state).__name__}")
+        if len(state.memories) != len(layers):
+            raise ValueError(
+                f"state must have {len(layers)} memories, one of each layer with one, got {len(state.memories)}"
+            )
+        k, v = embeds.new_empty(batch, 1, 0, self.settings.key_width), embeds.new_empty(batch, 1, 0, width)
+        return AssociativeState(tuple(check.check_state(memory, batch, k, v) for memory in state.memories))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [B, T] → vectors [B, T, d]."""
+        vectors: Tensor = embedding_of(self.model)(ids)
+        return vectors
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's last hidden states [..., d] → [..., vocabulary]."""
+        return self.decoder.logits(self.model, hidden)
+
+    def new_cache(self) -> DynamicCache:
+        """An empty one for the model's keys and values of a segment."""
+        return DynamicCache(config=huggingface_of(self.model).config)
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy over the labels that count, whose logits alone are computed."""
+        labelled = targets != IGNORED
+        logits = self.logits(hidden[labelled])
+        total = F.cross_entropy(logits.to(check.state_dtype(logits)), targets[labelled], reduction="sum")
+        return total / labelled.sum().clamp(min=1)
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids or inputs_embeds must be given, and not both")
+        width = self.memory_tokens.shape[1]
+        if input_ids is not None:
+            name, x, shape = "input_ids", check_tokens("input_ids", input_ids), "[B, T]"
+            fits = x.ndim == 2
+        else:
+            check.check_floating("inputs_embeds", inputs_embeds)
+            name, x, shape = "inputs_embeds", cast(Tensor, inputs_embeds), f"[B, T, d = {width}]"
+            fits = x.ndim == 3 and x.shape[2] == width
+        if not fits:
+            raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
+        if not x.shape[0] or not x.shape[1]:
+            raise ValueError(f"{name} must have a row and a token in it, got shape {list(x.shape)}")
+        return x if input_ids is None else self.embed(x)
+
+
+def check_tokens(name: str, x: object) -> Tensor:
+    """A tensor of integers.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+    return x

@@ -1,0 +1,167 @@
+"""A Hugging Face decoder whose layers another takes over, without a change to the model.
+
+A shallow copy of the module that runs the layers gets stand-ins for them. It makes masks and positions as ever, the
+stand-ins note what each layer would be called with, and the last one lets the caller run all layers as it likes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from ..infini.huggingface.settings import attention_in, is_converted
+
+
+class Layer(NamedTuple):
+    """A decoder layer and what the model calls it with, besides hidden states."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[B, T, d] → [B, T, d]."""
+        return only_hidden(self.module(hidden, *self.args, **self.kwargs))
+
+
+def only_hidden(output: Any) -> Tensor:
+    """Before transformers 5, some layers return a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Decoder(NamedTuple):
+    """Where a model keeps its layers.
+
+    trunk: path of the module that runs them.
+    layers: name of their list in it.
+    """
+
+    trunk: str
+    layers: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Decoder:
+        """The first module inside that has a list of layers with causal attention.
+
+        Raises:
+            ValueError: there is none, nothing stands behind it, or segattn.convert has changed it.
+        """
+        if is_converted(model):
+            raise ValueError(
+                "model must keep its own attention, got one that segattn.convert changed: segattn.revert first"
+            )
+        for path, module in model.named_modules():
+            config = getattr(module, "config", None)
+            for name, child in module.named_children():
+                if isinstance(child, nn.ModuleList) and len(child) and attention_in(child[0], config) is not None:
+                    if not path:
+                        raise ValueError(
+                            f"model must have a language model's head, got a {type(model).__name__} alone: pass the "
+                            "causal language model that it belongs to"
+                        )
+                    return cls(path, name)
+        raise ValueError(f"model must be a Hugging Face decoder with causal layers, got a {type(model).__name__}")
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """The layers, in order."""
+        return list(getattr(model.get_submodule(self.trunk), self.layers))
+
+    def run(
+        self, model: nn.Module, embeds: Tensor, over: Callable[[list[Layer], Tensor], Tensor], **kwargs: Any
+    ) -> Tensor:
+        """The model's last hidden states where `over(layers, hidden)` takes the place of its layers.
+
+        Args:
+            embeds: [N, T, d], all rows alike in positions and mask: layers may be called with any number of them.
+            kwargs: for the module that runs the layers.
+        """
+        modules = self.modules(model)
+        call = _Call(len(modules), over)
+        stand_ins = nn.ModuleList([_StandIn(call, module) for module in modules])
+        trunk = _with(model.get_submodule(self.trunk), self.layers, stand_ins)
+        output = trunk(inputs_embeds=embeds, **({"use_cache": False} | kwargs))[0]
+        if len(call.layers) != call.depth:
+            raise RuntimeError(
+                f"the model called {len(call.layers)} of its {call.depth} layers: turn layer dropping off, and let "
+                "nothing else take the place of its forward"
+            )
+        return output
+
+    def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """[..., d] last hidden states → [..., V], by whatever the model does behind its layers."""
+        given = _Given(hidden.reshape(1, -1, hidden.shape[-1]))
+        output = _with(model, self.trunk, given)(inputs_embeds=given.hidden, use_cache=False)
+        return output.logits.reshape(*hidden.shape[:-1], output.logits.shape[-1])
+
+
+@dataclass
+class _Call:
+    depth: int
+    over: Callable[[list[Layer], Tensor], Tensor]
+    layers: list[Layer] = field(default_factory=list)
+    hidden: Tensor | None = None
+    # a tensor's identity → the tensor and its first row
+    firsts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def arrive(self, module: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a layer's stand-in."""
+        if self.hidden is None:
+            self.hidden = hidden
+        self.layers.append(Layer(module, self.first(args), self.first(kwargs)))
+        if len(self.layers) < self.depth:
+            return self.hidden
+        output = self.over(self.layers, self.hidden)
+        # where layers return a tuple, its first was taken, which a tensor has too
+        return output if hidden.ndim == self.hidden.ndim else (output,)
+
+    def first(self, given: Any) -> Any:
+        """What the call of a layer was given for its rows, which are alike, for one of them; the same for the same."""
+        if isinstance(given, Tensor):
+            rows = None if self.hidden is None else self.hidden.shape[0]
+            one = given[:1] if given.ndim > 1 and given.shape[0] == rows else given
+            return self.firsts.setdefault(id(given), (given, one))[1]
+        if type(given) in (tuple, list):
+            return type(given)(self.first(x) for x in given)
+        if type(given) is dict:
+            return {name: self.first(x) for name, x in given.items()}
+        return given
+
+
+class _StandIn(nn.Module):
+    """Notes how a layer is called, and has its attributes."""
+
+    def __init__(self, call: _Call, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["call"], self.__dict__["module"] = call, module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["module"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.call.arrive(self.module, hidden_states, args, kwargs)
+
+
+class _Given(nn.Module):
+    """Stands for a model's trunk whose last hidden states are known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+
+
+def _with(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
+    """A shallow copy of `module` that has `child` at `path` and shares all else."""
+    name, _, rest = path.partition(".")
+    twin = copy.copy(module)
+    # set on the instance, it would be bound to the original
+    twin.__dict__.pop("forward", None)
+    twin._modules = {**module._modules, name: _with(getattr(module, name), rest, child) if rest else child}
+    return twin

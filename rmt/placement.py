@@ -1,0 +1,65 @@
+"""Where tokens and memory tokens stand once a batch is cut into segments of equal width."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .associative_settings import AssociativeSettings
+
+
+class Placement(NamedTuple):
+    """S segments of B rows, each [tokens | memory tokens | padding] of width W.
+
+    Padding stands last, where causal attention lets nothing see it.
+
+    inputs: int [S, B, W], which of [B · T tokens | m memory tokens] stands there.
+    outputs: int [B, T], which of S · B · W a token became; anything for padding.
+    writes: int [S, B, m], where the memory tokens stand; None: last.
+    alive: bool [S, B], where a row has the segment; None: everywhere.
+    linked: bool [S, B], where gradient goes on into the memory before the segment; None: everywhere.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    writes: Tensor | None
+    alive: Tensor | None
+    linked: Tensor | None
+
+    @classmethod
+    def of(
+        cls, rows: list[tuple[int, int]], time: int, settings: AssociativeSettings, device: torch.device
+    ) -> Placement:
+        """Of rows that begin and end at these columns of T = `time`."""
+        begin, end = torch.tensor(rows).unbind(1)
+        length, row = end - begin, torch.arange(len(rows))
+        segment_len, num_memory = settings.segment_len, settings.num_memory_tokens
+        size = min(segment_len, int(length.max()))
+        segment = torch.arange(-(-int(length.max()) // segment_len))[:, None]
+        count = (length - segment * segment_len).clamp(0, size)
+
+        at = torch.arange(size + num_memory)
+        token = (row * time + begin + segment * segment_len)[..., None] + at
+        memory = len(rows) * time + (at - count[..., None]).clamp(max=num_memory - 1)
+        inputs = torch.where(at < count[..., None], token, memory)
+
+        index = (torch.arange(time) - begin[:, None]).clamp(min=0).minimum(length[:, None] - 1)
+        slot = index // segment_len * len(rows) + row[:, None]
+        outputs = slot * len(at) + index % segment_len
+
+        writes = None if bool((count == size).all()) else count[..., None] + torch.arange(num_memory)
+        alive = None if bool(count.all()) else count > 0
+        left = -(-length // segment_len) - segment
+        linked = None if settings.bptt is None else left % settings.bptt != 0
+        return cls(*(None if x is None else x.to(device) for x in (inputs, outputs, writes, alive, linked)))  # type: ignore[arg-type]
+
+    def of_segments(self, segments: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """writes [A, B, m], alive and linked [A, B] of A segments."""
+        return _rows(self.writes, segments), _rows(self.alive, segments), _rows(self.linked, segments)
+
+
+def _rows(x: Tensor | None, segments: tuple[int, ...]) -> Tensor | None:
+    return None if x is None else torch.stack([x[segment] for segment in segments])

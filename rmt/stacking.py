@@ -1,0 +1,84 @@
+"""Layers side by side: one call runs several that differ only in the values of their parameters.
+
+The layers' batches are laid end to end, [A · B, ...]. Only modules that hold parameters need to know: they split the
+batch, and multiply each part by its own layer's. Attention, activations and dropout run over the whole batch at once.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+Tensors = dict[str, Tensor]
+
+
+def kind(module: nn.Module) -> Any:
+    """Equal for modules that compute the same but for the values of their parameters."""
+    parts = []
+    for path, part in module.named_modules():
+        values = {name: _plain(x) for name, x in vars(part).items()}
+        if not values.get("scale_attn_by_inverse_layer_idx"):
+            values.pop("layer_idx", None)
+        parts.append((path, type(part), tuple((name, x) for name, x in values.items() if x is not None)))
+    tensors = tuple((name, x.shape, x.dtype, x.device) for name, x in _tensors(module).items())
+    return tuple(parts), tensors
+
+
+def stacked_tensors(modules: list[nn.Module]) -> Tensors:
+    """name → [A, ...], parameters and buffers of A modules of one kind."""
+    held = [_tensors(module) for module in modules]
+    return {name: torch.stack([own[name] for own in held]) for name in held[0]}
+
+
+def stacked(module: nn.Module, tensors: Tensors) -> nn.Module:
+    """A shallow copy of `module` that runs all whose tensors these are: [A · B, ...] → [A · B, ...]."""
+    twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)
+    own = {name: x for name, x in tensors.items() if "." not in name}
+    if module._parameters:
+        count = next(iter(tensors.values())).shape[0]
+        # whoever takes a weight from it instead of calling it gets one of another shape, and an error
+        twin._parameters = {name: own.get(name) for name in module._parameters}  # type: ignore[misc]
+        twin.forward = partial(_forward, module, tensors, count)
+        return twin
+    twin._modules = {
+        name: child
+        and stacked(child, {k.removeprefix(f"{name}."): x for k, x in tensors.items() if k.startswith(f"{name}.")})
+        for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _forward(module: nn.Module, tensors: Tensors, count: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    parts = x.unflatten(0, (count, -1))
+    if type(module) in (nn.Linear, Conv1D):
+        weight, bias = tensors["weight"], tensors.get("bias")
+        weight = weight.mT if isinstance(module, nn.Linear) else weight
+        rows = parts.flatten(1, -2)
+        out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def one(own: Tensors, part: Tensor) -> Tensor:
+        return functional_call(module, own, (part, *args), kwargs)
+
+    return torch.vmap(one, randomness="different")(tensors, parts).flatten(0, 1)
+
+
+def _tensors(module: nn.Module) -> Tensors:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def _plain(x: Any) -> Any:
+    """A number, a string, or several of them, to be compared; None for all else."""
+    if isinstance(x, dict):
+        x = tuple(x.items())
+    if isinstance(x, (tuple, list)):
+        own = tuple(_plain(item) for item in x)
+        return None if None in own else own
+    return x if isinstance(x, (bool, int, float, str)) else None
