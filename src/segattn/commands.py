@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import evaluate
+from . import evaluate, plan, recurrence
 from .finetune import finetune
 from .screen import Bars, Lines
 
@@ -30,6 +30,8 @@ app = typer.Typer(
 
 
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(recurrence.app, name="rmt")
+app.add_typer(plan.app, name="plan")
 app.command()(finetune)
 
 

@@ -1,0 +1,142 @@
+"""The models that memory tasks are trained on: small ones from their sizes, or a pretrained encoder from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+
+from ..running import SettingError
+from .vocabulary import CLS, PAD, SEP
+
+
+class Sizes(NamedTuple):
+    """Of a small model: layers, width, attention heads."""
+
+    layers: int
+    width: int
+    heads: int
+
+
+class Pretrained(NamedTuple):
+    """A pretrained encoder's tokenizer, and the ids of its first and separating tokens."""
+
+    tokenizer: Any
+    special_tokens: tuple[int, int]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def small_encoder(vocab_size: int, classes: int, rows: int, sizes: Sizes) -> nn.Module:
+    """A ModernBERT without dropout or windows that classifies a text by its first row, for segments of so many rows."""
+    full: dict[str, Any] = {"global_attn_every_n_layers": 1}
+    config = transformers.ModernBertConfig(
+        vocab_size=vocab_size,
+        hidden_size=sizes.width,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        intermediate_size=2 * sizes.width,
+        max_position_embeddings=rows,
+        classifier_pooling="cls",
+        pad_token_id=PAD,
+        bos_token_id=CLS,
+        cls_token_id=CLS,
+        eos_token_id=SEP,
+        sep_token_id=SEP,
+        **full,
+    )
+    config.num_labels = classes
+    # before transformers 5 it compiles itself where it can
+    config.reference_compile = False
+    return transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+
+
+def small_decoder(vocab_size: int, rows: int, sizes: Sizes) -> nn.Module:
+    """A Llama, for segments of so many rows."""
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=sizes.width,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        intermediate_size=2 * sizes.width,
+        max_position_embeddings=rows,
+        pad_token_id=PAD,
+        bos_token_id=CLS,
+        eos_token_id=SEP,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def pretrained_tokenizer(folder: Path) -> Pretrained:
+    """The tokenizer of a folder.
+
+    Raises:
+        SettingError: of `pretrained`: no tokenizer there, or one without special tokens.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise _unusable(folder, "a tokenizer", error) from None
+    special = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if None in special:
+        raise SettingError("pretrained", f"must have a first and a separating token, got {special} in {str(folder)!r}")
+    return Pretrained(tokenizer, special)
+
+
+def pretrained_encoder(folder: Path, classes: int | None = None) -> nn.Module:
+    """An encoder that classifies texts.
+
+    Args:
+        classes: their number, for weights and a new head; None: the folder's configuration alone, with random weights.
+
+    Raises:
+        SettingError: of `pretrained`.
+    """
+    auto = transformers.AutoModelForSequenceClassification
+    options: dict[str, Any] = {"local_files_only": True}
+    try:
+        if classes is None:
+            return auto.from_config(transformers.AutoConfig.from_pretrained(folder, **options))
+        options |= {"num_labels": classes, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        with _quiet():
+            model, found = auto.from_pretrained(folder, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise _unusable(folder, "an encoder", error) from None
+    lost = sorted(name for name in found["missing_keys"] if name.startswith(model.base_model_prefix + "."))
+    if lost := [name for name in lost if ".pooler." not in name]:
+        raise SettingError("pretrained", f"must hold the encoder's weights, got {str(folder)!r} without {lost[0]}")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the report that the head is new, which it is meant to be; what else is missing is an error here."""
+    log = transformers.utils.logging
+    before = log.get_verbosity()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
+
+
+def freeze_model(memory: nn.Module) -> None:
+    """Leave to training what is not the pretrained trunk: the memory, the model's head, an encoder's pooler."""
+    model: Any = memory.model
+    for name, parameter in model.base_model.named_parameters():
+        if not name.startswith("pooler."):
+            parameter.requires_grad_(False)
+
+
+def _unusable(folder: Path, what: str, error: Exception) -> SettingError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return SettingError(
+        "pretrained", f"must be a folder with {what} of Hugging Face's format, got {str(folder)!r} ({reason})"
+    )

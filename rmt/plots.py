@@ -1,0 +1,82 @@
+"""Pictures of memory tasks: accuracy against length, and attention maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from ..heat_map import DPI
+from . import published
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
+
+
+def plot_accuracy(path: Path, figures: dict[str, Any]) -> None:
+    """Share of right answers against tokens, with 95 % intervals; the paper's curve, the trained length, chance."""
+    cells = figures["lengths"]
+    tokens = [cell["tokens"] for cell in cells]
+    shares = [100 * cell["accuracy"] for cell in cells]
+    below = [100 * (cell["accuracy"] - cell["interval"][0]) for cell in cells]
+    above = [100 * (cell["interval"][1] - cell["accuracy"]) for cell in cells]
+    figure = Figure(figsize=(7.2, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xscale("log", base=2)
+    axes.errorbar(tokens, shares, yerr=[below, above], color=BLUE, marker="o", markersize=4, capsize=3, label="here")
+    paper = published.curve(figures["task"])
+    if paper:
+        at = [segments * published.SEGMENT_LEN for segments in paper]
+        axes.plot(
+            at, [100 * x for x in paper.values()], color=ORANGE, marker="s", markersize=3, label=published.SHORT_SOURCE
+        )
+    trained = figures["trained_segments"] * figures["segment_len"]
+    axes.axvline(trained, color=GREY, linestyle="--", linewidth=1, label=f"trained up to {trained:,} tokens")
+    axes.axhline(100 * figures["chance"], color=GREY, linestyle=":", linewidth=1, label="chance")
+    ticks = sorted(set(tokens))
+    axes.set_xticks(ticks, [f"{cell['segments']:,}\n{cell['tokens']:,}" for cell in cells], fontsize=8)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylim(0, 103)
+    axes.set_xlabel("segments, and tokens")
+    axes.set_ylabel("answered right, %")
+    axes.set_title(figures["task"], loc="left")
+    axes.grid(axis="y", color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=4)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def plot_attention(path: Path, panels: Sequence[Any], title: str) -> None:
+    """Attention maps [layers, heads, rows, columns] of a few segments, side by side, memory rows and facts marked.
+
+    Args:
+        panels: each with `title`, `maps`, `memory` and `marked` (begin and end of rows).
+    """
+    layers, heads = panels[0].maps.shape[:2]
+    figure = Figure(figsize=(2.4 * heads * len(panels) + 0.8, 2.4 * layers + 0.8), dpi=DPI, layout="constrained")
+    grid = figure.subplots(layers, heads * len(panels), squeeze=False)
+    picture = None
+    for number, panel in enumerate(panels):
+        for layer in range(layers):
+            for head in range(heads):
+                axes = grid[layer, number * heads + head]
+                # small weights matter, and most are small
+                picture = axes.imshow(panel.maps[layer, head] ** 0.5, cmap="viridis", vmin=0, vmax=1)
+                for begin, end in panel.memory:
+                    axes.axhspan(begin - 0.5, end - 0.5, fill=False, edgecolor="white", linewidth=0.8)
+                    axes.axvspan(begin - 0.5, end - 0.5, fill=False, edgecolor="white", linewidth=0.8)
+                for begin, end in panel.marked:
+                    axes.axvspan(begin - 0.5, end - 0.5, fill=False, edgecolor=ORANGE, linewidth=0.8)
+                axes.set_title(f"{panel.title}\nlayer {layer + 1}, head {head + 1}", fontsize=7)
+                axes.tick_params(labelsize=6)
+    figure.suptitle(title, fontsize=9)
+    if picture is not None:
+        bar = figure.colorbar(picture, ax=grid, shrink=0.6)
+        bar.set_label("attention of a row (down) to a column (across)", fontsize=7)
+        bar.set_ticks([0, 0.1**0.5, 0.5**0.5, 1], labels=["0", "0.1", "0.5", "1"])
+    FigureCanvasAgg(figure).print_png(path)

@@ -1,0 +1,191 @@
+"""A training run's folder: where its files are, and what is built and loaded from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import nn
+
+from ..running import SettingError
+from .associative_memory import AssociativeMemory
+from .facts import babi_file
+from .models import Pretrained, freeze_model, pretrained_encoder, pretrained_tokenizer, small_decoder, small_encoder
+from .recurrent_memory import RecurrentMemory
+from .run_settings import TrainSettings, device_of, named, short_stages
+from .tasks import FORMS, CopyTask, Task, make_task
+from .vocabulary import CLS, SEP, Vocabulary
+
+# arguments → settings
+_OF_TASK = {"babi": "babi", "path": "babi", "book": "book", "text": "book", "key_digits": "key_digits"}
+_OF_MODEL = {name: name for name in ("segment_len", "bptt", "d_mem", "noise")} | {"num_memory_tokens": "memory"}
+
+
+class Outputs(NamedTuple):
+    """Where a run's files are.
+
+    figures: settings and everything measured.
+    checkpoint: what a stopped run goes on from.
+    weights: of the memory and its model.
+    vocabulary: the words of the token ids.
+    pretrained: a pretrained model's configuration and tokenizer.
+    """
+
+    figures: Path
+    checkpoint: Path
+    weights: Path
+    vocabulary: Path
+    pretrained: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> Outputs:
+        """The files of a run in `folder`."""
+        names = ("figures.json", "checkpoint.pt", "model.safetensors", "vocabulary.json", "pretrained")
+        return cls(*(folder / name for name in names))
+
+
+class Run(NamedTuple):
+    """What is trained, or was: `source` is a pretrained model's tokenizer, otherwise None."""
+
+    settings: TrainSettings
+    task: Task
+    memory: nn.Module
+    source: Pretrained | None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a sentence."""
+        if self.source is not None:
+            return self.source.encode(text)
+        if self.task.vocabulary is None:
+            raise RuntimeError("a task without a vocabulary has a pretrained model's tokenizer")
+        return self.task.vocabulary.encode(text)
+
+
+def build(settings: TrainSettings, earlier: Outputs | None = None) -> Run:
+    """Task and memory, before the first step, with the settings that follow from the task.
+
+    Args:
+        earlier: of a run that was begun: its words, configuration and tokenizer are taken, and weights are random.
+
+    Raises:
+        SettingError: naming the setting.
+    """
+    source = None
+    if settings.pretrained is not None:
+        source = pretrained_tokenizer(earlier.pretrained if earlier else Path(settings.pretrained))
+    with named(**_OF_TASK):
+        task = make_task(settings.task, **_task_options(settings, source, earlier))
+    if settings.short is None:
+        settings = replace(settings, short=short_stages(task, settings.tokens))
+    torch.manual_seed(settings.seed)
+    with named(**_OF_MODEL):
+        memory = _memory(settings, task, source, earlier)
+    return Run(settings, task, memory.to(device_of(settings.device)), source)
+
+
+def write_sources(run: Run, outputs: Outputs) -> None:
+    """What `build` takes from a run that was begun."""
+    if run.source is not None:
+        model: Any = run.memory.model
+        model.config.save_pretrained(outputs.pretrained)
+        run.source.tokenizer.save_pretrained(outputs.pretrained)
+    elif run.task.vocabulary is not None:
+        outputs.vocabulary.write_text(json.dumps(run.task.vocabulary.words) + "\n", encoding="utf-8")
+
+
+def load_run(folder: Path, *, babi: str | None = None, book: str | None = None, device: str | None = None) -> Run:
+    """A trained run, for questions.
+
+    Args:
+        babi, book: other files than those that it was trained on.
+        device: None: a GPU where one is.
+
+    Raises:
+        SettingError: of `folder`, where it holds no run, or of the others.
+    """
+    outputs = Outputs.of(folder)
+    try:
+        settings = json.loads(outputs.figures.read_text(encoding="utf-8"))["settings"]
+        given = {"babi": babi, "book": book}
+        given = settings | {name: path for name, path in given.items() if path is not None} | {"device": device}
+        run = build(TrainSettings(**given), outputs)
+        load_model(run.memory, outputs.weights, device=device_of(device))
+    except SettingError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SettingError(
+            "folder", f"must be one that segattn rmt train wrote, got {str(folder)!r} ({reason})"
+        ) from None
+    run.memory.eval()
+    return run
+
+
+def fingerprint(settings: TrainSettings) -> str:
+    """Of the files that samples are made from."""
+    files = []
+    if settings.task in FORMS and settings.book is not None:
+        files.append(Path(settings.book))
+    if settings.task in FORMS and settings.babi is not None:
+        form = FORMS[settings.task].questions
+        files += [babi_file(settings.babi, form, split) for split in ("train", "test")]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _task_options(settings: TrainSettings, source: Pretrained | None, earlier: Outputs | None) -> dict[str, Any]:
+    if settings.task == "retrieval":
+        return {"key_digits": settings.key_digits, "rewrite": settings.rewrite}
+    if settings.task not in FORMS:
+        return {}
+    files = {"babi": settings.babi, "book": settings.book}
+    if source is not None:
+        return files | {"encode": source.encode, "vocab_size": len(source.tokenizer)}
+    if earlier is not None:
+        return files | {"vocabulary": Vocabulary(json.loads(earlier.vocabulary.read_text(encoding="utf-8")))}
+    return files | {"vocabulary_size": settings.vocabulary}
+
+
+def _memory(settings: TrainSettings, task: Task, source: Pretrained | None, earlier: Outputs | None) -> nn.Module:
+    m, length = settings.memory_tokens, settings.tokens
+    if settings.classifies:
+        return _classifier(settings, task, source, earlier)
+    model = small_decoder(task.vocab_size, length + 2 * m, settings.sizes())
+    if settings.architecture == "armt":
+        return AssociativeMemory(model, m, length, d_mem=settings.d_mem, bptt=settings.bptt)
+    # copies stand in many segments, other answers in the last
+    loss = "all" if isinstance(task, CopyTask) else "last"
+    return RecurrentMemory(model, m, length, bptt=settings.bptt, loss=loss, noise=settings.noise)
+
+
+def _classifier(settings: TrainSettings, task: Task, source: Pretrained | None, earlier: Outputs | None) -> nn.Module:
+    m, length = settings.memory_tokens, settings.tokens
+    special = (CLS, SEP) if source is None else source.special_tokens
+    if settings.pretrained is None:
+        model = small_encoder(task.vocab_size, len(task.classes), length + m + 3, settings.sizes())
+    elif earlier is None:
+        model = pretrained_encoder(Path(settings.pretrained), len(task.classes))
+    else:
+        model = pretrained_encoder(earlier.pretrained)
+    memory = RecurrentMemory(
+        model,
+        m,
+        length,
+        kind="encoder",
+        special_tokens=special,
+        alignment="right",
+        loss="last",
+        bptt=settings.bptt,
+        noise=settings.noise,
+    )
+    if settings.freeze:
+        freeze_model(memory)
+    return memory

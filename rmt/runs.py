@@ -1,0 +1,199 @@
+"""A training run as `segattn rmt train` makes it: stopped at any step, gone on with, its figures written."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Protocol
+
+from safetensors.torch import save_model
+
+from ..figures import make_folder, versions, write_figures
+from ..running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, save_checkpoint
+from .answers import count_right, interval, samples_of
+from .curriculum import DivergedError, Stage, Step, Trainer
+from .run_folder import Outputs, build, fingerprint, write_sources
+from .run_settings import TrainSettings, named
+
+CHECKPOINT_EVERY = 50
+CURVE_EVERY = 10
+TEST_SEED = 0
+# may change between a run and its continuation; of the segments, only those that are not begun
+FREE = ("babi", "book", "pretrained", "device", "short", "segments", "steps", "threshold", "anneal", "test_samples")
+
+
+class Listener(Protocol):
+    """Is told how far a run has come."""
+
+    def trained(self, stage: Stage, done: int, step: Step) -> None:
+        """After each step, of which so many of the stage are done."""
+
+    def finished(self, figures: dict[str, Any]) -> None:
+        """After each stage."""
+
+
+def run_training(settings: TrainSettings, folder: Path, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
+    """Train by the curriculum; writes weights and figures after each stage, and checkpoints between.
+
+    Args:
+        resume: go on from the checkpoint in `folder`; the weights become those of a run that was never stopped.
+
+    Returns:
+        Every figure of the run, as in the JSON file.
+
+    Raises:
+        SettingError: a setting that cannot be, or with `resume`, one that is not the checkpoint's.
+        InterruptedRunError: by Ctrl-C, with the checkpoint written.
+    """
+    outputs = Outputs.of(folder)
+    saved = _checkpoint(outputs.checkpoint) if resume else None
+    if saved is not None:
+        _check_same(saved["settings"], settings)
+    run = build(settings, outputs if resume else None)
+    settings = run.settings
+    with named(segments="segments", short="short", length="segments"):
+        trainer = Trainer(run.memory, run.task, settings.tokens, settings.recipe(), settings.seed)
+        # a length that cannot be drawn is known before the hours that lead to it
+        samples_of(run.task, 0, 1, trainer.plan[-1].length, TEST_SEED)
+    data = fingerprint(settings)
+    if saved is None:
+        _prepare(folder)
+        write_sources(run, outputs)
+    else:
+        _restore(trainer, saved, data)
+    _train(trainer, settings, data, outputs, listener)
+    return _write(trainer, settings, outputs)
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run whose checkpoint is in `folder`.
+
+    Raises:
+        SettingError: of `resume`, where there is none.
+    """
+    return dict(_checkpoint(Outputs.of(folder).checkpoint)["settings"])
+
+
+def _train(trainer: Trainer, settings: TrainSettings, data: str, outputs: Outputs, listener: Listener) -> None:
+    def save() -> None:
+        content = {"settings": _plain(settings), "data": data, "trainer": trainer.state_dict()}
+        save_checkpoint(outputs.checkpoint, content)
+
+    with deferred_interrupt() as interrupted:
+        while not trainer.over:
+            while not trainer.stage_over and not interrupted:
+                try:
+                    step = trainer.advance()
+                except DivergedError as error:
+                    raise SettingError("lr", f"must be lower: {error}") from None
+                listener.trained(trainer.plan[trainer.stage], trainer.step, step)
+                if trainer.index % CHECKPOINT_EVERY == 0:
+                    save()
+            if trainer.stage_over:
+                figures = _stage_figures(trainer, settings.test_samples)
+                trainer.next_stage(figures)
+                listener.finished(figures)
+                _write(trainer, settings, outputs)
+            save()
+            if interrupted and not trainer.over:
+                raise InterruptedRunError
+
+
+def _stage_figures(trainer: Trainer, samples: int) -> dict[str, Any]:
+    """Of the present stage, with a test at its length."""
+    stage, log = trainer.plan[trainer.stage], trainer.log
+    trainer.memory.eval()
+    hits = count_right(trainer.memory, trainer.task, stage.length, trainer.segment_len, samples, TEST_SEED)
+    trainer.memory.train()
+    blocks = [log[i : i + CURVE_EVERY] for i in range(0, len(log), CURVE_EVERY)]
+    return {
+        "segments": stage.segments,
+        "tokens": stage.length,
+        "annealed": stage.annealed,
+        "steps": trainer.step,
+        "converged": trainer.converged,
+        "seconds": round(trainer.seconds, 2),
+        "training_accuracy": log[-1].running,
+        "test_accuracy": hits / samples,
+        "test_interval": list(interval(hits, samples)),
+        "test_samples": samples,
+        "loss": [round(sum(step.loss for step in block) / len(block), 5) for block in blocks],
+        "accuracy": [round(sum(step.accuracy for step in block) / len(block), 5) for block in blocks],
+    }
+
+
+def _write(trainer: Trainer, settings: TrainSettings, outputs: Outputs) -> dict[str, Any]:
+    """Weights and figures."""
+    parameters = list(trainer.memory.parameters())
+    figures = {
+        "settings": _plain(settings),
+        "versions": versions(),
+        "device": str(trainer.device),
+        "parameters": sum(x.numel() for x in parameters),
+        "trained_parameters": sum(x.numel() for x in trainer.trained),
+        "vocab_size": trainer.task.vocab_size,
+        "classes": list(trainer.task.classes),
+        "complete": trainer.over,
+        "steps": trainer.index,
+        "seconds": round(sum(stage["seconds"] for stage in trainer.done), 2),
+        "curve_every": CURVE_EVERY,
+        "stages": trainer.done,
+    }
+    save_model(trainer.memory, str(outputs.weights))
+    write_figures(outputs.figures, figures)
+    return figures
+
+
+def _plain(settings: TrainSettings) -> dict[str, Any]:
+    # tuples are lists in JSON
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(settings).items()}
+
+
+def _prepare(folder: Path) -> None:
+    """Make the folder, and let no run's files be lost."""
+    make_folder(folder)
+    outputs = Outputs.of(folder)
+    for path in (outputs.checkpoint, outputs.figures):
+        if path.exists():
+            raise SettingError(
+                "out",
+                f"must not hold an earlier run, got {str(folder)!r} with {path.name}: go on with it by --resume, "
+                "choose another folder, or delete this one",
+            )
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SettingError("resume", f"needs a checkpoint in the output folder, and there is no {str(path)!r}")
+    damaged = SettingError("resume", f"needs a checkpoint of segattn rmt train; {str(path)!r} is another, or damaged")
+    try:
+        content = load_checkpoint(path)
+    except (RuntimeError, EOFError, KeyError, OSError, ValueError, UnpicklingError):
+        raise damaged from None
+    if not isinstance(content, dict) or not {"settings", "data", "trainer"} <= content.keys():
+        raise damaged
+    if content["settings"].keys() != TrainSettings.__dataclass_fields__.keys():
+        raise SettingError("resume", f"needs a checkpoint of this version, and {str(path)!r} has other settings")
+    return content
+
+
+def _check_same(saved: dict[str, Any], settings: TrainSettings) -> None:
+    for name, value in _plain(settings).items():
+        if name not in FREE and saved[name] != value:
+            raise SettingError(name, f"must be the checkpoint's with resume, {saved[name]!r}, got {value!r}")
+
+
+def _restore(trainer: Trainer, saved: dict[str, Any], data: str) -> None:
+    if saved["data"] != data:
+        raise SettingError("book", "and --babi must hold what they held before with resume, got other files")
+    state = saved["trainer"]
+    begun = [(figures["tokens"], figures["annealed"]) for figures in state["done"]]
+    if state["log"]:
+        begun.append(tuple(state["now"]))
+    if [(stage.length, stage.annealed) for stage in trainer.plan[: len(begun)]] != begun:
+        lengths = ", ".join(str(length) for length, _ in begun)
+        raise SettingError(
+            "segments", f"must begin as the checkpoint's with resume, with stages of {lengths} tokens, got others"
+        )
+    trainer.load_state_dict(state)
