@@ -12,14 +12,14 @@ from transformers.cache_utils import DynamicCache
 
 from ..kernels import validation as check
 from ..kernels.state import MemoryState
-from . import schedules
-from .associative_generation import generate
-from .associative_layer import DPFP, AssociativeLayer
-from .associative_settings import AssociativeSettings, chosen
-from .backbone import check_positions, embedding_of, huggingface_of
-from .decoder import Decoder, Layer
-from .placement import Placement
-from .segments import IGNORED, bounds, next_tokens
+from .associative import schedules
+from .associative.decoder import Decoder, Layer
+from .associative.generation import generate
+from .associative.layer import DPFP, AssociativeLayer
+from .associative.placement import Placement
+from .associative.settings import AssociativeSettings, chosen
+from .recurrent.backbone import check_positions, embedding_of, huggingface_of
+from .recurrent.segments import IGNORED, bounds, next_tokens
 
 
 class AssociativeState(NamedTuple):

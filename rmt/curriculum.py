@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .answers import fewest_segments, length_of, right
+from .runs.answers import fewest_segments, length_of, right
 from .tasks import Task
 
 WINDOW = 20

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import validation as check
-from . import block_attention
-from .backbone import Caller, Outputs, accepted, check_positions, embedding_of, huggingface_of, kind_of
-from .gathering import gather, summed_loss
-from .generation import generate
-from .layout import decoder_layout, encoder_layout
-from .segments import IGNORED, Segment, bounds, cut, next_tokens
-from .settings import Settings
-from .state import RecurrentState
+from .recurrent import block_attention
+from .recurrent.backbone import Caller, Outputs, accepted, check_positions, embedding_of, huggingface_of, kind_of
+from .recurrent.gathering import gather, summed_loss
+from .recurrent.generation import generate
+from .recurrent.layout import decoder_layout, encoder_layout
+from .recurrent.segments import IGNORED, Segment, bounds, cut, next_tokens
+from .recurrent.settings import Settings
+from .recurrent.state import RecurrentState
 
 ATTENTIONS = (None, "segattn")
 

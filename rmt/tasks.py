@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..made_text import generate_text
-from .batch import IGNORE, SPLITS, Batch
-from .facts import WORDS, Question, babi_file, generate_questions, read_questions
-from .filler import Encode, Filler, split_sentences
-from .symbol_tasks import CopyTask, RetrievalTask
-from .text_tasks import Kind, TextTask
-from .vocabulary import GEN, Vocabulary
+from .memory_tasks.batch import IGNORE, SPLITS, Batch
+from .memory_tasks.facts import WORDS, Question, babi_file, generate_questions, read_questions
+from .memory_tasks.filler import Encode, Filler, split_sentences
+from .memory_tasks.symbols import CopyTask, RetrievalTask
+from .memory_tasks.texts import Kind, TextTask
+from .memory_tasks.vocabulary import GEN, Vocabulary
 
 __all__ = ["IGNORE", "TASKS", "Batch", "CopyTask", "RetrievalTask", "Task", "TextTask", "make_task", "text_task"]
 

@@ -18,9 +18,9 @@ transformers = pytest.importorskip("transformers")
 import models  # noqa: E402
 
 from segattn.kernels.state import MemoryState  # noqa: E402
-from segattn.rmt.associative_layer import DPFP, AssociativeLayer, Projections, memorize, recall  # noqa: E402
+from segattn.rmt.associative.layer import DPFP, AssociativeLayer, Projections, memorize, recall  # noqa: E402
+from segattn.rmt.associative.schedules import SCHEDULES  # noqa: E402
 from segattn.rmt.associative_memory import AssociativeMemory, AssociativeState  # noqa: E402
-from segattn.rmt.schedules import SCHEDULES  # noqa: E402
 
 DOUBLE = torch.float64
 L, M = 7, 3

@@ -17,11 +17,11 @@ transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
 
-from segattn.rmt import block_attention  # noqa: E402
-from segattn.rmt.layout import block_mask  # noqa: E402
+from segattn.rmt.recurrent import block_attention  # noqa: E402
+from segattn.rmt.recurrent.layout import block_mask  # noqa: E402
+from segattn.rmt.recurrent.segments import cut  # noqa: E402
+from segattn.rmt.recurrent.state import RecurrentState  # noqa: E402
 from segattn.rmt.recurrent_memory import RecurrentMemory  # noqa: E402
-from segattn.rmt.segments import cut  # noqa: E402
-from segattn.rmt.state import RecurrentState  # noqa: E402
 
 M, L = 3, 7
 MASKS = ("paper", "causal")

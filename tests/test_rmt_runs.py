@@ -26,19 +26,20 @@ from typer.testing import CliRunner  # noqa: E402
 
 from segattn import recurrence_screen  # noqa: E402
 from segattn.made_text import generate_text  # noqa: E402
-from segattn.rmt import answers as answers_module  # noqa: E402
-from segattn.rmt import attention_maps, published, tasks  # noqa: E402
-from segattn.rmt.answers import answer, chance, interval, length_of, right, samples_of  # noqa: E402
-from segattn.rmt.attention_maps import Sample, attention_of, find_facts, run_attention, sentences_of  # noqa: E402
+from segattn.rmt import tasks  # noqa: E402
 from segattn.rmt.curriculum import WINDOW, Recipe, Stage, Step, Trainer  # noqa: E402
-from segattn.rmt.evaluation import Files, Grid, run_evaluation  # noqa: E402
-from segattn.rmt.facts import generate_questions  # noqa: E402
-from segattn.rmt.plots import plot_accuracy  # noqa: E402
-from segattn.rmt.run_folder import Outputs, Run, build, load_run  # noqa: E402
-from segattn.rmt.run_settings import TrainSettings  # noqa: E402
-from segattn.rmt.runs import run_training  # noqa: E402
+from segattn.rmt.memory_tasks.facts import generate_questions  # noqa: E402
+from segattn.rmt.memory_tasks.vocabulary import CLS, SEP  # noqa: E402
+from segattn.rmt.runs import answers as answers_module  # noqa: E402
+from segattn.rmt.runs import attention_maps, published  # noqa: E402
+from segattn.rmt.runs.answers import answer, chance, interval, length_of, right, samples_of  # noqa: E402
+from segattn.rmt.runs.attention_maps import Sample, attention_of, find_facts, run_attention, sentences_of  # noqa: E402
+from segattn.rmt.runs.evaluation import Files, Grid, run_evaluation  # noqa: E402
+from segattn.rmt.runs.folder import Outputs, Run, build, load_run  # noqa: E402
+from segattn.rmt.runs.plots import plot_accuracy  # noqa: E402
+from segattn.rmt.runs.settings import TrainSettings  # noqa: E402
+from segattn.rmt.runs.training import run_training  # noqa: E402
 from segattn.rmt.tasks import make_task  # noqa: E402
-from segattn.rmt.vocabulary import CLS, SEP  # noqa: E402
 from segattn.running import InterruptedRunError, SettingError, load_checkpoint  # noqa: E402
 
 # without a word of the text in the vocabulary, which is quickly learnt

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from segattn.rmt.batch import generator_of
-from segattn.rmt.facts import PLACES, WORDS, Question, babi_file, generate_questions, read_questions
-from segattn.rmt.filler import Filler, split_sentences, strip_gutenberg
-from segattn.rmt.symbol_tasks import CopyTask, RetrievalTask
+from segattn.rmt.memory_tasks.batch import generator_of
+from segattn.rmt.memory_tasks.facts import PLACES, WORDS, Question, babi_file, generate_questions, read_questions
+from segattn.rmt.memory_tasks.filler import Filler, split_sentences, strip_gutenberg
+from segattn.rmt.memory_tasks.symbols import CopyTask, RetrievalTask
+from segattn.rmt.memory_tasks.texts import TextTask
+from segattn.rmt.memory_tasks.vocabulary import CLS, GEN, PAD, SEP, SPECIAL, UNK, Vocabulary
 from segattn.rmt.tasks import TASKS, make_task, text_task
-from segattn.rmt.text_tasks import TextTask
-from segattn.rmt.vocabulary import CLS, GEN, PAD, SEP, SPECIAL, UNK, Vocabulary
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CLASS_TASKS, TOKEN_TASKS = ("memorize", "detect", "reasoning"), ("qa1", "qa2", "qa4")

@@ -98,8 +98,8 @@ def train(
     given = {name: value for name, value in locals().items() if value is not None and name not in ("out", "resume")}
     given |= {name: str(path.resolve()) for name, path in given.items() if isinstance(path, Path)}
     with _Command("train", out) as command:
-        from .rmt.run_settings import TrainSettings, up_to
-        from .rmt.runs import run_training, saved_settings
+        from .rmt.runs.settings import TrainSettings, up_to
+        from .rmt.runs.training import run_training, saved_settings
         from .running import SettingError
 
         if task is None and not resume:
@@ -141,7 +141,7 @@ def evaluate(
     Ctrl-C leaves the batches that are done.
     """
     with _Command("evaluate", folder if out is None else out) as command:
-        from .rmt.evaluation import Grid, run_evaluation, usual_samples
+        from .rmt.runs.evaluation import Grid, run_evaluation, usual_samples
 
         lengths = _numbers("segments", segments)
         number = tuple(map(usual_samples, lengths)) if samples is None else _numbers("samples", samples)
@@ -168,7 +168,7 @@ def attention(
 ) -> None:
     """Attention maps of the segment that holds the first fact, and of the last one, where the question is."""
     with _Command("attention", folder if out is None else out) as command:
-        from .rmt.attention_maps import Sample, run_attention
+        from .rmt.runs.attention_maps import Sample, run_attention
 
         chosen = Sample(segments, sample, seed)
         figures = run_attention(folder, chosen, out=out, babi=_path(babi), book=_path(book), device=device)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.state import MemoryState
-from .associative_layer import DPFP, AssociativeLayer, Projections, memorize, recall, side_by_side
+from ...kernels.state import MemoryState
 from .decoder import Layer
+from .layer import DPFP, AssociativeLayer, Projections, memorize, recall, side_by_side
 from .placement import Placement
 from .stacking import Tensors, kind, stacked, stacked_tensors
 

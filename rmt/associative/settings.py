@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..kernels import validation as check
+from ...kernels import validation as check
 from .schedules import SCHEDULES
 
 

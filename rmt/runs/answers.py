@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .batch import IGNORE, Batch
-from .facts import PLACES
-from .symbol_tasks import CopyTask, RetrievalTask
-from .tasks import Task
+from ..memory_tasks.batch import IGNORE, Batch
+from ..memory_tasks.facts import PLACES
+from ..memory_tasks.symbols import CopyTask, RetrievalTask
+from ..tasks import Task
 
 # segments read at once; what it changes is how often a progress bar moves
 PIECE = 16

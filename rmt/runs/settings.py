@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from ..running import SettingError
-from .curriculum import Recipe
+from ...running import SettingError
+from ..curriculum import Recipe
+from ..tasks import FORMS, TASKS, Task
 from .models import Sizes
-from .tasks import FORMS, TASKS, Task
 
 ARCHITECTURES = ("rmt", "armt")
 CLASS_TASKS = tuple(name for name, form in FORMS.items() if form.kind == "class")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .associative_settings import AssociativeSettings
+    from .settings import AssociativeSettings
 
 
 class Placement(NamedTuple):

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..kernels import validation as check
-from ..kernels.state import MemoryState
-from .generation import _likeliest, _sampler, _write
-from .segments import bounds
+from ...kernels import validation as check
+from ...kernels.state import MemoryState
+from ..recurrent.generation import _likeliest, _sampler, _write
+from ..recurrent.segments import bounds
 
 if TYPE_CHECKING:
-    from .associative_memory import AssociativeMemory, AssociativeState
+    from ..associative_memory import AssociativeMemory, AssociativeState
 
 
 @torch.no_grad()

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..figures import make_folder, versions, write_figures
-from ..running import SettingError
+from ...figures import make_folder, versions, write_figures
+from ...running import SettingError
+from ..memory_tasks.batch import Batch
+from ..memory_tasks.facts import babi_file, generate_questions, read_questions
+from ..tasks import FORMS
 from .answers import fewest_segments, right, samples_of
-from .batch import Batch
-from .facts import babi_file, generate_questions, read_questions
-from .run_folder import Run, load_run
-from .run_settings import existing
-from .tasks import FORMS
+from .folder import Run, load_run
+from .settings import existing
 
 Span = tuple[int, int]
 # texts that are looked at for one with a fact before its last segment

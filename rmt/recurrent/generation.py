@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels import validation as check
+from ...kernels import validation as check
 from .segments import bounds, cut
 from .state import RecurrentState
 
 if TYPE_CHECKING:
-    from .recurrent_memory import RecurrentMemory
+    from ..recurrent_memory import RecurrentMemory
 
 Choose = Callable[[Tensor], Tensor]
 

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..figures import prepare, versions, write_figures
-from ..running import SettingError
+from ...figures import prepare, versions, write_figures
+from ...running import SettingError
 from . import published
 from .answers import answer, chance, fewest_segments, interval, length_of, samples_of
+from .folder import Outputs, Run, fingerprint, load_run
 from .peak import peak_bytes
-from .run_folder import Outputs, Run, fingerprint, load_run
-from .run_settings import existing, named
+from .settings import existing, named
 
 
 class Files(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..kernels import validation as check
+from ...kernels import validation as check
 
 KINDS = ("decoder", "encoder")
 MASKS = ("paper", "causal")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.associative import memory_read, memory_write
-from ..kernels.state import MemoryState
+from ...kernels.associative import memory_read, memory_write
+from ...kernels.state import MemoryState
 
 
 class DPFP(NamedTuple):

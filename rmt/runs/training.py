@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 from safetensors.torch import save_model
 
-from ..figures import make_folder, versions, write_figures
-from ..running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, save_checkpoint
+from ...figures import make_folder, versions, write_figures
+from ...running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, save_checkpoint
+from ..curriculum import DivergedError, Stage, Step, Trainer
 from .answers import count_right, interval, samples_of
-from .curriculum import DivergedError, Stage, Step, Trainer
-from .run_folder import Outputs, build, fingerprint, write_sources
-from .run_settings import TrainSettings, named
+from .folder import Outputs, build, fingerprint, write_sources
+from .settings import TrainSettings, named
 
 CHECKPOINT_EVERY = 50
 CURVE_EVERY = 10

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from ..infini.huggingface.settings import attention_in, is_converted
+from ...infini.huggingface.settings import attention_in, is_converted
 
 
 class Layer(NamedTuple):
