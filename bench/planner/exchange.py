@@ -1,0 +1,163 @@
+"""What ranks that share a sequence send each other: its keys and values, or a memory's state.
+
+Bytes are those that one rank sends for one layer in one training step, forward and backward, for each sequence. A link
+carries what is sent one way; messages that depend on each other wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ...running import SettingError
+from ..floors import FLOAT32
+from .settings import ITEMSIZE, check_choice
+from .shapes import Shape
+
+
+class Traffic(NamedTuple):
+    """bytes: that one rank sends. messages: one after another."""
+
+    bytes: int
+    messages: int
+
+
+@dataclass(frozen=True)
+class Links:
+    """How fast a rank sends: bytes a second inside a node of so many ranks, and between nodes; seconds a message.
+
+    Defaults: the data sheets of an H100 SXM's NVLink and of 400 Gb/s InfiniBand, one way; ten microseconds.
+
+    Raises:
+        SettingError: naming what cannot be.
+    """
+
+    node_ranks: int = 8
+    node_bandwidth: float = 450e9
+    bandwidth: float = 50e9
+    latency: float = 10e-6
+
+    def __post_init__(self) -> None:
+        if self.node_ranks < 1:
+            raise SettingError("node_ranks", f"must be at least 1, got {self.node_ranks}")
+        for name in ("node_bandwidth", "bandwidth"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise SettingError(name, f"must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.latency < float("inf"):
+            raise SettingError("latency", f"must not be negative, and finite, got {self.latency}")
+
+    def seconds(self, traffic: Traffic, ranks: int) -> float:
+        """With ranks of several nodes, the link between them is what a ring waits for."""
+        rate = self.node_bandwidth if ranks <= self.node_ranks else self.bandwidth
+        return traffic.bytes / rate + traffic.messages * self.latency
+
+
+@dataclass(frozen=True)
+class Split:
+    """A sequence of `length` tokens over as many ranks.
+
+    Raises:
+        SettingError: naming what cannot be.
+    """
+
+    shape: Shape
+    length: int
+    ranks: int
+    segment_len: int = 2048
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("length", "ranks", "segment_len"):
+            if getattr(self, name) < 1:
+                raise SettingError(name, f"must be at least 1, got {getattr(self, name)}")
+        check_choice("dtype", self.dtype, tuple(ITEMSIZE))
+
+    @property
+    def share(self) -> int:
+        """Tokens of the rank that has most."""
+        return -(-self.length // self.ranks)
+
+    @property
+    def has_segments(self) -> bool:
+        """Every rank can have a whole segment."""
+        return self.ranks * self.segment_len <= self.length
+
+
+def ring(split: Split) -> Traffic | None:
+    """Ring attention (arXiv 2310.01889): keys and values go round; in the backward pass with their gradients.
+
+    W - 1 hops of k and v forward and backward, and W of dk and dv, which come home. None where ranks have no tokens.
+    """
+    if split.ranks > split.length:
+        return None
+    hops = 0 if split.ranks == 1 else 2 * (split.ranks - 1) + split.ranks
+    block = 2 * split.share * split.shape.keys * ITEMSIZE[split.dtype]
+    # k and v, then dk and dv, are sent side by side in the backward pass
+    return Traffic(hops * block, 0 if split.ranks == 1 else 2 * split.ranks - 1)
+
+
+def ulysses(split: Split) -> Traffic | None:
+    """DeepSpeed Ulysses (arXiv 2309.14509): all-to-all of q, k, v and of the output, and of their gradients.
+
+    A rank has at least one query head: None where ranks outnumber them, or do not divide them. With fewer key/value
+    heads than ranks, each is sent to all the ranks that need it.
+    """
+    heads, W = split.shape.heads, split.ranks
+    if heads % W or split.length < W:
+        return None
+    kv_heads = max(split.shape.kv_heads, W)
+    numbers = split.share * 2 * (heads + kv_heads) * split.shape.head_width
+    exchanges = 0 if W == 1 else 4
+    return Traffic(2 * numbers * (W - 1) // W * ITEMSIZE[split.dtype], exchanges)
+
+
+def linear(split: Split) -> Traffic | None:
+    """Sums of every rank, K (V + 1) a key/value head, gathered by all.
+
+    Backward twice as much: gradients of the state before each rank, and of the one after the last.
+    """
+    return _gathered(split, _state(split), 2 * _state(split), collectives=2)
+
+
+def linear_scan(split: Split) -> Traffic | None:
+    """The same sums by a prefix scan, which passes them on in log2 W rounds instead of gathering all.
+
+    The state after the last rank is not used here, and has no gradient.
+    """
+    if not split.has_segments:
+        return None
+    rounds = 2 * (split.ranks - 1).bit_length()
+    return Traffic(rounds * _state(split), rounds)
+
+
+def delta(split: Split) -> Traffic | None:
+    """Key sums first, K a key/value head, then every rank's affine map, K (K + V).
+
+    Backward gradients as of the linear rule, the memory's and then the key sums'; maps are kept from the forward pass.
+    """
+    s = split.shape
+    maps = s.keys * s.head_width * FLOAT32
+    return _gathered(split, _state(split) + maps, 2 * _state(split), collectives=4)
+
+
+def _state(split: Split) -> int:
+    """Bytes of M and z of one layer, float32."""
+    return split.shape.keys * (split.shape.head_width + 1) * FLOAT32
+
+
+def _gathered(split: Split, forward: int, backward: int, collectives: int) -> Traffic | None:
+    """All-gathers in a ring: W - 1 hops each; None where a rank would have no whole segment."""
+    if not split.has_segments:
+        return None
+    hops = split.ranks - 1
+    return Traffic(hops * (forward + backward), hops * collectives)
+
+
+EXCHANGES: dict[str, Callable[[Split], Traffic | None]] = {
+    "ring": ring,
+    "ulysses": ulysses,
+    "linear": linear,
+    "linear scan": linear_scan,
+    "delta": delta,
+}

@@ -1,0 +1,211 @@
+"""What full attention, separate segments and Infini-attention cost a decoder.
+
+Operations are those of matrix products, for visible pairs only. Bytes are those that each product and each attention
+call reads and writes once, weights once a pass through the layers; element-wise work is fused into them.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from .. import floors
+from ..floors import FLOAT32, Sizes, Work
+from .settings import PlanSettings
+from .shapes import Shape
+
+
+def times(work: Work, count: int) -> Work:
+    return Work(work.operations * count, work.bytes * count)
+
+
+class Full:
+    """Causal attention to all tokens before; the other schemes say where they differ."""
+
+    name = "full"
+
+    def __init__(self, plan: PlanSettings) -> None:
+        self.plan = plan
+        self.shape: Shape = plan.shape
+
+    def sizes(self, time: int, segment_len: int | None = None) -> Sizes:
+        """Of one layer's attention call."""
+        s, p = self.shape, self.plan
+        return Sizes(
+            p.batch, s.heads, s.kv_heads, time, s.head_width, s.head_width, segment_len or max(time, 1), p.itemsize
+        )
+
+    # reading a text
+
+    @cached_property
+    def rows(self) -> int:
+        """Of one sequence that go through the layers."""
+        return self.plan.length
+
+    @property
+    def passes(self) -> int:
+        """Times that the weights are read for a text: once where a layer can run over the whole of it."""
+        return 1
+
+    def mixing(self) -> Work:
+        """One layer's attention, and its memory."""
+        return floors.local_forward(self.sizes(self.plan.length))
+
+    def forward(self, logits: int | None = None) -> Work:
+        """Of the whole batch; logits: tokens of a sequence that have some, default all."""
+        mixed = times(self.mixing(), self.shape.layers)
+        return mixed + self.dense(self.rows, self.plan.length if logits is None else logits, self.passes)
+
+    def dense(self, rows: int, logits: int, passes: int) -> Work:
+        """All products with weights, for `rows` and `logits` rows of each sequence."""
+        s, batch = self.shape, self.plan.batch
+        tokens = batch * rows
+        operations = 2 * tokens * (s.layers * s.layer_matrices + s.projections) + 2 * batch * logits * s.head
+        # into and out of: q, k, v; the output projection; the feed-forward network's two products
+        layer = (s.width + s.queries + 2 * s.keys) + (s.queries + s.width) + 2 * (s.width + s.into)
+        ends = batch * logits * (s.width + s.vocabulary)
+        weights = passes * (s.layers * s.layer_matrices + s.projections) + min(passes, logits) * s.head
+        return Work(operations, (weights + tokens * s.layers * layer + ends) * self.plan.itemsize)
+
+    # writing a text
+
+    @property
+    def decoded(self) -> int:
+        """Tokens that `decoding` counts: the text's last ones, a whole segment where it has one."""
+        return min(self.plan.length, self.plan.segment_len)
+
+    def decoding(self) -> Work:
+        """Of `decoded` tokens one after another, and of what happens once in a segment that they complete."""
+        mixed = times(self.mixing_one_by_one(), self.shape.layers)
+        passes = self.decoded + (1 if self.extra_rows else 0)
+        return mixed + self.dense(self.decoded + self.extra_rows, self.decoded, passes)
+
+    @property
+    def extra_rows(self) -> int:
+        """Rows of memory around a segment's tokens."""
+        return 0
+
+    def mixing_one_by_one(self) -> Work:
+        last = self.plan.length
+        return self._tokens(last - self.decoded + 1, last, gated=False)
+
+    def _tokens(self, first: int, last: int, gated: bool) -> Work:
+        """Single queries at the end of `first` to `last` tokens: what they cost grows evenly."""
+        ends = [floors.decode(self.sizes(time), gated) for time in (first, last)]
+        count = last - first + 1
+        return Work(count * sum(x.operations for x in ends) // 2, count * sum(x.bytes for x in ends) // 2)
+
+    # what is kept of a sequence
+
+    def state_bytes(self) -> int:
+        """Of what segments leave behind, constant in the text's length."""
+        return 0
+
+    def cache_bytes(self) -> int:
+        """Of keys and values, at most."""
+        return 2 * self.shape.layers * self.shape.keys * self.cached * self.plan.itemsize
+
+    @property
+    def cached(self) -> int:
+        """Rows whose keys and values are kept."""
+        return self.plan.length
+
+    # what training keeps of a sequence for the backward pass
+
+    def activation_bytes(self) -> int:
+        """With nothing computed twice."""
+        return self.shape.layers * self.layer_bytes(self.trained) + self.logit_bytes()
+
+    def checkpointed_bytes(self) -> int:
+        """With every layer computed again from its input."""
+        inputs = self.shape.layers * self.inputs_of(self.trained) * self.shape.width * self.plan.itemsize
+        return inputs + self.layer_bytes(self.recomputed) + self.logit_bytes()
+
+    @property
+    def trained(self) -> int:
+        """Tokens whose activations are held at once."""
+        return self.plan.length
+
+    @property
+    def recomputed(self) -> int:
+        """Tokens that a layer is computed again for at once."""
+        return self.trained
+
+    def inputs_of(self, tokens: int) -> int:
+        """Rows that enter a layer with as many tokens."""
+        return tokens
+
+    def layer_bytes(self, tokens: int) -> int:
+        """Of one layer: inputs of norms and of products, q, k, v, the output, and a float32 a row and head."""
+        s = self.shape
+        # relu's derivative is in its output; of a gated network also both factors
+        kept = 4 * s.width + 2 * s.queries + 2 * s.keys + s.ff * (3 if s.gated else 1)
+        return self.inputs_of(tokens) * (kept * self.plan.itemsize + s.heads * FLOAT32)
+
+    def logit_bytes(self) -> int:
+        """Of float32 logits, and of what the last norm and the product behind it take in."""
+        s = self.shape
+        return self.trained * (s.vocabulary * FLOAT32 + 2 * s.width * self.plan.itemsize)
+
+
+class Local(Full):
+    """Attention inside segments, and nothing across them."""
+
+    name = "local"
+
+    def mixing(self) -> Work:
+        return floors.local_forward(self.sizes(self.plan.length, self.plan.segment_len))
+
+    def mixing_one_by_one(self) -> Work:
+        return self._tokens(1, self.decoded, gated=False)
+
+    @property
+    def cached(self) -> int:
+        return min(self.plan.length, self.plan.segment_len)
+
+    @property
+    def trained(self) -> int:
+        reach = self.plan.length if self.plan.bptt is None else self.plan.bptt * self.plan.segment_len
+        return min(self.plan.length, reach)
+
+    @property
+    def several(self) -> bool:
+        """The text has more than a segment."""
+        return self.plan.length > self.plan.segment_len
+
+    def segments_of(self, tokens: int) -> int:
+        return -(-tokens // self.plan.segment_len)
+
+
+class Infini(Local):
+    """Attention inside segments, and a compressive memory in every layer (arXiv 2404.07143)."""
+
+    name = "infini"
+
+    def mixing(self) -> Work:
+        return floors.forward(self.sizes(self.plan.length, self.plan.segment_len), self.plan.update)
+
+    def mixing_one_by_one(self) -> Work:
+        work = self._tokens(1, self.decoded, gated=self.several)
+        # the segment is written: its keys and values are read again, and so is the state
+        sizes = self.sizes(self.decoded, self.decoded)
+        written = floors.write(sizes, "linear")
+        looked_up = written.operations if self.several and self.plan.update == "delta" else 0
+        return work + written + Work(looked_up, sizes.keys_values + sizes.state * self.several)
+
+    def cache_bytes(self) -> int:
+        """Of keys and values, and of keys before rotation, which the memory is written by."""
+        s = self.shape
+        unrotated = s.layers * s.keys * self.cached * self.plan.itemsize if s.rotary else 0
+        return super().cache_bytes() + unrotated
+
+    def layer_state(self) -> int:
+        s = self.shape
+        return s.kv_heads * s.head_width * (s.head_width + 1) * FLOAT32
+
+    def state_bytes(self) -> int:
+        return self.shape.layers * self.layer_state()
+
+    def layer_bytes(self, tokens: int) -> int:
+        s = self.shape
+        before_rotation = tokens * (s.queries + s.keys) * self.plan.itemsize if s.rotary else 0
+        return super().layer_bytes(tokens) + before_rotation + self.segments_of(tokens) * self.layer_state()

@@ -1,0 +1,69 @@
+"""What a plan is made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...running import SettingError
+from ..floors import PEAKS, Peak, peak_of
+from .shapes import Shape
+
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+UPDATES = ("delta", "linear")
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """One text length of one model; the defaults are those of the command.
+
+    length: tokens of a sequence, T. segment_len: L. memory: tokens of RMT and ARMT, m. d_mem, nu: of ARMT, whose keys
+    have 2 · nu · d_mem features. update: Infini-attention's rule. bptt: segments that gradients reach back; None: all.
+
+    Raises:
+        SettingError: naming what cannot be.
+    """
+
+    shape: Shape
+    length: int
+    segment_len: int = 2048
+    memory: int = 16
+    d_mem: int = 64
+    nu: int = 3
+    update: str = "delta"
+    bptt: int | None = None
+    batch: int = 1
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("length", "segment_len", "memory", "d_mem", "nu", "batch", "bptt"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(name, f"must be at least 1, got {value}")
+        if self.memory > self.segment_len:
+            raise SettingError(
+                "memory", f"must be at most the {self.segment_len} tokens of a segment, got {self.memory}"
+            )
+        check_choice("update", self.update, UPDATES)
+        check_choice("dtype", self.dtype, tuple(ITEMSIZE))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of weights and hidden states."""
+        return ITEMSIZE[self.dtype]
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SettingError(name, f"must be {' or '.join(choices)}, got {value!r}")
+
+
+def gpu_of(name: str) -> tuple[str, Peak]:
+    """A row of `floors.PEAKS`, by its name or by the name that a driver gives the device.
+
+    Raises:
+        SettingError: of `gpu`.
+    """
+    found = peak_of(name)
+    if found is None:
+        raise SettingError("gpu", f"must be one of {', '.join(row for row, _, _ in PEAKS)}, got {name!r}")
+    return found

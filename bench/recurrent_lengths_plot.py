@@ -1,0 +1,47 @@
+"""The picture of `recurrent_lengths`: seconds per token, and bytes, against the length of the text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+DPI = 160
+# colours that colour-blind readers tell apart too
+LOOKS = {"RMT": ("#0072B2", "o"), "ARMT": ("#D55E00", "s"), "full attention": ("#000000", "^")}
+
+
+def plot_lengths(path: Path, figures: dict[str, Any]) -> None:
+    """Every round is a faint dot, medians are joined."""
+    figure = Figure(figsize=(10, 4.0), dpi=DPI, layout="constrained")
+    times, memory = figure.subplots(1, 2)
+    _lines(times, figures, "seconds_per_token", 1e6, "-")
+    times.set_ylabel("µs per token")
+    times.set_ylim(bottom=0)
+    times.legend(frameon=False)
+    memory.set_yscale("log")
+    _lines(memory, figures, "peak_bytes", 2**-20, "-")
+    _lines(memory, figures, "kept_bytes", 2**-20, ":")
+    memory.set_ylabel("MiB: at most (solid), kept of the text (dotted)")
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def _lines(axes: Axes, figures: dict[str, Any], key: str, scale: float, style: str) -> None:
+    axes.set_xscale("log", base=2)
+    for name, (colour, marker) in LOOKS.items():
+        rows = [x for x in figures["summary"] if x["reader"] == name]
+        values = [scale * x[key] for x in rows]
+        axes.plot([x["segments"] for x in rows], values, style, color=colour, marker=marker, label=name)
+        single = [x for x in figures["readings"] if x["reader"] == name]
+        axes.scatter([x["segments"] for x in single], [scale * x[key] for x in single], color=colour, s=6, alpha=0.4)
+    ticks = {x["segments"]: x["tokens"] for x in figures["summary"]}
+    axes.set_xticks(list(ticks), [f"{segments:,}\n{tokens:,}" for segments, tokens in ticks.items()], fontsize=8)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("segments, and tokens")
+    axes.grid(axis="y", color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
