@@ -44,6 +44,13 @@ def check_floating(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
 
 
+def check_ids(name: str, x: object) -> Tensor:
+    """A tensor of token ids or labels."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    return x
+
+
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """Same dtype and device."""
     if x.dtype != other.dtype:

@@ -14,11 +14,12 @@ from ..kernels import validation as check
 from ..kernels.state import MemoryState
 from .associative import schedules
 from .associative.decoder import Decoder, Layer
-from .associative.generation import generate
 from .associative.layer import DPFP, AssociativeLayer
+from .associative.open_segment import open_segments
 from .associative.placement import Placement
 from .associative.settings import AssociativeSettings, chosen
 from .recurrent.backbone import check_positions, embedding_of, huggingface_of
+from .recurrent.generation import generate
 from .recurrent.segments import IGNORED, bounds, next_tokens
 
 
@@ -117,6 +118,7 @@ class AssociativeMemory(nn.Module):
         self.memory_tokens = nn.Parameter(torch.randn(num_memory_tokens, weight.shape[1]).to(weight) * spread)
 
     generate = generate
+    open_segments = open_segments
 
     def forward(
         self,
@@ -149,7 +151,7 @@ class AssociativeMemory(nn.Module):
         batch, time = embeds.shape[:2]
         rows = bounds(attention_mask, batch, time)
         if labels is not None:
-            check.check_shape("labels", check_tokens("labels", labels), "[B, T]", (batch, time))
+            check.check_shape("labels", check.check_ids("labels", labels), "[B, T]", (batch, time))
         places = Placement.of(rows, time, self.settings, embeds.device)
         table = torch.cat((embeds.flatten(0, 1), self.memory_tokens.to(embeds.dtype)))
         hidden, state = self.read(F.embedding(places.inputs, table), self.started(state, embeds), places)
@@ -234,7 +236,7 @@ class AssociativeMemory(nn.Module):
             raise ValueError("input_ids or inputs_embeds must be given, and not both")
         width = self.memory_tokens.shape[1]
         if input_ids is not None:
-            name, x, shape = "input_ids", check_tokens("input_ids", input_ids), "[B, T]"
+            name, x, shape = "input_ids", check.check_ids("input_ids", input_ids), "[B, T]"
             fits = x.ndim == 2
         else:
             check.check_floating("inputs_embeds", inputs_embeds)
@@ -245,15 +247,3 @@ class AssociativeMemory(nn.Module):
         if not x.shape[0] or not x.shape[1]:
             raise ValueError(f"{name} must have a row and a token in it, got shape {list(x.shape)}")
         return x if input_ids is None else self.embed(x)
-
-
-def check_tokens(name: str, x: object) -> Tensor:
-    """A tensor of integers.
-
-    Raises:
-        TypeError: it is none.
-    """
-    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a tensor of integers, got {got}")
-    return x

@@ -16,6 +16,7 @@ from .recurrent.backbone import Caller, Outputs, accepted, check_positions, embe
 from .recurrent.gathering import gather, summed_loss
 from .recurrent.generation import generate
 from .recurrent.layout import decoder_layout, encoder_layout
+from .recurrent.open_segment import open_segments
 from .recurrent.segments import IGNORED, Segment, bounds, cut, next_tokens
 from .recurrent.settings import Settings
 from .recurrent.state import RecurrentState
@@ -117,6 +118,7 @@ class RecurrentMemory(nn.Module):
         self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
     generate = generate
+    open_segments = open_segments
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] → vectors [B, T, d]."""
@@ -129,7 +131,7 @@ class RecurrentMemory(nn.Module):
 
     @property
     def _caller(self) -> Caller:
-        return Caller(self.model, self.settings, self._accepts, self.attention == "segattn")
+        return Caller(self.model, self.settings, self._layout, self._accepts, self.attention == "segattn")
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what is done with one segment, by `torch.compile` with these arguments; the loop stays as it is.
@@ -264,9 +266,7 @@ class RecurrentMemory(nn.Module):
         if self.head is not None:
             encoder = self.settings.kind == "encoder"
             return self.head(out.hidden[:, 0] if encoder else self._layout.tokens_of(out.hidden))
-        if out.logits is None or out.logits.ndim == 2:
-            return out.logits
-        return self._layout.tokens_of(out.logits)
+        return out.logits
 
     def newest(self, rows: Tensor, writes: bool, cache: Any) -> tuple[Tensor, Tensor, Any]:
         """The newest rows of a growing segment: the last m hidden rows, the last logits [B, C], and the cache.
@@ -291,7 +291,7 @@ class RecurrentMemory(nn.Module):
             check.check_floating(name, x)
             fits = x.ndim == 3 and x.shape[2] == width
         else:
-            name, x, shape = "input_ids", _integers("input_ids", input_ids), "[B, T]"
+            name, x, shape = "input_ids", check.check_ids("input_ids", input_ids), "[B, T]"
             fits = x.ndim == 2
         if not fits:
             raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
@@ -300,7 +300,7 @@ class RecurrentMemory(nn.Module):
         return x
 
     def _targets(self, labels: Tensor, x: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-        _integers("labels", labels)
+        check.check_ids("labels", labels)
         if labels.ndim == 1 and self.settings.kind == "encoder":
             check.check_shape("labels", labels, "[B]", x.shape[:1])
             return labels
@@ -340,9 +340,3 @@ def _no_logits(model: nn.Module) -> str:
         f"model must return logits, got {type(model).__name__}, which returns hidden rows alone: pass head=, or "
         "output_logits=False for the memory alone"
     )
-
-
-def _integers(name: str, x: object) -> Tensor:
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    return x

@@ -529,7 +529,7 @@ BAD: dict[str, tuple[type[Exception], Callable[[AssociativeMemory], Any]]] = {
     ),
     "input_ids or inputs_embeds must be given, and not both": (ValueError, lambda m: m()),
     r"input_ids must have shape \[B, T\], got \[4\]": (ValueError, lambda m: m(models.tokens(1, 4)[0])),
-    "input_ids must be a tensor of integers, got torch.float32": (TypeError, lambda m: m(torch.ones(1, 4))),
+    "input_ids must be an integer tensor, got torch.float32": (TypeError, lambda m: m(torch.ones(1, 4))),
     r"input_ids must have a row and a token in it, got shape \[1, 0\]": (ValueError, lambda m: m(models.tokens(1, 0))),
     r"inputs_embeds must have shape \[B, T, d = 32\]": (
         ValueError,

@@ -46,6 +46,7 @@ from segattn.running import InterruptedRunError, SettingError, load_checkpoint  
 TINY = TrainSettings(
     "memorize",
     vocabulary=0,
+    encoder="modernbert",
     layers=1,
     width=16,
     heads=2,
@@ -62,7 +63,12 @@ TINY = TrainSettings(
 RETRIEVAL = replace(TINY, task="retrieval", segment_len=None, segments=(2, 3), noise=0.0, rewrite=True)
 SMALL = "--vocabulary 0 --layers 1 --width 16 --heads 2 --memory 3 --segment-len 19 --device cpu"
 COPY = replace(TINY, task="copy", segment_len=7, noise=0.1, bptt=1)
-KINDS = {"encoder": TINY, "decoder": COPY, "armt": replace(RETRIEVAL, architecture="armt", d_mem=5)}
+KINDS = {
+    "encoder": TINY,
+    "bert": replace(TINY, encoder="bert"),
+    "decoder": COPY,
+    "armt": replace(RETRIEVAL, architecture="armt", d_mem=5),
+}
 
 
 class Quiet:
@@ -163,7 +169,7 @@ def test_reading_in_pieces_is_reading_whole(kind: str, monkeypatch: pytest.Monke
         assert torch.equal(answers.right, right(whole.logits, batch.labels))
         assert sum(read) == batch.input_ids.numel()
         read.clear()
-    numbers = {"encoder": 3 * 16, "decoder": 3 * 16, "armt": (16 + 1) * 2 * 3 * 5}
+    numbers = {"encoder": 3 * 16, "bert": 3 * 16, "decoder": 3 * 16, "armt": (16 + 1) * 2 * 3 * 5}
     assert answers.state_bytes == 4 * numbers[kind]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .block_attention import Block
-from .layout import block_mask
+from .layout import Layout, block_mask
 from .settings import Settings
 
 
@@ -84,12 +84,14 @@ def accepted(model: nn.Module) -> frozenset[str]:
 class Caller(NamedTuple):
     """How a model is called with the rows of a segment.
 
+    layout: where the tokens stand among a segment's rows.
     accepts: the arguments that it takes.
     fused: whether its attention is told the block mask.
     """
 
     model: nn.Module
     settings: Settings
+    layout: Layout
     accepts: frozenset[str]
     fused: bool
 
@@ -99,15 +101,20 @@ class Caller(NamedTuple):
         return "past_key_values" in self.accepts and "use_cache" in self.accepts
 
     def segment(self, rows: Tensor, ends: Tensor | None, with_logits: bool) -> Outputs:
-        """A whole segment, rows [B, T, d], those behind `ends` [B] padding."""
+        """A whole segment, rows [B, T, d], those behind `ends` [B] padding; logits are the tokens', or a row's one."""
         arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in self.accepts else {}
-        if not with_logits and "logits_to_keep" in self.accepts:
-            arguments["logits_to_keep"] = 1
+        choosy = "logits_to_keep" in self.accepts
+        if choosy:
+            at = torch.arange(rows.shape[1], device=rows.device)
+            arguments["logits_to_keep"] = self.layout.tokens_of(at[None])[0] if with_logits else 1
         if self.settings.kind == "decoder":
             arguments |= self._decoder_mask(rows, ends, 0, True)
         else:
             arguments |= {"attention_mask": self._encoder_mask(rows, ends)}
-        return run(self.model, rows, arguments)
+        out = run(self.model, rows, arguments)
+        if choosy or out.logits is None or out.logits.ndim == 2:
+            return out
+        return out._replace(logits=self.layout.tokens_of(out.logits))
 
     def newest(self, rows: Tensor, writes: bool, cache: Any) -> Outputs:
         """The newest rows [B, n, d] of a growing segment; the cache holds those before them.

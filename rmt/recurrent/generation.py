@@ -1,31 +1,54 @@
-"""Text that a recurrent decoder writes: its memory is written when a segment is full, and the next one begins."""
+"""Text that a decoder with a memory writes: its memory is written when a segment is full, and the next one begins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ...kernels import validation as check
-from .segments import bounds, cut
-from .state import RecurrentState
-
-if TYPE_CHECKING:
-    from ..recurrent_memory import RecurrentMemory
 
 Choose = Callable[[Tensor], Tensor]
 
 
+class OpenSegment(Protocol):
+    """A segment that grows, of rows that are as long."""
+
+    def next_logits(self) -> Tensor:
+        """[B, vocabulary], after the last token."""
+
+    def append(self, token: Tensor) -> None:
+        """Take the next token [B]; a full segment writes the memory first, and another begins with it."""
+
+
+class Opened(NamedTuple):
+    """Texts read up to their last segments.
+
+    tokens: of each row's last segment, which stays open even if it is full.
+    segment: of some rows, their indices and tokens [b, n].
+    """
+
+    tokens: list[Tensor]
+    segment: Callable[[Tensor, Tensor], OpenSegment]
+
+
+class Writer(Protocol):
+    """`RecurrentMemory` and `AssociativeMemory`."""
+
+    def open_segments(self, input_ids: Tensor, attention_mask: Tensor | None, state: Any) -> Opened:
+        """Read texts [B, P] up to their last segments."""
+
+
 @torch.no_grad()
 def generate(
-    memory: RecurrentMemory,
+    memory: Writer,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
     max_new_tokens: int,
-    state: RecurrentState | None = None,
+    state: Any = None,
     do_sample: bool = False,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -41,7 +64,7 @@ def generate(
     open, and where it fills, memory is written and the next begins.
 
     Args:
-        memory: a decoder with its memory.
+        memory: a decoder with its memory: `RecurrentMemory` or `AssociativeMemory`, whose method this is.
         input_ids: [B, P].
         attention_mask: [B, P], 0 where padding stands before or after a row's tokens.
         max_new_tokens: per row.
@@ -58,18 +81,16 @@ def generate(
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
     """
-    if memory.settings.kind != "decoder":
-        raise TypeError("generate is for decoders, got a RecurrentMemory of kind 'encoder'")
     check.check_integer("max_new_tokens", max_new_tokens, 1)
     choose = _sampler(temperature, top_k, top_p, generator) if do_sample else _likeliest
-    rows = bounds(attention_mask, *input_ids.shape[:2])
-    closed, opened = _read_closed(memory, input_ids, rows, state)
-    new = input_ids.new_full((len(rows), max_new_tokens), pad_token_id)
+    opened = memory.open_segments(input_ids, attention_mask, state)
+    lengths = [len(tokens) for tokens in opened.tokens]
+    new = input_ids.new_full((len(lengths), max_new_tokens), pad_token_id)
     # rows whose open segments are as long go together
-    for length in sorted(set(map(len, opened))):
-        at = [row for row, own in enumerate(opened) if len(own) == length]
-        index = torch.tensor(at, device=input_ids.device)
-        segment = _OpenSegment(memory, closed[index], torch.stack([opened[row] for row in at]))
+    for length in sorted(set(lengths)):
+        rows = [row for row, own in enumerate(lengths) if own == length]
+        index = torch.tensor(rows, device=input_ids.device)
+        segment = opened.segment(index, torch.stack([opened.tokens[row] for row in rows]))
         new[index] = _write(segment, new[index], choose, eos_token_id)
     if eos_token_id is None:
         return new
@@ -77,59 +98,7 @@ def generate(
     return new[:, : int((~ended).sum(1).max().clamp(max=max_new_tokens - 1)) + 1]
 
 
-def _read_closed(
-    memory: RecurrentMemory, input_ids: Tensor, rows: list[tuple[int, int]], state: RecurrentState | None
-) -> tuple[Tensor, list[Tensor]]:
-    """The memory [B, m, d] before each row's last segment, and that segment's tokens."""
-    settings = memory.settings
-    last = [cut([row], settings.segment_len, settings.alignment)[-1] for row in rows]
-    begin = [segment.begin[0] for segment in last]
-    opened = [ids[segment.begin[0] : segment.end[0]] for ids, segment in zip(input_ids, last, strict=True)]
-    closed = memory.initial_state(len(rows)).memory if state is None else state.memory
-    closed = closed.clone()
-    longer = [row for row, first in enumerate(begin) if first > rows[row][0]]
-    if longer:
-        index = torch.tensor(longer, device=input_ids.device)
-        at = torch.arange(input_ids.shape[1], device=input_ids.device)
-        first = torch.tensor([rows[row][0] for row in longer], device=input_ids.device)[:, None]
-        end = torch.tensor([begin[row] for row in longer], device=input_ids.device)[:, None]
-        own = None if state is None else RecurrentState(closed[index])
-        mask = (at >= first) & (at < end)
-        closed[index] = memory(input_ids[index], mask, state=own, output_logits=False).state.memory.to(closed.dtype)
-    return closed, opened
-
-
-class _OpenSegment:
-    """A segment [read | tokens] that grows, of rows that are as long; keys and values are cached where the model can.
-
-    The write rows come last and nothing before sees them: they are run when the segment is full.
-    """
-
-    def __init__(self, module: RecurrentMemory, memory: Tensor, tokens: Tensor) -> None:
-        self.module, self.memory, self.tokens = module, memory, tokens
-        self.cache: Any = None
-
-    def next_logits(self) -> Tensor:
-        """[B, vocabulary], after the last token."""
-        _, logits, self.cache = self.module.newest(self._rows(), False, self.cache)
-        return logits
-
-    def append(self, token: Tensor) -> None:
-        """Take the next token [B]; a full segment writes the memory first, and another begins with it."""
-        if self.tokens.shape[1] < self.module.settings.segment_len:
-            self.tokens = torch.cat((self.tokens, token[:, None]), 1)
-            return
-        before = self.memory if self.cache is not None else torch.cat((self._rows(), self.memory), 1)
-        self.memory = self.module.newest(before, True, self.cache)[0]
-        self.tokens, self.cache = token[:, None], None
-
-    def _rows(self) -> Tensor:
-        if self.cache is not None:
-            return self.module.embed(self.tokens[:, -1:])
-        return torch.cat((self.memory, self.module.embed(self.tokens)), 1)
-
-
-def _write(segment: _OpenSegment, new: Tensor, choose: Choose, eos: int | None) -> Tensor:
+def _write(segment: OpenSegment, new: Tensor, choose: Choose, eos: int | None) -> Tensor:
     """Fill `new` [B, n]; what stands there already goes behind a row's end."""
     new, open_rows = new.clone(), new.new_ones(new.shape[0], dtype=torch.bool)
     for at in range(new.shape[1]):

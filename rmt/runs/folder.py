@@ -170,7 +170,7 @@ def _classifier(settings: TrainSettings, task: Task, source: Pretrained | None, 
     m, length = settings.memory_tokens, settings.tokens
     special = (CLS, SEP) if source is None else source.special_tokens
     if settings.pretrained is None:
-        model = small_encoder(task.vocab_size, len(task.classes), length + m + 3, settings.sizes())
+        model = small_encoder(settings.encoder, task.vocab_size, len(task.classes), length + m + 3, settings.sizes())
     elif earlier is None:
         model = pretrained_encoder(Path(settings.pretrained), len(task.classes))
     else:

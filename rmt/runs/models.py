@@ -34,28 +34,46 @@ class Pretrained(NamedTuple):
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def small_encoder(vocab_size: int, classes: int, rows: int, sizes: Sizes) -> nn.Module:
-    """A ModernBERT without dropout or windows that classifies a text by its first row, for segments of so many rows."""
-    full: dict[str, Any] = {"global_attn_every_n_layers": 1}
-    config = transformers.ModernBertConfig(
-        vocab_size=vocab_size,
-        hidden_size=sizes.width,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        intermediate_size=2 * sizes.width,
-        max_position_embeddings=rows,
-        classifier_pooling="cls",
-        pad_token_id=PAD,
-        bos_token_id=CLS,
-        cls_token_id=CLS,
-        eos_token_id=SEP,
-        sep_token_id=SEP,
-        **full,
-    )
+def small_encoder(kind: str, vocab_size: int, classes: int, rows: int, sizes: Sizes) -> nn.Module:
+    """An encoder without dropout that classifies a text by its first row, for segments of so many rows.
+
+    Args:
+        kind: "bert" or, with rotary positions and norms before its layers, "modernbert".
+    """
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "max_position_embeddings": rows,
+        "pad_token_id": PAD,
+    }
+    config = _CONFIGS[kind](common)
     config.num_labels = classes
+    return transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+
+
+def _bert(common: dict[str, Any]) -> Any:
+    own = {"intermediate_size": 4 * common["hidden_size"]}
+    return transformers.BertConfig(**common, **own, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def _modernbert(common: dict[str, Any]) -> Any:
+    own: dict[str, Any] = {"bos_token_id": CLS, "cls_token_id": CLS, "eos_token_id": SEP, "sep_token_id": SEP}
+    # no windows; a gated layer has three matrices for two
+    own |= {
+        "classifier_pooling": "cls",
+        "global_attn_every_n_layers": 1,
+        "intermediate_size": 2 * common["hidden_size"],
+    }
+    config = transformers.ModernBertConfig(**common, **own)
     # before transformers 5 it compiles itself where it can
     config.reference_compile = False
-    return transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    return config
+
+
+_CONFIGS = {"bert": _bert, "modernbert": _modernbert}
+ENCODERS = tuple(_CONFIGS)
 
 
 def small_decoder(vocab_size: int, rows: int, sizes: Sizes) -> nn.Module:
@@ -65,7 +83,7 @@ def small_decoder(vocab_size: int, rows: int, sizes: Sizes) -> nn.Module:
         hidden_size=sizes.width,
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
-        intermediate_size=2 * sizes.width,
+        intermediate_size=4 * sizes.width,
         max_position_embeddings=rows,
         pad_token_id=PAD,
         bos_token_id=CLS,

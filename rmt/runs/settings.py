@@ -14,7 +14,7 @@ import torch
 from ...running import SettingError
 from ..curriculum import Recipe
 from ..tasks import FORMS, TASKS, Task
-from .models import Sizes
+from .models import ENCODERS, Sizes
 
 ARCHITECTURES = ("rmt", "armt")
 CLASS_TASKS = tuple(name for name, form in FORMS.items() if form.kind == "class")
@@ -34,6 +34,7 @@ class TrainSettings:
         book: file of running text; None: generated sentences.
         vocabulary: words of the text that are kept, besides those of the facts.
         key_digits, rewrite: of retrieval.
+        encoder: kind of the small model for class tasks, bert or modernbert.
         layers, width, heads: of the small model.
         pretrained: folder of an encoder and its tokenizer, in place of the small one.
         freeze: train memory and head alone.
@@ -61,6 +62,7 @@ class TrainSettings:
     vocabulary: int = 4000
     key_digits: int = 2
     rewrite: bool = False
+    encoder: str = "bert"
     layers: int = 2
     width: int = 64
     heads: int = 4
@@ -168,6 +170,8 @@ class TrainSettings:
     def _check_model(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise SettingError("architecture", f"must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
+        if self.encoder not in ENCODERS:
+            raise SettingError("encoder", f"must be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
         if self.architecture == "armt" and self.classifies:
             raise SettingError("architecture", f"must be rmt for {self.task}, whose model is an encoder, got 'armt'")
         if self.noise and self.architecture != "rmt":

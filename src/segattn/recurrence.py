@@ -49,6 +49,7 @@ def train(
     rewrite: Annotated[
         bool | None, typer.Option("--rewrite", help="Of retrieval: keys are written again.", show_default=False)
     ] = None,
+    encoder: Annotated[str | None, typer.Option(help="Of tasks of classes: bert or modernbert. Default: bert.")] = None,
     layers: Annotated[int | None, typer.Option(help="Of the small model. Default: 2.")] = None,
     width: Annotated[int | None, typer.Option(help="Of the small model. Default: 64.")] = None,
     heads: Annotated[int | None, typer.Option(help="Of the small model. Default: 4.")] = None,

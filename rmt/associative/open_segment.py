@@ -1,4 +1,4 @@
-"""Text that an associative memory writes: a segment's memory is written when it is full, and the next one begins."""
+"""The last segment of a text that goes on, in an `AssociativeMemory`."""
 
 from __future__ import annotations
 
@@ -7,72 +7,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...kernels import validation as check
 from ...kernels.state import MemoryState
-from ..recurrent.generation import _likeliest, _sampler, _write
+from ..recurrent.generation import Opened
 from ..recurrent.segments import bounds
 
 if TYPE_CHECKING:
     from ..associative_memory import AssociativeMemory, AssociativeState
 
 
-@torch.no_grad()
-def generate(
-    memory: AssociativeMemory,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    max_new_tokens: int,
-    state: AssociativeState | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_token_id: int | None = None,
-    pad_token_id: int = 0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Go on with texts of any length, in the memory of one segment, a token at a time by the model's own cache.
-
-    The first token is the likeliest by the logits that `memory(input_ids)` ends with, and every later one by those that
-    it has at its place when it reads all that was written.
-
-    Args:
-        memory: a decoder with its memories.
-        input_ids: [B, P].
-        attention_mask: [B, P], 0 where padding stands before or after a row's tokens.
-        max_new_tokens: per row.
-        state: what an earlier call returned, to go on from.
-        do_sample: draw from the distribution; default the likeliest.
-        temperature, top_k, top_p: how it is changed before, as in transformers.
-        eos_token_id: ends a row.
-        pad_token_id: what follows it there.
-        generator: of random numbers.
-
-    Returns:
-        The new tokens, [B, max_new_tokens] or as many as the longest row took.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what it must be, and what it was.
-    """
-    check.check_integer("max_new_tokens", max_new_tokens, 1)
-    choose = _sampler(temperature, top_k, top_p, generator) if do_sample else _likeliest
+def open_segments(
+    memory: AssociativeMemory, input_ids: Tensor, attention_mask: Tensor | None, state: AssociativeState | None
+) -> Opened:
+    """Read texts [B, P] up to their last segments."""
     embeds = memory.embed(input_ids)
     rows = bounds(attention_mask, *input_ids.shape[:2])
     closed = _read_closed(memory, embeds, rows, memory.started(state, embeds))
     size = memory.settings.segment_len
     opened = [ids[_last(*row, size) : row[1]] for ids, row in zip(input_ids, rows, strict=True)]
-    new = input_ids.new_full((len(rows), max_new_tokens), pad_token_id)
-    # rows whose open segments are as long go together
-    for length in sorted(set(map(len, opened))):
-        at = [row for row, own in enumerate(opened) if len(own) == length]
-        index = torch.tensor(at, device=input_ids.device)
-        segment = _OpenSegment(memory, closed.select(index), torch.stack([opened[row] for row in at]))
-        new[index] = _write(segment, new[index], choose, eos_token_id)  # type: ignore[arg-type]
-    if eos_token_id is None:
-        return new
-    ended = (new == eos_token_id).int().cumsum(1) > 0
-    return new[:, : int((~ended).sum(1).max().clamp(max=max_new_tokens - 1)) + 1]
+    return Opened(opened, lambda index, tokens: _OpenSegment(memory, closed.select(index), tokens))
 
 
 def _last(begin: int, end: int, segment_len: int) -> int:
