@@ -30,8 +30,9 @@ class Recipe:
         threshold: accuracy over the last 20 batches of a stage's own length that ends it.
         anneal: steps after the last stage, at its length, while the rate falls to nothing.
         vary: every other batch has a random length, of tokens up to one segment, of segments up to several.
-        batch: samples per step.
-        lr, later_lr: rates up to one segment, and of several.
+        batch, later_batch: samples per step up to one segment, and of several.
+        lr, later_lr: rates, likewise.
+        beta2: of AdamW, how long it remembers squared gradients.
         weight_decay, clip: decay, largest norm of the gradient.
         warm_up: steps over which the rate rises.
     """
@@ -43,8 +44,10 @@ class Recipe:
     anneal: int = 0
     vary: bool = True
     batch: int = 32
+    later_batch: int = 32
     lr: float = 1e-3
     later_lr: float = 4e-4
+    beta2: float = 0.999
     weight_decay: float = 1e-3
     clip: float = 1.0
     warm_up: int = 50
@@ -127,7 +130,9 @@ class Trainer:
         self.plan = recipe.plan(task, segment_len)
         self.trained = [parameter for parameter in memory.parameters() if parameter.requires_grad]
         self.device = self.trained[0].device
-        self.optimiser = torch.optim.AdamW(self.trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.optimiser = torch.optim.AdamW(
+            self.trained, lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay
+        )
         self.stage = self.index = 0
         self.seconds = 0.0
         self.log: list[Step] = []
@@ -166,7 +171,8 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = stage.rate(self.step, self.recipe.warm_up)
         length = self._length()
-        batch = self.task.batch(self.recipe.batch, length, seed=self.seed, index=self.index)
+        size = self.recipe.batch if stage.segments == 1 else self.recipe.later_batch
+        batch = self.task.batch(size, length, seed=self.seed, index=self.index)
         ids, labels = (x.to(self.device) for x in batch)
         # of an encoder [B, C] is there without asking
         out = self.memory(ids, labels=labels, output_logits=labels.ndim == 2)

@@ -12,7 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels import validation as check
 from .recurrent import block_attention
-from .recurrent.backbone import Caller, Outputs, accepted, check_positions, embedding_of, huggingface_of, kind_of
+from .recurrent.backbone import (
+    Caller,
+    Outputs,
+    accepted,
+    check_positions,
+    embedding_of,
+    huggingface_of,
+    kind_of,
+    refuse_converted,
+)
 from .recurrent.gathering import gather, summed_loss
 from .recurrent.generation import generate
 from .recurrent.layout import decoder_layout, encoder_layout
@@ -92,6 +101,7 @@ class RecurrentMemory(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        refuse_converted(model)
         kind = kind_of(model) if kind is None else kind
         self.settings = Settings(num_memory_tokens, segment_len, kind, mask, special_tokens, bptt, alignment, loss)
         check.check_bool("checkpoint", checkpoint)

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..made_text import generate_text
+from ..running_text import generate_text
 from .memory_tasks.batch import IGNORE, SPLITS, Batch
 from .memory_tasks.facts import WORDS, Question, babi_file, generate_questions, read_questions
 from .memory_tasks.filler import Encode, Filler, split_sentences

@@ -25,7 +25,6 @@ from safetensors.torch import load_file  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from segattn import recurrence_screen  # noqa: E402
-from segattn.made_text import generate_text  # noqa: E402
 from segattn.rmt import tasks  # noqa: E402
 from segattn.rmt.curriculum import WINDOW, Recipe, Stage, Step, Trainer  # noqa: E402
 from segattn.rmt.memory_tasks.facts import generate_questions  # noqa: E402
@@ -41,6 +40,7 @@ from segattn.rmt.runs.settings import TrainSettings  # noqa: E402
 from segattn.rmt.runs.training import run_training  # noqa: E402
 from segattn.rmt.tasks import make_task  # noqa: E402
 from segattn.running import InterruptedRunError, SettingError, load_checkpoint  # noqa: E402
+from segattn.running_text import generate_text  # noqa: E402
 
 # without a word of the text in the vocabulary, which is quickly learnt
 TINY = TrainSettings(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ...running_text import tokenize
 
 UNKNOWN = "<unk>"
 DIGITS = tuple("0123456789")
@@ -16,13 +17,6 @@ BEFORE = f"the {MARKER} is".split()
 BETWEEN = ". remember it .".split()
 AFTER = f"is the {MARKER} .".split()
 QUESTION = f"what is the {MARKER} ? the {MARKER} is".split()
-
-TOKEN = re.compile(r"\d|[^\W\d_]+(?:['’][^\W\d_]+)*|[^\w\s]")
-
-
-def tokenize(text: str) -> list[str]:
-    """Words in lower case, punctuation marks, and single digits."""
-    return TOKEN.findall(text.lower())
 
 
 class Samples(NamedTuple):

@@ -16,8 +16,8 @@ import torch
 
 from ...figures import make_folder
 from ...kernels.validation import UPDATES
-from ...made_text import generate_text
 from ...running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, save_checkpoint
+from ...running_text import generate_text
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
 from .passkey import PasskeyTask

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from ...infini.huggingface.settings import attention_in, is_converted
+from ..recurrent.backbone import refuse_converted
 
 
 class Layer(NamedTuple):
@@ -51,14 +51,11 @@ class Decoder(NamedTuple):
         Raises:
             ValueError: there is none, nothing stands behind it, or segattn.convert has changed it.
         """
-        if is_converted(model):
-            raise ValueError(
-                "model must keep its own attention, got one that segattn.convert changed: segattn.revert first"
-            )
+        refuse_converted(model)
         for path, module in model.named_modules():
             config = getattr(module, "config", None)
             for name, child in module.named_children():
-                if isinstance(child, nn.ModuleList) and len(child) and attention_in(child[0], config) is not None:
+                if isinstance(child, nn.ModuleList) and len(child) and _has_causal_attention(child[0], config):
                     if not path:
                         raise ValueError(
                             f"model must have a language model's head, got a {type(model).__name__} alone: pass the "
@@ -165,3 +162,11 @@ def _with(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
     twin.__dict__.pop("forward", None)
     twin._modules = {**module._modules, name: _with(getattr(module, name), rest, child) if rest else child}
     return twin
+
+
+def _has_causal_attention(layer: nn.Module, config: Any) -> bool:
+    """Whether a part of it knows that it is causal, and which layer's it is."""
+    return any(
+        getattr(part, "is_causal", False) and hasattr(part, "layer_idx") and getattr(part, "config", None) is config
+        for part in layer.modules()
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from ...infini.demo.passkey import tokenize
+from ...running_text import tokenize
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[GEN]")
 PAD, UNK, CLS, SEP, GEN = range(len(SPECIAL))

@@ -62,6 +62,18 @@ def embedding_of(model: nn.Module) -> nn.Module:
     return embedding
 
 
+def refuse_converted(model: nn.Module) -> None:
+    """See that the model's attention is its own.
+
+    Raises:
+        ValueError: `segattn.convert` has changed it.
+    """
+    if hasattr(getattr(huggingface_of(model), "config", None), "segment_attention"):
+        raise ValueError(
+            "model must keep its own attention, got one that segattn.convert changed: segattn.revert first"
+        )
+
+
 def check_positions(model: nn.Module, rows: int, extra: int) -> None:
     """See that a segment fits the positions that the model knows.
 

@@ -20,7 +20,20 @@ ARCHITECTURES = ("rmt", "armt")
 CLASS_TASKS = tuple(name for name, form in FORMS.items() if form.kind == "class")
 SHORT = (64, 128)
 LEAST = {"seed": 0, "anneal": 0, "vocabulary": 0, "warm_up": 1}
-WHOLE = ("layers", "width", "heads", "memory", "d_mem", "segment_len", "steps", "anneal", "warm_up", "batch", "bptt")
+WHOLE = (
+    "layers",
+    "width",
+    "heads",
+    "memory",
+    "d_mem",
+    "segment_len",
+    "steps",
+    "anneal",
+    "warm_up",
+    "batch",
+    "later_batch",
+    "bptt",
+)
 COUNTS = (*WHOLE, "seed", "vocabulary", "key_digits", "test_samples")
 
 
@@ -44,8 +57,8 @@ class TrainSettings:
         segment_len: tokens; None: 499, or what a pair takes in retrieval.
         short: as in `Recipe`; None: 64 and 128 in tasks of text, where those are possible.
         segments: as in `Recipe`; none: up to 5.
-        steps, threshold, anneal, vary, batch, lr, weight_decay, warm_up: as in `Recipe`.
-        later_lr: likewise; None: 0.4 of lr.
+        steps, threshold, anneal, vary, batch, lr, beta2, weight_decay, warm_up: as in `Recipe`.
+        later_batch, later_lr: likewise; None: batch, and 0.4 of lr.
         noise: of rmt, added to the memory between segments in training, relative to its spread.
         bptt: segments that gradients reach back; None: all.
         seed: of weights, dropout and samples.
@@ -79,8 +92,10 @@ class TrainSettings:
     anneal: int = 0
     vary: bool = True
     batch: int = 32
+    later_batch: int | None = None
     lr: float = 1e-3
     later_lr: float | None = None
+    beta2: float = 0.999
     noise: float = 0.0
     weight_decay: float = 1e-3
     warm_up: int = 50
@@ -143,6 +158,8 @@ class TrainSettings:
             anneal=self.anneal,
             vary=self.vary,
             batch=self.batch,
+            later_batch=self.batch if self.later_batch is None else self.later_batch,
+            beta2=self.beta2,
             lr=self.lr,
             later_lr=self.lr if self.later_lr is None else self.later_lr,
             weight_decay=self.weight_decay,
@@ -158,6 +175,8 @@ class TrainSettings:
             raise SettingError("seed", f"must be below 2**32, got {self.seed}")
         if not 0 < self.threshold <= 1:
             raise SettingError("threshold", f"must be above 0 and at most 1, got {self.threshold}")
+        if not 0 <= self.beta2 < 1:
+            raise SettingError("beta2", f"must be from 0 to below 1, got {self.beta2}")
         for name in ("lr", "later_lr", "weight_decay", "noise"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):

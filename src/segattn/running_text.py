@@ -1,8 +1,17 @@
-"""Running text for where there is no book."""
+"""Running text: its words, and sentences made up for where there is no book."""
 
 from __future__ import annotations
 
+import re
+
 import torch
+
+TOKEN = re.compile(r"\d|[^\W\d_]+(?:['’][^\W\d_]+)*|[^\w\s]")
+
+
+def tokenize(text: str) -> list[str]:
+    """Words in lower case, punctuation marks, and single digits."""
+    return TOKEN.findall(text.lower())
 
 
 def generate_text(words: int, seed: int) -> str:
