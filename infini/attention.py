@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import validation as check
 from ..kernels.backends import check_backend
+from ..kernels.exchange import Ranks, agree
 from ..kernels.operation import segment_attention
-from ..kernels.state import MemoryState
+from ..kernels.sequence_parallel import sequence_parallel_attention
+from ..kernels.state import MemoryState, SegmentOutput
 from .gate import Gate
 from .rotary import rotate
 
@@ -124,25 +128,31 @@ class InfiniAttention(nn.Module):
         *,
         spans: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        group: Any = None,
     ) -> tuple[Tensor, InfiniState | None]:
         """x [B, T, width] → the same shape, and the state to go on from.
 
         spans, cu_seqlens: padded rows or packed sequences, as in `segment_attention`. Such a call stands alone: it
         takes no state, and returns None for it, because its rows stop at different places of a segment.
 
+        group: a process group or one dimension of a device mesh, over whose ranks the texts are spread: x is this
+        rank's run, as in `sequence_parallel_attention`. A state is that before, and after, the whole of them, on every
+        rank; one that is passed ends with a whole segment, and the unfinished one of the result is on the last rank.
+
         Raises:
             TypeError, ValueError: x of another width, a state of another kind, batch or layer, a state together with
-                spans or cu_seqlens, or what `segment_attention` refuses of these.
+                spans or cu_seqlens, or what `segment_attention` refuses of these; with a group, on every rank.
         """
-        check.check_floating("x", x)
-        check.check_offsets(cu_seqlens, spans, x)
-        if x.ndim != 3 or x.shape[-1] != self.q_proj.in_features:
-            raise ValueError(f"x must have shape [B, T, {self.q_proj.in_features}], got {list(x.shape)}")
+        ranks = None if group is None else Ranks.of(group)
+        first, total = 0, x.shape[1] if isinstance(x, Tensor) and x.ndim == 3 else 0
+        attend: Callable[..., SegmentOutput] = segment_attention
+        if ranks is None or ranks.size == 1:
+            self._check(x, state, spans, cu_seqlens)
+        else:
+            times = self._agree(ranks, x, state, spans, cu_seqlens)
+            first, total = sum(times[: ranks.rank]), sum(times)
+            attend = partial(sequence_parallel_attention, group=ranks, check_ranks=False)
         alone = spans is not None or cu_seqlens is not None
-        if alone and state is not None:
-            raise ValueError("state cannot go with spans or cu_seqlens: feed each row by itself, got both")
-        if state is not None:
-            self._check_state(state, x)
         q = _normalised(self._heads(self.q_proj(x)), self.q_norm)
         k = _normalised(self._heads(self.k_proj(x)), self.k_norm)
         v = self._heads(self.v_proj(x))
@@ -150,8 +160,8 @@ class InfiniAttention(nn.Module):
         if state is not None:
             read, memory = state.position, state.memory
             k, v = torch.cat([state.keys, k], dim=2), torch.cat([state.values, v], dim=2)
-        positions = self._positions(x, read - (k.shape[2] - x.shape[1]), k.shape[2], spans, cu_seqlens)
-        out, memory = segment_attention(
+        positions = self._positions(x, read + first - (k.shape[2] - x.shape[1]), k.shape[2], spans, cu_seqlens)
+        out, memory = attend(
             self._rotate(q, positions[..., k.shape[2] - x.shape[1] :]),
             self._rotate(k, positions),
             v,
@@ -171,7 +181,42 @@ class InfiniAttention(nn.Module):
             return out, None
         # cloned, so that the rest of a long piece is not kept alive
         tail = k.shape[2] // self.segment_len * self.segment_len
-        return out, InfiniState(memory, k[:, :, tail:].clone(), v[:, :, tail:].clone(), read + x.shape[1])
+        return out, InfiniState(memory, k[:, :, tail:].clone(), v[:, :, tail:].clone(), read + total)
+
+    def _check(self, x: Tensor, state: InfiniState | None, spans: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        check.check_floating("x", x)
+        check.check_offsets(cu_seqlens, spans, x)
+        if x.ndim != 3 or x.shape[-1] != self.q_proj.in_features:
+            raise ValueError(f"x must have shape [B, T, {self.q_proj.in_features}], got {list(x.shape)}")
+        if state is not None and (spans is not None or cu_seqlens is not None):
+            raise ValueError("state cannot go with spans or cu_seqlens: feed each row by itself, got both")
+        if state is not None:
+            self._check_state(state, x)
+
+    def _agree(
+        self, ranks: Ranks, x: Tensor, state: InfiniState | None, spans: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[int, ...]:
+        """The tokens of every rank, all of which make this call."""
+        problem: Exception | None = None
+        settings: dict[str, object] = {}
+        try:
+            self._check(x, state, spans, cu_seqlens)
+            if spans is not None or cu_seqlens is not None:
+                raise ValueError("spans and cu_seqlens must be None with a group: each row is one text")
+            if state is not None and state.keys.shape[2]:
+                raise ValueError(
+                    f"state must end with a whole segment for a group, got {state.keys.shape[2]} more tokens"
+                )
+            names = ("segment_len", "update", "empty_memory", "rope", "heads", "kv_heads", "head_width")
+            settings = {name: getattr(self, name) for name in names} | {
+                "x's batch size": x.shape[0],
+                "x's dtype": x.dtype,
+                "the state's position": None if state is None else state.position,
+                "torch.is_grad_enabled()": torch.is_grad_enabled(),
+            }
+        except (TypeError, ValueError) as error:
+            problem = error
+        return agree(ranks, settings, 0 if problem else x.shape[1], self.segment_len, problem)
 
     def _check_state(self, state: InfiniState, x: Tensor) -> None:
         if not isinstance(state, InfiniState):

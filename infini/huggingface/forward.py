@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from ...kernels.exchange import Ranks
 from .cache import InfiniCache, LayerState
+from .parallel import begin_on_ranks, ranks_of, refuse_other_schemes
 from .rows import Real, Rows
 from .settings import IMPLEMENTATION, Conversion, conversion_of
 from .static_cache import StaticInfiniCache
@@ -30,6 +32,7 @@ class Call:
     spans, cu_seqlens: as in `segment_attention`, over the tails and the new columns; of packed rows, laid end to end.
     states: by layer, None where nothing has been read.
     left: by layer, filled as the layers run.
+    ranks: the processes that share the texts, which have been checked to agree.
     """
 
     conversion: Conversion
@@ -41,6 +44,7 @@ class Call:
     cu_seqlens: Tensor | None = None
     states: dict[int, LayerState | None] = field(default_factory=dict)
     left: dict[int, LayerState] = field(default_factory=dict)
+    ranks: Ranks | None = None
 
 
 def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -60,6 +64,11 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
             f"the model's attention must be {IMPLEMENTATION!r}, got {config._attn_implementation!r}, which was set "
             "after convert: call segattn.revert first"
         )
+    refuse_other_schemes()
+    if (ranks := ranks_of(trunk)) is not None:
+        begin_on_ranks(conversion, ranks, given, tokens, trunk.training)
+        given[ARGUMENT] = Call(conversion, states=dict.fromkeys(conversion.settings.layers), ranks=ranks)
+        return (), given
     batch, time = tokens.shape[:2]
     cache = _cache(trunk, conversion, given, config, batch)
     if isinstance(cache, StaticInfiniCache) and time == 1:

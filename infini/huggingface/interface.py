@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...kernels.associative import memory_write
 from ...kernels.operation import segment_attention
-from ...kernels.state import MemoryState
+from ...kernels.sequence_parallel import sequence_parallel_attention
+from ...kernels.state import MemoryState, SegmentOutput
 from ..rotary import unrotate
 from .cache import InfiniLayer, LayerState
 from .families import FAMILIES
@@ -118,7 +120,10 @@ def _attend(
     if packed:
         batch = q.shape[0]
         q, k, v, memory_q, memory_k = (_end_to_end(x) for x in (q, k, v, memory_q, memory_k))
-    out, memory = segment_attention(
+    attend: Callable[..., SegmentOutput] = segment_attention
+    if call.ranks is not None:
+        attend = partial(sequence_parallel_attention, group=call.ranks, check_ranks=False)
+    out, memory = attend(
         q,
         k,
         v,

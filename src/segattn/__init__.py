@@ -5,57 +5,79 @@ from typing import TYPE_CHECKING, Any
 
 from .infini.attention import InfiniAttention, InfiniState
 from .infini.gate import parameter_groups
+from .infini.sharding import mean_loss, shard_batch
 from .kernels.associative import memory_read, memory_write
 from .kernels.backends import show_config
 from .kernels.decoding import segment_decode
 from .kernels.operation import segment_attention
+from .kernels.sequence_parallel import sequence_parallel_attention
 from .kernels.state import MemoryState, SegmentOutput
+from .rmt.recurrent.state import RecurrentState
+from .rmt.recurrent_memory import RecurrentMemory
 
 if TYPE_CHECKING:
     from .infini.huggingface.cache import InfiniCache
     from .infini.huggingface.conversion import convert, revert
+    from .infini.huggingface.parallel import sequence_parallel
     from .infini.huggingface.pieces import backward_in_pieces, loss_in_pieces, read_in_pieces
     from .infini.huggingface.saving import from_pretrained, load_gates, save_gates, save_pretrained
     from .infini.huggingface.static_cache import StaticInfiniCache
+    from .rmt.associative_memory import AssociativeMemory, AssociativeState
+    from .rmt.saving import load_memory, save_memory
 
 __version__ = "0.1.0"
 
-# of Hugging Face models: imported when asked for, since they import transformers
+# imported when asked for, since they import transformers or safetensors
 _WITH_TRANSFORMERS = {
-    "InfiniCache": "huggingface.cache",
-    "StaticInfiniCache": "huggingface.static_cache",
-    "backward_in_pieces": "huggingface.pieces",
-    "convert": "huggingface.conversion",
-    "from_pretrained": "huggingface.saving",
-    "load_gates": "huggingface.saving",
-    "loss_in_pieces": "huggingface.pieces",
-    "read_in_pieces": "huggingface.pieces",
-    "revert": "huggingface.conversion",
-    "save_gates": "huggingface.saving",
-    "save_pretrained": "huggingface.saving",
+    "AssociativeMemory": "rmt.associative_memory",
+    "AssociativeState": "rmt.associative_memory",
+    "InfiniCache": "infini.huggingface.cache",
+    "StaticInfiniCache": "infini.huggingface.static_cache",
+    "backward_in_pieces": "infini.huggingface.pieces",
+    "convert": "infini.huggingface.conversion",
+    "from_pretrained": "infini.huggingface.saving",
+    "load_gates": "infini.huggingface.saving",
+    "load_memory": "rmt.saving",
+    "loss_in_pieces": "infini.huggingface.pieces",
+    "read_in_pieces": "infini.huggingface.pieces",
+    "revert": "infini.huggingface.conversion",
+    "save_gates": "infini.huggingface.saving",
+    "save_memory": "rmt.saving",
+    "save_pretrained": "infini.huggingface.saving",
+    "sequence_parallel": "infini.huggingface.parallel",
 }
 
 __all__ = [
+    "AssociativeMemory",
+    "AssociativeState",
     "InfiniAttention",
     "InfiniCache",
     "InfiniState",
     "MemoryState",
+    "RecurrentMemory",
+    "RecurrentState",
     "SegmentOutput",
     "StaticInfiniCache",
     "backward_in_pieces",
     "convert",
     "from_pretrained",
     "load_gates",
+    "load_memory",
     "loss_in_pieces",
+    "mean_loss",
     "memory_read",
     "memory_write",
     "parameter_groups",
     "read_in_pieces",
     "revert",
     "save_gates",
+    "save_memory",
     "save_pretrained",
     "segment_attention",
     "segment_decode",
+    "sequence_parallel",
+    "sequence_parallel_attention",
+    "shard_batch",
     "show_config",
 ]
 
@@ -65,7 +87,7 @@ def __getattr__(name: str) -> Any:
     if module is None:
         raise AttributeError(f"module 'segattn' has no attribute {name!r}")
     try:
-        return getattr(import_module(f".infini.{module}", __name__), name)
+        return getattr(import_module(f".{module}", __name__), name)
     except ModuleNotFoundError as error:
         if error.name not in ("transformers", "safetensors"):
             raise
