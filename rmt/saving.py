@@ -38,12 +38,12 @@ def save_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
         path: of a file, commonly ending in .safetensors.
     """
     tensors = {name: x.detach().cpu().contiguous() for name, x in own_parameters(module).items()}
-    entry = {"kind": type(module).__name__, **asdict(module.settings)}
+    entry = {"class": type(module).__name__, **asdict(module.settings)}
     save_file(tensors, path, metadata={ENTRY: json.dumps(entry)})
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the memory in a file was made with, and `kind`, the class.
+    """What the memory in a file was made with, and its `class`.
 
     Raises:
         ValueError: it is no file of `save_memory`, or damaged.
@@ -61,7 +61,7 @@ def load_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
             length, mask or special tokens: the names and both values.
     """
     settings, tensors = _read(path)
-    _check(settings, {"kind": type(module).__name__, **asdict(module.settings)}, str(path))
+    _check(settings, {"class": type(module).__name__, **asdict(module.settings)}, str(path))
     own = own_parameters(module)
     if missing := sorted(own.keys() ^ tensors.keys()):
         raise ValueError(f"{str(path)!r} must hold the parameters {sorted(own)}, and differs in {missing}")

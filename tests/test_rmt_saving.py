@@ -12,6 +12,7 @@ pytest.importorskip("safetensors")
 import models  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from segattn.rmt.associative_memory import AssociativeMemory  # noqa: E402
 from segattn.rmt.recurrent_memory import RecurrentMemory  # noqa: E402
 from segattn.rmt.saving import load_memory, own_parameters, read_settings, save_memory  # noqa: E402
 
@@ -34,6 +35,24 @@ def test_a_memory_comes_back_as_it_was(tmp_path: Path) -> None:
     assert sorted(own_parameters(module)) == ["head.bias", "head.weight", "memory"]
     assert read_settings(path)["num_memory_tokens"] == 3
     assert read_settings(path)["mask"] == "paper"
+
+
+def test_an_associative_memory_comes_back_as_it_was(tmp_path: Path) -> None:
+    path, ids = tmp_path / "memory.safetensors", models.tokens(1, 20)
+    module, other = (AssociativeMemory(models.make(), 3, 7, d_mem=4, schedule=x) for x in ("vertical", "diagonal"))
+    with torch.no_grad():
+        for parameter in own_parameters(module).values():
+            parameter.add_(torch.randn_like(parameter))
+    assert not torch.allclose(module(ids).logits, other(ids).logits)
+    save_memory(module, path)
+    load_memory(other, path)
+    torch.testing.assert_close(module(ids).logits, other(ids).logits)
+    with pytest.raises(ValueError, match=r"d_mem must be that of the memory in .*, 4, got 5"):
+        load_memory(AssociativeMemory(models.make(), 3, 7, d_mem=5), path)
+    with pytest.raises(
+        ValueError, match=r"class must be that of the memory in .*, 'AssociativeMemory', got 'Recurrent"
+    ):
+        load_memory(made(), path)
 
 
 @pytest.mark.parametrize(

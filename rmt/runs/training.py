@@ -19,8 +19,10 @@ from .settings import TrainSettings, named
 CHECKPOINT_EVERY = 50
 CURVE_EVERY = 10
 TEST_SEED = 0
-# may change between a run and its continuation; of the segments, only those that are not begun
-FREE = ("babi", "book", "pretrained", "device", "short", "segments", "steps", "threshold", "anneal", "test_samples")
+# may change between a run and its continuation: where files are, and what is yet to be done
+FREE = "babi book pretrained device short segments steps threshold anneal test_samples bptt noise later_batch".split()
+# of these, what a stage was trained with
+OF_STAGE = ("bptt", "noise", "later_batch")
 
 
 class Listener(Protocol):
@@ -91,7 +93,7 @@ def _train(trainer: Trainer, settings: TrainSettings, data: str, outputs: Output
                 if trainer.index % CHECKPOINT_EVERY == 0:
                     save()
             if trainer.stage_over:
-                figures = _stage_figures(trainer, settings.test_samples)
+                figures = _stage_figures(trainer, settings)
                 trainer.next_stage(figures)
                 listener.finished(figures)
                 _write(trainer, settings, outputs)
@@ -100,9 +102,9 @@ def _train(trainer: Trainer, settings: TrainSettings, data: str, outputs: Output
                 raise InterruptedRunError
 
 
-def _stage_figures(trainer: Trainer, samples: int) -> dict[str, Any]:
+def _stage_figures(trainer: Trainer, settings: TrainSettings) -> dict[str, Any]:
     """Of the present stage, with a test at its length."""
-    stage, log = trainer.plan[trainer.stage], trainer.log
+    stage, log, samples = trainer.plan[trainer.stage], trainer.log, settings.test_samples
     trainer.memory.eval()
     hits = count_right(trainer.memory, trainer.task, stage.length, trainer.segment_len, samples, TEST_SEED)
     trainer.memory.train()
@@ -111,6 +113,7 @@ def _stage_figures(trainer: Trainer, samples: int) -> dict[str, Any]:
         "segments": stage.segments,
         "tokens": stage.length,
         "annealed": stage.annealed,
+        **{name: getattr(settings, name) for name in OF_STAGE},
         "steps": trainer.step,
         "converged": trainer.converged,
         "seconds": round(trainer.seconds, 2),
