@@ -21,12 +21,12 @@ def summed_loss(logits: Tensor, targets: Tensor, segment: Segment, last_only: bo
         shapes = {2: "[B], since the model classifies rows", 3: "[B, T], since the model has logits for every token"}
         raise ValueError(f"labels must have shape {shapes[logits.ndim]}, got {list(targets.shape)}")
     own = segment.of(targets) if targets.ndim == 2 else segment.rows_of(targets)
-    unused = torch.tensor([last_only and left > 1 for left in segment.left], device=own.device)
-    if targets.ndim == 2:
-        size = torch.tensor([end - begin for begin, end in zip(segment.begin, segment.end, strict=True)])
-        outside = torch.arange(own.shape[1], device=own.device) >= size.to(own.device)[:, None]
-        unused = unused[:, None] | outside
-    own = own.masked_fill(unused, IGNORED)
+    lengths = segment.lengths(own.device) if targets.ndim == 2 else None
+    if lengths is not None:
+        own = own.masked_fill(torch.arange(own.shape[1], device=own.device) >= lengths[:, None], IGNORED)
+    if last_only and max(segment.left) > 1:
+        earlier = torch.tensor([left > 1 for left in segment.left], device=own.device)
+        own = own.masked_fill(earlier.view(-1, *[1] * (own.ndim - 1)), IGNORED)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(logits.flatten(0, -2), own.flatten(), ignore_index=IGNORED, reduction="sum")
     return loss, (own != IGNORED).sum()
