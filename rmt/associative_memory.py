@@ -18,7 +18,7 @@ from .associative.layer import DPFP, AssociativeLayer
 from .associative.open_segment import open_segments
 from .associative.placement import Placement
 from .associative.settings import AssociativeSettings, chosen
-from .recurrent.backbone import check_positions, embedding_of, huggingface_of
+from .recurrent.backbone import check_positions, check_widths, embedding_of, huggingface_of
 from .recurrent.generation import generate
 from .recurrent.segments import IGNORED, bounds, next_tokens
 
@@ -106,6 +106,7 @@ class AssociativeMemory(nn.Module):
         self.settings = AssociativeSettings(
             num_memory_tokens, segment_len, d_mem, nu, normalize, chosen(layers, len(modules)), schedule, bptt
         )
+        check_widths(model)
         check_positions(model, segment_len + num_memory_tokens, num_memory_tokens)
         self.model = model
         weight: Tensor = embedding_of(model).weight  # type: ignore[assignment]
@@ -147,7 +148,7 @@ class AssociativeMemory(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what it must be, and what it was.
         """
-        embeds = self._embedded(input_ids, inputs_embeds)
+        embeds = self.check_inputs(input_ids, inputs_embeds)
         batch, time = embeds.shape[:2]
         rows = bounds(attention_mask, batch, time)
         if labels is not None:
@@ -231,7 +232,8 @@ class AssociativeMemory(nn.Module):
         total = F.cross_entropy(logits.to(check.state_dtype(logits)), targets[labelled], reduction="sum")
         return total / labelled.sum().clamp(min=1)
 
-    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The embeddings [B, T, d] of the one of the two that is given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids or inputs_embeds must be given, and not both")
         width = self.memory_tokens.shape[1]

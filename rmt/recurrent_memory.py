@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from .recurrent.backbone import (
     Outputs,
     accepted,
     check_positions,
+    check_widths,
+    check_windows,
     embedding_of,
     huggingface_of,
     kind_of,
@@ -62,7 +64,8 @@ class RecurrentMemory(nn.Module):
         bptt: segments through which gradients reach back, counted from each row's last; they are cut at every multiple
             of it, so that all segments train where all have a loss. Default: through all.
         alignment: "left": a row's last segment is the short one; "right": its first.
-        loss: "all" segments, or each row's "last"; default: all for a decoder, last for an encoder.
+        loss: of what "all" segments predict, or each row's "last"; default: all for a decoder, last for an encoder.
+            A decoder's last segment predicts its tokens but for the first, which the segment before predicts.
         attention: "segattn" for a Hugging Face decoder to run on `segment_attention` and its block mask; default: as it
             is, with a mask [1, 1, T, T], or none for "causal".
         embedding: token ids to vectors; default the model's own.
@@ -105,6 +108,8 @@ class RecurrentMemory(nn.Module):
         kind = kind_of(model) if kind is None else kind
         self.settings = Settings(num_memory_tokens, segment_len, kind, mask, special_tokens, bptt, alignment, loss)
         check.check_bool("checkpoint", checkpoint)
+        if head is not None and not callable(head):
+            raise TypeError(f"head must be callable, got {type(head).__name__}")
         if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
             raise ValueError(f"noise must be a number of at least 0, got {noise!r}")
         self.model = model
@@ -113,7 +118,10 @@ class RecurrentMemory(nn.Module):
         self.checkpoint = checkpoint
         self.noise = noise
         self.attention = _use_attention(attention, model, kind)
+        check_widths(model)
         check_positions(model, segment_len + self.settings.extra_rows, self.settings.extra_rows)
+        if kind == "decoder":
+            check_windows(model, segment_len + self.settings.extra_rows, self.settings.extra_rows)
         self._layout = (
             decoder_layout(num_memory_tokens)
             if kind == "decoder"
@@ -125,6 +133,10 @@ class RecurrentMemory(nn.Module):
         # as far from zero as the embeddings it stands among
         spread = weight.detach().float().std().item()
         self.memory = nn.Parameter(torch.randn(num_memory_tokens, width).to(weight) * spread)
+        if max(special_tokens or (0,)) >= weight.shape[0]:
+            raise ValueError(f"special_tokens must be below the model's {weight.shape[0]} tokens, got {special_tokens}")
+        self._caller.check_mask()
+        self._how_compiled: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
     generate = generate
@@ -148,7 +160,11 @@ class RecurrentMemory(nn.Module):
 
         With mode="reduce-overhead" a GPU replays it as a CUDA graph where no gradients are wanted.
         """
-        self._compiled = torch.compile(self._segment, *args, **kwargs)
+        self._how_compiled, self._compiled = (args, kwargs), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy compiles for itself
+        return self.__dict__ | {"_compiled": None}
 
     def initial_state(self, batch_size: int) -> RecurrentState:
         """The trainable memory that a sequence begins with, for so many rows."""
@@ -182,11 +198,11 @@ class RecurrentMemory(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what it must be, and what it was.
         """
-        x = self._inputs(input_ids, inputs_embeds)
+        x = self.check_inputs(input_ids, inputs_embeds)
         rows = bounds(attention_mask, *x.shape[:2])
         targets = None if labels is None else self._targets(labels, x, rows)
         keep = labels is None if output_logits is None else output_logits
-        memory = self._memory(state, x.shape[0])
+        memory = self.check_state(state, x.shape[0]).memory
         loss = count = torch.zeros((), device=x.device)
         kept = []
         for segment in cut(rows, self.settings.segment_len, self.settings.alignment):
@@ -216,6 +232,11 @@ class RecurrentMemory(nn.Module):
             own, logits = self._step(*arguments)
         if required and logits is None:
             raise TypeError(_no_logits(self.model))
+        if logits is not None and logits.ndim == 2 and self.settings.kind == "decoder":
+            raise TypeError(
+                f"model must return logits of every token, got {type(self.model).__name__}, which classifies rows: "
+                "pass head= for classes by token"
+            )
         if len(segment.rows) < x.shape[0]:
             own = memory.to(own.dtype).index_copy(0, torch.tensor(segment.rows, device=x.device), own)
         return own, logits
@@ -244,8 +265,11 @@ class RecurrentMemory(nn.Module):
 
     def _step(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """`_segment`, compiled where it was asked for."""
-        if self._compiled is None:
+        if self._how_compiled is None:
             return self._segment(*arguments)
+        if self._compiled is None:
+            args, kwargs = self._how_compiled
+            self._compiled = torch.compile(self._segment, *args, **kwargs)
         if torch.is_grad_enabled():
             return self._compiled(*arguments)
         # a graph's next replay writes over what this one returns
@@ -292,7 +316,8 @@ class RecurrentMemory(nn.Module):
             raise TypeError(_no_logits(self.model))
         return out.hidden[:, -self.settings.num_memory_tokens :], last[:, -1], out.cache
 
-    def _inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The one of the two that is given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids or inputs_embeds must be given, and not both")
         width = self.memory.shape[1]
@@ -321,15 +346,20 @@ class RecurrentMemory(nn.Module):
         begin, end = torch.tensor(rows, device=labels.device)[..., None].unbind(1)
         return labels.masked_fill((at < begin) | (at >= end), IGNORED)
 
-    def _memory(self, state: RecurrentState | None, batch: int) -> Tensor:
+    def check_state(self, state: RecurrentState | None, batch: int) -> RecurrentState:
+        """The state that so many rows begin with: as given, or the trainable memory."""
         if state is None:
-            return self.initial_state(batch).memory
+            return self.initial_state(batch)
         if not isinstance(state, RecurrentState):
             raise TypeError(f"state must be a RecurrentState, got {type(state).__name__}")
         check.check_floating("state", state.memory)
         check.check_shape("state", state.memory, "[B, m, d]", (batch, *self.memory.shape))
         check.check_device("state", state.memory, "memory", self.memory)
-        return state.memory
+        return state
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """As Hugging Face's Trainer asks for it: `checkpoint` from now on."""
+        self.checkpoint = True
 
 
 def _use_attention(attention: str | None, model: nn.Module, kind: str) -> str | None:

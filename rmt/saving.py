@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,8 @@ def save_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
     Args:
         path: of a file, commonly ending in .safetensors.
     """
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"path must be in a folder that is there, got {str(path)!r}")
     tensors = {name: x.detach().cpu().contiguous() for name, x in own_parameters(module).items()}
     entry = {"class": type(module).__name__, **asdict(module.settings)}
     save_file(tensors, path, metadata={ENTRY: json.dumps(entry)})
@@ -54,11 +57,11 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 def load_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
     """Load what `save_memory` wrote into a memory that was made with the same settings.
 
-    `bptt`, `alignment`, `loss` and the like may differ, since the weights do not depend on them.
+    `segment_len`, `bptt`, `alignment`, `loss` and `schedule` may differ, since the weights do not depend on them.
 
     Raises:
-        ValueError: it is no file of `save_memory`, or damaged; of another class, or another memory size, segment
-            length, mask or special tokens: the names and both values.
+        ValueError: it is no file of `save_memory`, or damaged; of another class, or another memory size, mask or
+            special tokens: the names and both values.
     """
     settings, tensors = _read(path)
     _check(settings, {"class": type(module).__name__, **asdict(module.settings)}, str(path))
@@ -77,7 +80,7 @@ def load_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
 
 
 # of the settings, those that may differ from what the weights were trained with
-_FREE = ("bptt", "alignment", "loss", "schedule")
+_FREE = ("segment_len", "bptt", "alignment", "loss", "schedule")
 
 
 def _check(saved: Mapping[str, Any], own: Mapping[str, Any], path: str) -> None:
@@ -91,6 +94,8 @@ def _check(saved: Mapping[str, Any], own: Mapping[str, Any], path: str) -> None:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if Path(path).is_dir():
+        raise ValueError(f"path must be a file that save_memory wrote, got the folder {str(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
             entry = json.loads((file.metadata() or {})[ENTRY])

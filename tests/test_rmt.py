@@ -763,3 +763,110 @@ def test_the_models_own_calls_are_told_apart_from_the_memorys() -> None:
         module.model(models.tokens(1, 4))
     module.model.set_attn_implementation("sdpa")
     assert module.model(models.tokens(1, 4)).logits.isfinite().all()
+
+
+# models of other kinds
+
+
+def test_adapters_generate_as_they_read() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    module = RecurrentMemory(peft.get_peft_model(models.make().double(), config), M, L)
+    ids = models.tokens(2, L + 3)
+    written = module.generate(ids, max_new_tokens=2 * L)
+    logits = module(torch.cat((ids, written), 1)).logits
+    assert torch.equal(logits[:, L + 2 : -1].argmax(-1), written)
+    with module.model.disable_adapter():
+        assert not torch.allclose(module(ids).logits, logits[:, : L + 3])
+
+
+def test_a_copy_of_a_compiled_memory_has_its_own_weights() -> None:
+    torch.compiler.reset()
+    module, ids = decoder(), models.tokens(1, 2 * L)
+    module.compile(backend="eager")
+    before = module(ids).logits
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert (other(ids).logits == 0).all()
+    close(module(ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ("BloomConfig", {"n_layer": 2, "n_head": 4}, "mask must be 'causal' for a BloomForCausalLM, which takes no"),
+        (
+            "GPTNeoConfig",
+            {"num_layers": 1, "num_heads": 4, "attention_types": [[["local"], 1]]},
+            "mask must be 'causal' for a GPTNeoForCausalLM, whose attention does not keep to a mask given",
+        ),
+        (
+            "MistralConfig",
+            {"sliding_window": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32},
+            "segment_len must be at most 6, since the model has layers with a window of 12 rows and 6 go to memory",
+        ),
+    ],
+)
+def test_decoders_that_cannot_keep_to_the_papers_mask(config: str, options: dict[str, Any], message: str) -> None:
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(vocab_size=models.VOCABULARY, hidden_size=32, **options)
+    model = transformers.AutoModelForCausalLM.from_config(made).eval()
+    training = model.train().training
+    with pytest.raises(ValueError, match=message):
+        RecurrentMemory(model, M, L)
+    assert model.training == training
+    if "Mistral" not in config:
+        module = RecurrentMemory(model.eval(), M, L, mask="causal")
+        assert module.settings.kind == "decoder"
+        ids = models.tokens(1, 2 * L)
+        written = module.generate(ids, max_new_tokens=L)
+        logits = module(torch.cat((ids, written), 1)).logits
+        assert torch.equal(logits[:, 2 * L - 1 : -1].argmax(-1), written)
+
+
+def test_encoders_whose_rows_do_not_fit() -> None:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    roberta = transformers.RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=14, pad_token_id=1)
+    model = transformers.RobertaModel(roberta)
+    RecurrentMemory(model, 2, 7, special_tokens=(0, 2))
+    with pytest.raises(ValueError, match="segment_len must be at most 7, since the model knows 12 positions and 5 go"):
+        RecurrentMemory(model, 2, 8, special_tokens=(0, 2))
+    albert = transformers.AlbertConfig(**sizes, embedding_size=16, intermediate_size=32)
+    with pytest.raises(ValueError, match="model must have embeddings as wide as its layers, 32, got 16"):
+        RecurrentMemory(transformers.AlbertModel(albert), M, L, kind="encoder")
+    with pytest.raises(ValueError, match=r"special_tokens must be below the model's 61 tokens, got \(101, 102\)"):
+        encoder(special_tokens=(101, 102))
+
+
+def test_a_decoder_that_classifies_rows_is_refused() -> None:
+    config = models.make("gpt2").config
+    module = RecurrentMemory(transformers.GPT2ForSequenceClassification(config).eval(), M, L)
+    with pytest.raises(TypeError, match="got GPT2ForSequenceClassification, which classifies rows: pass head="):
+        module(models.tokens(1, L))
+
+
+def test_what_generate_is_given() -> None:
+    module, ids = decoder(), models.tokens(2, L)
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        (
+            ids,
+            {"state": module.initial_state(3)},
+            r"state must have shape \[B, m, d\] = \[2, 3, 32\], got \[3, 3, 32\]",
+        ),
+        (ids, {"state": module.memory}, "state must be a RecurrentState, got Parameter"),
+        (ids[:, :0], {}, r"input_ids must have a row and a token in it, got shape \[2, 0\]"),
+        (ids[0], {}, r"input_ids must have shape \[B, T\], got \[7\]"),
+        (ids.tolist(), {}, "input_ids must be an integer tensor, got list"),
+        (ids, {"temperature": 0.5}, "must come with do_sample=True, got one of them without"),
+    ]
+    for prompt, options, message in wrong:
+        with pytest.raises((TypeError, ValueError), match=message):
+            module.generate(prompt, max_new_tokens=3, **options)
+    free = module.generate(ids, max_new_tokens=8)
+    ended = module.generate(ids, max_new_tokens=8, eos_token_id=[int(free[0, 2]), int(free[1, 4])])
+    for row in range(2):
+        stop = min(at for at in range(8) if free[row, at] in (free[0, 2], free[1, 4])) + 1
+        assert torch.equal(ended[row, :stop], free[row, :stop])
+        assert (ended[row, stop:] == 0).all()

@@ -59,7 +59,6 @@ def test_an_associative_memory_comes_back_as_it_was(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"num_memory_tokens": 4}, "num_memory_tokens must be that of the memory in .*, 3, got 4: make the module"),
-        ({"segment_len": 9}, "segment_len must be that of the memory in .*, 7, got 9"),
         ({"mask": "causal"}, "mask must be that of the memory in .*, 'paper', got 'causal'"),
         ({"head": torch.nn.Linear(32, 5)}, r"must hold the parameters .*differs in \['head.bias', 'head.weight'\]"),
     ],

@@ -19,7 +19,7 @@ def open_segments(
     memory: AssociativeMemory, input_ids: Tensor, attention_mask: Tensor | None, state: AssociativeState | None
 ) -> Opened:
     """Read texts [B, P] up to their last segments."""
-    embeds = memory.embed(input_ids)
+    embeds = memory.check_inputs(input_ids, None)
     rows = bounds(attention_mask, *input_ids.shape[:2])
     closed = _read_closed(memory, embeds, rows, memory.started(state, embeds))
     size = memory.settings.segment_len

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,26 +25,32 @@ class Outputs(NamedTuple):
 def huggingface_of(model: nn.Module) -> Any:
     """The Hugging Face model that `model` is, or wraps (compiled, with adapters); None where there is none."""
     for module in model.modules():
-        if hasattr(module, "config") and callable(getattr(module, "get_input_embeddings", None)):
+        # told by name, so that other modules need no transformers
+        if any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__):
             return module
     return None
 
 
 def kind_of(model: nn.Module) -> str:
-    """ "decoder" where the model's attention is causal, otherwise "encoder".
+    """ "decoder" where the model's attention is causal or it generates text, "encoder" where its attention is not.
 
     Raises:
         ValueError: it cannot be told from the model.
     """
     inner = huggingface_of(model)
+    untold = f"kind must be 'decoder' or 'encoder' for a {type(model).__name__}, which does not tell"
     if inner is None:
-        raise ValueError(f"kind must be 'decoder' or 'encoder' for a {type(model).__name__}, which does not tell")
+        raise ValueError(untold)
     if getattr(inner.config, "is_encoder_decoder", False):
         raise ValueError(
             f"model must be an encoder or a decoder, got {type(inner).__name__}, which is both: pass its encoder"
         )
     causal = {module.is_causal for module in inner.modules() if isinstance(getattr(module, "is_causal", None), bool)}
-    return "decoder" if True in causal else "encoder"
+    if True in causal or inner.can_generate():
+        return "decoder"
+    if not causal:
+        raise ValueError(untold)
+    return "encoder"
 
 
 def embedding_of(model: nn.Module) -> nn.Module:
@@ -80,7 +87,12 @@ def check_positions(model: nn.Module, rows: int, extra: int) -> None:
     Raises:
         ValueError: it does not.
     """
-    known = getattr(getattr(huggingface_of(model), "config", None), "max_position_embeddings", None)
+    inner = huggingface_of(model)
+    known = getattr(getattr(inner, "config", None), "max_position_embeddings", None)
+    for name, module in () if inner is None else inner.named_modules():
+        # RoBERTa counts positions from one past the padding's on
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            known = module.num_embeddings - module.padding_idx - 1
     if isinstance(known, int) and rows > known:
         raise ValueError(
             f"segment_len must be at most {known - extra}, since the model knows {known} positions and {extra} go to "
@@ -88,9 +100,41 @@ def check_positions(model: nn.Module, rows: int, extra: int) -> None:
         )
 
 
+def check_windows(model: nn.Module, rows: int, extra: int) -> None:
+    """See that every layer of a decoder sees a whole segment.
+
+    Raises:
+        ValueError: it does not.
+    """
+    config = getattr(huggingface_of(model), "config", None)
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if isinstance(window, int) and rows > window and (kinds is None or "sliding_attention" in kinds):
+        raise ValueError(
+            f"segment_len must be at most {window - extra}, since the model has layers with a window of {window} rows "
+            f"and {extra} go to memory, got {rows - extra}: shorten the segment, or set sliding_window to None in the "
+            "configuration"
+        )
+
+
+def check_widths(model: nn.Module) -> None:
+    """See that what the last layer gives can be an embedding again.
+
+    Raises:
+        ValueError: it is wider or narrower.
+    """
+    config = getattr(huggingface_of(model), "config", None)
+    inside, outside = getattr(config, "hidden_size", None), getattr(config, "embedding_size", None)
+    if outside is not None and outside != inside:
+        raise ValueError(
+            f"model must have embeddings as wide as its layers, {inside}, got {outside}: memory goes from the last "
+            "layer to the first"
+        )
+
+
 def accepted(model: nn.Module) -> frozenset[str]:
     """The names of the arguments that the model's forward takes."""
-    return frozenset(inspect.signature((huggingface_of(model) or model).forward).parameters)
+    inner = huggingface_of(model)
+    return frozenset(inspect.signature((model if inner is None else inner).forward).parameters)
 
 
 class Caller(NamedTuple):
@@ -139,8 +183,45 @@ class Caller(NamedTuple):
         if "logits_to_keep" in self.accepts:
             arguments["logits_to_keep"] = 1
         if self.caches:
-            arguments |= {"use_cache": True, "past_key_values": cache}
-        return run(self.model, rows, arguments)
+            return run(self.model, rows, arguments | {"use_cache": True, "past_key_values": cache})
+        if "use_cache" in self.accepts:
+            arguments["use_cache"] = False
+        return run(self.model, rows, arguments)._replace(cache=None)
+
+    @torch.no_grad()
+    def check_mask(self) -> None:
+        """See that a model keeps to a mask that lets its memory rows see each other.
+
+        Raises:
+            ValueError: it does not, or takes none.
+        """
+        inner = huggingface_of(self.model)
+        weight = None if inner is None else inner.get_input_embeddings().weight
+        if self.settings.mask != "paper" or self.fused or weight is None or weight.is_meta:
+            return
+        # [read, read | token | write, write]
+        blocks = self._replace(model=inner, settings=replace(self.settings, num_memory_tokens=2, segment_len=2))
+        x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+        others = [x + 2 * x.roll(1, 1) * (torch.arange(5) == row)[:, None].to(x) for row in (1, 4)]
+        training = inner.training
+        try:
+            # one by one, so that equal rows come out equal to the bit
+            plain, read, write = (
+                run(inner.eval(), rows[None], blocks._decoder_mask(rows[None], None, 0, True)).hidden[0]
+                for rows in (x, *others)
+            )
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"mask must be 'causal' for a {type(inner).__name__}, which takes no mask [1, 1, T, T] ({reason})"
+            ) from None
+        finally:
+            inner.train(training)
+        changed = [(hidden != plain).any(1).tolist() for hidden in (read, write)]
+        if changed != [[True] * 5, [False, False, False, True, True]]:
+            raise ValueError(
+                f"mask must be 'causal' for a {type(inner).__name__}, whose attention does not keep to a mask given"
+            )
 
     def _decoder_mask(self, rows: Tensor, ends: Tensor | None, past: int, writes: bool) -> dict[str, Any]:
         queries, time = rows.shape[1], past + rows.shape[1]

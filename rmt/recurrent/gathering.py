@@ -45,14 +45,16 @@ def gather(pieces: list[tuple[Segment, Tensor]], batch: int, time: int) -> Tenso
         return out
     if all(segment.whole(batch) for segment, _ in pieces) and sum(x.shape[1] for _, x in pieces) == time:
         return torch.cat([logits for _, logits in pieces], 1)
-    out = first.new_zeros(batch * time, first.shape[2])
+    to: list[int] = []
+    source: list[int] = []
+    before = 0
     for segment, logits in pieces:
-        to: list[int] = []
-        source: list[int] = []
-        for at, (row, begin, end) in enumerate(zip(segment.rows, segment.begin, segment.end, strict=True)):
+        for row, begin, end in zip(segment.rows, segment.begin, segment.end, strict=True):
             to += range(row * time + begin, row * time + end)
-            source += range(at * logits.shape[1], at * logits.shape[1] + end - begin)
-        out = out.index_copy(0, _index(to, out), logits.flatten(0, 1)[_index(source, out)])
+            source += range(before, before + end - begin)
+            before += logits.shape[1]
+    every = torch.cat([logits.flatten(0, 1) for _, logits in pieces])
+    out = every.new_zeros(batch * time, every.shape[1]).index_copy(0, _index(to, every), every[_index(source, every)])
     return out.unflatten(0, (batch, time))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,10 +50,10 @@ def generate(
     max_new_tokens: int,
     state: Any = None,
     do_sample: bool = False,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -61,7 +61,8 @@ def generate(
 
     The first token is the likeliest by the logits that `memory(input_ids)` ends with, and every later one by those that
     it has at its place when it reads all that was written: a text is cut into segments as there, its last one stays
-    open, and where it fills, memory is written and the next begins.
+    open, and where it fills, memory is written and the next begins. (With alignment="right" the prompt is cut as it is
+    alone, and what follows from the left.)
 
     Args:
         memory: a decoder with its memory: `RecurrentMemory` or `AssociativeMemory`, whose method this is.
@@ -71,7 +72,7 @@ def generate(
         state: what an earlier call returned, to go on from.
         do_sample: draw from the distribution; default the likeliest.
         temperature, top_k, top_p: how it is changed before, as in transformers.
-        eos_token_id: ends a row.
+        eos_token_id: ends a row; or several that do.
         pad_token_id: what follows it there.
         generator: of random numbers.
 
@@ -82,6 +83,9 @@ def generate(
         TypeError, ValueError: naming the argument, what it must be, and what it was.
     """
     check.check_integer("max_new_tokens", max_new_tokens, 1)
+    if not do_sample and any(option is not None for option in (temperature, top_k, top_p)):
+        raise ValueError("temperature, top_k and top_p must come with do_sample=True, got one of them without")
+    ends = None if eos_token_id is None else torch.as_tensor(eos_token_id, device=input_ids.device)
     choose = _sampler(temperature, top_k, top_p, generator) if do_sample else _likeliest
     opened = memory.open_segments(input_ids, attention_mask, state)
     lengths = [len(tokens) for tokens in opened.tokens]
@@ -91,14 +95,14 @@ def generate(
         rows = [row for row, own in enumerate(lengths) if own == length]
         index = torch.tensor(rows, device=input_ids.device)
         segment = opened.segment(index, torch.stack([opened.tokens[row] for row in rows]))
-        new[index] = _write(segment, new[index], choose, eos_token_id)
-    if eos_token_id is None:
+        new[index] = _write(segment, new[index], choose, ends)
+    if ends is None:
         return new
-    ended = (new == eos_token_id).int().cumsum(1) > 0
+    ended = torch.isin(new, ends).int().cumsum(1) > 0
     return new[:, : int((~ended).sum(1).max().clamp(max=max_new_tokens - 1)) + 1]
 
 
-def _write(segment: OpenSegment, new: Tensor, choose: Choose, eos: int | None) -> Tensor:
+def _write(segment: OpenSegment, new: Tensor, choose: Choose, ends: Tensor | None) -> Tensor:
     """Fill `new` [B, n]; what stands there already goes behind a row's end."""
     new, open_rows = new.clone(), new.new_ones(new.shape[0], dtype=torch.bool)
     for at in range(new.shape[1]):
@@ -106,8 +110,8 @@ def _write(segment: OpenSegment, new: Tensor, choose: Choose, eos: int | None) -
             segment.append(new[:, at - 1])
         token = torch.where(open_rows, choose(segment.next_logits()), new[:, at])
         new[:, at] = token
-        if eos is not None:
-            open_rows &= token != eos
+        if ends is not None:
+            open_rows &= ~torch.isin(token, ends)
             if not open_rows.any():
                 break
     return new
@@ -117,10 +121,14 @@ def _likeliest(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def _sampler(temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Choose:
+def _sampler(
+    temperature: float | None, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Choose:
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    warpers = LogitsProcessorList()
+    if temperature is not None:
+        warpers.append(TemperatureLogitsWarper(temperature))
     if top_k is not None:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p is not None:

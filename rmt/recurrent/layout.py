@@ -93,6 +93,6 @@ def block_mask(
     device = device if lengths is None else lengths.device
     j = torch.arange(time, device=device)
     i = j[time - queries :, None] if queries is not None else j[:, None]
-    end = torch.tensor(time, device=device) if lengths is None else lengths[:, None, None, None]
+    end = time if lengths is None else lengths[:, None, None, None]
     visible = (j <= i) | (j < num_read) | (i >= end - num_write)
     return ((visible & (j < end)) | (j == i)).expand(-1 if lengths is not None else 1, 1, -1, -1)

@@ -22,12 +22,11 @@ def open_segments(
     settings = memory.settings
     if settings.kind != "decoder":
         raise TypeError("generate is for decoders, got a RecurrentMemory of kind 'encoder'")
-    rows = bounds(attention_mask, *input_ids.shape[:2])
+    rows = bounds(attention_mask, *memory.check_inputs(input_ids, None).shape[:2])
     last = [cut([row], settings.segment_len, settings.alignment)[-1] for row in rows]
     begin = [segment.begin[0] for segment in last]
     opened = [ids[segment.begin[0] : segment.end[0]] for ids, segment in zip(input_ids, last, strict=True)]
-    closed = memory.initial_state(len(rows)).memory if state is None else state.memory
-    closed = closed.clone()
+    closed = memory.check_state(state, len(rows)).memory.clone()
     longer = [row for row, first in enumerate(begin) if first > rows[row][0]]
     if longer:
         index = torch.tensor(longer, device=input_ids.device)
