@@ -27,7 +27,7 @@ from segattn.bench.book_experiment import (  # noqa: E402
     summary,
     train,
 )
-from segattn.made_text import generate_text  # noqa: E402
+from segattn.running_text import generate_text  # noqa: E402
 
 SIZES = {"segment_len": 8, "row": 32, "batch": 2, "steps": 3, "width": 16, "hidden": 24, "warm_up": 1, "reach": 2}
 SETUP = Setup(**SIZES)

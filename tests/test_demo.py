@@ -21,8 +21,8 @@ from segattn.infini.demo.evaluation import Cell, evaluate, state_bytes, stream
 from segattn.infini.demo.passkey import MARKER, PasskeyTask
 from segattn.infini.demo.runs import DEPTHS, FIXED, DemoSettings, Outputs, build, run_demo
 from segattn.infini.demo.training import Recipe, Trainer, stretch
-from segattn.made_text import generate_text
 from segattn.running import InterruptedRunError, SettingError, load_checkpoint, save_checkpoint
+from segattn.running_text import generate_text
 
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.commands")

@@ -44,8 +44,8 @@ from segattn.infini.evaluate.reading import cache_bytes, decode, losses, piece_l
 from segattn.infini.evaluate.retrieval import RetrievalCell, measure, measure_grid  # noqa: E402
 from segattn.infini.evaluate.runs import Grid, Outputs, run_passkey  # noqa: E402
 from segattn.infini.huggingface.saving import save_gates, save_pretrained  # noqa: E402
-from segattn.made_text import generate_text  # noqa: E402
 from segattn.running import SettingError  # noqa: E402
+from segattn.running_text import generate_text  # noqa: E402
 
 L = 24
 BYTES = ["--tokenizer", "bytes", "--device", "cpu"]

@@ -31,8 +31,8 @@ from segattn.infini.finetune.finetuner import Finetuner, FinetuneSettings  # noq
 from segattn.infini.finetune.runs import Outputs, build, run_finetune  # noqa: E402
 from segattn.infini.finetune.text import rows_of, tokens_of_dataset, tokens_of_file  # noqa: E402
 from segattn.infini.huggingface.saving import from_pretrained, save_pretrained  # noqa: E402
-from segattn.made_text import generate_text  # noqa: E402
 from segattn.running import InterruptedRunError, SettingError  # noqa: E402
+from segattn.running_text import generate_text  # noqa: E402
 
 L, LENGTH = 16, 75
 

@@ -284,12 +284,13 @@ def test_resume_takes_further_stages_but_no_other_run(tiny: Path, tmp_path: Path
     folder = tmp_path / "run"
     shutil.copytree(tiny, folder)
     before = json.loads(Outputs.of(folder).figures.read_text())
-    longer = run_training(replace(TINY, segments=(1, 2, 4)), folder, Quiet(), resume=True)
+    longer = run_training(replace(TINY, segments=(1, 2, 4), bptt=2, later_batch=3), folder, Quiet(), resume=True)
+    assert [(stage["bptt"], stage["later_batch"]) for stage in longer["stages"]] == [(None, None), (None, None), (2, 3)]
     assert longer["stages"][:2] == before["stages"]
     assert [stage["segments"] for stage in longer["stages"]] == [1, 2, 4]
     with pytest.raises(SettingError, match="segments must begin as the checkpoint's with resume, with stages of 19, "):
         run_training(replace(TINY, segments=(1, 3, 4)), folder, Quiet(), resume=True)
-    for name, other in (("lr", 0.5), ("seed", 8), ("batch", 5), ("bptt", 1), ("width", 20), ("noise", 0.0)):
+    for name, other in (("lr", 0.5), ("seed", 8), ("batch", 5), ("width", 20), ("beta2", 0.9)):
         with pytest.raises(SettingError, match=f"{name} must be the checkpoint's with resume"):
             run_training(replace(TINY, **{name: other}), folder, Quiet(), resume=True)
     book = tmp_path / "book.txt"
