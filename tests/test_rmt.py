@@ -29,6 +29,8 @@ FIRST, SEPARATOR = 1, 2
 
 
 def decoder(name: str = "llama", **options: Any) -> RecurrentMemory:
+    if name == "gpt2" and options.get("attention") and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("GPT-2 tells its attention nothing before transformers 5")
     torch.manual_seed(1)
     return RecurrentMemory(models.make(name).double(), M, L, **options)
 
@@ -164,6 +166,8 @@ def test_an_encoder_sees_all() -> None:
 @pytest.mark.parametrize("name", models.NAMES)
 def test_decoder_equals_a_plain_loop(name: str, mask: str, attention: str | None, monkeypatch: Any) -> None:
     plain = decoder(name)
+    if attention is not None:
+        decoder(name, attention=attention)
     ids = models.tokens(1, 2 * L + 3)
     logits, memory = plain_decoder(plain, ids, mask)
     calls = []

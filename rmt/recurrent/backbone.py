@@ -32,7 +32,7 @@ def huggingface_of(model: nn.Module) -> Any:
 
 
 def kind_of(model: nn.Module) -> str:
-    """ "decoder" where the model's attention is causal or it generates text, "encoder" where its attention is not.
+    """ "decoder" where the model's attention is causal or it generates text, "encoder" where a row sees later ones.
 
     Raises:
         ValueError: it cannot be told from the model.
@@ -48,9 +48,25 @@ def kind_of(model: nn.Module) -> str:
     causal = {module.is_causal for module in inner.modules() if isinstance(getattr(module, "is_causal", None), bool)}
     if True in causal or inner.can_generate():
         return "decoder"
-    if not causal:
-        raise ValueError(untold)
-    return "encoder"
+    if False in causal or _sees_ahead(inner):
+        return "encoder"
+    raise ValueError(untold)
+
+
+@torch.no_grad()
+def _sees_ahead(model: Any) -> bool:
+    """Whether a row changes with one that comes after it."""
+    weight = model.get_input_embeddings().weight
+    if weight.is_meta:
+        return False
+    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    other = torch.cat((x[:3], -x[3:]))
+    training = model.training
+    try:
+        first, second = (run(model.eval(), rows[None], {}).hidden[0, 0] for rows in (x, other))
+    finally:
+        model.train(training)
+    return bool((first != second).any())
 
 
 def embedding_of(model: nn.Module) -> nn.Module:
