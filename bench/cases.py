@@ -1,8 +1,9 @@
-"""What is timed on a device: one table in two sizes, in the order of importance."""
+"""What is timed, in `pytest bench/` and on a device: sizes of calls, in the order of importance."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ import torch
 from .floors import Sizes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DIRECTIONS = ("forward", "backward", "forward + backward")
+BOTH = "forward + backward"
+DIRECTIONS = ("forward", "backward", BOTH)
 
+# sizes given outright are "B,H,T,K,L"
+GIVEN = 5
 OURS = ("segattn delta", "segattn linear", "segattn local")
 LOCAL = ("SDPA flash local", "SDPA cuDNN local")
 LOOPS = ("eager loop delta", "eager loop linear")
@@ -23,7 +27,7 @@ SLOW = ("segattn delta", "SDPA flash local", "FlexAttention local", "compiled to
 
 @dataclass(frozen=True)
 class Case:
-    """One row of text of T tokens, K = V.
+    """B rows of text of T tokens, K = V.
 
     seconds: of timing for each direction, within the bounds on rounds; limit: of the whole case; counted: launches too.
     """
@@ -35,6 +39,7 @@ class Case:
     H: int
     G: int
     peers: tuple[str, ...]
+    B: int = 1
     dtype: str = "bfloat16"
     directions: tuple[str, ...] = DIRECTIONS
     seconds: float = 1.5
@@ -44,7 +49,7 @@ class Case:
 
     def sizes(self) -> Sizes:
         itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
-        return Sizes(1, self.H, self.G, self.T, self.K, self.K, self.L, itemsize)
+        return Sizes(self.B, self.H, self.G, self.T, self.K, self.K, self.L, itemsize)
 
     def as_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key not in NOT_WRITTEN}
@@ -118,6 +123,94 @@ DECODES: tuple[DecodeCase, ...] = tuple(
     for rows in (64, 1)
     for context in (4 << 10, 64 << 10, 1 << 20, 1 << 10)
 )
+
+# of `pytest bench/`: every peer, but those that are the same as another on a CPU, or compile for minutes
+ANYWHERE = (
+    "SDPA flash local",
+    "SDPA cuDNN local",
+    "SDPA efficient local",
+    "FlexAttention local",
+    *OURS[::-1],
+    *LOOPS[::-1],
+    "infini-transformer-pytorch linear",
+    "infini-transformer-pytorch delta",
+    "SDPA flash full",
+    "fla linear attention",
+    "fla gated delta rule",
+)
+COMPILED_LOOP = (*ANYWHERE, "compiled eager loop delta")
+ON_GPU = (
+    *COMPILED_LOOP,
+    "compiled eager loop linear",
+    "torch backend linear",
+    "torch backend delta",
+    "compiled torch linear",
+    "compiled torch delta",
+)
+BY_LENGTH = ("SDPA flash local", "segattn delta", "eager loop delta", "SDPA flash full")
+
+
+def _by_length(longest: int, width: int, segment_len: int, **options: Any) -> tuple[Case, ...]:
+    """Doubling from 2048 tokens to `longest`."""
+    times = [2048 << i for i in range((longest // 2048).bit_length())]
+    return tuple(
+        _case(time, segment_len, width, BY_LENGTH, "by length", directions=(BOTH,), **options) for time in times
+    )
+
+
+def _decodes(
+    heads: int, groups: int, width: int, segment_len: int, contexts: tuple[int, ...]
+) -> tuple[DecodeCase, ...]:
+    return tuple(
+        DecodeCase(
+            f"decode H{heads}/{groups} K{width} L{segment_len}, {_size(n)} behind",
+            1,
+            heads,
+            groups,
+            width,
+            segment_len,
+            n,
+        )
+        for n in contexts
+    )
+
+
+def given(workloads: Iterable[str], dtype: str) -> tuple[tuple[Case, ...], tuple[DecodeCase, ...]]:
+    """Cases from "B,H,T,K,L", with as many key/value heads as query heads, and a token behind such texts.
+
+    Raises:
+        ValueError: anything but five positive integers, T a multiple of L.
+    """
+    cases, decodes = [], []
+    for sizes in workloads:
+        numbers = [int(x) if x.isdecimal() else 0 for x in sizes.split(",")]
+        if len(numbers) != GIVEN or min(numbers) < 1 or numbers[2] % numbers[4]:
+            raise ValueError(f"workload must be five positive integers B,H,T,K,L, T a multiple of L, got {sizes!r}")
+        rows, heads, time, width, segment_len = numbers
+        cases.append(_case(time, segment_len, width, ANYWHERE, f"B{rows}", H=heads, B=rows, dtype=dtype))
+        found = _decodes(heads, heads, width, segment_len, (time,))
+        decodes += [replace(x, B=rows, name=f"{x.name} B{rows}", dtype=dtype) for x in found]
+    return tuple(cases), tuple(decodes)
+
+
+def suite(device: str, dtype: str | None = None) -> tuple[tuple[Case, ...], tuple[DecodeCase, ...]]:
+    """The cases of `pytest bench/` on a device: for "cuda" bfloat16 and large, else float32 and of a few minutes."""
+    if device == "cuda":
+        found = (
+            _case(32 << 10, 2048, 128, ON_GPU),
+            _case(32 << 10, 512, 64, ON_GPU),
+            *_by_length(1 << 20, 128, 2048, limit=300.0),
+        )
+        decodes = _decodes(32, 8, 128, 2048, (4 << 10, 64 << 10, 1 << 20))
+    else:
+        found = (
+            _case(8 << 10, 1024, 64, ANYWHERE, H=4),
+            _case(8 << 10, 2048, 128, COMPILED_LOOP, H=2, directions=("forward", BOTH)),
+            *_by_length(16 << 10, 64, 1024, H=2),
+        )
+        decodes = _decodes(8, 2, 64, 1024, (4 << 10, 64 << 10))
+    name = dtype or ("bfloat16" if device == "cuda" else "float32")
+    return tuple(replace(x, dtype=name) for x in found), tuple(replace(x, dtype=name) for x in decodes)
 
 
 def _tiny(name: str, time: int, segment_len: int, peers: tuple[str, ...], heads: int = 1, **options: Any) -> Case:

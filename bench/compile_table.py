@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..kernels.configs import TARGETS
 from . import floors
+from .cases import CASES
 from .compile_jobs import Row
 from .compile_rules import cost_of
-from .workloads import WORKLOADS
 
 HEAD = (
     f"{'kernel':19} {'case':21} {'dtype':9} {'K':>3} {'target':7} {'regs':>4} {'spill':>6} {'shared':>7} {'limit':>6} "
@@ -78,12 +78,12 @@ def costs(rows: Sequence[Row]) -> Iterator[str]:
                 f"{cost.share:6.0%}"
             )
     yield f"\nfloors in bfloat16\n{'workload':27} {'update':7} {'direction':9} {'10⁹ operations':>14} {'10⁶ bytes':>10}"
-    for load in WORKLOADS:
-        sizes = floors.Sizes(load.B, load.H, load.H, load.T, load.K, load.V, load.L, 2)
+    for case in CASES[:4]:
+        sizes = case.sizes()
         for update in (None, "linear", "delta"):
             for direction, count in (("forward", floors.forward), ("backward", floors.backward)):
                 work = count(sizes, update)
                 yield (
-                    f"{load.name:27} {update or 'local':7} {direction:9} {work.operations / 1e9:14.2f} "
+                    f"{case.name:27} {update or 'local':7} {direction:9} {work.operations / 1e9:14.2f} "
                     f"{work.bytes / 1e6:10.2f}"
                 )

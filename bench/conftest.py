@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from segattn.bench.workloads import WORKLOADS, Workload
+from segattn.bench.cases import DTYPES
+from segattn.bench.suite import Row, table
 
-Row = tuple[str, str, str, float, int]
 ROWS = pytest.StashKey[list[Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where to measure: cpu (default), cuda, mps")
-    parser.addoption("--workload", action="append", help="sizes B,H,T,K,L instead of the table's; may be repeated")
+    parser.addoption("--dtype", choices=list(DTYPES), help="of q, k and v; default bfloat16 on cuda, float32 elsewhere")
+    parser.addoption(
+        "--workload", action="append", help="sizes B,H,T,K,L instead of those that suit the device; may be repeated"
+    )
     parser.addoption(
         "--rounds", type=int, default=5, help="timed rounds of each provider, each beside a baseline round"
     )
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "workload" in metafunc.fixturenames:
-        given = metafunc.config.getoption("--workload")
-        workloads = WORKLOADS if given is None else [Workload.parse(sizes) for sizes in given]
-        metafunc.parametrize("workload", workloads, ids=lambda w: w.name)
+    parser.addoption(
+        "--seconds", type=float, default=5.0, help="of timing for each provider and direction, three rounds at least"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,9 +39,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
-def rows(request: pytest.FixtureRequest) -> list[Row]:
-    """(workload, direction, provider, ratio, peak bytes) of every measurement so far."""
-    return request.config.stash[ROWS]
+def keep(request: pytest.FixtureRequest) -> Callable[[Row], None]:
+    """Takes a row of the table."""
+    return request.config.stash[ROWS].append
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
@@ -59,10 +59,14 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
     }
 
 
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    """Who was not timed, and why, beside those who were."""
+    output_json["not_timed"] = [row.as_json() for row in config.stash[ROWS] if row.ratio is None]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    group = None
-    for workload, direction, provider, ratio, peak in config.stash[ROWS]:
-        if (workload, direction) != group:
-            group = (workload, direction)
-            terminalreporter.section(f"{workload}, {direction}: ratio to SDPA local, peak MiB", sep="-")
-        terminalreporter.write_line(f"{provider:36} {ratio:6.2f} {peak / 2**20:9.0f}")
+    rows = config.stash[ROWS]
+    for heading, lines in table(rows):
+        terminalreporter.section(heading, sep="-")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.operation import segment_attention
 from . import floors
+from .attention_calls import Function, ours
 from .cases import DTYPES, Case
 from .check import GATES
 from .device_counts import launches
@@ -46,7 +47,7 @@ def draw(case: Case, device: torch.device, copies: int | None = None) -> list[Dr
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(heads: int) -> Tensor:
-        shape = (1, heads, case.T, case.K)
+        shape = (case.B, heads, case.T, case.K)
         return torch.randn(shape, device=device, dtype=DTYPES[case.dtype], generator=generator)
 
     found = []
@@ -76,51 +77,58 @@ def preparation(peer: Peer, case: Case, drawn: list[Drawn], direction: str) -> P
     return prepare
 
 
-def _results(peer: Peer, case: Case, drawn: Drawn, prefix: int) -> dict[str, Tensor]:
-    """Output and gradients of the first key/value head over a prefix, from a run over everything.
+def _results(peer: Peer, case: Case, drawn: Drawn, prefix: int, gradients: bool) -> dict[str, Tensor]:
+    """Output and gradients of the first row's first key/value head over a prefix, from a run over everything.
 
     What comes later has no part in them: attention is causal, and the output's gradient is 0 behind the prefix.
     """
     members = case.H // case.G
     dout = torch.zeros_like(drawn.dout)
-    dout[:, :members, :prefix] = drawn.dout[:, :members, :prefix]
+    dout[:1, :members, :prefix] = drawn.dout[:1, :members, :prefix]
     q, k, v = drawn.q, drawn.k, drawn.v
     if peer.of_segments:
         q, k, v, dout = (to_segments(x, case.L) for x in (q, k, v, dout))
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    leaves = [x.detach().requires_grad_(gradients) for x in (q, k, v)]
     out = peer.run(leaves[0], leaves[1], leaves[2], drawn.gate, case.L)
-    grads = torch.autograd.grad(out, leaves, dout)
+    grads = torch.autograd.grad(out, leaves, dout) if gradients else ()
     found = (out.detach(), *grads)
     if not all(bool(x.isfinite().all()) for x in found):
         raise ValueError("not finite")
     if peer.of_segments:
         found = tuple(from_segments(x[: -(-prefix // case.L)]) for x in found)
     return {
-        name: x[:, :heads, :prefix].double()
-        for (name, heads), x in zip((("out", members), ("dq", members), ("dk", 1), ("dv", 1)), found, strict=True)
+        name: x[:1, :heads, :prefix].double()
+        for (name, heads), x in zip((("out", members), ("dq", members), ("dk", 1), ("dv", 1)), found, strict=False)
     }
 
 
-def _expected(peer: Peer, case: Case, drawn: Drawn, prefix: int) -> dict[str, Tensor]:
+def _expected(peer: Peer, case: Case, drawn: Drawn, prefix: int, gradients: bool) -> dict[str, Tensor]:
     """The same by the reference in float64."""
     members = case.H // case.G
-    leaves = [
-        x[:, :heads, :prefix].double().requires_grad_() for x, heads in ((drawn.q, members), (drawn.k, 1), (drawn.v, 1))
+    leaves = q, k, v = [
+        x[:1, :heads, :prefix].double().requires_grad_(gradients)
+        for x, heads in ((drawn.q, members), (drawn.k, 1), (drawn.v, 1))
     ]
-    gate = None if peer.update is None else drawn.gate[:members].double()
-    segment_len = prefix if peer.full else case.L
-    out = segment_attention(
-        *leaves, segment_len=segment_len, gate=gate, update=peer.update or "delta", backend="reference"
-    ).out
-    grads = torch.autograd.grad(out, leaves, drawn.dout[:, :members, :prefix].double())
-    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
+    gate = drawn.gate[:members].double()
+    out = (peer.definition or _reference(peer.update))(q, k, v, gate, prefix if peer.full else case.L)
+    found = [out.detach()]
+    if gradients:
+        found += torch.autograd.grad(out, leaves, drawn.dout[:1, :members, :prefix].double())
+    return dict(zip(("out", "dq", "dk", "dv"), found, strict=False))
 
 
-def errors_of(peer: Peer, case: Case, drawn: Drawn) -> dict[str, float]:
+def _reference(update: str | None) -> Function:
+    return functools.partial(ours, update=update, backend="reference")
+
+
+def errors_of(peer: Peer, case: Case, drawn: Drawn, gradients: bool = True) -> dict[str, float]:
     """Relative RMS errors of a peer's output and gradients, over three segments (one, for full attention)."""
     prefix = min(case.T, case.L if peer.full else 3 * case.L)
-    expected = _expected(peer, case, drawn, prefix)
-    found = _results(peer, case, drawn, prefix)
+    if peer.definition is not None:
+        # token by token
+        prefix = min(prefix, 256)
+    expected = _expected(peer, case, drawn, prefix, gradients)
+    found = _results(peer, case, drawn, prefix, gradients)
     return {name: float((found[name] - x).norm() / x.norm()) for name, x in expected.items()}
 
 
@@ -170,16 +178,24 @@ def still_there(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """A CPU's allocator raises a RuntimeError like any other."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def admit(
     peer: Peer, case: Case, drawn: list[Drawn], device: torch.device, excluded: str | None = None
 ) -> dict[str, Any]:
     """The gate before timing: status "right", or why the peer is not timed; with memory and launches."""
-    reason = excluded or peer.refusal(device, case.H != case.G)
+    reason = excluded or peer.refusal(device, case.H != case.G, case.directions)
     if reason is not None:
         return {"status": "skipped" if excluded is None else "failed", "reason": reason}
     record: dict[str, Any] = {}
     try:
-        record["errors"] = {name: rounded(error) for name, error in errors_of(peer, case, drawn[0]).items()}
+        record["errors"] = {
+            name: rounded(error)
+            for name, error in errors_of(peer, case, drawn[0], case.directions != ("forward",)).items()
+        }
         if is_wrong(peer, case.dtype, record["errors"]):
             return record | {"status": "wrong", "reason": "errors beyond the gate"}
         for direction in case.directions:
@@ -189,10 +205,9 @@ def admit(
                 if case.counted:
                     record[direction]["launches"] = launches(run, device)
         record["status"] = "right"
-    except torch.OutOfMemoryError:
-        record["status"] = "out of memory"
-    except (RuntimeError, ValueError, TypeError) as error:
-        record |= {"status": "failed", "reason": plain(error)}
+    # others assert
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        record |= {"status": "out of memory" if is_out_of_memory(error) else "failed", "reason": plain(error)}
     still_there(device)
     return record
 

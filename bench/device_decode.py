@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernels.operation import segment_attention
 from ..kernels.state import MemoryState
 from . import floors
+from .attention_calls import has_kernels
 from .cases import DTYPES, DecodeCase
 from .check import GATES
 from .device_cases import LENIENCY, Note, as_record, rounded, still_there
@@ -21,7 +22,6 @@ from .device_counts import launches
 from .floors import Peak
 from .machine import plain
 from .measure import synchronize
-from .peers import PEERS
 from .timing import Prepare, captured, copies_needed, interleaved
 
 
@@ -37,6 +37,7 @@ class Step(NamedTuple):
 
 
 Decoder = Callable[[Step, int], Tensor]
+NO_KERNELS = "the kernels need a GPU, or TRITON_INTERPRET=1 before Python starts"
 
 
 def draw_step(case: DecodeCase, device: torch.device, copies: int | None = None) -> list[Step]:
@@ -97,7 +98,7 @@ def measure_decode(
     prepares: dict[str, Prepare] = {}
     for name, decoder in DECODERS.items():
         note({"at": name})
-        refused = PEERS["segattn delta"].refusal(device, True) if name == "segattn" else None
+        refused = None if name != "segattn" or has_kernels(device) else NO_KERNELS
         reason = (excluded or {}).get(name) or refused
         if reason is not None:
             found[name] = {"status": "skipped" if refused else "failed", "reason": reason}

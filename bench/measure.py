@@ -1,36 +1,10 @@
-"""Times and memory of one function on one device."""
+"""Waiting for a device, and the memory of one function on it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-
-from .providers import Provider
-from .workloads import Inputs
-
-DIRECTIONS = ("forward", "forward + backward")
-
-
-def step(provider: Provider, inputs: Inputs, segment_len: int, direction: str) -> Callable[[], None]:
-    """The function to measure: forward without gradients, or forward and the gradient of every input used.
-
-    inputs: q, k, v and gate, in this order.
-    """
-    device = inputs.q.device
-    used = inputs if provider.update else inputs[:3]
-    dout = torch.ones_like(inputs.v)
-
-    def forward() -> None:
-        with torch.no_grad():
-            provider.run(inputs, segment_len)
-        synchronize(device)
-
-    def both() -> None:
-        torch.autograd.grad(provider.run(inputs, segment_len), used, dout)
-        synchronize(device)
-
-    return forward if direction == "forward" else both
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,130 +1,99 @@
-"""Who is timed on a device: ours, local attention alone, and the ways in PyTorch to do the whole, for one row of text.
+"""Who is timed, in `pytest bench/` and on a device: ours, attention alone, and the public ways to do the whole.
 
-A peer is a function of (q, k, v, gate, segment_len). Peers of segments take [S, heads, L, width], a view of the same
-memory, so that none of them is timed copying.
+Peers of segments take [B · S, heads, L, width], a view of the same memory where B = 1, so that none is timed copying.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
-from ..kernels.backends import HAS_TRITON
-from ..kernels.operation import segment_attention
-from .check import interpreted
-from .providers import eager_loop
-from .workloads import Inputs
+from . import attention_calls as calls
+from .attention_calls import Function
+from .cases import DIRECTIONS
 
-Function = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+# what ratios are taken to
+BASELINE = "SDPA flash local"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """update: the memory's rule; None: attention alone. `full`: over the whole text, not inside segments."""
+    """update: the memory's rule; None: attention alone. `full`: over the whole text, not inside segments.
+
+    definition: what it computes where that is neither, a function of float64.
+    gpu_for: directions that need a GPU. package: that must be installed.
+    """
 
     run: Function
     update: str | None = None
     full: bool = False
     of_segments: bool = False
     ours: bool = False
-    needs_gpu: bool = False
     equal_heads: bool = False
+    compiled: bool = False
+    gpu_for: tuple[str, ...] = ()
+    package: str | None = None
+    definition: Function | None = None
 
-    def refusal(self, device: torch.device, grouped: bool) -> str | None:
+    def refusal(self, device: torch.device, grouped: bool, directions: Sequence[str] = DIRECTIONS) -> str | None:
         """Why it cannot run here, if it cannot."""
-        if self.needs_gpu and device.type != "cuda":
+        if device.type != "cuda" and set(self.gpu_for) & set(directions):
             return "needs a GPU"
-        if self.ours and not (HAS_TRITON and (device.type == "cuda" or interpreted())):
-            return "the kernels need a GPU, or TRITON_INTERPRET=1 before Python starts"
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
         if self.equal_heads and grouped:
             return "takes no grouped heads"
         return None
 
 
 def to_segments(x: Tensor, segment_len: int) -> Tensor:
-    """[1, heads, T, width] → [S, heads, L, width], a view."""
-    return x[0].unflatten(1, (-1, segment_len)).transpose(0, 1)
+    """[B, heads, T, width] → [B · S, heads, L, width], a view where B = 1."""
+    return x.unflatten(2, (-1, segment_len)).transpose(1, 2).flatten(0, 1)
 
 
-def from_segments(x: Tensor) -> Tensor:
+def from_segments(x: Tensor, rows: int = 1) -> Tensor:
     """The inverse, which may copy."""
-    return x.transpose(0, 1).flatten(1, 2)[None]
+    return x.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def ours(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, update: str | None, backend: str = "triton"
-) -> Tensor:
-    if update is None:
-        return segment_attention(q, k, v, segment_len=segment_len, backend=backend).out
-    return segment_attention(q, k, v, segment_len=segment_len, gate=gate, update=update, backend=backend).out
+def _by_rule(name: str, run: Callable[..., Tensor], peer: Callable[..., Peer] = Peer) -> dict[str, Peer]:
+    return {f"{name} {update}": peer(functools.partial(run, update=update), update) for update in ("linear", "delta")}
 
 
-def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, backend: SDPBackend | None = None
-) -> Tensor:
-    """PyTorch's causal attention over each row of what it is given, by one of its kernels."""
-    grouped = q.shape[1] != k.shape[1]
-    if backend is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-
-
-def loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, update: str) -> Tensor:
-    """The public form, in the inputs' dtype throughout."""
-    return eager_loop(Inputs(q, k, v, gate.to(q.dtype)), segment_len, update=update)
-
-
-@functools.cache
-def _compiled_ours(update: str) -> Function:
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(functools.partial(ours, update=update, backend="torch"), dynamic=False)
-
-
-def compiled(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, update: str) -> Tensor:
-    """The `torch` backend through torch.compile."""
-    return _compiled_ours(update)(q, k, v, gate, segment_len)
-
-
-@functools.cache
-def _flex_parts(time: int, segment_len: int, device: torch.device) -> tuple[Callable[..., Tensor], object]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def inside(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (i >= j) & (i // segment_len == j // segment_len)
-
-    mask = create_block_mask(inside, None, None, time, time, device=str(device))
-    return torch.compile(flex_attention, dynamic=False), mask
-
-
-def flex(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int) -> Tensor:
-    """FlexAttention over the whole text with a block mask; the mask is made once, untimed."""
-    run, mask = _flex_parts(q.shape[2], segment_len, q.device)
-    return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-
-
-FLASH = functools.partial(sdpa, backend=SDPBackend.FLASH_ATTENTION)
+_FLASH, _CUDNN, _EFFICIENT = (
+    functools.partial(calls.sdpa, backend=backend)
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+)
+_of_equal_heads = functools.partial(Peer, equal_heads=True)
+_of_fla = functools.partial(_of_equal_heads, package="fla", gpu_for=DIRECTIONS)
+_torch_backend = functools.partial(calls.ours, backend="torch")
 
 PEERS: dict[str, Peer] = {
-    "segattn delta": Peer(functools.partial(ours, update="delta"), "delta", ours=True),
-    "segattn linear": Peer(functools.partial(ours, update="linear"), "linear", ours=True),
-    "segattn local": Peer(functools.partial(ours, update=None), ours=True),
-    "SDPA flash local": Peer(FLASH, of_segments=True),
-    "SDPA cuDNN local": Peer(
-        functools.partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION), of_segments=True, needs_gpu=True
+    BASELINE: Peer(_FLASH, of_segments=True),
+    "SDPA cuDNN local": Peer(_CUDNN, of_segments=True, gpu_for=DIRECTIONS),
+    "SDPA efficient local": _of_equal_heads(_EFFICIENT, of_segments=True, gpu_for=DIRECTIONS),
+    # PyTorch has no backward of it for a CPU
+    "FlexAttention local": Peer(calls.flex, compiled=True, gpu_for=DIRECTIONS[1:]),
+    "segattn local": Peer(functools.partial(calls.ours, update=None), ours=True),
+    **_by_rule("segattn", calls.ours, functools.partial(Peer, ours=True)),
+    **_by_rule("torch backend", _torch_backend),
+    **_by_rule("compiled torch", calls.compiled(_torch_backend), functools.partial(Peer, compiled=True)),
+    **_by_rule("eager loop", calls.eager_loop, _of_equal_heads),
+    **_by_rule(
+        "compiled eager loop", calls.compiled(calls.eager_loop), functools.partial(_of_equal_heads, compiled=True)
     ),
-    "FlexAttention local": Peer(flex, needs_gpu=True),
-    "SDPA flash full": Peer(FLASH, full=True),
-    "eager loop delta": Peer(functools.partial(loop, update="delta"), "delta", equal_heads=True),
-    "eager loop linear": Peer(functools.partial(loop, update="linear"), "linear", equal_heads=True),
-    "torch backend delta": Peer(functools.partial(ours, update="delta", backend="torch"), "delta"),
-    "torch backend linear": Peer(functools.partial(ours, update="linear", backend="torch"), "linear"),
-    "compiled torch delta": Peer(functools.partial(compiled, update="delta"), "delta", needs_gpu=True),
-    "compiled torch linear": Peer(functools.partial(compiled, update="linear"), "linear", needs_gpu=True),
+    **_by_rule(
+        "infini-transformer-pytorch",
+        calls.infini_transformer_pytorch,
+        functools.partial(_of_equal_heads, package="infini_transformer_pytorch"),
+    ),
+    "SDPA flash full": Peer(_FLASH, full=True),
+    "fla linear attention": _of_fla(calls.fla_linear, definition=calls.linear_by_definition),
+    "fla gated delta rule": _of_fla(calls.fla_gated_delta, definition=calls.gated_delta_by_definition),
 }

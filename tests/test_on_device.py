@@ -205,7 +205,10 @@ def test_wrong_peers_are_flagged_and_not_timed() -> None:
     assert [note["at"] for note in notes] == [*case.peers, None]
 
 
-@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if not peer.needs_gpu and not peer.ours])
+@pytest.mark.parametrize(
+    "name",
+    [name for name, x in PEERS.items() if not (x.gpu_for or x.ours or x.compiled or x.package)],
+)
 def test_peers_agree_with_the_reference(name: str) -> None:
     case = dataclasses.replace(TINY_MAIN, T=64, H=2, G=2 if PEERS[name].equal_heads else 1)
     assert max(errors_of(PEERS[name], case, draw(case, CPU)[0]).values()) < 1e-5

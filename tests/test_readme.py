@@ -43,25 +43,9 @@ def test_links_lead_somewhere() -> None:
                 assert (path.parent / target).exists(), f"{path}: {target}"
 
 
-def test_figures_of_speed_are_in_the_results() -> None:
-    """Every ratio and peak of the table, in the order of its columns."""
-    results = {}
-    for width in (64, 128):
-        file = ROOT / "bench" / "results" / f"cpu-K{width}.json"
-        for row in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]:
-            direction = row["group"].split(", ")[1]
-            results[width, direction, row["extra_info"]["provider"]] = row["extra_info"]
-    providers = {name for _, _, name in results}
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("| ")
-    ]
-    rows = [row for row in rows if row[0] in providers]
-    assert {row[0] for row in rows} == providers
-    for name, *cells in rows:
-        forward, both = "forward", "forward + backward"
-        ratios = [results[w, direction, name]["ratio"] for direction in (forward, both) for w in (64, 128)]
-        peaks = [results[w, both, name]["peak_bytes"] / 2**20 for w in (64, 128)]
-        assert cells == [f"{ratio:.2f}" for ratio in ratios] + [f"{peak:.0f}" for peak in peaks], name
+def test_tables_and_plots_of_speed_are_what_the_results_say() -> None:
+    report = pytest.importorskip("segattn.bench.report", reason="needs segattn[cli]")
+    assert list(report.differences(ROOT / "README.md", ROOT / "bench" / "results")) == []
 
 
 def test_nothing_is_left_to_fill_in() -> None:

@@ -1,0 +1,110 @@
+"""Run by its path, with another commit's `segattn` to import: its times, one job a line.
+
+It knows the public names only.
+
+Argument: the folder that `segattn` must come from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import segattn
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+# of one timing, so that a call of microseconds is more than the clock's grain
+SECONDS = 0.02
+UPDATES = (None, "linear", "delta")
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def attention(update: str | None, backward: bool) -> Callable[[], object]:
+    heads, tokens, width, segment_len = (16, 32768, 128, 2048) if CUDA else (2, 4096, 64, 512)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    q, k, v, grad = (
+        torch.randn(1, heads, tokens, width, device=DEVICE, dtype=dtype, generator=generator) for _ in range(4)
+    )
+    gate = None if update is None else torch.zeros(heads, device=DEVICE)
+    inputs = [x.requires_grad_(backward) for x in (q, k, v)]
+
+    def run() -> object:
+        out = segattn.segment_attention(q, k, v, segment_len=segment_len, gate=gate, update=update or "delta").out
+        return torch.autograd.grad(out, inputs, grad) if backward else out
+
+    return run
+
+
+def decoding() -> Callable[[], object]:
+    heads, width, segment_len = 8, 64, 1024
+    q = torch.randn(1, heads, 1, width, device=DEVICE)
+    keys, values = torch.randn(2, 1, heads, segment_len, width, device=DEVICE)
+    memory = torch.randn(1, heads, width, width, device=DEVICE)
+    state = segattn.MemoryState(memory, torch.rand(1, heads, width, device=DEVICE) + 1)
+    gate = torch.zeros(heads, device=DEVICE)
+    lengths = torch.full((1,), segment_len - 1, dtype=torch.int32, device=DEVICE)
+    return lambda: segattn.segment_decode(q, keys, values, lengths, gate=gate, state=state)
+
+
+CALLS: dict[str, Callable[[], Callable[[], object]]] = {
+    f"{update or 'local'}, {'forward + backward' if backward else 'forward'}": (
+        lambda update=update, backward=backward: attention(update, backward)
+    )
+    for update in UPDATES
+    for backward in (False, True)
+} | {"decode": decoding}
+
+
+def repeated(run: Callable[[], object], count: int) -> float:
+    """Milliseconds of one of `count` runs."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    synchronize()
+    return (time.perf_counter() - start) / count * 1e3
+
+
+def warmed(make: Callable[[], Callable[[], object]]) -> tuple[Callable[[], object], int]:
+    """The call, and how often it runs in one timing."""
+    run = make()
+    repeated(run, 2)
+    return run, max(1, int(SECONDS * 1e3 / repeated(run, 1)))
+
+
+def main() -> None:
+    # what else is printed must not stand between the answers
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    came_from = Path(segattn.__file__).parent.parent
+    if came_from != Path(sys.argv[1]):
+        raise ImportError(f"segattn must come from {sys.argv[1]}, got {came_from}")
+    ready: dict[str, tuple[Callable[[], object], int]] = {}
+    for line in sys.stdin:
+        job = json.loads(line)
+        if job["do"] == "calls":
+            names = [name for name in CALLS if name != "decode" or hasattr(segattn, "segment_decode")]
+            answer: dict[str, object] = {"record": names}
+        else:
+            name = job["call"]
+            if name not in ready:
+                ready[name] = warmed(CALLS[name])
+            answer = {"record": repeated(*ready[name])}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

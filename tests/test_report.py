@@ -1,0 +1,265 @@
+"""The report says what the results say, and finds where a README or a plot does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs segattn[cli]")
+
+from segattn.bench import report_plots
+from segattn.bench.records import ResultError, read, read_all
+from segattn.bench.report import differences, main, rewritten
+from segattn.bench.report_tables import TABLES
+
+ROOT = Path(__file__).resolve().parents[1]
+README = """# A text
+
+<!-- report: speed -->
+<!-- /report -->
+
+Words.
+
+<!-- report: lengths -->
+old
+<!-- /report -->
+"""
+
+
+def case(time: int, name: str = "small", dtype: str = "float32") -> dict[str, Any]:
+    return {"name": name, "T": time, "L": 16, "K": 8, "H": 2, "G": 2, "B": 1, "dtype": dtype}
+
+
+def benchmark(name: str, provider: str, direction: str, ratio: float, ms: float, **about: Any) -> dict[str, Any]:
+    info = {
+        "provider": provider,
+        "baseline": "SDPA flash local",
+        "direction": direction,
+        "case": about.pop("case", case(32)),
+        "ratio": ratio,
+        "ratio_fifths": [0.9 * ratio, 1.1 * ratio],
+        "ms": ms,
+        "ms_fifths": [0.9 * ms, 1.1 * ms],
+        "peak_bytes": 3 << 20,
+        "error": 2e-7,
+        "errors": {"out": 2e-7, "dq": 4e-7, "dk": 3e-7},
+    }
+    if "kept_bytes" in about:
+        del info["peak_bytes"]
+    stats = {"median": ms / 1e3, "rounds": 5, "data": [ms / 1e3] * 5}
+    return {"group": f"{name}, {direction}", "extra_info": info | about, "stats": stats}
+
+
+def suite() -> dict[str, Any]:
+    long = [
+        benchmark(f"T{time} by length", name, "forward + backward", 1.5, ms * time, case=case(time))
+        for time in (32, 64)
+        for name, ms in (("SDPA flash local", 1.0), ("segattn delta", 1.5))
+    ]
+    return {
+        "machine_info": {
+            "device": "cpu x86_64", "cpu_capability": "AVX2", "threads": 2, "torch": "2.13.0", "python": "3.11.7",
+        },
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "benchmarks": [
+            benchmark("small", "SDPA flash local", "forward", 1.0, 2.0),
+            benchmark("small", "segattn delta", "forward", 1.25, 2.5),
+            benchmark("small", "segattn delta", "forward + backward", 1.4, 7.0, peak_bytes=150 << 20),
+            *long,
+            benchmark("decode, 64 behind", "segattn delta", "decode", 0.25, 0.1, kept_bytes=5 << 20),
+        ],
+        "not_timed": [
+            {
+                "group": "small, forward", "provider": "theirs", "status": "wrong", "reason": "errors beyond the gate",
+                "direction": "forward", "baseline": "SDPA flash local", "case": case(32),
+            },
+            {
+                "group": "T128 by length, forward + backward", "provider": "SDPA flash full", "status": "out of memory",
+                "reason": "", "direction": "forward + backward", "baseline": "SDPA flash local", "case": case(128),
+            },
+        ],
+    }  # fmt: skip
+
+
+def device() -> dict[str, Any]:
+    def times(ms: float, share: float) -> dict[str, Any]:
+        return {"median_ms": ms, "low_ms": 0.9 * ms, "high_ms": 1.2 * ms, "rounds": 9, "peak_bytes": 1 << 20} | {
+            "floor_share": share
+        }
+
+    peers = {
+        "SDPA flash local": {"status": "timed", "errors": {"out": 1e-3}, "forward": times(2.0, 0.6)},
+        "segattn delta": {"status": "timed", "errors": {"out": 2e-3, "dq": 3e-3}, "forward": times(3.0, 0.4)},
+        "SDPA flash full": {"status": "out of memory"},
+    }
+    main = case(4096, "main", "bfloat16") | {"directions": ["forward"], "peers": peers}
+    return {
+        "device": {"name": "NVIDIA H100", "limits": {"power.limit": "700 W", "driver_version": "1.2"}},
+        "versions": {"torch": "2.13.0", "hip": None},
+        "commit": "fedcba9876543210",
+        "dirty": True,
+        "timings": [main],
+    }
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for name, document in (("cpu", suite()), ("gpu", device())):
+        (folder / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    path = tmp_path / "README.md"
+    path.write_text(README, encoding="utf-8")
+    return path
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_speed_table(results: Path) -> None:
+    text = TABLES["speed"](read_all(results))
+    assert text is not None
+    assert cells(text) == [
+        ["small, ÷ SDPA flash local", "forward", "forward + backward", "peak MiB"],
+        ["---"] * 4,
+        ["SDPA flash local", "1.00 (0.90-1.10)", "-", "3"],
+        ["segattn delta", "1.25 (1.12-1.38)", "1.40 (1.26-1.54)", "150"],
+        ["theirs", "wrong: errors beyond the gate", "", ""],
+        ["main bfloat16, ÷ SDPA flash local", "forward", "peak MiB"],
+        ["---"] * 3,
+        ["SDPA flash local", "1.00 (0.90-1.20)", "1"],
+        ["segattn delta", "1.50 (1.35-1.80)", "1"],
+        ["SDPA flash full", "out of memory", ""],
+    ]
+    for condition in ("cpu x86_64 (AVX2), 2 threads", "PyTorch 2.13.0", "median of 5 rounds", "commit 0123456789ab;"):
+        assert condition in text
+    assert "NVIDIA H100, 700 W, driver 1.2, torch 2.13.0, commit fedcba987654 with changes" in text
+
+
+def test_other_tables(results: Path) -> None:
+    found = read_all(results)
+    assert cells(TABLES["lengths"](found) or "")[2:] == [
+        ["SDPA flash local", "32", "64", "-"],
+        ["segattn delta", "48", "96", "-"],
+        ["SDPA flash full", "-", "-", "out of memory"],
+    ]
+    assert cells(TABLES["decode"](found) or "")[2:] == [["segattn delta", "0.25 (0.23-0.28)", "5"]]
+    assert TABLES["recurrent"](found) is None
+
+
+def test_data_of_plots(results: Path) -> None:
+    found = read_all(results)
+    lengths = report_plots.by_length(found)
+    assert lengths is not None
+    (lines,) = lengths.values()
+    assert lines["segattn delta"] == {"points": [[32, 48.0, 3 << 20], [64, 96.0, 3 << 20]], "out_of_memory": []}
+    assert lines["SDPA flash full"] == {"points": [], "out_of_memory": [128]}
+    assert report_plots.floor_shares(found) == {
+        "NVIDIA H100, forward": {
+            "SDPA flash local": [["main bfloat16", 0.6]],
+            "segattn delta": [["main bfloat16", 0.4]],
+        }
+    }
+    errors = report_plots.errors(found)
+    assert errors is not None
+    assert errors["bfloat16"]["segattn delta"] == {"output": 2e-3, "gradients": 3e-3}
+    assert errors["float32"]["segattn delta"] == {"output": 2e-7, "gradients": 4e-7}
+
+
+def test_lengths_are_drawn_on_logarithmic_axes_with_what_did_not_fit(results: Path) -> None:
+    data = report_plots.by_length(read_all(results))
+    assert data is not None
+    times, memory = report_plots.draw_lengths(data).axes
+    assert {times.get_xscale(), times.get_yscale(), memory.get_xscale(), memory.get_yscale()} == {"log"}
+    drawn = {line.get_label(): [list(x) for x in line.get_data()] for line in times.lines}
+    assert drawn["segattn delta"] == [[32, 64], [48.0, 96.0]]
+    crosses = [list(line.get_xdata()) for line in times.lines if line.get_marker() == "x"]
+    assert crosses == [[128]]
+    assert [list(line.get_ydata()) for line in memory.lines][1] == [3.0, 3.0]
+
+
+def test_written_once_it_is_in_line(results: Path, readme: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [f"--readme={readme}", f"--results={results}"]
+    assert main([*command, "--check"]) == 1
+    out = capsys.readouterr().out
+    for what in ("the table speed", "the table lengths", "lengths.png", "floor-shares.png", "errors.png"):
+        assert f"{what} is not what the results say" in out
+    assert main(command) == 0
+    assert main([*command, "--check"]) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("# A text\n\n<!-- report: speed -->\n\n| small")
+    assert "\n\nWords.\n\n" in text
+    assert "old" not in text
+    # again changes nothing
+    capsys.readouterr()
+    assert main(command) == 0
+    assert capsys.readouterr().out == ""
+    assert readme.read_text(encoding="utf-8") == text
+
+
+def test_a_changed_figure_is_found(results: Path, readme: Path) -> None:
+    main([f"--readme={readme}", f"--results={results}"])
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(text.replace("1.25 (1.12", "1.05 (1.12"), encoding="utf-8")
+    assert list(differences(readme, results)) == [f"{readme}: the table speed is not what the results say"]
+    readme.write_text(text, encoding="utf-8")
+    other = suite()
+    other["benchmarks"][0]["extra_info"]["errors"]["dk"] = 5e-6
+    (results / "cpu.json").write_text(json.dumps(other), encoding="utf-8")
+    plot = results / "plots" / "errors.png"
+    assert list(differences(readme, results)) == [f"{plot} is not what the results say"]
+    # nor is a plot of what was measured once
+    (results / "gpu.json").unlink()
+    assert f"{results / 'plots' / 'floor-shares.png'} is not what the results say" in list(differences(readme, results))
+    main([f"--readme={readme}", f"--results={results}"])
+    assert {path.name for path in (results / "plots").iterdir()} == {"errors.png", "lengths.png"}
+
+
+def test_a_table_of_one_file(results: Path) -> None:
+    text = rewritten("<!-- report: speed gpu.json -->\n<!-- /report -->\n", read_all(results))
+    assert "NVIDIA H100" in text
+    assert "cpu.json" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("<!-- report: fast -->\n<!-- /report -->\n", "report must name one of speed, lengths, .* got 'fast'"),
+        ("<!-- report: recurrent -->\n<!-- /report -->\n", "report 'recurrent' must have results, got none"),
+        ("<!-- report: decode gpu.json -->\n<!-- /report -->\n", "report 'decode gpu.json' must have results"),
+        ("<!-- report: speed -->\n", "each <!-- report: NAME --> must have its <!-- /report -->"),
+        ("<!-- report: speed -->\n<!-- report: decode -->\n<!-- /report -->\n", "each <!-- report: NAME -->"),
+    ],
+)
+def test_bad_markers_are_named(results: Path, text: str, problem: str) -> None:
+    with pytest.raises(ResultError, match=problem):
+        rewritten(text, read_all(results))
+
+
+def test_bad_results_are_named(results: Path, readme: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (results / "copy.json").write_text((results / "cpu.json").read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(ResultError, match=r"copy\.json and cpu\.json in .* must not both have .*: delete one file"):
+        read_all(results)
+    (results / "copy.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ResultError, match=r"copy\.json must be a result of"):
+        read(results / "copy.json")
+    assert main([f"--readme={readme}", f"--results={results}", "--check"]) == 2
+    assert "copy.json must be a result of" in capsys.readouterr().err
+
+
+def test_the_script() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "report"), "--check"], cwd="/", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
