@@ -236,7 +236,9 @@ def test_costs_by_hand() -> None:
     assert compile_rules.cost_of(row("scan_kernel")) is None
     text = "\n".join(compile_table.costs([row()]))
     assert "3.12" in text
-    assert "B1-H8-T16384-K128-L2048     local   forward            68.75" in text
+    # 32 heads, 32768 rows, 1024.5 pairs a row, q kᵀ and p v of 64 each
+    assert 32 * 32768 * 1024.5 * 4 * 64 == pytest.approx(275.01e9, rel=1e-4)
+    assert "T32K L2048 K64 H32/32       local   forward           275.01" in text
 
 
 def test_a_compiler_that_ends_its_process_makes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
