@@ -237,7 +237,7 @@ def test_costs_by_hand() -> None:
     text = "\n".join(compile_table.costs([row()]))
     assert "3.12" in text
     # 32 heads, 32768 rows, 1024.5 pairs a row, q kᵀ and p v of 64 each
-    assert 32 * 32768 * 1024.5 * 4 * 64 == pytest.approx(275.01e9, rel=1e-4)
+    assert pytest.approx(275.01e9, rel=1e-4) == 32 * 32768 * 1024.5 * 4 * 64
     assert "T32K L2048 K64 H32/32       local   forward           275.01" in text
 
 

@@ -1,0 +1,86 @@
+"""Checkpoints that any number of processes writes together, and any other number reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+
+from ...figures import write_figures
+from ...running import SettingError
+from .processes import is_first
+from .trainer import LongTrainer
+
+RUN = "run.json"
+# what PyTorch writes when every process has written its part
+LAST = ".metadata"
+
+
+def whole(folder: Path) -> list[Path]:
+    """Checkpoints that were written to their end, the newest one last."""
+    found = [path for path in folder.glob("step-*") if (path / LAST).is_file() and (path / RUN).is_file()]
+    return sorted(found, key=_step)
+
+
+def save(trainer: LongTrainer, folder: Path, about: dict[str, Any], keep: int) -> None:
+    """Write a checkpoint beside the earlier ones, on every rank, and delete all but some.
+
+    Args:
+        about: the run, in plain types.
+        keep: how many stay.
+    """
+    path = folder / f"step-{trainer.step}"
+    if is_first():
+        # what was left of it by processes that ended
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        write_figures(path / RUN, about)
+    dist.barrier()
+    save_state(trainer.state_dict(), checkpoint_id=path)
+    if is_first():
+        for old in whole(folder)[:-keep]:
+            shutil.rmtree(old)
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint says of its run.
+
+    Raises:
+        SettingError: of `resume`, where there is none, or it is damaged.
+    """
+    found = whole(folder)
+    if not found:
+        raise SettingError(
+            "resume", f"needs a checkpoint in the output folder, and there is no {str(folder)!r} with one"
+        )
+    try:
+        content = json.loads((found[-1] / RUN).read_text(encoding="utf-8"))
+        content["settings"], content["rows"], content["position"], content["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SettingError("resume", f"needs a checkpoint of this command; {str(found[-1])!r} is damaged") from None
+    return dict(content)
+
+
+def load(trainer: LongTrainer, folder: Path, step: int) -> None:
+    """Give a trainer the parameters and the optimiser of a checkpoint, on every rank.
+
+    Raises:
+        SettingError: of `model`, where the checkpoint is of another one, or damaged.
+    """
+    state, path = trainer.state_dict(), folder / f"step-{step}"
+    try:
+        load_state(state, checkpoint_id=path)
+    except (CheckpointException, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise SettingError("model", f"must be the checkpoint's with --resume, {str(path)!r}, whole: {reason}") from None
+    trainer.load_state_dict(state, step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
