@@ -70,7 +70,7 @@ def run_finetune(
     if saved is not None:
         _restore(tuner, saved, fingerprint, settings)
     prepare(outputs.log, resume)
-    _keep_lines(outputs.log, tuner.step)
+    keep_lines(outputs.log, tuner.step)
     figures = _train(tuner, fingerprint, outputs, listener)
     tuner.model.eval()
     save_pretrained(tuner.model, outputs.model)
@@ -92,7 +92,7 @@ def build(settings: FinetuneSettings) -> tuple[Finetuner, Tokenizer, str]:
     """A run before its first step, its tokenizer, and the fingerprint of its rows."""
     source = Source(settings.model, tokenizer=settings.tokenizer, dtype=settings.dtype, device=settings.device)
     model, tokenizer, _ = load(source)
-    _convert(model, settings)
+    convert_plain(model, settings)
     if settings.text is not None:
         tokens = tokens_of_file(settings.text, tokenizer)
     else:
@@ -104,12 +104,12 @@ def build(settings: FinetuneSettings) -> tuple[Finetuner, Tokenizer, str]:
             if isinstance(module, Gate):
                 module.requires_grad_(True)
     if settings.gradient_checkpointing:
-        _checkpoint_gradients(model)
+        checkpoint_gradients(model)
     digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
     return Finetuner(model, rows, settings), tokenizer, digest
 
 
-def _convert(model: Any, settings: FinetuneSettings) -> None:
+def convert_plain(model: Any, settings: FinetuneSettings) -> None:
     """A plain model, as asked; one that is converted must be so already."""
     given: dict[str, Any] = {"segment_len": settings.segment_len, "update": settings.update}
     given = {name: value for name, value in given.items() if value is not None}
@@ -136,7 +136,8 @@ def _convert(model: Any, settings: FinetuneSettings) -> None:
             )
 
 
-def _checkpoint_gradients(model: Any) -> None:
+def checkpoint_gradients(model: Any) -> None:
+    """Have the model's layers run again in the backward pass, by the kind of checkpointing that a memory can bear."""
     # its older name warns where there is a newer one
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -167,7 +168,7 @@ def _train(tuner: Finetuner, fingerprint: str, outputs: Outputs, listener: Liste
     return figures
 
 
-def _keep_lines(log: Path, steps: int) -> None:
+def keep_lines(log: Path, steps: int) -> None:
     """Of the log, those of the steps that the checkpoint holds."""
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if log.is_file() else []
     log.write_text("".join(lines), encoding="utf-8")

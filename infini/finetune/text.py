@@ -36,7 +36,7 @@ def tokens_of_dataset(name: str, tokenizer: Tokenizer, split: str = "train", col
     Raises:
         SettingError: naming the option.
     """
-    data = _dataset(name, split)
+    data = dataset_of(name, split)
     if column not in data.column_names:
         raise SettingError("column", f"must be one of {', '.join(data.column_names)}, got {column!r}")
     parts = []
@@ -58,7 +58,8 @@ def rows_of(tokens: Tensor, length: int) -> Tensor:
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
-def _dataset(name: str, split: str) -> Any:
+def dataset_of(name: str, split: str) -> Any:
+    """A split of a data set, by its name on the hub or its folder."""
     try:
         import datasets  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:

@@ -19,7 +19,7 @@ from ...figures import prepare, versions, write_figures
 from ...running import InterruptedRunError, SettingError
 from ..evaluate.loading import ByteTokenizer, PretrainedTokenizer, Source, Tokenizer
 from ..evaluate.loading import load as load_model
-from ..finetune.runs import FREE, Listener, _checkpoint_gradients, _convert, _keep_lines
+from ..finetune.runs import FREE, Listener, checkpoint_gradients, convert_plain, keep_lines
 from ..gate import Gate
 from ..huggingface.saving import save_pretrained
 from ..huggingface.settings import conversion_of
@@ -147,7 +147,7 @@ def build_model(settings: LongSettings) -> tuple[Any, Tokenizer]:
         model, tokenizer, _ = load_model(source)
     else:
         model = _llama(settings)
-    _convert(model, settings)
+    convert_plain(model, settings)
     if native := conversion_of(model).native:
         raise SettingError(
             "model", f"must be one whose every layer is converted, got layers {list(native)} that are not"
@@ -158,7 +158,7 @@ def build_model(settings: LongSettings) -> tuple[Any, Tokenizer]:
             if isinstance(module, Gate):
                 module.requires_grad_(True)
     if settings.gradient_checkpointing:
-        _checkpoint_gradients(model)
+        checkpoint_gradients(model)
     return model, tokenizer
 
 
@@ -180,7 +180,7 @@ def _llama(settings: LongSettings) -> Any:
 def _train(trainer: LongTrainer, rows: Rows, outputs: Outputs, listener: Listener, keep: int) -> None:
     settings = trainer.settings
     if is_first():
-        _keep_lines(outputs.log, trainer.step)
+        keep_lines(outputs.log, trainer.step)
     opened = outputs.log.open("a", encoding="utf-8") if is_first() else nullcontext()
     with deferred_stop() as caught, opened as log:
         while trainer.step < settings.steps:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...running import SettingError
 from ..evaluate.loading import Tokenizer
-from ..finetune.text import _dataset
+from ..finetune.text import dataset_of
 from .processes import is_first
 from .settings import LongSettings
 
@@ -65,7 +65,7 @@ def pieces_of_dataset(name: str, tokenizer: Tokenizer, split: str, column: str) 
     Raises:
         SettingError: naming the option.
     """
-    data = _dataset(name, split)
+    data = dataset_of(name, split)
     if column not in data.column_names:
         raise SettingError("column", f"must be one of {', '.join(data.column_names)}, got {column!r}")
 
