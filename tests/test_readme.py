@@ -85,3 +85,21 @@ def test_figures_of_the_passkey_prompt_are_in_the_results() -> None:
     assert {cell["length"] for cell in cells} == {4028, 32700, 131004, 1048508}
     assert {cell["exact"] for cell in cells} == {0.0}
     assert {f"{cell['cache_bytes']:,}" for cell in cells} == {re.search(r"takes ([\d,]+) bytes of cache", TEXT)[1]}
+
+
+def test_figures_of_the_memory_tasks_are_in_the_results() -> None:
+    folder = ROOT / "bench" / "results" / "rmt" / "memorize"
+    figures, evaluation = (json.loads((folder / f"{name}.json").read_text()) for name in ("figures", "evaluation"))
+    cells, paper = evaluation["lengths"], evaluation["published"]
+    table = {
+        "segments of 499 tokens": [str(cell["segments"]) for cell in cells],
+        "right, %": [f"{100 * cell['right'] / cell['samples']:.1f}" for cell in cells],
+        "of samples": [str(cell["samples"]) for cell in cells],
+        "paper, %": [f"{100 * paper[str(cell['segments'])]:.1f}" for cell in cells],
+    }
+    for name, values in table.items():
+        assert f"| {name} | {' | '.join(values)} |" in TEXT
+    assert f"({figures['parameters']:,} parameters, {figures['settings']['memory']} memory tokens)" in TEXT
+    assert f"{figures['steps']} steps of up to {figures['settings']['segments'][-1]} segments" in TEXT
+    assert {f"{cell['state_bytes']:,} bytes" for cell in cells} == {"2,560 bytes"}
+    assert f"{cells[-1]['tokens']:,} tokens; what is kept of them is 2,560 bytes" in TEXT
