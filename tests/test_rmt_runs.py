@@ -332,6 +332,15 @@ def test_an_evaluation_counts_what_it_says(learnt: Path, tmp_path: Path) -> None
     assert json.loads(Files.of(tmp_path).figures.read_text()) == figures
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C raises, also where the tests run in the background of a shell that has it ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_an_interrupted_evaluation_goes_on(tiny: Path, tmp_path: Path) -> None:
     def measured(figures: dict[str, Any]) -> list[tuple[int, ...]]:
         return [tuple(cell[name] for name in ("segments", "samples", "right")) for cell in figures["lengths"]]
