@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ...figures import earlier, prepare, read_text, versions, write_figures
-from ...running import SettingError
+from ...running import SettingError, named
 from . import perplexity as ppl
 from .loading import Loaded, Source, load
 from .needle import ANSWER, NEEDLE, QUESTION, NeedleText
@@ -146,7 +144,7 @@ def run_needle(
     prepare(path.figures, resume)
     loaded = load(source)
     options = asdict(needle) | {"text": text}
-    with _named(**{name: name for name in options}):
+    with named(**{name: name for name in options}):
         task = NeedleText(loaded.tokenizer, **options)
     settings = asdict(source) | asdict(grid) | asdict(needle) | {"text_sha256": _sha256(text)}
     return _retrieve(task, loaded, grid, settings, path, listener, resume)
@@ -160,7 +158,7 @@ def run_perplexity(
     text = read_text(positions.text)
     prepare(path.figures, resume)
     model, tokenizer, about = load(source)
-    with _named(text="text", length="length", piece="piece"):
+    with named(text="text", length="length", piece="piece"):
         documents = ppl.documents_of(tokenizer.encode(text)[: positions.limit], tokenizer.prefix, positions.length)
         check_positions(model, max(map(len, documents)))
         piece_len(model, positions.piece)
@@ -220,7 +218,7 @@ def _retrieve(
     model, _, about = loaded
     names = {"length": "lengths", "depth": "depths", "piece": "piece", "model": "model"}
     # before hours are spent on the first ones
-    with _named(**names):
+    with named(**names):
         for depth in grid.depths:
             check_prompt(min(grid.lengths), depth, task.shortest)
         check_positions(model, max(grid.lengths) + task.extra)
@@ -239,7 +237,7 @@ def _retrieve(
     listener.begin(sum(left) * grid.samples)
     options: dict[str, Any] = {"samples": grid.samples, "seed": grid.seed, "batch": grid.batch, "piece": grid.piece}
     try:
-        with _named(**names):
+        with named(**names):
             measure_grid(
                 model, task, grid.lengths, grid.depths, done=done, on_cell=keep, on_tokens=listener.read, **options
             )
@@ -283,20 +281,6 @@ def _draw_perplexity(path: Path, figures: dict[str, Any]) -> None:
         [ppl.Bucket(**bucket) for bucket in figures[name]] for name in ("by_position", "by_segment_position")
     )
     plot_perplexity(path, document, segment, figures["mean"]["perplexity"], "Perplexity by position")
-
-
-@contextmanager
-def _named(**options: str) -> Iterator[None]:
-    """What is wrong with an argument of these names is wrong with the option."""
-    try:
-        yield
-    except SettingError:
-        raise
-    except ValueError as error:
-        name, _, problem = str(error).partition(" ")
-        if name not in options:
-            raise
-        raise SettingError(options[name], problem) from None
 
 
 def _at_least(given: dict[str, int | None], least: dict[str, int]) -> None:

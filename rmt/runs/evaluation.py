@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ...figures import prepare, versions, write_figures
-from ...running import SettingError
+from ...running import SettingError, named
 from . import published
 from .answers import answer, chance, fewest_segments, interval, length_of, samples_of
 from .folder import Outputs, Run, fingerprint, load_run
 from .peak import peak_bytes
-from .settings import existing, named
+from .settings import existing
 
 
 class Files(NamedTuple):

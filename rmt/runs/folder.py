@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from ...running import SettingError
+from ...running import SettingError, named
 from ..associative_memory import AssociativeMemory
 from ..memory_tasks.facts import babi_file
 from ..memory_tasks.vocabulary import CLS, SEP, Vocabulary
 from ..recurrent_memory import RecurrentMemory
 from ..tasks import FORMS, CopyTask, Task, make_task
 from .models import Pretrained, freeze_model, pretrained_encoder, pretrained_tokenizer, small_decoder, small_encoder
-from .settings import TrainSettings, device_of, named, short_stages
+from .settings import TrainSettings, device_of, short_stages
 
 # arguments → settings
 _OF_TASK = {"babi": "babi", "path": "babi", "book": "book", "text": "book", "key_digits": "key_digits"}

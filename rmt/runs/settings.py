@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -243,17 +241,3 @@ def existing(name: str, path: str | None) -> None:
     """
     if path is not None and not Path(path).exists():
         raise SettingError(name, f"must be there, got {path!r}")
-
-
-@contextmanager
-def named(**options: str) -> Iterator[None]:
-    """What is wrong with an argument of these names is wrong with the option."""
-    try:
-        yield
-    except SettingError:
-        raise
-    except ValueError as error:
-        name, _, problem = str(error).partition(" ")
-        if name not in options:
-            raise
-        raise SettingError(options[name], problem) from None

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 from safetensors.torch import save_model
 
 from ...figures import make_folder, versions, write_figures
-from ...running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, save_checkpoint
+from ...running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, named, save_checkpoint
 from ..curriculum import DivergedError, Stage, Step, Trainer
 from .answers import count_right, interval, samples_of
 from .folder import Outputs, build, fingerprint, write_sources
-from .settings import TrainSettings, named
+from .settings import TrainSettings
 
 CHECKPOINT_EVERY = 50
 CURVE_EVERY = 10

@@ -21,6 +21,20 @@ class SettingError(ValueError):
         self.name, self.problem = name, problem
 
 
+@contextmanager
+def named(**options: str) -> Iterator[None]:
+    """What is wrong with an argument of these names is wrong with the option."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except ValueError as error:
+        name, _, problem = str(error).partition(" ")
+        if name not in options:
+            raise
+        raise SettingError(options[name], problem) from None
+
+
 class InterruptedRunError(Exception):
     """Training was stopped by Ctrl-C, and its checkpoint is written."""
 
