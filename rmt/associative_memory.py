@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .associative.placement import Placement
 from .associative.settings import AssociativeSettings, chosen
 from .recurrent.backbone import check_positions, check_widths, embedding_of, huggingface_of
 from .recurrent.generation import generate
+from .recurrent.inputs import check_inputs
 from .recurrent.segments import IGNORED, bounds, next_tokens
 
 
@@ -234,18 +235,5 @@ class AssociativeMemory(nn.Module):
 
     def check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The embeddings [B, T, d] of the one of the two that is given."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids or inputs_embeds must be given, and not both")
-        width = self.memory_tokens.shape[1]
-        if input_ids is not None:
-            name, x, shape = "input_ids", check.check_ids("input_ids", input_ids), "[B, T]"
-            fits = x.ndim == 2
-        else:
-            check.check_floating("inputs_embeds", inputs_embeds)
-            name, x, shape = "inputs_embeds", cast(Tensor, inputs_embeds), f"[B, T, d = {width}]"
-            fits = x.ndim == 3 and x.shape[2] == width
-        if not fits:
-            raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
-        if not x.shape[0] or not x.shape[1]:
-            raise ValueError(f"{name} must have a row and a token in it, got shape {list(x.shape)}")
+        x = check_inputs(input_ids, inputs_embeds, self.memory_tokens.shape[1])
         return x if input_ids is None else self.embed(x)

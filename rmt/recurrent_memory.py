@@ -26,6 +26,7 @@ from .recurrent.backbone import (
 )
 from .recurrent.gathering import gather, summed_loss
 from .recurrent.generation import generate
+from .recurrent.inputs import check_inputs
 from .recurrent.layout import decoder_layout, encoder_layout
 from .recurrent.open_segment import open_segments
 from .recurrent.segments import IGNORED, Segment, bounds, cut, next_tokens
@@ -318,21 +319,7 @@ class RecurrentMemory(nn.Module):
 
     def check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The one of the two that is given."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids or inputs_embeds must be given, and not both")
-        width = self.memory.shape[1]
-        if inputs_embeds is not None:
-            name, x, shape = "inputs_embeds", inputs_embeds, f"[B, T, d = {width}]"
-            check.check_floating(name, x)
-            fits = x.ndim == 3 and x.shape[2] == width
-        else:
-            name, x, shape = "input_ids", check.check_ids("input_ids", input_ids), "[B, T]"
-            fits = x.ndim == 2
-        if not fits:
-            raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
-        if not x.shape[0] or not x.shape[1]:
-            raise ValueError(f"{name} must have a row and a token in it, got shape {list(x.shape)}")
-        return x
+        return check_inputs(input_ids, inputs_embeds, self.memory.shape[1])
 
     def _targets(self, labels: Tensor, x: Tensor, rows: list[tuple[int, int]]) -> Tensor:
         check.check_ids("labels", labels)

@@ -24,6 +24,7 @@ from typer.testing import CliRunner, Result  # noqa: E402
 
 import segattn  # noqa: E402
 from segattn import evaluate  # noqa: E402
+from segattn.figures import spoken  # noqa: E402
 from segattn.infini.evaluate import retrieval  # noqa: E402
 from segattn.infini.evaluate.gate_map import GateMap, gate_map, plot_gate_map  # noqa: E402
 from segattn.infini.evaluate.harness import harness_class  # noqa: E402
@@ -39,7 +40,7 @@ from segattn.infini.evaluate.perplexity import (  # noqa: E402
     whole,
     widths,
 )
-from segattn.infini.evaluate.plots import plot_perplexity, plot_retrieval, short  # noqa: E402
+from segattn.infini.evaluate.plots import plot_perplexity, plot_retrieval  # noqa: E402
 from segattn.infini.evaluate.reading import cache_bytes, decode, losses, piece_len, read  # noqa: E402
 from segattn.infini.evaluate.retrieval import RetrievalCell, measure, measure_grid  # noqa: E402
 from segattn.infini.evaluate.runs import Grid, Outputs, run_passkey  # noqa: E402
@@ -578,7 +579,7 @@ def test_pictures_follow_the_data(tmp_path: Path) -> None:
     assert len(pictures) == 6
     maps = {drawn(plot_gate_map, GateMap([0, 1], torch.full((2, heads), x))) for heads in (4, 20) for x in (0.2, 0.9)}
     assert len(maps) == 4
-    assert [short(n) for n in (300, 1024, 32768, 2**20, 1500)] == ["300", "1K", "32K", "1M", "1,500"]
+    assert [spoken(n) for n in (300, 1024, 32768, 2**20, 1500)] == ["300", "1K", "32K", "1M", "1,500"]
 
 
 def test_a_tokenizer_is_never_guessed(folder: Path, tmp_path: Path, pretrained: PretrainedTokenizer) -> None:

@@ -31,8 +31,9 @@ from segattn.bench.planner.report import SCHEMES, estimates, exchanges  # noqa: 
 from segattn.bench.planner.schemes import Full, Infini, Local  # noqa: E402
 from segattn.bench.planner.settings import PlanSettings, gpu_of  # noqa: E402
 from segattn.bench.planner.shapes import SHAPES, shape_of  # noqa: E402
-from segattn.bench.planner.units import in_bytes, in_seconds, in_units, spoken  # noqa: E402
+from segattn.bench.planner.units import in_bytes, in_seconds, in_units  # noqa: E402
 from segattn.commands import app  # noqa: E402
+from segattn.figures import spoken  # noqa: E402
 from segattn.rmt.associative_memory import AssociativeMemory  # noqa: E402
 from segattn.rmt.recurrent.layout import block_mask  # noqa: E402
 from segattn.rmt.recurrent_memory import RecurrentMemory  # noqa: E402

@@ -304,7 +304,7 @@ def test_resume_takes_further_stages_but_no_other_run(tiny: Path, tmp_path: Path
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04"])
 def test_damaged_checkpoints_are_named(content: bytes, tmp_path: Path) -> None:
     Outputs.of(tmp_path).checkpoint.write_bytes(content)
-    with pytest.raises(SettingError, match="is another, or damaged"):
+    with pytest.raises(SettingError, match="is another file, or damaged"):
         run_training(TINY, tmp_path, Quiet(), resume=True)
 
 

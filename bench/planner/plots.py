@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from ...figures import spoken
 from ...heat_map import DPI
 from .published import SEGMENT_LEN
-from .units import spoken
 
 SCHEME_LOOKS = {
     "full": ("#000000", "o"),

@@ -3,14 +3,6 @@
 from __future__ import annotations
 
 
-def spoken(tokens: int) -> str:
-    """A length as it is spoken of: 32K, 1M."""
-    for size, letter in ((2**20, "M"), (2**10, "K")):
-        if tokens >= size and tokens % size == 0:
-            return f"{tokens // size}{letter}"
-    return f"{tokens:,}"
-
-
 def in_bytes(count: float | None) -> str:
     """In units of 1024."""
     if count is None:

@@ -9,14 +9,13 @@ import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ...figures import make_folder
 from ...kernels.validation import UPDATES
-from ...running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, save_checkpoint
+from ...running import InterruptedRunError, SettingError, deferred_interrupt, read_checkpoint, save_checkpoint
 from ...running_text import generate_text
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
@@ -215,19 +214,8 @@ def _prepare(folder: Path, resume: bool) -> None:
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
-    path = Outputs.of(folder).checkpoint
-    if not path.is_file():
-        raise SettingError("resume", f"needs a checkpoint in the output folder, and there is no {str(path)!r}")
-    damaged = SettingError("resume", f"needs a checkpoint of segattn demo; {str(path)!r} is another file, or damaged")
-    try:
-        content = load_checkpoint(path)
-    except (RuntimeError, EOFError, KeyError, OSError, UnpicklingError):
-        raise damaged from None
-    if not isinstance(content, dict) or not {"settings", "text", "seconds", "trainer"} <= content.keys():
-        raise damaged
-    if content["settings"].keys() != DemoSettings.__dataclass_fields__.keys():
-        raise SettingError("resume", f"needs a checkpoint of this version, and {str(path)!r} has other settings")
-    return content
+    path, settings = Outputs.of(folder).checkpoint, DemoSettings.__dataclass_fields__
+    return read_checkpoint(path, "segattn demo", ("text", "seconds", "trainer"), settings)
 
 
 def _restore(trainer: Trainer, settings: DemoSettings, fingerprint: str, folder: Path) -> float:

@@ -9,19 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ...figures import spoken
 from ...heat_map import DPI, draw_grid
 from .perplexity import Bucket
 from .retrieval import RetrievalCell
 
 BLUE, GREY = "#0072B2", "#555555"
-
-
-def short(tokens: int) -> str:
-    """A length as it is spoken of: 32K, 1M."""
-    for size, letter in ((2**20, "M"), (2**10, "K")):
-        if tokens >= size and tokens % size == 0:
-            return f"{tokens // size}{letter}"
-    return f"{tokens:,}"
 
 
 def plot_retrieval(path: Path, cells: Sequence[RetrievalCell], title: str) -> None:
@@ -39,7 +32,7 @@ def plot_retrieval(path: Path, cells: Sequence[RetrievalCell], title: str) -> No
         axes.text(
             lengths.index(length), depths.index(depth), f"{100 * value:.0f}", ha="center", va="center", color=color
         )
-    axes.set_xticks(range(len(lengths)), [short(length) for length in lengths])
+    axes.set_xticks(range(len(lengths)), [spoken(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths])
     axes.set_xlabel("tokens of text")
     axes.set_ylabel("depth of what is hidden")

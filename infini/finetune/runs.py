@@ -7,13 +7,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple, Protocol
 
-import torch
-
 from ...figures import prepare
-from ...running import InterruptedRunError, SettingError, deferred_interrupt, save_checkpoint
+from ...running import InterruptedRunError, SettingError, deferred_interrupt, read_checkpoint, save_checkpoint
 from ..evaluate.loading import PretrainedTokenizer, Source, Tokenizer, load
 from ..gate import Gate
 from ..huggingface.conversion import convert
@@ -175,19 +172,9 @@ def keep_lines(log: Path, steps: int) -> None:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise SettingError("resume", f"needs a checkpoint in the output folder, and there is no {str(path)!r}")
-    damaged = SettingError("resume", f"needs a checkpoint of segattn finetune; {str(path)!r} is another, or damaged")
-    try:
-        # mapped, since the settings alone are asked for too
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, KeyError, OSError, ValueError, UnpicklingError):
-        raise damaged from None
-    if not isinstance(content, dict) or not {"settings", "rows", "tuner"} <= content.keys():
-        raise damaged
-    if content["settings"].keys() != FinetuneSettings.__dataclass_fields__.keys():
-        raise SettingError("resume", f"needs a checkpoint of this version, and {str(path)!r} has other settings")
-    return content
+    settings = FinetuneSettings.__dataclass_fields__
+    # mapped, since the settings alone are asked for too
+    return read_checkpoint(path, "segattn finetune", ("rows", "tuner"), settings, mapped=True)
 
 
 def _check_same(saved: Mapping[str, Any], settings: FinetuneSettings) -> None:

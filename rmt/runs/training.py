@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 from safetensors.torch import save_model
 
 from ...figures import make_folder, versions, write_figures
-from ...running import InterruptedRunError, SettingError, deferred_interrupt, load_checkpoint, named, save_checkpoint
+from ...running import InterruptedRunError, SettingError, deferred_interrupt, named, read_checkpoint, save_checkpoint
 from ..curriculum import DivergedError, Stage, Step, Trainer
 from .answers import count_right, interval, samples_of
 from .folder import Outputs, build, fingerprint, write_sources
@@ -167,18 +166,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise SettingError("resume", f"needs a checkpoint in the output folder, and there is no {str(path)!r}")
-    damaged = SettingError("resume", f"needs a checkpoint of segattn rmt train; {str(path)!r} is another, or damaged")
-    try:
-        content = load_checkpoint(path)
-    except (RuntimeError, EOFError, KeyError, OSError, ValueError, UnpicklingError):
-        raise damaged from None
-    if not isinstance(content, dict) or not {"settings", "data", "trainer"} <= content.keys():
-        raise damaged
-    if content["settings"].keys() != TrainSettings.__dataclass_fields__.keys():
-        raise SettingError("resume", f"needs a checkpoint of this version, and {str(path)!r} has other settings")
-    return content
+    return read_checkpoint(path, "segattn rmt train", ("data", "trainer"), TrainSettings.__dataclass_fields__)
 
 
 def _check_same(saved: dict[str, Any], settings: TrainSettings) -> None:

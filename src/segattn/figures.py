@@ -22,6 +22,14 @@ def versions() -> dict[str, Any]:
     return own | {"python": platform.python_version(), "threads": torch.get_num_threads()}
 
 
+def spoken(tokens: int) -> str:
+    """A length as it is spoken of: 32K, 1M."""
+    for size, letter in ((2**20, "M"), (2**10, "K")):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size}{letter}"
+    return f"{tokens:,}"
+
+
 def write_figures(path: Path, figures: Mapping[str, Any]) -> None:
     """Replace the file by the new figures; what was there stays if this is cut short."""
     beside = path.with_name(f".{path.name}")

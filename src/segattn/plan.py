@@ -93,6 +93,7 @@ def model(
 def _table(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> Table:
     """A section for each length, a line for each scheme."""
     from .bench.planner import units
+    from .figures import spoken
 
     table = Table(title=title, title_justify="left")
     table.add_column("tokens", justify="right")
@@ -104,7 +105,7 @@ def _table(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, tuple[
         if length not in (None, row["length"]):
             table.add_section()
         cells = (getattr(units, unit)(row[name]) for name, unit in columns.values())
-        table.add_row("" if row["length"] == length else units.spoken(row["length"]), row["scheme"], *cells)
+        table.add_row("" if row["length"] == length else spoken(row["length"]), row["scheme"], *cells)
         length = row["length"]
     return table
 
@@ -128,7 +129,8 @@ def exchange(
         from .bench.planner.exchange import EXCHANGES, Links
         from .bench.planner.report import EXCHANGE_NOTES, exchanges
         from .bench.planner.shapes import shape_of
-        from .bench.planner.units import in_bytes, in_seconds, spoken
+        from .bench.planner.units import in_bytes, in_seconds
+        from .figures import spoken
 
         sizes = shape_of(shape)
         _check_files(json=json, png=png)

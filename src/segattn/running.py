@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
 
@@ -67,7 +68,37 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU; tensors and plain types only, so that no file can run code."""
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+def load_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU; tensors and plain types only, so that no file can run code.
+
+    Args:
+        mapped: leave tensors on the disk until they are read.
+    """
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    return content
+
+
+def read_checkpoint(
+    path: Path, command: str, parts: Collection[str], settings: Collection[str], *, mapped: bool = False
+) -> dict[str, Any]:
+    """The checkpoint that a command goes on from.
+
+    Args:
+        parts: what it must hold, besides "settings".
+        settings: their names, all of them.
+
+    Raises:
+        SettingError: of `resume`: there is none, it is another file, damaged, or of another version.
+    """
+    if not path.is_file():
+        raise SettingError("resume", f"needs a checkpoint in the output folder, and there is no {str(path)!r}")
+    damaged = SettingError("resume", f"needs a checkpoint of {command}; {str(path)!r} is another file, or damaged")
+    try:
+        content = load_checkpoint(path, mapped=mapped)
+    except (RuntimeError, EOFError, KeyError, OSError, ValueError, UnpicklingError):
+        raise damaged from None
+    if not isinstance(content, dict) or not {"settings", *parts} <= content.keys():
+        raise damaged
+    if content["settings"].keys() != set(settings):
+        raise SettingError("resume", f"needs a checkpoint of this version, and {str(path)!r} has other settings")
     return content
