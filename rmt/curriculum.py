@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,8 @@ class Recipe:
 
     Args:
         short: tokens of the first stages, shorter than a segment.
+        short_segments: of the stages after them, of segments as short as the last of `short`: what to carry is learnt
+            there at a fraction of the cost.
         segments: of the stages after them.
         steps: at most, per stage.
         threshold: accuracy over the last 20 batches of a stage's own length that ends it.
@@ -38,6 +40,7 @@ class Recipe:
     """
 
     short: tuple[int, ...] = (64, 128)
+    short_segments: tuple[int, ...] = ()
     segments: tuple[int, ...] = (1, 2, 3, 4, 5)
     steps: int = 1500
     threshold: float = 0.99
@@ -56,7 +59,8 @@ class Recipe:
         """What is trained, in order.
 
         Raises:
-            ValueError: a stage too short for the task's samples, or of `short` as long as a segment.
+            ValueError: a stage too short for the task's samples, or of `short` as long as a segment; `short_segments`
+                without `short`.
         """
         fewest = fewest_segments(task, segment_len)
         if self.segments[0] < fewest:
@@ -67,10 +71,15 @@ class Recipe:
         if self.short and not task.shortest <= self.short[0] <= self.short[-1] < segment_len:
             given = ",".join(map(str, self.short))
             raise ValueError(f"short must be from {task.shortest} to below {segment_len} tokens, got {given}")
-        lengths = [(tokens, 1) for tokens in self.short] + [(n * segment_len, n) for n in self.segments]
+        if self.short_segments and not self.short:
+            given = ",".join(map(str, self.short_segments))
+            raise ValueError(f"short_segments must be none without short, got {given}")
+        texts = [(tokens, 1, segment_len) for tokens in self.short]
+        texts += [(n * self.short[-1], n, self.short[-1]) for n in self.short_segments]
+        texts += [(n * segment_len, n, segment_len) for n in self.segments]
         stages = [
-            Stage(length_of(task, tokens), n, self.steps, self.lr if n == 1 else self.later_lr, self.threshold)
-            for tokens, n in lengths
+            Stage(length_of(task, tokens), n, cut, self.steps, self.lr if n == 1 else self.later_lr, self.threshold)
+            for tokens, n, cut in texts
         ]
         return stages + [stages[-1]._replace(steps=self.anneal, threshold=None)] * bool(self.anneal)
 
@@ -80,6 +89,7 @@ class Stage(NamedTuple):
 
     length: int
     segments: int
+    segment_len: int
     steps: int
     lr: float
     threshold: float | None
@@ -111,7 +121,8 @@ class Trainer:
     """A memory, its optimiser, and how far the curriculum has come: all that a step depends on, besides its task.
 
     Args:
-        memory: `RecurrentMemory` or `AssociativeMemory`; the parameters that need a gradient are trained.
+        memory: `RecurrentMemory` or `AssociativeMemory`; the parameters that need a gradient are trained. Its
+            `segment_len` is the present stage's.
         seed: of the batches; each is a pure function of it and of its number.
 
     Attributes:
@@ -125,18 +136,21 @@ class Trainer:
     """
 
     def __init__(self, memory: nn.Module, task: Task, segment_len: int, recipe: Recipe, seed: int) -> None:
-        self.memory, self.task, self.segment_len = memory.train(), task, segment_len
+        self.memory, self.task = memory.train(), task
         self.recipe, self.seed = recipe, seed
         self.plan = recipe.plan(task, segment_len)
+        settings: Any = memory.settings
+        self._settings = [replace(settings, segment_len=stage.segment_len) for stage in self.plan]
         self.trained = [parameter for parameter in memory.parameters() if parameter.requires_grad]
         self.device = self.trained[0].device
         self.optimiser = torch.optim.AdamW(
             self.trained, lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay
         )
-        self.stage = self.index = 0
+        self.index = 0
         self.seconds = 0.0
         self.log: list[Step] = []
         self.done: list[dict[str, Any]] = []
+        self._enter(0)
         torch.manual_seed(seed)
 
     @property
@@ -193,7 +207,8 @@ class Trainer:
     def next_stage(self, figures: dict[str, Any]) -> None:
         """Leave the present stage, whose figures these are."""
         self.done.append(figures)
-        self.stage, self.seconds, self.log = self.stage + 1, 0.0, []
+        self.seconds, self.log = 0.0, []
+        self._enter(self.stage + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, in plain types and tensors."""
@@ -216,11 +231,17 @@ class Trainer:
         """Go on from a `state_dict`."""
         self.memory.load_state_dict(saved["memory"])
         self.optimiser.load_state_dict(saved["optimiser"])
-        self.stage, self.index, self.seconds = saved["stage"], saved["index"], saved["seconds"]
+        self._enter(saved["stage"])
+        self.index, self.seconds = saved["index"], saved["seconds"]
         self.log, self.done = [Step(*step) for step in saved["log"]], list(saved["done"])
         torch.set_rng_state(saved["random"])
         if self.device.type == "cuda" and saved["random_cuda"] is not None:
             torch.cuda.set_rng_state(saved["random_cuda"], self.device)
+
+    def _enter(self, stage: int) -> None:
+        self.stage = stage
+        if not self.over:
+            self.memory.settings = self._settings[stage]
 
     def _own(self) -> list[float]:
         """The last accuracies at the present stage's own length."""
@@ -240,5 +261,5 @@ class Trainer:
         generator = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(_LENGTHS, self.index)))
         if stage.segments == 1:
             return length_of(self.task, int(generator.integers(self.task.shortest, stage.length + 1)))
-        fewest = fewest_segments(self.task, self.segment_len)
-        return length_of(self.task, int(generator.integers(fewest, stage.segments + 1)) * self.segment_len)
+        fewest = fewest_segments(self.task, stage.segment_len)
+        return length_of(self.task, int(generator.integers(fewest, stage.segments + 1)) * stage.segment_len)

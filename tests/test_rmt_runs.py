@@ -69,6 +69,7 @@ KINDS = {
     "decoder": COPY,
     "armt": replace(RETRIEVAL, architecture="armt", d_mem=5),
 }
+STOPPED = KINDS | {"short": replace(TINY, task="detect", short=(17,), short_segments=(2,), segments=(2,))}
 
 
 class Quiet:
@@ -198,6 +199,25 @@ def test_stages_follow_each_other() -> None:
     assert [plan[4].rate(step, 4) for step in (0, 4, 7)] == [0.25, 0.125, 0.03125]
 
 
+def test_short_segments_come_before_whole_ones() -> None:
+    settings = replace(TINY, task="detect", short=(16, 18), short_segments=(2, 4), segments=(1, 3), steps=2)
+    run = build(settings)
+    read: list[tuple[int, int]] = []
+    step = run.memory._step
+    run.memory._step = lambda x, *rest: read.append(tuple(x.shape[1:2])) or step(x, *rest)
+    trainer = Trainer(run.memory, run.task, 19, settings.recipe(), seed=0)
+    stages = [(stage.length, stage.segments, stage.segment_len) for stage in trainer.plan]
+    assert stages == [(16, 1, 19), (18, 1, 19), (36, 2, 18), (72, 4, 18), (19, 1, 19), (57, 3, 19)]
+    for length, segments, segment_len in stages:
+        read.clear()
+        assert trainer.advance().length == length
+        assert len(read) == segments
+        assert {x for (x,) in read} == {min(length, segment_len)}
+        assert trainer.advance().length <= length
+        trainer.next_stage({})
+    assert run.memory.settings.segment_len == 19
+
+
 def test_every_other_batch_is_of_a_random_length() -> None:
     settings = replace(TINY, task="detect", short=(18,), segments=(3,), steps=30)
     run = build(settings)
@@ -256,10 +276,10 @@ def test_a_task_is_learnt_and_kept_in_memory(learnt: Path) -> None:
     assert alone < 0.4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STOPPED)
 @pytest.mark.parametrize("step", [2, 7])
 def test_an_interrupted_run_goes_on_exactly(kind: str, step: int, tmp_path: Path) -> None:
-    settings = replace(KINDS[kind], anneal=2)
+    settings = replace(STOPPED[kind], anneal=2)
     whole = run_training(settings, tmp_path / "whole", Quiet())
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(InterruptedRunError):
@@ -269,7 +289,7 @@ def test_an_interrupted_run_goes_on_exactly(kind: str, step: int, tmp_path: Path
     assert load_checkpoint(outputs.checkpoint)["trainer"]["index"] == step
     torch.manual_seed(123)
     resumed = run_training(settings, tmp_path / "part", Quiet(), resume=True)
-    assert resumed["steps"] == whole["steps"] == 12
+    assert resumed["steps"] == whole["steps"] == 5 * (len(whole["stages"]) - 1) + 2
     for before, after in zip(whole["stages"], resumed["stages"], strict=True):
         assert {**before, "seconds": 0} == {**after, "seconds": 0}
     weights = [load_file(Outputs.of(tmp_path / name).weights) for name in ("whole", "part")]
@@ -623,6 +643,9 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["detect", "--segment-len", "5", "--memory", "4", "--short", "none"], "--segments must be at least "),
         (["memorize", "--segment-len", "30", "--memory", "31"], "--segment-len must be at least num_memory_tokens"),
         (["detect", "--short", "499"], "--short must be from "),
+        (["detect", "--short", "none", "--short-segments", "2"], "--short-segments must be none without short, got 2"),
+        (["detect", "--short-segments", "3,2"], "--short-segments must be rising numbers from 1 on, got 3,2"),
+        (["detect", "--short", "17", "--memory", "18", "--short-segments", "2"], "--short must be at least num_memory"),
         (["detect", "--threshold", "1.5"], "--threshold must be above 0 and at most 1, got 1.5"),
         (["detect", "--lr", "-1"], "--lr must be 0 or more, got -1.0"),
         (["detect", "--batch", "0"], "--batch must be at least 1, got 0"),

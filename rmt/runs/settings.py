@@ -54,6 +54,7 @@ class TrainSettings:
         d_mem: of armt, width of queries and keys before their features.
         segment_len: tokens; None: 499, or what a pair takes in retrieval.
         short: as in `Recipe`; None: 64 and 128 in tasks of text, where those are possible.
+        short_segments: as in `Recipe`.
         segments: as in `Recipe`; none: up to 5.
         steps, threshold, anneal, vary, batch, lr, beta2, weight_decay, warm_up: as in `Recipe`.
         later_batch, later_lr: likewise; None: batch, and 0.4 of lr.
@@ -84,6 +85,7 @@ class TrainSettings:
     d_mem: int = 64
     segment_len: int | None = None
     short: tuple[int, ...] | None = None
+    short_segments: tuple[int, ...] = ()
     segments: tuple[int, ...] = ()
     steps: int = 1500
     threshold: float = 0.99
@@ -108,6 +110,7 @@ class TrainSettings:
         object.__setattr__(self, "segments", tuple(self.segments) or up_to(5, self.task))
         if self.short is not None:
             object.__setattr__(self, "short", tuple(self.short))
+        object.__setattr__(self, "short_segments", tuple(self.short_segments))
         self._check_numbers()
         self._check_model()
         if self.task == "retrieval":
@@ -150,6 +153,7 @@ class TrainSettings:
         """How it is trained."""
         return Recipe(
             short=self.short or (),
+            short_segments=self.short_segments,
             segments=self.segments,
             steps=self.steps,
             threshold=self.threshold,
@@ -179,7 +183,7 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise SettingError(name, f"must be 0 or more, got {value}")
-        for name in ("short", "segments"):
+        for name in ("short", "short_segments", "segments"):
             stages = getattr(self, name) or (1,)
             if stages[0] < 1 or any(b <= a for a, b in pairwise(stages)):
                 raise SettingError(name, f"must be rising numbers from 1 on, got {','.join(map(str, stages))}")

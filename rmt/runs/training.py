@@ -19,9 +19,9 @@ CHECKPOINT_EVERY = 50
 CURVE_EVERY = 10
 TEST_SEED = 0
 # may change between a run and its continuation: where files are, and what is yet to be done
-FREE = "babi book pretrained device short segments steps threshold anneal test_samples bptt noise later_batch".split()
-# of these, what a stage was trained with
-OF_STAGE = ("bptt", "noise", "later_batch")
+FREE = "babi book pretrained device short short_segments segments steps threshold anneal test_samples".split()
+# likewise, and of interest in each stage's figures
+OF_STAGE = ("bptt", "noise", "later_batch", "later_lr")
 
 
 class Listener(Protocol):
@@ -53,7 +53,9 @@ def run_training(settings: TrainSettings, folder: Path, listener: Listener, *, r
         _check_same(saved["settings"], settings)
     run = build(settings, outputs if resume else None)
     settings = run.settings
-    with named(segments="segments", short="short", length="segments"):
+    with named(
+        segments="segments", short="short", short_segments="short_segments", length="segments", segment_len="short"
+    ):
         trainer = Trainer(run.memory, run.task, settings.tokens, settings.recipe(), settings.seed)
         # a length that cannot be drawn is known before the hours that lead to it
         samples_of(run.task, 0, 1, trainer.plan[-1].length, TEST_SEED)
@@ -105,12 +107,13 @@ def _stage_figures(trainer: Trainer, settings: TrainSettings) -> dict[str, Any]:
     """Of the present stage, with a test at its length."""
     stage, log, samples = trainer.plan[trainer.stage], trainer.log, settings.test_samples
     trainer.memory.eval()
-    hits = count_right(trainer.memory, trainer.task, stage.length, trainer.segment_len, samples, TEST_SEED)
+    hits = count_right(trainer.memory, trainer.task, stage.length, stage.segment_len, samples, TEST_SEED)
     trainer.memory.train()
     blocks = [log[i : i + CURVE_EVERY] for i in range(0, len(log), CURVE_EVERY)]
     return {
         "segments": stage.segments,
         "tokens": stage.length,
+        "segment_len": stage.segment_len,
         "annealed": stage.annealed,
         **{name: getattr(settings, name) for name in OF_STAGE},
         "steps": trainer.step,
@@ -171,7 +174,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 def _check_same(saved: dict[str, Any], settings: TrainSettings) -> None:
     for name, value in _plain(settings).items():
-        if name not in FREE and saved[name] != value:
+        if name not in (*FREE, *OF_STAGE) and saved[name] != value:
             raise SettingError(name, f"must be the checkpoint's with resume, {saved[name]!r}, got {value!r}")
 
 

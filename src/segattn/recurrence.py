@@ -67,6 +67,10 @@ def train(
     short: Annotated[
         str | None, typer.Option(help="Tokens of stages before a whole segment, or none. Default: 64,128.")
     ] = None,
+    short_segments: Annotated[
+        str | None,
+        typer.Option(help="Then, stages of so many segments as short as the last of --short. Default: none."),
+    ] = None,
     segments: Annotated[
         str | None, typer.Option(help="How far the curriculum goes, as 5, or its stages, as 1,2,3,5. Default: 5.")
     ] = None,
@@ -117,6 +121,8 @@ def train(
             given["segments"] = up_to(stages[0], given["task"]) if len(stages) == 1 else stages
         if short is not None:
             given["short"] = () if short == "none" else _numbers("short", short)
+        if short_segments is not None:
+            given["short_segments"] = () if short_segments == "none" else _numbers("short-segments", short_segments)
         settings = TrainSettings(**given)
         with Stages(command.console) if command.console.is_terminal else StageLines(command.console) as listener:
             figures = run_training(settings, out, listener, resume=resume)
