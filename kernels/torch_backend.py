@@ -244,6 +244,14 @@ def segment_decode(
 ) -> Tensor:
     """lengths [B]: tokens in each row of k and v, the last of them q's; counters are the kernels' own affair."""
     batch, _, query_time, _ = q.shape
+    if lengths is not None and not torch.compiler.is_compiling() and lengths.device.type == "cpu":
+        # nothing waits for their values there, and most of a buffer may be yet to come
+        shortest, longest = (int(n) for n in lengths.clamp(max=k.shape[2]).aminmax())
+        k, v = k[:, :, : max(1, longest)], v[:, :, : max(1, longest)]
+        lengths = lengths if shortest < max(1, longest, query_time) else None
+    if lengths is None and query_time == 1:
+        out = attend(q, k, v, None, False, options)
+        return out if gate is None or state is None else blend(out, memory_q, state, gate, options)
     time = k.shape[2]
     end = torch.full((batch,), time, device=q.device) if lengths is None else lengths.clamp(max=time)
     position = (end[:, None] - query_time + torch.arange(query_time, device=q.device))[:, None, :, None]
