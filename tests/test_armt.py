@@ -450,6 +450,37 @@ def test_gradient_reaches_back_so_many_real_segments_and_no_further(bptt: int | 
         assert any(bool(leaf.grad is not None and leaf.grad[row].any()) for leaf in leaves) == (bptt is None)
 
 
+def test_layers_of_experts() -> None:
+    """Without a memory's values the first segment's logits are the model's own; the schedules route tokens alike."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=models.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=24,
+        moe_intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    # the default is not for float64
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    memory = AssociativeMemory(transformers.Qwen3MoeForCausalLM(config).double().eval(), M, L, d_mem=5)
+    ids = models.tokens(2, 3 * L + 2)
+    with torch.no_grad():
+        own = memory.model(ids[:, :L], use_cache=False).logits
+        assert error(memory(ids).logits[:, :L], own) < 1e-12
+    for layer in memory.memories.values():
+        torch.nn.init.normal_(layer.value.weight, std=0.2)
+    expected = results(as_scheduled(memory, "vertical"), ids, labels=ids)
+    for schedule in ("horizontal", "diagonal"):
+        found = results(as_scheduled(memory, schedule), ids, labels=ids)
+        assert found.keys() == expected.keys()
+        assert all(error(found[key], expected[key]) < 1e-12 for key in expected if expected[key].any()), schedule
+
+
 # --- generation
 
 
@@ -521,6 +552,23 @@ BAD: dict[str, tuple[type[Exception], Callable[[AssociativeMemory], Any]]] = {
             transformers.BertModel(
                 transformers.BertConfig(
                     vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+                )
+            ),
+            1,
+            4,
+        ),
+    ),
+    "model must embed its tokens in the module that runs its layers, got a BertLMHeadModel": (
+        ValueError,
+        lambda m: AssociativeMemory(
+            transformers.BertLMHeadModel(
+                transformers.BertConfig(
+                    vocab_size=9,
+                    hidden_size=8,
+                    num_hidden_layers=1,
+                    num_attention_heads=1,
+                    intermediate_size=8,
+                    is_decoder=True,
                 )
             ),
             1,

@@ -7,6 +7,7 @@ stand-ins note what each layer would be called with, and the last one lets the c
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -60,6 +61,11 @@ class Decoder(NamedTuple):
                         raise ValueError(
                             f"model must have a language model's head, got a {type(model).__name__} alone: pass the "
                             "causal language model that it belongs to"
+                        )
+                    if "inputs_embeds" not in inspect.signature(module.forward).parameters:
+                        raise ValueError(
+                            f"model must embed its tokens in the module that runs its layers, got a "
+                            f"{type(model).__name__}, whose {type(module).__name__} takes no inputs_embeds"
                         )
                     return cls(path, name)
         raise ValueError(f"model must be a Hugging Face decoder with causal layers, got a {type(model).__name__}")
@@ -151,7 +157,13 @@ class _Given(nn.Module):
         self.hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+        return _Output(last_hidden_state=self.hidden)
+
+
+class _Output(BaseModelOutputWithPastAndCrossAttentions):
+    """Also what a model of experts asks for, behind its layers."""
+
+    router_logits = None
 
 
 def _with(module: nn.Module, path: str, child: nn.Module) -> nn.Module:

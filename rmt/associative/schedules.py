@@ -16,7 +16,7 @@ from ...kernels.state import MemoryState
 from .decoder import Layer
 from .layer import DPFP, AssociativeLayer, Projections, memorize, recall, side_by_side
 from .placement import Placement
-from .stacking import Tensors, kind, stacked, stacked_tensors
+from .stacking import Tensors, kind, routes, stacked, stacked_tensors
 
 Wave = list[tuple[int, int]]
 States = list[MemoryState | None]
@@ -139,7 +139,8 @@ def _blocks(layers: Sequence[Layer], memories: Sequence[AssociativeLayer | None]
     """Layers that are alike together, or each alone."""
     alike: dict[Any, list[int]] = {}
     for index, (layer, memory) in enumerate(zip(layers, memories, strict=True)):
-        key = (kind(layer.module), _identity((layer.args, layer.kwargs)), memory is None) if together else index
+        alone = not together or routes(layer.module)
+        key = index if alone else (kind(layer.module), _identity((layer.args, layer.kwargs)), memory is None)
         alike.setdefault(key, []).append(index)
     blocks = []
     for members in alike.values():

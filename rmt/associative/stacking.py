@@ -30,6 +30,11 @@ def kind(module: nn.Module) -> Any:
     return tuple(parts), tensors
 
 
+def routes(module: nn.Module) -> bool:
+    """Whether tokens go to experts, whose batches are no longer those of layers laid end to end."""
+    return any(path.rpartition(".")[2] == "experts" for path, _ in module.named_modules())
+
+
 def stacked_tensors(modules: list[nn.Module]) -> Tensors:
     """name → [A, ...], parameters and buffers of A modules of one kind."""
     held = [_tensors(module) for module in modules]
