@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ SHUT = -30.0
 EVALUATED_TOKENS = 16384
 
 Run = dict[str, Any]
+AnySetup = TypeVar("AnySetup", bound="Setup")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def gates_of(model: nn.Module) -> list[Gate]:
 
 def nats(model: nn.Module, rows: Tensor) -> Tensor:
     """[B, T] of every byte but the first of rows [B, T + 1]."""
-    logits = model(rows[:, :-1], use_cache=False).logits
+    logits = model(rows[:, :-1]).logits
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(len(rows), -1)
 
 
@@ -147,11 +148,18 @@ def by_position(model: nn.Module, text: Tensor, row: int) -> Tensor:
     return sum(nats(model, part).double().sum(0) for part in parts) / len(rows)  # type: ignore[return-value]
 
 
-def run(setup: Setup, variant: str, seed: int, text: Tensor, on_step: Callable[[float], None]) -> Run:
-    """Train and evaluate one model."""
+def run(
+    setup: AnySetup,
+    variant: str,
+    seed: int,
+    text: Tensor,
+    on_step: Callable[[float], None],
+    make: Callable[[AnySetup, str, int], nn.Module] = build,
+) -> Run:
+    """Train and evaluate one model, the one that `make` builds."""
     begin = time.perf_counter()
     cut = round(len(text) * (1 - setup.held_out))
-    model = build(setup, variant, seed)
+    model = make(setup, variant, seed)
     losses = train(model, text[:cut], setup, seed, on_step)
     trained = time.perf_counter()
     found = by_position(model, text[cut:], setup.row)
@@ -177,11 +185,11 @@ def rounded(x: Tensor) -> Any:
     return [round(value, 5) for value in values] if isinstance(values, list) else round(values, 5)
 
 
-def summary(runs: Iterable[Run]) -> dict[str, Any]:
+def summary(runs: Iterable[Run], variants: Iterable[str] = VARIANTS) -> dict[str, Any]:
     """Mean and standard deviation over the seeds, of the perplexity, and of the nats less those of `local`."""
     found = {(run["variant"], run["seed"]): run["nats"] for run in runs}
     table = {}
-    for variant in VARIANTS:
+    for variant in variants:
         values = [value for (name, _), value in found.items() if name == variant]
         less = [
             value - found["local", seed]
@@ -210,13 +218,29 @@ def experiment(setup: Setup, path: Path, out: Path) -> dict[str, Any]:
     Raises:
         ValueError: the runs there are of another setup, or of another text.
     """
-    content = path.read_bytes()
-    text = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    about = {"setup": asdict(setup), "text": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
-    out.mkdir(parents=True, exist_ok=True)
-    figures = earlier(out / "book.json", about)
+    figures = all_runs(setup, path, out / "book.json", VARIANTS, build)
+    plot_book(out / "book.png", figures)
+    return figures
+
+
+def all_runs(
+    setup: AnySetup,
+    path: Path,
+    kept: Path,
+    variants: Sequence[str],
+    make: Callable[[AnySetup, str, int], nn.Module],
+) -> dict[str, Any]:
+    """Every run of the text at `path` that the figures in `kept` do not hold yet; they are written as each ends.
+
+    Raises:
+        ValueError: the runs there are of another setup, or of another text.
+    """
+    text, about = text_of(path)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    figures = earlier(kept, {"setup": asdict(setup), "text": about})
     done = {(run["variant"], run["seed"]) for run in figures["runs"]}
-    jobs = [(variant, seed) for seed in range(setup.seeds) for variant in VARIANTS if (variant, seed) not in done]
+    jobs = [(variant, seed) for seed in range(setup.seeds) for variant in variants if (variant, seed) not in done]
+    width = max(map(len, variants))
     console = Console(soft_wrap=True, highlight=False)
     columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -226,15 +250,21 @@ def experiment(setup: Setup, path: Path, out: Path) -> dict[str, Any]:
             def on_step(loss: float, name: str = f"{variant}, seed {seed}") -> None:
                 progress.update(task, advance=1, description=f"{name}: loss {loss:.3f}")
 
-            found = run(setup, variant, seed, text, on_step)
+            found = run(setup, variant, seed, text, on_step, make)
             figures["runs"].append(found)
-            figures |= {"versions": versions(), "summary": summary(figures["runs"])}
-            write_figures(out / "book.json", figures)
+            figures |= {"versions": versions(), "summary": summary(figures["runs"], variants)}
+            write_figures(kept, figures)
             perplexity, seconds = math.exp(found["nats"]), sum(found["seconds"].values())
-            console.print(f"{variant:6} seed {seed}: perplexity {perplexity:.3f} per byte, {seconds:.0f} s")
+            console.print(f"{variant:{width}} seed {seed}: perplexity {perplexity:.3f} per byte, {seconds:.0f} s")
             console.file.flush()
-    plot_book(out / "book.png", figures)
     return figures
+
+
+def text_of(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """A file's bytes, uint8, and what tells it from others."""
+    content = path.read_bytes()
+    about = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8), about
 
 
 def earlier(path: Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -249,24 +279,39 @@ def earlier(path: Path, about: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 2 where the folder holds another experiment, 130 where it was interrupted."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def command(
+    setup_type: type[AnySetup],
+    experiment: Callable[[AnySetup, Path, Path], object],
+    name: str,
+    about: str,
+    arguments: Sequence[str] | None,
+) -> int:
+    """An experiment as a command whose options are the setup's fields.
+
+    Returns:
+        The exit status: 2 where the folder holds another experiment, 130 where it was interrupted.
+    """
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--text", type=Path, required=True, help="a book, any encoding: it is read as bytes")
-    parser.add_argument("--out", type=Path, required=True, help="folder of book.json and book.png")
-    for field in fields(Setup):
+    parser.add_argument("--out", type=Path, required=True, help="folder of the figures and the picture")
+    for field in fields(setup_type):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     given = vars(parser.parse_args(arguments))
     path, out = given.pop("text"), given.pop("out")
     try:
-        experiment(Setup(**given), path, out)
+        experiment(setup_type(**given), path, out)
     except (OSError, ValueError) as error:
-        sys.stderr.write(f"book_experiment: {error}\n")
+        sys.stderr.write(f"{name}: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("book_experiment: stopped; the same command goes on after the last whole run\n")
+        sys.stderr.write(f"{name}: stopped; the same command goes on after the last whole run\n")
         return 130
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status, as of `command`."""
+    return command(Setup, experiment, "book_experiment", (__doc__ or "").splitlines()[0], arguments)
 
 
 if __name__ == "__main__":

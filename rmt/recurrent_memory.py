@@ -219,7 +219,8 @@ class RecurrentMemory(nn.Module):
         return RecurrentOutput(
             None if targets is None else loss / count.clamp(min=1),
             gather(kept, *x.shape[:2]),
-            RecurrentState(memory),
+            # by itself, so that it does not keep the last segment's other rows
+            RecurrentState(memory.clone()),
         )
 
     def _read(self, x: Tensor, segment: Segment, memory: Tensor, required: bool) -> tuple[Tensor, Tensor | None]:

@@ -25,7 +25,8 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = [] if node.level == 0 else ["segattn", path.parent.name][: 3 - node.level]
+            inside = ["segattn", *path.relative_to(ROOT).parts[:-1]]
+            base = [] if node.level == 0 else inside[: len(inside) + 1 - node.level]
             module = ".".join([*base, *([node.module] if node.module else [])])
             found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
     return found
@@ -48,6 +49,14 @@ def test_triton_is_imported_in_kernels_alone() -> None:
 def test_the_reference_stands_alone() -> None:
     own = {name for name in imports(ROOT / "kernels" / "reference.py") if name.startswith("segattn")}
     assert {name.split(".")[2] for name in own if name.count(".") >= 2} == {"state"}
+
+
+def test_every_room_is_in_the_wheel() -> None:
+    # Python 3.10 has no reader of its own
+    listed = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    packages = re.findall(r'"([\w.]+)"', listed[1]) if listed else []
+    folders = {path.parent.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    assert set(packages) == {"segattn", *(".".join(["segattn", *folder.parts]) for folder in folders)}
 
 
 def test_no_name_is_taken_from_others(tmp_path: Path) -> None:

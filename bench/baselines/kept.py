@@ -1,0 +1,45 @@
+"""Keys and values that are kept of earlier segments, as a value, and what of them stood before each segment."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Kept(NamedTuple):
+    """The newest tokens' keys [B, H, C, K] and values [B, H, C, V], without a graph."""
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def nothing(cls, k: Tensor, v: Tensor) -> Kept:
+        """Of no tokens, for keys and values like these."""
+        return cls(k[:, :, :0].detach(), v[:, :, :0].detach())
+
+    def after(self, k: Tensor, v: Tensor, limit: int | None = None) -> Kept:
+        """With new tokens behind; of more than `limit` the oldest are dropped."""
+        joined = [torch.cat([held, new.detach()], 2) for held, new in zip(self, (k, v), strict=True)]
+        length = joined[0].shape[2]
+        first = 0 if limit is None else max(0, length - limit)
+        # cloned, so that what was dropped is not kept alive
+        return Kept(*(x[:, :, first:].clone() if first else x for x in joined))
+
+
+def before_segments(kept: Tensor, new: Tensor, width: int, segment_len: int) -> Tensor:
+    """[B, H, S, width, ·]: what stood in the `width` places before each segment of `new`, detached; 0 where nothing.
+
+    Args:
+        kept: [B, H, C, ·] of the tokens before, C ≤ width.
+        new: [B, H, S · segment_len, ·].
+    """
+    earlier = F.pad(torch.cat([kept, new.detach()], 2), (0, 0, width - kept.shape[2], 0))
+    return earlier[:, :, : width + new.shape[2] - segment_len].unfold(2, width, segment_len).mT
+
+
+def numbers_before(kept: int, time: int, width: int, segment_len: int) -> Tensor:
+    """int64 [S]: how many of the `width` places before each segment hold a token."""
+    return (kept + torch.arange(0, time, segment_len)).clamp(max=width)
