@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import validation as check
+from ..kernels.autocast import autocast, autocast_holds
 from ..kernels.backends import check_backend
-from ..kernels.exchange import Ranks, agree
+from ..kernels.exchange import Ranks, agree_on_runs, modes
 from ..kernels.operation import segment_attention
-from ..kernels.sequence_parallel import sequence_parallel_attention
+from ..kernels.sequence_parallel import sequence_parallel_attention, under_context_parallel
 from ..kernels.state import MemoryState, SegmentOutput
 from .gate import Gate
 from .rotary import rotate
@@ -142,6 +143,7 @@ class InfiniAttention(nn.Module):
         Raises:
             TypeError, ValueError: x of another width, a state of another kind, batch or layer, a state together with
                 spans or cu_seqlens, or what `segment_attention` refuses of these; with a group, on every rank.
+            RuntimeError: with a group, PyTorch's context_parallel is on.
         """
         ranks = None if group is None else Ranks.of(group)
         first, total = 0, x.shape[1] if isinstance(x, Tensor) and x.ndim == 3 else 0
@@ -195,9 +197,9 @@ class InfiniAttention(nn.Module):
 
     def _agree(
         self, ranks: Ranks, x: Tensor, state: InfiniState | None, spans: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[int, ...]:
+    ) -> list[int]:
         """The tokens of every rank, all of which make this call."""
-        problem: Exception | None = None
+        problem: Exception | None = under_context_parallel("x, a run of a text over several processes,")
         settings: dict[str, object] = {}
         try:
             self._check(x, state, spans, cu_seqlens)
@@ -207,16 +209,26 @@ class InfiniAttention(nn.Module):
                 raise ValueError(
                     f"state must end with a whole segment for a group, got {state.keys.shape[2]} more tokens"
                 )
-            names = ("segment_len", "update", "empty_memory", "rope", "heads", "kv_heads", "head_width")
-            settings = {name: getattr(self, name) for name in names} | {
+            names = ("segment_len", "update", "empty_memory", "rope", "rope_base", "heads", "kv_heads", "head_width")
+            settings = {name: getattr(self, name) for name in (*names, "backend")} | {
                 "x's batch size": x.shape[0],
                 "x's dtype": x.dtype,
-                "the state's position": None if state is None else state.position,
-                "torch.is_grad_enabled()": torch.is_grad_enabled(),
+                "qk_norm": self.q_norm is not None,
+                "write_bias given": self.write_bias is not None,
+                "state given": state is not None,
+                **modes(x.device.type),
             }
+            if state is not None:
+                like = x.new_empty(x.shape[0], self.kv_heads, 0, self.head_width)
+                like = autocast(like) if autocast_holds(x.device.type) else like
+                check.check_state(state.memory, x.shape[0], like, like)
+                check.check_shape("state.values", state.values, "that of its keys", state.keys.shape)
+                kinds = {"keys": state.keys, "values": state.values, "memory": state.memory.memory}
+                settings |= {f"the dtype of the state's {name}": kept.dtype for name, kept in kinds.items()}
+                settings["the state's position"] = state.position
         except (TypeError, ValueError) as error:
-            problem = error
-        return agree(ranks, settings, 0 if problem else x.shape[1], self.segment_len, problem)
+            problem = problem or error
+        return agree_on_runs(ranks, settings, 0 if problem else x.shape[1], self.segment_len, problem)
 
     def _check_state(self, state: InfiniState, x: Tensor) -> None:
         if not isinstance(state, InfiniState):

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from .autocast import autocast_holds
+
 
 class Ranks(NamedTuple):
     """The processes that share a sequence, each with a run of it, in the order of their ranks in the group."""
@@ -58,35 +60,40 @@ class Ranks(NamedTuple):
         return gathered.view(self.size, *x.shape)
 
 
-def agree(
-    ranks: Ranks,
-    settings: Mapping[str, object],
-    time: int,
-    segment_len: int,
-    problem: Exception | None = None,
-) -> tuple[int, ...]:
-    """Let every rank go on, or none.
+def agree(ranks: Ranks, settings: Mapping[str, object], problem: Exception | None = None, time: int = 0) -> list[int]:
+    """Let every rank go on, or none: one collective of 24 bytes per rank.
 
     Args:
         ranks: the processes that call this together.
-        settings: what must be equal on all of them, by name.
-        time: tokens that this rank holds; whole segments, but for the last rank's.
-        segment_len: tokens per segment.
+        settings: what must be equal on all of them, by name; numbers by value, whatever their type.
         problem: what is wrong with this rank's own call.
+        time: tokens that this rank holds.
 
     Returns:
         The tokens of every rank.
 
     Raises:
-        ValueError: on every rank alike: settings differ, a rank holds no tokens or a part of a segment, or has a
-            problem, which that rank itself raises as it is.
+        ValueError: on every rank alike: settings differ, or a rank has a problem, which that rank itself raises as it
+            is.
     """
-    told = {name: str(value) for name, value in settings.items()}
+    told = {name: _spoken(value) for name, value in settings.items()}
     digest = hashlib.blake2b(repr(sorted(told.items())).encode(), digest_size=7).digest()
     header = torch.tensor([int.from_bytes(digest, "big"), time, problem is not None])
-    digests, times, problems = ranks.gather(header.to(_quick_device(ranks))).T.tolist()
+    digests, times, problems = ranks.gather(header.to(quick_device(ranks))).T.tolist()
     if any(problems) or len(set(digests)) > 1:
-        _tell(ranks, told, problem)
+        tell(ranks, told, problem)
+    return times
+
+
+def agree_on_runs(
+    ranks: Ranks, settings: Mapping[str, object], time: int, segment_len: int, problem: Exception | None = None
+) -> list[int]:
+    """`agree`, and that every rank holds tokens, whole segments of them but for the last rank.
+
+    Raises:
+        ValueError: on every rank alike, as `agree`, or naming the rank that does not.
+    """
+    times = agree(ranks, settings, problem, time)
     for rank, held in enumerate(times):
         if held < 1:
             raise ValueError(
@@ -97,18 +104,29 @@ def agree(
                 f"every rank but the last must hold whole segments of {segment_len} tokens, got {held} on rank {rank} "
                 f"of {ranks.size}: split with segattn.shard_batch"
             )
-    return tuple(times)
+    return times
 
 
-def _quick_device(ranks: Ranks) -> torch.device:
+def modes(device_type: str) -> dict[str, object]:
+    """What is on around a call, and must be on every rank's: settings for `agree`."""
+    lowered = torch.get_autocast_dtype(device_type) if autocast_holds(device_type) else "off"
+    return {"torch.is_grad_enabled()": torch.is_grad_enabled(), "autocast": lowered}
+
+
+def quick_device(ranks: Ranks) -> torch.device:
     """The CPU, where the group can use it: nothing then waits for a GPU."""
     kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(ranks.group).split(",")]
     return torch.device("cpu" if "cpu" in kinds else kinds[0])
 
 
-def _tell(ranks: Ranks, settings: dict[str, str], problem: Exception | None) -> None:
-    """Raise what is wrong, on every rank."""
-    mine = settings, None if problem is None else f"{type(problem).__name__}: {problem}"
+def _spoken(value: object) -> str:
+    """1 and 1.0 are the same setting."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def tell(ranks: Ranks, settings: Mapping[str, str], problem: Exception | None) -> None:
+    """Raise what is wrong, on every rank, where all know that something is."""
+    mine = dict(settings), None if problem is None else f"{type(problem).__name__}: {problem}"
     everyone: list[Any] = [None] * ranks.size
     dist.all_gather_object(everyone, mine, group=ranks.group)
     if problem is not None:
@@ -126,65 +144,83 @@ def _tell(ranks: Ranks, settings: dict[str, str], problem: Exception | None) -> 
                 )
 
 
-def anchor() -> Tensor:
-    """An argument that keeps an exchange in the graph of ranks where nothing else asks for a gradient."""
-    return torch.empty(0, requires_grad=torch.is_grad_enabled())
+# an argument that keeps an exchange in the graph of ranks where nothing else asks for a gradient
+ANCHOR = torch.empty(0, requires_grad=True)
 
 
 class Sums(torch.autograd.Function):
     """Prefix sums over ranks: X_0 the start of rank 0, X_1 = S_0, X_{r+1} = X_r + S_r.
 
     Takes S_r, which on rank 0 includes the start, and the start, which counts on rank 0 alone.
-    Returns X_r, and X after the last rank.
+    Returns X_r, and X after the last rank if that is wanted, as by all ranks or by none. Sums are in float64.
     """
 
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, anchor: Tensor, sums: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, ranks: Ranks, anchor: Tensor, sums: Tensor, start: Tensor, want_after: bool
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.ranks = ranks
-        gathered = ranks.gather(sums).double()
-        before = start.clone() if ranks.rank == 0 else gathered[: ranks.rank].sum(0).to(sums.dtype)
-        return before, gathered.sum(0).to(sums.dtype)
+        gathered = ranks.gather(sums)
+        before = _sum(gathered[: ranks.rank]).to(sums.dtype) if ranks.rank else start.clone()
+        return before, _sum(gathered).to(sums.dtype) if want_after else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dbefore: Tensor, dafter: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dbefore: Tensor, dafter: Tensor | None) -> tuple[Tensor | None, ...]:
         ranks: Ranks = ctx.ranks
-        gathered = ranks.gather(torch.stack([dbefore, dafter])).double()
-        dsums = gathered[ranks.rank + 1 :, 0].sum(0) + gathered[:, 1].sum(0)
-        return None, None, dsums.to(dbefore.dtype), dbefore if ranks.rank == 0 else None
+        gathered = ranks.gather(torch.stack([dbefore] if dafter is None else [dbefore, dafter]))
+        dsums = _sum(gathered[ranks.rank + 1 :, 0])
+        if dafter is not None:
+            dsums += _sum(gathered[:, 1])
+        return None, None, dsums.to(dbefore.dtype), dbefore if ranks.rank == 0 else None, None
 
 
 class Maps(torch.autograd.Function):
     """Affine maps composed over ranks: X_0 the start of rank 0, X_1 = B_0, X_{r+1} = P_r X_r + B_r.
 
     Takes [B_r | P_r], [..., K, V + K], whose B_0 includes the start, and the start, which counts on rank 0 alone.
-    Returns X_r, and X after the last rank, [..., K, V]. Products are in float64, which no setting lowers.
+    Returns X_r, [..., K, V], and X after the last rank if that is wanted, as by all ranks or by none. Products are in
+    float64, which no setting lowers. What W ranks gather is W times as large as one's, so none of it is kept: the
+    backward gathers the P_r again.
     """
 
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, anchor: Tensor, maps: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        width = start.shape[-1]
+    def forward(
+        ctx: Any, ranks: Ranks, anchor: Tensor, maps: Tensor, start: Tensor, want_after: bool
+    ) -> tuple[Tensor, Tensor | None]:
         gathered = ranks.gather(maps)
-        before, x = start.clone(), gathered[0, ..., :width].double()
-        for rank in range(1, ranks.size):
-            if rank == ranks.rank:
-                before = x.to(start.dtype)
-            added, kept = gathered[rank].double().tensor_split((width,), dim=-1)
-            x = torch.matmul(kept, x).add_(added)
+        x = _through(gathered[1 : ranks.rank], gathered[0, ..., : start.shape[-1]].double())
+        # copied, so that a part of what was gathered does not keep the whole
+        before = (x if ranks.rank else start).to(start.dtype, copy=True)
+        after = _through(gathered[max(ranks.rank, 1) :], x).to(start.dtype, copy=True) if want_after else None
         ctx.ranks = ranks
-        # what comes back has passed later ranks only
-        ctx.save_for_backward(before, gathered[ranks.rank + 1 :, ..., width:].clone())
-        return before, x.to(start.dtype)
+        ctx.save_for_backward(before, maps)
+        return before, after
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dbefore: Tensor, dafter: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dbefore: Tensor, dafter: Tensor | None) -> tuple[Tensor | None, ...]:
         ranks: Ranks = ctx.ranks
-        before, kept = ctx.saved_tensors
-        gathered = ranks.gather(torch.stack([dbefore, dafter]))
-        dx = gathered[:, 1].sum(0, dtype=torch.float64)
+        before, maps = ctx.saved_tensors
+        width = before.shape[-1]
+        told = [maps[..., width:], dbefore, *([] if dafter is None else [dafter])]
+        kept, *gradients = ranks.gather(torch.cat(told, dim=-1)).split([x.shape[-1] for x in told], dim=-1)
+        dx = _sum(gradients[1]) if len(gradients) > 1 else dbefore.new_zeros(dbefore.shape, dtype=torch.float64)
         for rank in range(ranks.size - 1, ranks.rank, -1):
-            dx = torch.matmul(kept[rank - ranks.rank - 1].double().mT, dx).add_(gathered[rank, 0])
-        dkept = torch.zeros_like(before @ before.mT) if ranks.rank == 0 else dx @ before.double().mT
+            dx = torch.matmul(kept[rank].double().mT, dx).add_(gradients[0][rank])
+        # rank 0 does not pass its start on by P_0, which B_0 includes
+        dkept = dx @ before.double().mT if ranks.rank else dx.new_zeros(kept.shape[1:])
         dmaps = torch.cat([dx, dkept], dim=-1).to(before.dtype)
-        return None, None, dmaps, dbefore if ranks.rank == 0 else None
+        return None, None, dmaps, dbefore if ranks.rank == 0 else None, None
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(0, dtype=torch.float64)
+
+
+def _through(maps: Tensor, x: Tensor) -> Tensor:
+    """Where maps [N, ..., K, V + K] take x [..., K, V], one after another."""
+    for one in maps:
+        added, kept = one.double().tensor_split((x.shape[-1],), dim=-1)
+        x = torch.matmul(kept, x).add_(added)
+    return x

@@ -101,6 +101,9 @@ def segment_attention(
 
     if k.shape[2] == 0 or sequences == 0:
         return SegmentOutput(empty_output(q, v), None if state is None else MemoryState(*(x.clone() for x in state)))
+    if gate is not None and memory_k is not None and memory_k.requires_grad and k.shape[2] < segment_len:
+        # nothing is written by it, yet its gradient is zeros, not None: processes that add theirs up each need one
+        gate = gate + memory_k[:, :, :0].sum(dtype=gate.dtype)
     memory_q, memory_k = q if memory_q is None else memory_q, k if memory_k is None else memory_k
     return run(q, k, v, memory_q, memory_k, gate, state, bounds, options)
 

@@ -2,7 +2,9 @@
 
 The memory before a rank's first token is all that it needs of earlier ranks: K × (V + 1) numbers per key/value head,
 however long the sequence. By the linear rule it is a sum over ranks. By the delta rule each rank is, once its
-normaliser is known, an affine map of the memory, M ← P M + B with P = Π (I − A_s); the ranks' maps are composed.
+normaliser is known, an affine map of the memory, M ← P M + B with P = Π (I − A_s); the ranks' maps are composed. A
+rank's map costs it a pass over its keys, V + K wide, which computes every A_s once more than one process does. The
+exchange ends before the call begins: what the state gives is blended in the one pass that also attends.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import validation as check
 from .autocast import autocast, autocast_holds
 from .backends import resolve, takes_width
-from .exchange import Maps, Ranks, Sums, agree, anchor
+from .exchange import ANCHOR, Maps, Ranks, Sums, agree_on_runs, modes
 from .operation import segment_attention
 from .state import MemoryState, SegmentOutput
 
@@ -39,6 +42,7 @@ def sequence_parallel_attention(
     scale: float | None = None,
     softcap: float | None = None,
     backend: str | None = None,
+    want_state: bool = True,
     check_ranks: bool = True,
 ) -> SegmentOutput:
     """`segment_attention` of a sequence whose runs lie on the ranks of `group`, in their order.
@@ -55,16 +59,20 @@ def sequence_parallel_attention(
             `segment_attention`, the same on every rank.
         state: the memory before the whole sequence. On every rank or on none; rank 0's is read and gets the gradient.
         cu_seqlens, spans: not taken, must be None.
+        want_state: False where nothing uses the state after the whole sequence, which then costs nothing: the state of
+            the result is None. The same on every rank.
         check_ranks: let the ranks agree on their settings before they exchange anything, which costs one collective of
             24 bytes per rank, over the CPU where the group has a backend for it. False where they are known to.
 
     Returns:
-        SegmentOutput(out, state): out [B, H, T, V] of this rank's run; state after the whole sequence, on every rank.
+        SegmentOutput(out, state): out [B, H, T, V] of this rank's run; state after the whole sequence, on every rank,
+        if it is wanted.
 
     Raises:
         TypeError, ValueError: on every rank, if any rank's arguments are refused, settings differ, a rank holds no
             tokens, or one before the last a part of a segment.
-        RuntimeError: another rank has ended, or does not answer within the group's timeout.
+        RuntimeError: another rank has ended, or does not answer within the group's timeout; or PyTorch's
+            context_parallel is on.
     """
     ranks = Ranks.of(group)
     options: dict[str, Any] = {
@@ -77,7 +85,7 @@ def sequence_parallel_attention(
         "backend": backend,
     }
     tensors = {"q": q, "k": k, "v": v, "memory_q": memory_q, "memory_k": memory_k}
-    problem: Exception | None = None
+    problem: Exception | None = under_context_parallel("a sequence over several processes")
     if cu_seqlens is not None or spans is not None:
         problem = ValueError(
             "cu_seqlens and spans must be None for a sequence over several processes, got one of them: give each row "
@@ -85,24 +93,46 @@ def sequence_parallel_attention(
         )
     if check_ranks:
         problem = problem or _problem(tensors, gate, state, options)
-        settings = {} if problem else _settings(tensors, gate, state, options)
-        agree(ranks, settings, 0 if problem else q.shape[2], segment_len, problem)
+        settings = {} if problem else {**_settings(tensors, gate, state, options), "want_state": want_state}
+        agree_on_runs(ranks, settings, 0 if problem else q.shape[2], segment_len, problem)
     elif problem:
         raise problem
     if ranks.size == 1 or gate is None:
-        return segment_attention(q, k, v, gate=gate, memory_q=memory_q, memory_k=memory_k, state=state, **options)
+        one = segment_attention(q, k, v, gate=gate, memory_q=memory_q, memory_k=memory_k, state=state, **options)
+        return one if want_state else SegmentOutput(one.out, None)
     written = k if memory_k is None else memory_k
     if autocast_holds(k.device.type):
         written, v = autocast(written), autocast(v)
-    before, after = _states(ranks, written, v, state, segment_len, update, backend)
+    before, after = _states(ranks, written, v, state, segment_len, update, backend, want_state)
     out, _ = segment_attention(q, k, v, gate=gate, memory_q=memory_q, memory_k=memory_k, state=before, **options)
     return SegmentOutput(out, after)
 
 
+def under_context_parallel(what: str) -> RuntimeError | None:
+    """The refusal of PyTorch's context_parallel, if it is on: it puts an attention of its own in place of PyTorch's."""
+    # which the compiler cannot look at
+    if torch.compiler.is_compiling():
+        return None
+    owner = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
+    if not owner.startswith("torch.distributed"):
+        return None
+    return RuntimeError(
+        f"{what} must not be cut by torch.distributed.tensor.experimental.context_parallel: turn it off, and use "
+        "segattn.shard_batch and segattn.sequence_parallel, or InfiniAttention's group"
+    )
+
+
 def _states(
-    ranks: Ranks, k: Tensor, v: Tensor, state: MemoryState | None, segment_len: int, update: str, backend: str | None
-) -> tuple[MemoryState, MemoryState]:
-    """The memory before this rank's run, and after the last rank's."""
+    ranks: Ranks,
+    k: Tensor,
+    v: Tensor,
+    state: MemoryState | None,
+    segment_len: int,
+    update: str,
+    backend: str | None,
+    want_after: bool,
+) -> tuple[MemoryState, MemoryState | None]:
+    """The memory before this rank's run, and after the last rank's if it is wanted."""
     batch, groups, _, width = k.shape
     zeros = MemoryState.zeros(batch, groups, width, v.shape[3], device=k.device, dtype=check.state_dtype(k))
     start = zeros if state is None or ranks.rank else state
@@ -110,16 +140,22 @@ def _states(
     if update == "linear":
         written = _write(k, v, start, segment_len, update, backend)
         sums = torch.cat([written.memory, written.normalizer.unsqueeze(-1)], dim=-1)
-        both = Sums.apply(ranks, anchor(), sums, torch.cat([start.memory, normalizer], dim=-1))
-        before, after = (MemoryState(x[..., :-1], x[..., -1]) for x in both)
-        return before, after
+        first = torch.cat([start.memory, normalizer], dim=-1)
+        before, after = Sums.apply(ranks, ANCHOR, sums, first, want_after)
+        return _columns(before), None if after is None else _columns(after)
     # of the values only that there are some
     few = MemoryState(zeros.memory[..., :16], start.normalizer)
     keys = _write(k, v[..., :16], few, segment_len, "linear", backend).normalizer.unsqueeze(-1)
-    z_before, z_after = (x.squeeze(-1) for x in Sums.apply(ranks, anchor(), keys, normalizer))
-    maps = _maps(k, v, MemoryState(start.memory, z_before), segment_len, backend)
-    m_before, m_after = Maps.apply(ranks, anchor(), maps, start.memory)
-    return MemoryState(m_before, z_before), MemoryState(m_after, z_after)
+    z, z_after = Sums.apply(ranks, ANCHOR, keys, normalizer, want_after)
+    before = MemoryState(start.memory, z.squeeze(-1))
+    m, m_after = Maps.apply(ranks, ANCHOR, _maps(k, v, before, segment_len, backend), start.memory, want_after)
+    after = MemoryState(m_after, z_after.squeeze(-1)) if want_after else None
+    return MemoryState(m, before.normalizer), after
+
+
+def _columns(x: Tensor) -> MemoryState:
+    """Of [M | z], [..., K, V + 1]."""
+    return MemoryState(x[..., :-1], x[..., -1])
 
 
 def _write(k: Tensor, v: Tensor, state: MemoryState, segment_len: int, update: str, backend: str | None) -> MemoryState:
@@ -185,4 +221,4 @@ def _settings(
     }
     kinds = {f"{name}'s dtype": x.dtype for name, x in tensors.items() if x is not None}
     given = {f"{name} given": x is not None for name, x in {**tensors, "gate": gate, "state": state}.items()}
-    return {**options, **kinds, **sizes, **given, "torch.is_grad_enabled()": torch.is_grad_enabled()}
+    return {**options, **kinds, **sizes, **given, **modes(tensors["q"].device.type)}  # type: ignore[union-attr]

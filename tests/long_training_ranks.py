@@ -1,6 +1,7 @@
 """The command of long training on a process that ends itself: after a step, or while a checkpoint is being written."""
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,12 @@ def state_dict(trainer: LongTrainer) -> dict[str, Any]:
 
 whole_state_dict = LongTrainer.state_dict
 
-if __name__ == "__main__":
+
+def main(rank: int, *arguments: str) -> None:
     torch.set_num_threads(1)
     command._Lines, LongTrainer.state_dict = Listener, state_dict
-    command.app()
+    command.app(arguments)
+
+
+if __name__ == "__main__":
+    main(int(os.environ["RANK"]), *sys.argv[1:])

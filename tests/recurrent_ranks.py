@@ -1,6 +1,6 @@
 """What recurrent memories on two processes, each with a text of its own, make of their gradients."""
 
-import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -44,15 +44,10 @@ def gradients(model: nn.Module, texts: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def main(folder: Path) -> None:
+def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     mine = tokens(2, TIME)[rank : rank + 1]
     found = {f"{kind} {way}": gradients(spread(memory(kind), way), mine) for kind in KINDS for way in WAYS}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -79,6 +78,8 @@ def attend(
     options = {"segment_len": L, **{name: getattr(call, name) for name in names}, **changed}
     out, after = sequence_parallel_attention(**inputs, state=state, group=group, **options)
     outputs = {"out": out} if after is None else {"out": out, "memory": after.memory, "normalizer": after.normalizer}
+    if not changed.get("want_state", True):
+        assert after is None
     shapes = {
         name: x.new_empty(*x.shape[:2], sum(runs), x.shape[3]) if name == "out" else x for name, x in outputs.items()
     }
@@ -119,6 +120,8 @@ def refusals(group: Any, rank: int) -> dict[str, str]:
         "dtype": call(dtype=torch.float32 if odd else torch.float64),
         "state": call(state=state),
         "own mistake": call(scale=-1.0 if odd else None),
+        "equal numbers": call(scale=1 if odd else 1.0, softcap=2.0 if odd else 2),
+        "want_state": call(want_state=not odd),
         "not a tensor": call(v=None) if odd else call(),
         "part of a segment": call(time=7 if rank == 1 else 10),
         "empty": call(time=0 if odd else 10),
@@ -126,6 +129,8 @@ def refusals(group: Any, rank: int) -> dict[str, str]:
         "group": call(group="sp"),
     }
     found = {name: refusal(made) for name, made in calls.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=odd):
+        found["autocast"] = refusal(call())
     found["after all that"] = refusal(call())
     return found
 
@@ -158,6 +163,76 @@ def infini(group: Any, rank: int, rope: str) -> dict[str, Tensor]:
     return found | {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
+def unwritten(group: Any, rank: int) -> dict[str, Tensor]:
+    """Gradients that DDP averages over two steps, the last rank with less than the one segment that others write."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    runs = (5, 5, 5, 3)
+    layer = DistributedDataParallel(module(), process_group=group)
+    for step in range(2):
+        out, _ = layer(mine(text(sum(runs), step), runs, rank, 1), group=group)
+        out.square().sum().backward()
+    return {name.removeprefix("module."): parameter.grad for name, parameter in layer.named_parameters()}
+
+
+def compiled(group: Any, rank: int) -> dict[str, Tensor]:
+    """A run in one graph, and without compiling: outputs and gradients."""
+
+    def call(x: Tensor) -> Tensor:
+        options = {"group": group, "segment_len": L, "gate": x.new_zeros(2), "want_state": False, "check_ranks": False}
+        return sequence_parallel_attention(x, x, x, **options).out
+
+    found = {}
+    for name, run in {"plain": call, "compiled": torch.compile(call, fullgraph=True, backend="eager")}.items():
+        x = torch.randn(1, 2, 10, 4, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+        out = run(x.requires_grad_())
+        out.square().sum().backward()
+        found[name] = torch.cat([out.detach(), x.grad])
+    return found
+
+
+def loss_refusals(group: Any, rank: int) -> dict[str, str]:
+    """Of losses that rank 2 gets wrong, and no other."""
+    logits, labels = torch.randn(2, 5, 9), torch.zeros(2, 5, dtype=torch.int64)
+    odd = {
+        "shapes": (logits, labels[:, 1:]),
+        "kinds": (logits, labels.float()),
+        "vocabulary": (logits, labels + 9),
+        "logits": (labels, labels),
+        "gradients": (logits, labels, "both"),
+        "other gradients": (logits, labels, "summed"),
+    }
+    found = {}
+    for name, (x, targets, *gradients) in odd.items():
+        given = (x, targets, *gradients) if rank == 2 else (logits, labels)
+        found[name] = refusal(lambda: mean_loss(*given[:2], group, gradients=(*given, "averaged")[2]))  # noqa: B023
+    return found
+
+
+def state_refusals(group: Any, rank: int) -> dict[str, str]:
+    """Of modules and states that rank 2 has otherwise than the others."""
+    x, odd = text(10, 0), rank == 2
+    layer = module()
+    _, state = layer(x)
+    memory = state.memory
+    states = {
+        "memory's dtype": state._replace(memory=MemoryState(*(kept.float() for kept in memory))),
+        "memory's shape": state._replace(memory=MemoryState(memory.memory[..., 1:], memory.normalizer)),
+        "values": state._replace(values=state.values[:1]),
+        "keys' dtype": state._replace(keys=state.keys.float()),
+        "no state": None,
+    }
+    layers = {
+        "write_bias": InfiniAttention(WIDTH, 4, segment_len=L, kv_heads=2, head_width=6).double(),
+        "backend": module(backend="reference"),
+        "qk_norm": module(qk_norm=True),
+    }
+    found = {name: refusal(lambda: layer(x, given if odd else state, group=group)) for name, given in states.items()}  # noqa: B023
+    for name, other in layers.items():
+        found[name] = refusal(lambda: (other if odd else layer)(x, group=group))  # noqa: B023
+    return found
+
+
 def module_refusals(group: Any, rank: int) -> dict[str, str]:
     """Of the module, of batches and of losses."""
     layer = module()
@@ -177,6 +252,9 @@ def module_refusals(group: Any, rank: int) -> dict[str, str]:
         "labels": lambda: shard_batch({"input_ids": ids, "labels": ids[:, 1:]}, group, 5),
         "left": lambda: shard_batch({"input_ids": ids, "attention_mask": left}, group, 5),
         "short": lambda: shard_batch({"input_ids": ids}, group, 10),
+        "text": lambda: shard_batch({"input_ids": ids + (rank == 2)}, group, 5),
+        "one rank's ids": lambda: shard_batch({"input_ids": ids.float() if rank == 2 else ids}, group, 5),
+        "segment_len": lambda: shard_batch({"input_ids": ids}, group, 6 if rank == 2 else 5),
         "gradients": lambda: mean_loss(logits, none, group, gradients="both"),
         "shapes": lambda: mean_loss(logits, none[:, 1:], group),
         "nothing": lambda: mean_loss(logits, none, group),
@@ -296,13 +374,25 @@ def model_refusals(group: Any, mesh: Any, rank: int) -> dict[str, str]:
         "padding on the left": call(attention_mask=left if rank == 0 else torch.ones_like(ids)),
         "padding between": call(attention_mask=later),
         "batch": call(input_ids=ids[:1] if rank == 3 else ids),
+        "labels": call(labels=ids if rank == 3 else None),
+        "after labels": call(),
         "part of a segment": call(input_ids=ids[:, :13] if rank == 0 else ids),
         "not all converted": refusal(lambda: segattn.sequence_parallel(converted(layers=[1]), group).__enter__()),
         "mesh": refusal(lambda: segattn.sequence_parallel(model, mesh).__enter__()),
     }
-    buffer = texts(0)[:, :16].clone()
+    shard = shard_batch({"input_ids": texts(0)}, group, 8)
+    del shard["shift_labels"]
+    found["forgotten"] = refusal(lambda: model(**shard))
+    with segattn.sequence_parallel(model, group), torch.autocast("cpu", enabled=rank == 3):
+        found["autocast"] = refusal(lambda: model(input_ids=ids))
+    buffer, layer = texts(0)[:, :16].clone(), module()
     with context_parallel(mesh["sp"], buffers=[buffer], buffer_seq_dims=[1]):
         found["context_parallel"] = refusal(lambda: model(input_ids=buffer))
+        found["context_parallel, module"] = refusal(lambda: layer(text(10, 0), group=group))
+        x = torch.randn(1, 2, 10, 4)
+        found["context_parallel, operation"] = refusal(
+            lambda: sequence_parallel_attention(x, x, x, group=group, segment_len=L)
+        )
     return found
 
 
@@ -337,6 +427,10 @@ def main(rank: int, folder: Path, with_models: bool) -> None:
             for name, call in CASES.items():
                 changed = {"frozen": True} if "frozen" in name else {}
                 results[f"{name}, {size}"] = attend(call, runs, groups[size], rank, torch.float64, **changed)
+            for update in ("delta", "linear"):
+                results[f"no state after, {update}, {size}"] = attend(
+                    CASES[update], runs, groups[size], rank, torch.float64, want_state=False
+                )
     for name in DTYPES:
         results[name] = attend(CASES["delta"], RUNS[4], groups[4], rank, getattr(torch, name))
     if rank < 2:
@@ -353,7 +447,11 @@ def main(rank: int, folder: Path, with_models: bool) -> None:
     results["refusals"] = refusals(groups[4], rank)
     for rope in ("segment", "sequence"):
         results[f"module, {rope}"] = infini(groups[4], rank, rope)
+    results["unwritten"] = unwritten(groups[4], rank)
+    results["compiled"] = compiled(groups[4], rank)
     results["module refusals"] = module_refusals(groups[4], rank)
+    results["loss refusals"] = loss_refusals(groups[4], rank)
+    results["state refusals"] = state_refusals(groups[4], rank)
     results["shard"] = shard_batch(labelled(), groups[4], 8)
     if with_models:
         for kind in ("delta", "linear", "checkpointed"):
@@ -364,7 +462,3 @@ def main(rank: int, folder: Path, with_models: bool) -> None:
     torch.save(results, folder / f"{rank}.pt")
     results["faults"] = faults(stopped, killed, rank)
     torch.save(results, folder / f"{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "models")

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,16 +24,17 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 typer_testing = pytest.importorskip("typer.testing")
 
-from long_training_ranks import EVENT  # noqa: E402
+import long_training_ranks as ranks  # noqa: E402
+from forks import fork  # noqa: E402
 from models import make, open_gates, tokens  # noqa: E402
 
 import segattn  # noqa: E402
 from segattn.infini.evaluate.loading import ByteTokenizer  # noqa: E402
 from segattn.infini.long_training import stream  # noqa: E402
 from segattn.infini.long_training.checkpoints import whole  # noqa: E402
-from segattn.infini.long_training.command import app  # noqa: E402
+from segattn.infini.long_training.command import app, train  # noqa: E402
 from segattn.infini.long_training.processes import joined, mesh_of  # noqa: E402
-from segattn.infini.long_training.runs import Outputs, build_model  # noqa: E402
+from segattn.infini.long_training.runs import MAY_CHANGE, Outputs, build_model  # noqa: E402
 from segattn.infini.long_training.settings import LongSettings  # noqa: E402
 from segattn.infini.long_training.stream import Position, pieces_of_dataset, pieces_of_file, rows  # noqa: E402
 from segattn.infini.long_training.trainer import LongTrainer, RunLoss  # noqa: E402
@@ -42,7 +42,6 @@ from segattn.infini.sharding import shard_batch  # noqa: E402
 from segattn.running import SettingError  # noqa: E402
 from segattn.running_text import generate_text  # noqa: E402
 
-SCRIPT = Path(__file__).with_name("long_training_ranks.py")
 L, LENGTH, STEPS, LR, GATE_LR, WARMUP = 8, 57, 20, 3e-3, 1e-2, 3
 SAVE_EVERY, DIES, STOPS = 5, 20, 17
 
@@ -50,7 +49,7 @@ SAVE_EVERY, DIES, STOPS = 5, 20, 17
 class Run(NamedTuple):
     """How a run ended, what it said, and where its files are."""
 
-    code: int
+    code: int | None
     said: str
     out: Path
 
@@ -75,36 +74,19 @@ def invoke(out: Path, *arguments: object) -> Run:
     return Run(done.exit_code, done.output, out)
 
 
-def environment(event: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", EVENT: event}
-
-
 def by_hand(out: Path, event: str, size: int, *arguments: object) -> list[Run]:
     """The command on processes that nobody ends but themselves."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, SCRIPT, *map(str, arguments), "--out", out]
-    pipe = subprocess.PIPE
-    processes = [
-        subprocess.Popen(command, env=environment(event) | meeting | {"RANK": str(rank)}, stdout=pipe, stderr=pipe)
-        for rank in range(size)
-    ]
-    try:
-        said = [process.communicate(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [
-        Run(process.returncode, b"".join(parts).decode(), out) for process, parts in zip(processes, said, strict=True)
-    ]
+    asked, said = [*map(str, arguments), "--out", str(out)], out.with_name(f"{out.name}-said")
+    said.mkdir()
+    ended = fork(size, ranks.main, *asked, folder=said, timeout=200, **{ranks.EVENT: event})
+    return [Run(*rank, out) for rank in ended]
 
 
 def by_torchrun(out: Path, event: str, size: int, *arguments: object) -> Run:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size, SCRIPT]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size, ranks.__file__]
     command = [*map(str, [*command, *arguments]), "--out", str(out)]
-    done = subprocess.run(command, env=environment(event), capture_output=True, text=True, timeout=200)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", ranks.EVENT: event}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     return Run(done.returncode, done.stdout + done.stderr, out)
 
 
@@ -183,16 +165,30 @@ def converted(folder: Path) -> Any:
     return segattn.convert(model, L, quiet=True).train()
 
 
-def plain_losses(folder: Path) -> list[float]:
+class Leg(NamedTuple):
+    """Steps of a run up to one, by a schedule of so many steps."""
+
+    until: int = STEPS
+    steps: int = STEPS
+    lr: float = LR
+    gate_lr: float = GATE_LR
+    warmup: int = WARMUP
+
+    def factor(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        return 0.5 + 0.5 * math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup))
+
+
+def plain_losses(folder: Path, *legs: Leg) -> list[float]:
     """Of a loop without any of what is tested."""
     model, losses = converted(folder), []
     optimiser = torch.optim.AdamW(segattn.parameter_groups(model, LR, GATE_LR, 0.01), betas=(0.9, 0.95))
-    begin = [group["lr"] for group in optimiser.param_groups]
-    for step, ids in enumerate(plain_rows(folder, 2 * STEPS).split(2)):
-        risen = (step + 1) / (WARMUP + 1)
-        fallen = 0.5 + 0.5 * math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))
-        for group, rate in zip(optimiser.param_groups, begin, strict=True):
-            group["lr"] = rate * (risen if step < WARMUP else fallen)
+    of_gates = [group["lr"] == GATE_LR for group in optimiser.param_groups]
+    for step, ids in enumerate(plain_rows(folder, 2 * legs[-1].until).split(2)):
+        leg = next(leg for leg in legs if step < leg.until)
+        for group, gates in zip(optimiser.param_groups, of_gates, strict=True):
+            group["lr"] = leg.factor(step) * (leg.gate_lr if gates else leg.lr)
         logits = model(ids, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         optimiser.zero_grad()
@@ -205,7 +201,7 @@ def plain_losses(folder: Path) -> list[float]:
 
 def test_one_process_is_a_plain_loop(alone: Run, folder: Path) -> None:
     assert alone.code == 0, alone.said
-    wanted = torch.tensor(plain_losses(folder), dtype=torch.float64)
+    wanted = torch.tensor(plain_losses(folder, Leg()), dtype=torch.float64)
     assert wanted[-1] < 0.9 * wanted[0]
     assert (alone.losses - wanted).abs().max() < 1e-5
 
@@ -247,6 +243,41 @@ def test_it_resumes_on_one_and_ends_as_if_undisturbed(finished: Run, alone: Run)
         assert (mine - wanted).abs().max() < 1e-4, name
 
 
+def test_speed_and_memory_are_those_of_the_ranks_of_the_last_step(finished: Run) -> None:
+    figures, log = json.loads(Outputs.of(finished.out).figures.read_text()), finished.log
+    wanted = [{"dp": 2, "sp": 2}] * 15 + [{"dp": 1, "sp": 2}] * (STOPS + 1 - 15) + [{"dp": 1, "sp": 1}] * 2
+    assert [line["ranks"] for line in log] == wanted
+    assert figures["ranks"] == wanted[-1]
+    assert (figures["steps"], figures["timed_steps"]) == (STEPS, 2)
+    rate = 2 * LENGTH / statistics.median(line["seconds"] for line in log[-2:])
+    assert figures["tokens_per_second"] == figures["tokens_per_second_and_rank"] == pytest.approx(rate)
+    assert figures["peak_bytes"] == max(line["peak_bytes"] for line in log[-2:])
+
+
+def test_figures_of_a_run_that_is_done_stay_those_of_its_ranks(killed: list[Run], folder: Path) -> None:
+    """Also where what goes on with it is of other ranks, and has nothing to do."""
+    out = shutil.copytree(killed[0].out, folder / "done")
+    assert invoke(out, "--resume", "--sequence-ranks", 1, "--steps", 15).code == 0
+    figures = json.loads(Outputs.of(out).figures.read_text())
+    log = Run(0, "", out).log
+    assert (len(log), figures["ranks"]) == (15, {"dp": 2, "sp": 2})
+    assert figures["peak_bytes"] == max(line["peak_bytes"] for line in log)
+    assert figures["tokens_per_second_and_rank"] == pytest.approx(figures["tokens_per_second"] / 4)
+
+
+def test_a_run_that_is_done_goes_on_to_more_steps_by_the_rates_given_now(folder: Path, alone: Run) -> None:
+    out = shutil.copytree(alone.out, folder / "more")
+    legs = Leg(), Leg(23, 24, 1e-3, 2e-2, 22), Leg(26, 26, 1e-3, 2e-2, 22)
+    first = invoke(out, "--resume", "--steps", 24, "--lr", 1e-3, "--gate-lr", 2e-2, "--warmup", 22, "--save-every", 23)
+    assert (first.code, len(first.log)) == (0, 24)
+    shutil.rmtree(Outputs.of(out).checkpoints / "step-24")
+    again = invoke(out, "--resume", "--steps", 26)
+    assert (again.code, again.checkpoints) == (0, ["step-23", "step-26"])
+    assert (again.losses - torch.tensor(plain_losses(folder, *legs))).abs().max() < 1e-5
+    assert again.log[23]["lr"] == pytest.approx(1e-3 * legs[2].factor(23))
+    assert json.loads(Outputs.of(out).figures.read_text())["settings"]["steps"] == 26
+
+
 def test_resuming_in_one_process_is_exact(folder: Path, alone: Run) -> None:
     shutil.copytree(alone.out, folder / "again")
     shutil.rmtree(Outputs.of(folder / "again").checkpoints / "step-20")
@@ -263,6 +294,8 @@ def test_figures_follow_from_the_log_and_the_model(alone: Run, folder: Path) -> 
     log = alone.log
     assert figures["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert figures["ranks"] == {"dp": 1, "sp": 1}
+    assert (figures["conversion"]["update"], figures["conversion"]["segment_len"]) == ("delta", L)
+    assert figures["dtype"] == "float32"
     assert (figures["steps"], figures["tokens"]) == (STEPS, STEPS * 2 * LENGTH)
     assert figures["loss"] == log[-1]["loss"]
     assert figures["seconds"] == pytest.approx(sum(line["seconds"] for line in log))
@@ -473,7 +506,9 @@ def test_settings_that_cannot_be(folder: Path, tmp_path: Path, changed: dict[str
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"lr": 1e-4}, "--lr must be the checkpoint's with --resume, 0.003, got 0.0001"),
+        ({"weight_decay": 0.5}, "--weight-decay must be the checkpoint's with --resume, 0.01, got 0.5"),
+        ({"batch": 4}, "--batch must be the checkpoint's with --resume, 2, got 4"),
+        ({"steps": 15}, "--steps must be at least the 20 of the checkpoint with --resume, got 15"),
         ({"text": "other.txt"}, "--text must hold the tokens of the checkpoint's with --resume, got others"),
         ({"model": "wider"}, "MODEL must be the checkpoint's with --resume"),
     ],
@@ -487,6 +522,22 @@ def test_resuming_something_else(folder: Path, alone: Run, changed: dict[str, An
     assert run.code == 2, run.said
     assert f"long_training: {said}" in run.said
     assert Outputs.of(alone.out).log.read_text() == before
+
+
+def test_the_help_names_what_may_change() -> None:
+    said = re.search("With --resume.*?hold the same", train.__doc__ or "", re.DOTALL)
+    assert said is not None
+    places = ("model", "text", "dataset", "split", "column", "tokenizer")
+    wanted = {f"--{name.replace('_', '-')}" for name in MAY_CHANGE if name not in places}
+    assert set(re.findall(r"--[a-z-]+", said[0])) == wanted | {"--resume"}
+
+
+def test_several_ranks_say_once_what_is_wrong(folder: Path) -> None:
+    asked = options(folder, text=folder / "nowhere.txt")
+    first, second = by_hand(folder / "wrong", "none 0 0 0", 2, *asked)
+    assert (first.code, second.code) == (2, 2)
+    assert first.said.startswith("long_training: --text must be a file that can be read, got ")
+    assert (first.said.count("\n"), second.said) == (1, "")
 
 
 def test_a_text_that_goes_wrong_later_ends_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -436,9 +436,11 @@ def test_traffic_by_hand() -> None:
     # q, o, and k, v of as many heads as ranks; three quarters leave; twice
     assert sent["ulysses"] == Traffic(2 * 16 * 2 * (4 + 4) * 8 * 3 // 4 * 2, 4)
     state = held(*segattn.MemoryState.zeros(1, 2, 8, 8))
-    assert sent["linear"] == Traffic(3 * 3 * state, 6)
+    # sums, and gradients of the states before
+    assert sent["linear"] == Traffic(3 * 2 * state, 6)
     assert sent["linear scan"] == Traffic(2 * 2 * state, 4)
-    assert sent["delta"] == Traffic(3 * 3 * state + 3 * 2 * 8 * 8 * 4, 12)
+    # and K × K of the maps with both
+    assert sent["delta"] == Traffic(3 * 2 * (state + 2 * 8 * 8 * 4), 12)
 
 
 @pytest.mark.parametrize("update", ["linear", "delta"])
@@ -455,7 +457,7 @@ def test_traffic_is_what_sequence_parallel_attention_gathers(update: str, monkey
     k, v = (torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(2))
     ranks = parallel.Ranks(None, 1, 4)
     out, _ = parallel.sequence_parallel_attention(
-        q, k, v, group=ranks, segment_len=8, gate=torch.zeros(4), update=update, check_ranks=False
+        q, k, v, group=ranks, segment_len=8, gate=torch.zeros(4), update=update, want_state=False, check_ranks=False
     )
     out.sum().backward()
     # in a ring, what each rank has passes three others
@@ -479,6 +481,15 @@ def test_states_do_not_grow_with_the_text_and_keys_do() -> None:
         assert long.bytes == short.bytes * (10 if name in ("ring", "ulysses") else 1)
 
 
+@pytest.mark.parametrize(("heads", "groups", "ranks"), [(24, 8, 3), (24, 8, 4), (24, 4, 6), (12, 2, 6), (6, 6, 2)])
+def test_ulysses_sends_a_key_head_to_every_rank_that_reads_it(heads: int, groups: int, ranks: int) -> None:
+    read = {(head * ranks // heads, head * groups // heads) for head in range(heads)}
+    shape = replace(LLAMA, heads=heads, kv_heads=groups)
+    sent = EXCHANGES["ulysses"](replace(SPLIT, shape=shape, ranks=ranks, length=16 * ranks))
+    numbers = 16 * 2 * (heads + len(read)) * shape.head_width
+    assert sent == Traffic(2 * numbers * (ranks - 1) // ranks * 2, 4)
+
+
 def test_where_a_scheme_ends() -> None:
     def works(**changes: Any) -> set[str]:
         return {name for name, exchange in EXCHANGES.items() if exchange(replace(SPLIT, **changes)) is not None}
@@ -487,8 +498,9 @@ def test_where_a_scheme_ends() -> None:
     # 4 query heads
     assert works(ranks=8) == set(EXCHANGES) - {"ulysses"}
     assert works(ranks=3) == set(EXCHANGES) - {"ulysses"}
-    # 8 segments, and 64 tokens
+    # 8 segments, and a ninth that is not whole, and 64 tokens
     assert works(ranks=9) == {"ring"}
+    assert works(ranks=9, length=65) == set(EXCHANGES) - {"ulysses"}
     assert works(ranks=65) == set()
 
 

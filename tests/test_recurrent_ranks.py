@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 import recurrent_ranks as ranks
+from forks import fork
 from models import tokens
 
 README = Path(__file__).resolve().parents[1] / "rmt" / "README.md"
@@ -21,12 +19,9 @@ README = Path(__file__).resolve().parents[1] / "rmt" / "README.md"
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    folder, script = tmp_path_factory.mktemp("ranks"), Path(ranks.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path_factory.mktemp("ranks")
+    for rank in fork(2, ranks.main, folder, folder=folder, timeout=200):
+        assert rank.code == 0, rank.said[-3000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

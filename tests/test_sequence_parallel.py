@@ -1,11 +1,7 @@
 """Sequences over several processes equal the same sequences in one: outputs, states, every gradient, and errors."""
 
-import os
 import signal
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +10,11 @@ import sequence_ranks as ranks
 import torch
 import torch.nn.functional as F
 from calls import GATES, apply, error, tensors, worst
+from forks import fork
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from segattn import segment_attention
 from segattn.infini.sharding import runs_of
 from segattn.kernels import sequence_parallel
 from segattn.kernels.state import MemoryState
@@ -23,7 +22,7 @@ from segattn.kernels.state import MemoryState
 WITH_MODELS = find_spec("transformers") is not None
 with_models = pytest.mark.skipif(not WITH_MODELS, reason="transformers is not installed")
 # gates, and so their gradients, are float32 in any model
-LIMITS = {torch.float64: 1e-11, torch.float32: 1e-6}
+LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6}
 PARAMETERS = ("dgate", "dmemory", "dnormalizer")
 
 
@@ -31,21 +30,9 @@ PARAMETERS = ("dgate", "dmemory", "dnormalizer")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank saw; the last one dies at the end."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("sequence_ranks.py")
-    kind = "models" if WITH_MODELS else "none"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, script, str(rank), folder, kind], stderr=subprocess.PIPE, env=environment)
-        for rank in range(ranks.SIZE)
-    ]
-    try:
-        for rank, process in enumerate(processes):
-            _, said = process.communicate(timeout=240)
-            expected = -signal.SIGKILL if rank == ranks.SIZE - 1 else 0
-            assert process.returncode == expected, f"rank {rank}: {said.decode()[-3000:]}"
-    finally:
-        for process in processes:
-            process.kill()
+    ended = fork(ranks.SIZE, ranks.main, folder, WITH_MODELS, folder=folder, timeout=240)
+    for rank, (code, said) in enumerate(ended):
+        assert code == (-signal.SIGKILL if rank == ranks.SIZE - 1 else 0), f"rank {rank}: {said[-3000:]}"
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks.SIZE)]
 
 
@@ -90,6 +77,55 @@ def close(values: dict[str, Tensor], expected: dict[str, Tensor], limit: float =
 def test_ranks_equal_one_process(seen, name, size):
     parts = [seen[rank][f"{name}, {size}"] for rank in range(size)]
     close(together(parts), whole(ranks.CASES[name], ranks.RUNS[size]))
+
+
+@pytest.mark.parametrize("size", ranks.RUNS)
+@pytest.mark.parametrize("update", ["delta", "linear"])
+def test_the_state_after_may_be_left_out(seen, update, size):
+    """Nothing else changes, and nothing is differentiated but the outputs."""
+    runs = ranks.RUNS[size]
+    call = ranks.spread(ranks.CASES[update], runs)
+    made = tensors(call, torch.float64)
+    out = apply(call, made)["out"]
+    found = torch.autograd.grad((out * ranks.projections({"out": out})["out"]).sum(), list(made.values()))
+    expected = {f"d{name}": grad for name, grad in zip(made, found, strict=True)} | {"out": out.detach()}
+    parts = [seen[rank][f"no state after, {update}, {size}"] for rank in range(size)]
+    close(together(parts), expected)
+
+
+class Alike(sequence_parallel.Ranks):
+    """Ranks that all hold what this one does."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.detach().expand(self.size, *x.shape).clone()
+
+
+def cost(update: str, size: int, want_state: bool) -> tuple[int, int]:
+    """FLOPs of a forward pass on the second of so many ranks, and bytes that it keeps for the backward."""
+    q, k, v = torch.randn(3, 1, 2, 10, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    group = Alike(None, 1, size)
+    options = {"update": update, "segment_len": 5, "gate": torch.zeros(2), "check_ranks": False}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), FlopCounterMode(display=False) as counter:
+        output = sequence_parallel.sequence_parallel_attention(
+            q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), group=group, want_state=want_state, **options
+        )
+    assert output.out.requires_grad
+    return counter.get_total_flops(), sum(kept.values())
+
+
+@pytest.mark.parametrize("update", ["delta", "linear"])
+def test_what_a_rank_keeps_does_not_grow_with_the_ranks(update):
+    assert cost(update, 64, False) == cost(update, 4, False)
+    # all maps are composed for the state after the last of them, and none is kept
+    few, many = cost(update, 4, True), cost(update, 64, True)
+    assert many[1] == few[1]
+    assert many[0] - few[0] == (60 * 2 * 2 * 8**3 if update == "delta" else 0)
 
 
 @pytest.mark.parametrize("size", ranks.RUNS)
@@ -174,6 +210,10 @@ def test_one_dimension_of_a_mesh(seen):
         "width": "ValueError: q's width must be the same on every rank, got 4 on rank 0 and 6 on rank 2",
         "dtype": "ValueError: q's dtype must be the same on every rank, got torch.float64 on rank 0 and torch.float32 "
         "on rank 2",
+        "equal numbers": "not refused",
+        "want_state": "ValueError: want_state must be the same on every rank, got True on rank 0 and False on rank 2",
+        "autocast": "ValueError: autocast must be the same on every rank, got off on rank 0 and torch.bfloat16 on rank "
+        "2",
         "state": "ValueError: state given must be the same on every rank, got False on rank 0 and True on rank 2",
         "part of a segment": "ValueError: every rank but the last must hold whole segments of 5 tokens, got 7 on rank "
         "1 of 4: split with segattn.shard_batch",
@@ -209,6 +249,49 @@ def test_groups_that_are_none(seen):
         assert seen[rank]["of others"] == "ValueError: group must hold this process, got one of others"
 
 
+BACKENDS = ["torch", "reference", *(["triton"] if find_spec("triton") else [])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("queries", [5, 2])
+def test_keys_that_write_nothing_get_zeros(backend, queries):
+    """Not None, with which processes that add their gradients up would wait for each other."""
+    q, k, v, written = torch.randn(4, 1, 2, 5, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    gate = torch.zeros(2, requires_grad=True)
+
+    def call(memory_k: Tensor) -> tuple[Tensor, Tensor]:
+        out, _ = segment_attention(
+            q[:, :, -queries:], k, v, memory_k=memory_k, segment_len=8, gate=gate, backend=backend
+        )
+        return out, torch.autograd.grad(out.sum(), gate)[0]
+
+    expected = call(written)
+    for value in (1.0, float("nan"), float("inf")):
+        filled = torch.full_like(k, value).requires_grad_()
+        for found, wanted in zip(call(filled), expected, strict=True):
+            assert torch.equal(found, wanted)
+        out, _ = segment_attention(q[:, :, -queries:], k, v, memory_k=filled, segment_len=8, gate=gate, backend=backend)
+        out.sum().backward()
+        assert filled.grad is not None
+        assert not filled.grad.any()
+
+
+def test_every_rank_has_gradients_of_what_only_others_write(seen):
+    layer = ranks.module()
+    for step in range(2):
+        out, _ = layer(ranks.text(18, step))
+        out.square().sum().backward()
+    for rank in range(ranks.SIZE):
+        for name, parameter in layer.named_parameters():
+            found = ranks.SIZE * seen[rank]["unwritten"][name]
+            assert error(found, parameter.grad) < LIMITS[parameter.dtype], name
+
+
+def test_a_run_compiles_as_one_graph(seen):
+    for rank in range(ranks.SIZE):
+        assert error(seen[rank]["compiled"]["compiled"], seen[rank]["compiled"]["plain"]) < 1e-14
+
+
 @pytest.mark.parametrize("rope", ["segment", "sequence"])
 def test_the_module_reads_two_pieces_over_ranks(seen, rope):
     layer, runs, even = ranks.module(rope=rope), ranks.RUNS[ranks.SIZE], (10, 5, 15, 10)
@@ -229,6 +312,42 @@ def test_the_module_reads_two_pieces_over_ranks(seen, rope):
 @pytest.mark.parametrize(
     ("name", "said"),
     {
+        "shapes": "ValueError: shift_labels must be [B, t] as logits [B, t, vocabulary], got [2, 4] and [2, 5, 9]",
+        "kinds": "TypeError: shift_labels must be an integer tensor, got torch.float32",
+        "vocabulary": "ValueError: shift_labels must be -100 or below the vocabulary of 9, got 9 to 9",
+        "logits": "TypeError: logits must be bfloat16, float16, float32 or float64, got torch.int64",
+        "gradients": "ValueError: gradients must be one of 'averaged', 'summed', got 'both'",
+        "memory's dtype": "TypeError: state.memory must be torch.float64, got torch.float32",
+        "memory's shape": "ValueError: state.memory must have shape [B, G, K, V] = [2, 2, 6, 6], got [2, 2, 6, 5]",
+        "values": "ValueError: state.values must have shape that of its keys = [2, 2, 0, 6], got [1, 2, 0, 6]",
+    }.items(),
+)
+def test_one_ranks_wrong_loss_or_state_is_told_to_the_others(seen, name, said):
+    for rank in range(ranks.SIZE):
+        found = {**seen[rank]["loss refusals"], **seen[rank]["state refusals"]}[name]
+        assert found == (said if rank == 2 else f"ValueError: rank 2 of 4 refused its call: {said}")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    {
+        "other gradients": "gradients must be the same on every rank, got averaged on rank 0 and summed on rank 2",
+        "keys' dtype": "the dtype of the state's keys must be the same on every rank, got torch.float64 on rank 0 and "
+        "torch.float32 on rank 2",
+        "no state": "state given must be the same on every rank, got True on rank 0 and False on rank 2",
+        "write_bias": "write_bias given must be the same on every rank, got True on rank 0 and False on rank 2",
+        "backend": "backend must be the same on every rank, got None on rank 0 and reference on rank 2",
+        "qk_norm": "qk_norm must be the same on every rank, got False on rank 0 and True on rank 2",
+    }.items(),
+)
+def test_losses_modules_and_states_must_be_alike(seen, name, said):
+    for rank in range(ranks.SIZE):
+        assert {**seen[rank]["loss refusals"], **seen[rank]["state refusals"]}[name] == f"ValueError: {said}"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    {
         "spans": "spans and cu_seqlens must be None with a group",
         "tail": "state must end with a whole segment for a group, got 2 more tokens",
         "rank's part": "every rank but the last must hold whole segments of 5 tokens, got 7 on rank 0 of 4",
@@ -237,6 +356,9 @@ def test_the_module_reads_two_pieces_over_ranks(seen, rope):
         "labels": "batch['labels'] must be of the shape of input_ids, [2, 30], got [2, 29]",
         "left": "batch['attention_mask'] must have its zeros after each text's end",
         "short": "a text must have a segment for every rank, got 3 of 10 tokens for 4 ranks",
+        "text": "batch['input_ids'] must be the same on every rank, got [2, 30] of digest ",
+        "one rank's ids": "batch['input_ids'] must be integers [B, T], got torch.float32 [2, 30]",
+        "segment_len": "segment_len must be the same on every rank, got 5 on rank 0 and 6 on rank 2",
         "gradients": "gradients must be one of 'averaged', 'summed', got 'both'",
         "shapes": "shift_labels must be [B, t] as logits [B, t, vocabulary], got [2, 4] and [2, 5, 9]",
         "nothing": "shift_labels must hold a token to predict on some rank, got none but -100",
@@ -328,12 +450,19 @@ def test_models_refuse_what_would_not_be_the_whole_text(seen):
         "not all converted": "model must have every layer converted, as others see the whole text: layers [0] are not",
         "mesh": "group must be one dimension of a mesh, such as mesh['sp'], got 2: ('dp', 'sp')",
         "context_parallel": "a converted model's text must not be cut by torch.distributed",
+        "context_parallel, module": "x, a run of a text over several processes, must not be cut by torch.distributed",
+        "context_parallel, operation": "a sequence over several processes must not be cut by torch.distributed",
+        "labels": "labels must be left out in sequence_parallel, as each rank would see its own alone: give the logits "
+        "and shard_batch's shift_labels to segattn.mean_loss",
+        "autocast": "autocast must be the same on every rank, got off on rank 0 and torch.bfloat16 on rank 3",
     }
     for rank in range(ranks.SIZE):
         said = seen[rank]["model refusals"]
         for name, message in expected.items():
             assert message in said[name], said[name]
         assert "attention_mask must have zeros after a text's end only" in said["padding on the left"]
+        assert said["after labels"] == "not refused"
+        assert ("is read within segattn.sequence_parallel" in said["forgotten"]) == (rank > 0)
 
 
 @with_models

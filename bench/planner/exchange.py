@@ -1,11 +1,14 @@
 """What ranks that share a sequence send each other: its keys and values, or a memory's state.
 
 Bytes are those that one rank sends for one layer in one training step, forward and backward, for each sequence. A link
-carries what is sent one way; messages that depend on each other wait for each other.
+carries what is sent one way; messages that depend on each other wait for each other. The state after the whole text is
+taken not to be wanted, as models do not. Neither the memory that holds for a moment what was gathered is counted, nor
+the time to compose it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,8 +83,8 @@ class Split:
 
     @property
     def has_segments(self) -> bool:
-        """Every rank can have a whole segment."""
-        return self.ranks * self.segment_len <= self.length
+        """Every rank can have a segment, the last one an unfinished one."""
+        return self.ranks <= -(-self.length // self.segment_len)
 
 
 def ring(split: Split) -> Traffic | None:
@@ -100,31 +103,26 @@ def ring(split: Split) -> Traffic | None:
 def ulysses(split: Split) -> Traffic | None:
     """DeepSpeed Ulysses (arXiv 2309.14509): all-to-all of q, k, v and of the output, and of their gradients.
 
-    A rank has at least one query head: None where ranks outnumber them, or do not divide them. With fewer key/value
-    heads than ranks, each is sent to all the ranks that need it.
+    A rank has at least one query head: None where ranks outnumber them, or do not divide them. A key/value head is sent
+    to all the ranks whose query heads read it.
     """
-    heads, W = split.shape.heads, split.ranks
+    heads, groups, W = split.shape.heads, split.shape.kv_heads, split.ranks
     if heads % W or split.length < W:
         return None
-    kv_heads = max(split.shape.kv_heads, W)
+    # heads cut into W parts and into G: pairs of parts that overlap
+    kv_heads = groups + W - math.gcd(groups, W)
     numbers = split.share * 2 * (heads + kv_heads) * split.shape.head_width
     exchanges = 0 if W == 1 else 4
     return Traffic(2 * numbers * (W - 1) // W * ITEMSIZE[split.dtype], exchanges)
 
 
 def linear(split: Split) -> Traffic | None:
-    """Sums of every rank, K (V + 1) a key/value head, gathered by all.
-
-    Backward twice as much: gradients of the state before each rank, and of the one after the last.
-    """
-    return _gathered(split, _state(split), 2 * _state(split), collectives=2)
+    """Sums of every rank, K (V + 1) a key/value head, gathered by all, and the gradients of the states before them."""
+    return _gathered(split, 2 * _state(split), collectives=2)
 
 
 def linear_scan(split: Split) -> Traffic | None:
-    """The same sums by a prefix scan, which passes them on in log2 W rounds instead of gathering all.
-
-    The state after the last rank is not used here, and has no gradient.
-    """
+    """The same sums by a prefix scan, which passes them on in log2 W rounds instead of gathering all."""
     if not split.has_segments:
         return None
     rounds = 2 * (split.ranks - 1).bit_length()
@@ -134,11 +132,10 @@ def linear_scan(split: Split) -> Traffic | None:
 def delta(split: Split) -> Traffic | None:
     """Key sums first, K a key/value head, then every rank's affine map, K (K + V).
 
-    Backward gradients as of the linear rule, the memory's and then the key sums'; maps are kept from the forward pass.
+    Backward the memory's gradients with the K K of the maps again, which nobody keeps, then the key sums' gradients.
     """
-    s = split.shape
-    maps = s.keys * s.head_width * FLOAT32
-    return _gathered(split, _state(split) + maps, 2 * _state(split), collectives=4)
+    maps = split.shape.keys * split.shape.head_width * FLOAT32
+    return _gathered(split, 2 * (_state(split) + maps), collectives=4)
 
 
 def _state(split: Split) -> int:
@@ -146,12 +143,12 @@ def _state(split: Split) -> int:
     return split.shape.keys * (split.shape.head_width + 1) * FLOAT32
 
 
-def _gathered(split: Split, forward: int, backward: int, collectives: int) -> Traffic | None:
-    """All-gathers in a ring: W - 1 hops each; None where a rank would have no whole segment."""
+def _gathered(split: Split, own: int, collectives: int) -> Traffic | None:
+    """All-gathers of so many bytes in a ring: W - 1 hops each; None where a rank would have no segment."""
     if not split.has_segments:
         return None
     hops = split.ranks - 1
-    return Traffic(hops * (forward + backward), hops * collectives)
+    return Traffic(hops * own, hops * collectives)
 
 
 EXCHANGES: dict[str, Callable[[Split], Traffic | None]] = {

@@ -29,11 +29,13 @@ PLAN_NOTES = (
 EXCHANGE_NOTES = (
     "Sent by one rank of W, a layer and training step (forward and backward), for one sequence of T tokens",
     "ring: 2 (W - 1) + W hops of T / W · 2 G K numbers",
-    "ulysses: 4 (H + max(G, W)) K (W - 1) / W · T / W numbers; W divides H",
-    "linear: W - 1 states of G K (V + 1) float32, gathered by all, and twice as many gradients; "
+    "ulysses: 4 (H + G + W - gcd(G, W)) K (W - 1) / W · T / W numbers; W divides H",
+    "linear: W - 1 states of G K (V + 1) float32, gathered by all, and as many gradients; "
     "linear scan: 2 log2 W of them, passed on",
-    "delta: the same and (W - 1) G K K float32 maps, kept for the backward pass",
-    "linear and delta need a whole segment a rank",
+    "delta: the same and (W - 1) G K K float32 maps, forward and again backward",
+    "linear and delta need a segment a rank; the state after the text is not wanted",
+    "not counted: what is gathered, W times a rank's own, held for a moment; delta's composition, up to W - 1 products "
+    "K × K × V in float64, one after another, forward and backward; its keys written once more, V + K wide",
     "time: bytes over the link, and latency times messages that wait for each other, nothing overlapped; a ring of "
     "several nodes waits for the link between them",
     "rmt's memory passes through all layers and is no sum or affine map of its segments: none of these splits it",

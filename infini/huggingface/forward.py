@@ -66,7 +66,7 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
         )
     refuse_other_schemes()
     if (ranks := ranks_of(trunk)) is not None:
-        begin_on_ranks(conversion, ranks, given, tokens, trunk.training)
+        begin_on_ranks(trunk, conversion, ranks, given, tokens)
         given[ARGUMENT] = Call(conversion, states=dict.fromkeys(conversion.settings.layers), ranks=ranks)
         return (), given
     batch, time = tokens.shape[:2]
@@ -196,7 +196,10 @@ def _packed(given: dict[str, Any], real: Real | None, batch: int, time: int) -> 
     positions = positions.expand(batch, time)
     begins = torch.cat([positions.new_ones(batch, 1, dtype=torch.bool), positions.diff(dim=1) != 1], dim=1)
     if bool(positions[begins].any()):
-        raise ValueError("position_ids must count from 0 by ones, and begin anew at 0 with each packed sequence")
+        raise ValueError(
+            "position_ids must count from 0 by ones, and begin anew at 0 with each packed sequence; a later "
+            "run of a text, as segattn.shard_batch cuts it, is read within segattn.sequence_parallel"
+        )
     starts = begins.flatten().nonzero().flatten()
     if len(starts) == batch:
         return None

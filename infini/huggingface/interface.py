@@ -122,7 +122,7 @@ def _attend(
         q, k, v, memory_q, memory_k = (_end_to_end(x) for x in (q, k, v, memory_q, memory_k))
     attend: Callable[..., SegmentOutput] = segment_attention
     if call.ranks is not None:
-        attend = partial(sequence_parallel_attention, group=call.ranks, check_ranks=False)
+        attend = partial(sequence_parallel_attention, group=call.ranks, want_state=False, check_ranks=False)
     out, memory = attend(
         q,
         k,

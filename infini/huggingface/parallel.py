@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.exchange import Ranks, agree
+from ...kernels.exchange import Ranks, agree_on_runs, modes
+from ...kernels.sequence_parallel import under_context_parallel
 from .settings import Conversion, conversion_of, trunk_of
 
 _ON_TRUNK = "segattn_ranks"
+_LABELS = "segattn_labels"
 
 
 @contextmanager
@@ -23,7 +24,8 @@ def sequence_parallel(model: nn.Module, group: Any) -> Iterator[None]:
 
     The ranks exchange the memory before each run, in every layer; nothing else of the model changes. Parameters are
     the same on all of them; gradients are each rank's share, to be added up (`mean_loss` says how). Going backward may
-    happen outside. A forward pass takes no cache; its attention_mask may have zeros after a text's end only.
+    happen outside. A forward pass takes no cache and no labels, of which it would see this rank's alone: the loss is
+    `mean_loss`. Its attention_mask may have zeros after a text's end only.
 
     Args:
         model: converted, every layer of it; or what wraps it, such as FSDP's or PEFT's.
@@ -41,11 +43,20 @@ def sequence_parallel(model: nn.Module, group: Any) -> Iterator[None]:
         )
     if _ON_TRUNK in trunk.__dict__:
         raise ValueError("model must not be in a sequence_parallel context already, got one that is")
+
+    def note_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        trunk.__dict__[_LABELS] = kwargs.get("labels") is not None
+
     trunk.__dict__[_ON_TRUNK] = ranks
+    # those who compute a loss are around the trunk, which does not see what they are given
+    hook = None if model is trunk else model.register_forward_pre_hook(note_labels, with_kwargs=True)
     try:
         yield
     finally:
         del trunk.__dict__[_ON_TRUNK]
+        trunk.__dict__.pop(_LABELS, None)
+        if hook is not None:
+            hook.remove()
 
 
 def ranks_of(trunk: nn.Module) -> Ranks | None:
@@ -54,30 +65,29 @@ def ranks_of(trunk: nn.Module) -> Ranks | None:
 
 
 def refuse_other_schemes() -> None:
-    """Refuse what would cut a text behind the model's back, and begin its memory anew with every part.
+    """Refuse schemes known to cut a text behind the model's back, so that its memory begins anew with every part.
+
+    Seen are PyTorch's context_parallel while it is on, but not in a compiled pass, and Accelerate's ParallelismConfig
+    with cp_size or sp_size. A text that the caller has cut by other means cannot be told from a short one.
 
     Raises:
-        RuntimeError: PyTorch's context_parallel, or Accelerate's context or sequence parallelism (Ulysses), is on.
+        RuntimeError: one of the two is on.
     """
-    found = None
-    # which the compiler cannot look at
-    if not torch.compiler.is_compiling():
-        owner = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
-        if owner.startswith("torch.distributed"):
-            found = "torch.distributed.tensor.experimental.context_parallel"
+    if (refusal := under_context_parallel("a converted model's text")) is not None:
+        raise refusal
     accelerate = sys.modules.get("accelerate.state")
     config = None if accelerate is None else accelerate.AcceleratorState._shared_state.get("parallelism_config")
     for name in ("cp_size", "sp_size"):
         if (size := getattr(config, name, 1) or 1) > 1:
-            found = f"Accelerate's ParallelismConfig({name}={size})"
-    if found is not None:
-        raise RuntimeError(
-            f"a converted model's text must not be cut by {found}: turn it off, and use segattn.shard_batch and "
-            "segattn.sequence_parallel"
-        )
+            raise RuntimeError(
+                f"a converted model's text must not be cut by Accelerate's ParallelismConfig({name}={size}): turn it "
+                "off, and use segattn.shard_batch and segattn.sequence_parallel"
+            )
 
 
-def begin_on_ranks(conversion: Conversion, ranks: Ranks, given: dict[str, Any], tokens: Tensor, training: bool) -> None:
+def begin_on_ranks(
+    trunk: nn.Module, conversion: Conversion, ranks: Ranks, given: dict[str, Any], tokens: Tensor
+) -> None:
     """Check a pass over this rank's run, on all ranks together, and set its arguments.
 
     Raises:
@@ -88,11 +98,17 @@ def begin_on_ranks(conversion: Conversion, ranks: Ranks, given: dict[str, Any], 
     settings = {
         "conversion": conversion.settings,
         "the batch size": batch,
-        "whether the model is in training": training,
+        "whether the model is in training": trunk.training,
         "whether there is an attention_mask": mask is not None,
-        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        **modes(tokens.device.type),
     }
-    times = agree(ranks, settings, time, segment_len, _problem(given, mask, batch, time))
+    problem = _problem(given, mask, batch, time)
+    if trunk.__dict__.pop(_LABELS, False):
+        problem = ValueError(
+            "labels must be left out in sequence_parallel, as each rank would see its own alone: give the logits and "
+            "shard_batch's shift_labels to segattn.mean_loss"
+        )
+    times = agree_on_runs(ranks, settings, time, segment_len, problem)
     first = sum(times[: ranks.rank])
     positions = torch.arange(first, first + time, device=tokens.device)
     if mask is not None:
@@ -122,7 +138,7 @@ def _problem(given: dict[str, Any], mask: Any, batch: int, time: int) -> Excepti
     return None
 
 
-def _check_gathered(ranks: Ranks, mask: Tensor, times: tuple[int, ...]) -> None:
+def _check_gathered(ranks: Ranks, mask: Tensor, times: list[int]) -> None:
     """A text that has ended on one rank must not go on upon the next."""
     counts = ranks.gather(mask.bool().sum(1))
     full = counts == counts.new_tensor(times)[:, None]

@@ -40,7 +40,10 @@ def train(
     width: Annotated[int | None, typer.Option(help="Its width.")] = None,
     heads: Annotated[int | None, typer.Option(help="Its heads.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text to train on, UTF-8, read as it is needed.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Instead, a data set: a name of the hub, or a folder.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Instead, a data set: a folder, or a name of the hub (HF_HUB_OFFLINE=1: ask no network)."),
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Of the data set. Default: train.")] = None,
     column: Annotated[str | None, typer.Option(help="Of the data set, with the text. Default: text.")] = None,
     tokenizer: Annotated[
@@ -82,6 +85,15 @@ def train(
     """Train a model on long texts, each of them spread over the processes of torchrun.
 
     Ctrl-C or SIGTERM leaves a checkpoint, from which --resume goes on to what the run would have come to.
+
+    With --resume, settings are the checkpoint's. These may be given anew:
+    --steps, also more of them for a run that is done, --lr, --gate-lr, --warmup:
+    steps still to come have the rates of a run with these from its first step;
+    --gradient-checkpointing, --sequence-ranks, --device, --save-every;
+    and where model, tokenizer and text are, if they hold the same.
+
+    A process that is given a wrong option says so in one line, and ends with 2.
+    torchrun adds a report of its own, ChildFailedError, and ends with 1.
     """
     given = {name: value for name, value in locals().items() if value is not None and name not in OF_THE_COMMAND}
     if text is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,9 @@ from .processes import agreed, deferred_stop, is_first, largest, mesh_of
 from .settings import LongSettings
 from .stream import START, Position, Rows
 from .trainer import LongTrainer
+
+# with --resume; not what steps that are done have made use of, but for rates, of which each step has its own
+MAY_CHANGE = (*FREE, "sequence_ranks", "gradient_checkpointing", "steps", "lr", "gate_lr", "warmup")
 
 
 class Outputs(NamedTuple):
@@ -61,7 +64,10 @@ def run_long_training(
         listener: told of each step on this rank.
         device: of this process.
         keep: checkpoints that stay.
-        resume: go on from the newest checkpoint, on as many ranks as there are now.
+        resume: go on from the newest checkpoint, on as many ranks as there are now. Of the settings, `steps`, `lr`,
+            `gate_lr` and `warmup` may be others: the steps still to come have the rates of a run that had these from
+            its first step. So may `gradient_checkpointing`, `sequence_ranks`, `device` and `save_every`, and the
+            places of model, tokenizer and text, if they hold the same. The others must be the checkpoint's.
 
     Returns:
         The figures.
@@ -76,7 +82,6 @@ def run_long_training(
         raise SettingError("keep", f"must be at least 1, got {keep}")
     mesh = mesh_of(device, settings.sequence_ranks)
     model, tokenizer, rows, saved = agreed(lambda: _prepare(settings, outputs, mesh, resume))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     trainer = LongTrainer(model, settings, mesh, device)
     if saved is not None:
         checkpoints.load(trainer, outputs.checkpoints, saved["step"])
@@ -86,7 +91,7 @@ def run_long_training(
         save_pretrained(model, outputs.model, state_dict=whole)
         if isinstance(tokenizer, PretrainedTokenizer):
             tokenizer.tokenizer.save_pretrained(outputs.model)
-    return _figures(settings, outputs, mesh, parameters)
+    return _figures(settings, outputs, model, device)
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
@@ -117,10 +122,14 @@ def _prepare(
     saved = checkpoints.about(outputs.checkpoints) if resume else None
     if saved is not None:
         for name, value in asdict(settings).items():
-            if name not in (*FREE, "sequence_ranks") and saved["settings"].get(name) != value:
+            if name not in MAY_CHANGE and saved["settings"].get(name) != value:
                 raise SettingError(
                     name, f"must be the checkpoint's with --resume, {saved['settings'].get(name)!r}, got {value!r}"
                 )
+        if settings.steps < saved["step"]:
+            raise SettingError(
+                "steps", f"must be at least the {saved['step']} of the checkpoint with --resume, got {settings.steps}"
+            )
     if is_first():
         prepare(outputs.log, resume)
     model, tokenizer = build_model(settings)
@@ -178,7 +187,7 @@ def _llama(settings: LongSettings) -> Any:
 
 
 def _train(trainer: LongTrainer, rows: Rows, outputs: Outputs, listener: Listener, keep: int) -> None:
-    settings = trainer.settings
+    settings, place = trainer.settings, _place(trainer.settings, trainer.mesh)
     if is_first():
         keep_lines(outputs.log, trainer.step)
     opened = outputs.log.open("a", encoding="utf-8") if is_first() else nullcontext()
@@ -190,6 +199,7 @@ def _train(trainer: LongTrainer, rows: Rows, outputs: Outputs, listener: Listene
                 "seconds": seconds,
                 "tokens_per_second": settings.accumulate * settings.batch * settings.length / seconds,
                 "peak_bytes": int(peak),
+                **place,
             }
             if log is not None:
                 log.write(json.dumps(figures) + "\n")
@@ -221,26 +231,42 @@ def _peak_bytes(device: torch.device) -> int:
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def _figures(settings: LongSettings, outputs: Outputs, mesh: DeviceMesh, parameters: int) -> dict[str, Any]:
-    """Of the whole run, from its log; the first rank writes them, and the others have none."""
+def _place(settings: LongSettings, mesh: DeviceMesh) -> dict[str, Any]:
+    """What speed and memory depend on, of all that may change when a run is gone on with."""
+    return {
+        "ranks": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
+        "device": torch.cuda.get_device_name() if mesh.device_type == "cuda" else "cpu",
+        "gradient_checkpointing": settings.gradient_checkpointing,
+    }
+
+
+def _figures(settings: LongSettings, outputs: Outputs, model: Any, device: torch.device) -> dict[str, Any]:
+    """Of the whole run, from its log; the first rank writes them, and the others have none.
+
+    Speed and memory are those of all steps on such ranks as the last step's.
+    """
     if not is_first():
         return {}
-    lines: list[Mapping[str, Any]] = [json.loads(line) for line in outputs.log.read_text("utf-8").splitlines()]
-    median = statistics.median(line["seconds"] for line in lines)
+    lines: list[dict[str, Any]] = [json.loads(line) for line in outputs.log.read_text("utf-8").splitlines()]
+    place = {name: lines[-1][name] for name in ("ranks", "device", "gradient_checkpointing")}
+    timed = [line for line in lines if place.items() <= line.items()]
+    median = statistics.median(line["seconds"] for line in timed)
     tokens = settings.accumulate * settings.batch * settings.length
     figures = {
         "settings": asdict(settings),
         "versions": versions(),
-        "device": torch.cuda.get_device_name() if mesh.device_type == "cuda" else "cpu",
-        "ranks": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
-        "parameters": parameters,
+        **place,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "conversion": conversion_of(model).settings.as_entry(),
+        "dtype": str(settings.product_dtype(device)).removeprefix("torch."),
         "steps": lines[-1]["step"],
         "tokens": lines[-1]["tokens"],
         "loss": lines[-1]["loss"],
         "seconds": sum(line["seconds"] for line in lines),
+        "timed_steps": len(timed),
         "tokens_per_second": tokens / median,
-        "tokens_per_second_and_rank": tokens / median / mesh.size(),
-        "peak_bytes": max(line["peak_bytes"] for line in lines),
+        "tokens_per_second_and_rank": tokens / median / math.prod(place["ranks"].values()),
+        "peak_bytes": max(line["peak_bytes"] for line in timed),
     }
     write_figures(outputs.figures, figures)
     return figures
