@@ -80,6 +80,22 @@ def test_figures_of_the_book_are_in_the_results() -> None:
     assert f"| nats per byte, against local | {' | '.join(nats)} |" in TEXT
 
 
+def test_figures_of_the_baselines_are_in_the_results() -> None:
+    figures = json.loads((ROOT / "bench" / "results" / "baselines" / "baselines.json").read_text(encoding="utf-8"))
+    assert (figures["setup"]["steps"], figures["setup"]["seeds"]) == (600, 3)
+    for name, kept in figures["kept"].items():
+        assert kept["counted"] == kept["bytes"]
+        cells = [f"{kept['counted'][length]:,}" for length in ("512", "65536")]
+        found = figures["summary"][name]
+        for key, how in (("perplexity", ".3f"), ("nats_less_local", "+.3f")):
+            mean, deviation = found[key]
+            cells.append(f"{mean:{how}} ± {deviation:.3f}")
+        cells += [f"{figures['speed'][kind][name]['ratio']:.2f}" for kind in ("train", "evaluate")]
+        assert f"| {name} | {' | '.join(cells)} |" in TEXT
+    infini = figures["papers"][-1]
+    assert f"{infini['counted_fewer']:.1f} times fewer numbers than Memorizing Transformers" in TEXT
+
+
 def test_figures_of_the_passkey_prompt_are_in_the_results() -> None:
     cells = json.loads((ROOT / "bench" / "results" / "passkey" / "passkey.json").read_text(encoding="utf-8"))["cells"]
     assert {cell["length"] for cell in cells} == {4028, 32700, 131004, 1048508}
