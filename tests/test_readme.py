@@ -103,19 +103,26 @@ def test_figures_of_the_passkey_prompt_are_in_the_results() -> None:
     assert {f"{cell['cache_bytes']:,}" for cell in cells} == {re.search(r"takes ([\d,]+) bytes of cache", TEXT)[1]}
 
 
+NAMES = {"bert": "BERT", "modernbert": "ModernBERT"}
+
+
 def test_figures_of_the_memory_tasks_are_in_the_results() -> None:
-    folder = ROOT / "bench" / "results" / "rmt" / "memorize"
-    figures, evaluation = (json.loads((folder / f"{name}.json").read_text()) for name in ("figures", "evaluation"))
-    cells, paper = evaluation["lengths"], evaluation["published"]
-    table = {
-        "segments of 499 tokens": [str(cell["segments"]) for cell in cells],
-        "right, %": [f"{100 * cell['right'] / cell['samples']:.1f}" for cell in cells],
-        "of samples": [str(cell["samples"]) for cell in cells],
-        "paper, %": [f"{100 * paper[str(cell['segments'])]:.1f}" for cell in cells],
+    tasks = ("memorize", "detect", "reasoning")
+    folder = ROOT / "bench" / "results" / "rmt"
+    assert {path.parent.name for path in folder.glob("*/evaluation.json")} & set(tasks) == {
+        task for task in tasks if f"| {task} | " in TEXT
     }
-    for name, values in table.items():
-        assert f"| {name} | {' | '.join(values)} |" in TEXT
-    assert f"({figures['parameters']:,} parameters, {figures['settings']['memory']} memory tokens)" in TEXT
-    assert f"{figures['steps']} steps of up to {figures['settings']['segments'][-1]} segments" in TEXT
-    assert {f"{cell['state_bytes']:,} bytes" for cell in cells} == {"2,560 bytes"}
-    assert f"{cells[-1]['tokens']:,} tokens; what is kept of them is 2,560 bytes" in TEXT
+    for task in (task for task in tasks if f"| {task} | " in TEXT):
+        figures, evaluation = (
+            json.loads((folder / task / f"{name}.json").read_text()) for name in ("figures", "evaluation")
+        )
+        cells, paper, settings = evaluation["lengths"], evaluation["published"], figures["settings"]
+        assert [cell["segments"] for cell in cells] == [2, 8, 64, 512, 4096]
+        share = [f"{100 * cell['right'] / cell['samples']:.1f} ({cell['samples']})" for cell in cells]
+        published = [f"{100 * paper[str(cell['segments'])]:.1f}" for cell in cells]
+        assert f"| {task} | {' | '.join(share)} |\n| the paper's | {' | '.join(published)} |" in TEXT
+        sizes = f"{settings['layers']} layers, {settings['width']} wide ({figures['parameters']:,} parameters)"
+        assert f"*{task}*: a {NAMES[settings['encoder']]} of {sizes}, {figures['steps']:,} steps" in TEXT
+        assert (settings["memory"], settings["segment_len"]) == (10, 499)
+        assert {cell["state_bytes"] for cell in cells} == {2560}
+        assert cells[-1]["tokens"] == 2043904
