@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
 from ..kernels import validation as check
@@ -22,6 +23,9 @@ from .recurrent.backbone import check_positions, check_widths, embedding_of, hug
 from .recurrent.generation import generate
 from .recurrent.inputs import check_inputs
 from .recurrent.segments import IGNORED, bounds, next_tokens
+
+# tokens whose logits are held at once for a loss; of more, each part's are made again in the backward
+LOSS_ROWS = 2048
 
 
 class AssociativeState(NamedTuple):
@@ -227,11 +231,18 @@ class AssociativeMemory(nn.Module):
         return DynamicCache(config=huggingface_of(self.model).config)
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy over the labels that count, whose logits alone are computed."""
+        """Mean cross-entropy over the labels that count; of a long text a part of the logits is held at a time."""
         labelled = targets != IGNORED
-        logits = self.logits(hidden[labelled])
-        total = F.cross_entropy(logits.to(check.state_dtype(logits)), targets[labelled], reduction="sum")
+        parts = list(zip(hidden[labelled].split(LOSS_ROWS), targets[labelled].split(LOSS_ROWS), strict=True))
+        if len(parts) == 1:
+            total = self._summed_loss(*parts[0])
+        else:
+            total = torch.stack([checkpoint(self._summed_loss, *part, use_reentrant=False) for part in parts]).sum()
         return total / labelled.sum().clamp(min=1)
+
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self.logits(hidden)
+        return F.cross_entropy(logits.to(check.state_dtype(logits)), targets, reduction="sum")
 
     def check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The embeddings [B, T, d] of the one of the two that is given."""

@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 import models  # noqa: E402
 
 from segattn.kernels.state import MemoryState  # noqa: E402
+from segattn.rmt import associative_memory  # noqa: E402
 from segattn.rmt.associative.layer import DPFP, AssociativeLayer, Projections, memorize, recall  # noqa: E402
 from segattn.rmt.associative.schedules import SCHEDULES  # noqa: E402
 from segattn.rmt.associative_memory import AssociativeMemory, AssociativeState  # noqa: E402
@@ -479,6 +480,24 @@ def test_layers_of_experts() -> None:
         found = results(as_scheduled(memory, schedule), ids, labels=ids)
         assert found.keys() == expected.keys()
         assert all(error(found[key], expected[key]) < 1e-12 for key in expected if expected[key].any()), schedule
+
+
+def test_the_loss_of_a_long_text_holds_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = wrapped()
+    ids = models.tokens(2, 3 * L + 2)
+    whole = results(memory, ids, labels=ids)
+    rows: list[int] = []
+    logits = AssociativeMemory.logits
+    noted = lambda self, hidden: rows.append(hidden.shape[:-1].numel()) or logits(self, hidden)  # noqa: E731
+    monkeypatch.setattr(AssociativeMemory, "logits", noted)
+    monkeypatch.setattr(associative_memory, "LOSS_ROWS", 7)
+    parts = results(memory, ids, labels=ids)
+    count = 2 * (3 * L + 1)
+    last = [count % 7] if count % 7 else []
+    # forward, those that the caller asked for, and once more backward, from the last part on
+    forward = [7] * (count // 7) + last
+    assert rows == [*forward, ids.numel(), *forward[::-1]]
+    assert all(error(parts[key], whole[key]) < 1e-12 for key in whole if whole[key].any())
 
 
 # --- generation
