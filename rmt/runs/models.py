@@ -31,7 +31,8 @@ class Pretrained(NamedTuple):
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        # a text longer than the model is what this is for: no warning
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def small_encoder(kind: str, vocab_size: int, classes: int, rows: int, sizes: Sizes) -> nn.Module:
