@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +64,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int) -> Ten
     return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def eager_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, update: str) -> Tensor:
+def eager_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, update: str | None) -> Tensor:
     """The public form at its best: fused local attention per segment, then the memory, differentiated by PyTorch.
 
-    In the inputs' dtype throughout.
+    In the inputs' dtype throughout. Without an update, the attention alone.
     """
     g = gate.to(q.dtype).sigmoid()[:, None, None]
     memory = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
@@ -75,6 +76,9 @@ def eager_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, 
     segments = zip(*(x.split(segment_len, dim=2) for x in (q, k, v)), strict=True)
     for i, (q_s, k_s, v_s) in enumerate(segments):
         out = F.scaled_dot_product_attention(q_s, k_s, v_s, is_causal=True)
+        if update is None:
+            outs.append(out)
+            continue
         features = F.elu(k_s) + 1
         value = v_s
         if i:
@@ -86,6 +90,17 @@ def eager_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, 
         normalizer = normalizer + features.sum(2).unsqueeze(-1)
         outs.append(out)
     return torch.cat(outs, dim=2)
+
+
+def memory_after(
+    k: Tensor, v: Tensor, memory: Tensor, normalizer: Tensor, update: str = "delta"
+) -> tuple[Tensor, Tensor]:
+    """A segment written into memory [B, G, K, V] and normalizer [B, G, K], in their dtype, by PyTorch's operations."""
+    features, v = (F.elu(k) + 1).to(memory.dtype), v.to(memory.dtype)
+    if update == "delta":
+        weight = features @ normalizer.unsqueeze(-1)
+        v = v - torch.where(weight > 0, features @ memory / weight, 0.0)
+    return memory + features.mT @ v, normalizer + features.sum(2)
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -107,25 +122,37 @@ class _Unrotated(nn.Module):
         return q, k
 
 
+class _Unchanged(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+@functools.cache
+def _published_layer(heads: int, width: int, update: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """What the package has around its attention is left out: norm, projections, their split, and rotary embedding."""
+    from infini_transformer_pytorch.infini_transformer import CausalAttention
+
+    layer = CausalAttention(1, dim_head=width, heads=heads, use_mem_delta_rule=update == "delta").to(device, dtype)
+    layer.norm = layer.to_qkv = layer.split_heads = layer.merge_heads = layer.to_out = _Unchanged()
+    layer.rotary_emb = _Unrotated()
+    del layer.fastweight_mem.head_gates
+    return layer
+
+
 def infini_transformer_pytorch(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, update: str
 ) -> Tensor:
-    """The package's `CausalAttention` per segment, without norm, projections and rotary embedding."""
-    from infini_transformer_pytorch.infini_transformer import CausalAttention
-
-    heads, width = q.shape[1], q.shape[3]
-    layer = CausalAttention(1, dim_head=width, heads=heads, use_mem_delta_rule=update == "delta").to(q.device, q.dtype)
-    layer.norm = layer.to_qkv = layer.to_out = nn.Identity()
-    layer.rotary_emb = _Unrotated()
+    """The package's `CausalAttention` per segment, which is made once, untimed."""
+    layer = _published_layer(q.shape[1], q.shape[3], update, q.device, q.dtype)
     # its gate weighs local attention, ours the memory
-    del layer.fastweight_mem.head_gates
     layer.fastweight_mem.head_gates = -gate.to(q.dtype)
-    x = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=-1)
     memories, outs = None, []
-    for piece in x.split(segment_len, dim=1):
+    for piece in zip(*(x.split(segment_len, dim=2) for x in (q, k, v)), strict=True):
         out, _, memories = layer(piece, past_memories=memories, return_new_memories=True)
         outs.append(out)
-    return torch.cat(outs, dim=1).unflatten(2, (heads, width)).transpose(1, 2)
+    # which would keep the graph of the gate's gradient
+    del layer.fastweight_mem.head_gates
+    return torch.cat(outs, dim=2)
 
 
 # of every token, in the delta rule of flash-linear-attention
@@ -153,7 +180,12 @@ def fla_gated_delta(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: 
 
 def linear_by_definition(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int) -> Tensor:
     """o_t = Σ_{j ≤ t} (q_t · k_j) v_j / √K."""
-    return (q @ k.mT).tril() @ v * q.shape[3] ** -0.5
+    outs, stop = [], 0
+    # scores of a whole long text are too many to hold
+    for rows in q.split(1024, dim=2):
+        start, stop = stop, stop + rows.shape[2]
+        outs.append((rows @ k[:, :, :stop].mT).tril(start) @ v[:, :, :stop])
+    return torch.cat(outs, dim=2) * q.shape[3] ** -0.5
 
 
 def gated_delta_by_definition(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int) -> Tensor:

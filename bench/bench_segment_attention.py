@@ -1,26 +1,29 @@
 """`pytest bench/`: segment attention and decoding against attention alone and public implementations.
 
-Every timed round runs the baseline right before the provider; the ratio is the median over such pairs, which holds when
-the machine's speed drifts, and the baseline's own is the noise. Who is wrong fails and is not timed; who cannot run
-here is skipped; the table names both. `--benchmark-json FILE` keeps everything.
+Every timed round runs the baseline right before or after the provider, in turns; the ratio is the median over such
+pairs, which holds when the machine's speed drifts, and the baseline's own is the noise. Who is wrong fails and is not
+timed; who cannot run here is skipped; the table names both. `--benchmark-json FILE` keeps everything.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from segattn.bench.cases import BOTH, GIVEN, Case, DecodeCase, given, suite
-from segattn.bench.check import GATES
+from segattn.bench.correctness import WrongError, at_the_far_end, complaint, named
 from segattn.bench.decode_calls import BASELINE as GROWING_CACHE
-from segattn.bench.decode_calls import DECODERS
-from segattn.bench.device_cases import LENIENCY, is_out_of_memory, preparation
+from segattn.bench.decode_calls import DECODERS, Decoder
+from segattn.bench.device_cases import is_out_of_memory
+from segattn.bench.device_decode import allowed_in_decoding
 from segattn.bench.peers import BASELINE, PEERS
-from segattn.bench.suite import Row, admitted, drawn_for, timed
+from segattn.bench.prepared import Drawn, preparation
+from segattn.bench.suite import Row, admitted, drawn_for, refuse, timed
+from segattn.bench.timing import Prepare
 
 Keep = Callable[[Row], None]
 
@@ -30,21 +33,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases, decodes = suite(option("--device").partition(":")[0], option("--dtype"))
     if option("--workload") is not None:
         # those of other benchmarks have more numbers
-        own = [x for x in option("--workload") if x.count(",") <= GIVEN]
+        own = [x for x in option("--workload") if x.count(",") == GIVEN - 1]
         cases, decodes = given(own, option("--dtype") or "float32")
     if "case" in metafunc.fixturenames:
         rows = [(case, direction, name) for case in cases for direction in case.directions for name in case.peers]
         metafunc.parametrize(("case", "direction", "provider"), rows, ids=lambda x: getattr(x, "name", x))
     elif "decode" in metafunc.fixturenames:
         metafunc.parametrize("decode", decodes, ids=lambda x: x.name)
-
-
-def refuse(keep: Keep, row: Row) -> NoReturn:
-    keep(row)
-    # what others cannot do here is their limit, and is told in the table
-    if row.status == "wrong" or (row.status == "failed" and row.provider.startswith("segattn")):
-        pytest.fail(f"{row.provider} is {row.status}, and is not timed: {row.reason}", pytrace=False)
-    pytest.skip(row.reason or row.status)
 
 
 def test_speed(
@@ -61,27 +56,49 @@ def test_speed(
     try:
         gate = admitted(case, provider, device, direction != "forward")
         if gate["status"] != "right":
-            refuse(keep, row._replace(status=gate["status"], reason=_reason(gate)))
+            refuse(keep, row._replace(status=gate["status"], reason=gate.get("reason", "")))
         drawn = drawn_for(case, device)
         own, base = (preparation(PEERS[name], case, drawn, direction) for name in (provider, BASELINE))
         option = request.config.getoption
-        times, ratio = timed(
-            benchmark, own, base, device, rounds=option("--rounds"), seconds=option("--seconds"), copies=len(drawn)
+        found = timed(
+            benchmark,
+            own,
+            base,
+            device,
+            rounds=option("--rounds"),
+            seconds=option("--seconds"),
+            copies=len(drawn),
+            alter=lambda copy: drawn[copy].v.neg_(),
         )
+        wrong = _is_wrong(provider, case, drawn[found.copy], found.result)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         refuse(keep, row._replace(status="out of memory"))
+    if wrong:
+        benchmark.has_error = True
+        refuse(keep, row._replace(status="wrong", reason=f"in the last timed round: {wrong}"))
     peak = gate[direction if direction == "forward" else BOTH]["peak_bytes"]
-    row = row._replace(ratio=ratio, milliseconds=times, memory=peak)
+    row = row._replace(ratio=found.ratio, milliseconds=found.milliseconds, memory=peak)
     keep(row)
     errors = {"errors": gate["errors"], "error": gate["errors"]["out"]}
     benchmark.extra_info |= row.as_json() | errors | {"peak_bytes": peak}
 
 
-def _reason(gate: dict[str, Any]) -> str:
-    errors = {name: f"{error:.1e}" for name, error in gate.get("errors", {}).items()}
-    return f"{gate.get('reason', '')}{' ' if errors else ''}{errors or ''}"
+def _is_wrong(provider: str, case: Case, drawn: Drawn, result: object) -> str:
+    peer = PEERS[provider]
+    try:
+        return complaint(at_the_far_end(peer, case, drawn, named(peer, case, result)))
+    except WrongError as error:
+        return str(error)
+
+
+def _beyond(error: float, allowed: float) -> str:
+    return f"relative error of {error:.1e} (at most {allowed:.1e})"
+
+
+def _step_of(decoder: Decoder) -> Prepare:
+    return lambda copy: functools.partial(decoder.run, copy % decoder.copies)
 
 
 @pytest.mark.parametrize("provider", DECODERS)
@@ -99,27 +116,32 @@ def test_decode(
     try:
         found, base = (DECODERS[name](decode, device) for name in (provider, GROWING_CACHE))
         with torch.no_grad():
-            expected = found.expected()
-            error = float((found.run().double() - expected).norm() / expected.norm())
-            gate = GATES[decode.dtype].outputs * (1 if provider.startswith("segattn") else LENIENCY)
-            if not error <= gate:
-                refuse(keep, row._replace(status="wrong", reason=f"relative error {error:.1e}"))
+            error = max(found.error(0, found.run(0)), found.fold_error())
+            allowed = allowed_in_decoding(provider, decode.dtype)
+            if not error <= allowed:
+                refuse(keep, row._replace(status="wrong", reason=_beyond(error, allowed)))
             fold = found.fold_ms(decode.L, device)
             option = request.config.getoption
-            times, ratio = timed(
+            times = timed(
                 benchmark,
-                lambda copy: found.run,
-                lambda copy: base.run,
+                _step_of(found),
+                _step_of(base),
                 device,
                 # a step is short
                 rounds=10 * option("--rounds"),
                 seconds=option("--seconds"),
+                copies=max(found.copies, base.copies),
                 added=fold,
+                alter=lambda copy: found.alter(copy % found.copies),
             )
+            last = found.error(times.copy % found.copies, times.result)
     except RuntimeError as failure:
         if not is_out_of_memory(failure):
             raise
         refuse(keep, row._replace(status="out of memory"))
-    row = row._replace(ratio=ratio, milliseconds=times, memory=found.kept_bytes)
+    if not last <= allowed:
+        benchmark.has_error = True
+        refuse(keep, row._replace(status="wrong", reason=f"in the last timed round: {_beyond(last, allowed)}"))
+    row = row._replace(ratio=times.ratio, milliseconds=times.milliseconds, memory=found.kept_bytes)
     keep(row)
     benchmark.extra_info |= row.as_json() | {"error": error, "kept_bytes": found.kept_bytes, "fold_ms": fold}

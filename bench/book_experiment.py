@@ -9,17 +9,14 @@ of 1e-13; `linear` and `delta` learn theirs. Each run is kept in the JSON as it 
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +29,7 @@ from ..figures import versions, write_figures
 from ..infini.gate import Gate, parameter_groups
 from ..infini.huggingface.conversion import convert
 from .book_plot import plot_book
+from .book_setup import AnySetup, Setup, command, earlier, made_by, text_of
 
 VARIANTS = ("full", "local", "linear", "delta")
 BYTES = 256
@@ -40,44 +38,6 @@ SHUT = -30.0
 EVALUATED_TOKENS = 16384
 
 Run = dict[str, Any]
-AnySetup = TypeVar("AnySetup", bound="Setup")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Sizes and recipe, the same for every run.
-
-    row: bytes of a training row; `reach` times as many are read in the second evaluation.
-    held_out: share of the book, its end, that is evaluated on and never trained on.
-    warm_up, floor: steps of linear warm-up; the share of the rates that the cosine ends at.
-    """
-
-    segment_len: int = 16
-    row: int = 512
-    batch: int = 4
-    steps: int = 1800
-    seeds: int = 5
-    width: int = 64
-    layers: int = 2
-    heads: int = 2
-    hidden: int = 176
-    lr: float = 1e-2
-    gate_lr: float = 1e-2
-    weight_decay: float = 0.1
-    warm_up: int = 50
-    floor: float = 0.1
-    clip: float = 1.0
-    held_out: float = 0.1
-    reach: int = 4
-
-    def __post_init__(self) -> None:
-        if self.row % self.segment_len:
-            raise ValueError(f"row must be a multiple of segment_len, {self.segment_len}, got {self.row}")
-
-    def rate(self, step: int) -> float:
-        """Share of the learning rates."""
-        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return min((step + 1) / self.warm_up, self.floor + (1 - self.floor) * cosine)
 
 
 def build(setup: Setup, variant: str, seed: int) -> LlamaForCausalLM:
@@ -158,7 +118,7 @@ def run(
 ) -> Run:
     """Train and evaluate one model, the one that `make` builds."""
     begin = time.perf_counter()
-    cut = round(len(text) * (1 - setup.held_out))
+    cut = setup.cut(text)
     model = make(setup, variant, seed)
     losses = train(model, text[:cut], setup, seed, on_step)
     trained = time.perf_counter()
@@ -216,7 +176,7 @@ def experiment(setup: Setup, path: Path, out: Path) -> dict[str, Any]:
     """Every run that `out` does not hold yet.
 
     Raises:
-        ValueError: the runs there are of another setup, or of another text.
+        SettingError: the runs there are of another setup, or of another text, or the text is too short.
     """
     figures = all_runs(setup, path, out / "book.json", VARIANTS, build)
     plot_book(out / "book.png", figures)
@@ -233,14 +193,15 @@ def all_runs(
     """Every run of the text at `path` that the figures in `kept` do not hold yet; they are written as each ends.
 
     Raises:
-        ValueError: the runs there are of another setup, or of another text.
+        SettingError: the runs there are of another setup, or of another text, or the text is too short.
     """
     text, about = text_of(path)
+    setup.check(text)
     kept.parent.mkdir(parents=True, exist_ok=True)
     figures = earlier(kept, {"setup": asdict(setup), "text": about})
     done = {(run["variant"], run["seed"]) for run in figures["runs"]}
     jobs = [(variant, seed) for seed in range(setup.seeds) for variant in variants if (variant, seed) not in done]
-    width = max(map(len, variants))
+    width, made = max(map(len, variants)), made_by()
     console = Console(soft_wrap=True, highlight=False)
     columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -251,62 +212,13 @@ def all_runs(
                 progress.update(task, advance=1, description=f"{name}: loss {loss:.3f}")
 
             found = run(setup, variant, seed, text, on_step, make)
-            figures["runs"].append(found)
+            figures["runs"].append(found | {"made": made})
             figures |= {"versions": versions(), "summary": summary(figures["runs"], variants)}
             write_figures(kept, figures)
             perplexity, seconds = math.exp(found["nats"]), sum(found["seconds"].values())
             console.print(f"{variant:{width}} seed {seed}: perplexity {perplexity:.3f} per byte, {seconds:.0f} s")
             console.file.flush()
     return figures
-
-
-def text_of(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """A file's bytes, uint8, and what tells it from others."""
-    content = path.read_bytes()
-    about = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8), about
-
-
-def earlier(path: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """The figures to go on with; there may be more seeds than before."""
-    if not path.is_file():
-        return about | {"runs": []}
-    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    figures["setup"]["seeds"] = about["setup"]["seeds"]
-    for name, value in about.items():
-        if figures[name] != value:
-            raise ValueError(f"{path} must be of this {name}, {value}, got {figures[name]}: choose another folder")
-    return figures
-
-
-def command(
-    setup_type: type[AnySetup],
-    experiment: Callable[[AnySetup, Path, Path], object],
-    name: str,
-    about: str,
-    arguments: Sequence[str] | None,
-) -> int:
-    """An experiment as a command whose options are the setup's fields.
-
-    Returns:
-        The exit status: 2 where the folder holds another experiment, 130 where it was interrupted.
-    """
-    parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--text", type=Path, required=True, help="a book, any encoding: it is read as bytes")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the figures and the picture")
-    for field in fields(setup_type):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    given = vars(parser.parse_args(arguments))
-    path, out = given.pop("text"), given.pop("out")
-    try:
-        experiment(setup_type(**given), path, out)
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"{name}: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: stopped; the same command goes on after the last whole run\n")
-        return 130
-    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

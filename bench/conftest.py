@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import math
+import os
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -9,28 +12,93 @@ from typing import Any
 import pytest
 import torch
 
-from segattn.bench.cases import DTYPES
-from segattn.bench.suite import Row, table
+from segattn.bench.cases import DTYPES, GIVEN, given
+from segattn.bench.suite import Row, marked, table
 
 ROWS = pytest.StashKey[list[Row]]()
+LOAD = pytest.StashKey[float]()
+FORMS = {GIVEN: "B,H,T,K,L", 7: "B,S,L,m,layers,heads,width"}
+
+
+def a_device(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:N or mps, got {name!r}") from None
+    here = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if device.type not in here:
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:N or mps, got {name!r}")
+    if (device.index or 0) >= here[device.type]:
+        raise argparse.ArgumentTypeError(f"must be a device that PyTorch finds here, got {name!r}")
+    return name
+
+
+def sizes(text: str) -> str:
+    count = text.count(",") + 1
+    if count not in FORMS:
+        raise argparse.ArgumentTypeError(f"must be {' or '.join(FORMS.values())}, got {text!r}")
+    try:
+        if count == GIVEN:
+            given([text], "float32")
+        else:
+            from segattn.bench.recurrent_models import Sizes
+
+            Sizes.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def some_rounds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def some_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return seconds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where to measure: cpu (default), cuda, mps")
+    parser.addoption("--device", type=a_device, default="cpu", help="where to measure: cpu (default), cuda, mps")
     parser.addoption("--dtype", choices=list(DTYPES), help="of q, k and v; default bfloat16 on cuda, float32 elsewhere")
     parser.addoption(
-        "--workload", action="append", help="sizes B,H,T,K,L instead of those that suit the device; may be repeated"
+        "--workload",
+        type=sizes,
+        action="append",
+        help=f"sizes {FORMS[GIVEN]}, or of recurrent memories {FORMS[7]}, instead of those that suit the device; "
+        "may be repeated",
     )
     parser.addoption(
-        "--rounds", type=int, default=5, help="timed rounds of each provider, each beside a baseline round"
+        "--rounds", type=some_rounds, default=5, help="timed rounds of each provider, each beside a baseline round"
     )
     parser.addoption(
-        "--seconds", type=float, default=5.0, help="of timing for each provider and direction, three rounds at least"
+        "--seconds",
+        type=some_seconds,
+        default=5.0,
+        help="of timing for each provider and direction, three rounds at least",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[LOAD] = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Others at work slow some rounds and not others."""
+    load, cores = config.stash[LOAD], os.cpu_count() or 1
+    return f"load {load:.1f} on {cores} cores: times will be noisy" if load > cores / 4 else None
 
 
 @pytest.fixture(scope="session")
@@ -56,12 +124,21 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "load": float(f"{config.stash[LOAD]:.2f}"),
     }
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Who was not timed, and why, beside those who were."""
-    output_json["not_timed"] = [row.as_json() for row in config.stash[ROWS] if row.ratio is None]
+    """Who was not timed, and why, beside those who were; and whose times are noisy."""
+    rows = config.stash[ROWS]
+    output_json["not_timed"] = [row.as_json() for row in rows if row.ratio is None]
+    noisy = {(row.group, row.provider): row.noisy for row in marked(rows) if row.ratio is not None}
+    # who was found wrong after the timing has no figures
+    timed = [x for x in output_json["benchmarks"] if (x["group"], x["extra_info"].get("provider")) in noisy]
+    for row in timed:
+        if reason := noisy[row["group"], row["extra_info"]["provider"]]:
+            row["extra_info"]["noisy"] = reason
+    output_json["benchmarks"] = timed
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

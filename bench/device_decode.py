@@ -17,7 +17,8 @@ from . import floors
 from .attention_calls import has_kernels
 from .cases import DTYPES, DecodeCase
 from .check import GATES
-from .device_cases import LENIENCY, Note, as_record, rounded, still_there
+from .correctness import TIMES
+from .device_cases import Note, as_record, rounded, still_there
 from .device_counts import launches
 from .floors import Peak
 from .machine import plain
@@ -84,6 +85,11 @@ def step_eager(x: Step, segment_len: int) -> Tensor:
     return (g * recalled + (1 - g) * out).to(q.dtype)
 
 
+def allowed_in_decoding(name: str, dtype: str) -> float:
+    """The largest relative error of a step that is right."""
+    return GATES[dtype].outputs * (1.0 if name.startswith("segattn") else TIMES)
+
+
 DECODERS: dict[str, Decoder] = {"segattn": step_ours, "eager": step_eager}
 
 
@@ -128,7 +134,7 @@ def _admit(
 ) -> dict[str, Any]:
     """The gate before timing; with launches, and the time of a call among many."""
     error = float((decoder(drawn[0], case.L).double() - expected).norm() / expected.norm())
-    if not error <= GATES[case.dtype].outputs * (1 if name == "segattn" else LENIENCY):
+    if not error <= allowed_in_decoding(name, case.dtype):
         return {"status": "wrong", "error": rounded(error), "reason": "error beyond the gate"}
     return {
         "status": "right",

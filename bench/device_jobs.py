@@ -19,12 +19,13 @@ from . import cases
 from .cases import DTYPES, Case, DecodeCase
 from .check import compare, run_check
 from .check_calls import Call, calls_of, evaluate, tensors
-from .device_cases import DeviceLostError, Note, admit, draw, measure_case, preparation, still_there
+from .device_cases import DeviceLostError, Note, admit, measure_case, still_there
 from .device_counts import profile_of, recorded
 from .device_decode import measure_decode
 from .floors import Peak, peak_of
 from .machine import plain
 from .peers import PEERS
+from .prepared import draw, preparation
 from .timing import interleaved
 
 LOST = 3

@@ -10,6 +10,8 @@ import torch
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from .peers import BASELINE
 
 # where pytest-benchmark's file has a model's sizes in place of a case
 GROUP = re.compile(r"B(?P<B>\d+)-H(?P<H>\d+)-T(?P<T>\d+)-K(?P<K>\d+)-L(?P<L>\d+)")
+FACTS = ("cpu_capability", "threads", "torch", "python")
 
 
 class ResultError(ValueError):
@@ -34,6 +36,7 @@ class Record:
 
     ratio: to the group's baseline, p50, p20, p80; None where it was not timed. ms: likewise, in milliseconds.
     memory: bytes at most beyond the inputs, or kept of the text. sizes: of the case, where the file has them.
+    noisy: why its times are not to be trusted, if so.
     """
 
     key: Key
@@ -50,29 +53,75 @@ class Record:
     floor_share: float | None = None
     tokens_per_second: float | None = None
     rounds: int = 0
+    noisy: str = ""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ResultError: a figure that cannot be, with what it is of.
+        """
+        times = {"ratio": self.ratio, "ms": self.ms}
+        for name, three in times.items():
+            if three is not None and not _are_quantiles(three):
+                raise self._error(name, "positive numbers, the median between its quantiles", three)
+        for name in ("floor_share", "tokens_per_second"):
+            value = getattr(self, name)
+            if value is not None and not _is_positive(value):
+                raise self._error(name, "a positive number", value)
+        if self.memory is not None and not (_is_number(self.memory) and 0 <= self.memory < math.inf):
+            raise self._error("memory", "a finite number, not negative", self.memory)
+        for name, error in self.errors.items():
+            # of what is wrong also infinite
+            if not _is_number(error) or (self.status == "timed" and not 0 <= error < math.inf):
+                raise self._error(f"error of {name}", "a finite number, not negative", error)
+
+    def _error(self, name: str, wanted: str, value: object) -> ResultError:
+        return ResultError(f"{name} of {self.key.provider}, {self.key.group}, must be {wanted}, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and 0 < value < math.inf
+
+
+def _are_quantiles(three: Sequence[Any]) -> bool:
+    """p50, p20, p80."""
+    return len(three) == 3 and all(map(_is_positive, three)) and three[1] <= three[0] <= three[2]
 
 
 @dataclass(frozen=True)
 class Result:
-    """One file: its rows, and what they depend on."""
+    """One file: its rows, and what they depend on.
+
+    facts: what of it must be alike for two files to be compared, by name.
+    """
 
     name: str
     records: tuple[Record, ...]
     conditions: str
+    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 def read(path: Path) -> Result:
     """A file of `pytest bench/ --benchmark-json` or of `bench/on_device`.
 
     Raises:
-        ResultError: it is neither.
+        ResultError: it is neither, or a figure in it cannot be.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if "benchmarks" in document:
-            return Result(path.name, tuple(_of_suite(document)), _suite_conditions(document))
+            machine = document["machine_info"]
+            facts = {name: machine.get(name) for name in FACTS}
+            return Result(path.name, tuple(_of_suite(document)), _suite_conditions(document), facts)
         if "timings" in document:
-            return Result(path.name, tuple(_of_device(document)), _device_conditions(document))
+            facts = {name: value for name, value in document["versions"].items() if value}
+            return Result(path.name, tuple(_of_device(document)), _device_conditions(document), facts)
+    except ResultError as error:
+        raise ResultError(f"{path}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultError(f"{path} must be a result of pytest bench/ or bench/on_device: {error!r}") from error
     raise ResultError(f"{path} must be a result of pytest bench/ or bench/on_device, got other JSON")
@@ -117,6 +166,7 @@ def _of_suite(document: Mapping[str, Any]) -> Iterable[Record]:
             sizes=_numbers(sizes),
             tokens_per_second=info.get("tokens_per_second"),
             rounds=row["stats"]["rounds"],
+            noisy=info.get("noisy", ""),
         )
     for row in document.get("not_timed", ()):
         yield Record(
@@ -171,11 +221,12 @@ def _suite_conditions(document: Mapping[str, Any]) -> str:
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     rounds = sorted({row["stats"]["rounds"] for row in document["benchmarks"]})
     spread = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else "".join(map(str, rounds))
+    has_spread = any("ratio_fifths" in row["extra_info"] for row in document["benchmarks"])
     return ", ".join(
         (
             f"{machine['device']} ({machine['cpu_capability']}), {threads}",
             f"PyTorch {machine['torch']}, Python {machine['python']}",
-            f"median of {spread} rounds",
+            f"median{' (and p20-p80)' if has_spread else ''} of {spread} rounds",
             _commit(commit["id"], commit["dirty"]),
         )
     )

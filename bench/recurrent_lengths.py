@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -28,6 +29,7 @@ from ..figures import write_figures
 from ..rmt.recurrent_memory import RecurrentMemory
 from .machine import commit, device_facts, versions
 from .measure import peak_bytes, synchronize
+from .planner.units import in_bytes
 from .recurrent_lengths_plot import plot_lengths
 from .recurrent_models import SIZES, VOCABULARY, Sizes, associative, first_memory, llama
 
@@ -87,6 +89,7 @@ class Setup:
     least: int = 512
 
     def __post_init__(self) -> None:
+        _check_device(self.device)
         if not self.lengths or min(self.lengths) < 1 or sorted(set(self.lengths)) != list(self.lengths):
             raise ValueError(f"lengths must be positive and go up, got {list(self.lengths)}")
         if self.least < 1:
@@ -95,6 +98,17 @@ class Setup:
     def cells(self) -> Iterator[tuple[str, int]]:
         """(reader, segments)"""
         return ((x, n) for n in self.lengths for x in READERS if x != "full attention" or n <= self.full_up_to)
+
+
+def _check_device(name: str) -> None:
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {name!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be cpu where PyTorch finds no GPU, got {name!r}")
 
 
 def kept_bytes(kept: Any) -> int:
@@ -173,9 +187,17 @@ def earlier(path: Path, about: Reading) -> Reading:
     """
     if not path.is_file():
         return about | {"readings": []}
-    figures: Reading = json.loads(path.read_text(encoding="utf-8"))
-    if figures.get("setup") != about["setup"]:
-        raise ValueError(f"out must hold figures of {about['setup']}, got {figures.get('setup')}: choose another file")
+    others = ValueError(f"out must hold figures of this command or none, {path} has others: choose another file")
+    try:
+        figures: Reading = json.loads(path.read_text(encoding="utf-8"))
+        before, _ = figures["setup"], figures["readings"]
+        if before.keys() != about["setup"].keys():
+            raise others
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        raise others from None
+    for name, value in about["setup"].items():
+        if before[name] != value:
+            raise ValueError(f"{name} must be {before[name]} as in {path}, got {value}: or choose another file")
     return figures
 
 
@@ -211,7 +233,7 @@ def measure(setup: Setup, rounds: int, out: Path) -> Reading:
             write_figures(out, figures)
             console.print(
                 f"{name:15} {segments:5} segments, round {number + 1}: {found['seconds_per_token'] * 1e6:9.2f} µs a "
-                f"token, {found['kept_bytes'] / 2**20:8.3f} MiB kept, {found['peak_bytes'] / 2**20:8.2f} MiB at most"
+                f"token, {in_bytes(found['kept_bytes']):>9} kept, {in_bytes(found['peak_bytes']):>9} at most"
             )
             console.file.flush()
     plot_lengths(out.with_suffix(".png"), figures)
@@ -229,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     given = parser.parse_args(arguments)
+    # the profiler that watches memory says each time that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         sizes = SIZES if given.sizes is None else Sizes.parse(given.sizes)
         setup = Setup(sizes, given.device, tuple(given.lengths), given.full_up_to, given.least)

@@ -1,8 +1,9 @@
 """From the results in bench/results to the README's tables and to plots; --check: are they what the results say?
 
 A table stands between `<!-- report: NAME -->` and `<!-- /report -->`; `<!-- report: NAME FILE -->` is of one result.
-The results are what `pytest bench/ --benchmark-json` and `bench/on_device` write, in the folder itself; plots go to the
-folder `plots` in it.
+The results are what `pytest bench/ --benchmark-json` and `bench/on_device` write, in the folder itself, and what
+trainings and plans keep, in folders in it; plots of the former go to the folder `plots`. What is required of the tables
+must not be missing where there are results of it.
 """
 
 from __future__ import annotations
@@ -24,18 +25,32 @@ MARKED = re.compile(
 BEGIN, END = re.compile(r"^<!-- report: ", re.MULTILINE), re.compile(r"^<!-- /report -->", re.MULTILINE)
 
 
-def rewritten(text: str, results: Sequence[Result]) -> str:
-    """The text with its tables made anew.
+def made_of(name: str, results: Sequence[Result], folder: Path) -> str | None:
+    """The table of that name, None where there is nothing to show.
 
     Raises:
-        ResultError: a table that is not known, that no result is of, or whose markers are not a pair.
+        ResultError: what it would be made of is no result.
+    """
+    try:
+        return TABLES[name].make(results, folder)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ResultError(f"results for the table {name} in {folder} must be its command's, got {error!r}") from error
+
+
+def rewritten(text: str, results: Sequence[Result], folder: Path) -> str:
+    """The text with its tables made anew, of the results that were read from `folder`.
+
+    Raises:
+        ResultError: a table that is not known, that no result is of, whose markers are not a pair, or that is missing.
     """
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in TABLES:
             raise ResultError(f"report must name one of {', '.join(TABLES)}, got {name!r}")
-        made = TABLES[name]([x for x in results if match["file"] in (None, x.name)])
+        if match["file"] and not TABLES[name].has_files:
+            raise ResultError(f"report {name!r} must name no file, got {match['file']!r}")
+        made = made_of(name, [x for x in results if match["file"] in (None, x.name)], folder)
         if made is None:
             which = " ".join(filter(None, (name, match["file"])))
             raise ResultError(f"report {which!r} must have results, got none of it: remove the markers, or measure")
@@ -43,7 +58,12 @@ def rewritten(text: str, results: Sequence[Result]) -> str:
 
     if not len(BEGIN.findall(text)) == len(END.findall(text)) == len(MARKED.findall(text)):
         raise ResultError("each <!-- report: NAME --> must have its <!-- /report -->, on lines of their own")
-    return MARKED.sub(table, text)
+    made = MARKED.sub(table, text)
+    named = {match["name"] for match in MARKED.finditer(text)}
+    for name, entry in TABLES.items():
+        if entry.is_required and name not in named and made_of(name, results, folder) is not None:
+            raise ResultError(f"README must have <!-- report: {name} --> and <!-- /report -->: there are results of it")
+    return made
 
 
 def stale_plots(folder: Path, results: Sequence[Result]) -> Iterator[Path]:
@@ -59,7 +79,7 @@ def write(readme: Path, results: Path) -> Iterator[str]:
     """Bring both to what the results say; yields what was written."""
     found = read_all(results)
     text = readme.read_text(encoding="utf-8")
-    made = rewritten(text, found)
+    made = rewritten(text, found, results)
     if made != text:
         readme.write_text(made, encoding="utf-8")
         yield str(readme)
@@ -77,7 +97,7 @@ def differences(readme: Path, results: Path) -> Iterator[str]:
     """What is not as the results say."""
     found = read_all(results)
     text = readme.read_text(encoding="utf-8")
-    made = [match["table"] for match in MARKED.finditer(rewritten(text, found))]
+    made = [match["table"] for match in MARKED.finditer(rewritten(text, found, results))]
     for match, table in zip(MARKED.finditer(text), made, strict=True):
         if match["table"] != table:
             yield f"{readme}: the table {match['name']} is not what the results say"

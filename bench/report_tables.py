@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from .cases import BOTH
 from .records import Record, Result
+from .report_experiments import baselines, book, markdown, memory_tasks, plan, retrieval
 
 MIB = 2**20
-ORDER = ("forward", "backward", BOTH, "reading", "training step")
+OF_MODELS = ("reading", "training step", "generation")
+ORDER = ("forward", "backward", BOTH, *OF_MODELS)
 BY_LENGTH = "by length"
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def spread(three: tuple[float, float, float] | None) -> str:
@@ -53,10 +52,16 @@ def _table(case: str, records: Sequence[Record], memory: str) -> str:
         if len(reasons) == 1 and all(x is None or x.ratio is None for x in own):
             rows.append([name, reasons.pop(), *[""] * len(directions)])
             continue
-        ratios = ["-" if x is None else spread(x.ratio) if x.ratio else x.status for x in own]
+        ratios = ["-" if x is None else _ratio(x) for x in own]
         rows.append([name, *ratios, mib(next((x.memory for x in reversed(own) if x and x.memory), None))])
     head = [f"{case}, ÷ {records[0].baseline}", *directions, memory]
     return markdown(head, rows)
+
+
+def _ratio(record: Record) -> str:
+    if record.ratio is None:
+        return record.status
+    return f"{spread(record.ratio)}, noisy" if record.noisy else spread(record.ratio)
 
 
 def _section(results: Iterable[Result], wanted: Callable[[Record], bool], memory: str) -> str | None:
@@ -114,12 +119,37 @@ def decode(results: Sequence[Result]) -> str | None:
 
 def recurrent(results: Sequence[Result]) -> str | None:
     """RMT and ARMT: reading, training, writing."""
-    return _section(results, lambda x: x.tokens_per_second is not None, "MiB")
+    return _section(results, lambda x: x.tokens_per_second is not None or x.direction in OF_MODELS, "MiB")
 
 
-TABLES: Mapping[str, Callable[[Sequence[Result]], str | None]] = {
-    "speed": speed,
-    "lengths": lengths,
-    "decode": decode,
-    "recurrent": recurrent,
+class Entry(NamedTuple):
+    """make: a table of the results, and of the folder that they lie in; None where there is nothing to show.
+
+    is_required: a README without it must not be, where there is something.
+    has_files: it may be of one of the results.
+    """
+
+    make: Callable[[Sequence[Result], Path], str | None]
+    is_required: bool = False
+    has_files: bool = False
+
+
+def _of_results(make: Callable[[Sequence[Result]], str | None], is_required: bool = False) -> Entry:
+    return Entry(lambda results, folder: make(results), is_required, has_files=True)
+
+
+def _of_folder(make: Callable[[Path], str | None]) -> Entry:
+    return Entry(lambda results, folder: make(folder), is_required=True)
+
+
+TABLES: Mapping[str, Entry] = {
+    "speed": _of_results(speed, is_required=True),
+    "lengths": _of_results(lengths),
+    "decode": _of_results(decode),
+    "recurrent": _of_results(recurrent),
+    "baselines": _of_folder(baselines),
+    "book": _of_folder(book),
+    "plan": _of_folder(plan),
+    "memory-tasks": _of_folder(memory_tasks),
+    "retrieval": _of_folder(retrieval),
 }

@@ -290,11 +290,31 @@ def test_the_experiment_is_kept_and_gone_on_with(
     assert first["kept"]["full"]["counted"] == first["kept"]["full"]["bytes"] == {"40": 10240, "80": 20480}
     assert set(first["speed"]["train"]) == set(NAMES)
     assert (out / "baselines.png").read_bytes().startswith(b"\x89PNG")
+    for made in (first["speed"]["made"], *(run["made"] for run in first["runs"])):
+        assert {"commit", "dirty", "processor", "threads"} <= made.keys()
     printed = capsys.readouterr().out
+    # why its two figures are so far apart
+    assert "counted is what is handed on from segment to segment" in " ".join(printed.split())
     assert printed.count(": perplexity") == len(NAMES)
     assert "Infini-attention" in printed
     assert str(tmp_path) not in (out / "baselines.json").read_text()
     assert harness.main(command) == 0
     assert json.loads((out / "baselines.json").read_text()) == first
     assert harness.main([*command, "--stored", "24"]) == 2
-    assert "must be of this setup" in capsys.readouterr().err
+    said = f"--stored must be 20 as in {out / 'baselines.json'}, got 24: or choose another folder\n"
+    assert capsys.readouterr().err == f"baselines: {said}"
+
+
+def test_what_cannot_be_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "book.txt").write_text(generate_text(300, 0))
+    command = ["--text", str(tmp_path / "book.txt"), "--out", str(tmp_path / "out")]
+    for option, problem in (
+        ("--steps=0", "--steps must be at least 1, got 0"),
+        ("--neighbours=0", "--neighbours must be at least 1, got 0"),
+        ("--memory-tokens=0", "--memory-tokens must be at least 1, got 0"),
+        ("--cached=-1", "--cached must not be negative, and finite, got -1"),
+        ("--heads=3", "--width must be a multiple of 6, twice the heads, got 64"),
+    ):
+        assert harness.main([*command, option]) == 2
+        assert capsys.readouterr().err == f"baselines: {problem}\n"
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ pytest.importorskip("recurrent_memory_transformer_pytorch", reason="needs segatt
 from segattn.bench import bench_recurrent_memory, recurrent_lengths
 from segattn.bench import recurrent_generation as generation
 from segattn.bench.associative_loop import AssociativeLoop
+from segattn.bench.records import read
 from segattn.bench.recurrent import (
     DIRECTIONS,
     GROUPS,
@@ -48,6 +50,7 @@ from segattn.bench.recurrent_models import (
     trained,
     visible,
 )
+from segattn.bench.suite import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -170,9 +173,21 @@ def test_an_associative_memory_that_returns_nothing_is_found(monkeypatch: pytest
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"Llama": {"wrong": Entry(changed_loop(forgets), loop_llama)}}
     monkeypatch.setattr(bench_recurrent_memory, "GROUPS", wrong)
+    benchmark: Any = SimpleNamespace(group=None)
     nothing: Any = None
-    with pytest.raises(AssertionError, match="wrong is wrong, and is not timed: relative error"):
-        bench_recurrent_memory.test_step(SMALL, DIRECTIONS[0], "Llama", "wrong", nothing, CPU, nothing, nothing)
+    rows: list[Row] = []
+    with pytest.raises(pytest.fail.Exception, match="wrong is wrong, and is not timed: relative error"):
+        bench_recurrent_memory.test_step(SMALL, DIRECTIONS[0], "Llama", "wrong", benchmark, CPU, rows.append, nothing)
+    (row,) = rows
+    assert row.as_json() == {
+        "provider": "wrong",
+        "baseline": "wrong",
+        "case": dataclasses.asdict(SMALL) | {"dtype": "float32"},
+        "direction": "reading",
+        "group": "B2-S3-L9-m3-N2-H2-d20, Llama, reading",
+        "status": "wrong",
+        "reason": row.reason,
+    }
 
 
 def test_steps_do_what_their_names_say() -> None:
@@ -230,7 +245,11 @@ def test_the_whole_path(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads(out.read_text())["benchmarks"]
+    document = json.loads(out.read_text())
+    results = document["benchmarks"]
+    # the report reads it
+    skipped = {(x.key.provider, x.status, x.reason) for x in read(out).records if x.ratio is None}
+    assert skipped == {("segattn, compiled", "skipped", "needs a GPU")}
     found = {(x["group"].split(", ", 1)[1], x["extra_info"]["provider"]) for x in results}
     assert found >= {(f"{group}, reading", name) for group, name in CASES}
     assert found >= {("generation after 2 segments (16 tokens)", name) for name in generation.WRITERS}

@@ -17,7 +17,6 @@ pytest.importorskip("rich")
 
 from segattn.bench.book_experiment import (  # noqa: E402
     VARIANTS,
-    Setup,
     build,
     by_position,
     gates_of,
@@ -27,6 +26,8 @@ from segattn.bench.book_experiment import (  # noqa: E402
     summary,
     train,
 )
+from segattn.bench.book_setup import Setup, earlier, text_of  # noqa: E402
+from segattn.running import SettingError  # noqa: E402
 from segattn.running_text import generate_text  # noqa: E402
 
 SIZES = {"segment_len": 8, "row": 32, "batch": 2, "steps": 3, "width": 16, "hidden": 24, "warm_up": 1, "reach": 2}
@@ -127,10 +128,84 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFi
     assert second["runs"][:4] == first["runs"]
     assert [run["seed"] for run in second["runs"]] == [0] * 4 + [1] * 4
     assert second["setup"]["seeds"] == 2
+    made = [found["made"] for found in second["runs"]]
+    # a checkout's commit, or none, and the machine
+    assert all(set(x) == {"commit", "dirty", "name", "threads", "processor", "capability"} for x in made)
+    assert {x["threads"] for x in made} == {torch.get_num_threads()}
     assert main([*command, "--steps", "4"]) == 2
-    assert "must be of this setup" in capsys.readouterr().err
+    said = f"--steps must be 3 as in {out / 'book.json'}, got 4: or choose another folder\n"
+    assert capsys.readouterr().err == f"book_experiment: {said}"
     book.write_text(generate_text(400, 1))
     assert main(command) == 2
-    assert "must be of this text" in capsys.readouterr().err
+    assert "--text must be the one of" in capsys.readouterr().err
     assert main([*command, "--row", "33"]) == 2
-    assert "row must be a multiple of segment_len, 8, got 33" in capsys.readouterr().err
+    assert "--row must be a multiple of segment_len, 8, got 33" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        *(
+            (f"--{name}=0", f"--{name} must be at least 1, got 0")
+            for name in (
+                "segment-len",
+                "row",
+                "batch",
+                "steps",
+                "seeds",
+                "width",
+                "layers",
+                "heads",
+                "warm-up",
+                "reach",
+            )
+        ),
+        ("--heads=3", "--width must be a multiple of 6, twice the heads, got 16"),
+        ("--held-out=2", "--held-out must be between 0 and 1, got 2.0"),
+        ("--held-out=0", "--held-out must be between 0 and 1, got 0.0"),
+        ("--lr=0", "--lr must be positive, got 0.0"),
+        ("--lr=nan", "--lr must not be negative, and finite, got nan"),
+        ("--weight-decay=-1", "--weight-decay must not be negative, and finite, got -1.0"),
+        ("--floor=2", "--floor must be at most 1, got 2.0"),
+        ("--row=10000", "--text must have at least 10001 bytes for training, got"),
+        ("--reach=30", "--text must have at least 961 bytes for evaluation, got"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, said: str
+) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(generate_text(400, 0))
+    command = ["--text", str(book), "--out", str(tmp_path / "out")]
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
+    assert main([*command, *sizes, options]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"book_experiment: {said}")
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_figures_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
+    path, about = tmp_path / "book.json", {"setup": {"seeds": 1, "steps": 3}, "text": {"bytes": 5}}
+    for content in ("{", "[]", '{"setup": 1}', '{"setup": {}, "text": {}}'):
+        path.write_text(content)
+        with pytest.raises(SettingError, match=r"out must hold figures of this command or none; .* is damaged"):
+            earlier(path, about)
+    path.write_text(json.dumps({"setup": {"seeds": 2}, "text": {"bytes": 5}, "runs": []}))
+    with pytest.raises(SettingError, match=r"out must be another folder: .* is of another version"):
+        earlier(path, about)
+
+
+def test_the_committed_figures_are_gone_on_with() -> None:
+    """They are older than what is kept of machines."""
+    path = Path(__file__).resolve().parents[1] / "bench" / "results" / "book" / "book.json"
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    about = {"setup": figures["setup"] | {"seeds": 9}, "text": figures["text"]}
+    assert earlier(path, about) == figures | about
+
+
+def test_a_text_is_told_by_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a\xff")
+    text, about = text_of(tmp_path / "a")
+    assert text.tolist() == [97, 255]
+    assert about["bytes"] == 2

@@ -17,7 +17,8 @@ import torch
 
 from segattn.bench import device_run, floors, goals, tune
 from segattn.bench.cases import CASES, DECODES, TINY_CASES, TINY_MAIN
-from segattn.bench.device_cases import draw, errors_of, measure_case
+from segattn.bench.correctness import at_reduced_length
+from segattn.bench.device_cases import measure_case
 from segattn.bench.device_decode import draw_step, step_eager, step_ours
 from segattn.bench.device_worker import Outcome, Worker
 from segattn.bench.peers import PEERS, from_segments, to_segments
@@ -196,7 +197,7 @@ def test_wrong_peers_are_flagged_and_not_timed() -> None:
     found = measure_case(case, CPU, floors.Peak(1e12, 1e11), notes.append, excluded, peers)["peers"]
     assert found["wrong rule"]["status"] == "wrong"
     assert max(found["wrong rule"]["errors"].values()) > 1e-2
-    assert found["not a number"] == {"status": "failed", "reason": "ValueError: not finite"}
+    assert found["not a number"] == {"status": "wrong", "reason": "out is not finite"}
     assert found["broken"]["status"] == "failed"
     assert found["segattn delta"] == {"status": "failed", "reason": excluded["segattn delta"]}
     assert all("median_ms" not in x.get("forward", {}) for name, x in found.items() if name != "right")
@@ -211,7 +212,7 @@ def test_wrong_peers_are_flagged_and_not_timed() -> None:
 )
 def test_peers_agree_with_the_reference(name: str) -> None:
     case = dataclasses.replace(TINY_MAIN, T=64, H=2, G=2 if PEERS[name].equal_heads else 1)
-    assert max(errors_of(PEERS[name], case, draw(case, CPU)[0]).values()) < 1e-5
+    assert max(x.error for x in at_reduced_length(PEERS[name], case, CPU, True).values()) < 1e-5
 
 
 def test_eager_decode_agrees_with_the_reference() -> None:

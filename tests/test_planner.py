@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,15 +20,17 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 import models  # noqa: E402
+from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import segattn  # noqa: E402
+import segattn.plan as plan_command  # noqa: E402
 from segattn.bench import floors  # noqa: E402
 from segattn.bench.floors import PEAKS, Peak, Sizes  # noqa: E402
 from segattn.bench.planner import plots, published  # noqa: E402
 from segattn.bench.planner.exchange import EXCHANGES, Links, Split, Traffic  # noqa: E402
 from segattn.bench.planner.memory_tokens import Associative, Recurrent  # noqa: E402
-from segattn.bench.planner.report import SCHEMES, estimates, exchanges  # noqa: E402
+from segattn.bench.planner.report import SCHEMES, SLOWER_PRODUCTS, estimates, exchanges  # noqa: E402
 from segattn.bench.planner.schemes import Full, Infini, Local  # noqa: E402
 from segattn.bench.planner.settings import PlanSettings, gpu_of  # noqa: E402
 from segattn.bench.planner.shapes import SHAPES, shape_of  # noqa: E402
@@ -607,6 +610,38 @@ def test_exchanges_are_written_and_drawn(tmp_path: Path) -> None:
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_largest_that_is_taken_is_planned() -> None:
+    most = "999999999999999"
+    shape = f"layers={most},width={most},heads=1,vocabulary={most}"
+    sizes = [f"--{name}={most}" for name in ("length", "segment-len", "memory", "d-mem", "nu", "batch", "bptt")]
+    assert "ZFLOP" in run(shape, *sizes)
+    assert "PiB" in run("exchange", shape, f"--length={most}", f"--ranks={most}", f"--segment-len={most}")
+
+
+def test_float32_is_said_to_have_the_peak_of_bfloat16(tmp_path: Path) -> None:
+    texts = {}
+    for dtype in ("float32", "bfloat16"):
+        texts[dtype] = run(*SMALL, "--dtype", dtype, "--json", str(tmp_path / dtype))
+        formulas = json.loads((tmp_path / dtype).read_text(encoding="utf-8"))["formulas"]
+        assert (SLOWER_PRODUCTS in formulas) == (SLOWER_PRODUCTS in texts[dtype]) == (dtype == "float32")
+    assert "float32, floors on H100 SXM by its bfloat16 peak" in texts["float32"]
+    assert "by its bfloat16 peak" not in texts["bfloat16"]
+
+
+def test_no_cell_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run("published")
+    for words in ("Transformer-XL", "Memorizing Transformers", "(K + V) H (65 000 + N l)", "Infini-attention"):
+        assert words in text
+    # nor is it where a terminal has no room for it
+    rows = estimates([plan(10**14)], PEAK)
+    tables = plan_command._memory_table(published.memories()), plan_command._table("", rows, plan_command.COSTS)
+    for table in tables:
+        console = Console(width=50, file=io.StringIO())
+        console.print(table)
+        assert "…" not in console.file.getvalue()
+
+
 def test_published_figures_are_shown(tmp_path: Path) -> None:
     json_file, png = tmp_path / "papers.json", tmp_path / "papers.png"
     text = run("published", "--json", str(json_file), "--png", str(png))
@@ -621,7 +656,14 @@ def test_published_figures_are_shown(tmp_path: Path) -> None:
     [
         (["opt-1b"], "SHAPE must be one of"),
         (["--length", "4Q"], "--length must be numbers from 1 on with commas"),
-        (["--length", "0"], "--length must be"),
+        (["--length", "0"], "--length must be numbers from 1 on with commas, as 4096,32K,1M, got '0'"),
+        (["--length", "9" * 400], "--length must be numbers of at most 15 digits, got one of 400"),
+        (["--length", "9" * 5000], "--length must be numbers of at most 15 digits, got one of 5000"),
+        (["--length", "999999999999999M"], "--length must be at most 1,000,000,000,000,000, got more"),
+        (["--batch", "9" * 400], "--batch must be at most 1,000,000,000,000,000, got more"),
+        ([f"layers=2,width={'9' * 400},heads=4,vocabulary=61"], "SHAPE must be numbers of at most"),
+        (["exchange", "--segment-len", "9" * 400], "--segment-len must be at most"),
+        (["exchange", "--ranks", "0"], "--ranks must be numbers from 1 on with commas, as 2,8,64, got '0'"),
         (["--segment-len", "0"], "--segment-len must be at least 1, got 0"),
         (["--gpu", "A100"], "--gpu must be one of"),
         (["exchange", "--ranks", "2,-1"], "--ranks must be numbers"),

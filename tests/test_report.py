@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,7 @@ pytest.importorskip("matplotlib", reason="needs segattn[cli]")
 
 from segattn.bench import report_plots
 from segattn.bench.records import ResultError, read, read_all
-from segattn.bench.report import differences, main, rewritten
-from segattn.bench.report_tables import TABLES
+from segattn.bench.report import differences, made_of, main, rewritten
 
 ROOT = Path(__file__).resolve().parents[1]
 README = """# A text
@@ -127,8 +128,12 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
+def table(name: str, folder: Path) -> str | None:
+    return made_of(name, read_all(folder), folder)
+
+
 def test_the_speed_table(results: Path) -> None:
-    text = TABLES["speed"](read_all(results))
+    text = table("speed", results)
     assert text is not None
     assert cells(text) == [
         ["small, ÷ SDPA flash local", "forward", "forward + backward", "peak MiB"],
@@ -142,20 +147,44 @@ def test_the_speed_table(results: Path) -> None:
         ["segattn delta", "1.50 (1.35-1.80)", "1"],
         ["SDPA flash full", "out of memory", ""],
     ]
-    for condition in ("cpu x86_64 (AVX2), 2 threads", "PyTorch 2.13.0", "median of 5 rounds", "commit 0123456789ab;"):
+    for condition in (
+        "cpu x86_64 (AVX2), 2 threads",
+        "PyTorch 2.13.0",
+        "median (and p20-p80) of 5 rounds",
+        "commit 0123456789ab;",
+    ):
         assert condition in text
     assert "NVIDIA H100, 700 W, driver 1.2, torch 2.13.0, commit fedcba987654 with changes" in text
 
 
+def test_what_is_noisy_is_marked_and_who_was_wrong_is_shown(results: Path) -> None:
+    document = suite()
+    document["benchmarks"][1]["extra_info"]["noisy"] = "spread of 40 %"
+    model = {"B": 1, "S": 2, "L": 8, "dtype": "float32"}
+    ours = benchmark("tiny", "segattn", "reading", 0.5, 2.0, case=model, tokens_per_second=800.0)
+    document["benchmarks"].append(ours)
+    document["not_timed"].append(
+        {
+            "group": "tiny, reading", "provider": "theirs", "status": "wrong", "reason": "relative error 1",
+            "direction": "reading", "baseline": "a loop", "case": model,
+        }
+    )  # fmt: skip
+    (results / "cpu.json").write_text(json.dumps(document), encoding="utf-8")
+    assert cells(table("speed", results) or "")[3][1] == "1.25 (1.12-1.38), noisy"
+    assert cells(table("recurrent", results) or "")[2:] == [
+        ["segattn", "0.50 (0.45-0.55)", "3"],
+        ["theirs", "wrong: relative error 1", ""],
+    ]
+
+
 def test_other_tables(results: Path) -> None:
-    found = read_all(results)
-    assert cells(TABLES["lengths"](found) or "")[2:] == [
+    assert cells(table("lengths", results) or "")[2:] == [
         ["SDPA flash local", "32", "64", "-"],
         ["segattn delta", "48", "96", "-"],
         ["SDPA flash full", "-", "-", "out of memory"],
     ]
-    assert cells(TABLES["decode"](found) or "")[2:] == [["segattn delta", "0.25 (0.23-0.28)", "5"]]
-    assert TABLES["recurrent"](found) is None
+    assert cells(table("decode", results) or "")[2:] == [["segattn delta", "0.25 (0.23-0.28)", "5"]]
+    assert table("recurrent", results) is None
 
 
 def test_data_of_plots(results: Path) -> None:
@@ -227,7 +256,7 @@ def test_a_changed_figure_is_found(results: Path, readme: Path) -> None:
 
 
 def test_a_table_of_one_file(results: Path) -> None:
-    text = rewritten("<!-- report: speed gpu.json -->\n<!-- /report -->\n", read_all(results))
+    text = rewritten("<!-- report: speed gpu.json -->\n<!-- /report -->\n", read_all(results), results)
     assert "NVIDIA H100" in text
     assert "cpu.json" not in text
 
@@ -238,13 +267,15 @@ def test_a_table_of_one_file(results: Path) -> None:
         ("<!-- report: fast -->\n<!-- /report -->\n", "report must name one of speed, lengths, .* got 'fast'"),
         ("<!-- report: recurrent -->\n<!-- /report -->\n", "report 'recurrent' must have results, got none"),
         ("<!-- report: decode gpu.json -->\n<!-- /report -->\n", "report 'decode gpu.json' must have results"),
+        ("<!-- report: book cpu.json -->\n<!-- /report -->\n", "report 'book' must name no file, got 'cpu.json'"),
+        ("Words.\n", "README must have <!-- report: speed --> and <!-- /report -->: there are results of it"),
         ("<!-- report: speed -->\n", "each <!-- report: NAME --> must have its <!-- /report -->"),
         ("<!-- report: speed -->\n<!-- report: decode -->\n<!-- /report -->\n", "each <!-- report: NAME -->"),
     ],
 )
 def test_bad_markers_are_named(results: Path, text: str, problem: str) -> None:
     with pytest.raises(ResultError, match=problem):
-        rewritten(text, read_all(results))
+        rewritten(text, read_all(results), results)
 
 
 def test_bad_results_are_named(results: Path, readme: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,6 +287,140 @@ def test_bad_results_are_named(results: Path, readme: Path, capsys: pytest.Captu
         read(results / "copy.json")
     assert main([f"--readme={readme}", f"--results={results}", "--check"]) == 2
     assert "copy.json must be a result of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ratio": "1.5"}, "ratio of segattn delta, small, forward, must be positive numbers, .* got ('1.5', "),
+        ({"ratio": -1.0}, "ratio of .* must be positive"),
+        ({"ratio": math.nan}, "ratio of .* must be positive"),
+        ({"ratio": True}, "ratio of .* must be positive"),
+        ({"ratio": 9.0}, "the median between its quantiles"),
+        ({"ratio_fifths": [1.0]}, "ratio of .* must be positive"),
+        ({"ms": math.inf}, "ms of .* must be positive"),
+        ({"peak_bytes": "much"}, "memory of .* must be a finite number, not negative, got 'much'"),
+        ({"tokens_per_second": -5}, "tokens_per_second of .* must be a positive number, got -5"),
+        ({"errors": {"dq": math.nan}}, "error of dq of .* must be a finite number, not negative, got nan"),
+        ({"errors": {"dq": "small"}}, "error of dq of .* must be a finite"),
+    ],
+)
+def test_figures_that_cannot_be_are_named(
+    results: Path, readme: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    document = suite()
+    document["benchmarks"][1]["extra_info"] |= changes
+    (results / "cpu.json").write_text(json.dumps(document), encoding="utf-8")
+    before = readme.read_text(encoding="utf-8")
+    for arguments in ([], ["--check"]):
+        assert main([f"--readme={readme}", f"--results={results}", *arguments]) == 2
+        assert re.search(said.replace("(", r"\("), capsys.readouterr().err)
+    assert readme.read_text(encoding="utf-8") == before
+
+
+def keep(path: Path, figures: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures), encoding="utf-8")
+
+
+def keep_experiments(folder: Path) -> None:
+    """What trainings and a plan leave behind."""
+    learnt = {
+        name: {"seeds": 2, "perplexity": [5 + i, 0.25], "nats_less_local": [-0.1 * i or 0.0, 0.05]}
+        for i, name in enumerate(("local", "full", "linear", "delta"))
+    }
+    keep(folder / "book" / "book.json", {"summary": learnt})
+    ratios = {"local": {"ratio": 1.0}, "delta": {"ratio": 0.5}}
+    counts = {name: {"counted": {"512": 1024 * i, "8192": 1, "65536": 2048 * i}} for i, name in enumerate(ratios)}
+    keep(
+        folder / "baselines" / "baselines.json",
+        {"summary": learnt, "kept": counts, "speed": {"train": ratios, "evaluate": ratios}},
+    )
+    row = {"prefill_floor_s": 306.1, "decode_floor_s_per_token": 0.0455, "state_bytes": 0, "cache_bytes": 2**37}
+    row |= {"forward_flops": 304e15, "flops_saving": 1.0}
+    estimates = [row | {"scheme": name, "length": n} for n in (64, 8) for name in ("full", "rmt", "infini", "armt")]
+    keep(folder / "plan" / "llama-3-8b.json", {"update": "linear", "estimates": estimates})
+    for task, right in (("reasoning", 3), ("memorize", 4)):
+        cells = [{"segments": n, "samples": 4, "right": right} for n in (2, 64)]
+        keep(folder / "rmt" / task / "evaluation.json", {"lengths": cells, "published": {"2": 1.0, "64": 0.982}})
+        keep(folder / "rmt" / task / "figures.json", {})
+    keep(folder / "rmt" / "detect" / "figures.json", {})
+
+
+def test_tables_of_trainings_and_plans(tmp_path: Path) -> None:
+    assert [table(name, tmp_path) for name in ("baselines", "book", "plan", "memory-tasks")] == [None] * 4
+    keep_experiments(tmp_path)
+    assert cells(table("baselines", tmp_path) or "")[2:] == [
+        ["local", "0", "0", "5.000 ± 0.250", "+0.000 ± 0.050", "1.00", "1.00"],
+        ["delta", "1,024", "2,048", "8.000 ± 0.250", "-0.300 ± 0.050", "0.50", "0.50"],
+    ]
+    assert cells(table("book", tmp_path) or "")[0] == ["", "full attention", "local", "linear memory", "delta memory"]
+    assert cells(table("book", tmp_path) or "")[2:] == [
+        ["perplexity", "6.00 ± 0.25", "5.00 ± 0.25", "7.00 ± 0.25", "8.00 ± 0.25"],
+        ["nats per byte, against local", "-0.100 ± 0.050", "0", "-0.200 ± 0.050", "-0.300 ± 0.050"],
+    ]
+    costs = ["304 P", "1.00", "306 s", "45.5 ms", "0", "128 GiB"]
+    assert cells(table("plan", tmp_path) or "")[2:] == [
+        [name, *costs] for name in ("full attention", "RMT", "Infini-attention, linear", "ARMT")
+    ]
+    assert cells(table("memory-tasks", tmp_path) or "") == [
+        ["right, % (of samples)", "2 segments", "64"],
+        ["---"] * 3,
+        ["memorize", "100.0 (4)", "100.0 (4)"],
+        ["the paper's", "100.0", "98.2"],
+        ["reasoning", "75.0 (4)", "75.0 (4)"],
+        ["the paper's", "100.0", "98.2"],
+    ]
+
+
+def test_tables_of_trainings_and_plans_are_held(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep_experiments(tmp_path)
+    names = ("baselines", "book", "plan", "memory-tasks")
+    marked = [f"<!-- report: {name} -->\n<!-- /report -->\n" for name in names]
+    path = tmp_path / "README.md"
+    path.write_text("".join(marked), encoding="utf-8")
+    command = [f"--readme={path}", f"--results={tmp_path}"]
+    assert main(command) == main([*command, "--check"]) == 0
+    text = path.read_text(encoding="utf-8")
+    figures = {"baselines": "8.000 ±", "book": "8.00 ±", "plan": "306 s", "memory-tasks": "98.2"}
+    for name, figure in figures.items():
+        path.write_text(text.replace(figure, figure.replace("8", "7").replace("3", "4"), 1), encoding="utf-8")
+        assert list(differences(path, tmp_path)) == [f"{path}: the table {name} is not what the results say"]
+    for name, markers in zip(names, marked, strict=True):
+        # neither may the markers be left out, nor the table with them
+        path.write_text("".join(x for x in marked if x != markers), encoding="utf-8")
+        capsys.readouterr()
+        assert main(command) == main([*command, "--check"]) == 2
+        assert capsys.readouterr().err.count(f"README must have <!-- report: {name} -->") == 2
+
+
+def test_pairs_held_are_those_up_to_the_first_loss(tmp_path: Path) -> None:
+    assert table("retrieval", tmp_path) is None
+    shares = {"4": (1000, [0.96, 0.94, 0.97]), "16": (4000, [1.0, 0.95, 0.5]), "1": (250, [0.5, 0.4, 0.3])}
+    for name, (size, accuracies) in shares.items():
+        lengths = [
+            {"segments": n, "accuracy": share, "state_bytes": size}
+            for n, share in zip((3, 5, 9), accuracies, strict=True)
+        ]
+        keep(tmp_path / "rmt" / "retrieval" / name / "evaluation.json", {"lengths": lengths})
+    assert cells(table("retrieval", tmp_path) or "") == [
+        ["state, bytes", "2 pairs", "4", "8", "held at 95 %"],
+        ["---"] * 5,
+        ["250", "50.0", "40.0", "30.0", "0"],
+        ["1,000", "96.0", "94.0", "97.0", "2"],
+        ["4,000", "100.0", "95.0", "50.0", "4"],
+    ]
+
+
+def test_experiments_that_are_none_are_named(tmp_path: Path) -> None:
+    keep_experiments(tmp_path)
+    keep(tmp_path / "book" / "book.json", {"runs": []})
+    with pytest.raises(ResultError, match=r"results for the table book in .* must be its command's, got KeyError"):
+        table("book", tmp_path)
+    cells = [{"segments": n, "samples": 4, "right": 1} for n in (2, 8)]
+    keep(tmp_path / "rmt" / "reasoning" / "evaluation.json", {"lengths": cells, "published": {"2": 1, "8": 1}})
+    with pytest.raises(ResultError, match=r"reasoning must be of \[2, 64\] segments as the others, got \[2, 8\]"):
+        table("memory-tasks", tmp_path)
 
 
 def test_the_script() -> None:

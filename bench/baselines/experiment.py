@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ...figures import write_figures
-from ..book_experiment import all_runs, command
+from ..book_experiment import all_runs
+from ..book_setup import command
 from .counting import FORMULAS, at_the_papers_sizes, counted_bytes, formula_bytes, parameters
 from .models import BASELINES, BaselineSetup, build
 from .plots import plot_baselines
@@ -26,13 +27,17 @@ from .speed import speeds
 LENGTHS = (512, 8192, 65536)
 # columns of the tables where no terminal says
 PAGE = 160
+NOTE = (
+    "RMT: the formula counts keys and values of the memory tokens in every layer; counted is what is handed on from "
+    "segment to segment, the tokens themselves"
+)
 
 
 def experiment(setup: BaselineSetup, path: Path, out: Path) -> dict[str, Any]:
     """Every run, count and time that `out` does not hold yet; a table of them is printed, and a picture drawn.
 
     Raises:
-        ValueError: the runs there are of another setup, or of another text.
+        SettingError: the runs there are of another setup, or of another text, or the text is too short.
     """
     kept = out / "baselines.json"
     figures = all_runs(setup, path, kept, tuple(BASELINES), build)
@@ -88,7 +93,7 @@ def table(figures: dict[str, Any]) -> Table:
 
 def papers_table(figures: dict[str, Any]) -> Table:
     """A row for each row of the paper's table 2."""
-    drawn = Table(title="Numbers kept at the sizes of arXiv 2404.07143, millions (times fewer)")
+    drawn = Table(title="Numbers kept at the sizes of arXiv 2404.07143, millions (times fewer)", caption=NOTE)
     for column in ("", "table 1's formula", "by it", "counted", "printed"):
         drawn.add_column(column, justify="right" if column else "left")
     for row in figures["papers"]:

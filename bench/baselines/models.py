@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 from ...infini.huggingface.cache import InfiniCache
 from ...infini.huggingface.conversion import convert
 from ...rmt.recurrent_memory import RecurrentMemory
-from ..book_experiment import Setup
 from ..book_experiment import build as build_llama
+from ..book_setup import Setup
 from .full_attention import FullAttention
 from .memorizing import Memorizing
 from .replacing import Attention, read, replace
@@ -29,6 +29,8 @@ class BaselineSetup(Setup):
     memory_tokens: of RMT.
     stored, neighbours: tokens in the store of Memorizing Transformers, and keys that a query retrieves.
     """
+
+    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("cached",)
 
     steps: int = 600
     seeds: int = 3

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..book_experiment import nats
+from ..book_setup import made_by
 from .models import BaselineSetup, build
 
 ROUNDS = 15
@@ -27,7 +28,8 @@ def speeds(setup: BaselineSetup, names: Iterable[str], rounds: int = ROUNDS) -> 
     for kind, act in (("train", _train), ("evaluate", _evaluate)):
         turns = [{name: _seconds(act, model, rows) for name, model in models.items()} for _ in range(WARM_UP + rounds)]
         found[kind] = _medians(turns[WARM_UP:], setup.batch * setup.row)
-    return {"rounds": rounds, "rows": [setup.batch, setup.row], "reference": REFERENCE} | found
+    about = {"rounds": rounds, "rows": [setup.batch, setup.row], "reference": REFERENCE}
+    return about | found | {"made": made_by()}
 
 
 def _medians(turns: list[dict[str, float]], tokens: int) -> dict[str, dict[str, float]]:

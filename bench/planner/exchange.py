@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ...running import SettingError
 from ..floors import FLOAT32
-from .settings import ITEMSIZE, check_choice
+from .settings import ITEMSIZE, check_choice, check_size
 from .shapes import Shape
 
 
@@ -72,8 +72,7 @@ class Split:
 
     def __post_init__(self) -> None:
         for name in ("length", "ranks", "segment_len"):
-            if getattr(self, name) < 1:
-                raise SettingError(name, f"must be at least 1, got {getattr(self, name)}")
+            check_size(name, getattr(self, name))
         check_choice("dtype", self.dtype, tuple(ITEMSIZE))
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...running import SettingError
 from ..floors import PEAKS, Peak, peak_of
-from .shapes import Shape
+from .shapes import LARGEST, Shape
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 UPDATES = ("delta", "linear")
@@ -37,8 +37,8 @@ class PlanSettings:
     def __post_init__(self) -> None:
         for name in ("length", "segment_len", "memory", "d_mem", "nu", "batch", "bptt"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingError(name, f"must be at least 1, got {value}")
+            if value is not None:
+                check_size(name, value)
         if self.memory > self.segment_len:
             raise SettingError(
                 "memory", f"must be at most the {self.segment_len} tokens of a segment, got {self.memory}"
@@ -50,6 +50,17 @@ class PlanSettings:
     def itemsize(self) -> int:
         """Bytes of a number of weights and hidden states."""
         return ITEMSIZE[self.dtype]
+
+
+def check_size(name: str, value: int) -> None:
+    """
+    Raises:
+        SettingError: it is none, or larger than anything.
+    """
+    if value < 1:
+        raise SettingError(name, f"must be at least 1, got {value}")
+    if value > LARGEST:
+        raise SettingError(name, f"must be at most {LARGEST:,}, got more")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields
 
 from ...running import SettingError
 
+# of any size: the products of all stay within what a float holds
+LARGEST = 10**15
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -138,6 +141,9 @@ def _numbers(given: str) -> dict[str, int]:
         name, _, number = part.strip().partition("=")
         if name not in known or not (number.isascii() and number.isdecimal()):
             raise _error(f"numbers of {', '.join(known)}, as layers=12,width=768", given)
+        # so many digits are not even read
+        if len(number) > len(str(LARGEST)) or int(number) > LARGEST:
+            raise SettingError("shape", f"must be numbers of at most {LARGEST:,}; got {name} of {len(number)} digits")
         numbers[name] = int(number)
     return numbers
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from .bench.planner.shapes import Shape
 
 DEFAULT = "model"
+# columns where no terminal says
+PAGE = 160
+MOST_DIGITS = 15
+# of options that take several
+EXAMPLES = {"length": "4096,32K,1M", "ranks": "2,8,64"}
 # heading → figure, and its unit
 COSTS = {
     "FLOPs": ("forward_flops", "in_flops"),
@@ -67,7 +72,7 @@ def model(
 ) -> None:
     """FLOPs, memory and floor times of full attention, separate segments, RMT, Infini-attention and ARMT."""
     with _command("model") as console:
-        from .bench.planner.report import PLAN_NOTES, estimates
+        from .bench.planner.report import PLAN_NOTES, SLOWER_PRODUCTS, estimates
         from .bench.planner.settings import PlanSettings, gpu_of
         from .bench.planner.shapes import shape_of
 
@@ -79,10 +84,14 @@ def model(
         plans = [PlanSettings(sizes, tokens, **options) for tokens in _counts("length", length)]  # type: ignore[arg-type]
         rows = estimates(plans, peak)
         title = f"{sizes.name}, segments of {segment_len}, batch {batch}, {dtype}, floors on {row}"
+        notes: tuple[str, ...] = PLAN_NOTES
+        if dtype == "float32":
+            title += " by its bfloat16 peak"
+            notes += (SLOWER_PRODUCTS,)
         console.print(_table(f"What it costs: {title}", rows, COSTS), _table("What is kept of a sequence", rows, KEPT))
-        _notes(console, PLAN_NOTES)
+        _notes(console, notes)
         document = {"shape": _shape(sizes), "gpu": row, "peak": peak._asdict()} | options
-        _write(console, json, document | {"formulas": PLAN_NOTES, "estimates": rows})
+        _write(console, json, document | {"formulas": notes, "estimates": rows})
         if png is not None:
             from .bench.planner.plots import plot_plan
 
@@ -96,10 +105,10 @@ def _table(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, tuple[
     from .figures import spoken
 
     table = Table(title=title, title_justify="left")
-    table.add_column("tokens", justify="right")
-    table.add_column("")
+    table.add_column("tokens", justify="right", overflow="fold")
+    table.add_column("", overflow="fold")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     length = None
     for row in rows:
         if length not in (None, row["length"]):
@@ -140,7 +149,7 @@ def exchange(
         title += f"{bandwidth:g} GB/s between, {latency:g} µs"
         table = Table(title=f"Sent by a rank, a layer and step: {title}", title_justify="left")
         for name in ("tokens", "ranks", *EXCHANGES):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", overflow="fold")
         for row in rows:
             cells = [
                 "–" if row["bytes"][x] is None else f"{in_bytes(row['bytes'][x])}\n{in_seconds(row['seconds'][x])}"
@@ -172,7 +181,7 @@ def published(json: Json = None, png: Png = None) -> None:
             title_justify="left",
         )
         for name in ("model", "ratio", f"with {papers.MEMORY} memory tokens", "printed"):
-            table.add_column(name, justify="right" if name != "model" else "left")
+            table.add_column(name, justify="right" if name != "model" else "left", overflow="fold")
         for row in rows:
             ratios = (f"{row[name][-1]:.2f}" for name in ("saving", "saving_with_memory"))
             table.add_row(row["shape"], *ratios, str(row["printed"] or ""))
@@ -190,7 +199,7 @@ def published(json: Json = None, png: Png = None) -> None:
 def _memory_table(kept: Sequence[Any]) -> Table:
     table = Table(title="Numbers kept of a text, arXiv 2404.07143, table 2", title_justify="left")
     for name in ("model", "formula", "numbers", "printed", "share", "printed share"):
-        table.add_column(name, justify="left" if name in ("model", "formula") else "right")
+        table.add_column(name, justify="left" if name in ("model", "formula") else "right", overflow="fold")
     for row in kept:
         shares = f"{row.share:.1f}", f"{row.printed_share:g}"
         table.add_row(row.name, row.formula, f"{row.numbers:,}", f"{row.printed:g} M", *shares)
@@ -204,7 +213,11 @@ def _command(name: str) -> Iterator[Console]:
 
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        yield Console(soft_wrap=True, highlight=False)
+        console = Console(soft_wrap=True, highlight=False)
+        if not console.is_terminal:
+            # no cell is cut in a file or a pipe
+            console.width = PAGE
+        yield console
     except SettingError as error:
         option = "SHAPE" if error.name == "shape" else f"--{error.name.replace('_', '-')}"
         errors.print(f"segattn plan {name}: {option} {error.problem}", markup=False)
@@ -223,8 +236,11 @@ def _counts(name: str, given: str) -> list[int]:
         digits, unit = part.strip().upper(), 1
         if digits[-1:] in ("K", "M"):
             digits, unit = digits[:-1], 2 ** {"K": 10, "M": 20}[digits[-1]]
-        if not (digits.isascii() and digits.isdecimal() and int(digits)):
-            raise SettingError(name, f"must be numbers from 1 on with commas, as 4096,32K,1M, got {given!r}")
+        if not (digits.isascii() and digits.isdecimal() and digits.strip("0")):
+            raise SettingError(name, f"must be numbers from 1 on with commas, as {EXAMPLES[name]}, got {given!r}")
+        # so many digits are not even read
+        if len(digits) > MOST_DIGITS:
+            raise SettingError(name, f"must be numbers of at most {MOST_DIGITS} digits, got one of {len(digits)}")
         counts.add(int(digits) * unit)
     return sorted(counts)
 
