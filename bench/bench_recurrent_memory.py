@@ -18,11 +18,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from segattn.bench import recurrent_generation as generation
-from segattn.bench.cases import GIVEN
 from segattn.bench.measure import peak_bytes
 from segattn.bench.recurrent import DIRECTIONS, GROUPS, check, step
 from segattn.bench.recurrent_models import SIZES, Sizes
 from segattn.bench.suite import Row, refuse, timed
+from segattn.bench.workloads import GIVEN
 
 Keep = Callable[[Row], None]
 # segments that were read before

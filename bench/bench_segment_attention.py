@@ -14,7 +14,6 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from segattn.bench.cases import BOTH, GIVEN, Case, DecodeCase, given, suite
 from segattn.bench.correctness import WrongError, at_the_far_end, complaint, named
 from segattn.bench.decode_calls import BASELINE as GROWING_CACHE
 from segattn.bench.decode_calls import DECODERS, Decoder
@@ -24,6 +23,7 @@ from segattn.bench.peers import BASELINE, PEERS
 from segattn.bench.prepared import Drawn, preparation
 from segattn.bench.suite import Row, admitted, drawn_for, refuse, timed
 from segattn.bench.timing import Prepare
+from segattn.bench.workloads import BOTH, GIVEN, Case, DecodeCase, given, suite
 
 Keep = Callable[[Row], None]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ..kernels.ahead_of_time import ALONE, CASES, Compiled, CompileError, compile_launch, launches_of, signature
 from ..kernels.configs import TABLE, TARGETS, Tile
 from ..kernels.launch import Launch
-from .cases import DTYPES
+from .workloads import DTYPES
 
 KERNELS = tuple(dict.fromkeys(kernel for kernel, _, _ in TABLE))
 # where every case is compiled; elsewhere every kernel once, and attention without a memory beside it

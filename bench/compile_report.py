@@ -18,9 +18,9 @@ from rich.progress import track
 
 from ..kernels.backends import HAS_TRITON
 from ..kernels.configs import TARGETS
-from .cases import DTYPES
 from .check import interpreted
 from .machine import versions
+from .workloads import DTYPES
 
 WIDTHS = ("64", "128", "256")
 # dtypes and widths

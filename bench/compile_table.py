@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..kernels.configs import TARGETS
 from . import floors
-from .cases import CASES
 from .compile_jobs import Row
 from .compile_rules import cost_of
+from .workloads import CASES
 
 HEAD = (
     f"{'kernel':19} {'case':21} {'dtype':9} {'K':>3} {'target':7} {'regs':>4} {'spill':>6} {'shared':>7} {'limit':>6} "

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from segattn.bench.cases import DTYPES, GIVEN, given
 from segattn.bench.suite import Row, marked, table
+from segattn.bench.workloads import DTYPES, GIVEN, given
 
 ROWS = pytest.StashKey[list[Row]]()
 LOAD = pytest.StashKey[float]()

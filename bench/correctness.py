@@ -17,10 +17,10 @@ from torch import Tensor
 
 from . import attention_calls as calls
 from .attention_calls import Function
-from .cases import DTYPES, Case
 from .check import GATES, RATIO_FROM
 from .peers import Peer, from_segments, to_segments
 from .prepared import Drawn, draw
+from .workloads import DTYPES, Case
 
 # how many times the error of PyTorch's operations in the inputs' dtype a peer's may be
 TIMES = 2.5

@@ -20,10 +20,10 @@ from ..kernels.associative import memory_write
 from ..kernels.decoding import segment_decode
 from ..kernels.state import MemoryState
 from .attention_calls import has_kernels, memory_after
-from .cases import DTYPES, DecodeCase
 from .device_decode import Step, draw_step, step_eager, step_ours
 from .measure import synchronize
 from .timing import copies_needed
+from .workloads import DTYPES, DecodeCase
 
 FOLDS = 5
 

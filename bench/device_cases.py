@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from . import floors
-from .cases import Case
 from .correctness import WrongError, at_the_far_end, complaint, errors_in, gated, named, worse
 from .device_counts import launches
 from .floors import Peak, Sizes, Work
@@ -17,6 +16,7 @@ from .measure import peak_bytes, synchronize
 from .peers import PEERS, Peer
 from .prepared import Drawn, draw, preparation
 from .timing import Times, interleaved
+from .workloads import Case
 
 Note = Callable[[dict[str, Any]], None]
 

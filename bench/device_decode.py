@@ -15,7 +15,6 @@ from ..kernels.operation import segment_attention
 from ..kernels.state import MemoryState
 from . import floors
 from .attention_calls import has_kernels
-from .cases import DTYPES, DecodeCase
 from .check import GATES
 from .correctness import TIMES
 from .device_cases import Note, as_record, rounded, still_there
@@ -24,6 +23,7 @@ from .floors import Peak
 from .machine import plain
 from .measure import synchronize
 from .timing import Prepare, captured, copies_needed, interleaved
+from .workloads import DTYPES, DecodeCase
 
 
 class Step(NamedTuple):

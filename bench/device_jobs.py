@@ -15,8 +15,7 @@ from typing import Any, TextIO
 
 import torch
 
-from . import cases
-from .cases import DTYPES, Case, DecodeCase
+from . import workloads
 from .check import compare, run_check
 from .check_calls import Call, calls_of, evaluate, tensors
 from .device_cases import DeviceLostError, Note, admit, measure_case, still_there
@@ -27,6 +26,7 @@ from .machine import plain
 from .peers import PEERS
 from .prepared import draw, preparation
 from .timing import interleaved
+from .workloads import DTYPES, Case, DecodeCase
 
 LOST = 3
 TINY_CALL = "shared memory inputs"
@@ -101,11 +101,11 @@ def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
 
 
 def case_of(name: str) -> Case:
-    return next(x for x in (*cases.CASES, *cases.TINY_CASES) if x.name == name)
+    return next(x for x in (*workloads.CASES, *workloads.TINY_CASES) if x.name == name)
 
 
 def decode_of(name: str) -> DecodeCase:
-    return next(x for x in (*cases.DECODES, *cases.TINY_DECODES) if x.name == name)
+    return next(x for x in (*workloads.DECODES, *workloads.TINY_DECODES) if x.name == name)
 
 
 def warm(job: dict[str, Any], device: torch.device, note: Note) -> None:

@@ -19,12 +19,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cases import CASES, DECODES, DTYPES, MAIN, TINY_CASES, TINY_DECODES, TINY_MAIN
 from .device_jobs import device_here, peak_here
 from .device_table import table
 from .device_worker import Outcome, Worker
 from .goals import judge
 from .machine import ROOT, commit, device_facts, versions
+from .workloads import CASES, DECODES, DTYPES, MAIN, TINY_CASES, TINY_DECODES, TINY_MAIN
 
 # kept back for the profile and the summary, and the least that a job is begun with
 RESERVE, LEAST = 25.0, 4.0

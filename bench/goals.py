@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import CASES, LONG, MAIN, TINY_CASES, TINY_MAIN
+from .workloads import CASES, LONG, MAIN, TINY_CASES, TINY_MAIN
 
 Document = Mapping[str, Any]
 BOTH = "forward + backward"

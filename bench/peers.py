@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 
 from . import attention_calls as calls
 from .attention_calls import Function
-from .cases import DIRECTIONS
+from .workloads import DIRECTIONS
 
 # what ratios are taken to
 BASELINE = "SDPA flash local"

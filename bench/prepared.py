@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cases import DTYPES, Case
 from .peers import Peer, to_segments
 from .timing import Prepare, copies_needed
+from .workloads import DTYPES, Case
 
 
 class Drawn(NamedTuple):

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cases import DIRECTIONS
 from .peers import BASELINE
+from .workloads import DIRECTIONS
 
 # where pytest-benchmark's file has a model's sizes in place of a case
 GROUP = re.compile(r"B(?P<B>\d+)-H(?P<H>\d+)-T(?P<T>\d+)-K(?P<K>\d+)-L(?P<L>\d+)")

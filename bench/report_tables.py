@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .cases import BOTH
 from .records import Record, Result
 from .report_experiments import baselines, book, markdown, memory_tasks, plan, retrieval
+from .workloads import BOTH
 
 MIB = 2**20
 OF_MODELS = ("reading", "training step", "generation")

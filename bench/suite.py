@@ -13,12 +13,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from .cases import BOTH, Case
 from .device_cases import admit
 from .measure import synchronize
 from .peers import PEERS
 from .prepared import Drawn, draw
 from .timing import Prepare, Times
+from .workloads import BOTH, Case
 
 LEAST_ROUNDS = 3
 # of ratios: the 20th to the 80th percentile, over the median

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.configs import Tile, tile_for
-from .cases import DTYPES
 from .check import GATES
 from .check_calls import Call, evaluate, tensors
 from .device_counts import kernel_times
 from .device_worker import Worker
 from .machine import ROOT
 from .timing import time_once
+from .workloads import DTYPES
 
 SIDES = (16, 32, 64, 128)
 CHUNKS = (16, 32, 64, 128, 256)

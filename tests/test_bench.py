@@ -22,8 +22,7 @@ import torch
 pytest.importorskip("pytest_benchmark", reason="needs segattn[bench]")
 pytest.importorskip("infini_transformer_pytorch", reason="needs segattn[bench]")
 
-from segattn.bench import attention_calls, bench_segment_attention, cases, conftest, decode_calls, suite
-from segattn.bench.cases import BOTH, DIRECTIONS, Case, DecodeCase
+from segattn.bench import attention_calls, bench_segment_attention, conftest, decode_calls, suite, workloads
 from segattn.bench.correctness import at_reduced_length, at_the_far_end, complaint, gated, results
 from segattn.bench.decode_calls import DECODERS
 from segattn.bench.measure import peak_bytes
@@ -31,6 +30,7 @@ from segattn.bench.peers import BASELINE, PEERS, Peer, from_segments, to_segment
 from segattn.bench.prepared import draw, preparation
 from segattn.bench.suite import Row, admitted, marked, table, timed
 from segattn.bench.timing import Times
+from segattn.bench.workloads import BOTH, DIRECTIONS, Case, DecodeCase
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -451,7 +451,7 @@ def test_the_whole_path(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
-    own = [name for name in cases.ANYWHERE if name != "FlexAttention local"]
+    own = [name for name in workloads.ANYWHERE if name != "FlexAttention local"]
     timed = {(b["group"], b["extra_info"]["provider"]) for b in result["benchmarks"]}
     other = {(row["group"], row["provider"]): row["reason"] for row in result["not_timed"]}
     group = "T32 L8 K8 H2/2 B1 float32"
@@ -476,7 +476,7 @@ def test_the_whole_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sizes", ["1,2,3", "1,2,32,8,0", "1,2,33,8,8", "1,2,x,8,8", ""])
 def test_bad_workloads_are_named(sizes: str) -> None:
     with pytest.raises(ValueError, match=f"five positive integers B,H,T,K,L, T a multiple of L, got '{sizes}'"):
-        cases.given([sizes], "float32")
+        workloads.given([sizes], "float32")
 
 
 @pytest.mark.parametrize(
@@ -523,11 +523,11 @@ def test_a_bad_option_is_one_usage_error() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_suites_name_providers_that_there_are(device: str) -> None:
-    calls, steps = cases.suite(device)
+    calls, steps = workloads.suite(device)
     assert all(set(case.peers) <= set(PEERS) and case.T % case.L == 0 for case in calls)
     assert len({case.name for case in calls}) == len(calls)
     assert {case.dtype for case in (*calls, *steps)} == {"bfloat16" if device == "cuda" else "float32"}
-    assert {x.dtype for x in cases.suite(device, "float16")[0]} == {"float16"}
+    assert {x.dtype for x in workloads.suite(device, "float16")[0]} == {"float16"}
     # of the sweep, its lengths double
     lengths = [case.T for case in calls if case.name.endswith("by length")]
     assert len(lengths) >= 4

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from segattn.bench import device_run, floors, goals, tune
-from segattn.bench.cases import CASES, DECODES, TINY_CASES, TINY_MAIN
 from segattn.bench.correctness import at_reduced_length
 from segattn.bench.device_cases import measure_case
 from segattn.bench.device_decode import draw_step, step_eager, step_ours
 from segattn.bench.device_worker import Outcome, Worker
 from segattn.bench.peers import PEERS, from_segments, to_segments
 from segattn.bench.timing import Times, interleaved
+from segattn.bench.workloads import CASES, DECODES, TINY_CASES, TINY_MAIN
 from segattn.kernels.configs import Tile
 
 ROOT = Path(__file__).resolve().parents[1]
