@@ -27,7 +27,7 @@ def _figures(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _spread(values: Sequence[float], how: str) -> str:
+def spread(values: Sequence[float], how: str) -> str:
     """Mean and standard deviation, as many digits of both."""
     return f"{values[0]:{how}} ± {values[1]:{how.removeprefix('+')}}"
 
@@ -43,7 +43,7 @@ def baselines(folder: Path) -> str | None:
         found = figures["summary"][name]
         speeds = [f"{figures['speed'][kind][name]['ratio']:.2f}" for kind in ("train", "evaluate")]
         counted = [f"{kept['counted'][length]:,}" for length in ("512", "65536")]
-        learnt = [_spread(found["perplexity"], ".3f"), _spread(found["nats_less_local"], "+.3f")]
+        learnt = [spread(found["perplexity"], ".3f"), spread(found["nats_less_local"], "+.3f")]
         rows.append([name, *counted, *learnt, *speeds])
     return markdown([*head, "training speed", "reading speed"], rows)
 
@@ -54,9 +54,9 @@ def book(folder: Path) -> str | None:
     if figures is None:
         return None
     found = [figures["summary"][name] for name in VARIANTS]
-    less = ["0" if x["nats_less_local"][0] == 0 else _spread(x["nats_less_local"], "+.3f") for x in found]
+    less = ["0" if x["nats_less_local"][0] == 0 else spread(x["nats_less_local"], "+.3f") for x in found]
     rows = [
-        ["perplexity", *(_spread(x["perplexity"], ".2f") for x in found)],
+        ["perplexity", *(spread(x["perplexity"], ".2f") for x in found)],
         ["nats per byte, against local", *less],
     ]
     return markdown(["", *VARIANTS.values()], rows)

@@ -18,6 +18,7 @@ from rich.table import Table
 from ...figures import write_figures
 from ..book_experiment import all_runs
 from ..book_setup import command
+from ..report_experiments import spread
 from .counting import FORMULAS, at_the_papers_sizes, counted_bytes, formula_bytes, parameters
 from .models import BASELINES, BaselineSetup, build
 from .plots import plot_baselines
@@ -86,7 +87,7 @@ def table(figures: dict[str, Any]) -> Table:
         values = [f"{value:,}" for value in (kept["parameters"], *kept["counted"].values())]
         speed = [f"{figures['speed'][kind][name]['ratio']:.2f}" for kind in ("train", "evaluate")]
         drawn.add_row(
-            name, *values, _spread(found["perplexity"], ".3f"), _spread(found["nats_less_local"], "+.3f"), *speed
+            name, *values, spread(found["perplexity"], ".3f"), spread(found["nats_less_local"], "+.3f"), *speed
         )
     return drawn
 
@@ -105,10 +106,6 @@ def papers_table(figures: dict[str, Any]) -> Table:
             f"{row['printed']:g} ({row['printed_fewer']:g})",
         )
     return drawn
-
-
-def _spread(values: Sequence[float], how: str) -> str:
-    return f"{values[0]:{how}} ± {values[1]:.3f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

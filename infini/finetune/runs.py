@@ -95,6 +95,13 @@ def build(settings: FinetuneSettings) -> tuple[Finetuner, Tokenizer, str]:
     else:
         tokens = tokens_of_dataset(str(settings.dataset), tokenizer, settings.split, settings.column)
     rows = rows_of(tokens, settings.length)
+    choose_trained(model, settings)
+    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+    return Finetuner(model, rows, settings), tokenizer, digest
+
+
+def choose_trained(model: Any, settings: FinetuneSettings) -> None:
+    """All of a converted model or its gates alone, its layers run again in the backward if that is asked for."""
     if settings.gates_only:
         model.requires_grad_(False)
         for module in model.modules():
@@ -102,8 +109,6 @@ def build(settings: FinetuneSettings) -> tuple[Finetuner, Tokenizer, str]:
                 module.requires_grad_(True)
     if settings.gradient_checkpointing:
         checkpoint_gradients(model)
-    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-    return Finetuner(model, rows, settings), tokenizer, digest
 
 
 def convert_plain(model: Any, settings: FinetuneSettings) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ...running import SettingError, deferred_interrupt
+from ...running import SettingError, deferred_interrupt, handled
 
 Result = TypeVar("Result")
 # what torchrun sets
@@ -112,13 +112,5 @@ def largest(*numbers: float) -> tuple[float, ...]:
 @contextmanager
 def deferred_stop() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM append to the list instead of breaking into a step; a second Ctrl-C breaks in."""
-    with deferred_interrupt() as caught:
-        try:
-            previous = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
-        except ValueError:  # signals belong to the main thread
-            yield caught
-            return
-        try:
-            yield caught
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    with deferred_interrupt() as caught, handled(signal.SIGTERM, lambda number, _: caught.append(number)):
+        yield caught

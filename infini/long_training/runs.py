@@ -19,8 +19,7 @@ from ...figures import prepare, versions, write_figures
 from ...running import InterruptedRunError, SettingError
 from ..evaluate.loading import ByteTokenizer, PretrainedTokenizer, Source, Tokenizer
 from ..evaluate.loading import load as load_model
-from ..finetune.runs import FREE, Listener, checkpoint_gradients, convert_plain, keep_lines
-from ..gate import Gate
+from ..finetune.runs import FREE, Listener, choose_trained, convert_plain, keep_lines
 from ..huggingface.saving import save_pretrained
 from ..huggingface.settings import conversion_of
 from ..sharding import runs_of
@@ -161,13 +160,7 @@ def build_model(settings: LongSettings) -> tuple[Any, Tokenizer]:
         raise SettingError(
             "model", f"must be one whose every layer is converted, got layers {list(native)} that are not"
         )
-    if settings.gates_only:
-        model.requires_grad_(False)
-        for module in model.modules():
-            if isinstance(module, Gate):
-                module.requires_grad_(True)
-    if settings.gradient_checkpointing:
-        checkpoint_gradients(model)
+    choose_trained(model, settings)
     return model, tokenizer
 
 

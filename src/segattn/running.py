@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -50,15 +50,22 @@ def deferred_interrupt() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    try:
-        previous = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # signals belong to the main thread
+    with handled(signal.SIGINT, handle):
         yield caught
+
+
+@contextmanager
+def handled(number: int, handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let `handle` have a signal; in another thread than the main one, to which signals belong, nothing changes."""
+    try:
+        previous = signal.signal(number, handle)
+    except ValueError:
+        yield
         return
     try:
-        yield caught
+        yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, previous)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
