@@ -81,6 +81,7 @@ def text_task(
     book: str | Path | None = None,
     kind: Kind | None = None,
     max_facts: int | None = None,
+    decoys: float = 0.0,
     vocabulary: Vocabulary | None = None,
     vocabulary_size: int = 4000,
     encode: Encode | None = None,
@@ -97,6 +98,7 @@ def text_task(
         kind: "class" or "token"; None: "class" for the first three, "token" for the others.
         max_facts: leave out questions with more facts before them; None: leave out none. The longest stories of qa2
             have 88, of 552 words.
+        decoys: share of the training filler's tokens that are single ones out of facts instead, as in `TextTask`.
         vocabulary: that of a task made before; None: built from the text's training part.
         vocabulary_size: words of the text in a vocabulary built here, besides those of the facts.
         encode: token ids of a sentence, without special tokens, in place of a vocabulary, as `TextTask` takes it.
@@ -134,6 +136,7 @@ def text_task(
         kind=kind,
         gen_token=gen_token,
         at_beginning=form.at_beginning,
+        decoys=decoys,
         vocabulary=vocabulary,
     )
 

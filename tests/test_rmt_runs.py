@@ -300,6 +300,32 @@ def test_an_interrupted_run_goes_on_exactly(kind: str, step: int, tmp_path: Path
     assert not torch.equal(begun["memory" if kind != "armt" else "memory_tokens"], weights[0].popitem()[1])
 
 
+@pytest.mark.parametrize("kind", ["encoder", "armt"])
+def test_a_run_starts_from_an_earlier_ones_weights(kind: str, tmp_path: Path) -> None:
+    first, second, out = (tmp_path / name for name in ("first", "second", "out"))
+    earlier = run_training(replace(KINDS[kind], anneal=2), first, Quiet())
+    settings = replace(KINDS[kind], start=str(first), lr=0.0, later_lr=0.0, seed=7)
+    figures = run_training(settings, second, Quiet())
+    assert earlier["before"] is None
+    assert figures["before"] == earlier
+    assert len(figures["stages"]) == 2
+    assert figures["steps"] == 10
+    # nothing is learnt at a rate of zero
+    weights = [load_file(Outputs.of(folder).weights) for folder in (first, second)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert Outputs.of(second).vocabulary.read_text() == Outputs.of(first).vocabulary.read_text()
+    with pytest.raises(SettingError, match=r"start must be one that segattn rmt train wrote, got .*size mismatch"):
+        run_training(replace(settings, width=20), out, Quiet())
+    with pytest.raises(SettingError, match="start must be one that segattn rmt train wrote, got 'nowhere'"):
+        run_training(replace(settings, start="nowhere"), out, Quiet())
+    assert not out.exists()
+    # what it started from is not needed to go on
+    shutil.rmtree(first)
+    longer = run_training(replace(settings, segments=(*settings.segments, 4)), second, Quiet(), resume=True)
+    assert longer["before"] == earlier
+    assert longer["steps"] == 15
+
+
 def test_resume_takes_further_stages_but_no_other_run(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(tiny, folder)
@@ -654,6 +680,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["detect", "--architecture", "armt"], "--architecture must be rmt for detect, whose model is an encoder"),
         (["copy", "--architecture", "lstm"], "--architecture must be one of rmt, armt, got 'lstm'"),
         (["copy", "--architecture", "armt", "--noise", "0.1"], "--noise is for rmt, got 0.1 with armt"),
+        (["detect", "--decoys", "1"], "--decoys must be from 0 to below 1, got 1.0"),
+        (["copy", "--decoys", "0.1"], "--decoys is for tasks of text, memorize, "),
         (["detect", "--freeze"], "--freeze must come with --pretrained"),
         (["qa1", "--pretrained", "."], "--pretrained is for tasks of classes, memorize, detect, reasoning, got qa1"),
         (["retrieval", "--segment-len", "9"], "--segment-len must be 4 for retrieval, a pair, got 9"),

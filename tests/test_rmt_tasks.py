@@ -15,7 +15,16 @@ import pytest
 import torch
 
 from segattn.rmt.memory_tasks.batch import generator_of
-from segattn.rmt.memory_tasks.facts import PLACES, WORDS, Question, babi_file, generate_questions, read_questions
+from segattn.rmt.memory_tasks.facts import (
+    MOVES,
+    PEOPLE,
+    PLACES,
+    WORDS,
+    Question,
+    babi_file,
+    generate_questions,
+    read_questions,
+)
 from segattn.rmt.memory_tasks.filler import Filler, split_sentences, strip_gutenberg
 from segattn.rmt.memory_tasks.symbols import CopyTask, RetrievalTask
 from segattn.rmt.memory_tasks.texts import TextTask
@@ -211,6 +220,29 @@ def test_facts_stand_at_every_depth(name: str, facts: int) -> None:
     # five standard deviations of a binomial count
     expected = 400 * facts / 5
     assert np.abs(counts - expected).max() < 5 * np.sqrt(expected * 0.8)
+
+
+def test_half_of_the_training_samples_have_decoys(book: Path) -> None:
+    plain, task = (text_task("detect", book=book, decoys=share) for share in (0.0, 0.2))
+    assert plain.vocabulary is not None
+    tests = [made.batch(9, 80, seed=1, index=4, split="test").input_ids for made in (plain, task)]
+    assert torch.equal(*tests)
+    of_facts = torch.unique(torch.tensor(plain.vocabulary.encode(" ".join([*PEOPLE, *PLACES, *MOVES, "the"]))))
+    batch = task.batch(400, 500, seed=1, index=4)
+    rows = batch.input_ids.tolist()
+    for row, label in zip(rows, batch.labels, strict=True):
+        assert f" the {task.classes[int(label)]} . " in plain.vocabulary.decode(row)
+    strays = torch.isin(batch.input_ids, of_facts).sum(1) - len("mary went to the garden".split())
+    # the question has a person, and one verb has two words
+    none = strays <= 2
+    # five standard deviations of a binomial count
+    assert abs(int(none.sum()) - 200) < 5 * np.sqrt(400 / 4)
+    # besides these words the full stop is one
+    expected = 490 * 0.2 * len(of_facts) / (len(of_facts) + 1)
+    assert abs(float(strays[~none].float().mean()) - expected) < 5
+    drawn = batch.input_ids[~none]
+    counts = (drawn[:, :, None] == of_facts).sum((0, 1))
+    assert counts.min() > 0.7 * counts.float().mean()
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -480,6 +512,7 @@ def test_sentences() -> None:
         ("detect", {"book": "nowhere.txt"}, "book must be a text file in UTF-8, got 'nowhere.txt'"),
         ("detect", {"kind": "words"}, "kind must be 'class' or 'token', got 'words'"),
         ("qa2", {"max_facts": 1}, "max_facts must be at least [0-9]+, got 1"),
+        ("detect", {"decoys": 1.0}, "decoys must be from 0 to below 1, got 1.0"),
         ("detect", {"vocabulary_size": -1}, "size must be at least 0, got -1"),
         ("detect", {"vocab_size": 9}, "vocab_size and gen_token must come with encode"),
         ("detect", {"encode": len}, "vocab_size must come with encode, got None"),

@@ -32,6 +32,9 @@ class TextTask:
         kind: "class": labels are indices of `classes`; "token": labels are the answer's tokens.
         gen_token: the token between question and answer of a token task; None for none.
         at_beginning: facts stand before all filler.
+        decoys: share of the filler's tokens that are replaced by single ones out of facts, in half of the training
+            samples; from 0 to below 1. Where a book says "garden" seldom, a model may take the word for the fact that
+            someone went there. The test's filler is never changed.
         vocabulary: what encodes, where it is a `Vocabulary`; kept for the caller.
 
     Attributes:
@@ -39,7 +42,7 @@ class TextTask:
         shortest: the least length that holds every sample, in tokens.
 
     Raises:
-        ValueError: a split without questions, ids outside the vocabulary, an unknown kind.
+        ValueError: a split without questions, ids outside the vocabulary, an unknown kind, a share out of range.
     """
 
     def __init__(
@@ -53,10 +56,13 @@ class TextTask:
         kind: Kind = "class",
         gen_token: int | None = None,
         at_beginning: bool = False,
+        decoys: float = 0.0,
         vocabulary: Vocabulary | None = None,
     ) -> None:
         if kind not in ("class", "token"):
             raise ValueError(f"kind must be 'class' or 'token', got {kind!r}")
+        if not 0 <= decoys < 1:
+            raise ValueError(f"decoys must be from 0 to below 1, got {decoys}")
         self.name, self.kind, self.vocab_size, self.vocabulary = name, kind, vocab_size, vocabulary
         self.at_beginning = at_beginning
         self._questions = {split: list(questions.get(split, ())) for split in SPLITS}
@@ -66,6 +72,11 @@ class TextTask:
         self._filler, self._encode = filler, encode
         self._gen = np.array([] if gen_token is None else [gen_token], np.int64)
         self._known: dict[str, Ids] = {}
+        self._decoys = decoys
+        told = {fact for question in self._questions["train"] for fact in question.facts}
+        self._of_facts = np.unique([token for fact in told for token in self._ids(fact)])
+        if decoys and not told:
+            raise ValueError(f"decoys must be 0 where questions have no facts, got {decoys}")
         every = [question for asked in self._questions.values() for question in asked]
         self.classes = tuple(sorted({question.answer for question in every})) if kind == "class" else ()
         self.shortest = max(self._length(question) for question in every)
@@ -101,6 +112,8 @@ class TextTask:
         tail = self._tail(question)
         room = len(row) - sum(map(len, facts)) - len(tail)
         tokens, gaps = self._filler.draw(generator, room, split)
+        if self._decoys and split == "train":
+            tokens = self._with_decoys(generator, tokens)
         places = np.sort(gaps[generator.integers(len(gaps), size=len(facts))])
         if self.at_beginning:
             places[:] = 0
@@ -109,6 +122,11 @@ class TextTask:
             pieces += [tokens[done:place], fact]
             done = place
         np.concatenate([*pieces, tokens[done:], tail], out=row)
+
+    def _with_decoys(self, generator: np.random.Generator, tokens: Ids) -> Ids:
+        # half of the samples have none, as the test's
+        chosen = generator.random(len(tokens)) < self._decoys * generator.integers(2)
+        return np.where(chosen, generator.choice(self._of_facts, len(tokens)), tokens)
 
     def _tail(self, question: Question) -> Ids:
         asked = self._ids(question.text)

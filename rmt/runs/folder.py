@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from .models import Pretrained, freeze_model, pretrained_encoder, pretrained_tok
 from .settings import TrainSettings, device_of, short_stages
 
 # arguments → settings
-_OF_TASK = {"babi": "babi", "path": "babi", "book": "book", "text": "book", "key_digits": "key_digits"}
+_OF_TASK = {"babi": "babi", "path": "babi", "book": "book", "text": "book", "decoys": "decoys", "key_digits": "key_digits"}
 _OF_MODEL = {name: name for name in ("segment_len", "bptt", "d_mem", "noise")} | {"num_memory_tokens": "memory"}
 
 
@@ -35,6 +36,7 @@ class Outputs(NamedTuple):
     weights: of the memory and its model.
     vocabulary: the words of the token ids.
     pretrained: a pretrained model's configuration and tokenizer.
+    before: figures of the run that this one started from.
     """
 
     figures: Path
@@ -42,11 +44,12 @@ class Outputs(NamedTuple):
     weights: Path
     vocabulary: Path
     pretrained: Path
+    before: Path
 
     @classmethod
     def of(cls, folder: Path) -> Outputs:
         """The files of a run in `folder`."""
-        names = ("figures.json", "checkpoint.pt", "model.safetensors", "vocabulary.json", "pretrained")
+        names = ("figures.json", "checkpoint.pt", "model.safetensors", "vocabulary.json", "pretrained", "before.json")
         return cls(*(folder / name for name in names))
 
 
@@ -89,8 +92,27 @@ def build(settings: TrainSettings, earlier: Outputs | None = None) -> Run:
     return Run(settings, task, memory.to(device_of(settings.device)), source)
 
 
+def start_from(folder: Path, settings: TrainSettings) -> Run:
+    """Task and memory with the words and weights of an earlier run.
+
+    Raises:
+        SettingError: naming the setting; of `start`, where the folder holds no run, or one of another model.
+    """
+    outputs = Outputs.of(folder)
+    try:
+        run = build(settings, outputs)
+        load_model(run.memory, outputs.weights, device=device_of(settings.device))
+    except SettingError:
+        raise
+    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _no_run("start", folder, error) from None
+    return run
+
+
 def write_sources(run: Run, outputs: Outputs) -> None:
-    """What `build` takes from a run that was begun."""
+    """What `build` takes from a run that was begun, and the record of what came before it."""
+    if run.settings.start is not None:
+        shutil.copyfile(Outputs.of(Path(run.settings.start)).figures, outputs.before)
     if run.source is not None:
         model: Any = run.memory.model
         model.config.save_pretrained(outputs.pretrained)
@@ -119,12 +141,14 @@ def load_run(folder: Path, *, babi: str | None = None, book: str | None = None, 
     except SettingError:
         raise
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SettingError(
-            "folder", f"must be one that segattn rmt train wrote, got {str(folder)!r} ({reason})"
-        ) from None
+        raise _no_run("folder", folder, error) from None
     run.memory.eval()
     return run
+
+
+def _no_run(setting: str, folder: Path, error: Exception) -> SettingError:
+    reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
+    return SettingError(setting, f"must be one that segattn rmt train wrote, got {str(folder)!r} ({reason})")
 
 
 def fingerprint(settings: TrainSettings) -> str:
@@ -146,7 +170,7 @@ def _task_options(settings: TrainSettings, source: Pretrained | None, earlier: O
         return {"key_digits": settings.key_digits, "rewrite": settings.rewrite}
     if settings.task not in FORMS:
         return {}
-    files = {"babi": settings.babi, "book": settings.book}
+    files = {"babi": settings.babi, "book": settings.book, "decoys": settings.decoys}
     if source is not None:
         return files | {"encode": source.encode, "vocab_size": len(source.tokenizer)}
     if earlier is not None:

@@ -44,11 +44,14 @@ class TrainSettings:
         babi: folder of bAbI's files; None: generated facts.
         book: file of running text; None: generated sentences.
         vocabulary: words of the text that are kept, besides those of the facts.
+        decoys: of tasks of text, share of the training text's tokens that are single ones out of facts instead.
         key_digits, rewrite: of retrieval.
         encoder: kind of the small model for class tasks, bert or modernbert.
         layers, width, heads: of the small model.
         pretrained: folder of an encoder and its tokenizer, in place of the small one.
         freeze: train memory and head alone.
+        start: folder of an earlier run, whose words and weights are the first; the settings of its model must be given
+            again.
         architecture: "rmt" or, for token tasks, "armt".
         memory: memory tokens; None: 10, or a segment's tokens where those are fewer.
         d_mem: of armt, width of queries and keys before their features.
@@ -72,6 +75,7 @@ class TrainSettings:
     babi: str | None = None
     book: str | None = None
     vocabulary: int = 4000
+    decoys: float = 0.0
     key_digits: int = 2
     rewrite: bool = False
     encoder: str = "bert"
@@ -80,6 +84,7 @@ class TrainSettings:
     heads: int = 4
     pretrained: str | None = None
     freeze: bool = False
+    start: str | None = None
     architecture: str = "rmt"
     memory: int | None = None
     d_mem: int = 64
@@ -177,8 +182,11 @@ class TrainSettings:
             raise SettingError("seed", f"must be below 2**32, got {self.seed}")
         if not 0 < self.threshold <= 1:
             raise SettingError("threshold", f"must be above 0 and at most 1, got {self.threshold}")
-        if not 0 <= self.beta2 < 1:
-            raise SettingError("beta2", f"must be from 0 to below 1, got {self.beta2}")
+        for name in ("beta2", "decoys"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(name, f"must be from 0 to below 1, got {getattr(self, name)}")
+        if self.decoys and self.task not in FORMS:
+            raise SettingError("decoys", f"is for tasks of text, {', '.join(FORMS)}, got {self.decoys} with {self.task}")
         for name in ("lr", "later_lr", "weight_decay", "noise"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):

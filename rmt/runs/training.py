@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,16 +13,16 @@ from ...figures import make_folder, versions, write_figures
 from ...running import InterruptedRunError, SettingError, deferred_interrupt, named, read_checkpoint, save_checkpoint
 from ..curriculum import DivergedError, Stage, Step, Trainer
 from .answers import count_right, interval, samples_of
-from .folder import Outputs, build, fingerprint, write_sources
+from .folder import Outputs, build, fingerprint, start_from, write_sources
 from .settings import TrainSettings
 
 CHECKPOINT_EVERY = 50
 CURVE_EVERY = 10
 TEST_SEED = 0
 # may change between a run and its continuation: where files are, and what is yet to be done
-FREE = "babi book pretrained device short short_segments segments steps threshold anneal test_samples".split()
+FREE = "babi book pretrained start device short short_segments segments steps threshold anneal test_samples".split()
 # likewise, and of interest in each stage's figures
-OF_STAGE = ("bptt", "noise", "later_batch", "later_lr")
+OF_STAGE = ("bptt", "noise", "decoys", "later_batch", "later_lr")
 
 
 class Listener(Protocol):
@@ -51,7 +52,12 @@ def run_training(settings: TrainSettings, folder: Path, listener: Listener, *, r
     saved = _checkpoint(outputs.checkpoint) if resume else None
     if saved is not None:
         _check_same(saved["settings"], settings)
-    run = build(settings, outputs if resume else None)
+    if resume:
+        run = build(settings, outputs)
+    elif settings.start is None:
+        run = build(settings)
+    else:
+        run = start_from(Path(settings.start), settings)
     settings = run.settings
     with named(
         segments="segments", short="short", short_segments="short_segments", length="segments", segment_len="short"
@@ -144,6 +150,7 @@ def _write(trainer: Trainer, settings: TrainSettings, outputs: Outputs) -> dict[
         "seconds": round(sum(stage["seconds"] for stage in trainer.done), 2),
         "curve_every": CURVE_EVERY,
         "stages": trainer.done,
+        "before": json.loads(outputs.before.read_text(encoding="utf-8")) if outputs.before.exists() else None,
     }
     save_model(trainer.memory, str(outputs.weights))
     write_figures(outputs.figures, figures)

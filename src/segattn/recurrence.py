@@ -45,6 +45,9 @@ def train(
     babi: Annotated[Path | None, typer.Option(help="Folder of bAbI's files. Default: generated facts.")] = None,
     book: Annotated[Path | None, typer.Option(help="Running text, UTF-8. Default: generated sentences.")] = None,
     vocabulary: Annotated[int | None, typer.Option(help="Words of the text that are kept. Default: 4000.")] = None,
+    decoys: Annotated[
+        float | None, typer.Option(help="Share of the training text that is stray words of facts instead. Default: 0.")
+    ] = None,
     key_digits: Annotated[int | None, typer.Option(help="Of retrieval. Default: 2.")] = None,
     rewrite: Annotated[
         bool | None, typer.Option("--rewrite", help="Of retrieval: keys are written again.", show_default=False)
@@ -60,6 +63,7 @@ def train(
         bool | None,
         typer.Option("--freeze", help="Of a pretrained one, train memory and head alone.", show_default=False),
     ] = None,
+    start: Annotated[Path | None, typer.Option(help="Folder of an earlier run, whose weights are the first.")] = None,
     architecture: Annotated[str | None, typer.Option(help="rmt, or armt for tasks of tokens. Default: rmt.")] = None,
     memory: Annotated[int | None, typer.Option(help="Memory tokens. Default: 10.")] = None,
     d_mem: Annotated[int | None, typer.Option(help="Of armt: width of keys. Default: 64.")] = None,
