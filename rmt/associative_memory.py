@@ -23,6 +23,7 @@ from .recurrent.backbone import check_positions, check_widths, embedding_of, hug
 from .recurrent.generation import generate
 from .recurrent.inputs import check_inputs
 from .recurrent.segments import IGNORED, bounds, next_tokens
+from .recurrent.state import trainable
 
 # tokens whose logits are held at once for a loss; of more, each part's are made again in the backward
 LOSS_ROWS = 2048
@@ -215,7 +216,8 @@ class AssociativeMemory(nn.Module):
                 f"state must have {len(layers)} memories, one of each layer with one, got {len(state.memories)}"
             )
         k, v = embeds.new_empty(batch, 1, 0, self.settings.key_width), embeds.new_empty(batch, 1, 0, width)
-        return AssociativeState(tuple(check.check_state(memory, batch, k, v) for memory in state.memories))
+        memories = (check.check_state(memory, batch, k, v) for memory in state.memories)
+        return AssociativeState(tuple(MemoryState(*map(trainable, memory)) for memory in memories))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] → vectors [B, T, d]."""

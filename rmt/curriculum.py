@@ -65,8 +65,8 @@ class Recipe:
         fewest = fewest_segments(task, segment_len)
         if self.segments[0] < fewest:
             raise ValueError(
-                f"segments must be at least {fewest} of {segment_len} tokens to hold every sample of {task.name}, got "
-                f"{self.segments[0]}"
+                f"segments must begin with {fewest} of {segment_len} tokens or more to hold any sample of {task.name}, "
+                f"got {self.segments[0]}"
             )
         if self.short and not task.shortest <= self.short[0] <= self.short[-1] < segment_len:
             given = ",".join(map(str, self.short))
@@ -99,6 +99,11 @@ class Stage(NamedTuple):
         """Whether the rate falls to nothing."""
         return self.threshold is None
 
+    @property
+    def kind(self) -> tuple[int, int, bool]:
+        """What a run that goes on must have had: tokens, tokens per segment, and whether the rate falls."""
+        return self.length, self.segment_len, self.annealed
+
     def rate(self, step: int, warm_up: int) -> float:
         """The rate at a step, from 0 on."""
         return self.lr * (1 - step / self.steps if self.annealed else min(1.0, (step + 1) / warm_up))
@@ -122,7 +127,7 @@ class Trainer:
 
     Args:
         memory: `RecurrentMemory` or `AssociativeMemory`; the parameters that need a gradient are trained. Its
-            `segment_len` is the present stage's.
+            `segment_len` is the present stage's, until training is over.
         seed: of the batches; each is a pure function of it and of its number.
 
     Attributes:
@@ -140,7 +145,8 @@ class Trainer:
         self.recipe, self.seed = recipe, seed
         self.plan = recipe.plan(task, segment_len)
         settings: Any = memory.settings
-        self._settings = [replace(settings, segment_len=stage.segment_len) for stage in self.plan]
+        # the last are for after the training: its own again
+        self._settings = [replace(settings, segment_len=stage.segment_len) for stage in self.plan] + [settings]
         self.trained = [parameter for parameter in memory.parameters() if parameter.requires_grad]
         self.device = self.trained[0].device
         self.optimiser = torch.optim.AdamW(
@@ -213,7 +219,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, in plain types and tensors."""
         cuda = self.device.type == "cuda"
-        now = None if self.over else (self.plan[self.stage].length, self.plan[self.stage].annealed)
+        now = None if self.over else self.plan[self.stage].kind
         return {
             "stage": self.stage,
             "now": now,
@@ -240,8 +246,7 @@ class Trainer:
 
     def _enter(self, stage: int) -> None:
         self.stage = stage
-        if not self.over:
-            self.memory.settings = self._settings[stage]
+        self.memory.settings = self._settings[stage]
 
     def _own(self) -> list[float]:
         """The last accuracies at the present stage's own length."""

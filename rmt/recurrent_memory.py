@@ -31,7 +31,7 @@ from .recurrent.layout import decoder_layout, encoder_layout
 from .recurrent.open_segment import open_segments
 from .recurrent.segments import IGNORED, Segment, bounds, cut, next_tokens
 from .recurrent.settings import Settings
-from .recurrent.state import RecurrentState
+from .recurrent.state import RecurrentState, trainable
 
 ATTENTIONS = (None, "segattn")
 
@@ -50,7 +50,8 @@ class RecurrentMemory(nn.Module):
     A decoder's segment is [read | tokens | write], the same memory at both ends, and what the last layer makes of the
     write rows is the next memory (arXiv 2207.06881, section 3). An encoder's is [first | memory | separator | tokens |
     separator], its memory read and written in place (arXiv 2304.11062, section 2). Positions begin anew with each
-    segment. Nothing is kept on the module between calls but its parameters.
+    segment. Nothing is kept on the module between calls but its parameters. Pieces of whole segments, each with the
+    state that the last one returned, equal the text read at once.
 
     Args:
         model: a Hugging Face encoder or decoder with any head, or a module that is called with `inputs_embeds`
@@ -74,7 +75,8 @@ class RecurrentMemory(nn.Module):
             model's own logits.
         checkpoint: keep a segment's inputs alone for its backward, and run it again there.
         noise: in training, standard deviation of the noise that is added to the memory between segments, relative to
-            the size of its rows; what is remembered then withstands more segments than it was trained on.
+            the size of its rows; what is remembered then withstands more segments than it was trained on. `generate`
+            adds none.
 
     Attributes:
         memory: [m, d], the first segment's memory.
@@ -190,7 +192,9 @@ class RecurrentMemory(nn.Module):
             labels: [B, T], each token its own, -100 where none: a decoder's logits predict the next token, also over
                 the border of two segments, an encoder's the token at their place; or [B], an encoder's class of
                 the row.
-            state: what an earlier call returned, to go on from; default the trainable memory.
+            state: what an earlier call returned, to go on from; default the trainable memory. A call ends its last
+                segment, so cut pieces of a text at multiples of `segment_len` (with alignment="right" counted from its
+                end).
             output_logits: keep logits of every token; default: where there are no labels. [B, C] is always kept.
 
         Returns:
@@ -210,7 +214,7 @@ class RecurrentMemory(nn.Module):
             scored = targets is not None and (self.settings.loss == "all" or 1 in segment.left)
             memory = self._truncate(memory, segment, state is not None)
             with torch.set_grad_enabled(torch.is_grad_enabled() and (keep or scored or self._reached(segment))):
-                memory, logits = self._read(x, segment, memory, keep or scored)
+                memory, logits = self.read(x, segment, memory, keep or scored, disturbed=True)
             if logits is not None and (keep or logits.ndim == 2):
                 kept.append((segment, logits))
             if targets is not None and scored and logits is not None:
@@ -223,10 +227,17 @@ class RecurrentMemory(nn.Module):
             RecurrentState(memory.clone()),
         )
 
-    def _read(self, x: Tensor, segment: Segment, memory: Tensor, required: bool) -> tuple[Tensor, Tensor | None]:
-        """The memory [B, m, d] after a segment of those rows that have it, and its logits where they are wanted."""
+    def read(
+        self, x: Tensor, segment: Segment, memory: Tensor, required: bool, *, disturbed: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The memory [B, m, d] after a segment of those rows that have it, and its logits where they are wanted.
+
+        Args:
+            disturbed: by noise, where there is some in training.
+        """
         classify = self.settings.kind == "encoder" and 1 in segment.left
-        before = self._disturb(segment.rows_of(memory), segment)
+        before = segment.rows_of(memory)
+        before = self._disturb(before, segment) if disturbed else before
         arguments = segment.of(x), before, segment.lengths(x.device), required or classify
         if self.checkpoint and torch.is_grad_enabled():
             own, logits = checkpoint(self._step, *arguments, use_reentrant=False)
@@ -343,7 +354,7 @@ class RecurrentMemory(nn.Module):
         check.check_floating("state", state.memory)
         check.check_shape("state", state.memory, "[B, m, d]", (batch, *self.memory.shape))
         check.check_device("state", state.memory, "memory", self.memory)
-        return state
+        return RecurrentState(trainable(state.memory))
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """As Hugging Face's Trainer asks for it: `checkpoint` from now on."""

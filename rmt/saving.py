@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..running import replacing
+
 ENTRY = "segattn"
 
 
@@ -35,6 +37,8 @@ def own_parameters(module: HasMemory) -> dict[str, nn.Parameter]:
 def save_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
     """Write what was trained around the model; the model itself is saved by its own `save_pretrained`.
 
+    A process that dies while writing leaves the file that was there.
+
     Args:
         path: of a file, commonly ending in .safetensors.
     """
@@ -42,7 +46,8 @@ def save_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"path must be in a folder that is there, got {str(path)!r}")
     tensors = {name: x.detach().cpu().contiguous() for name, x in own_parameters(module).items()}
     entry = {"class": type(module).__name__, **asdict(module.settings)}
-    save_file(tensors, path, metadata={ENTRY: json.dumps(entry)})
+    with replacing(Path(path)) as beside:
+        save_file(tensors, beside, metadata={ENTRY: json.dumps(entry)})
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

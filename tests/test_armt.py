@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import models  # noqa: E402
 
 from segattn.kernels.state import MemoryState  # noqa: E402
 from segattn.rmt import associative_memory  # noqa: E402
+from segattn.rmt.associative import layer as layer_module  # noqa: E402
 from segattn.rmt.associative.layer import DPFP, AssociativeLayer, Projections, memorize, recall  # noqa: E402
 from segattn.rmt.associative.schedules import SCHEDULES  # noqa: E402
 from segattn.rmt.associative_memory import AssociativeMemory, AssociativeState  # noqa: E402
@@ -345,6 +347,22 @@ def test_no_state_is_the_empty_state_and_a_first_segment_reads_nothing(schedule:
     changed = memory(ids).logits
     assert torch.equal(changed[:, :L], one.logits[:, :L])
     assert error(changed[:, L:], one.logits[:, L:]) > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_state_of_inference_mode_goes_on_in_training(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("memory_read", "memory_write"):
+        monkeypatch.setattr(layer_module, name, partial(getattr(layer_module, name), backend=backend))
+    memory = wrapped(dtype=torch.float32, d_mem=4, nu=2, layers=[1]).to(device)
+    ids = models.tokens(1, L + 4).to(device)
+    with torch.inference_mode():
+        state = memory(ids[:, :L]).state
+    plain = AssociativeState(tuple(MemoryState(*(x.clone() for x in part)) for part in state.memories))
+    expected = results(memory, ids[:, L:], labels=ids[:, L:], state=plain)
+    for name, value in results(memory, ids[:, L:], labels=ids[:, L:], state=state).items():
+        assert error(value, expected[name]) < 1e-5, name
 
 
 def test_nothing_is_kept_on_the_module() -> None:

@@ -35,7 +35,7 @@ def decoder(name: str = "llama", **options: Any) -> RecurrentMemory:
     return RecurrentMemory(models.make(name).double(), M, L, **options)
 
 
-def encoder(head: str = "SequenceClassification", **options: Any) -> RecurrentMemory:
+def encoder(head: str = "SequenceClassification", classes: int = 5, **options: Any) -> RecurrentMemory:
     config = transformers.BertConfig(
         vocab_size=models.VOCABULARY,
         hidden_size=32,
@@ -43,7 +43,7 @@ def encoder(head: str = "SequenceClassification", **options: Any) -> RecurrentMe
         num_attention_heads=4,
         intermediate_size=48,
         max_position_embeddings=L + M + 3,
-        num_labels=5,
+        num_labels=classes,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
@@ -407,6 +407,19 @@ def test_pieces_equal_the_whole(make: Any) -> None:
     close(module.memory.grad, gradient, 1e-8)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_state_of_inference_mode_goes_on_in_training(checkpoint: bool) -> None:
+    module, ids = decoder(checkpoint=checkpoint, bptt=2), models.tokens(2, 4 * L)
+    with torch.inference_mode():
+        state = module(ids[:, :L]).state
+    gradients = []
+    for own in (state, RecurrentState(state.memory.clone())):
+        module.zero_grad()
+        module(ids[:, L:], ragged([3 * L, L - 2], "right", 3 * L), ids[:, L:], state=own).loss.backward()
+        gradients.append([p.grad for p in module.model.parameters()])
+    assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+
+
 def test_nothing_is_kept_on_the_module_between_calls() -> None:
     module, ids = decoder(), models.tokens(2, 3 * L)
     one, two = module(ids[:1]), module(ids[1:])
@@ -588,6 +601,15 @@ def test_sampling() -> None:
     assert torch.equal(draw(0, top_p=1e-6), module.generate(ids, max_new_tokens=6))
 
 
+@pytest.mark.parametrize("alignment", ["left", "right"])
+def test_generation_is_without_noise(alignment: str) -> None:
+    module, ids = decoder(alignment=alignment), models.tokens(3, 4 * L + 2)
+    mask = ragged([4 * L + 2, 2 * L + 3, L - 1], "left", 4 * L + 2)
+    expected = module.generate(ids, mask, max_new_tokens=L + 3)
+    module.noise = 5.0
+    assert torch.equal(module.train().generate(ids, mask, max_new_tokens=L + 3), expected)
+
+
 # compiled, saved, trained
 
 
@@ -755,6 +777,10 @@ def test_bad_calls() -> None:
         ValueError, match=r"labels must have shape \[B, T\], since the model has logits for every token"
     ):
         encoder("TokenClassification")(ids, labels=ids[:, 0])
+    single = r"model must have logits of at least 2 classes where there are labels, got 1: load it with num_labels=2"
+    with pytest.raises(ValueError, match=single):
+        encoder(classes=1)(ids, labels=torch.zeros(len(ids), dtype=torch.long))
+    assert encoder(classes=1)(ids).logits.shape == (len(ids), 1)
     with pytest.raises(TypeError, match="generate is for decoders"):
         encoder().generate(ids, max_new_tokens=1)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):

@@ -34,7 +34,7 @@ from segattn.rmt.runs import attention_maps, published  # noqa: E402
 from segattn.rmt.runs.answers import answer, chance, interval, length_of, right, samples_of  # noqa: E402
 from segattn.rmt.runs.attention_maps import Sample, attention_of, find_facts, run_attention, sentences_of  # noqa: E402
 from segattn.rmt.runs.evaluation import Files, Grid, run_evaluation  # noqa: E402
-from segattn.rmt.runs.folder import Outputs, Run, build, load_run  # noqa: E402
+from segattn.rmt.runs.folder import Outputs, Run, build, load_run, trained_tokens  # noqa: E402
 from segattn.rmt.runs.plots import plot_accuracy  # noqa: E402
 from segattn.rmt.runs.settings import TrainSettings  # noqa: E402
 from segattn.rmt.runs.training import run_training  # noqa: E402
@@ -60,9 +60,12 @@ TINY = TrainSettings(
     test_samples=7,
     noise=0.3,
 )
-RETRIEVAL = replace(TINY, task="retrieval", segment_len=None, segments=(2, 3), noise=0.0, rewrite=True)
+TOKENS = replace(TINY, task="copy", segment_len=7, vocabulary=4000, encoder="bert")
+# with a model that is not of these sizes
+PRETRAINED = replace(TOKENS, task="memorize", layers=2, width=64, heads=4)
+RETRIEVAL = replace(TOKENS, task="retrieval", segment_len=None, segments=(2, 3), noise=0.0, rewrite=True)
 SMALL = "--vocabulary 0 --layers 1 --width 16 --heads 2 --memory 3 --segment-len 19 --device cpu"
-COPY = replace(TINY, task="copy", segment_len=7, noise=0.1, bptt=1)
+COPY = replace(TOKENS, noise=0.1, bptt=1)
 KINDS = {
     "encoder": TINY,
     "bert": replace(TINY, encoder="bert"),
@@ -314,8 +317,9 @@ def test_a_run_starts_from_an_earlier_ones_weights(kind: str, tmp_path: Path) ->
     weights = [load_file(Outputs.of(folder).weights) for folder in (first, second)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert Outputs.of(second).vocabulary.read_text() == Outputs.of(first).vocabulary.read_text()
-    with pytest.raises(SettingError, match=r"start must be one that segattn rmt train wrote, got .*size mismatch"):
-        run_training(replace(settings, width=20), out, Quiet())
+    for name, other in (("width", 20), ("heads", 4), ("memory", 4)):
+        with pytest.raises(SettingError, match=f"{name} must be the earlier run's with start, .*, got {other}"):
+            run_training(replace(settings, **{name: other}), out, Quiet())
     with pytest.raises(SettingError, match="start must be one that segattn rmt train wrote, got 'nowhere'"):
         run_training(replace(settings, start="nowhere"), out, Quiet())
     assert not out.exists()
@@ -324,6 +328,7 @@ def test_a_run_starts_from_an_earlier_ones_weights(kind: str, tmp_path: Path) ->
     longer = run_training(replace(settings, segments=(*settings.segments, 4)), second, Quiet(), resume=True)
     assert longer["before"] == earlier
     assert longer["steps"] == 15
+    assert trained_tokens(second) == longer["stages"][-1]["tokens"]
 
 
 def test_resume_takes_further_stages_but_no_other_run(tiny: Path, tmp_path: Path) -> None:
@@ -334,7 +339,9 @@ def test_resume_takes_further_stages_but_no_other_run(tiny: Path, tmp_path: Path
     assert [(stage["bptt"], stage["later_batch"]) for stage in longer["stages"]] == [(None, None), (None, None), (2, 3)]
     assert longer["stages"][:2] == before["stages"]
     assert [stage["segments"] for stage in longer["stages"]] == [1, 2, 4]
-    with pytest.raises(SettingError, match="segments must begin as the checkpoint's with resume, with stages of 19, "):
+    with pytest.raises(
+        SettingError, match=r"segments must begin as the checkpoint's with resume, with stages of 19 \(19 a segment\), "
+    ):
         run_training(replace(TINY, segments=(1, 3, 4)), folder, Quiet(), resume=True)
     for name, other in (("lr", 0.5), ("seed", 8), ("batch", 5), ("width", 20), ("beta2", 0.9)):
         with pytest.raises(SettingError, match=f"{name} must be the checkpoint's with resume"):
@@ -354,9 +361,26 @@ def test_damaged_checkpoints_are_named(content: bytes, tmp_path: Path) -> None:
         run_training(TINY, tmp_path, Quiet(), resume=True)
 
 
-def test_a_loss_that_is_no_number_stops(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="lr must be lower: step"):
-        run_training(replace(TINY, lr=1e30, later_lr=1e30, warm_up=1), tmp_path, Quiet())
+def test_a_loss_that_is_no_number_names_the_rate_that_made_it(tmp_path: Path) -> None:
+    first = replace(TINY, lr=1e30, warm_up=1)
+    with pytest.raises(SettingError, match=r"^lr must be lower, in a new run: step 2 has a loss of nan"):
+        run_training(first, tmp_path / "first", Quiet())
+    later = replace(TINY, later_lr=1e30, warm_up=1)
+    with pytest.raises(SettingError, match="later_lr must be lower: step 7 has a loss of nan; go on with --resume"):
+        run_training(later, tmp_path / "later", Quiet())
+    figures = run_training(replace(later, later_lr=1e-3), tmp_path / "later", Quiet(), resume=True)
+    assert figures["complete"]
+    assert all(math.isfinite(loss) for stage in figures["stages"] for loss in stage["loss"])
+
+
+def test_resume_does_not_take_a_stage_for_another_of_its_length(tmp_path: Path) -> None:
+    # two segments of 19 tokens, and then one of 38
+    settings = replace(TINY, task="detect", segment_len=38, short=(19,), short_segments=(2,), segments=(1,))
+    with pytest.raises(InterruptedRunError):
+        run_training(settings, tmp_path, Quiet(interrupt_after=8))
+    with pytest.raises(SettingError, match=r"stages of 19 \(19 a segment\), 38 \(19 a segment\) tokens, got others"):
+        run_training(replace(settings, short_segments=()), tmp_path, Quiet(), resume=True)
+    assert len(run_training(settings, tmp_path, Quiet(), resume=True)["stages"]) == 3
 
 
 def test_an_evaluation_counts_what_it_says(learnt: Path, tmp_path: Path) -> None:
@@ -416,6 +440,23 @@ def test_an_interrupted_evaluation_goes_on(tiny: Path, tmp_path: Path) -> None:
         run_evaluation(tiny, grid, Quiet(), out=tmp_path / "part", device="cpu", resume=True)
 
 
+def test_an_evaluation_says_how_far_the_run_has_come(tmp_path: Path) -> None:
+    settings = replace(TINY, segments=(1, 2, 4))
+    with pytest.raises(InterruptedRunError):
+        run_training(settings, tmp_path, Quiet(interrupt_after=12))
+    grid = Grid((2,), (3,))
+    assert run_evaluation(tmp_path, grid, Quiet(), device="cpu")["trained_segments"] == 2
+    run_training(settings, tmp_path, Quiet(), resume=True)
+    with pytest.raises(
+        SettingError, match=r"resume needs the weights of .*evaluation\.json', which have changed since"
+    ):
+        run_evaluation(tmp_path, grid, Quiet(), device="cpu", resume=True)
+    figures = run_evaluation(tmp_path, grid, Quiet(), device="cpu", out=tmp_path / "again")
+    assert figures["trained_segments"] == 4
+    # the paper's segments were of 499 tokens
+    assert figures["published"] == {}
+
+
 def first_layer(run: Run, tokens: Tensor) -> Tensor:
     """Attention [heads, T, T] of a ModernBERT's first layer over its first segment, from its weights."""
     model: Any = run.memory.model
@@ -451,7 +492,7 @@ def test_attention_is_the_models_own(learnt: Path) -> None:
 
 
 def test_facts_are_found_where_they_stand() -> None:
-    run = build(replace(TINY, task="qa1", segment_len=200, segments=(1,)))
+    run = build(replace(TINY, task="qa1", encoder="bert", segment_len=200, segments=(1,)))
     ids = samples_of(run.task, 3, 4, 200, seed=0).input_ids[0]
     spans = find_facts(sentences_of(run), ids)
     vocabulary: Any = run.task.vocabulary
@@ -485,7 +526,7 @@ def test_attention_maps_show_writing_and_reading(learnt: Path, tmp_path: Path, m
 
 
 def test_a_decoders_rows_see_what_its_mask_lets_them() -> None:
-    run = build(replace(TINY, task="qa1", segment_len=120, segments=(1,)))
+    run = build(replace(TINY, task="qa1", encoder="bert", segment_len=120, segments=(1,)))
     run.memory.eval()
     ids = samples_of(run.task, 0, 1, 240, seed=0).input_ids
     found, _ = attention_of(run.memory, ids, 1, 120)
@@ -555,7 +596,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pretrained_encoder_is_trained(freeze: bool, encoder: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(encoder, source)
-    settings = replace(TINY, task="detect", pretrained=str(source), freeze=freeze, segment_len=83, segments=(1, 2))
+    settings = replace(
+        PRETRAINED, task="detect", pretrained=str(source), freeze=freeze, segment_len=83, segments=(1, 2)
+    )
     begun = build(settings)
     assert begun.encode("Where?") == [begun.source.tokenizer.vocab[word] for word in ("where", "?")]
     assert begun.memory.settings.special_tokens == (2, 3)
@@ -589,16 +632,17 @@ def test_a_folder_without_the_encoders_weights_is_named(encoder: Path, tmp_path:
     del weights["encoder.layer.0.attention.self.query.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SettingError, match=r"pretrained must hold the encoder's weights, got .*query"):
-        build(replace(TINY, pretrained=str(folder), segment_len=83))
+        build(replace(PRETRAINED, pretrained=str(folder), segment_len=83))
     with pytest.raises(SettingError, match="pretrained must be a folder with a tokenizer"):
-        build(replace(TINY, pretrained=str(tmp_path), segment_len=83))
+        build(replace(PRETRAINED, pretrained=str(tmp_path), segment_len=83))
 
 
 def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(commands.app, ["rmt", *arguments])
 
 
-def test_commands_show_what_they_write(tmp_path: Path) -> None:
+def test_commands_show_what_they_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "SEGMENT_LEN", 19)
     out = str(tmp_path / "run")
     small = (
         "--vocabulary 0 --layers 1 --width 16 --heads 2 --memory 3 --segment-len 19 --steps 3 --batch 4 --device cpu"
@@ -666,7 +710,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["guess"], "TASK must be one of memorize, detect, "),
         (["detect", "--segments", "2,x"], "--segments must be numbers from 1 on with commas, as 2,8,64, got '2,x'"),
         (["detect", "--segments", "3,2"], "--segments must be rising numbers from 1 on, got 3,2"),
-        (["detect", "--segment-len", "5", "--memory", "4", "--short", "none"], "--segments must be at least "),
+        (["detect", "--segment-len", "5", "--memory", "4", "--short", "none"], "--segments must begin with "),
         (["memorize", "--segment-len", "30", "--memory", "31"], "--segment-len must be at least num_memory_tokens"),
         (["detect", "--short", "499"], "--short must be from "),
         (["detect", "--short", "none", "--short-segments", "2"], "--short-segments must be none without short, got 2"),
@@ -679,11 +723,17 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["copy", "--width", "12"], "--width must give even heads, for rotary embedding, got 3"),
         (["detect", "--architecture", "armt"], "--architecture must be rmt for detect, whose model is an encoder"),
         (["copy", "--architecture", "lstm"], "--architecture must be one of rmt, armt, got 'lstm'"),
-        (["copy", "--architecture", "armt", "--noise", "0.1"], "--noise is for rmt, got 0.1 with armt"),
+        (["copy", "--architecture", "armt", "--noise", "0.1"], "--noise is for rmt, got 0.1 with copy and armt"),
         (["detect", "--decoys", "1"], "--decoys must be from 0 to below 1, got 1.0"),
         (["copy", "--decoys", "0.1"], "--decoys is for tasks of text, memorize, "),
+        (["detect", "--rewrite"], "--rewrite is for retrieval, got True with detect and rmt"),
+        (["copy", "--encoder", "modernbert"], "--encoder is for the small model of tasks of classes, got 'modernbert'"),
+        (["detect", "--pretrained", ".", "--layers", "3"], "--layers is for the small model, got 3 with detect and a "),
+        (["qa1", "--d-mem", "8"], "--d-mem is for armt, got 8 with qa1 and rmt"),
+        (["--start", "nowhere"], "--start must be one that segattn rmt train wrote, got "),
+        (["qa2", "--segment-len", "30", "--segments", "3"], "--segments must begin with "),
         (["detect", "--freeze"], "--freeze must come with --pretrained"),
-        (["qa1", "--pretrained", "."], "--pretrained is for tasks of classes, memorize, detect, reasoning, got qa1"),
+        (["qa1", "--pretrained", "."], "--pretrained is for tasks of classes, memorize, detect, reasoning, got "),
         (["retrieval", "--segment-len", "9"], "--segment-len must be 4 for retrieval, a pair, got 9"),
         (["retrieval", "--segments", "2,102"], "--segments must hold at most 100 pairs, whose keys differ, got 101"),
         (["detect", "--babi", "nowhere"], "--babi must be a folder that holds one file qa1_"),
@@ -741,7 +791,7 @@ def test_bars_follow_a_run(tmp_path: Path) -> None:
     with recurrence_screen.Stages(console) as bars:
         figures = run_training(replace(TINY, anneal=3), tmp_path, bars)
         described = [(task.description, task.total) for task in bars.progress.tasks]
-        assert described == [("19 tokens", 5), ("2 segments", 5), ("2 segments annealed", 3)]
+        assert described == [("19 tokens", 5), ("2 × 19 tokens", 5), ("2 × 19 tokens annealed", 3)]
         assert all(task.finished for task in bars.progress.tasks)
         notes = [f"test {100 * stage['test_accuracy']:.1f} %" for stage in figures["stages"]]
         assert [task.fields["note"] for task in bars.progress.tasks] == notes

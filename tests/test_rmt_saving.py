@@ -1,5 +1,7 @@
 """A memory written to disk and read back, and what is refused."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
 import models  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, load_model, save_file  # noqa: E402
 
 from segattn.rmt.associative_memory import AssociativeMemory  # noqa: E402
 from segattn.rmt.recurrent_memory import RecurrentMemory  # noqa: E402
 from segattn.rmt.saving import load_memory, own_parameters, read_settings, save_memory  # noqa: E402
+from segattn.running import save_weights  # noqa: E402
+
+WRITERS = (save_memory, save_weights)
 
 
 def made(**options: Any) -> RecurrentMemory:
@@ -86,3 +91,55 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_memory(wider, path)
     with pytest.raises(FileNotFoundError):
         load_memory(made(), tmp_path / "none")
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_are_readable_as_the_umask_says(
+    write: Callable[[Any, Path], None], umask: int, mode: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "memory.safetensors"
+    before = os.umask(umask)
+    try:
+        write(made(), path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_file_is_replaced_once_the_new_one_is_whole(
+    write: Callable[[Any, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, module = tmp_path / "memory.safetensors", made()
+    write(module, path)
+    kept = path.read_bytes()
+
+    def cut_short(tensors: Any, file: Any, **options: Any) -> None:
+        Path(file).write_bytes(kept[:20])
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        module.memory.add_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("segattn.rmt.saving.save_file", cut_short)
+        patch.setattr("safetensors.torch.save_file", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            write(module, path)
+    assert path.read_bytes() == kept
+    assert os.listdir(tmp_path) == [path.name]
+    write(module, path)
+    assert torch.equal(load_file(path)["memory"], module.memory)
+
+
+def test_weights_come_back_with_those_that_are_shared(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    module, other = (RecurrentMemory(models.make(tie_word_embeddings=True), 3, 7) for _ in range(2))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    save_weights(module, path)
+    load_model(other, path)
+    ids = models.tokens(1, 20)
+    assert torch.equal(module(ids).logits, other(ids).logits)

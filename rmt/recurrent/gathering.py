@@ -16,7 +16,15 @@ def summed_loss(logits: Tensor, targets: Tensor, segment: Segment, last_only: bo
         logits: [b, n, C] of the segment's tokens, or [b, C] of its rows.
         targets: [B, T] or [B]; -100 does not count.
         last_only: whether only segments that are their row's last count.
+
+    Raises:
+        ValueError: the labels have another shape than the logits ask for, or there is a single class.
     """
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"model must have logits of at least 2 classes where there are labels, got {logits.shape[-1]}: load it "
+            "with num_labels=2 or more or pass head=, or make a loss of your own from the logits, without labels"
+        )
     if logits.ndim != targets.ndim + 1:
         shapes = {2: "[B], since the model classifies rows", 3: "[B, T], since the model has logits for every token"}
         raise ValueError(f"labels must have shape {shapes[logits.ndim]}, got {list(targets.shape)}")

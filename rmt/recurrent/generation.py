@@ -69,7 +69,7 @@ def generate(
         input_ids: [B, P].
         attention_mask: [B, P], 0 where padding stands before or after a row's tokens.
         max_new_tokens: per row.
-        state: what an earlier call returned, to go on from.
+        state: what an earlier call returned, to go on from, at a segment's border.
         do_sample: draw from the distribution; default the likeliest.
         temperature, top_k, top_p: how it is changed before, as in transformers.
         eos_token_id: ends a row; or several that do.

@@ -30,12 +30,10 @@ def open_segments(
     longer = [row for row, first in enumerate(begin) if first > rows[row][0]]
     if longer:
         index = torch.tensor(longer, device=input_ids.device)
-        at = torch.arange(input_ids.shape[1], device=input_ids.device)
-        first = torch.tensor([rows[row][0] for row in longer], device=input_ids.device)[:, None]
-        end = torch.tensor([begin[row] for row in longer], device=input_ids.device)[:, None]
-        own = None if state is None else RecurrentState(closed[index])
-        mask = (at >= first) & (at < end)
-        closed[index] = memory(input_ids[index], mask, state=own, output_logits=False).state.memory.to(closed.dtype)
+        ids, own = input_ids[index], closed[index]
+        for segment in cut([(rows[row][0], begin[row]) for row in longer], settings.segment_len, settings.alignment):
+            own, _ = memory.read(ids, segment, own, False)
+        closed[index] = own.to(closed.dtype)
     return Opened(opened, lambda index, tokens: _OpenSegment(memory, closed[index], tokens))
 
 

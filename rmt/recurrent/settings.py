@@ -43,7 +43,10 @@ class Settings:
         check.check_choice("alignment", self.alignment, ALIGNMENTS)
         object.__setattr__(self, "loss", self.loss or ("all" if self.kind == "decoder" else "last"))
         check.check_choice("loss", self.loss, LOSSES)
-        self._check_decoder() if self.kind == "decoder" else self._check_encoder()
+        if self.kind == "decoder":
+            self._check_decoder()
+        else:
+            self._check_encoder()
 
     def _check_decoder(self) -> None:
         object.__setattr__(self, "mask", self.mask or "paper")

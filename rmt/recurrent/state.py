@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -15,3 +16,8 @@ class RecurrentState(NamedTuple):
     def detach(self) -> RecurrentState:
         """The same numbers; gradients end here."""
         return RecurrentState(self.memory.detach())
+
+
+def trainable(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where it comes from inference mode and so could not be kept for a backward."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x

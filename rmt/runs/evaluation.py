@@ -13,7 +13,7 @@ from ...figures import prepare, versions, write_figures
 from ...running import SettingError, named
 from . import published
 from .answers import answer, chance, fewest_segments, interval, length_of, samples_of
-from .folder import Outputs, Run, fingerprint, load_run
+from .folder import Outputs, Run, fingerprint, load_run, trained_tokens
 from .peak import peak_bytes
 from .settings import existing
 
@@ -129,8 +129,8 @@ def run_evaluation(
 ) -> dict[str, Any]:
     """Accuracy of a trained run at lengths of many segments, on the test's facts and the test's part of the text.
 
-    Writes evaluation.json after every batch, and evaluation.png. Samples are read piece by piece: beyond a text's
-    tokens, memory does not grow with its length.
+    The same questions are asked at every length. Writes evaluation.json after every batch, and evaluation.png. Samples
+    are read piece by piece: beyond a text's tokens, memory does not grow with its length.
 
     Args:
         folder: of the run.
@@ -209,7 +209,7 @@ def _about(run: Run, grid: Grid, folder: Path) -> dict[str, Any]:
     return {
         "task": run.settings.task,
         "segment_len": run.settings.tokens,
-        "trained_segments": run.settings.segments[-1],
+        "trained_segments": -(-trained_tokens(folder) // run.settings.tokens),
         "seed": grid.seed,
         "data_sha256": fingerprint(run.settings),
         "weights_sha256": weights,
@@ -230,7 +230,11 @@ def _earlier(path: Path, about: dict[str, Any], resume: bool) -> dict[int, Cell]
         raise SettingError(
             "resume", f"needs figures of segattn rmt evaluate; {str(path)!r} is another file, or damaged"
         ) from None
-    for name, option in {"seed": "seed", "data_sha256": "book", "weights_sha256": "resume"}.items():
+    if before["weights_sha256"] != about["weights_sha256"]:
+        raise SettingError(
+            "resume", f"needs the weights of {str(path)!r}, which have changed since: give another --out, or delete it"
+        )
+    for name, option in {"seed": "seed", "data_sha256": "book"}.items():
         if before[name] != about[name]:
             raise SettingError(option, f"must be of the earlier {name}, {before[name]!r}, got {about[name]!r}")
     return {cell.segments: cell for cell in cells}
@@ -238,11 +242,13 @@ def _earlier(path: Path, about: dict[str, Any], resume: bool) -> dict[int, Cell]
 
 def _write(files: Files, about: dict[str, Any], cells: dict[int, Cell], grid: Grid) -> dict[str, Any]:
     measured = [cells[segments].figures() for segments in sorted(cells) if cells[segments].samples]
+    # the paper's segments, where they are as long as these
+    paper = published.curve(about["task"]) if about["segment_len"] == published.SEGMENT_LEN else {}
     figures = about | {
         "complete": all(cells[segments].samples >= samples for segments, samples, _ in grid.rows()),
         "versions": versions(),
         "lengths": measured,
-        "published": {str(n): share for n, share in published.curve(about["task"]).items()},
+        "published": {str(n): share for n, share in paper.items()},
         "published_source": published.SOURCE,
     }
     write_figures(files.figures, figures)

@@ -21,11 +21,13 @@ from ..memory_tasks.vocabulary import CLS, SEP, Vocabulary
 from ..recurrent_memory import RecurrentMemory
 from ..tasks import FORMS, CopyTask, Task, make_task
 from .models import Pretrained, freeze_model, pretrained_encoder, pretrained_tokenizer, small_decoder, small_encoder
-from .settings import TrainSettings, device_of, short_stages
+from .settings import OF_MODEL, TrainSettings, device_of, short_stages
 
 # arguments → settings
-_OF_TASK = {"babi": "babi", "path": "babi", "book": "book", "text": "book", "decoys": "decoys", "key_digits": "key_digits"}
+_OF_TASK = {name: name for name in ("babi", "book", "decoys", "key_digits")} | {"path": "babi", "text": "book"}
 _OF_MODEL = {name: name for name in ("segment_len", "bptt", "d_mem", "noise")} | {"num_memory_tokens": "memory"}
+# what reading a folder that is no run's, or is damaged, may raise
+_UNREADABLE = (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError)
 
 
 class Outputs(NamedTuple):
@@ -99,14 +101,43 @@ def start_from(folder: Path, settings: TrainSettings) -> Run:
         SettingError: naming the setting; of `start`, where the folder holds no run, or one of another model.
     """
     outputs = Outputs.of(folder)
+    before = settings_of(folder, "start")
+    for name in OF_MODEL:
+        given, own = (getattr(settings, name), before[name])
+        # a pretrained model is in the folder, wherever it was
+        same = (given is None) == (own is None) if name == "pretrained" else given == own
+        if not same:
+            raise SettingError(name, f"must be the earlier run's with start, {own!r}, got {given!r}")
     try:
         run = build(settings, outputs)
         load_model(run.memory, outputs.weights, device=device_of(settings.device))
     except SettingError:
         raise
-    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise _no_run("start", folder, error) from None
     return run
+
+
+def settings_of(folder: Path, option: str = "folder") -> dict[str, Any]:
+    """The settings of the run in a folder.
+
+    Raises:
+        SettingError: of `option`: no run is there.
+    """
+    try:
+        return dict(_figures(folder)["settings"])
+    except _UNREADABLE as error:
+        raise _no_run(option, folder, error) from None
+
+
+def trained_tokens(folder: Path) -> int:
+    """Of the longest texts that the run in a folder was trained on, and those that it started from."""
+
+    def longest(figures: dict[str, Any]) -> int:
+        before = figures.get("before")
+        return max([longest(before) if before else 0, *(stage["tokens"] for stage in figures["stages"])])
+
+    return longest(_figures(folder))
 
 
 def write_sources(run: Run, outputs: Outputs) -> None:
@@ -132,22 +163,25 @@ def load_run(folder: Path, *, babi: str | None = None, book: str | None = None, 
         SettingError: of `folder`, where it holds no run, or of the others.
     """
     outputs = Outputs.of(folder)
+    files = {name: path for name, path in {"babi": babi, "book": book}.items() if path is not None}
+    given = settings_of(folder) | files | {"device": device}
     try:
-        settings = json.loads(outputs.figures.read_text(encoding="utf-8"))["settings"]
-        given = {"babi": babi, "book": book}
-        given = settings | {name: path for name, path in given.items() if path is not None} | {"device": device}
         run = build(TrainSettings(**given), outputs)
         load_model(run.memory, outputs.weights, device=device_of(device))
     except SettingError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise _no_run("folder", folder, error) from None
     run.memory.eval()
     return run
 
 
+def _figures(folder: Path) -> dict[str, Any]:
+    return dict(json.loads(Outputs.of(folder).figures.read_text(encoding="utf-8")))
+
+
 def _no_run(setting: str, folder: Path, error: Exception) -> SettingError:
-    reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return SettingError(setting, f"must be one that segattn rmt train wrote, got {str(folder)!r} ({reason})")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -52,31 +53,41 @@ def plot_accuracy(path: Path, figures: dict[str, Any]) -> None:
 
 
 def plot_attention(path: Path, panels: Sequence[Any], title: str) -> None:
-    """Attention maps [layers, heads, rows, columns] of a few segments, side by side, memory rows and facts marked.
+    """Attention maps [layers, heads, rows, columns] of a few segments, below each other, memory rows and facts marked.
+
+    A row of maps for each layer, 20 inches wide at most up to 20 heads.
 
     Args:
         panels: each with `title`, `maps`, `memory` and `marked` (begin and end of rows).
     """
     layers, heads = panels[0].maps.shape[:2]
-    figure = Figure(figsize=(2.4 * heads * len(panels) + 0.8, 2.4 * layers + 0.8), dpi=DPI, layout="constrained")
-    grid = figure.subplots(layers, heads * len(panels), squeeze=False)
-    picture = None
+    size = max(1.0, min(2.4, 20 / heads))
+    width, height = size * heads + 1.2, size * layers * len(panels) + 0.8
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    grid = figure.subplots(layers * len(panels), heads, squeeze=False)
     for number, panel in enumerate(panels):
         for layer in range(layers):
             for head in range(heads):
-                axes = grid[layer, number * heads + head]
-                # small weights matter, and most are small
-                picture = axes.imshow(panel.maps[layer, head] ** 0.5, cmap="viridis", vmin=0, vmax=1)
-                for begin, end in panel.memory:
-                    axes.axhspan(begin - 0.5, end - 0.5, fill=False, edgecolor="white", linewidth=0.8)
-                    axes.axvspan(begin - 0.5, end - 0.5, fill=False, edgecolor="white", linewidth=0.8)
-                for begin, end in panel.marked:
-                    axes.axvspan(begin - 0.5, end - 0.5, fill=False, edgecolor=ORANGE, linewidth=0.8)
-                axes.set_title(f"{panel.title}\nlayer {layer + 1}, head {head + 1}", fontsize=7)
-                axes.tick_params(labelsize=6)
+                axes = grid[number * layers + layer, head]
+                _draw_map(axes, panel, layer, head)
+                axes.tick_params(labelsize=6, labelleft=head == 0, labelbottom=layer == layers - 1)
+            grid[number * layers + layer, 0].set_ylabel(f"{panel.title}, layer {layer + 1}", fontsize=7)
+        for head in range(heads):
+            grid[number * layers, head].set_title(f"head {head + 1}", fontsize=7)
     figure.suptitle(title, fontsize=9)
-    if picture is not None:
-        bar = figure.colorbar(picture, ax=grid, shrink=0.6)
-        bar.set_label("attention of a row (down) to a column (across)", fontsize=7)
-        bar.set_ticks([0, 0.1**0.5, 0.5**0.5, 1], labels=["0", "0.1", "0.5", "1"])
+    length = min(0.6 * height, 4)
+    place = {"shrink": length / height, "aspect": 20, "fraction": 0.3 / width, "pad": 0.2 / width}
+    bar = figure.colorbar(grid[0, 0].images[0], ax=grid, **place)
+    bar.set_label("attention of a row (down) to a column (across)", fontsize=7)
+    bar.set_ticks([0, 0.1**0.5, 0.5**0.5, 1], labels=["0", "0.1", "0.5", "1"], fontsize=7)
     FigureCanvasAgg(figure).print_png(path)
+
+
+def _draw_map(axes: Axes, panel: Any, layer: int, head: int) -> None:
+    # small weights matter, and most are small
+    axes.imshow(panel.maps[layer, head] ** 0.5, cmap="viridis", vmin=0, vmax=1)
+    for begin, end in panel.memory:
+        axes.axhspan(begin - 0.5, end - 0.5, fill=False, edgecolor="white", linewidth=0.8)
+        axes.axvspan(begin - 0.5, end - 0.5, fill=False, edgecolor="white", linewidth=0.8)
+    for begin, end in panel.marked:
+        axes.axvspan(begin - 0.5, end - 0.5, fill=False, edgecolor=ORANGE, linewidth=0.8)

@@ -18,21 +18,14 @@ ARCHITECTURES = ("rmt", "armt")
 CLASS_TASKS = tuple(name for name, form in FORMS.items() if form.kind == "class")
 SHORT = (64, 128)
 LEAST = {"seed": 0, "anneal": 0, "vocabulary": 0, "warm_up": 1}
-WHOLE = (
-    "layers",
-    "width",
-    "heads",
-    "memory",
-    "d_mem",
-    "segment_len",
-    "steps",
-    "anneal",
-    "warm_up",
-    "batch",
-    "later_batch",
-    "bptt",
-)
-COUNTS = (*WHOLE, "seed", "vocabulary", "key_digits", "test_samples")
+COUNTS = (
+    "layers width heads memory d_mem segment_len steps anneal warm_up batch later_batch bptt "
+    "seed vocabulary key_digits test_samples"
+).split()
+# what a run that starts from another must share with it
+OF_MODEL = "vocabulary encoder layers width heads pretrained architecture memory d_mem segment_len".split()
+# what it takes from it besides, where nothing else is said
+OF_TASK = "task babi book key_digits rewrite".split()
 
 
 @dataclass(frozen=True)
@@ -50,8 +43,7 @@ class TrainSettings:
         layers, width, heads: of the small model.
         pretrained: folder of an encoder and its tokenizer, in place of the small one.
         freeze: train memory and head alone.
-        start: folder of an earlier run, whose words and weights are the first; the settings of its model must be given
-            again.
+        start: folder of an earlier run, whose words and weights are the first; the settings of the model must be its.
         architecture: "rmt" or, for token tasks, "armt".
         memory: memory tokens; None: 10, or a segment's tokens where those are fewer.
         d_mem: of armt, width of queries and keys before their features.
@@ -118,6 +110,7 @@ class TrainSettings:
         object.__setattr__(self, "short_segments", tuple(self.short_segments))
         self._check_numbers()
         self._check_model()
+        self._check_use()
         if self.task == "retrieval":
             length = self.key_digits + 2
             if self.segment_len not in (None, length):
@@ -185,8 +178,6 @@ class TrainSettings:
         for name in ("beta2", "decoys"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingError(name, f"must be from 0 to below 1, got {getattr(self, name)}")
-        if self.decoys and self.task not in FORMS:
-            raise SettingError("decoys", f"is for tasks of text, {', '.join(FORMS)}, got {self.decoys} with {self.task}")
         for name in ("lr", "later_lr", "weight_decay", "noise"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -203,16 +194,34 @@ class TrainSettings:
             raise SettingError("encoder", f"must be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
         if self.architecture == "armt" and self.classifies:
             raise SettingError("architecture", f"must be rmt for {self.task}, whose model is an encoder, got 'armt'")
-        if self.noise and self.architecture != "rmt":
-            raise SettingError("noise", f"is for rmt, got {self.noise} with {self.architecture}")
         if self.width % self.heads:
             raise SettingError("width", f"must be a multiple of --heads {self.heads}, got {self.width}")
         if self.width // self.heads % 2:
             raise SettingError("width", f"must give even heads, for rotary embedding, got {self.width // self.heads}")
-        if self.pretrained is not None and not self.classifies:
-            raise SettingError("pretrained", f"is for tasks of classes, {', '.join(CLASS_TASKS)}, got {self.task}")
-        if self.freeze and self.pretrained is None:
-            raise SettingError("freeze", "must come with --pretrained: a model of random weights is not worth keeping")
+
+    def _check_use(self) -> None:
+        """See that nothing is asked for that would change nothing."""
+        text, small = self.task in FORMS, self.pretrained is None
+        uses = (
+            ("babi book decoys", text, f"is for tasks of text, {', '.join(FORMS)}"),
+            ("key_digits rewrite", self.task == "retrieval", "is for retrieval"),
+            ("pretrained", self.classifies, f"is for tasks of classes, {', '.join(CLASS_TASKS)}"),
+            ("freeze", not small, "must come with --pretrained: a model of random weights is not worth keeping"),
+            ("encoder", self.classifies and small, "is for the small model of tasks of classes"),
+            ("vocabulary", text and small, "is for the small model of tasks of text"),
+            ("layers width heads", small, "is for the small model"),
+            ("noise", self.architecture == "rmt", "is for rmt"),
+            ("d_mem", self.architecture == "armt", "is for armt"),
+        )
+        for names, used, where in uses:
+            for name in names.split():
+                value = getattr(self, name)
+                if not used and value != self.__dataclass_fields__[name].default:
+                    raise SettingError(name, f"{where}, got {value!r} with {self._kind()}")
+
+    def _kind(self) -> str:
+        model = self.architecture if self.pretrained is None else "a pretrained model"
+        return f"{self.task} and {model}"
 
 
 def up_to(segments: int, task: str) -> tuple[int, ...]:

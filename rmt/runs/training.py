@@ -7,10 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors.torch import save_model
-
 from ...figures import make_folder, versions, write_figures
-from ...running import InterruptedRunError, SettingError, deferred_interrupt, named, read_checkpoint, save_checkpoint
+from ...running import (
+    InterruptedRunError,
+    SettingError,
+    deferred_interrupt,
+    named,
+    read_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
 from ..curriculum import DivergedError, Stage, Step, Trainer
 from .answers import count_right, interval, samples_of
 from .folder import Outputs, build, fingerprint, start_from, write_sources
@@ -95,7 +101,7 @@ def _train(trainer: Trainer, settings: TrainSettings, data: str, outputs: Output
                 try:
                     step = trainer.advance()
                 except DivergedError as error:
-                    raise SettingError("lr", f"must be lower: {error}") from None
+                    raise _too_high(trainer.plan[trainer.stage], error) from None
                 listener.trained(trainer.plan[trainer.stage], trainer.step, step)
                 if trainer.index % CHECKPOINT_EVERY == 0:
                     save()
@@ -107,6 +113,13 @@ def _train(trainer: Trainer, settings: TrainSettings, data: str, outputs: Output
             save()
             if interrupted and not trainer.over:
                 raise InterruptedRunError
+
+
+def _too_high(stage: Stage, error: DivergedError) -> SettingError:
+    """Of the option that the stage's rate is from."""
+    if stage.segments == 1:
+        return SettingError("lr", f"must be lower, in a new run: {error}")
+    return SettingError("later_lr", f"must be lower: {error}; go on with --resume and a lower one")
 
 
 def _stage_figures(trainer: Trainer, settings: TrainSettings) -> dict[str, Any]:
@@ -152,7 +165,7 @@ def _write(trainer: Trainer, settings: TrainSettings, outputs: Outputs) -> dict[
         "stages": trainer.done,
         "before": json.loads(outputs.before.read_text(encoding="utf-8")) if outputs.before.exists() else None,
     }
-    save_model(trainer.memory, str(outputs.weights))
+    save_weights(trainer.memory, outputs.weights)
     write_figures(outputs.figures, figures)
     return figures
 
@@ -189,11 +202,11 @@ def _restore(trainer: Trainer, saved: dict[str, Any], data: str) -> None:
     if saved["data"] != data:
         raise SettingError("book", "and --babi must hold what they held before with resume, got other files")
     state = saved["trainer"]
-    begun = [(figures["tokens"], figures["annealed"]) for figures in state["done"]]
+    begun = [(figures["tokens"], figures["segment_len"], figures["annealed"]) for figures in state["done"]]
     if state["log"]:
         begun.append(tuple(state["now"]))
-    if [(stage.length, stage.annealed) for stage in trainer.plan[: len(begun)]] != begun:
-        lengths = ", ".join(str(length) for length, _ in begun)
+    if [stage.kind for stage in trainer.plan[: len(begun)]] != begun:
+        lengths = ", ".join(f"{length} ({min(length, cut)} a segment)" for length, cut, _ in begun)
         raise SettingError(
             "segments", f"must begin as the checkpoint's with resume, with stages of {lengths} tokens, got others"
         )

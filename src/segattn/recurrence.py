@@ -46,7 +46,7 @@ def train(
     book: Annotated[Path | None, typer.Option(help="Running text, UTF-8. Default: generated sentences.")] = None,
     vocabulary: Annotated[int | None, typer.Option(help="Words of the text that are kept. Default: 4000.")] = None,
     decoys: Annotated[
-        float | None, typer.Option(help="Share of the training text that is stray words of facts instead. Default: 0.")
+        float | None, typer.Option(help="Share of stray words of facts in the text of half the samples. Default: 0.")
     ] = None,
     key_digits: Annotated[int | None, typer.Option(help="Of retrieval. Default: 2.")] = None,
     rewrite: Annotated[
@@ -63,7 +63,9 @@ def train(
         bool | None,
         typer.Option("--freeze", help="Of a pretrained one, train memory and head alone.", show_default=False),
     ] = None,
-    start: Annotated[Path | None, typer.Option(help="Folder of an earlier run, whose weights are the first.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of an earlier run, whose model and weights are taken.")
+    ] = None,
     architecture: Annotated[str | None, typer.Option(help="rmt, or armt for tasks of tokens. Default: rmt.")] = None,
     memory: Annotated[int | None, typer.Option(help="Memory tokens. Default: 10.")] = None,
     d_mem: Annotated[int | None, typer.Option(help="Of armt: width of keys. Default: 64.")] = None,
@@ -76,7 +78,7 @@ def train(
         typer.Option(help="Then, stages of so many segments as short as the last of --short. Default: none."),
     ] = None,
     segments: Annotated[
-        str | None, typer.Option(help="How far the curriculum goes, as 5, or its stages, as 1,2,3,5. Default: 5.")
+        str | None, typer.Option(help="How far the curriculum goes, as 5, or its stages, as 1,2,5 or 5,. Default: 5.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Per stage, at most. Default: 1500.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Accuracy that ends a stage. Default: 0.99.")] = None,
@@ -108,21 +110,27 @@ def train(
     """
     given = {name: value for name, value in locals().items() if value is not None and name not in ("out", "resume")}
     given |= {name: str(path.resolve()) for name, path in given.items() if isinstance(path, Path)}
-    with _Command("train", out) as command:
-        from .rmt.runs.settings import TrainSettings, up_to
+    with _Command("train", out, "checkpoint.pt") as command:
+        from .rmt.runs.folder import settings_of
+        from .rmt.runs.settings import OF_MODEL, OF_TASK, TrainSettings, up_to
         from .rmt.runs.training import run_training, saved_settings
         from .running import SettingError
 
-        if task is None and not resume:
+        if resume:
+            given = saved_settings(out) | given
+        elif start is not None:
+            earlier = settings_of(start, "start")
+            given = {name: earlier[name] for name in (*OF_MODEL, *OF_TASK)} | given
+        if "task" not in given:
             raise SettingError("task", "must be given, such as detect")
         if not command.console.is_terminal:
             from transformers.utils.logging import disable_progress_bar
 
             disable_progress_bar()
-        given = (saved_settings(out) if resume else {}) | given
         if segments is not None:
-            stages = _numbers("segments", segments)
-            given["segments"] = up_to(stages[0], given["task"]) if len(stages) == 1 else stages
+            stages = _numbers("segments", segments.removesuffix(","))
+            every = len(stages) == 1 and not segments.endswith(",")
+            given["segments"] = up_to(stages[0], given["task"]) if every else stages
         if short is not None:
             given["short"] = () if short == "none" else _numbers("short", short)
         if short_segments is not None:
@@ -153,7 +161,7 @@ def evaluate(
 
     Ctrl-C leaves the batches that are done.
     """
-    with _Command("evaluate", folder if out is None else out) as command:
+    with _Command("evaluate", folder if out is None else out, "evaluation.json") as command:
         from .rmt.runs.evaluation import Grid, run_evaluation, usual_samples
 
         lengths = _numbers("segments", segments)
@@ -202,10 +210,13 @@ def _numbers(name: str, given: str) -> tuple[int, ...]:
 
 
 class _Command:
-    """One command: what it prints, and what becomes of its errors."""
+    """One command: what it prints, and what becomes of its errors.
 
-    def __init__(self, name: str, out: Path) -> None:
-        self.name, self.out = name, out
+    resumed: the file in `out` that it goes on from with --resume, where it has that.
+    """
+
+    def __init__(self, name: str, out: Path, resumed: str | None = None) -> None:
+        self.name, self.out, self.resumed = name, out, resumed
         self.console = Console(soft_wrap=True, highlight=False)
         self.errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -225,8 +236,6 @@ class _Command:
 
         from .running import InterruptedRunError, SettingError
 
-        where = f"--resume --out {shlex.quote(str(self.out))}" if self.name == "train" else "the same and --resume"
-        again = f"; go on with: segattn rmt {self.name} {where}"
         if isinstance(error, SettingError):
             option = error.name.upper() if error.name in ("task", "folder") else f"--{error.name.replace('_', '-')}"
             self._stop(f"{option} {error.problem}", 2)
@@ -235,9 +244,19 @@ class _Command:
         if isinstance(error, OutOfMemoryError):
             self._stop("out of memory: try a smaller --batch", 1)
         if isinstance(error, InterruptedRunError):
-            self._stop(f"stopped, checkpoint written{again}", 130)
+            self._stop(f"stopped, checkpoint written{self._again()}", 130)
         if isinstance(error, KeyboardInterrupt):
-            self._stop(f"stopped{again}", 130)
+            self._stop(f"stopped{self._again()}", 130)
+
+    def _again(self) -> str:
+        """How to go on, where there is something to go on from."""
+        if self.resumed is None:
+            return ""
+        if not (self.out / self.resumed).is_file():
+            return "; there is nothing to go on from yet"
+        if self.name == "train":
+            return f"; go on with: segattn rmt train --resume --out {shlex.quote(str(self.out))}"
+        return "; go on with the same command and --resume"
 
     def _stop(self, message: str, status: int) -> None:
         self.errors.print(f"segattn rmt {self.name}: {message}", markup=False)

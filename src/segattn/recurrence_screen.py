@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .screen import Bars, Lines
@@ -24,7 +24,7 @@ def stage_table(figures: dict[str, Any]) -> Table:
     for stage in figures["stages"]:
         low, high = stage["test_interval"]
         table.add_row(
-            f"{stage['segments']}{' annealed' * stage['annealed']}",
+            _cut(stage["segments"], stage["segment_len"]) + " annealed" * stage["annealed"],
             f"{stage['tokens']:,}",
             f"{stage['steps']:,}",
             f"{stage['seconds']:.0f}",
@@ -68,12 +68,20 @@ def attention_tables(figures: dict[str, Any]) -> list[Table]:
     """What memory rows take from facts, and the answering row from memory, by layer and head."""
     tables = []
     for part in figures["parts"]:
-        table = Table(title=f"segment {part['segment']}: {part['what']}, %", title_justify="left")
-        table.add_column("layer", justify="right")
-        for head in range(len(part["share"][0])):
-            table.add_column(f"head {head + 1}", justify="right")
-        for layer, heads in enumerate(part["share"]):
-            table.add_row(str(layer + 1), *(f"{100 * share:.1f}" for share in heads))
+        heads = len(part["share"][0])
+        space = int(heads <= 8)
+        # as wide as it must be, 80 characters up to 12 heads: numbers that do not fit would be cut
+        table = Table(
+            title=f"segment {part['segment']}: {part['what']}, %",
+            title_justify="left",
+            padding=(0, space),
+            width=(heads + 1) * (6 + 2 * space) + 1,
+        )
+        table.add_column("layer", justify="right", width=5)
+        for head in range(heads):
+            table.add_column(f"head\n{head + 1}", justify="right", width=5)
+        for layer, shares in enumerate(part["share"]):
+            table.add_row(str(layer + 1), *(f"{100 * share:.1f}" for share in shares))
         table.caption = f"evenly spread it were {100 * part['even']:.1f} %"
         tables.append(table)
     return tables
@@ -85,19 +93,25 @@ class Stages(Bars):
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         super().__init__(console, *columns, TextColumn("{task.fields[note]}"))
-        self.bars: dict[Stage, Any] = {}
+        self.bars: dict[str, TaskID] = {}
 
     def trained(self, stage: Stage, done: int, step: Step) -> None:
-        if stage not in self.bars:
-            self.bars[stage] = self.progress.add_task(_name(stage), total=stage.steps, note="")
         note = f"loss {step.loss:.3f}  right {100 * step.running:.1f} %"
-        self.progress.update(self.bars[stage], completed=done, note=note)
+        self.progress.update(self._bar(_of_stage(stage)), total=stage.steps, completed=done, note=note)
 
     def finished(self, figures: dict[str, Any]) -> None:
-        bar = self.progress.tasks[-1].id
-        self.progress.update(
-            bar, total=figures["steps"], completed=figures["steps"], note=f"test {100 * figures['test_accuracy']:.1f} %"
-        )
+        # a run that was killed in a stage's test goes on with the test, before any step
+        name, steps = _of_figures(figures), figures["steps"]
+        note = f"test {100 * figures['test_accuracy']:.1f} %"
+        self.progress.update(self._bar(name), total=steps, completed=steps, note=note)
+        # another stage may have the same name
+        del self.bars[name]
+
+    def _bar(self, name: str) -> TaskID:
+        """The bar of a stage, made when it is first asked for."""
+        if name not in self.bars:
+            self.bars[name] = self.progress.add_task(name, total=None, note="")
+        return self.bars[name]
 
 
 class StageLines(Lines):
@@ -106,11 +120,11 @@ class StageLines(Lines):
     def trained(self, stage: Stage, done: int, step: Step) -> None:
         if done % 50 == 0:
             right = f"{100 * step.running:.1f} % right"
-            self.console.print(f"{_name(stage)}, step {done}: loss {step.loss:.4f}, {right}")
+            self.console.print(f"{_of_stage(stage)}, step {done}: loss {step.loss:.4f}, {right}")
 
     def finished(self, figures: dict[str, Any]) -> None:
         self.console.print(
-            f"{figures['tokens']} tokens done after {figures['steps']} steps, {figures['seconds']:.0f} s: "
+            f"{_of_figures(figures)} done after {figures['steps']} steps, {figures['seconds']:.0f} s: "
             f"test {100 * figures['test_accuracy']:.1f} %"
         )
 
@@ -150,9 +164,23 @@ def _measured(figures: dict[str, Any]) -> str:
     return f"{_count(figures['segments'])}: {100 * figures['accuracy']:.1f} % right"
 
 
-def _name(stage: Stage) -> str:
-    length = _count(stage.segments) if stage.segments > 1 else f"{stage.length} tokens"
-    return length + " annealed" * stage.annealed
+def _of_stage(stage: Stage) -> str:
+    return _name(stage.segments, stage.length, stage.segment_len, stage.annealed)
+
+
+def _of_figures(stage: dict[str, Any]) -> str:
+    return _name(stage["segments"], stage["tokens"], stage["segment_len"], stage["annealed"])
+
+
+def _name(segments: int, tokens: int, segment_len: int, annealed: bool) -> str:
+    """What a stage is called, while it is trained and when it is done."""
+    text = tokens if segments == 1 else _cut(segments, segment_len)
+    return f"{text} tokens" + " annealed" * annealed
+
+
+def _cut(segments: int, segment_len: int) -> str:
+    """Segments, and of how many tokens where there are several."""
+    return "1" if segments == 1 else f"{segments} × {segment_len}"
 
 
 def _count(segments: int) -> str:

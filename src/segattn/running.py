@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 
 class SettingError(ValueError):
@@ -68,11 +68,37 @@ def handled(number: int, handle: Callable[[int, FrameType | None], None]) -> Ite
         signal.signal(number, previous)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place once whole: a process that dies before leaves the old one.
+
+    Who may read it is what the umask says, as of other files.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        # safetensors makes its files for their owner alone
+        temporary.chmod(mode)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write whole or not at all: a process that dies while writing leaves the checkpoint before."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's weights, shared ones once, as safetensors: whole or not at all, as a checkpoint."""
+    from safetensors.torch import save_model
+
+    with replacing(path) as temporary:
+        save_model(module, str(temporary))
 
 
 def load_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
