@@ -121,3 +121,20 @@ def retrieval(folder: Path) -> str | None:
         rows.append([f"{evaluation['lengths'][0]['state_bytes']:,}", *cells, str(max(held, default=0))])
     first, *others = map(str, pairs)
     return markdown(["state, bytes", f"{first} pairs", *others, "held at 95 %"], rows)
+
+
+def recurrent_lengths(folder: Path) -> str | None:
+    """A row for each reader of `python -m segattn.bench.recurrent_lengths`: time of a token, and what is kept."""
+    figures = _figures(folder / "rmt" / "lengths.json")
+    if figures is None:
+        return None
+    lengths = sorted({row["segments"] for row in figures["summary"]})
+    found = {(row["reader"], row["segments"]): row for row in figures["summary"]}
+    rows = []
+    for reader in dict.fromkeys(row["reader"] for row in figures["summary"]):
+        cells = [found.get((reader, segments)) for segments in lengths]
+        rows.append(
+            [reader, *(f"{x['ratio_to_shortest']:.2f}; {in_bytes(x['kept_bytes'])}" if x else "" for x in cells)]
+        )
+    first, *others = map(str, lengths)
+    return markdown([f"time of a token, ÷ that of {first} segments; kept", f"{first} segments", *others], rows)

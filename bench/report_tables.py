@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .records import Record, Result
-from .report_experiments import baselines, book, markdown, memory_tasks, plan, retrieval
+from .report_experiments import baselines, book, markdown, memory_tasks, plan, recurrent_lengths, retrieval
 from .workloads import BOTH
 
 MIB = 2**20
@@ -152,4 +152,5 @@ TABLES: Mapping[str, Entry] = {
     "plan": _of_folder(plan),
     "memory-tasks": _of_folder(memory_tasks),
     "retrieval": _of_folder(retrieval),
+    "recurrent-lengths": _of_folder(recurrent_lengths),
 }

@@ -144,3 +144,16 @@ def test_figures_of_the_memory_tasks_are_in_the_results() -> None:
         assert (settings["memory"], settings["segment_len"]) == (10, 499)
         assert {cell["state_bytes"] for cell in cells} == {2560}
         assert cells[-1]["tokens"] == 2043904
+
+
+def test_figures_of_the_pretrained_encoder_are_in_the_results() -> None:
+    folder = ROOT / "bench" / "results" / "rmt" / "minilm"
+    figures, evaluation = (json.loads((folder / f"{name}.json").read_text()) for name in ("figures", "evaluation"))
+    said = f"*{evaluation['task']}* with a MiniLM of {figures['parameters']:,} parameters, segments of "
+    said += f"{evaluation['segment_len']} tokens, {figures['steps']} steps on up to {evaluation['trained_segments']} of"
+    assert said in PROSE
+    cells = evaluation["lengths"]
+    assert all(cell["right"] == cell["samples"] for cell in cells)
+    samples, segments = ([str(cell[name]) for cell in cells] for name in ("samples", "segments"))
+    told = [f"{', '.join(numbers[:-1])} and {numbers[-1]}" for numbers in (samples, segments)]
+    assert f"all of {told[0]} answers right at {told[1]} segments" in PROSE

@@ -412,6 +412,21 @@ def test_pairs_held_are_those_up_to_the_first_loss(tmp_path: Path) -> None:
     ]
 
 
+def test_recurrent_lengths_have_a_row_for_each_reader(tmp_path: Path) -> None:
+    assert table("recurrent-lengths", tmp_path) is None
+    summary = [
+        {"reader": reader, "segments": n, "ratio_to_shortest": ratio, "kept_bytes": kept}
+        for reader, n, ratio, kept in (("full", 8, 1.0, 2048), ("RMT", 64, 1.014, 512), ("RMT", 8, 1.0, 512))
+    ]
+    keep(tmp_path / "rmt" / "lengths.json", {"summary": summary})
+    assert cells(table("recurrent-lengths", tmp_path) or "") == [
+        ["time of a token, ÷ that of 8 segments; kept", "8 segments", "64"],
+        ["---"] * 3,
+        ["full", "1.00; 2 KiB", ""],
+        ["RMT", "1.00; 512 B", "1.01; 512 B"],
+    ]
+
+
 def test_experiments_that_are_none_are_named(tmp_path: Path) -> None:
     keep_experiments(tmp_path)
     keep(tmp_path / "book" / "book.json", {"runs": []})
