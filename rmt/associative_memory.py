@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +87,7 @@ class AssociativeMemory(nn.Module):
             segments and layers, not their product.
         bptt: segments through which gradients reach back, counted from each row's last; they are cut at every multiple
             of it, so that all segments train where all have a loss. Default: through all, and into `state`.
+        checkpoint: keep what goes into each layer and segment alone for their backward, and run them again there.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was: a model without causal layers or
@@ -105,6 +106,7 @@ class AssociativeMemory(nn.Module):
         layers: Iterable[int] | None = None,
         schedule: str = "vertical",
         bptt: int | None = None,
+        checkpoint: bool = False,
     ) -> None:
         super().__init__()
         self.decoder = Decoder.of(model)
@@ -114,6 +116,8 @@ class AssociativeMemory(nn.Module):
         )
         check_widths(model)
         check_positions(model, segment_len + num_memory_tokens, num_memory_tokens)
+        check.check_bool("checkpoint", checkpoint)
+        self.checkpoint = checkpoint
         self.model = model
         weight: Tensor = embedding_of(model).weight  # type: ignore[assignment]
         self.memories = nn.ModuleDict()
@@ -185,7 +189,8 @@ class AssociativeMemory(nn.Module):
         """
         segments, batch = hidden.shape[:2]
         own = self.settings
-        options = schedules.Options(own.schedule, DPFP(own.nu, own.normalize), own.num_memory_tokens if write else 0)
+        written = own.num_memory_tokens if write else 0
+        options = schedules.Options(own.schedule, DPFP(own.nu, own.normalize), written, self.checkpoint)
         after: list[MemoryState | None] = []
 
         def over(layers: list[Layer], x: Tensor) -> Tensor:
@@ -250,3 +255,7 @@ class AssociativeMemory(nn.Module):
         """The embeddings [B, T, d] of the one of the two that is given."""
         x = check_inputs(input_ids, inputs_embeds, self.memory_tokens.shape[1])
         return x if input_ids is None else self.embed(x)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """As Hugging Face's Trainer asks for it: `checkpoint` from now on."""
+        self.checkpoint = True

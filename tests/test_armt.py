@@ -250,12 +250,33 @@ def test_the_diagonal_calls_attention_once_for_all_its_layers(monkeypatch: pytes
 
 @pytest.mark.parametrize("schedule", OTHERS)
 def test_gradient_checkpointing_changes_nothing(schedule: str) -> None:
-    memory, ids = wrapped(schedule=schedule).train(), models.tokens(1, 3 * L)
-    expected = results(memory, ids, labels=ids)
-    checkpointed(memory)
-    found = results(memory, ids, labels=ids)
-    for name, value in expected.items():
-        assert error(found[name], value) < 1e-12, name
+    plain, ids = wrapped(schedule=schedule).train(), models.tokens(1, 3 * L + 2)
+    cells, layers, both = (copy.deepcopy(plain) for _ in range(3))
+    cells.gradient_checkpointing_enable()
+    checkpointed(layers)
+    both.gradient_checkpointing_enable()
+    checkpointed(both)
+    expected = results(plain, ids, labels=ids)
+    for memory in (cells, layers, both):
+        found = results(memory, ids, labels=ids)
+        for name, value in expected.items():
+            assert error(found[name], value) < 1e-12, name
+
+
+@pytest.mark.parametrize("schedule", OTHERS)
+def test_checkpointed_cells_keep_next_to_nothing_of_their_insides(schedule: str) -> None:
+    def kept(checkpoint: bool) -> int:
+        memory, sizes = wrapped(schedule=schedule, checkpoint=checkpoint), []
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            memory(models.tokens(2, 4 * L), output_logits=False)
+        return sum(sizes)
+
+    assert 10 * kept(True) < kept(False)
 
 
 def test_the_diagonal_runs_adapters_of_unlike_strength() -> None:
@@ -645,6 +666,7 @@ BAD: dict[str, tuple[type[Exception], Callable[[AssociativeMemory], Any]]] = {
         TypeError,
         lambda m: m(models.tokens(1, 4), state=wrapped(dtype=torch.float32)(models.tokens(1, 4)).state),
     ),
+    "checkpoint must be True or False, got 1": (TypeError, lambda m: AssociativeMemory(m.model, M, L, checkpoint=1)),
     "max_new_tokens must be at least 1": (ValueError, lambda m: m.generate(models.tokens(1, 4), max_new_tokens=0)),
 }
 

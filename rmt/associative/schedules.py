@@ -7,10 +7,12 @@ stays inside a layer leaves more than one order, and lets a diagonal of cells ru
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ...kernels.state import MemoryState
 from .decoder import Layer
@@ -51,11 +53,13 @@ class Options(NamedTuple):
     schedule: one of SCHEDULES.
     features: of queries and keys.
     num_memory: rows at a segment's end that are written, m; 0: the memory is only read.
+    checkpoint: keep what goes into cells alone for their backward, and run them again there.
     """
 
     schedule: str
     features: DPFP
     num_memory: int
+    checkpoint: bool
 
 
 def run(
@@ -78,6 +82,9 @@ def run(
     """
     xs, states = list(hidden.unbind()), list(states)
     blocks = _blocks(layers, memories, together=options.schedule == "diagonal" and len(xs) > 1)
+    step = _step
+    if options.checkpoint and torch.is_grad_enabled():
+        step = partial(checkpoint, _step, use_reentrant=False)
     for wave in SCHEDULES[options.schedule](len(layers), len(xs)):
         for block in blocks:
             cells = [(layer, segment) for layer, segment in wave if layer in block.members]
@@ -85,7 +92,7 @@ def run(
                 continue
             inside, segments = zip(*cells, strict=True)
             x = side_by_side([xs[segment] for segment in segments])
-            x, state = _step(block.part(inside), x, _join([states[i] for i in inside]), segments, places, options)
+            x, state = step(block, inside, x, _join([states[i] for i in inside]), segments, places, options)
             for (layer, segment), out, after in zip(cells, x, _split(state, len(cells)), strict=True):
                 xs[segment], states[layer] = out, after
     return torch.stack(xs), states
@@ -160,13 +167,15 @@ def _identity(given: Any) -> Any:
 
 def _step(
     block: _Block,
+    layers: tuple[int, ...],
     hidden: Tensor,
     state: MemoryState | None,
     segments: tuple[int, ...],
     places: Placement | None,
     options: Options,
 ) -> tuple[Tensor, MemoryState | None]:
-    """Read, run the layers, write: A of them, [A, B, W, d], each in its own one of `segments`."""
+    """Read, run the layers, write: A of the block's, [A, B, W, d], each in its own one of `segments`."""
+    block = block.part(layers)
     if block.projections is None or state is None:
         return block(hidden), None
     writes, alive, linked = (None, None, None) if places is None else places.of_segments(segments)
