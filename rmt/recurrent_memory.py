@@ -130,7 +130,7 @@ class RecurrentMemory(nn.Module):
             if kind == "decoder"
             else encoder_layout(num_memory_tokens, special_tokens is not None)
         )
-        self._accepts = accepted(model)
+        self._accepts, self._huggingface = accepted(model), huggingface_of(model) is not None
         weight = self._embedding.weight
         width = weight.shape[1]
         # as far from zero as the embeddings it stands among
@@ -156,7 +156,8 @@ class RecurrentMemory(nn.Module):
 
     @property
     def _caller(self) -> Caller:
-        return Caller(self.model, self.settings, self._layout, self._accepts, self.attention == "segattn")
+        fused = self.attention == "segattn"
+        return Caller(self.model, self.settings, self._layout, self._accepts, self._huggingface, fused)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what is done with one segment, by `torch.compile` with these arguments; the loop stays as it is.

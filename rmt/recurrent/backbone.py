@@ -63,7 +63,7 @@ def _sees_ahead(model: Any) -> bool:
     other = torch.cat((x[:3], -x[3:]))
     training = model.training
     try:
-        first, second = (run(model.eval(), rows[None], {}).hidden[0, 0] for rows in (x, other))
+        first, second = (run(model.eval(), rows[None], {}, True).hidden[0, 0] for rows in (x, other))
     finally:
         model.train(training)
     return bool((first != second).any())
@@ -158,6 +158,7 @@ class Caller(NamedTuple):
 
     layout: where the tokens stand among a segment's rows.
     accepts: the arguments that it takes.
+    huggingface: whether it is, or wraps, a Hugging Face model.
     fused: whether its attention is told the block mask.
     """
 
@@ -165,6 +166,7 @@ class Caller(NamedTuple):
     settings: Settings
     layout: Layout
     accepts: frozenset[str]
+    huggingface: bool
     fused: bool
 
     @property
@@ -183,7 +185,7 @@ class Caller(NamedTuple):
             arguments |= self._decoder_mask(rows, ends, 0, True)
         else:
             arguments |= {"attention_mask": self._encoder_mask(rows, ends)}
-        out = run(self.model, rows, arguments)
+        out = run(self.model, rows, arguments, self.huggingface)
         if choosy or out.logits is None or out.logits.ndim == 2:
             return out
         return out._replace(logits=self.layout.tokens_of(out.logits))
@@ -199,10 +201,10 @@ class Caller(NamedTuple):
         if "logits_to_keep" in self.accepts:
             arguments["logits_to_keep"] = 1
         if self.caches:
-            return run(self.model, rows, arguments | {"use_cache": True, "past_key_values": cache})
+            return run(self.model, rows, arguments | {"use_cache": True, "past_key_values": cache}, self.huggingface)
         if "use_cache" in self.accepts:
             arguments["use_cache"] = False
-        return run(self.model, rows, arguments)._replace(cache=None)
+        return run(self.model, rows, arguments, self.huggingface)._replace(cache=None)
 
     @torch.no_grad()
     def check_mask(self) -> None:
@@ -223,7 +225,7 @@ class Caller(NamedTuple):
         try:
             # one by one, so that equal rows come out equal to the bit
             plain, read, write = (
-                run(inner.eval(), rows[None], blocks._decoder_mask(rows[None], None, 0, True)).hidden[0]
+                run(inner.eval(), rows[None], blocks._decoder_mask(rows[None], None, 0, True), True).hidden[0]
                 for rows in (x, *others)
             )
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -246,12 +248,11 @@ class Caller(NamedTuple):
         if self.fused:
             spans = None if ends is None else torch.stack((torch.zeros_like(ends), ends), 1).int()
             return {"segattn_block": Block(read, write, spans)}
-        plain = huggingface_of(self.model) is None
         # a causal model sees no padding, which stands behind all else, and a single new row sees everything
-        if not plain and (not read or (past and queries == 1)):
+        if self.huggingface and (not read or (past and queries == 1)):
             return {}
         visible = block_mask(time, read, write, ends, queries=queries, device=rows.device)
-        if plain:
+        if not self.huggingface:
             return {"attention_mask": visible}
         mask = {"attention_mask": additive(visible, rows.dtype)}
         if "position_ids" not in self.accepts:
@@ -262,7 +263,7 @@ class Caller(NamedTuple):
         batch, time = rows.shape[:2]
         at = torch.arange(time, device=rows.device)
         real = None if ends is None else at < ends[:, None]
-        if huggingface_of(self.model) is not None:
+        if self.huggingface:
             return None if real is None else real.long()
         if real is None:
             return torch.ones(1, 1, time, time, dtype=torch.bool, device=rows.device)
@@ -274,18 +275,16 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
-def run(model: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Outputs:
+def run(model: nn.Module, x: Tensor, arguments: dict[str, Any], huggingface: bool) -> Outputs:
     """One pass over embeddings [B, T, d].
 
     Raises:
         TypeError: the model returns neither hidden rows nor a tensor of them.
     """
-    if huggingface_of(model) is None:
-        out = model(inputs_embeds=x, **arguments)
-        if isinstance(out, Tensor):
-            return Outputs(out, None, None)
-    else:
-        out = model(inputs_embeds=x, output_hidden_states=True, return_dict=True, **arguments)
+    asked = {"output_hidden_states": True, "return_dict": True} if huggingface else {}
+    out = model(inputs_embeds=x, **arguments, **asked)
+    if isinstance(out, Tensor):
+        return Outputs(out, None, None)
     states = getattr(out, "hidden_states", None)
     hidden = states[-1] if states is not None else getattr(out, "last_hidden_state", None)
     if hidden is None:
