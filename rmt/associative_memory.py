@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from .associative.open_segment import open_segments
 from .associative.placement import Placement
 from .associative.settings import AssociativeSettings, chosen
 from .recurrent.backbone import check_positions, check_widths, embedding_of, huggingface_of
+from .recurrent.checkpointing import Checkpointing
 from .recurrent.generation import generate
 from .recurrent.inputs import check_inputs
 from .recurrent.segments import IGNORED, bounds, next_tokens
@@ -60,7 +61,7 @@ class AssociativeOutput(NamedTuple):
     state: AssociativeState
 
 
-class AssociativeMemory(nn.Module):
+class AssociativeMemory(Checkpointing, nn.Module):
     """A Hugging Face decoder that reads text of any length, segment by segment (ARMT, arXiv 2407.04841).
 
     Every segment is followed by m trainable memory tokens, and is all that attention sees. What a layer makes of the
@@ -71,10 +72,12 @@ class AssociativeMemory(nn.Module):
     each with the state that the last one returned, equal the text read at once.
 
     Parameters beside the model's are `memory_tokens` and those of `memories.<layer>`. The values written are 0 before
-    training, so a pretrained model begins as itself within each segment.
+    training, so a pretrained model begins as itself within each segment. Another model that fits may take the place of
+    `model`, such as the same with adapters.
 
     Args:
-        model: a Hugging Face causal language model with weights; it is not changed.
+        model: a Hugging Face causal language model with weights; it is not changed. Compile, or wrap for data
+            parallelism, the AssociativeMemory.
         num_memory_tokens: m, at most segment_len.
         segment_len: tokens per segment, without memory tokens, L.
         d_mem: width of queries and keys before their features.
@@ -109,8 +112,8 @@ class AssociativeMemory(nn.Module):
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        self.decoder = Decoder.of(model)
-        modules = self.decoder.modules(model)
+        decoder = Decoder.of(model)
+        modules = decoder.modules(model)
         self.settings = AssociativeSettings(
             num_memory_tokens, segment_len, d_mem, nu, normalize, chosen(layers, len(modules)), schedule, bptt
         )
@@ -118,6 +121,7 @@ class AssociativeMemory(nn.Module):
         check_positions(model, segment_len + num_memory_tokens, num_memory_tokens)
         check.check_bool("checkpoint", checkpoint)
         self.checkpoint = checkpoint
+        self.decoder = decoder
         self.model = model
         weight: Tensor = embedding_of(model).weight  # type: ignore[assignment]
         self.memories = nn.ModuleDict()
@@ -130,6 +134,24 @@ class AssociativeMemory(nn.Module):
 
     generate = generate
     open_segments = open_segments
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # the model may give its place to another, such as itself with adapters
+        if name == "model" and isinstance(value, nn.Module) and "memory_tokens" in self._parameters:
+            self._take(value)
+        super().__setattr__(name, value)
+
+    def _take(self, model: nn.Module) -> None:
+        """See that another model fits the memories, and where its layers are."""
+        decoder = Decoder.of(model)
+        depth, width = len(decoder.modules(model)), embedding_of(model).weight.shape[1]  # type: ignore[index]
+        if depth <= self.settings.layers[-1] or width != self.memory_tokens.shape[1]:
+            raise ValueError(
+                f"model must have at least {self.settings.layers[-1] + 1} layers and be as wide as the memory, "
+                f"{self.memory_tokens.shape[1]}, got {depth} and {width}: make a new AssociativeMemory around it"
+            )
+        check_positions(model, self.settings.segment_len + len(self.memory_tokens), len(self.memory_tokens))
+        self.decoder = decoder
 
     def forward(
         self,
@@ -255,7 +277,3 @@ class AssociativeMemory(nn.Module):
         """The embeddings [B, T, d] of the one of the two that is given."""
         x = check_inputs(input_ids, inputs_embeds, self.memory_tokens.shape[1])
         return x if input_ids is None else self.embed(x)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """As Hugging Face's Trainer asks for it: `checkpoint` from now on."""
-        self.checkpoint = True

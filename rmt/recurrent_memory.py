@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from .recurrent.backbone import (
     kind_of,
     refuse_converted,
 )
+from .recurrent.checkpointing import Checkpointing
 from .recurrent.gathering import gather, summed_loss
 from .recurrent.generation import generate
 from .recurrent.inputs import check_inputs
@@ -44,7 +45,7 @@ class RecurrentOutput(NamedTuple):
     state: RecurrentState
 
 
-class RecurrentMemory(nn.Module):
+class RecurrentMemory(Checkpointing, nn.Module):
     """Reads a sequence segment by segment; memory tokens, written by each segment, are read by the next.
 
     A decoder's segment is [read | tokens | write], the same memory at both ends, and what the last layer makes of the
@@ -80,6 +81,7 @@ class RecurrentMemory(nn.Module):
 
     Attributes:
         memory: [m, d], the first segment's memory.
+        model: one that fits may take its place, such as the same with adapters.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was: a segment shorter than the memory,
@@ -120,30 +122,54 @@ class RecurrentMemory(nn.Module):
         self.head = head
         self.checkpoint = checkpoint
         self.noise = noise
-        self.attention = _use_attention(attention, model, kind)
-        check_widths(model)
-        check_positions(model, segment_len + self.settings.extra_rows, self.settings.extra_rows)
-        if kind == "decoder":
-            check_windows(model, segment_len + self.settings.extra_rows, self.settings.extra_rows)
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention must be None or 'segattn', got {attention!r}")
+        self.attention = attention
         self._layout = (
             decoder_layout(num_memory_tokens)
             if kind == "decoder"
             else encoder_layout(num_memory_tokens, special_tokens is not None)
         )
-        self._accepts, self._huggingface = accepted(model), huggingface_of(model) is not None
+        self._take(model)
         weight = self._embedding.weight
-        width = weight.shape[1]
         # as far from zero as the embeddings it stands among
         spread = weight.detach().float().std().item()
-        self.memory = nn.Parameter(torch.randn(num_memory_tokens, width).to(weight) * spread)
+        self.memory = nn.Parameter(torch.randn(num_memory_tokens, weight.shape[1]).to(weight) * spread)
         if max(special_tokens or (0,)) >= weight.shape[0]:
             raise ValueError(f"special_tokens must be below the model's {weight.shape[0]} tokens, got {special_tokens}")
-        self._caller.check_mask()
         self._how_compiled: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
     generate = generate
     open_segments = open_segments
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # the model may give its place to another, such as itself with adapters
+        if name == "model" and isinstance(value, nn.Module) and "_accepts" in self.__dict__:
+            self._take(value)
+        super().__setattr__(name, value)
+
+    def _take(self, model: nn.Module) -> None:
+        """See that segments can be read with a model, and how it is called."""
+        own = self.settings
+        refuse_converted(model)
+        check_widths(model)
+        check_positions(model, own.segment_len + own.extra_rows, own.extra_rows)
+        if own.kind == "decoder":
+            check_windows(model, own.segment_len + own.extra_rows, own.extra_rows)
+        embedding: Any = embedding_of(model) if self.embedding is None else self.embedding
+        memory, width = getattr(self, "memory", None), embedding.weight.shape[1]
+        if memory is not None and memory.shape[1] != width:
+            raise ValueError(
+                f"model must be as wide as the memory, {memory.shape[1]}, got {width}: make a new RecurrentMemory "
+                "around it"
+            )
+        fused = self.attention == "segattn"
+        if fused:
+            _use_block_attention(model, own.kind)
+        caller = Caller(model, own, self._layout, accepted(model), huggingface_of(model) is not None, fused)
+        caller.check_mask()
+        self._accepts, self._huggingface = caller.accepts, caller.huggingface
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] → vectors [B, T, d]."""
@@ -357,22 +383,12 @@ class RecurrentMemory(nn.Module):
         check.check_device("state", state.memory, "memory", self.memory)
         return RecurrentState(trainable(state.memory))
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """As Hugging Face's Trainer asks for it: `checkpoint` from now on."""
-        self.checkpoint = True
 
-
-def _use_attention(attention: str | None, model: nn.Module, kind: str) -> str | None:
-    if attention not in ATTENTIONS:
-        raise ValueError(f"attention must be None or 'segattn', got {attention!r}")
-    if attention == "segattn":
-        inner = huggingface_of(model)
-        if kind != "decoder" or inner is None:
-            raise ValueError(
-                f"attention='segattn' is for Hugging Face decoders, got a {type(model).__name__} as {kind!r}"
-            )
-        block_attention.use(inner)
-    return attention
+def _use_block_attention(model: nn.Module, kind: str) -> None:
+    inner = huggingface_of(model)
+    if kind != "decoder" or inner is None:
+        raise ValueError(f"attention='segattn' is for Hugging Face decoders, got a {type(model).__name__} as {kind!r}")
+    block_attention.use(inner)
 
 
 def _no_logits(model: nn.Module) -> str:

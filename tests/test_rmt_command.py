@@ -106,6 +106,23 @@ def test_a_stage_closes_no_other_stages_bar() -> None:
         assert [(task.completed, task.total) for task in bars.progress.tasks] == [(11, 11), (7, 7), (3, 40)]
 
 
+def test_losses_shown_are_of_batches_as_long_as_the_stage_says() -> None:
+    stage = Stage(34, 2, 17, 100, 1e-3, 0.9)
+    steps = [Step(34, 0.25, 1.0, 1.0) if done % 2 else Step(17, 0.125, 1.0, 1.0) for done in range(1, 51)]
+    with recurrence_screen.Stages(terminal()) as bars:
+        for done, step in enumerate(steps, 1):
+            bars.trained(stage, done, step)
+        assert bars.progress.tasks[0].completed == 50
+        assert bars.progress.tasks[0].fields["note"] == "loss 0.250  right 100.0 %"
+
+    def printed(console: Console) -> None:
+        lines = recurrence_screen.StageLines(console)
+        for done, step in enumerate(steps, 1):
+            lines.trained(stage, done, step)
+
+    assert shown(printed) == ["2 × 17 tokens, step 50: loss 0.2500, 100.0 % right"]
+
+
 def test_a_stage_has_one_name(trained: tuple[Path, list[str]]) -> None:
     _, lines = trained
     names = ["17 tokens", "2 × 17 tokens", "19 tokens", "2 × 19 tokens", "2 × 19 tokens annealed"]

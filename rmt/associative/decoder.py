@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..recurrent.backbone import refuse_converted
@@ -50,7 +51,8 @@ class Decoder(NamedTuple):
         """The first module inside that has a list of layers with causal attention.
 
         Raises:
-            ValueError: there is none, nothing stands behind it, or segattn.convert has changed it.
+            ValueError: there is none, nothing stands behind it, segattn.convert has changed it, or it is compiled or
+                wrapped for data parallelism.
         """
         refuse_converted(model)
         for path, module in model.named_modules():
@@ -67,6 +69,7 @@ class Decoder(NamedTuple):
                             f"model must embed its tokens in the module that runs its layers, got a "
                             f"{type(model).__name__}, whose {type(module).__name__} takes no inputs_embeds"
                         )
+                    _refuse_wrapped(model, path)
                     return cls(path, name)
         raise ValueError(f"model must be a Hugging Face decoder with causal layers, got a {type(model).__name__}")
 
@@ -174,6 +177,17 @@ def _with(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
     twin.__dict__.pop("forward", None)
     twin._modules = {**module._modules, name: _with(getattr(module, name), rest, child) if rest else child}
     return twin
+
+
+def _refuse_wrapped(model: nn.Module, path: str) -> None:
+    """See that a copy of each module down to the trunk runs by itself."""
+    names = path.split(".")
+    for module in (model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)):
+        if "_orig_mod" in module._modules or isinstance(module, (DataParallel, DistributedDataParallel)):
+            raise ValueError(
+                f"model must be neither compiled nor wrapped for data parallelism, got a {type(module).__name__}: "
+                "compile or wrap the AssociativeMemory"
+            )
 
 
 def _has_causal_attention(layer: nn.Module, config: Any) -> bool:

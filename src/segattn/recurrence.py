@@ -122,7 +122,7 @@ def train(
             earlier = settings_of(start, "start")
             given = {name: earlier[name] for name in (*OF_MODEL, *OF_TASK)} | given
         if "task" not in given:
-            raise SettingError("task", "must be given, such as detect")
+            raise SettingError("task", "must be given, such as detect; --resume goes on with an earlier run's")
         if not command.console.is_terminal:
             from transformers.utils.logging import disable_progress_bar
 

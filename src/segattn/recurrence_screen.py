@@ -96,8 +96,10 @@ class Stages(Bars):
         self.bars: dict[str, TaskID] = {}
 
     def trained(self, stage: Stage, done: int, step: Step) -> None:
-        note = f"loss {step.loss:.3f}  right {100 * step.running:.1f} %"
-        self.progress.update(self._bar(_of_stage(stage)), total=stage.steps, completed=done, note=note)
+        bar = self._bar(_of_stage(stage))
+        self.progress.update(bar, total=stage.steps, completed=done)
+        if step.length == stage.length:
+            self.progress.update(bar, note=f"loss {step.loss:.3f}  right {100 * step.running:.1f} %")
 
     def finished(self, figures: dict[str, Any]) -> None:
         # a run that was killed in a stage's test goes on with the test, before any step
@@ -117,10 +119,17 @@ class Stages(Bars):
 class StageLines(Lines):
     """A line every 50 steps, for a file or a pipe."""
 
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.loss: float | None = None
+
     def trained(self, stage: Stage, done: int, step: Step) -> None:
+        # as the accuracy beside it, of the stage's own length
+        if step.length == stage.length or self.loss is None:
+            self.loss = step.loss
         if done % 50 == 0:
             right = f"{100 * step.running:.1f} % right"
-            self.console.print(f"{_of_stage(stage)}, step {done}: loss {step.loss:.4f}, {right}")
+            self.console.print(f"{_of_stage(stage)}, step {done}: loss {self.loss:.4f}, {right}")
 
     def finished(self, figures: dict[str, Any]) -> None:
         self.console.print(

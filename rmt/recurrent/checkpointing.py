@@ -1,0 +1,64 @@
+"""Gradient checkpointing of a memory, by the names that Hugging Face's Trainer calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class Checkpointing:
+    """What switches `checkpoint`, as models of transformers are asked to, by transformers 5's names and by 4's."""
+
+    checkpoint: bool
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Set `checkpoint`, for all segments.
+
+        Args:
+            activation_checkpointing_kwargs: `use_reentrant` or nothing; either comes to the same.
+            every_n_layers: 1.
+            offload: False.
+
+        Raises:
+            ValueError: another is asked for, which a memory does not have.
+        """
+        asked = dict(activation_checkpointing_kwargs or {}) | {"every_n_layers": every_n_layers, "offload": offload}
+        others = {name: value for name, value in asked.items() if name not in KNOWN or value not in KNOWN[name]}
+        if others:
+            raise ValueError(
+                f"activation_checkpointing_kwargs must be use_reentrant or nothing for a {type(self).__name__}, got "
+                f"{', '.join(f'{name}={value!r}' for name, value in others.items())}"
+            )
+        self.checkpoint = True
+
+    def activation_checkpointing_disable(self) -> None:
+        """Clear `checkpoint`."""
+        self.checkpoint = False
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """`checkpoint`."""
+        return self.checkpoint
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """`activation_checkpointing_enable`, by its name before transformers 5."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """`activation_checkpointing_disable`, by its name before transformers 5."""
+        self.activation_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """`checkpoint`."""
+        return self.checkpoint
+
+
+KNOWN: dict[str, tuple[Any, ...]] = {"use_reentrant": (True, False, None), "every_n_layers": (1,), "offload": (False,)}
