@@ -150,6 +150,7 @@ class AssociativeMemory(Checkpointing, nn.Module):
                 f"model must have at least {self.settings.layers[-1] + 1} layers and be as wide as the memory, "
                 f"{self.memory_tokens.shape[1]}, got {depth} and {width}: make a new AssociativeMemory around it"
             )
+        check_widths(model)
         check_positions(model, self.settings.segment_len + len(self.memory_tokens), len(self.memory_tokens))
         self.decoder = decoder
 
