@@ -76,8 +76,8 @@ class AssociativeMemory(Checkpointing, nn.Module):
     `model`, such as the same with adapters.
 
     Args:
-        model: a Hugging Face causal language model with weights; it is not changed. Compile, or wrap for data
-            parallelism, the AssociativeMemory.
+        model: a Hugging Face causal language model with weights; it is not changed. Wrap the AssociativeMemory
+            for data parallelism, not the model, and compile its layers in place.
         num_memory_tokens: m, at most segment_len.
         segment_len: tokens per segment, without memory tokens, L.
         d_mem: width of queries and keys before their features.
@@ -129,7 +129,7 @@ class AssociativeMemory(Checkpointing, nn.Module):
             device = next(modules[layer].parameters()).device
             self.memories[str(layer)] = AssociativeLayer(weight.shape[1], d_mem, device=device, dtype=weight.dtype)
         # as far from zero as the embeddings it stands among
-        spread = weight.detach().float().std().item()
+        spread = weight.detach().float().std()
         self.memory_tokens = nn.Parameter(torch.randn(num_memory_tokens, weight.shape[1]).to(weight) * spread)
 
     generate = generate
@@ -137,7 +137,7 @@ class AssociativeMemory(Checkpointing, nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # the model may give its place to another, such as itself with adapters
-        if name == "model" and isinstance(value, nn.Module) and "memory_tokens" in self._parameters:
+        if name == "model" and "memory_tokens" in self._parameters:
             self._take(value)
         super().__setattr__(name, value)
 

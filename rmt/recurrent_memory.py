@@ -16,13 +16,14 @@ from .recurrent.backbone import (
     Caller,
     Outputs,
     accepted,
+    check_model,
     check_positions,
+    check_sight,
     check_widths,
     check_windows,
     embedding_of,
     huggingface_of,
     kind_of,
-    refuse_converted,
 )
 from .recurrent.checkpointing import Checkpointing
 from .recurrent.gathering import gather, summed_loss
@@ -107,9 +108,7 @@ class RecurrentMemory(Checkpointing, nn.Module):
         noise: float = 0.0,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        refuse_converted(model)
+        check_model(model)
         kind = kind_of(model) if kind is None else kind
         self.settings = Settings(num_memory_tokens, segment_len, kind, mask, special_tokens, bptt, alignment, loss)
         check.check_bool("checkpoint", checkpoint)
@@ -124,7 +123,7 @@ class RecurrentMemory(Checkpointing, nn.Module):
         self.noise = noise
         if attention not in ATTENTIONS:
             raise ValueError(f"attention must be None or 'segattn', got {attention!r}")
-        self.attention = attention
+        self._attention = attention
         self._layout = (
             decoder_layout(num_memory_tokens)
             if kind == "decoder"
@@ -133,10 +132,8 @@ class RecurrentMemory(Checkpointing, nn.Module):
         self._take(model)
         weight = self._embedding.weight
         # as far from zero as the embeddings it stands among
-        spread = weight.detach().float().std().item()
+        spread = weight.detach().float().std()
         self.memory = nn.Parameter(torch.randn(num_memory_tokens, weight.shape[1]).to(weight) * spread)
-        if max(special_tokens or (0,)) >= weight.shape[0]:
-            raise ValueError(f"special_tokens must be below the model's {weight.shape[0]} tokens, got {special_tokens}")
         self._how_compiled: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
@@ -145,14 +142,16 @@ class RecurrentMemory(Checkpointing, nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # the model may give its place to another, such as itself with adapters
-        if name == "model" and isinstance(value, nn.Module) and "_accepts" in self.__dict__:
+        if name == "model" and "_accepts" in self.__dict__:
             self._take(value)
         super().__setattr__(name, value)
 
     def _take(self, model: nn.Module) -> None:
         """See that segments can be read with a model, and how it is called."""
         own = self.settings
-        refuse_converted(model)
+        fused = self.attention == "segattn"
+        check_model(model)
+        check_sight(model, own.kind, own.mask == "paper" or fused)
         check_widths(model)
         check_positions(model, own.segment_len + own.extra_rows, own.extra_rows)
         if own.kind == "decoder":
@@ -164,12 +163,20 @@ class RecurrentMemory(Checkpointing, nn.Module):
                 f"model must be as wide as the memory, {memory.shape[1]}, got {width}: make a new RecurrentMemory "
                 "around it"
             )
-        fused = self.attention == "segattn"
+        if max(own.special_tokens or (0,)) >= len(embedding.weight):
+            raise ValueError(
+                f"special_tokens must be below the model's {len(embedding.weight)} tokens, got {own.special_tokens}"
+            )
         if fused:
             _use_block_attention(model, own.kind)
         caller = Caller(model, own, self._layout, accepted(model), huggingface_of(model) is not None, fused)
         caller.check_mask()
         self._accepts, self._huggingface = caller.accepts, caller.huggingface
+
+    @property
+    def attention(self) -> str | None:
+        """The argument."""
+        return self._attention
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] → vectors [B, T, d]."""

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import get_rank
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..running import replacing
 
@@ -30,6 +32,7 @@ class HasMemory(Protocol):
 
 def own_parameters(module: HasMemory) -> dict[str, nn.Parameter]:
     """The parameters of a memory that are not its model's, by name."""
+    module = _bare(module)
     of_model = {id(parameter) for parameter in module.model.parameters()}
     return {name: x for name, x in module.named_parameters() if id(x) not in of_model}
 
@@ -37,15 +40,20 @@ def own_parameters(module: HasMemory) -> dict[str, nn.Parameter]:
 def save_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
     """Write what was trained around the model; the model itself is saved by its own `save_pretrained`.
 
-    A process that dies while writing leaves the file that was there.
+    A process that dies while writing leaves the file that was there. Where `fully_shard` has spread the memory, every
+    process calls this, and the first one writes.
 
     Args:
+        module: a memory; compiled, or wrapped for data parallelism, what it was before is written.
         path: of a file, commonly ending in .safetensors.
     """
     if not Path(path).parent.is_dir():
         raise ValueError(f"path must be in a folder that is there, got {str(path)!r}")
-    tensors = {name: x.detach().cpu().contiguous() for name, x in own_parameters(module).items()}
-    entry = {"class": type(module).__name__, **asdict(module.settings)}
+    own = own_parameters(module)
+    tensors = {name: _whole(x.detach()).cpu().contiguous() for name, x in own.items()}
+    if any(isinstance(x, DTensor) for x in own.values()) and get_rank() > 0:
+        return
+    entry = _entry(module)
     with replacing(Path(path)) as beside:
         save_file(tensors, beside, metadata={ENTRY: json.dumps(entry)})
 
@@ -69,7 +77,7 @@ def load_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
             special tokens: the names and both values.
     """
     settings, tensors = _read(path)
-    _check(settings, {"class": type(module).__name__, **asdict(module.settings)}, str(path))
+    _check(settings, _entry(module), str(path))
     own = own_parameters(module)
     if missing := sorted(own.keys() ^ tensors.keys()):
         raise ValueError(f"{str(path)!r} must hold the parameters {sorted(own)}, and differs in {missing}")
@@ -81,7 +89,27 @@ def load_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
             )
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+            value = tensors[name]
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)
+
+
+def _bare(module: Any) -> Any:
+    """What was compiled or wrapped."""
+    while (inner := module._modules.get("_orig_mod", module._modules.get("module"))) is not None:
+        module = inner
+    return module
+
+
+def _entry(module: HasMemory) -> dict[str, Any]:
+    module = _bare(module)
+    # fully_shard makes a class of its own, with this in front
+    return {"class": type(module).__name__.removeprefix("FSDP"), **asdict(module.settings)}
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 # of the settings, those that may differ from what the weights were trained with

@@ -2,16 +2,18 @@
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from models import make, tokens
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from segattn import AssociativeMemory, RecurrentMemory
+from segattn.rmt.saving import load_memory, own_parameters, save_memory
 
 TIME = 53
 KINDS = ("recurrent", "associative")
@@ -44,10 +46,37 @@ def gradients(model: nn.Module, texts: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def own(model: nn.Module) -> dict[str, Tensor]:
+    """What a memory has beside its model."""
+    parameters = own_parameters(model).items()
+    return {name: x.detach().full_tensor() if isinstance(x, DTensor) else x.detach().clone() for name, x in parameters}
+
+
+def loaded(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """What comes back from a file, after it was forgotten."""
+    save_memory(model, path)
+    dist.barrier()
+    with torch.no_grad():
+        for parameter in own_parameters(model).values():
+            parameter.fill_(0.5)
+    load_memory(model, path)
+    return own(model)
+
+
+def generated(model: Any, text: Tensor) -> dict[str, Tensor]:
+    """What a memory writes behind a text."""
+    return {"tokens": model.eval().generate(text, max_new_tokens=15)}
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     mine = tokens(2, TIME)[rank : rank + 1]
     found = {f"{kind} {way}": gradients(spread(memory(kind), way), mine) for kind in KINDS for way in WAYS}
+    found |= {f"{kind} loaded": loaded(spread(memory(kind), "fsdp"), folder / f"{kind}.safetensors") for kind in KINDS}
+    for kind in KINDS:
+        parts = spread(memory(kind), "fsdp")
+        register_fsdp_forward_method(parts, "generate")
+        found[f"{kind} generated"] = generated(parts, mine)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

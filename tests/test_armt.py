@@ -678,6 +678,18 @@ def test_bad_input_is_named(message: str) -> None:
         call(wrapped())
 
 
+def test_a_model_of_encoder_and_decoder_is_refused() -> None:
+    config = transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=20)
+    with pytest.raises(ValueError, match="got T5ForConditionalGeneration, which is both: pass one of them"):
+        AssociativeMemory(transformers.T5ForConditionalGeneration(config), M, L)
+
+
+def test_a_model_without_weights_yet() -> None:
+    with torch.device("meta"):
+        model = models.make()
+    assert AssociativeMemory(model, M, L).memory_tokens.is_meta
+
+
 def test_a_converted_model_and_one_that_drops_layers_are_refused() -> None:
     from segattn import convert
 

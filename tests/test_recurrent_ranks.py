@@ -18,8 +18,12 @@ README = Path(__file__).resolve().parents[1] / "rmt" / "README.md"
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> list[dict[str, dict[str, torch.Tensor]]]:
     for rank in fork(2, ranks.main, folder, folder=folder, timeout=200):
         assert rank.code == 0, rank.said[-3000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -34,6 +38,26 @@ def test_a_text_per_rank_gives_the_batchs_gradient(seen, kind, way):
         assert found.keys() == wanted.keys()
         for name, grad in wanted.items():
             assert (found[name] - grad).abs().max() < 2e-6 * grad.abs().max() + 1e-9, name
+
+
+@pytest.mark.parametrize("kind", ranks.KINDS)
+def test_a_memory_that_is_spread_is_saved_whole_and_loaded_in_parts(seen, folder, kind):
+    wanted, other = ranks.own(ranks.memory(kind)), ranks.memory(kind)
+    with torch.no_grad():
+        for parameter in ranks.own_parameters(other).values():
+            parameter.fill_(0.5)
+    ranks.load_memory(other, folder / f"{kind}.safetensors")
+    for found in (ranks.own(other), *(part[f"{kind} loaded"] for part in seen)):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("kind", ranks.KINDS)
+def test_a_memory_that_is_spread_generates(seen, kind):
+    for rank, part in enumerate(seen):
+        wanted = ranks.generated(ranks.memory(kind), tokens(2, ranks.TIME)[rank : rank + 1])
+        assert torch.equal(part[f"{kind} generated"]["tokens"], wanted["tokens"])
 
 
 def busy(texts: int, size: int) -> float:

@@ -732,7 +732,7 @@ def test_bad_models() -> None:
         plain_module(attention="segattn")
     config = transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=20)
     both = transformers.T5ForConditionalGeneration(config)
-    with pytest.raises(ValueError, match="which is both: pass its encoder"):
+    with pytest.raises(ValueError, match="which is both: pass one of them"):
         RecurrentMemory(both, M, L)
     bare = RecurrentMemory(models.make().model, M, L)
     with pytest.raises(TypeError, match="model must return logits, got LlamaModel, which returns hidden rows alone"):
@@ -837,6 +837,11 @@ def test_a_copy_of_a_compiled_memory_has_its_own_weights() -> None:
             {"sliding_window": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32},
             "segment_len must be at most 6, since the model has layers with a window of 12 rows and 6 go to memory",
         ),
+        (
+            "GPTNeoConfig",
+            {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 12},
+            "segment_len must be at most 6, since the model has layers with a window of 12 rows and 6 go to memory",
+        ),
     ],
 )
 def test_decoders_that_cannot_keep_to_the_papers_mask(config: str, options: dict[str, Any], message: str) -> None:
@@ -847,13 +852,75 @@ def test_decoders_that_cannot_keep_to_the_papers_mask(config: str, options: dict
     with pytest.raises(ValueError, match=message):
         RecurrentMemory(model, M, L)
     assert model.training == training
-    if "Mistral" not in config:
+    if "mask must" in message:
         module = RecurrentMemory(model.eval(), M, L, mask="causal")
         assert module.settings.kind == "decoder"
         ids = models.tokens(1, 2 * L)
         written = module.generate(ids, max_new_tokens=L)
         logits = module(torch.cat((ids, written), 1)).logits
         assert torch.equal(logits[:, 2 * L - 1 : -1].argmax(-1), written)
+
+
+def bert(kind: str = "BertLMHeadModel", **options: Any) -> Any:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    return getattr(transformers, kind)(transformers.BertConfig(**sizes, intermediate_size=32, **options)).eval()
+
+
+def test_rows_that_see_later_ones_are_no_decoders_without_a_mask() -> None:
+    message = "mask must be 'paper' for a Bert.*, whose rows see later ones"
+    for options in ({}, {"kind": "decoder"}):
+        with pytest.raises(ValueError, match=message):
+            RecurrentMemory(bert(), M, L, mask="causal", **options)
+    causal, ids = RecurrentMemory(bert(is_decoder=True), M, L, mask="causal"), models.tokens(1, L)
+    changed = ids.clone()
+    changed[0, -1] = 60 - changed[0, -1]
+    for module in (causal, RecurrentMemory(bert(), M, L)):
+        assert torch.equal(module(ids).logits[:, :-1], module(changed).logits[:, :-1])
+    with pytest.raises(ValueError, match=message):
+        causal.model = bert("BertModel")
+
+
+def test_rows_that_do_not_see_later_ones_are_no_encoders() -> None:
+    message = "kind must be 'decoder' for a LlamaForCausalLM, whose rows do not see later ones"
+    with pytest.raises(ValueError, match=message):
+        RecurrentMemory(models.make(), M, L, kind="encoder")
+    module = RecurrentMemory(bert("BertModel"), M, L)
+    with pytest.raises(ValueError, match=message):
+        module.model = models.make()
+
+
+def test_the_encoder_of_a_model_with_both_is_an_encoder() -> None:
+    config = transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=20, dropout_rate=0.0)
+    model = transformers.T5ForConditionalGeneration(config).encoder
+    module, ids = RecurrentMemory(model, M, L, head=nn.Linear(16, 3)), models.tokens(1, 2 * L) % 20
+    memory = module.memory[None]
+    for piece in ids.split(L, 1):
+        rows = model(inputs_embeds=torch.cat((memory, model.embed_tokens(piece)), 1)).last_hidden_state
+        memory = rows[:, :M]
+    assert torch.equal(module(ids).logits, module.head(rows[:, 0]))
+
+
+def test_what_is_checked_leaves_a_model_as_it_was() -> None:
+    for model in (models.make(), bert("BertModel")):
+        model.train()
+        stack = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+        stack[0].eval()
+        modes = [module.training for module in model.modules()]
+        RecurrentMemory(model, M, L)
+        assert [module.training for module in model.modules()] == modes
+        assert len(set(modes)) == 2
+
+
+def test_a_model_without_weights_yet() -> None:
+    with torch.device("meta"):
+        model = models.make()
+    assert RecurrentMemory(model, M, L).memory.is_meta
+
+
+def test_attention_is_chosen_once() -> None:
+    with pytest.raises(AttributeError, match="attention"):
+        decoder().attention = "segattn"  # type: ignore[misc]
 
 
 def test_encoders_whose_rows_do_not_fit() -> None:

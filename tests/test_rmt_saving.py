@@ -42,6 +42,19 @@ def test_a_memory_comes_back_as_it_was(tmp_path: Path) -> None:
     assert read_settings(path)["mask"] == "paper"
 
 
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, torch.nn.DataParallel, lambda x: torch.nn.DataParallel(torch.compile(x))]
+)
+def test_what_was_wrapped_is_written(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+    path, module, other = tmp_path / "memory.safetensors", made(), made()
+    with torch.no_grad():
+        module.memory.add_(1)
+    save_memory(wrap(module), path)
+    assert read_settings(path)["class"] == "RecurrentMemory"
+    load_memory(wrap(other), path)
+    assert torch.equal(other.memory, module.memory)
+
+
 def test_an_associative_memory_comes_back_as_it_was(tmp_path: Path) -> None:
     path, ids = tmp_path / "memory.safetensors", models.tokens(1, 20)
     module, other = (AssociativeMemory(models.make(), 3, 7, d_mem=4, schedule=x) for x in ("vertical", "diagonal"))

@@ -1,5 +1,6 @@
 """Both memories under Hugging Face's Trainer, and checkpointing by the names that it calls."""
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,30 @@ def test_the_trainer_trains_and_checkpoints_what_it_trains(make: Callable[[], An
 
 
 @pytest.mark.parametrize("make", MEMORIES, ids=["recurrent", "associative"])
+def test_the_trainer_of_the_readme_predicts(make: Callable[[], Any], tmp_path: Path) -> None:
+    readme = (Path(__file__).resolve().parents[1] / "rmt" / "README.md").read_text(encoding="utf-8")
+    block = readme[readme.index("  ```python\n  class MemoryTrainer") :].split("```")[1].removeprefix("python\n")
+    scope: dict[str, Any] = {"transformers": transformers, "torch": torch}
+    exec(textwrap.dedent(block), scope)
+    memory, ids = make().eval(), models.tokens(4, 2 * L + 1)
+    with torch.no_grad():
+        expected = memory(ids, labels=ids, output_logits=True)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=4, report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    trainer = scope["MemoryTrainer"](
+        memory, arguments, compute_metrics=lambda seen: {"first": seen.predictions[0, 0, 0]}
+    )
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    found = trainer.predict(data)
+    torch.testing.assert_close(torch.from_numpy(found.predictions), expected.logits)
+    assert found.metrics["test_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert trainer.evaluate(data)["eval_first"] == pytest.approx(expected.logits[0, 0, 0].item(), rel=1e-5)
+    unlabelled = trainer.predict([{"input_ids": row} for row in ids])
+    torch.testing.assert_close(torch.from_numpy(unlabelled.predictions), expected.logits)
+
+
+@pytest.mark.parametrize("make", MEMORIES, ids=["recurrent", "associative"])
 def test_checkpointing_is_switched_by_transformers_names(make: Callable[[], Any]) -> None:
     memory = make()
     for name in ("activation", "gradient"):
@@ -69,10 +94,13 @@ def test_checkpointing_is_switched_by_transformers_names(make: Callable[[], Any]
         getattr(memory, f"{name}_checkpointing_disable")()
         assert not memory.checkpoint
         assert not getattr(memory, f"is_{name}_checkpointing")
-        for bad in ({"every_n_layers": 2}, {"offload": True}):
-            with pytest.raises(ValueError, match=f"must be use_reentrant or nothing .*, got {next(iter(bad))}="):
+        for message, bad in (
+            ("every_n_layers must be 1 for a (Recurrent|Associative)Memory, got 2", {"every_n_layers": 2}),
+            ("offload must be False for a .*, got True", {"offload": True}),
+        ):
+            with pytest.raises(ValueError, match=message):
                 enable(**bad)
-        with pytest.raises(ValueError, match="got debug=True"):
+        with pytest.raises(ValueError, match=r"activation_checkpointing_kwargs must be \{\} .*, got \{'debug': True\}"):
             enable({"use_reentrant": False, "debug": True})
         assert not memory.checkpoint
 
@@ -163,5 +191,5 @@ def compiled_trunk() -> nn.Module:
     "wrap", [lambda: torch.compile(models.make()), compiled_trunk, lambda: nn.DataParallel(models.make())]
 )
 def test_a_compiled_or_wrapped_model_is_refused_by_an_associative_memory(wrap: Callable[[], nn.Module]) -> None:
-    with pytest.raises(ValueError, match="compile or wrap the AssociativeMemory"):
+    with pytest.raises(ValueError, match="wrap the AssociativeMemory, and compile layers in place"):
         AssociativeMemory(wrap(), M, L)

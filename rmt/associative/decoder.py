@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from ..recurrent.backbone import refuse_converted
+from ..recurrent.backbone import check_model
 
 
 class Layer(NamedTuple):
@@ -51,10 +51,11 @@ class Decoder(NamedTuple):
         """The first module inside that has a list of layers with causal attention.
 
         Raises:
-            ValueError: there is none, nothing stands behind it, segattn.convert has changed it, or it is compiled or
-                wrapped for data parallelism.
+            TypeError: it is no module.
+            ValueError: there is none, nothing stands behind it, it has an encoder too, segattn.convert has changed it,
+                or it is compiled or wrapped for data parallelism.
         """
-        refuse_converted(model)
+        check_model(model)
         for path, module in model.named_modules():
             config = getattr(module, "config", None)
             for name, child in module.named_children():
@@ -185,8 +186,8 @@ def _refuse_wrapped(model: nn.Module, path: str) -> None:
     for module in (model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)):
         if "_orig_mod" in module._modules or isinstance(module, (DataParallel, DistributedDataParallel)):
             raise ValueError(
-                f"model must be neither compiled nor wrapped for data parallelism, got a {type(module).__name__}: "
-                "compile or wrap the AssociativeMemory"
+                f"model must be neither compiled nor wrapped for data parallelism, got a {type(module).__name__}: wrap "
+                "the AssociativeMemory, and compile layers in place (layer.compile())"
             )
 
 

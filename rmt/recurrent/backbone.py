@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -41,11 +43,7 @@ def kind_of(model: nn.Module) -> str:
     untold = f"kind must be 'decoder' or 'encoder' for a {type(model).__name__}, which does not tell"
     if inner is None:
         raise ValueError(untold)
-    if getattr(inner.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"model must be an encoder or a decoder, got {type(inner).__name__}, which is both: pass its encoder"
-        )
-    causal = {module.is_causal for module in inner.modules() if isinstance(getattr(module, "is_causal", None), bool)}
+    causal = _says_causal(inner)
     if True in causal or inner.can_generate():
         return "decoder"
     if False in causal or _sees_ahead(inner):
@@ -53,20 +51,35 @@ def kind_of(model: nn.Module) -> str:
     raise ValueError(untold)
 
 
+def _says_causal(model: nn.Module) -> set[bool]:
+    """What the parts of a model say of themselves."""
+    said = (getattr(module, "is_causal", None) for module in model.modules())
+    return {causal for causal in said if isinstance(causal, bool)}
+
+
 @torch.no_grad()
 def _sees_ahead(model: Any) -> bool:
     """Whether a row changes with one that comes after it."""
-    weight = model.get_input_embeddings().weight
-    if weight.is_meta:
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None or weight.is_meta:
         return False
     x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     other = torch.cat((x[:3], -x[3:]))
-    training = model.training
-    try:
-        first, second = (run(model.eval(), rows[None], {}, True).hidden[0, 0] for rows in (x, other))
-    finally:
-        model.train(training)
+    with _evaluating(model):
+        first, second = (run(model, rows[None], {}, True).hidden[0, 0] for rows in (x, other))
     return bool((first != second).any())
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation, then each of its modules as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def embedding_of(model: nn.Module) -> nn.Module:
@@ -85,15 +98,46 @@ def embedding_of(model: nn.Module) -> nn.Module:
     return embedding
 
 
-def refuse_converted(model: nn.Module) -> None:
-    """See that the model's attention is its own.
+def check_model(model: nn.Module) -> None:
+    """See that it is one model, whose attention is its own.
 
     Raises:
-        ValueError: `segattn.convert` has changed it.
+        TypeError: it is none.
+        ValueError: it is an encoder and a decoder, or `segattn.convert` has changed it.
     """
-    if hasattr(getattr(huggingface_of(model), "config", None), "segment_attention"):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    inner = huggingface_of(model)
+    # the encoder of such a model has the configuration of both
+    if inner is not None and "decoder_input_ids" in accepted(model):
+        raise ValueError(
+            f"model must be an encoder or a decoder, got {type(inner).__name__}, which is both: pass one of them"
+        )
+    if hasattr(getattr(inner, "config", None), "segment_attention"):
         raise ValueError(
             "model must keep its own attention, got one that segattn.convert changed: segattn.revert first"
+        )
+
+
+def check_sight(model: nn.Module, kind: str, masked: bool) -> None:
+    """See that rows see what they are to see.
+
+    Args:
+        masked: whether a decoder is given a mask, which hides later rows.
+
+    Raises:
+        ValueError: an encoder's do not see later ones, or a decoder's do.
+    """
+    inner = huggingface_of(model)
+    if inner is None:
+        return
+    says_causal = True in _says_causal(inner)
+    if kind == "encoder" and says_causal and not _sees_ahead(inner):
+        raise ValueError(f"kind must be 'decoder' for a {type(inner).__name__}, whose rows do not see later ones")
+    if kind == "decoder" and not masked and not says_causal and _sees_ahead(inner):
+        raise ValueError(
+            f"mask must be 'paper' for a {type(inner).__name__}, whose rows see later ones: pass that, or set "
+            "is_decoder=True in a configuration that has it"
         )
 
 
@@ -109,7 +153,8 @@ def check_positions(model: nn.Module, rows: int, extra: int) -> None:
         # RoBERTa counts positions from one past the padding's on
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             known = module.num_embeddings - module.padding_idx - 1
-    if isinstance(known, int) and rows > known:
+    # XLNet's is -1: it has no table
+    if isinstance(known, int) and 0 < known < rows:
         raise ValueError(
             f"segment_len must be at most {known - extra}, since the model knows {known} positions and {extra} go to "
             f"memory and special tokens, got {rows - extra}"
@@ -124,10 +169,13 @@ def check_windows(model: nn.Module, rows: int, extra: int) -> None:
     """
     config = getattr(huggingface_of(model), "config", None)
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    # GPT-Neo's names
+    if "local" in getattr(config, "attention_layers", ()):
+        window, kinds = getattr(config, "window_size", None), None
     if isinstance(window, int) and rows > window and (kinds is None or "sliding_attention" in kinds):
         raise ValueError(
             f"segment_len must be at most {window - extra}, since the model has layers with a window of {window} rows "
-            f"and {extra} go to memory, got {rows - extra}: shorten the segment, or set sliding_window to None in the "
+            f"and {extra} go to memory, got {rows - extra}: shorten the segment, or widen the window in the "
             "configuration"
         )
 
@@ -221,20 +269,18 @@ class Caller(NamedTuple):
         blocks = self._replace(model=inner, settings=replace(self.settings, num_memory_tokens=2, segment_len=2))
         x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
         others = [x + 2 * x.roll(1, 1) * (torch.arange(5) == row)[:, None].to(x) for row in (1, 4)]
-        training = inner.training
         try:
-            # one by one, so that equal rows come out equal to the bit
-            plain, read, write = (
-                run(inner.eval(), rows[None], blocks._decoder_mask(rows[None], None, 0, True), True).hidden[0]
-                for rows in (x, *others)
-            )
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            reason = str(error).splitlines()[0]
+            with _evaluating(inner):
+                # one by one, so that equal rows come out equal to the bit
+                plain, read, write = (
+                    run(inner, rows[None], blocks._decoder_mask(rows[None], None, 0, True), True).hidden[0]
+                    for rows in (x, *others)
+                )
+        except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(
                 f"mask must be 'causal' for a {type(inner).__name__}, which takes no mask [1, 1, T, T] ({reason})"
             ) from None
-        finally:
-            inner.train(training)
         changed = [(hidden != plain).any(1).tolist() for hidden in (read, write)]
         if changed != [[True] * 5, [False, False, False, True, True]]:
             raise ValueError(

@@ -20,20 +20,21 @@ class Checkpointing:
         """Set `checkpoint`, for all segments.
 
         Args:
-            activation_checkpointing_kwargs: `use_reentrant` or nothing; either comes to the same.
+            activation_checkpointing_kwargs: `use_reentrant`, of either value, or nothing.
             every_n_layers: 1.
             offload: False.
 
         Raises:
             ValueError: another is asked for, which a memory does not have.
         """
-        asked = dict(activation_checkpointing_kwargs or {}) | {"every_n_layers": every_n_layers, "offload": offload}
-        others = {name: value for name, value in asked.items() if name not in KNOWN or value not in KNOWN[name]}
-        if others:
-            raise ValueError(
-                f"activation_checkpointing_kwargs must be use_reentrant or nothing for a {type(self).__name__}, got "
-                f"{', '.join(f'{name}={value!r}' for name, value in others.items())}"
-            )
+        others = {name: x for name, x in (activation_checkpointing_kwargs or {}).items() if name != "use_reentrant"}
+        for name, value, known in (
+            ("activation_checkpointing_kwargs", others, {}),
+            ("every_n_layers", every_n_layers, 1),
+            ("offload", offload, False),
+        ):
+            if value != known:
+                raise ValueError(f"{name} must be {known!r} for a {type(self).__name__}, got {value!r}")
         self.checkpoint = True
 
     def activation_checkpointing_disable(self) -> None:
@@ -59,6 +60,3 @@ class Checkpointing:
     def is_gradient_checkpointing(self) -> bool:
         """`checkpoint`."""
         return self.checkpoint
-
-
-KNOWN: dict[str, tuple[Any, ...]] = {"use_reentrant": (True, False, None), "every_n_layers": (1,), "offload": (False,)}
