@@ -112,8 +112,8 @@ class AssociativeMemory(Checkpointing, nn.Module):
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        decoder = Decoder.of(model)
-        modules = decoder.modules(model)
+        self.decoder = Decoder.of(model)
+        modules = self.decoder.modules(model)
         self.settings = AssociativeSettings(
             num_memory_tokens, segment_len, d_mem, nu, normalize, chosen(layers, len(modules)), schedule, bptt
         )
@@ -121,7 +121,6 @@ class AssociativeMemory(Checkpointing, nn.Module):
         check_positions(model, segment_len + num_memory_tokens, num_memory_tokens)
         check.check_bool("checkpoint", checkpoint)
         self.checkpoint = checkpoint
-        self.decoder = decoder
         self.model = model
         weight: Tensor = embedding_of(model).weight  # type: ignore[assignment]
         self.memories = nn.ModuleDict()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import get_rank
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..running import replacing
+from ..running import replacing, whole
 
 ENTRY = "segattn"
 
@@ -41,7 +41,7 @@ def save_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
     """Write what was trained around the model; the model itself is saved by its own `save_pretrained`.
 
     A process that dies while writing leaves the file that was there. Where `fully_shard` has spread the memory, every
-    process calls this, and the first one writes.
+    process calls this, and the first one writes; of replicas (DDP) one process is to call it.
 
     Args:
         module: a memory; compiled, or wrapped for data parallelism, what it was before is written.
@@ -50,7 +50,7 @@ def save_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
     if not Path(path).parent.is_dir():
         raise ValueError(f"path must be in a folder that is there, got {str(path)!r}")
     own = own_parameters(module)
-    tensors = {name: _whole(x.detach()).cpu().contiguous() for name, x in own.items()}
+    tensors = {name: whole(x.detach()).cpu().contiguous() for name, x in own.items()}
     if any(isinstance(x, DTensor) for x in own.values()) and get_rank() > 0:
         return
     entry = _entry(module)
@@ -106,10 +106,6 @@ def _entry(module: HasMemory) -> dict[str, Any]:
     module = _bare(module)
     # fully_shard makes a class of its own, with this in front
     return {"class": type(module).__name__.removeprefix("FSDP"), **asdict(module.settings)}
-
-
-def _whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 # of the settings, those that may differ from what the weights were trained with

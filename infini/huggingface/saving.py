@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from ...running import whole
 from .conversion import convert
 from .families import FAMILIES
 from .settings import ENTRY, GATE, Settings, attentions_of, conversion_of, is_converted, trunk_of
@@ -129,10 +130,10 @@ def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:
     conversion, config = conversion_of(model), _text_config(model)
     tensors = {}
     for layer, bias in _biases(model).items():
-        whole = (bias.full_tensor() if isinstance(bias, DTensor) else bias).detach()
+        gate = whole(bias).detach()
         key = f"{layer}.{GATE}.bias"
-        _check_gate(key, whole, config.num_attention_heads, type(model).__name__)
-        tensors[key] = whole.float().cpu().contiguous()
+        _check_gate(key, gate, config.num_attention_heads, type(model).__name__)
+        tensors[key] = gate.float().cpu().contiguous()
     entry = conversion.settings.as_entry() | {"native": list(conversion.native), "load_with": "segattn.load_gates"}
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from ...running import SettingError
+from ...running import SettingError, whole
 from ..finetune.finetuner import CLIP
 from ..gate import Gate, parameter_groups
 from ..huggingface.parallel import sequence_parallel
@@ -114,12 +113,12 @@ class LongTrainer:
         self.optimiser.zero_grad()
         losses = torch.stack([self._backward(read(settings.batch)) for _ in range(settings.accumulate)])
         loss = losses.mean().item()
-        norm = _whole(nn.utils.clip_grad_norm_(self.trained, CLIP)).item()
+        norm = whole(nn.utils.clip_grad_norm_(self.trained, CLIP)).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise SettingError("lr", f"must be lower, or --dtype wider: step {self.step + 1} has a loss of {loss}")
         self.optimiser.step()
         self.step += 1
-        shares = torch.cat([_whole(gate.bias.detach()).sigmoid() for gate in self.gates])
+        shares = torch.cat([whole(gate.bias.detach()).sigmoid() for gate in self.gates])
         return {
             "step": self.step,
             "loss": loss,
@@ -156,7 +155,3 @@ class LongTrainer:
         told = total.detach().double()
         dist.all_reduce(told)
         return told / tokens
-
-
-def _whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class SettingError(ValueError):
@@ -91,6 +91,14 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write whole or not at all: a process that dies while writing leaves the checkpoint before."""
     with replacing(path) as temporary:
         torch.save(content, temporary)
+
+
+def whole(x: Tensor) -> Tensor:
+    """What `fully_shard` has cut into parts, put together: every process must call this. Others as they are."""
+    # slow to import, and of no use to one process alone
+    from torch.distributed.tensor import DTensor
+
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
