@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from segattn.bench.suite import Row, marked, table
-from segattn.bench.workloads import DTYPES, GIVEN, given
+from segattn.bench.speed.suite import Row, marked, table
+from segattn.bench.speed.workloads import DTYPES, GIVEN, given
 
 ROWS = pytest.StashKey[list[Row]]()
 LOAD = pytest.StashKey[float]()
@@ -45,7 +45,7 @@ def sizes(text: str) -> str:
         if count == GIVEN:
             given([text], "float32")
         else:
-            from segattn.bench.recurrent_models import Sizes
+            from segattn.bench.speed.recurrent_models import Sizes
 
             Sizes.parse(text)
     except ValueError as error:

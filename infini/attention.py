@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import validation as check
+from ..kernels.attention import segment_attention
 from ..kernels.autocast import autocast, autocast_holds
 from ..kernels.backends import check_backend
 from ..kernels.exchange import Ranks, agree_on_runs, modes
-from ..kernels.operation import segment_attention
 from ..kernels.sequence_parallel import sequence_parallel_attention, under_context_parallel
 from ..kernels.state import MemoryState, SegmentOutput
 from .gate import Gate

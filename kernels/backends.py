@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reference, torch_backend
+from . import reference
 from .autocast import without_autocast
 from .state import SegmentOutput
+from .torch import attention as torch_backend
 from .validation import check_choice
 
 Backend = Callable[..., SegmentOutput]
@@ -24,8 +25,8 @@ BACKENDS: dict[str, Backend] = {
 }
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from . import triton_backend
-    from .tiles import INTERPRETED
+    from .triton import backend as triton_backend
+    from .triton.tiles import INTERPRETED
 
     BACKENDS = {"triton": without_autocast(triton_backend.segment_attention), **BACKENDS}
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import reference, torch_backend
+from . import reference
 from . import validation as check
 from .autocast import autocast, autocast_holds, without_autocast
 from .backends import HAS_TRITON, resolve
 from .state import MemoryState, Options
+from .torch import attention as torch_backend
 
 
 def segment_decode(
@@ -118,6 +119,6 @@ def _reference(
 
 DECODERS: dict[str, Callable[..., Tensor]] = {"torch": torch_backend.segment_decode, "reference": _reference}
 if HAS_TRITON:
-    from . import triton_backend
+    from .triton import backend as triton_backend
 
     DECODERS["triton"] = triton_backend.segment_decode

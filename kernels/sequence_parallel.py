@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import validation as check
+from .attention import segment_attention
 from .autocast import autocast, autocast_holds
 from .backends import resolve, takes_width
 from .exchange import ANCHOR, Maps, Ranks, Sums, agree_on_runs, modes
-from .operation import segment_attention
 from .state import MemoryState, SegmentOutput
 
 

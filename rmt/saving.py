@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import get_rank
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..running import replacing, whole
+from ..runs.checkpoint import replacing, whole
 
 ENTRY = "segattn"
 

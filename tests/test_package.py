@@ -14,40 +14,73 @@ import torch
 import segattn
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("kernels", "infini", "rmt", "bench")
-ALLOWED = {"kernels": {"kernels"}, "infini": {"kernels", "infini"}, "rmt": {"kernels", "rmt"}, "bench": set(ROOMS)}
+LINKED = ("kernels", "infini", "rmt", "bench")
+# room → rooms that it may import, itself among them
+ALLOWED = {
+    "runs": {"runs"},
+    "kernels": {"kernels"},
+    "infini": {"kernels", "runs", "infini"},
+    "rmt": {"kernels", "runs", "rmt"},
+    "bench": {"kernels", "runs", "infini", "rmt", "bench"},
+    "cli": {"kernels", "runs", "infini", "rmt", "bench", "cli"},
+}
 
 
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports, relative ones resolved to `segattn.…`."""
+def modules() -> dict[str, Path]:
+    """Every module of the package, by its name."""
+    links = {room: ROOT / room for room in LINKED}
+    folders = links | {room: ROOT / "src" / "segattn" / room for room in ("runs", "cli")}
+    return {
+        ".".join(("segattn", room, *path.relative_to(folder).with_suffix("").parts)): path
+        for room, folder in folders.items()
+        for path in folder.rglob("*.py")
+    }
+
+
+def imports(path: Path, module: str) -> set[str]:
+    """Modules that a file imports, relative ones resolved to `segattn.…`; functions count as modules of a module."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            inside = ["segattn", *path.relative_to(ROOT).parts[:-1]]
-            base = [] if node.level == 0 else inside[: len(inside) + 1 - node.level]
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+            base = module.split(".")[: -node.level] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{name}.{alias.name}" for alias in node.names} | {name}
     return found
 
 
 def test_arrows_go_one_way() -> None:
-    files = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
-    assert len(files) > 10
-    for path in files:
-        rooms = {name.split(".")[1] for name in imports(path) if name.startswith("segattn.") and name.count(".") >= 1}
-        assert rooms & set(ROOMS) <= ALLOWED[path.relative_to(ROOT).parts[0]], path
+    assert len(modules()) > 100
+    for module, path in modules().items():
+        room = module.split(".")[1]
+        rooms = {name.split(".")[1] for name in imports(path, module) if name.startswith("segattn.")}
+        assert rooms & ALLOWED.keys() <= ALLOWED[room], module
 
 
-def test_triton_is_imported_in_kernels_alone() -> None:
-    for path in (path for room in ROOMS for path in (ROOT / room).rglob("*.py")):
-        if path.relative_to(ROOT).parts[0] != "kernels":
-            assert not any(name.split(".")[0] == "triton" for name in imports(path)), path
+def test_backends_do_not_import_each_other() -> None:
+    for module, path in modules().items():
+        for one, other in (("triton", "torch"), ("torch", "triton")):
+            if module.startswith(f"segattn.kernels.{one}."):
+                assert not any(name.startswith(f"segattn.kernels.{other}") for name in imports(path, module)), module
+
+
+def test_modules_do_not_import_in_circles() -> None:
+    graph = {module: imports(path, module) & modules().keys() for module, path in modules().items()}
+    while leaves := {module for module, targets in graph.items() if not targets}:
+        graph = {module: targets - leaves for module, targets in graph.items() if module not in leaves}
+    assert not graph
+
+
+def test_triton_is_imported_in_two_rooms() -> None:
+    for module, path in modules().items():
+        if not module.startswith(("segattn.kernels.triton.", "segattn.bench.compiled.")):
+            assert not any(name.split(".")[0] == "triton" for name in imports(path, module)), module
 
 
 def test_the_reference_stands_alone() -> None:
-    own = {name for name in imports(ROOT / "kernels" / "reference.py") if name.startswith("segattn")}
+    imported = imports(ROOT / "kernels" / "reference.py", "segattn.kernels.reference")
+    own = {name for name in imported if name.startswith("segattn")}
     assert {name.split(".")[2] for name in own if name.count(".") >= 2} == {"state"}
 
 
@@ -55,8 +88,7 @@ def test_every_room_is_in_the_wheel() -> None:
     # Python 3.10 has no reader of its own
     listed = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
     packages = re.findall(r'"([\w.]+)"', listed[1]) if listed else []
-    folders = {path.parent.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    assert set(packages) == {"segattn", *(".".join(["segattn", *folder.parts]) for folder in folders)}
+    assert set(packages) == {"segattn", *(module.rpartition(".")[0] for module in modules())}
 
 
 def test_no_name_is_taken_from_others(tmp_path: Path) -> None:
@@ -67,7 +99,7 @@ def test_no_name_is_taken_from_others(tmp_path: Path) -> None:
             [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
         ).stdout.strip()
         assert not origin.startswith(str(ROOT))
-    assert not any((ROOT / room / "__init__.py").exists() for room in ROOMS)
+    assert not any((ROOT / room / "__init__.py").exists() for room in LINKED)
     spec = importlib.util.find_spec("kernels")
     assert spec is None or spec.origin is None or not spec.origin.startswith(str(ROOT))
 

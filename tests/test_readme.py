@@ -49,7 +49,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_tables_and_plots_are_what_the_results_say() -> None:
-    report = pytest.importorskip("segattn.bench.report", reason="needs segattn[cli]")
+    report = pytest.importorskip("segattn.bench.report.main", reason="needs segattn[cli]")
     assert list(report.differences(ROOT / "README.md", ROOT / "bench" / "results")) == []
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...running import SettingError
-from ..floors import FLOAT32
+from ...runs.checkpoint import SettingError
+from .floors import FLOAT32
 from .settings import ITEMSIZE, check_choice, check_size
 from .shapes import Shape
 

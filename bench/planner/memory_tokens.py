@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from .. import floors
-from ..floors import FLOAT32, Work
+from . import floors
+from .floors import FLOAT32, Work
 from .schemes import Local
 
 

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from ...figures import spoken
-from ...heat_map import DPI
+from ...runs.figures import spoken
+from ...runs.heat_map import DPI
 from .published import SEGMENT_LEN
 
 SCHEME_LOOKS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..floors import Peak, seconds
 from .exchange import EXCHANGES, Links, Split
+from .floors import Peak, seconds
 from .memory_tokens import Associative, Recurrent
 from .schemes import Full, Infini, Local
 from .settings import PlanSettings

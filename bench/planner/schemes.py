@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from .. import floors
-from ..floors import FLOAT32, Sizes, Work
+from . import floors
+from .floors import FLOAT32, Sizes, Work
 from .settings import PlanSettings
 from .shapes import Shape
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...running import SettingError
-from ..floors import PEAKS, Peak, peak_of
+from ...runs.checkpoint import SettingError
+from .floors import PEAKS, Peak, peak_of
 from .shapes import LARGEST, Shape
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}

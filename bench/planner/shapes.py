@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ...running import SettingError
+from ...runs.checkpoint import SettingError
 
 # of any size: the products of all stay within what a float holds
 LARGEST = 10**15

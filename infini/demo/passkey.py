@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...running_text import tokenize
+from ...runs.text import tokenize
 
 UNKNOWN = "<unk>"
 DIGITS = tuple("0123456789")

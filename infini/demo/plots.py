@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ...heat_map import DPI, draw_grid, draw_numbers
+from ...runs.heat_map import DPI, draw_grid, draw_numbers
 from .evaluation import Cell
 
 

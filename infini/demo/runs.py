@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ...figures import make_folder
 from ...kernels.validation import UPDATES
-from ...running import InterruptedRunError, SettingError, deferred_interrupt, read_checkpoint, save_checkpoint
-from ...running_text import generate_text
+from ...runs.checkpoint import InterruptedRunError, SettingError, deferred_interrupt, read_checkpoint, save_checkpoint
+from ...runs.figures import make_folder
+from ...runs.text import generate_text
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
 from .passkey import PasskeyTask

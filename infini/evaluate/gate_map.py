@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ...heat_map import DPI, draw_grid, draw_numbers
+from ...runs.heat_map import DPI, draw_grid, draw_numbers
 from ..huggingface.settings import GATE, trunk_of
 
 # sigmoid(β) below which a head is local, and above whose complement it is of the memory

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ...figures import spoken
-from ...heat_map import DPI, draw_grid
+from ...runs.figures import spoken
+from ...runs.heat_map import DPI, draw_grid
 from .perplexity import Bucket
 from .retrieval import RetrievalCell
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ...figures import earlier, prepare, read_text, versions, write_figures
-from ...running import SettingError, named
+from ...runs.checkpoint import SettingError, named
+from ...runs.figures import earlier, prepare, read_text, versions, write_figures
 from . import perplexity as ppl
 from .loading import Loaded, Source, load
 from .needle import ANSWER, NEEDLE, QUESTION, NeedleText

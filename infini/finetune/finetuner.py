@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...running import SettingError
+from ...runs.checkpoint import SettingError
 from ..gate import Gate, parameter_groups
 from ..huggingface.pieces import backward_in_pieces
 

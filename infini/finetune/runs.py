@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ...figures import prepare
-from ...running import InterruptedRunError, SettingError, deferred_interrupt, read_checkpoint, save_checkpoint
+from ...runs.checkpoint import InterruptedRunError, SettingError, deferred_interrupt, read_checkpoint, save_checkpoint
+from ...runs.figures import prepare
 from ..evaluate.loading import PretrainedTokenizer, Source, Tokenizer, load
 from ..gate import Gate
 from ..huggingface.conversion import convert

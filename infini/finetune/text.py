@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...figures import read_text
-from ...running import SettingError
+from ...runs.checkpoint import SettingError
+from ...runs.figures import read_text
 
 if TYPE_CHECKING:
     from ..evaluate.loading import Tokenizer

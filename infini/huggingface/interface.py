@@ -13,8 +13,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...kernels.associative import memory_write
-from ...kernels.operation import segment_attention
+from ...kernels.attention import segment_attention
+from ...kernels.memory import memory_write
 from ...kernels.sequence_parallel import sequence_parallel_attention
 from ...kernels.state import MemoryState, SegmentOutput
 from ..rotary import unrotate

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from ...running import whole
+from ...runs.checkpoint import whole
 from .conversion import convert
 from .families import FAMILIES
 from .settings import ENTRY, GATE, Settings, attentions_of, conversion_of, is_converted, trunk_of

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ...kernels.associative import memory_read, memory_write
 from ...kernels.decoding import segment_decode
+from ...kernels.memory import memory_read, memory_write
 from ...kernels.state import MemoryState
 from ...kernels.validation import check_integer
 from .cache import LayerState

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from ...figures import write_figures
-from ...running import SettingError
+from ...runs.checkpoint import SettingError
+from ...runs.figures import write_figures
 from .processes import is_first
 from .trainer import LongTrainer
 

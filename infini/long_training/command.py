@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from torch import OutOfMemoryError
 from transformers.utils.logging import disable_progress_bar
 
-from ...running import InterruptedRunError, SettingError
-from ...screen import Bars, Lines
+from ...cli.progress import Bars, Lines
+from ...runs.checkpoint import InterruptedRunError, SettingError
 from .checkpoints import whole
 from .processes import agreed, is_first, joined
 from .runs import Outputs, run_long_training, saved_settings

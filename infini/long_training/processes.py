@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ...running import SettingError, deferred_interrupt, handled
+from ...runs.checkpoint import SettingError, deferred_interrupt, handled
 
 Result = TypeVar("Result")
 # what torchrun sets

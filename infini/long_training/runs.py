@@ -15,8 +15,8 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...figures import prepare, versions, write_figures
-from ...running import InterruptedRunError, SettingError
+from ...runs.checkpoint import InterruptedRunError, SettingError
+from ...runs.figures import prepare, versions, write_figures
 from ..evaluate.loading import ByteTokenizer, PretrainedTokenizer, Source, Tokenizer
 from ..evaluate.loading import load as load_model
 from ..finetune.runs import FREE, Listener, choose_trained, convert_plain, keep_lines

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...running import SettingError
+from ...runs.checkpoint import SettingError
 from ..finetune.finetuner import FinetuneSettings
 
 SIZES = ("layers", "width", "heads")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...running import SettingError
+from ...runs.checkpoint import SettingError
 from ..evaluate.loading import Tokenizer
 from ..finetune.text import dataset_of
 from .processes import is_first

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from ...running import SettingError, whole
+from ...runs.checkpoint import SettingError, whole
 from ..finetune.finetuner import CLIP
 from ..gate import Gate, parameter_groups
 from ..huggingface.parallel import sequence_parallel

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from ..recurrent.backbone import check_model
+from ..backbone import check_model
 
 
 class Layer(NamedTuple):

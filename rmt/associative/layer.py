@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.associative import memory_read, memory_write
+from ...kernels.memory import memory_read, memory_write
 from ...kernels.state import MemoryState
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ...kernels.state import MemoryState
-from ..recurrent.generation import Opened
-from ..recurrent.segments import bounds
+from ..generation import Opened
+from ..segments import bounds
 
 if TYPE_CHECKING:
-    from ..associative_memory import AssociativeMemory, AssociativeState
+    from .memory import AssociativeMemory, AssociativeState
 
 
 def open_segments(

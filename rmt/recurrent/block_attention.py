@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ...kernels.operation import segment_attention
+from ...kernels.attention import segment_attention
 
 IMPLEMENTATION = "segattn_block"
 

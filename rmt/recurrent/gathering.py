@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .segments import IGNORED, Segment
+from ..segments import IGNORED, Segment
 
 
 def summed_loss(logits: Tensor, targets: Tensor, segment: Segment, last_only: bool) -> tuple[Tensor, Tensor]:

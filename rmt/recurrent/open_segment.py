@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .generation import Opened
-from .segments import bounds, cut
+from ..generation import Opened
+from ..segments import bounds, cut
 from .state import RecurrentState
 
 if TYPE_CHECKING:
-    from ..recurrent_memory import RecurrentMemory
+    from .memory import RecurrentMemory
 
 
 def open_segments(

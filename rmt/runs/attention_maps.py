@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...figures import make_folder, versions, write_figures
-from ...running import SettingError
-from ..memory_tasks.batch import Batch
-from ..memory_tasks.facts import babi_file, generate_questions, read_questions
-from ..tasks import FORMS
-from .answers import fewest_segments, right, samples_of
+from ...runs.checkpoint import SettingError
+from ...runs.figures import make_folder, versions, write_figures
+from ..tasks.answers import fewest_segments, right, samples_of
+from ..tasks.batch import Batch
+from ..tasks.facts import babi_file, generate_questions, read_questions
+from ..tasks.make import FORMS
 from .folder import Run, load_run
 from .settings import existing
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ...figures import prepare, versions, write_figures
-from ...running import SettingError, named
+from ...runs.checkpoint import SettingError, named
+from ...runs.figures import prepare, versions, write_figures
+from ..tasks.answers import answer, chance, fewest_segments, interval, length_of, samples_of
 from . import published
-from .answers import answer, chance, fewest_segments, interval, length_of, samples_of
 from .folder import Outputs, Run, fingerprint, load_run, trained_tokens
 from .peak import peak_bytes
 from .settings import existing

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from ...running import SettingError, named
-from ..associative_memory import AssociativeMemory
-from ..memory_tasks.facts import babi_file
-from ..memory_tasks.vocabulary import CLS, SEP, Vocabulary
-from ..recurrent_memory import RecurrentMemory
-from ..tasks import FORMS, CopyTask, Task, make_task
+from ...runs.checkpoint import SettingError, named
+from ..associative.memory import AssociativeMemory
+from ..recurrent.memory import RecurrentMemory
+from ..tasks.facts import babi_file
+from ..tasks.make import FORMS, CopyTask, Task, make_task
+from ..tasks.vocabulary import CLS, SEP, Vocabulary
 from .models import Pretrained, freeze_model, pretrained_encoder, pretrained_tokenizer, small_decoder, small_encoder
 from .settings import OF_MODEL, TrainSettings, device_of, short_stages
 

@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-from ...running import SettingError
-from ..memory_tasks.vocabulary import CLS, PAD, SEP
+from ...runs.checkpoint import SettingError
+from ..tasks.vocabulary import CLS, PAD, SEP
 
 
 class Sizes(NamedTuple):

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ...heat_map import DPI
+from ...runs.heat_map import DPI
 from . import published
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ...running import SettingError
-from ..curriculum import Recipe
-from ..tasks import FORMS, TASKS, Task
+from ...runs.checkpoint import SettingError
+from ..tasks.make import FORMS, TASKS, Task
+from .curriculum import Recipe
 from .models import ENCODERS, Sizes
 
 ARCHITECTURES = ("rmt", "armt")

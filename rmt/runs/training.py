@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...figures import make_folder, versions, write_figures
-from ...running import (
+from ...runs.checkpoint import (
     InterruptedRunError,
     SettingError,
     deferred_interrupt,
@@ -17,8 +16,9 @@ from ...running import (
     save_checkpoint,
     save_weights,
 )
-from ..curriculum import DivergedError, Stage, Step, Trainer
-from .answers import count_right, interval, samples_of
+from ...runs.figures import make_folder, versions, write_figures
+from ..tasks.answers import count_right, interval, samples_of
+from .curriculum import DivergedError, Stage, Step, Trainer
 from .folder import Outputs, build, fingerprint, start_from, write_sources
 from .settings import TrainSettings
 

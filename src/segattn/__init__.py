@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 from .infini.attention import InfiniAttention, InfiniState
 from .infini.gate import parameter_groups
 from .infini.sharding import mean_loss, shard_batch
-from .kernels.associative import memory_read, memory_write
+from .kernels.attention import segment_attention
 from .kernels.backends import show_config
 from .kernels.decoding import segment_decode
-from .kernels.operation import segment_attention
+from .kernels.memory import memory_read, memory_write
 from .kernels.sequence_parallel import sequence_parallel_attention
 from .kernels.state import MemoryState, SegmentOutput
+from .rmt.recurrent.memory import RecurrentMemory
 from .rmt.recurrent.state import RecurrentState
-from .rmt.recurrent_memory import RecurrentMemory
 
 if TYPE_CHECKING:
     from .infini.huggingface.cache import InfiniCache
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from .infini.huggingface.pieces import backward_in_pieces, loss_in_pieces, read_in_pieces
     from .infini.huggingface.saving import from_pretrained, load_gates, save_gates, save_pretrained
     from .infini.huggingface.static_cache import StaticInfiniCache
-    from .rmt.associative_memory import AssociativeMemory, AssociativeState
+    from .rmt.associative.memory import AssociativeMemory, AssociativeState
     from .rmt.saving import load_memory, save_memory
 
 __version__ = "0.1.0"
 
 # imported when asked for, since they import transformers or safetensors
 _WITH_TRANSFORMERS = {
-    "AssociativeMemory": "rmt.associative_memory",
-    "AssociativeState": "rmt.associative_memory",
+    "AssociativeMemory": "rmt.associative.memory",
+    "AssociativeState": "rmt.associative.memory",
     "InfiniCache": "infini.huggingface.cache",
     "StaticInfiniCache": "infini.huggingface.static_cache",
     "backward_in_pieces": "infini.huggingface.pieces",

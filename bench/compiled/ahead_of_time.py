@@ -1,0 +1,267 @@
+"""Compile the kernels for GPUs that are not here, and read from the machine code what they will need.
+
+Nothing runs: launches are recorded from tensors without data, and given to Triton's compiler for a named target.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.errors import TritonError
+
+from ...kernels.triton import memory_ops as triton_memory
+from ...kernels.triton import ops as triton_ops
+from ...kernels.triton.configs import Target
+from ...kernels.triton.launch import Launch, constants, recording
+from .machine_code import Line, Loop, amdgcn, loops, sass, tensor_core
+
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+
+
+class CompileError(RuntimeError):
+    """The compiler refused a kernel."""
+
+
+class Signature(NamedTuple):
+    """What Triton's compiler wants to know of a launch."""
+
+    types: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+
+
+def signature(launch: Launch) -> Signature:
+    """As the launch would be specialised: what is None or constant is compiled in, multiples of 16 are noted."""
+    kernel = launch.kernel
+    values = constants(kernel, launch.tile) | launch.arguments
+    unspecialised = set(kernel.do_not_specialize or ())
+    types: dict[str, Any] = {}
+    known: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def describe(value: Any, path: tuple[int, ...], plain: bool) -> Any:
+        if value is None:
+            known[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(describe(x, (*path, i), False) for i, x in enumerate(value))
+        if isinstance(value, Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return _TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if not plain and value == 1:
+            known[path] = value
+            return "constexpr"
+        if not plain and value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            known[(i,)] = value
+            types[parameter.name] = "constexpr"
+        else:
+            types[parameter.name] = describe(value, (i,), parameter.name in unspecialised or i in unspecialised)
+    return Signature(types, known, attributes)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one target."""
+
+    registers: int  # per thread
+    spilled: int  # bytes per thread that registers do not hold
+    shared: int  # bytes per program
+    tensor_memory: int  # columns per program, of which sm_100 has 512
+    products: int  # matrix products as the kernel writes them
+    tensor_core: dict[str, int]  # instructions by their name
+    resident_warps: int  # per multiprocessor
+    loops: tuple[Loop, ...]  # the innermost that multiply matrices
+    instructions: int
+
+
+def compile_launch(launch: Launch, target: Target) -> Compiled:
+    """Compile for `target` and read the result.
+
+    Raises:
+        CompileError: the compiler refuses; from what it raised.
+    """
+    types, known, attributes = signature(launch)
+    source = ASTSource(fn=launch.kernel, signature=types, constexprs=known, attrs=attributes)
+    tile = launch.tile
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    try:
+        compiled = triton.compile(source, target=_gpu_target(target), options=options)
+    except (TritonError, RuntimeError) as error:
+        raise CompileError(f"{type(error).__name__}: {error}") from error
+    nvidia = "cubin" in compiled.asm
+    registers, spilled, lines = _read_cubin(compiled.asm["cubin"]) if nvidia else _read_amdgcn(compiled.asm["amdgcn"])
+    code = [line.instruction for line in lines if line.instruction]
+    shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
+    return Compiled(
+        registers=registers,
+        spilled=spilled,
+        shared=shared,
+        tensor_memory=columns,
+        products=len(re.findall(r"\btt\.dot\b", str(compiled.asm["ttir"]))),
+        tensor_core=dict(tensor_core(code)),
+        resident_warps=resident_warps(target.name, tile.num_warps, registers, shared, columns),
+        loops=tuple(loops(lines)),
+        instructions=len(code),
+    )
+
+
+def _gpu_target(target: Target) -> GPUTarget:
+    if target.name.startswith("sm_"):
+        return GPUTarget("cuda", int(target.name[3:]), 32)
+    return GPUTarget("hip", target.name, 64)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """What one of the tools prints that Triton brings along."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _field(pattern: str, text: str) -> int:
+    """The number that `pattern` finds.
+
+    Raises:
+        ValueError: it finds none.
+    """
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern} in {text[:200]!r}")
+    return int(found.group(1))
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, list[Line]]:
+    """Registers, bytes of the stack, which the kernels have for spills alone, and the code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name).split("Function")[-1]
+        code = _tool("nvdisasm", "-c", file.name)
+    return _field(r"REG:(\d+)", usage), _field(r"STACK:(\d+)", usage), sass(code)
+
+
+def _read_amdgcn(text: str) -> tuple[int, int, list[Line]]:
+    """Vector registers, bytes of scratch memory, and the code."""
+    registers, scratch = _field(r"\.vgpr_count:\s+(\d+)", text), _field(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    return registers, scratch, amdgcn(text)
+
+
+# what a multiprocessor holds: warps, registers of one thread by warps, shared memory in bytes, and what it adds to a
+# program's; on gfx942 warps are 64 wide
+_CAPACITY = {
+    "sm_80": (64, 2048, 167936, 1024),
+    "sm_90": (64, 2048, 233472, 1024),
+    "sm_100": (64, 2048, 233472, 1024),
+    "sm_120": (48, 2048, 102400, 1024),
+    "gfx942": (32, 2048, 65536, 0),
+}
+TENSOR_MEMORY = 512
+
+
+def resident_warps(target: str, num_warps: int, registers: int, shared: int, tensor_memory: int) -> int:
+    """Warps that a multiprocessor holds at a time of programs with these needs; 0: not one program."""
+    warps, register_file, memory, reserved = _CAPACITY[target]
+    programs = [warps // num_warps, register_file // (num_warps * -(-max(registers, 1) // 8) * 8)]
+    if shared + reserved:
+        programs.append(memory // (shared + reserved))
+    if tensor_memory:
+        programs.append(TENSOR_MEMORY // tensor_memory)
+    return min(programs) * num_warps
+
+
+class Case(NamedTuple):
+    """A kind of call that compiles its own variants of the kernels."""
+
+    delta: bool = True
+    gated: bool = True
+    shared: bool = False  # the memory reads and writes by q and k
+    packed: bool = False
+    causal: bool = True
+    num_read: int = 0
+    softcap: float | None = None
+
+
+CASES = {
+    "delta": Case(),
+    "local": Case(gated=False),
+    "linear, packed": Case(delta=False, packed=True, shared=True),
+    "local, bidirectional": Case(gated=False, causal=False),
+    "local, block mask": Case(gated=False, num_read=8),
+    "delta, capped": Case(softcap=50.0),
+}
+ALONE = "alone"
+
+
+def launches_of(name: str, target: Target, dtype: torch.dtype, width: int) -> list[Launch]:
+    """Every launch of a case, or of what is called on its own, for K = V = width."""
+    return memory_launches(target, dtype, width) if name == ALONE else launches(target, dtype, width, CASES[name])
+
+
+def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list[Launch]:
+    """Every launch of a forward and a backward."""
+    B, H, G, T, L = 1, 8, 2, 8192, 2048
+
+    def tokens(heads: int) -> Tensor:
+        return torch.empty(B, heads, T, width, device="meta", dtype=dtype)
+
+    q, k, v = tokens(H), tokens(G), tokens(G)
+    memory_q, memory_k = (None, None) if case.shared or not case.gated else (tokens(H), tokens(G))
+    bounds = torch.empty(3, 2, device="meta", dtype=torch.int64) if case.packed else None
+    N = 3 if case.packed else B
+    state = (torch.empty(N, G, width, width, device="meta"), torch.empty(N, G, width, device="meta"))
+    gate, (memory, normalizer) = (torch.empty(H, device="meta"), state) if case.gated else (None, (None, None))
+    options = (L, case.delta, case.causal, case.num_read, case.num_read, False, width**-0.5, case.softcap)
+    with recording(target) as found:
+        out, m, z, *kept = triton_ops._attend(
+            q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds, *options, True
+        )
+        if not case.gated:
+            kept[0] = out
+        triton_ops._attend_backward(
+            *(q, k, v, memory_q, memory_k, gate, *kept, bounds, *options, out),
+            *((m, z) if case.gated else (None, None)),
+        )
+    return found
+
+
+def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Launch]:
+    """Every launch of a decoding step, and of the memory read and written on its own, forward and backward."""
+    B, H, G, T = 2, 8, 2, 2048
+    q = torch.empty(B, H, T, width, device="meta", dtype=dtype)
+    k = torch.empty(B, G, T, width, device="meta", dtype=dtype)
+    beta, gate = torch.empty(B, G, T, device="meta"), torch.empty(H, device="meta")
+    m, z = torch.empty(B, G, width, width, device="meta"), torch.empty(B, G, width, device="meta")
+    lengths = torch.empty(B, device="meta", dtype=torch.int32)
+    with recording(target) as found:
+        for state in ((gate, m, z), (None, None, None)):
+            triton_ops._decode(q[:, :, :1], k, k, None, *state, lengths, None, True, False, width**-0.5, None)
+        triton_memory._read(q, m, z, True)
+        triton_memory._read_backward(q, m, z, True, q)
+        _, _, before, rest, z_before, inverse_peak, erased, gamma = triton_memory._write(
+            k, k, beta, m, z, True, True, False
+        )
+        triton_memory._write_backward(k, k, beta, before, rest, z_before, inverse_peak, erased, gamma, False, m, z)
+    return found

@@ -1,0 +1,139 @@
+"""What is compiled ahead of time, for which GPUs, and the processes that do it."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+from ...kernels.triton.configs import TABLE, TARGETS, Tile
+from ...kernels.triton.launch import Launch
+from ..speed.workloads import DTYPES
+from .ahead_of_time import ALONE, CASES, Compiled, CompileError, compile_launch, launches_of, signature
+
+KERNELS = tuple(dict.fromkeys(kernel for kernel, _, _ in TABLE))
+# where every case is compiled; elsewhere every kernel once, and attention without a memory beside it
+WHOLE = ("bfloat16", 128)
+# float16 is bfloat16 by another name but where a kernel scales what it would lose
+SCALED = ("weight_sums_kernel", "write_grad_kernel")
+
+
+class Job(NamedTuple):
+    """One launch, by its place in the list of its case's."""
+
+    target: str
+    dtype: str
+    width: int
+    case: str
+    place: int
+    kernel: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} ({self.case}, {self.dtype}, {self.width}, {self.target})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a job: `compiled`, or the `error` that the compiler raised."""
+
+    job: Job
+    tile: Tile
+    compiled: Compiled | None
+    error: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        compiled = None if self.compiled is None else asdict(self.compiled)
+        return {**self.job._asdict(), "tile": asdict(self.tile), "compiled": compiled, "error": self.error}
+
+
+class Wanted(NamedTuple):
+    """A part of the whole."""
+
+    targets: Sequence[str]
+    dtypes: Sequence[str]
+    widths: Sequence[int]
+    kernels: Sequence[str]
+
+
+@cache
+def _launches(target: str, dtype: str, width: int, case: str) -> list[Launch]:
+    return launches_of(case, TARGETS[target], DTYPES[dtype], width)
+
+
+def launch_of(job: Job) -> Launch:
+    return _launches(job.target, job.dtype, job.width, job.case)[job.place]
+
+
+def plan(wanted: Wanted) -> list[Job]:
+    """Launches that differ for the compiler, each once: every kernel for every target, dtype and width."""
+    jobs = []
+    for target in wanted.targets:
+        for dtype in wanted.dtypes:
+            for width in wanted.widths:
+                jobs += _plan_one(target, dtype, width)
+    return [job for job in jobs if job.kernel in wanted.kernels]
+
+
+def _plan_one(target: str, dtype: str, width: int) -> list[Job]:
+    whole = (dtype, width) == WHOLE
+    jobs: list[Job] = []
+    seen: set[str] = set()
+    for case in (*CASES, ALONE) if whole else ("delta", "local", ALONE):
+        for place, launch in enumerate(_launches(target, dtype, width, case)):
+            job = Job(target, dtype, width, case, place, launch.kernel.__name__)
+            same = repr((job.kernel, signature(launch), launch.tile.num_warps, launch.tile.num_stages))
+            known = any(other.kernel == job.kernel for other in jobs)
+            new = whole or case == "delta" or not known or (case == "local" and job.kernel == "attend_kernel")
+            if new and same not in seen and (dtype != "float16" or job.kernel in SCALED):
+                seen.add(same)
+                jobs.append(job)
+    return jobs
+
+
+def compile_job(job: Job) -> Row:
+    """In a process of its own: the compiler's own words go where nobody reads them, but for the first error."""
+    launch = launch_of(job)
+    kept = os.dup(2)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            return Row(job, launch.tile, compile_launch(launch, TARGETS[job.target]))
+        except CompileError as error:
+            said.seek(0)
+            found = re.search(r"error: (.*)", said.read())
+            lines = [str(error).partition("\n")[0], *([found.group(1)] if found else [])]
+            return Row(job, launch.tile, None, "; ".join(line[:200] for line in lines))
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def compile_all(jobs: Sequence[Job], workers: int) -> Iterator[Row]:
+    """Rows as they come. A compiler that takes its process along makes one row of an error: that job is tried alone."""
+    left = dict.fromkeys(jobs)
+    while left:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            futures = {pool.submit(compile_job, job): job for job in left}
+            for future in as_completed(futures):
+                if not isinstance(future.exception(), BrokenProcessPool):
+                    del left[futures[future]]
+                    yield future.result()
+        # the first that were not answered were under way
+        for job in list(left)[:workers]:
+            del left[job]
+            yield _compile_alone(job)
+
+
+def _compile_alone(job: Job) -> Row:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(compile_job, job).result()
+        except BrokenProcessPool:
+            return Row(job, launch_of(job).tile, None, "the compiler ended its process")

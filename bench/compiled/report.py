@@ -1,0 +1,118 @@
+"""Compile every kernel for GPUs that are not here: a table of what the code needs, and what breaks a rule.
+
+Exit status: 0 where nothing does, 1 where something does, 2 where nothing can be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from ...kernels.backends import HAS_TRITON
+from ...kernels.check.check import interpreted
+from ...kernels.triton.configs import TARGETS
+from ..speed.machine import versions
+from ..speed.workloads import DTYPES
+
+WIDTHS = ("64", "128", "256")
+# dtypes and widths
+QUICK = (("bfloat16",), ("64",))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ",".join(names)
+
+
+def _parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="ci/compile",
+        description=__doc__,
+        epilog="Lists are separated by commas.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("--targets", metavar="LIST", help=f"default: {_listed(TARGETS)}")
+    found.add_argument("--dtypes", metavar="LIST", help=f"default: {_listed(DTYPES)}")
+    found.add_argument("--widths", metavar="LIST", help=f"K = V, default: {_listed(WIDTHS)}")
+    found.add_argument("--kernels", metavar="LIST", help="default: all")
+    found.add_argument("--quick", action="store_true", help="unless said otherwise, one dtype and one width")
+    found.add_argument("--floors", action="store_true", help="also what main loops cost, and what any call must")
+    found.add_argument("--json", type=Path, metavar="FILE", help="write the table as data too")
+    found.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default: one per core")
+    found.add_argument("--here", action="store_true", help="use the environment that is active, make none")
+    return found
+
+
+def _choices(name: str, given: str | None, default: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+    """A list from the command line, checked.
+
+    Raises:
+        ValueError: what is not known.
+    """
+    if given is None:
+        return default
+    chosen = given.split(",")
+    for x in chosen:
+        if x not in known:
+            raise ValueError(f"--{name} must be from {_listed(known)}, got {x}")
+    return chosen
+
+
+def _refused(why: str) -> int:
+    sys.stderr.write(f"ci/compile: {why}\n")
+    return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    if not HAS_TRITON:
+        return _refused("Triton is not installed")
+    if interpreted():
+        return _refused("TRITON_INTERPRET is set, by which kernels are not compiled: unset it")
+    # these need Triton
+    from .jobs import KERNELS, Row, Wanted, compile_all, plan
+    from .rules import failures
+    from .table import costs, table
+
+    dtypes, widths = QUICK if given.quick else (tuple(DTYPES), WIDTHS)
+    try:
+        wanted = Wanted(
+            _choices("targets", given.targets, tuple(TARGETS), tuple(TARGETS)),
+            _choices("dtypes", given.dtypes, dtypes, tuple(DTYPES)),
+            [int(x) for x in _choices("widths", given.widths, widths, WIDTHS)],
+            _choices("kernels", given.kernels, KERNELS, KERNELS),
+        )
+        if given.jobs < 1:
+            raise ValueError(f"--jobs must be positive, got {given.jobs}")
+    except ValueError as error:
+        return _refused(str(error))
+    begin = time.monotonic()
+    jobs = plan(wanted)
+    console = Console(stderr=True)
+    rows: list[Row] = list(
+        track(compile_all(jobs, given.jobs), "compiling", len(jobs), console=console, disable=not console.is_terminal)
+    )
+    for line in table(rows):
+        sys.stdout.write(f"{line}\n")
+    if given.floors:
+        for line in costs(rows):
+            sys.stdout.write(f"{line}\n")
+    broken = failures(rows)
+    if given.json is not None:
+        document = {"versions": versions(), "rows": [row.as_json() for row in rows], "failures": broken}
+        given.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(f"\n{len(rows)} compiled in {time.monotonic() - begin:.0f} s, {len(broken)} failures\n")
+    for line in broken:
+        sys.stdout.write(f"  {line}\n")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What compiled kernels must keep to, and what their main loops cost for each pair of a query and a key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ...kernels.triton.configs import TARGETS, Tile
+from .ahead_of_time import TENSOR_MEMORY, Compiled
+from .jobs import Job, Row
+from .machine_code import Loop
+
+OWN = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
+ATTENTION = ("attend_kernel", "query_grad_kernel", "key_grad_kernel")
+# rows of products that an instruction takes at least, and the warps that work on them together; smaller ones go by HMMA
+LEAST_ROWS = {"HGMMA": 64, "UTCHMMA": 64}
+LEAST_WARPS = 4
+# where a tile says how many rows a kernel's products have; of other kernels it is the width
+ROWS = {
+    "attend_kernel": "BLOCK_M",
+    "query_grad_kernel": "BLOCK_M",
+    "key_grad_kernel": "BLOCK_N",
+    "scan_kernel": "ROWS",
+    "curvature_kernel": "ROWS",
+    "weight_sums_kernel": "BLOCK_N",
+    "write_grad_kernel": "BLOCK_N",
+    "read_kernel": "BLOCK_M",
+    "read_grad_kernel": "BLOCK_M",
+}
+# the queries of a group at one step fill 16 rows
+FEW_ROWS = ("decode_kernel",)
+# widths up to which nothing may be spilled
+UNSPILLED = 128
+# of a loop's instructions: with more registers in use, an address is computed again
+SLACK = 0.02
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """One line for every rule that a row breaks."""
+    return [f"{row.job}: {problem}" for row in rows for problem in _problems(row)] + list(_grown_loops(rows))
+
+
+def _problems(row: Row) -> Iterator[str]:
+    job, found = row.job, row.compiled
+    if found is None:
+        yield f"does not compile: {row.error}"
+        return
+    if found.spilled and job.width <= UNSPILLED:
+        yield f"{found.spilled} bytes spilled"
+    limit = TARGETS[job.target].shared
+    if found.shared > limit:
+        yield f"{found.shared} bytes of shared memory, the limit is {limit}"
+    if found.tensor_memory > TENSOR_MEMORY:
+        yield f"{found.tensor_memory} columns of tensor memory, the limit is {TENSOR_MEMORY}"
+    if found.products and job.dtype != "float32":
+        accepted = instructions_accepted(job, row.tile)
+        if not set(accepted) & set(found.tensor_core):
+            yield f"multiplies matrices without {' or '.join(accepted)}"
+
+
+def instructions_accepted(job: Job, tile: Tile) -> tuple[str, ...]:
+    """Tensor-core instructions of which a kernel must use one."""
+    own = OWN[job.target]
+    if own not in LEAST_ROWS:
+        return (own,)
+    rows = getattr(tile, ROWS[job.kernel]) if job.kernel in ROWS else job.width
+    small = job.kernel in FEW_ROWS or rows < LEAST_ROWS[own] or tile.num_warps < LEAST_WARPS
+    return (own, "HMMA") if small else (own,)
+
+
+def _grown_loops(rows: Sequence[Row]) -> Iterator[str]:
+    """The memory belongs behind attention's loops: they are no longer than those without a memory."""
+    attends = {row.job: row for row in rows if row.job.kernel == "attend_kernel" and row.job.dtype != "float32"}
+    for job, row in attends.items():
+        other = next((r for j, r in attends.items() if j[:3] == job[:3] and j.case == "local"), None)
+        if job.case != "delta" or other is None or row.compiled is None or other.compiled is None:
+            continue
+        fused, local = row.compiled.loops[:2], other.compiled.loops[:2]
+        if min(len(fused), len(local)) < 2:
+            yield f"{job}: its two softmax loops were not found"
+            continue
+        for name, mine, bare in zip(("", "masked "), fused, local, strict=True):
+            if mine.instructions > bare.instructions * (1 + SLACK):
+                counts = f"{mine.instructions} instructions, {bare.instructions} without a memory"
+                yield f"{job}: the {name}softmax loop holds {counts}"
+
+
+class Rate(NamedTuple):
+    """What a multiprocessor does in one clock: instructions of threads begun, and operations of bfloat16 products."""
+
+    instructions: int
+    operations: int
+
+
+# peak operations of the makers' data sheets over multiprocessors and boost clock; four schedulers of 32 threads, on
+# gfx942 of 16
+RATES = {
+    "sm_80": Rate(128, 2048),
+    "sm_90": Rate(128, 4096),
+    "sm_100": Rate(128, 8192),
+    "sm_120": Rate(128, 512),
+    "gfx942": Rate(64, 2048),
+}
+
+
+class Cost(NamedTuple):
+    """Of the loop without masks, for each pair of a query and a key."""
+
+    instructions: float  # of threads
+    operations: int  # of matrix products
+    issue: float  # clocks of a multiprocessor to begin the instructions
+    tensor_core: float  # clocks of its tensor cores
+
+    @property
+    def share(self) -> float:
+        """Of the tensor cores in the time of both, one after the other."""
+        return self.tensor_core / (self.tensor_core + self.issue)
+
+
+def cost_of(row: Row) -> Cost | None:
+    """Of attention and its gradients in 16 bits; None for others, and where the loop was not found."""
+    if row.compiled is None or row.job.kernel not in ATTENTION or row.job.dtype == "float32":
+        return None
+    loop = main_loop(row.job.kernel, row.compiled)
+    if loop is None:
+        return None
+    threads = row.tile.num_warps * (64 if row.job.target.startswith("gfx") else 32)
+    instructions = loop.instructions * threads / (row.tile.BLOCK_M * row.tile.BLOCK_N)
+    # with K = V: q kᵀ and p v; q kᵀ, do vᵀ and dq; q kᵀ, do vᵀ, dk and dv
+    products = {"attend_kernel": 2, "query_grad_kernel": 3, "key_grad_kernel": 4}[row.job.kernel]
+    operations = 2 * products * row.job.width
+    rate = RATES[row.job.target]
+    return Cost(instructions, operations, instructions / rate.instructions, operations / rate.operations)
+
+
+def main_loop(kernel: str, compiled: Compiled) -> Loop | None:
+    """The loop without masks: the first of attention's two, the last but one of dq's, the last of dk's and dv's."""
+    if len(compiled.loops) < 2:
+        return None
+    return compiled.loops[{"attend_kernel": 0, "query_grad_kernel": -2, "key_grad_kernel": -1}[kernel]]

@@ -1,0 +1,190 @@
+"""The part of the on-device run that computes: a process that is told jobs, one JSON a line, and answers with records.
+
+Faults end it, and nothing else: `device_run` starts another and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import Any, TextIO
+
+import torch
+
+from ...kernels.check.calls import Call, calls_of, evaluate, tensors
+from ...kernels.check.check import compare, run_check
+from ..planner.floors import Peak, peak_of
+from ..speed import workloads
+from ..speed.counts import profile_of, recorded
+from ..speed.machine import plain
+from ..speed.peers import PEERS
+from ..speed.prepared import draw, preparation
+from ..speed.timing import interleaved
+from ..speed.workloads import DTYPES, Case, DecodeCase
+from .cases import DeviceLostError, Note, admit, measure_case, still_there
+from .decode import measure_decode
+
+LOST = 3
+TINY_CALL = "shared memory inputs"
+
+
+def device_here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_here(device: torch.device) -> Peak | None:
+    found = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return found[1] if found else None
+
+
+def ceilings(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    """What this device reaches: bytes per second of a copy (read and write), operations per second of a product."""
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    side, count = (8192, 1 << 28) if on_gpu else (256, 1 << 20)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(count, device=device, dtype=torch.float32)
+    target = torch.empty_like(source)
+    runs = {"copy": lambda i: lambda: target.copy_(source), "product": lambda i: lambda: a @ b}
+    times = interleaved(runs, device, seconds=1.0, rounds=(5, 20))
+    return {
+        "copy_bytes_per_s": 2 * source.nbytes / times["copy"].median * 1e3,
+        "product_operations_per_s": 2 * side**3 / times["product"].median * 1e3,
+    }
+
+
+def check(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    """A share of `segattn check` in one dtype; tiny: of one call."""
+    table = calls_of("small" if job["tiny"] else "full")
+    names = [TINY_CALL] if job["tiny"] else list(table)[job["share"] :: job["shares"]]
+    calls = {name: table[name] for name in names}
+    report = run_check(device, backends=["triton"], dtypes=[job["dtype"]], calls=calls)
+    found = report.as_json()
+    return {"dtype": job["dtype"], "number": job["number"], "share": job["share"]} | {
+        key: found[key] for key in ("size", "calls", "compared", "passed", "failures", "worst", "errors")
+    }
+
+
+def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    """Every kernel under the table's tiles for one dtype and width, named outright, by both rules."""
+    from ...kernels.triton.configs import Tile
+    from ...kernels.triton.launch import trying
+
+    width, dtype = job["width"], job["dtype"]
+    heads, time, segment_len = (2, 20, 16) if job["tiny"] else (4, 1111, 256)
+    call = Call(B=1, H=heads, G=heads // 2, T=time, K=width, V=width, L=segment_len, remembered=3 * segment_len)
+    forced: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Any] = {}
+    for update, own in product(("delta", "linear"), (False,) if job["tiny"] else (False, True)):
+        this = replace(call, update=update, own_memory_inputs=own)
+        made = tensors(this, DTYPES[dtype], device)
+        listed = dict(recorded(lambda c=this, m=made: evaluate(c, m, "triton"), device))  # type: ignore[misc]
+        forced |= listed
+        named = {name: Tile(**tile) for name, tile in listed.items()}
+        with torch.autograd.set_multithreading_enabled(False), trying(named):
+            found = compare(f"{update}{', own inputs' if own else ''}", this, dtype, device, ["triton"])
+        rows |= {f"{row.call}: {row.output}": (row.error, row.problem) for row in found}
+    failures = {name: problem for name, (_, problem) in rows.items() if problem is not None}
+    worst = {name: float(f"{error:.3g}") if error == error else None for name, (error, _) in rows.items()}
+    return {
+        "dtype": dtype,
+        "width": width,
+        "passed": not failures,
+        "failures": failures,
+        "errors": worst,
+        "tiles": forced,
+    }
+
+
+def case_of(name: str) -> Case:
+    return next(x for x in (*workloads.CASES, *workloads.TINY_CASES) if x.name == name)
+
+
+def decode_of(name: str) -> DecodeCase:
+    return next(x for x in (*workloads.DECODES, *workloads.TINY_DECODES) if x.name == name)
+
+
+def warm(job: dict[str, Any], device: torch.device, note: Note) -> None:
+    """Fill the compilers' caches on disk with what the timings of a case will need."""
+    case = case_of(job["name"])
+    drawn = draw(case, device, copies=1)
+    for name in case.peers:
+        note({"at": name})
+        admit(PEERS[name], case, drawn, device, job["excluded"].get(name))
+
+
+def time_case(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    return measure_case(case_of(job["name"]), device, peak_here(device), note, job["excluded"])
+
+
+def decode(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    return measure_decode(decode_of(job["name"]), device, peak_here(device), note, job["excluded"])
+
+
+def profile(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    """Where the time of one peer's forward and backward goes."""
+    case, peer = case_of(job["name"]), PEERS[job["peer"]]
+    run = preparation(peer, case, draw(case, device, copies=1), job["direction"])(0)
+    found = profile_of(run, device, peer.ours)
+    return {"case": case.name, "peer": job["peer"], "direction": job["direction"]} | found
+
+
+def tune(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    """One step of the search for tiles."""
+    from .tune import tune as step
+
+    return step(job, device)
+
+
+JOBS: dict[str, Callable[[dict[str, Any], torch.device, Note], dict[str, Any] | None]] = {
+    "ceilings": ceilings,
+    "check": check,
+    "tiles": tiles,
+    "warm": warm,
+    "timings": time_case,
+    "decode": decode,
+    "profile": profile,
+    "tune": tune,
+}
+
+
+def answer_to(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    """The job's record or error; "lost" where this process can do no more."""
+    try:
+        answer: dict[str, Any] = {"record": JOBS[job["part"]](job, device, note)}
+    except torch.OutOfMemoryError:
+        answer = {"error": "out of memory"}
+    except (RuntimeError, ValueError, TypeError, ImportError) as error:
+        answer = {"error": plain(error)}
+    try:
+        still_there(device)
+    except DeviceLostError:
+        answer["lost"] = True
+    return answer
+
+
+def serve(requests: TextIO, answers: TextIO) -> None:
+    """Answer each job with lines of notes, and one last: its record, or its error."""
+
+    def note(line: dict[str, Any]) -> None:
+        answers.write(json.dumps(line) + "\n")
+        answers.flush()
+
+    device = device_here()
+    for line in requests:
+        answer = answer_to(json.loads(line), device, note)
+        note(answer)
+        if answer.get("lost"):
+            # the context is gone, and tearing it down may hang
+            os._exit(LOST)
+
+
+if __name__ == "__main__":
+    # what compilers print must not stand between the answers
+    own = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve(sys.stdin, own)

@@ -1,0 +1,281 @@
+"""One command on a GPU: are the kernels right, how fast are they, and where does the time go; one JSON, one table.
+
+Parts run in the order of importance until the budget is spent; what was not reached is named. The JSON is written anew
+after every record, so that an interruption loses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..speed.machine import ROOT, commit, device_facts, versions
+from ..speed.workloads import CASES, DECODES, DTYPES, MAIN, TINY_CASES, TINY_DECODES, TINY_MAIN
+from .goals import judge
+from .jobs import device_here, peak_here
+from .table import table
+from .worker import Outcome, Worker
+
+# kept back for the profile and the summary, and the least that a job is begun with
+RESERVE, LEAST = 25.0, 4.0
+# of the budget that checks may take, side by side
+CHECKS_SHARE = 0.4
+# how often a job is begun again without the peer that ended it
+RETRIES = 2
+SHARES = 4
+WIDTHS = (128, 64, 16, 32, 256)
+COMPILED = ("FlexAttention local", "compiled torch delta", "compiled torch linear")
+
+Job = dict[str, Any]
+
+
+class Settings(NamedTuple):
+    out: Path
+    budget: float
+    tiny: bool
+    workers: int
+    commit: str | None
+
+
+class Run:
+    """The document, and the clock."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.begin = time.monotonic()
+        self.lock = threading.Lock()
+        device = device_here()
+        peak = peak_here(device)
+        known = {} if peak is None else {"peak_operations_per_s": peak.operations, "peak_bytes_per_s": peak.bytes}
+        found = commit()
+        self.document: dict[str, Any] = {
+            "device": device_facts(device) | known,
+            "versions": versions(),
+            "commit": settings.commit or found["commit"],
+            "dirty": found["dirty"],
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "tiny": settings.tiny,
+            "budget_s": settings.budget,
+            "ceilings": None,
+            "check": [],
+            "tiles": [],
+            "timings": [],
+            "decode": [],
+            "profile": [],
+            "goals": [],
+            "skipped": [],
+        }
+
+    def left(self) -> float:
+        return self.settings.budget - (time.monotonic() - self.begin)
+
+    def keep(self, part: str, record: Any) -> None:
+        """Add a record to a part, and write everything."""
+        with self.lock:
+            if isinstance(self.document[part], list):
+                self.document[part].append(record)
+            else:
+                self.document[part] = record
+            self.write()
+
+    def write(self) -> None:
+        self.document["spent_s"] = round(time.monotonic() - self.begin, 1)
+        whole = json.dumps(self.document, indent=1, ensure_ascii=False)
+        beside = self.settings.out.with_suffix(".part")
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(whole + "\n", encoding="utf-8")
+        os.replace(beside, self.settings.out)
+
+    def skip(self, job: Job, reason: str) -> None:
+        self.keep("skipped", {"part": job["part"], "job": title(job), "reason": reason})
+
+    def do(self, worker: Worker, job: Job, seconds: float) -> None:
+        """One job, without the peers that end it; `seconds`: until when all of its attempts must be over."""
+        end = time.monotonic() + seconds
+        outcome = Outcome(reason="not begun")
+        for _ in range(RETRIES + 1):
+            rest = min(end - time.monotonic(), job["limit"])
+            if rest < LEAST:
+                break
+            say(f"{self.settings.budget - self.left():5.0f} s  {job['part']}: {title(job)}")
+            outcome = worker.do(job, rest)
+            if outcome.at is None:
+                break
+            job["excluded"][outcome.at] = outcome.reason
+        if outcome.reason is not None:
+            self.skip(job, "the budget is spent" if outcome.reason == "not begun" else outcome.reason)
+        elif outcome.record is not None:
+            self.keep(job["part"], outcome.record)
+
+
+def title(job: Job) -> str:
+    return " ".join(
+        str(job[key]) for key in ("dtype", "width", "number", "share", "name", "peer", "direction") if key in job
+    )
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def jobs_of(part: str, tiny: bool, rows: Iterable[dict[str, Any]], limit: float) -> list[Job]:
+    return [{"part": part, "tiny": tiny, "excluded": {}, "limit": limit} | row for row in rows]
+
+
+def check_jobs(tiny: bool) -> list[Job]:
+    """Correctness twice and every tile, with the compilers' caches filled beside them."""
+    if tiny:
+        once = {"dtype": "float32"}
+        return [
+            *jobs_of("check", True, [once | {"number": n, "share": 0} for n in (1, 2)], 60),
+            *jobs_of("tiles", True, [once | {"width": 16}], 60),
+        ]
+    shares = list(product(DTYPES, range(SHARES)))
+    first, second = (
+        jobs_of("check", False, ({"dtype": d, "number": n, "share": i, "shares": SHARES} for d, i in shares), 200)
+        for n in (1, 2)
+    )
+    tiles = jobs_of("tiles", False, ({"width": w, "dtype": d} for w in WIDTHS for d in DTYPES), 120)
+    slow = [c.name for c in CASES if set(c.peers) & set(COMPILED)]
+    others = [c.name for c in CASES if c.T == MAIN.T and (c.K == 64 or c.dtype == "float16" or c.G != c.H)]
+    warm = jobs_of("warm", False, ({"name": name} for name in dict.fromkeys((*slow, MAIN.name, *others))), 150)
+    soon, common = len(slow) + 1, 2 * len(DTYPES)
+    return [*warm[:soon], *first, *tiles[:common], *warm[soon:], *second, *tiles[common:]]
+
+
+def timing_jobs(tiny: bool) -> list[Job]:
+    """The cases in their order, decoding behind the first two of them."""
+    cases, decodes = (TINY_CASES, TINY_DECODES) if tiny else (CASES, DECODES)
+    timings = [job for c in cases for job in jobs_of("timings", tiny, [{"name": c.name}], c.limit)]
+    steps = [job for c in decodes for job in jobs_of("decode", tiny, [{"name": c.name}], c.limit)]
+    return [*jobs_of("ceilings", tiny, [{}], 30), *timings[:2], *steps, *timings[2:]]
+
+
+def profile_jobs(document: dict[str, Any], tiny: bool) -> list[Job]:
+    """Where we are behind a goal; the main case in any event."""
+    main = (TINY_MAIN if tiny else MAIN).name
+    behind = [
+        c.name for c in CASES for g in document["goals"] if g["met"] is False and g["goal"].startswith(f"{c.name}:")
+    ]
+    peers = ("segattn delta",) if tiny else ("segattn delta", "segattn linear", "SDPA flash local")
+    rows = [
+        {"name": name, "peer": peer, "direction": "forward + backward"}
+        for name in dict.fromkeys((main, *behind))
+        for peer in peers
+    ]
+    return jobs_of("profile", tiny, rows, 20)
+
+
+def side_by_side(run: Run, jobs: Sequence[Job], seconds: float, environment: dict[str, str]) -> None:
+    """Jobs that are not timed, by several processes at once."""
+    end = time.monotonic() + seconds
+    waiting: queue.Queue[Job] = queue.Queue()
+    for job in jobs:
+        waiting.put(job)
+
+    def work(worker: Worker) -> None:
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            run.do(worker, job, min(end - time.monotonic(), run.left() - RESERVE))
+
+    workers = [Worker(environment) for _ in range(min(run.settings.workers, len(jobs)))]
+    threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def same_twice(records: Sequence[dict[str, Any]]) -> dict[str, bool]:
+    """For every dtype that was checked twice: are all errors the same to the last digit kept?"""
+    found: dict[tuple[str, int], list[Any]] = {}
+    for record in records:
+        found.setdefault((record["dtype"], record["share"]), []).append(record["errors"])
+    same: dict[str, bool] = {}
+    for (dtype, _), errors in found.items():
+        if len(errors) == 2:
+            same[dtype] = same.get(dtype, True) and errors[0] == errors[1]
+    return same
+
+
+def whole_run(run: Run) -> None:
+    tiny = run.settings.tiny
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    environment["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "1")
+    share = 1.0 if tiny else CHECKS_SHARE
+    side_by_side(run, check_jobs(tiny), share * run.settings.budget, environment)
+    run.document["same_twice"] = same_twice(run.document["check"])
+    with Worker(environment) as worker:
+        for job in timing_jobs(tiny):
+            run.do(worker, job, run.left() - RESERVE)
+        run.document["goals"] = judge(run.document, tiny)
+        for job in profile_jobs(run.document, tiny):
+            run.do(worker, job, run.left() - LEAST)
+    run.document["device"]["limits_after"] = device_facts(device_here()).get("limits")
+
+
+def failed(document: dict[str, Any]) -> bool:
+    """Is anything of ours wrong, or was nothing checked?"""
+    checks = [*document["check"], *document["tiles"]]
+    ours = [
+        found for case in document["timings"] for name, found in case["peers"].items() if name.startswith("segattn")
+    ]
+    steps = [found for case in document["decode"] for name, found in case["decoders"].items() if name != "eager"]
+    return (
+        not document["check"]
+        or not all(record["passed"] for record in checks)
+        or not all(document.get("same_twice", {}).values())
+        or any(found["status"] in ("wrong", "failed") for found in (*ours, *steps))
+    )
+
+
+def parse(arguments: Sequence[str] | None) -> Settings:
+    parser = argparse.ArgumentParser(prog="bench/on_device", description=__doc__)
+    parser.add_argument("--out", type=Path, help="the JSON; default: bench/results/GPU-DATE.json")
+    parser.add_argument("--budget", type=float, default=450.0, help="seconds; default 450")
+    parser.add_argument("--tiny", action="store_true", help="a few small shapes, on any machine")
+    parser.add_argument("--workers", type=int, help="processes that check side by side; default 12 on a GPU, else 1")
+    parser.add_argument("--commit", help="to be written into the JSON where there is no git")
+    given = parser.parse_args(arguments)
+    device = device_here()
+    if device.type != "cuda" and not given.tiny:
+        parser.error("there is no GPU here; --tiny runs the whole path on small shapes")
+    name = "-".join(device_facts(device)["name"].replace("/", " ").split())
+    default = ROOT / "bench" / "results" / f"{name}-{datetime.now(timezone.utc):%Y%m%d-%H%M}.json"
+    workers = given.workers or (min(12, os.cpu_count() or 1) if device.type == "cuda" else 1)
+    return Settings((given.out or default).resolve(), given.budget, given.tiny, workers, given.commit)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 1 where anything of ours is wrong, 130 where it was interrupted."""
+    run = Run(parse(arguments))
+    run.write()
+    try:
+        whole_run(run)
+    except KeyboardInterrupt:
+        run.document["interrupted"] = True
+        return 130
+    finally:
+        run.document["goals"] = judge(run.document, run.settings.tiny)
+        run.write()
+        say(table(run.document))
+        say(f"written to {run.settings.out}")
+    return int(failed(run.document))

@@ -1,0 +1,234 @@
+"""`python -m segattn.bench.device.tune --kernel attend_kernel --K 128`: proposes rows for the table of tiles.
+
+Every candidate runs a whole forward and backward with one kernel's tile replaced, in a process of its own kind that may
+die of it. Its results must agree with those of the table's tile; then the kernel's own time counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from functools import cache
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.check.calls import Call, evaluate, tensors
+from ...kernels.check.check import GATES
+from ...kernels.triton.configs import Tile, tile_for
+from ..speed.counts import kernel_times
+from ..speed.machine import ROOT
+from ..speed.timing import time_once
+from ..speed.workloads import DTYPES
+from .worker import Worker
+
+SIDES = (16, 32, 64, 128)
+CHUNKS = (16, 32, 64, 128, 256)
+WARPS, STAGES = (4, 8), (1, 2, 3, 4)
+TINY = {"SIDES": (16, 32), "WARPS": (4,), "STAGES": (1,)}
+# of the first round, how many go on into the second
+FINALISTS = 3
+REPEATS = 7
+
+Values = dict[str, Any]
+
+
+def call_of(job: Values) -> Call:
+    sizes = {name: job[name] for name in ("H", "G", "T", "K", "V", "L", "update", "gated")}
+    return Call(B=1, remembered=job["L"] if job["gated"] else 0, own_memory_inputs=False, **sizes)
+
+
+@cache
+def _inputs(call: Call, dtype: str, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    made = tensors(call, DTYPES[dtype], device)
+    return made, evaluate(call, made, "triton")
+
+
+def attempt(job: Values, device: torch.device) -> Values:
+    """The kernel's milliseconds in one forward and backward under a tile (None: the table's), and its worst error.
+
+    On a CPU the time is that of everything.
+    """
+    from ...kernels.triton.launch import trying
+
+    call = call_of(job)
+    made, expected = _inputs(call, job["dtype"], device)
+    tiles = {} if job["tile"] is None else {job["kernel"]: Tile(**job["tile"])}
+    # a GPU's backward would run in another thread, which does not see what is tried in this one
+    with torch.autograd.set_multithreading_enabled(False), trying(tiles):
+        found = evaluate(call, made, "triton")
+        shares = {
+            name: float((found[name] - x).norm() / x.norm()) / GATES[job["dtype"]].of(name, call)
+            for name, x in expected.items()
+            if bool(x.any())
+        }
+        if device.type == "cuda":
+            times = [_kernel_ms(job["kernel"], call, made, device) for _ in range(REPEATS)]
+        else:
+            times = [time_once(lambda _: lambda: evaluate(call, made, "triton"), 0, device)]
+    worst = max(shares.values())
+    # both may be a gate away from the truth
+    return {"ms": statistics.median(times), "error_share": worst, "right": bool(worst <= 2.0)}
+
+
+def _kernel_ms(kernel: str, call: Call, made: dict[str, Tensor], device: torch.device) -> float:
+    listed = kernel_times(lambda: evaluate(call, made, "triton"), device)
+    return sum(float(x["ms"]) for x in listed if x["name"] == kernel)
+
+
+def describe(job: Values, device: torch.device) -> Values:
+    """The kernel's tile in the table, the fields that it takes, and the names of all kernels of the call."""
+    from ...kernels.triton.launch import constants, recording, target_of
+
+    call = call_of(job)
+    made = tensors(call, DTYPES[job["dtype"]], device)
+    target = target_of(device)
+    with torch.autograd.set_multithreading_enabled(False), recording(target) as listed:
+        evaluate(call, made, "triton")
+    names = sorted({launch.kernel.__name__ for launch in listed})
+    found = next((x for x in listed if x.kernel.__name__ == job["kernel"]), None)
+    if found is None:
+        return {"kernels": names, "taken": None}
+    tile = tile_for(job["kernel"], target, DTYPES[job["dtype"]], job["K"], job["V"])
+    taken = [*constants(found.kernel, tile), "num_warps", "num_stages"]
+    return {"kernels": names, "target": target.name, "taken": taken, "tile": tile.__dict__}
+
+
+def tune(job: Values, device: torch.device) -> Values:
+    """What a worker answers: a description first, then an attempt for each tile."""
+    return describe(job, device) if job["describe"] else attempt(job, device)
+
+
+def sensible(tile: Values, width: int) -> bool:
+    """Enough work for its warps, no chunk beyond the width, no accumulator beyond the registers."""
+    sides = [tile[name] for name in ("BLOCK_M", "BLOCK_N", "ROWS", "COLUMNS") if name in tile]
+    largest = max(sides)
+    return (
+        tile.get("CHUNK", 16) <= max(16, width)
+        and largest * width <= 128 * 256
+        and (tile["num_warps"] == 4 or largest * width >= 64 * 64)
+    )
+
+
+def first_round(taken: Sequence[str], tile: Values, width: int, tiny: bool = False) -> Iterator[Values]:
+    """Every block size and number of warps, the rest as in `tile`."""
+    sides, warps = (TINY["SIDES"], TINY["WARPS"]) if tiny else (SIDES, WARPS)
+    varied = [name for name in ("BLOCK_M", "BLOCK_N", "ROWS", "COLUMNS") if name in taken]
+    for *values, count in product(*(sides for _ in varied), warps):
+        found = tile | dict(zip(varied, values, strict=True)) | {"num_warps": count}
+        if sensible({name: found[name] for name in taken}, width):
+            yield found
+
+
+def second_round(taken: Sequence[str], best: Iterable[Values], width: int, tiny: bool = False) -> Iterator[Values]:
+    """Stages and chunks of the best."""
+    stages = TINY["STAGES"] if tiny else STAGES
+    chunks = [x for x in CHUNKS if x <= width] if "CHUNK" in taken and not tiny else [None]
+    for tile in best:
+        for count, chunk in product(stages, chunks):
+            yield tile | {"num_stages": count} | ({} if chunk is None else {"CHUNK": chunk})
+
+
+def as_row(job: Values, target: str, taken: Sequence[str], tile: Values, note: str) -> str:
+    """One row of the table, as Python source."""
+    shown = [f.name for f in fields(Tile) if f.name in taken]
+    inside = ", ".join(f"{name}={tile[name]!r}" for name in shown)
+    bits = torch.empty((), dtype=DTYPES[job["dtype"]]).element_size() * 8
+    return f'("{job["kernel"]}", "{target}", {bits}, {max(job["K"], job["V"])}): Tile({inside}),  # {note}'
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m segattn.bench.device.tune", description=__doc__)
+    parser.add_argument("--kernel", required=True, help="its name, such as attend_kernel")
+    parser.add_argument("--K", type=int, default=128)
+    parser.add_argument("--V", type=int, help="default: K")
+    parser.add_argument("--L", type=int, default=2048)
+    parser.add_argument("--T", type=int, default=16384)
+    parser.add_argument("--H", type=int, default=16)
+    parser.add_argument("--G", type=int, help="default: H")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--update", choices=("delta", "linear"), default="delta")
+    parser.add_argument("--local", action="store_true", help="without a memory")
+    parser.add_argument("--rows", type=int, default=5, help="how many of the best to print; default 5")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds; default 600")
+    parser.add_argument("--tiny", action="store_true", help="a few candidates, to try the path")
+    return parser.parse_args(arguments)
+
+
+def search(job: Values, given: argparse.Namespace, worker: Worker) -> tuple[Values, list[tuple[float, Values]]]:
+    """The kernel's description, with the table's time, and the right candidates, the fastest first.
+
+    Raises:
+        ValueError: the kernel has no part in the call.
+        RuntimeError: the table's own tile does not run.
+    """
+    end = time.monotonic() + given.budget
+    outcome = worker.do(job | {"describe": True}, 120)
+    if outcome.reason is not None:
+        raise RuntimeError(outcome.reason)
+    about = outcome.record
+    if about["taken"] is None:
+        raise ValueError(f"--kernel must be one of {', '.join(about['kernels'])}, got {job['kernel']!r}")
+    outcome = worker.do(job, 120)
+    if outcome.reason is not None:
+        raise RuntimeError(f"the table's tile: {outcome.reason}")
+    about["ms"] = outcome.record["ms"]
+    width = 1 << (max(job["K"], job["V"]) - 1).bit_length()
+    # as launches take it
+    about["tile"]["CHUNK"] = min(about["tile"]["CHUNK"], width)
+    found: list[tuple[float, Values]] = []
+    tried: list[Values] = []
+
+    def run(tiles: Iterable[Values]) -> None:
+        for tile in tiles:
+            key = {name: tile[name] for name in about["taken"]}
+            if key in tried or time.monotonic() > end:
+                continue
+            tried.append(key)
+            outcome = worker.do(job | {"tile": tile}, 60)
+            if outcome.reason is not None:
+                sys.stderr.write(f"{key}: {outcome.reason}\n")
+            elif not outcome.record["right"]:
+                sys.stderr.write(f"{key}: WRONG, {outcome.record['error_share']:.1f} gates from the table's result\n")
+            else:
+                found.append((outcome.record["ms"], tile))
+                sys.stderr.write(f"{key}: {outcome.record['ms']:.4f} ms\n")
+        found.sort(key=lambda x: x[0])
+
+    run(first_round(about["taken"], about["tile"], width, given.tiny))
+    run(second_round(about["taken"], [tile for _, tile in found[:FINALISTS]], width, given.tiny))
+    if time.monotonic() > end:
+        sys.stderr.write("the budget is spent: not every candidate was tried\n")
+    return about, found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse(arguments)
+    job: Values = {
+        **{name: getattr(given, name) for name in ("kernel", "K", "L", "T", "H", "dtype", "update")},
+        **{"V": given.V or given.K, "G": given.G or given.H, "gated": not given.local},
+        **{"part": "tune", "tile": None, "describe": False},
+    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    with Worker(environment) as worker:
+        try:
+            about, found = search(job, given, worker)
+        except (RuntimeError, ValueError) as error:
+            sys.stderr.write(f"tune: {error}\n")
+            return 1
+    row = (job, about["target"], about["taken"])
+    sys.stdout.write(f"# the table's: {as_row(*row, about['tile'], format(about['ms'], '.4f') + ' ms')}\n")
+    for ms, tile in found[: given.rows]:
+        sys.stdout.write(as_row(*row, tile, f"{ms:.4f} ms, {about['ms'] / ms:.2f} times the table's speed") + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

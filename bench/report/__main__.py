@@ -1,0 +1,7 @@
+"""`python -m segattn.bench.report`: see main.py."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,140 @@
+"""The README's tables of trained models and of plans, from the JSON that their commands keep in the results' folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from ..planner.units import in_bytes, in_seconds, in_units
+
+VARIANTS = {"full": "full attention", "local": "local", "linear": "linear memory", "delta": "delta memory"}
+SCHEMES = {"full": "full attention", "rmt": "RMT", "infini": "Infini-attention, {update}", "armt": "ARMT"}
+TASKS = ("memorize", "detect", "reasoning")
+# of the values recalled, for a number of pairs to count as held
+HELD = 0.95
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in lines)
+
+
+def _figures(path: Path) -> Any:
+    """None where there are none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def spread(values: Sequence[float], how: str) -> str:
+    """Mean and standard deviation, as many digits of both."""
+    return f"{values[0]:{how}} ± {values[1]:{how.removeprefix('+')}}"
+
+
+def baselines(folder: Path) -> str | None:
+    """A row for each model of `python -m segattn.bench.baselines`."""
+    figures = _figures(folder / "baselines" / "baselines.json")
+    if figures is None:
+        return None
+    head = ["", "bytes kept of 512", "of 65,536", "perplexity per byte", "nats, against local"]
+    rows = []
+    for name, kept in figures["kept"].items():
+        found = figures["summary"][name]
+        speeds = [f"{figures['speed'][kind][name]['ratio']:.2f}" for kind in ("train", "evaluate")]
+        counted = [f"{kept['counted'][length]:,}" for length in ("512", "65536")]
+        learnt = [spread(found["perplexity"], ".3f"), spread(found["nats_less_local"], "+.3f")]
+        rows.append([name, *counted, *learnt, *speeds])
+    return markdown([*head, "training speed", "reading speed"], rows)
+
+
+def book(folder: Path) -> str | None:
+    """A column for each model of `python -m segattn.bench.experiments.book_experiment`."""
+    figures = _figures(folder / "book" / "book.json")
+    if figures is None:
+        return None
+    found = [figures["summary"][name] for name in VARIANTS]
+    less = ["0" if x["nats_less_local"][0] == 0 else spread(x["nats_less_local"], "+.3f") for x in found]
+    rows = [
+        ["perplexity", *(spread(x["perplexity"], ".2f") for x in found)],
+        ["nats per byte, against local", *less],
+    ]
+    return markdown(["", *VARIANTS.values()], rows)
+
+
+def plan(folder: Path) -> str | None:
+    """A row for each scheme of `segattn plan llama-3-8b`, at the longest of its lengths."""
+    figures = _figures(folder / "plan" / "llama-3-8b.json")
+    if figures is None:
+        return None
+    longest = max(row["length"] for row in figures["estimates"])
+    found = {row["scheme"]: row for row in figures["estimates"] if row["length"] == longest}
+    rows = []
+    for name, title in SCHEMES.items():
+        row = found[name]
+        times = [in_seconds(row[key]) for key in ("prefill_floor_s", "decode_floor_s_per_token")]
+        kept = [in_bytes(row[key]) if row[key] else "0" for key in ("state_bytes", "cache_bytes")]
+        flops = [in_units(row["forward_flops"], ""), f"{row['flops_saving']:.2f}"]
+        rows.append([title.format(update=figures["update"]), *flops, *times, *kept])
+    return markdown(["", "forward FLOPs", "full ÷", "prefill", "decode, a token", "state", "cache"], rows)
+
+
+def memory_tasks(folder: Path) -> str | None:
+    """Two rows for each task that `segattn rmt` has trained and evaluated: its share right, and the paper's.
+
+    Raises:
+        ValueError: two tasks are of unlike lengths.
+    """
+    lengths: list[int] = []
+    rows = []
+    for task in TASKS:
+        files = [folder / "rmt" / task / f"{name}.json" for name in ("figures", "evaluation")]
+        if not all(path.is_file() for path in files):
+            continue
+        evaluation = _figures(files[1])
+        cells, paper = evaluation["lengths"], evaluation["published"]
+        segments = [cell["segments"] for cell in cells]
+        lengths = lengths or segments
+        if segments != lengths:
+            raise ValueError(f"{task} must be of {lengths} segments as the others, got {segments}")
+        rows.append([task, *(f"{100 * cell['right'] / cell['samples']:.1f} ({cell['samples']})" for cell in cells)])
+        rows.append(["the paper's", *(f"{100 * paper[str(n)]:.1f}" for n in segments)])
+    if not rows:
+        return None
+    first, *others = map(str, lengths)
+    return markdown(["right, % (of samples)", f"{first} segments", *others], rows)
+
+
+def retrieval(folder: Path) -> str | None:
+    """A row for each size of ARMT's memory: the share of values that are recalled, and how many pairs are held."""
+    found = [_figures(path) for path in (folder / "rmt" / "retrieval").glob("*/evaluation.json")]
+    if not found:
+        return None
+    found.sort(key=lambda evaluation: evaluation["lengths"][0]["state_bytes"])
+    # the last segment asks
+    pairs = [cell["segments"] - 1 for cell in found[0]["lengths"]]
+    rows = []
+    for evaluation in found:
+        shares = [cell["accuracy"] for cell in evaluation["lengths"]]
+        held = [n for n, share in zip(pairs, accumulate(shares, min), strict=True) if share >= HELD]
+        cells = [f"{100 * share:.1f}" for share in shares]
+        rows.append([f"{evaluation['lengths'][0]['state_bytes']:,}", *cells, str(max(held, default=0))])
+    first, *others = map(str, pairs)
+    return markdown(["state, bytes", f"{first} pairs", *others, "held at 95 %"], rows)
+
+
+def recurrent_lengths(folder: Path) -> str | None:
+    """Return a row per reader of `bench/experiments/recurrent_lengths.py`: time of a token, and what is kept."""
+    figures = _figures(folder / "rmt" / "lengths.json")
+    if figures is None:
+        return None
+    lengths = sorted({row["segments"] for row in figures["summary"]})
+    found = {(row["reader"], row["segments"]): row for row in figures["summary"]}
+    rows = []
+    for reader in dict.fromkeys(row["reader"] for row in figures["summary"]):
+        cells = [found.get((reader, segments)) for segments in lengths]
+        rows.append(
+            [reader, *(f"{x['ratio_to_shortest']:.2f}; {in_bytes(x['kept_bytes'])}" if x else "" for x in cells)]
+        )
+    first, *others = map(str, lengths)
+    return markdown([f"time of a token, ÷ that of {first} segments; kept", f"{first} segments", *others], rows)

@@ -1,0 +1,184 @@
+"""Plots of records. Each PNG carries the data it was drawn from, so that it can be held to the results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from PIL import Image
+
+from ...kernels.check.check import GATES
+from ...runs.heat_map import DPI
+from .records import Record, Result
+from .tables import BY_LENGTH
+
+DATA = "segattn data"
+# told apart by colour-blind readers too
+LOOKS = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#000000", "D"),
+    ("#E69F00", "v"),
+    ("#CC79A7", "P"),
+    ("#56B4E9", "X"),
+    ("#999999", "*"),
+)
+Data = dict[str, Any]
+
+
+def by_length(results: Sequence[Result]) -> Data | None:
+    """For each series of cases and provider: tokens, milliseconds, bytes; and lengths that were out of memory."""
+    found: Data = {}
+    for record in _all(results):
+        if BY_LENGTH not in record.key.group:
+            continue
+        panel = f"{record.key.device}, {record.dtype}, K {record.sizes['K']}, L {record.sizes['L']}, {record.direction}"
+        line = found.setdefault(panel, {}).setdefault(record.key.provider, {"points": [], "out_of_memory": []})
+        if record.ms is not None:
+            line["points"].append([record.sizes["T"], record.ms[0], record.memory])
+        elif record.status == "out of memory":
+            line["out_of_memory"].append(record.sizes["T"])
+    for lines in found.values():
+        for line in lines.values():
+            line["points"].sort()
+            line["out_of_memory"].sort()
+    return found or None
+
+
+def floor_shares(results: Sequence[Result]) -> Data | None:
+    """For each direction and provider of a device: cases, and the share of the floor that was reached."""
+    found: Data = {}
+    for record in _all(results):
+        if record.floor_share is not None:
+            panel = f"{record.key.device}, {record.direction}"
+            lines = found.setdefault(panel, {})
+            case = record.key.group.removesuffix(f", {record.direction}")
+            lines.setdefault(record.key.provider, []).append([case, record.floor_share])
+    return found or None
+
+
+def errors(results: Sequence[Result]) -> Data | None:
+    """For each dtype and provider, and output or gradient, the largest error of all cases."""
+    found: Data = {}
+    for record in _all(results):
+        if record.tokens_per_second is not None or record.direction == "decode":
+            continue
+        for name, error in record.errors.items():
+            own = found.setdefault(record.dtype, {}).setdefault(record.key.provider, {})
+            kind = "output" if name == "out" else "gradients"
+            own[kind] = max(own.get(kind, 0.0), error)
+    return found or None
+
+
+def _all(results: Sequence[Result]) -> list[Record]:
+    return [record for result in results for record in result.records]
+
+
+def draw_lengths(data: Data) -> Figure:
+    """Time and memory against length, both axes logarithmic; a cross at the top where memory did not suffice."""
+    figure = Figure(figsize=(10, 4.0 * len(data)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(data), 2, squeeze=False)
+    for (title, lines), (times, memory) in zip(data.items(), panels, strict=True):
+        for column, axes, label, scale in ((1, times, "milliseconds", 1.0), (2, memory, "peak, MiB", 2**-20)):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            for (name, line), (colour, marker) in zip(lines.items(), _looks(len(lines)), strict=True):
+                points = [(x[0], scale * x[column]) for x in line["points"] if x[column]]
+                axes.plot(*_columns(points), color=colour, marker=marker, markersize=4, label=name)
+                for time in line["out_of_memory"]:
+                    # on the upper edge
+                    axes.plot(time, 1.0, "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
+            ticks = sorted({x[0] for line in lines.values() for x in line["points"]} | _outs(lines))
+            axes.set_xticks(ticks, [f"{x >> 10}K" if x >= 1024 else str(x) for x in ticks])
+            axes.set_xlabel("tokens")
+            axes.set_ylabel(label)
+            _plain(axes)
+        times.set_title(title, loc="left", fontsize=9)
+        out = " ✕: out of memory" if _outs(lines) else ""
+        times.legend(frameon=False, fontsize=8, title=out or None)
+    return figure
+
+
+def _outs(lines: Mapping[str, Any]) -> set[int]:
+    return {time for line in lines.values() for time in line["out_of_memory"]}
+
+
+def draw_floor_shares(data: Data) -> Figure:
+    """1 is as fast as the device can be."""
+    figure = Figure(figsize=(10, 3.6 * len(data)), dpi=DPI, layout="constrained")
+    for (title, lines), axes in zip(data.items(), figure.subplots(len(data), 1, squeeze=False)[:, 0], strict=True):
+        cases = list(dict.fromkeys(case for line in lines.values() for case, _ in line))
+        for (name, line), (colour, marker) in zip(lines.items(), _looks(len(lines)), strict=True):
+            places, shares = [cases.index(case) for case, _ in line], [share for _, share in line]
+            axes.plot(places, shares, marker, color=colour, label=name)
+        axes.set_xticks(range(len(cases)), cases, rotation=30, ha="right", fontsize=7)
+        axes.set_ylim(0, 1)
+        axes.set_ylabel("share of the floor")
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        _plain(axes)
+    return figure
+
+
+def draw_errors(data: Data) -> Figure:
+    """Relative RMS errors to the float64 reference, and the largest that ours may have."""
+    figure = Figure(figsize=(4.4 * len(data) + 2, 5.0), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(data), squeeze=False, sharey=True)[0]
+    names = list(dict.fromkeys(name for own in data.values() for name in own))
+    for (dtype, own), axes in zip(data.items(), panels, strict=True):
+        for kind, (colour, marker) in zip(("output", "gradients"), LOOKS, strict=False):
+            points = [(own[name][kind], i) for i, name in enumerate(names) if kind in own.get(name, {})]
+            axes.plot(*_columns(points), marker, color=colour, label=kind)
+            gate = GATES[dtype].outputs if kind == "output" else GATES[dtype].gradients
+            axes.axvline(gate, color=colour, linestyle=":", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_xlabel("relative RMS error; dotted: allowed to ours", fontsize=8)
+        axes.set_title(dtype, loc="left", fontsize=9)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        _plain(axes)
+    panels[0].invert_yaxis()
+    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def _looks(count: int) -> list[tuple[str, str]]:
+    return [LOOKS[i % len(LOOKS)] for i in range(count)]
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _plain(axes: Axes) -> None:
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+PLOTS: Mapping[str, tuple[Callable[[Sequence[Result]], Data | None], Callable[[Data], Figure]]] = {
+    "lengths.png": (by_length, draw_lengths),
+    "floor-shares.png": (floor_shares, draw_floor_shares),
+    "errors.png": (errors, draw_errors),
+}
+
+
+def write(path: Path, data: Data, draw: Callable[[Data], Figure]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(draw(data)).print_png(path, metadata={DATA: json.dumps(data), "Software": None})
+
+
+def data_in(path: Path) -> Data | None:
+    """What a plot was drawn from; None where there is none, or it does not say."""
+    if not path.is_file():
+        return None
+    with Image.open(path) as image:
+        text = image.info.get(DATA)
+    return json.loads(text) if isinstance(text, str) else None

@@ -1,0 +1,208 @@
+"""Who is measured at reading segments with a memory: ours, `recurrent-memory-transformer-pytorch`, and plain loops.
+
+All that stands in one group has the same weights, and computes the same loss, gradients and memory as its definition, a
+plain loop over the same layers. One row differs: in the group "Llama", the peer runs its own layers, of the same sizes.
+
+The peer is measured at its best, and set so that it does what the paper says: flash attention, no memories of
+Transformer-XL (which its training does not use), no hyper-connections, the same memory at both ends of a segment. Two
+differences are its own: its loss does not read the last token, and its reading computes logits, which ours does when
+asked to.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...rmt.recurrent.memory import RecurrentMemory
+from .associative_loop import AssociativeLoop
+from .measure import synchronize
+from .recurrent_models import (
+    PeerEmbedding,
+    PeerLayers,
+    PlainLoop,
+    Sizes,
+    associative,
+    first_memory,
+    llama,
+    llama_backbone,
+    peer_backbone,
+    peer_transformer,
+    trained,
+)
+
+DIRECTIONS = ("reading", "training step")
+
+
+class Provider(NamedTuple):
+    """One way over weights of its own.
+
+    loss: ids [B, T] → mean cross-entropy of each next token, differentiable.
+    read: ids [B, T] → what is kept after the last segment.
+    parameters: what is trained, the memory tokens first.
+    """
+
+    loss: Callable[[Tensor], Tensor]
+    read: Callable[[Tensor], Sequence[Tensor]]
+    parameters: Sequence[Tensor]
+
+
+Make = Callable[[Sizes, torch.device], Provider]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """definition: computes the same from the same weights. tolerance: of `check`, in float32."""
+
+    make: Make
+    definition: Make
+    tolerance: float = 1e-5
+    needs_gpu: bool = False
+
+
+def _provider(way: Any, parameters: Sequence[Tensor]) -> Provider:
+    return Provider(way.loss, way.read, parameters)
+
+
+def loop_llama(sizes: Sizes, device: torch.device) -> Provider:
+    model, memory = llama(sizes, device), first_memory(sizes, device)
+    return _provider(PlainLoop(llama_backbone(model), memory, sizes.L), [memory, *trained(model)])
+
+
+def loop_peer(sizes: Sizes, device: torch.device) -> Provider:
+    transformer, memory = peer_transformer(sizes, device), first_memory(sizes, device)
+    return _provider(PlainLoop(peer_backbone(transformer), memory, sizes.L), [memory, *trained(transformer)])
+
+
+def peer(sizes: Sizes, device: torch.device) -> Provider:
+    """The peer as it is."""
+    from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper
+
+    transformer, memory = peer_transformer(sizes, device), first_memory(sizes, device)
+    wrapper = RecurrentMemoryTransformerWrapper(transformer)
+    return Provider(
+        lambda ids: wrapper(ids, memories=memory, return_loss=True)[0],
+        lambda ids: [wrapper(ids, memories=memory)[1]],
+        [memory, *trained(transformer)],
+    )
+
+
+def _ours(module: RecurrentMemory, parameters: Sequence[Tensor], sizes: Sizes, device: torch.device) -> Provider:
+    with torch.no_grad():
+        module.memory.copy_(first_memory(sizes, device))
+    return Provider(
+        lambda ids: _given(module(ids, labels=ids).loss),
+        lambda ids: [module(ids, output_logits=False).state.memory],
+        [module.memory, *parameters],
+    )
+
+
+def ours_llama(sizes: Sizes, device: torch.device, *, attention: str | None = None, compiled: bool = False) -> Provider:
+    model = llama(sizes, device)
+    module = RecurrentMemory(model, sizes.m, sizes.L, attention=attention).to(device)
+    if compiled:
+        module.compile(dynamic=False)
+    return _ours(module, trained(model), sizes, device)
+
+
+def ours_peer(sizes: Sizes, device: torch.device) -> Provider:
+    """Ours around the peer's own layers."""
+    transformer = peer_transformer(sizes, device)
+    module = RecurrentMemory(
+        PeerLayers(transformer),
+        sizes.m,
+        sizes.L,
+        kind="decoder",
+        embedding=PeerEmbedding(transformer),
+        head=transformer.to_logits,
+    ).to(device)
+    return _ours(module, trained(transformer), sizes, device)
+
+
+def ours_associative(sizes: Sizes, device: torch.device, *, schedule: str) -> Provider:
+    module = associative(sizes, device, schedule)
+    return Provider(
+        lambda ids: _given(module(ids, labels=ids).loss),
+        lambda ids: [x for memory in module(ids, output_logits=False).state.memories for x in memory],
+        [module.memory_tokens, *(x for x in trained(module) if x is not module.memory_tokens)],
+    )
+
+
+def loop_associative(sizes: Sizes, device: torch.device) -> Provider:
+    module = associative(sizes, device, "vertical")
+    parameters = [module.memory_tokens, *(x for x in trained(module) if x is not module.memory_tokens)]
+    return _provider(AssociativeLoop(module), parameters)
+
+
+def _given(loss: Tensor | None) -> Tensor:
+    if loss is None:
+        raise RuntimeError("a call with labels returned no loss")
+    return loss
+
+
+PEER = "recurrent-memory-transformer-pytorch"
+# of each group the first is what the others are measured against
+GROUPS: Mapping[str, Mapping[str, Entry]] = {
+    "layers of the peer": {
+        PEER: Entry(peer, loop_peer),
+        "segattn": Entry(ours_peer, loop_peer),
+        "plain loop": Entry(loop_peer, loop_peer),
+    },
+    "Llama": {
+        "plain loop": Entry(loop_llama, loop_llama),
+        "segattn": Entry(ours_llama, loop_llama),
+        "segattn, its attention": Entry(functools.partial(ours_llama, attention="segattn"), loop_llama),
+        "segattn, compiled": Entry(functools.partial(ours_llama, compiled=True), loop_llama, needs_gpu=True),
+        PEER: Entry(peer, loop_peer),
+    },
+    "Llama, associative": {
+        "plain loop": Entry(loop_associative, loop_associative),
+        **{
+            # which divides by what the memory has of a key, however little
+            f"segattn {schedule}": Entry(
+                functools.partial(ours_associative, schedule=schedule), loop_associative, tolerance=1e-4
+            )
+            for schedule in ("vertical", "horizontal", "diagonal")
+        },
+    },
+}
+
+
+def check(entry: Entry, sizes: Sizes, device: torch.device) -> float:
+    """The worst relative error of the loss, its gradients, and what is kept, against the definition."""
+    ids = sizes.ids(device)
+    found, expected = (_results(make(sizes, device), ids) for make in (entry.make, entry.definition))
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        return math.inf
+    errors = [(x - y).norm() / y.norm().clamp(min=1e-30) for x, y in zip(found, expected, strict=True)]
+    # a NaN stays one
+    return float(torch.stack(errors).max())
+
+
+def _results(provider: Provider, ids: Tensor) -> list[Tensor]:
+    loss = provider.loss(ids)
+    gradients = torch.autograd.grad(loss, provider.parameters)
+    with torch.no_grad():
+        kept = provider.read(ids)
+    return [loss.detach(), gradients[0], torch.cat([x.flatten() for x in gradients]), *kept]
+
+
+def step(provider: Provider, ids: Tensor, direction: str) -> Callable[[], None]:
+    """The function to measure: reading without gradients, or the loss and the gradient of every parameter."""
+
+    def read() -> None:
+        with torch.no_grad():
+            provider.read(ids)
+        synchronize(ids.device)
+
+    def train() -> None:
+        torch.autograd.grad(provider.loss(ids), provider.parameters)
+        synchronize(ids.device)
+
+    return read if direction == DIRECTIONS[0] else train

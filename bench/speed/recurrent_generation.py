@@ -1,0 +1,169 @@
+"""Who writes text after a long one: ours, the peer, and a Llama that keeps all keys and values.
+
+Ours keeps one segment's keys and values; the peer keeps none, and runs the segment again for each token.
+
+All have read a text of whole segments before; what is timed is reading the half of another segment, and one segment's
+worth of new tokens, the likeliest each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...rmt.recurrent.memory import RecurrentMemory
+from .associative_loop import AssociativeLoop
+from .recurrent import PEER
+from .recurrent_models import (
+    VOCABULARY,
+    PlainLoop,
+    Sizes,
+    associative,
+    first_memory,
+    llama,
+    llama_backbone,
+    peer_backbone,
+    peer_transformer,
+)
+
+# of the peer's sampling: one token is left to choose from
+GREEDY = 1 - 0.5 / VOCABULARY
+TOLERANCE = 1e-4
+
+
+class Writer(NamedTuple):
+    """What has read a text and goes on with it.
+
+    write: the new tokens [B, n]; the same every time it is called.
+    kept_bytes: of what was kept of the text: memory, or keys and values.
+    """
+
+    write: Callable[[], Tensor]
+    kept_bytes: int
+
+
+# (sizes, the text read before [B, S · L], the open segment [B, n], how many tokens to write)
+Make = Callable[[Sizes, Tensor, Tensor, int], Writer]
+Logits = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """definition: logits [B, T, vocabulary] of a text from the same weights, read at once."""
+
+    make: Make
+    definition: Callable[[Sizes, torch.device], Logits]
+
+
+def total_bytes(*tensors: Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def recurrent(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
+    module = RecurrentMemory(llama(sizes, text.device), sizes.m, sizes.L).to(text.device).eval()
+    with torch.no_grad():
+        module.memory.copy_(first_memory(sizes, text.device))
+        state = module(text, output_logits=False).state
+    return Writer(lambda: module.generate(opened, max_new_tokens=count, state=state), total_bytes(state.memory))
+
+
+def armt(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
+    module = associative(sizes, text.device, "vertical").eval()
+    with torch.no_grad():
+        state = module(text, output_logits=False).state
+    kept = total_bytes(*(x for memory in state.memories for x in memory))
+    return Writer(lambda: module.generate(opened, max_new_tokens=count, state=state), kept)
+
+
+def peer(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
+    from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper
+
+    wrapper = RecurrentMemoryTransformerWrapper(peer_transformer(sizes, text.device)).eval()
+    with torch.no_grad():
+        memory = wrapper(text, memories=first_memory(sizes, text.device))[1]
+    length = opened.shape[1] + count
+
+    def write() -> Tensor:
+        new: Tensor = wrapper.generate(opened, length=length, memories=memory, filter_thres=GREEDY)
+        return new
+
+    return Writer(write, total_bytes(memory))
+
+
+def full(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
+    """A Llama that attends to the whole text, its keys and values in transformers' `DynamicCache`."""
+    from transformers import DynamicCache
+
+    length = text.shape[1]
+    model: Any = llama(sizes, text.device, positions=length + opened.shape[1] + count).eval()
+    cache: Any = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for piece in text.split(8 * sizes.L, 1):
+            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    kept = total_bytes(*(x for layer in cache.layers for x in (layer.keys, layer.values)))
+
+    @torch.no_grad()
+    def write() -> Tensor:
+        if added := cache.get_seq_length() - length:
+            # by an earlier call
+            cache.crop(-added)
+        ids, new = opened, []
+        for _ in range(count):
+            logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            ids = logits[:, -1:].argmax(-1)
+            new.append(ids)
+        return torch.cat(new, 1)
+
+    return Writer(write, kept)
+
+
+def _full_logits(sizes: Sizes, device: torch.device) -> Logits:
+    def logits(ids: Tensor) -> Tensor:
+        found: Tensor = llama(sizes, device, positions=ids.shape[1]).eval()(ids).logits
+        return found
+
+    return logits
+
+
+def _recurrent_logits(sizes: Sizes, device: torch.device) -> Logits:
+    return PlainLoop(llama_backbone(llama(sizes, device)), first_memory(sizes, device), sizes.L).logits
+
+
+def _peer_logits(sizes: Sizes, device: torch.device) -> Logits:
+    backbone = peer_backbone(peer_transformer(sizes, device).eval())
+    return PlainLoop(backbone, first_memory(sizes, device), sizes.L).logits
+
+
+def _associative_logits(sizes: Sizes, device: torch.device) -> Logits:
+    return AssociativeLoop(associative(sizes, device, "vertical").eval()).logits
+
+
+BASELINE = "Llama, all keys and values"
+WRITERS: Mapping[str, Entry] = {
+    BASELINE: Entry(full, _full_logits),
+    "segattn": Entry(recurrent, _recurrent_logits),
+    "segattn, associative": Entry(armt, _associative_logits),
+    PEER: Entry(peer, _peer_logits),
+}
+
+
+def texts(sizes: Sizes, segments: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """So many whole segments [B, S · L], and the half of another."""
+    whole, half = segments * sizes.L, max(1, sizes.L // 2)
+    text, opened = sizes.ids(device, whole + half).split([whole, half], 1)
+    return text, opened
+
+
+@torch.no_grad()
+def check(definition: Logits, text: Tensor, opened: Tensor, new: Tensor) -> float:
+    """How far a chosen token's logit lies below the best one at its place, at most, in standard deviations of logits.
+
+    The definition reads all that was written at once.
+    """
+    logits = definition(torch.cat((text, opened, new), 1))[:, -new.shape[1] - 1 : -1]
+    below = logits.amax(-1) - logits.gather(-1, new.unsqueeze(-1)).squeeze(-1)
+    return float(below.max() / logits.std())

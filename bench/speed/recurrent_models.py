@@ -1,0 +1,227 @@
+"""Models that read segments with a memory, the same weights each time they are made, and the plain loop over them.
+
+The peer's layers are not quite Llama's: learnt positions for rotated ones, a null key, residual values, GELU for SiLU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ...rmt.associative.memory import AssociativeMemory
+
+VOCABULARY = 256
+# of weights: memory then weighs enough for a wrong one to be found
+SPREAD = 0.08
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """B rows of S segments of L tokens, with m memory tokens; a model of so many layers, heads, and width."""
+
+    B: int
+    S: int
+    L: int
+    m: int
+    layers: int
+    heads: int
+    width: int
+
+    @classmethod
+    def parse(cls, sizes: str) -> Sizes:
+        """From "B,S,L,m,layers,heads,width".
+
+        Raises:
+            ValueError: anything but seven positive integers, L at least m, and width an even multiple of heads.
+        """
+        numbers = [int(x) if x.isdecimal() else 0 for x in sizes.split(",")]
+        fits = len(numbers) == 7 and min(numbers) > 0 and numbers[2] >= numbers[3]
+        if not fits or numbers[6] % (2 * numbers[5]):
+            raise ValueError(
+                "sizes must be seven positive integers B,S,L,m,layers,heads,width, L at least m, width an even "
+                f"multiple of heads, got {sizes!r}"
+            )
+        return cls(*numbers)
+
+    @property
+    def name(self) -> str:
+        return "-".join(
+            f"{name}{x}" for name, x in zip(("B", "S", "L", "m", "N", "H", "d"), astuple(self), strict=True)
+        )
+
+    def ids(self, device: torch.device, tokens: int | None = None) -> Tensor:
+        """Random tokens [B, S · L], or so many."""
+        shape = self.B, self.S * self.L if tokens is None else tokens
+        return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+SIZES = Sizes(B=1, S=8, L=128, m=16, layers=4, heads=2, width=128)
+
+
+class Backbone(NamedTuple):
+    """What a plain loop needs of a model.
+
+    embed: a segment's ids [B, n] → [B, n, d].
+    layers: rows [B, T, d] and the mask, bool [1, 1, T, T] → the last layer's, normed.
+    logits: [B, n, d] → [B, n, vocabulary].
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    layers: Callable[[Tensor, Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
+
+
+def llama(sizes: Sizes, device: torch.device, positions: int | None = None) -> Any:
+    """The same weights each time."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=sizes.width,
+        intermediate_size=8 * sizes.width // 3,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        max_position_embeddings=positions or sizes.L + 2 * sizes.m,
+        initializer_range=SPREAD,
+        use_cache=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = LlamaForCausalLM(config)
+    return model.to(device)
+
+
+def peer_transformer(sizes: Sizes, device: torch.device) -> Any:
+    """The peer's `RecurrentMemoryTransformer`, the same weights each time."""
+    from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = RecurrentMemoryTransformer(
+            sizes.width,
+            num_tokens=VOCABULARY,
+            depth=sizes.layers,
+            num_memory_tokens=sizes.m,
+            seq_len=sizes.L,
+            dim_head=sizes.width // sizes.heads,
+            heads=sizes.heads,
+            use_flash_attn=True,
+            use_xl_memories=False,
+            emb_gradient_frac=1.0,
+            add_write_to_next_write_mem=True,
+            next_write_mem_stop_grad=False,
+            num_residual_streams=1,
+        ).to(device)
+    # what it adds to the memory at either end; the memory itself is passed in
+    for added in (transformer.read_memory_emb, transformer.memory_tokens):
+        nn.init.zeros_(added.requires_grad_(False))
+    return transformer
+
+
+class PeerLayers(nn.Module):
+    """The peer's layers as a module that takes embeddings."""
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        x, values = self.transformer.expand_streams(inputs_embeds), None
+        for attention, feed_forward in self.transformer.layers:
+            x, _, own = attention(x, mask=attention_mask, value_residual=values)
+            values = own if values is None else values
+            x = feed_forward(x)
+        hidden: Tensor = self.transformer.norm(self.transformer.reduce_streams(x))
+        return hidden
+
+
+class PeerEmbedding(nn.Module):
+    """The peer's vectors of a segment's tokens, with their positions."""
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.tokens, self.positions = transformer.token_emb, transformer.pos_emb
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.tokens.weight
+        return weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        at: Tensor = self.positions.weight[: ids.shape[1]]
+        return at + self.tokens(ids)
+
+
+def first_memory(sizes: Sizes, device: torch.device) -> Tensor:
+    """[m, d], the same each time."""
+    memory = torch.randn(sizes.m, sizes.width, generator=torch.Generator().manual_seed(2))
+    return (SPREAD * memory).to(device).requires_grad_()
+
+
+def trained(model: nn.Module) -> list[Tensor]:
+    return [x for x in model.parameters() if x.requires_grad]
+
+
+def visible(time: int, memory: int, device: torch.device) -> Tensor:
+    """bool [1, 1, T, T]: causal; all see the read rows, and the write rows all (arXiv 2207.06881, figure 6d)."""
+    mask = torch.ones(time, time, dtype=torch.bool, device=device).tril()
+    mask[:, :memory] = True
+    mask[time - memory :] = True
+    return mask[None, None]
+
+
+def peer_backbone(transformer: Any) -> Backbone:
+    return Backbone(PeerEmbedding(transformer), PeerLayers(transformer), transformer.to_logits)
+
+
+def llama_backbone(model: Any) -> Backbone:
+    def layers(rows: Tensor, mask: Tensor) -> Tensor:
+        hidden: Tensor = model.model(inputs_embeds=rows, attention_mask=mask).last_hidden_state
+        return hidden
+
+    return Backbone(model.get_input_embeddings(), layers, model.lm_head)
+
+
+class PlainLoop:
+    """The mechanism in a few lines, as the definition and as what others are measured against."""
+
+    def __init__(self, backbone: Backbone, memory: Tensor, segment_len: int) -> None:
+        self.backbone, self.memory, self.segment_len = backbone, memory, segment_len
+        self.mask = functools.cache(visible)
+
+    def segments(self, ids: Tensor, memory: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each segment its tokens' rows [B, n, d], and the memory after it [B, m, d]."""
+        memory = self.memory.expand(ids.shape[0], -1, -1) if memory is None else memory
+        m = memory.shape[1]
+        for segment in ids.split(self.segment_len, 1):
+            rows = torch.cat((memory, self.backbone.embed(segment), memory), 1)
+            hidden = self.backbone.layers(rows, self.mask(rows.shape[1], m, ids.device))
+            memory = hidden[:, -m:]
+            yield hidden[:, m:-m], memory
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """[B, T, vocabulary]"""
+        return torch.cat([self.backbone.logits(rows) for rows, _ in self.segments(ids)], 1)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    def read(self, ids: Tensor) -> Sequence[Tensor]:
+        return [memory for _, memory in self.segments(ids)][-1:]
+
+
+def associative(sizes: Sizes, device: torch.device, schedule: str) -> AssociativeMemory:
+    """ARMT whose memories return something, the same weights each time."""
+    model = llama(sizes, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = AssociativeMemory(model, sizes.m, sizes.L, d_mem=sizes.width // sizes.heads, schedule=schedule)
+        for name, weight in module.memories.named_parameters():
+            if name.endswith("value.weight"):
+                nn.init.normal_(weight, std=SPREAD)
+    return module.to(device)

@@ -1,0 +1,234 @@
+"""What is timed, in `pytest bench/` and on a device: sizes of calls, in the order of importance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ..planner.floors import Sizes
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BOTH = "forward + backward"
+DIRECTIONS = ("forward", "backward", BOTH)
+
+# sizes given outright are "B,H,T,K,L"
+GIVEN = 5
+OURS = ("segattn delta", "segattn linear", "segattn local")
+LOCAL = ("SDPA flash local", "SDPA cuDNN local")
+LOOPS = ("eager loop delta", "eager loop linear")
+SOME = (*OURS, *LOCAL)
+MOST = (*SOME, *LOOPS, "torch backend delta", "torch backend linear", "SDPA flash full")
+NOT_WRITTEN = ("peers", "seconds", "rounds", "limit", "counted")
+SLOW = ("segattn delta", "SDPA flash local", "FlexAttention local", "compiled torch delta", "compiled torch linear")
+
+
+@dataclass(frozen=True)
+class Case:
+    """B rows of text of T tokens, K = V.
+
+    seconds: of timing for each direction, within the bounds on rounds; limit: of the whole case; counted: launches too.
+    """
+
+    name: str
+    T: int
+    L: int
+    K: int
+    H: int
+    G: int
+    peers: tuple[str, ...]
+    B: int = 1
+    dtype: str = "bfloat16"
+    directions: tuple[str, ...] = DIRECTIONS
+    seconds: float = 1.5
+    rounds: tuple[int, int] = (3, 30)
+    limit: float = 60.0
+    counted: bool = False
+
+    def sizes(self) -> Sizes:
+        itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
+        return Sizes(self.B, self.H, self.G, self.T, self.K, self.K, self.L, itemsize)
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key not in NOT_WRITTEN}
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """One new token for each of B rows, behind `context` tokens, of which the unfinished segment's are the tail."""
+
+    name: str
+    B: int
+    H: int
+    G: int
+    K: int
+    L: int
+    context: int
+    dtype: str = "bfloat16"
+    limit: float = 30.0
+
+    @property
+    def tail(self) -> int:
+        """Tokens of the unfinished segment, the new one among them: the most there can be behind that context."""
+        return min(self.context, self.L - 1)
+
+    def sizes(self) -> Sizes:
+        itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
+        return Sizes(self.B, self.H, self.G, self.tail, self.K, self.K, self.L, itemsize)
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "limit"} | {"tail": self.tail}
+
+
+def _size(time: int) -> str:
+    return f"{time >> 20}M" if time >= 1 << 20 else f"{time >> 10}K" if time >= 1 << 10 else str(time)
+
+
+def _case(time: int, segment_len: int, width: int, peers: tuple[str, ...], note: str = "", **options: Any) -> Case:
+    heads = options.pop("H", 2048 // width)
+    groups = options.pop("G", heads)
+    name = f"T{_size(time)} L{segment_len} K{width} H{heads}/{groups}{' ' if note else ''}{note}"
+    return Case(name, time, segment_len, width, heads, groups, peers, **options)
+
+
+def _sweep(time: int, width: int, segment_len: int) -> Case:
+    # full attention to one million tokens is minutes
+    full = ("SDPA flash full",) if time <= 1 << 18 else ()
+    local = SOME if time <= 1 << 18 else ("segattn delta", "segattn linear", "SDPA flash local")
+    return _case(time, segment_len, width, (*local, *full), seconds=1.0)
+
+
+MAIN = _case(32 << 10, 2048, 128, MOST, counted=True)
+LONG = _case(128 << 10, 2048, 128, (*OURS, "SDPA flash local", "SDPA flash full"))
+
+CASES: tuple[Case, ...] = (
+    MAIN,
+    LONG,
+    _case(32 << 10, 512, 128, MOST),
+    _case(32 << 10, 2048, 64, MOST),
+    _case(32 << 10, 2048, 128, (*SOME, "torch backend delta", "SDPA flash full"), H=32, G=8),
+    _case(32 << 10, 512, 64, SOME),
+    _case(32 << 10, 2048, 128, SLOW, "compiled", limit=150.0, counted=True),
+    _case(32 << 10, 2048, 128, SOME, "float16", dtype="float16"),
+    _sweep(1 << 20, 128, 2048),
+    *(_sweep(time << 10, 128, 2048) for time in (2, 8, 512)),
+    *(_sweep(time << 10, 64, 2048) for time in (2, 128, 1024)),
+    *(_sweep(time << 10, 128, 512) for time in (2, 128, 1024)),
+    _case(32 << 10, 512, 64, SLOW, "compiled", limit=120.0),
+)
+DECODES: tuple[DecodeCase, ...] = tuple(
+    DecodeCase(f"B{rows} context {_size(context)}", rows, 32, 8, 128, 2048, context)
+    for rows in (64, 1)
+    for context in (4 << 10, 64 << 10, 1 << 20, 1 << 10)
+)
+
+# of `pytest bench/`: every peer, but those that are the same as another on a CPU, or compile for minutes
+ANYWHERE = (
+    "SDPA flash local",
+    "SDPA cuDNN local",
+    "SDPA efficient local",
+    "FlexAttention local",
+    *OURS[::-1],
+    *LOOPS[::-1],
+    "infini-transformer-pytorch linear",
+    "infini-transformer-pytorch delta",
+    "SDPA flash full",
+    "fla linear attention",
+    "fla gated delta rule",
+)
+COMPILED_LOOP = (*ANYWHERE, "compiled eager loop delta")
+ON_GPU = (
+    *COMPILED_LOOP,
+    "compiled eager loop linear",
+    "torch backend linear",
+    "torch backend delta",
+    "compiled torch linear",
+    "compiled torch delta",
+)
+BY_LENGTH = ("SDPA flash local", "segattn delta", "eager loop delta", "SDPA flash full")
+
+
+def _by_length(longest: int, width: int, segment_len: int, **options: Any) -> tuple[Case, ...]:
+    """Doubling from 2048 tokens to `longest`."""
+    times = [2048 << i for i in range((longest // 2048).bit_length())]
+    return tuple(
+        _case(time, segment_len, width, BY_LENGTH, "by length", directions=(BOTH,), **options) for time in times
+    )
+
+
+def _decodes(
+    heads: int, groups: int, width: int, segment_len: int, contexts: tuple[int, ...]
+) -> tuple[DecodeCase, ...]:
+    return tuple(
+        DecodeCase(
+            f"decode H{heads}/{groups} K{width} L{segment_len}, {_size(n)} behind",
+            1,
+            heads,
+            groups,
+            width,
+            segment_len,
+            n,
+        )
+        for n in contexts
+    )
+
+
+def given(workloads: Iterable[str], dtype: str) -> tuple[tuple[Case, ...], tuple[DecodeCase, ...]]:
+    """Cases from "B,H,T,K,L", with as many key/value heads as query heads, and a token behind such texts.
+
+    Raises:
+        ValueError: anything but five positive integers, T a multiple of L.
+    """
+    cases, decodes = [], []
+    for sizes in workloads:
+        numbers = [int(x) if x.isdecimal() else 0 for x in sizes.split(",")]
+        if len(numbers) != GIVEN or min(numbers) < 1 or numbers[2] % numbers[4]:
+            raise ValueError(f"workload must be five positive integers B,H,T,K,L, T a multiple of L, got {sizes!r}")
+        rows, heads, time, width, segment_len = numbers
+        cases.append(_case(time, segment_len, width, ANYWHERE, f"B{rows}", H=heads, B=rows, dtype=dtype))
+        found = _decodes(heads, heads, width, segment_len, (time,))
+        decodes += [replace(x, B=rows, name=f"{x.name} B{rows}", dtype=dtype) for x in found]
+    return tuple(cases), tuple(decodes)
+
+
+def suite(device: str, dtype: str | None = None) -> tuple[tuple[Case, ...], tuple[DecodeCase, ...]]:
+    """The cases of `pytest bench/` on a device: for "cuda" bfloat16 and large, else float32 and of a few minutes."""
+    if device == "cuda":
+        found = (
+            _case(32 << 10, 2048, 128, ON_GPU),
+            _case(32 << 10, 512, 64, ON_GPU),
+            *_by_length(1 << 20, 128, 2048, limit=300.0),
+        )
+        decodes = _decodes(32, 8, 128, 2048, (4 << 10, 64 << 10, 1 << 20))
+    else:
+        found = (
+            _case(8 << 10, 1024, 64, ANYWHERE, H=4),
+            _case(8 << 10, 2048, 128, COMPILED_LOOP, H=2, directions=("forward", BOTH)),
+            *_by_length(16 << 10, 64, 1024, H=2),
+        )
+        decodes = _decodes(8, 2, 64, 1024, (4 << 10, 64 << 10))
+    name = dtype or ("bfloat16" if device == "cuda" else "float32")
+    return tuple(replace(x, dtype=name) for x in found), tuple(replace(x, dtype=name) for x in decodes)
+
+
+def _tiny(name: str, time: int, segment_len: int, peers: tuple[str, ...], heads: int = 1, **options: Any) -> Case:
+    once: dict[str, Any] = {"dtype": "float32", "seconds": 0.0, "rounds": (1, 1), "counted": True}
+    return Case(name, time, segment_len, 16, heads, 1, peers, **(once | options))
+
+
+TINY_MAIN = _tiny(
+    "tiny",
+    32,
+    16,
+    (*OURS[::2], "SDPA flash local", "SDPA cuDNN local", "FlexAttention local", "eager loop delta"),
+)
+TINY_CASES: tuple[Case, ...] = (
+    TINY_MAIN,
+    _tiny("tiny short segments", 32, 8, ("segattn delta", "SDPA flash full"), directions=DIRECTIONS[::2]),
+    _tiny("tiny grouped", 48, 16, ("torch backend delta", "eager loop delta"), heads=2),
+)
+TINY_DECODES: tuple[DecodeCase, ...] = tuple(
+    DecodeCase(f"tiny context {context}", 1, 2, 1, 16, 32, context, "float32") for context in (64, 4096)
+)

@@ -1,0 +1,266 @@
+"""`backend="torch"`: all segments at once, by PyTorch's own attention and the memory's closed forms.
+
+CPU, CUDA and MPS run the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..sequences import gather_tokens, scatter_tokens, slots_of, window
+from ..state import MemoryState, Options, SegmentOutput, empty_output
+from .memory import blend_into, fold_segments, read_and_blend
+
+
+def attend_capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, softcap: float
+) -> Tensor:
+    """`attend` with capped scores, which no fused attention of PyTorch's own has: a slot's scores are made."""
+    dtype, groups = torch.promote_types(q.dtype, torch.float32), k.shape[1]
+    q, k = q.to(dtype).unflatten(1, (groups, q.shape[1] // groups)), k.to(dtype).unsqueeze(2)
+    scores = softcap * (q @ k.mT * (scale / softcap)).tanh()
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask.unsqueeze(2)), float("-inf"))
+    return (scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v.unsqueeze(2)).flatten(
+        1, 2
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, options: Options) -> Tensor:
+    """Local attention of slots: q [F, H, Lq, K], k [F, G, Lk, K], v [F, G, Lk, V]; the fused kernels want K = V."""
+    if options.softcap is not None:
+        capped = (q, k, v, mask, is_causal, options.scale, options.softcap)
+        if torch.is_grad_enabled():
+            # made again for the backward, rather than kept
+            return checkpoint(attend_capped, *capped, use_reentrant=False)
+        return attend_capped(*capped)
+    key_width, value_width = q.shape[-1], v.shape[-1]
+    if key_width < value_width:
+        q, k = (F.pad(x, (0, value_width - key_width)) for x in (q, k))
+    elif value_width < key_width:
+        v = F.pad(v, (0, key_width - value_width))
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210  a bool also where compiled sizes are symbols
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=options.scale, enable_gqa=grouped
+    )
+    return out[..., :value_width]
+
+
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """Queries at the last of the keys' positions. A backward keeps no mask: those before them are zeros instead."""
+    asked, held = q.shape[2], k.shape[2]
+    if asked == held:
+        return attend(q, k, v, None, True, options)
+    if torch.is_grad_enabled():
+        return attend(F.pad(q, (0, 0, held - asked, 0)), k, v, None, True, options)[:, :, held - asked :]
+    if asked == 1:
+        return attend(q, k, v, None, False, options)
+    mask = torch.ones(asked, held, dtype=torch.bool, device=q.device).tril(held - asked)
+    return attend(q, k, v, mask, False, options)
+
+
+def blend(local: Tensor, memory_q: Tensor, state: MemoryState, gate: Tensor, options: Options) -> Tensor:
+    """What the memory before each slot recalls, blended into local attention."""
+    always = options.empty_memory == "gated"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return read_and_blend(local, memory_q, *state, gate, always)
+    # nothing is kept for a backward, so the result takes local attention's place
+    return blend_into(local, local, memory_q, *state, gate, always)
+
+
+def to_slots(x: Tensor, first: int, last: int, segment_len: int) -> Tensor:
+    """Segments in [first, last) of x [B, heads, T, width] as [B · S, heads, L, width]; a view where strides allow."""
+    segments = (last - first) // segment_len
+    return x[:, :, first:last].unflatten(2, (segments, segment_len)).transpose(1, 2).flatten(0, 1)
+
+
+def from_slots(x: Tensor, batch: int) -> Tensor:
+    """The inverse: [B · S, heads, L, width] → [B, heads, S · L, width]."""
+    return x.unflatten(0, (batch, x.shape[0] // batch)).transpose(1, 2).flatten(2, 3)
+
+
+def cuts(first: int, time: int, segment_len: int) -> Iterator[tuple[int, int, int, int]]:
+    """Runs of queries in [first, time): the rest of a segment, whole segments, an unfinished one.
+
+    Each as first position, one past the last, first segment, one past the last.
+    """
+    start = -(-first // segment_len) * segment_len
+    whole = time // segment_len * segment_len
+    if first < min(start, time):
+        yield first, min(start, time), first // segment_len, first // segment_len + 1
+    if start < whole:
+        yield start, whole, start // segment_len, whole // segment_len
+    if max(start, whole) < time:
+        yield max(start, whole), time, time // segment_len, time // segment_len + 1
+
+
+def attend_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor,
+    memory_k: Tensor,
+    gate: Tensor | None,
+    state: MemoryState | None,
+    options: Options,
+) -> SegmentOutput:
+    """Rows of equal length: slots are views of q, k and v where strides allow."""
+    batch, _, time, _ = k.shape
+    L, first_query = options.segment_len, time - q.shape[2]
+    each = time // L
+    k_slots, v_slots = (to_slots(x, 0, each * L, L) for x in (k, v))
+    before = []
+    if state is not None and each:
+        written = k_slots if memory_k is k else to_slots(memory_k, 0, each * L, L)
+        m_before, z_before, m, z = fold_segments(written, v_slots, *state, None, None, options.update == "delta")
+        state = MemoryState(m, z)
+        before = [x.unflatten(0, (batch, each)) for x in (m_before, z_before)]
+    outs = []
+    for first, last, segment, stop in cuts(first_query, time, L):
+        held = min(L, last - segment * L)
+        asked = min(held, last - first)
+        mine = slice(first - first_query, last - first_query)
+        queries = to_slots(q[:, :, mine], 0, last - first, asked)
+        keys, values = k_slots, v_slots
+        if (segment, stop) != (0, each):
+            keys, values = (to_slots(x, segment * L, last, held) for x in (k, v))
+        if options.causal:
+            out = attend_causally(queries, keys, values, options)
+        else:
+            out = attend(queries, keys, values, None, False, options)
+        if gate is not None and state is not None:
+            seen = state if segment == each else MemoryState(*(x[:, segment:stop].flatten(0, 1) for x in before))
+            asking = queries if memory_q is q else to_slots(memory_q[:, :, mine], 0, last - first, asked)
+            out = blend(out, asking, seen, gate, options)
+        outs.append(from_slots(out, batch))
+    if not outs:
+        return SegmentOutput(empty_output(q, v), state)
+    return SegmentOutput(outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), state)
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """Rows of one segment under the RMT mask, block by block: no mask of T × T is needed."""
+    time = k.shape[2]
+    first, body = time - q.shape[2], time - options.num_write
+    read, write = q[:, :, : max(options.num_read - first, 0)], q[:, :, max(body - first, 0) :]
+    tokens = q[:, :, read.shape[2] : q.shape[2] - write.shape[2]]
+    blocks = (
+        attend(read, k[:, :, : options.num_read], v[:, :, : options.num_read], None, False, options),
+        attend_causally(tokens, k[:, :, :body], v[:, :, :body], options),
+        attend(write, k, v, None, False, options),
+    )
+    return torch.cat(blocks, dim=2)
+
+
+def attend_sequences(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor,
+    memory_k: Tensor,
+    gate: Tensor | None,
+    state: MemoryState | None,
+    bounds: Tensor,
+    options: Options,
+) -> SegmentOutput:
+    """Sequences of any lengths: tokens are gathered into slots and scattered back."""
+    batch, _, time, _ = k.shape
+    query_time = q.shape[2]
+    offset = time - query_time
+    slots = slots_of(bounds, batch, time, options.segment_len)
+    # a compiled graph knows no lengths but the tensor's own
+    longest = time if torch.compiler.is_compiling() else int((bounds[:, 1] - bounds[:, 0]).max())
+    width = min(options.segment_len, longest)
+    keys_at = window(slots, slots.begin, width, time)
+    keys, values = gather_tokens(k, keys_at), gather_tokens(v, keys_at)
+    # an empty slot sees everything, so that no row of scores is empty
+    held = (keys_at.inside | ~keys_at.inside[:, :1])[:, None, None]
+
+    few = query_time == 0 or (query_time < width and not torch.is_grad_enabled())
+    first_query = slots.begin.clamp(min=offset) if few else slots.begin
+    queries_at = window(slots, first_query, query_time if few else width, query_time, offset)
+    queries = gather_tokens(q, queries_at)
+    if options.causal and few:
+        i = first_query[:, None] + torch.arange(query_time, device=k.device)
+        j = slots.begin[:, None] + torch.arange(width, device=k.device)
+        out = attend(queries, keys, values, (j[:, None] <= i[:, :, None]).unsqueeze(1) & held, False, options)
+    else:
+        out = attend(queries, keys, values, None if options.causal else held, options.causal, options)
+    if gate is not None and state is not None:
+        owner = None if len(bounds) == batch else slots.sequence
+        written = keys if memory_k is k else gather_tokens(memory_k, keys_at)
+        complete = slots.end - slots.begin == options.segment_len
+        m_before, z_before, m, z = fold_segments(written, values, *state, complete, owner, options.update == "delta")
+        state = MemoryState(m, z)
+        asking = queries if memory_q is q else gather_tokens(memory_q, queries_at)
+        out = blend(out, asking, MemoryState(m_before, z_before), gate, options)
+    parts = [(out, queries_at)]
+    if query_time and options.num_read and options.causal:
+        at = window(slots, slots.begin, options.num_read, query_time, offset)
+        read_k, read_v = (x[:, :, : options.num_read] for x in (keys, values))
+        parts.append((attend(gather_tokens(q, at), read_k, read_v, None, False, options), at))
+    if query_time and options.num_write and options.causal:
+        at = window(slots, slots.end - options.num_write, options.num_write, query_time, offset)
+        parts.append((attend(gather_tokens(q, at), keys, values, held, False, options), at))
+    return SegmentOutput(scatter_tokens(parts, batch, query_time), state)
+
+
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor,
+    memory_k: Tensor,
+    gate: Tensor | None,
+    state: MemoryState | None,
+    bounds: Tensor | None,
+    options: Options,
+) -> SegmentOutput:
+    """bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows."""
+    if bounds is not None:
+        return attend_sequences(q, k, v, memory_q, memory_k, gate, state, bounds, options)
+    if options.causal and (options.num_read or options.num_write):
+        return SegmentOutput(attend_blocks(q, k, v, options), state)
+    return attend_rows(q, k, v, memory_q, memory_k, gate, state, options)
+
+
+def segment_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor,
+    gate: Tensor | None,
+    state: MemoryState | None,
+    lengths: Tensor | None,
+    counters: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """lengths [B]: tokens in each row of k and v, the last of them q's; counters are the kernels' own affair."""
+    batch, _, query_time, _ = q.shape
+    if lengths is not None and not torch.compiler.is_compiling() and lengths.device.type == "cpu":
+        # nothing waits for their values there, and most of a buffer may be yet to come
+        shortest, longest = (int(n) for n in lengths.clamp(max=k.shape[2]).aminmax())
+        k, v = k[:, :, : max(1, longest)], v[:, :, : max(1, longest)]
+        lengths = lengths if shortest < max(1, longest, query_time) else None
+    if lengths is None and query_time == 1:
+        out = attend(q, k, v, None, False, options)
+        return out if gate is None or state is None else blend(out, memory_q, state, gate, options)
+    time = k.shape[2]
+    end = torch.full((batch,), time, device=q.device) if lengths is None else lengths.clamp(max=time)
+    position = (end[:, None] - query_time + torch.arange(query_time, device=q.device))[:, None, :, None]
+    j = torch.arange(time, device=q.device)
+    held = (j < end[:, None])[:, None, None]
+    # tokens beyond a row's length may be anything, NaN too
+    k, v = k.masked_fill(~held.mT, 0), v.masked_fill(~held.mT, 0)
+    seen = held & (position >= 0) & ((j <= position) if options.causal else True)
+    out = attend(q, k, v, seen | (position < 0), False, options)
+    if gate is not None and state is not None:
+        out = blend(out, memory_q, state, gate, options)
+    return out.masked_fill(position < 0, 0)

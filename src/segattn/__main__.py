@@ -1,0 +1,5 @@
+"""`python -m segattn`: the command line."""
+
+from .cli.main import app
+
+app()

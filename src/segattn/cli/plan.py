@@ -1,0 +1,270 @@
+"""The command `segattn plan`: what attention, segments and memories cost, before anything is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from ..bench.planner.shapes import Shape
+
+DEFAULT = "model"
+# columns where no terminal says
+PAGE = 160
+MOST_DIGITS = 15
+# of options that take several
+EXAMPLES = {"length": "4096,32K,1M", "ranks": "2,8,64"}
+# heading → figure, and its unit
+COSTS = {
+    "FLOPs": ("forward_flops", "in_flops"),
+    "full ÷": ("flops_saving", "in_times"),
+    "moved": ("forward_bytes", "in_bytes"),
+    "prefill": ("prefill_floor_s", "in_seconds"),
+    "decode": ("decode_floor_s_per_token", "in_seconds"),
+}
+KEPT = {name: (f"{name}_bytes", "in_bytes") for name in ("state", "cache", "activation", "checkpointed")}
+
+
+class _Group(TyperGroup):
+    """Without a command's name, `model`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = bool(args) and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if named else [DEFAULT, *args])
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="What a model costs over a text: `segattn plan SHAPE` is short for `segattn plan model SHAPE`.",
+)
+
+Shaped = Annotated[
+    str, typer.Argument(help="opt-125m … opt-175b, llama-3.2-1b … llama-3.1-405b, or layers=12,width=768,…")
+]
+Dtype = Annotated[str, typer.Option(help="Of weights and activations: bfloat16, float16 or float32.")]
+Json = Annotated[Path | None, typer.Option(help="File to write every figure to.")]
+Png = Annotated[Path | None, typer.Option(help="File to draw them in.")]
+SegmentLen = Annotated[int, typer.Option(help="Tokens per segment.")]
+
+
+@app.command(DEFAULT)
+def model(
+    shape: Shaped = "llama-3-8b",
+    length: Annotated[str, typer.Option(help="Tokens of text, as 4096,32K,1M.")] = "8K,128K,1M",
+    segment_len: SegmentLen = 2048,
+    memory: Annotated[int, typer.Option(help="Memory tokens of rmt and armt.")] = 16,
+    d_mem: Annotated[int, typer.Option(help="Of armt: width of keys before their features.")] = 64,
+    nu: Annotated[int, typer.Option(help="Of armt: features a key, over twice its width.")] = 3,
+    update: Annotated[str, typer.Option(help="Of infini: delta or linear.")] = "delta",
+    bptt: Annotated[int | None, typer.Option(help="Segments that gradients reach back. Default: all.")] = None,
+    gpu: Annotated[str, typer.Option(help="Such as H100, H200, B200, A100 SXM 80GB, RTX 5090, MI300X.")] = "H100",
+    dtype: Dtype = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    json: Json = None,
+    png: Png = None,
+) -> None:
+    """FLOPs, memory and floor times of full attention, separate segments, RMT, Infini-attention and ARMT."""
+    with _command("model") as console:
+        from ..bench.planner.report import PLAN_NOTES, SLOWER_PRODUCTS, estimates
+        from ..bench.planner.settings import PlanSettings, gpu_of
+        from ..bench.planner.shapes import shape_of
+
+        sizes = shape_of(shape)
+        row, peak = gpu_of(gpu)
+        _check_files(json=json, png=png)
+        options = {"segment_len": segment_len, "memory": memory, "d_mem": d_mem, "nu": nu, "update": update}
+        options |= {"bptt": bptt, "batch": batch, "dtype": dtype}
+        plans = [PlanSettings(sizes, tokens, **options) for tokens in _counts("length", length)]  # type: ignore[arg-type]
+        rows = estimates(plans, peak)
+        title = f"{sizes.name}, segments of {segment_len}, batch {batch}, {dtype}, floors on {row}"
+        notes: tuple[str, ...] = PLAN_NOTES
+        if dtype == "float32":
+            title += " by its bfloat16 peak"
+            notes += (SLOWER_PRODUCTS,)
+        console.print(_table(f"What it costs: {title}", rows, COSTS), _table("What is kept of a sequence", rows, KEPT))
+        _notes(console, notes)
+        document = {"shape": _shape(sizes), "gpu": row, "peak": peak._asdict()} | options
+        _write(console, json, document | {"formulas": notes, "estimates": rows})
+        if png is not None:
+            from ..bench.planner.plots import plot_plan
+
+            plot_plan(png, rows, title)
+            console.print(f"picture in {png}", markup=False)
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> Table:
+    """A section for each length, a line for each scheme."""
+    from ..bench.planner import units
+    from ..runs.figures import spoken
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("tokens", justify="right", overflow="fold")
+    table.add_column("", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    length = None
+    for row in rows:
+        if length not in (None, row["length"]):
+            table.add_section()
+        cells = (getattr(units, unit)(row[name]) for name, unit in columns.values())
+        table.add_row("" if row["length"] == length else spoken(row["length"]), row["scheme"], *cells)
+        length = row["length"]
+    return table
+
+
+@app.command()
+def exchange(
+    shape: Shaped = "llama-3-8b",
+    length: Annotated[str, typer.Option(help="Tokens of a sequence, as 32K,1M.")] = "32K,256K,2M,16M",
+    ranks: Annotated[str, typer.Option(help="That share it, as 2,8,64.")] = "2,8,32,128,1024,4096",
+    segment_len: SegmentLen = 2048,
+    node_ranks: Annotated[int, typer.Option(help="Ranks of a node.")] = 8,
+    node_bandwidth: Annotated[float, typer.Option(help="Of a rank's link inside a node, GB/s one way.")] = 450,
+    bandwidth: Annotated[float, typer.Option(help="Of a rank's link between nodes, GB/s one way.")] = 50,
+    latency: Annotated[float, typer.Option(help="Of a message, microseconds.")] = 10,
+    dtype: Dtype = "bfloat16",
+    json: Json = None,
+    png: Png = None,
+) -> None:
+    """What ranks that share a sequence send: ring attention, Ulysses, and a memory's state."""
+    with _command("exchange") as console:
+        from ..bench.planner.exchange import EXCHANGES, Links
+        from ..bench.planner.report import EXCHANGE_NOTES, exchanges
+        from ..bench.planner.shapes import shape_of
+        from ..bench.planner.units import in_bytes, in_seconds
+        from ..runs.figures import spoken
+
+        sizes = shape_of(shape)
+        _check_files(json=json, png=png)
+        links = Links(node_ranks, node_bandwidth * 1e9, bandwidth * 1e9, latency / 1e6)
+        rows = exchanges(sizes, _counts("length", length), _counts("ranks", ranks), segment_len, dtype, links)
+        title = f"{sizes.name}, segments of {segment_len}, {dtype}, {node_bandwidth:g} GB/s in nodes of {node_ranks}, "
+        title += f"{bandwidth:g} GB/s between, {latency:g} µs"
+        table = Table(title=f"Sent by a rank, a layer and step: {title}", title_justify="left")
+        for name in ("tokens", "ranks", *EXCHANGES):
+            table.add_column(name, justify="right", overflow="fold")
+        for row in rows:
+            cells = [
+                "–" if row["bytes"][x] is None else f"{in_bytes(row['bytes'][x])}\n{in_seconds(row['seconds'][x])}"
+                for x in EXCHANGES
+            ]
+            table.add_row(spoken(row["length"]), f"{row['ranks']:,}", *cells)
+        console.print(table)
+        _notes(console, EXCHANGE_NOTES)
+        document = {"shape": _shape(sizes), "segment_len": segment_len, "dtype": dtype, "links": vars(links)}
+        _write(console, json, document | {"formulas": EXCHANGE_NOTES, "exchanges": rows})
+        if png is not None:
+            from ..bench.planner.plots import plot_exchange
+
+            plot_exchange(png, rows, title)
+            console.print(f"picture in {png}", markup=False)
+
+
+@app.command()
+def published(json: Json = None, png: Png = None) -> None:
+    """The papers' own figures by their own formulas: FLOPs of RMT over OPT models, numbers kept by each memory."""
+    with _command("published") as console:
+        from ..bench.planner import published as papers
+
+        _check_files(json=json, png=png)
+        rows, kept = papers.savings(), papers.memories()
+        tokens = papers.SEGMENTS[-1] * papers.SEGMENT_LEN
+        table = Table(
+            title=f"FLOPs of full attention over RMT's, {tokens:,} tokens in segments of {papers.SEGMENT_LEN}",
+            title_justify="left",
+        )
+        for name in ("model", "ratio", f"with {papers.MEMORY} memory tokens", "printed"):
+            table.add_column(name, justify="right" if name != "model" else "left", overflow="fold")
+        for row in rows:
+            ratios = (f"{row[name][-1]:.2f}" for name in ("saving", "saving_with_memory"))
+            table.add_row(row["shape"], *ratios, str(row["printed"] or ""))
+        console.print(table, _memory_table(kept))
+        _notes(console, papers.NOTES)
+        document = {"formulas": papers.NOTES, "savings": rows, "memories": [x._asdict() for x in kept]}
+        _write(console, json, document)
+        if png is not None:
+            from ..bench.planner.plots import plot_savings
+
+            plot_savings(png, rows)
+            console.print(f"picture in {png}", markup=False)
+
+
+def _memory_table(kept: Sequence[Any]) -> Table:
+    table = Table(title="Numbers kept of a text, arXiv 2404.07143, table 2", title_justify="left")
+    for name in ("model", "formula", "numbers", "printed", "share", "printed share"):
+        table.add_column(name, justify="left" if name in ("model", "formula") else "right", overflow="fold")
+    for row in kept:
+        shares = f"{row.share:.1f}", f"{row.printed_share:g}"
+        table.add_row(row.name, row.formula, f"{row.numbers:,}", f"{row.printed:g} M", *shares)
+    return table
+
+
+@contextmanager
+def _command(name: str) -> Iterator[Console]:
+    """What it prints to, and what becomes of its errors."""
+    from ..runs.checkpoint import SettingError
+
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        console = Console(soft_wrap=True, highlight=False)
+        if not console.is_terminal:
+            # no cell is cut in a file or a pipe
+            console.width = PAGE
+        yield console
+    except SettingError as error:
+        option = "SHAPE" if error.name == "shape" else f"--{error.name.replace('_', '-')}"
+        errors.print(f"segattn plan {name}: {option} {error.problem}", markup=False)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        errors.print(f"segattn plan {name}: {error.filename} cannot be written ({error.strerror})", markup=False)
+        raise typer.Exit(2) from None
+
+
+def _counts(name: str, given: str) -> list[int]:
+    """From "4096,32K,1M", in order, each once."""
+    from ..runs.checkpoint import SettingError
+
+    counts = set()
+    for part in given.split(","):
+        digits, unit = part.strip().upper(), 1
+        if digits[-1:] in ("K", "M"):
+            digits, unit = digits[:-1], 2 ** {"K": 10, "M": 20}[digits[-1]]
+        if not (digits.isascii() and digits.isdecimal() and digits.strip("0")):
+            raise SettingError(name, f"must be numbers from 1 on with commas, as {EXAMPLES[name]}, got {given!r}")
+        # so many digits are not even read
+        if len(digits) > MOST_DIGITS:
+            raise SettingError(name, f"must be numbers of at most {MOST_DIGITS} digits, got one of {len(digits)}")
+        counts.add(int(digits) * unit)
+    return sorted(counts)
+
+
+def _check_files(**files: Path | None) -> None:
+    from ..runs.checkpoint import SettingError
+
+    for name, path in files.items():
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise SettingError(name, f"must be a file in a folder that exists, got {str(path)!r}")
+
+
+def _shape(shape: Shape) -> dict[str, Any]:
+    return vars(shape) | {"matrices": shape.matrices}
+
+
+def _notes(console: Console, notes: Sequence[str]) -> None:
+    for note in notes:
+        console.print(note, markup=False)
+
+
+def _write(console: Console, path: Path | None, document: dict[str, Any]) -> None:
+    from ..runs.figures import write_figures
+
+    if path is not None:
+        write_figures(path, document)
+        console.print(f"figures in {path}", markup=False)

@@ -1,0 +1,362 @@
+"""The run on a device: its whole path on small shapes, what it judges wrong, and what it does when time runs out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from segattn.bench.device import goals, tune
+from segattn.bench.device import run as device_run
+from segattn.bench.device.cases import measure_case
+from segattn.bench.device.decode import draw_step, step_eager, step_ours
+from segattn.bench.device.worker import Outcome, Worker
+from segattn.bench.planner import floors
+from segattn.bench.speed.correctness import at_reduced_length
+from segattn.bench.speed.peers import PEERS, from_segments, to_segments
+from segattn.bench.speed.timing import Times, interleaved
+from segattn.bench.speed.workloads import CASES, DECODES, TINY_CASES, TINY_MAIN
+from segattn.kernels.triton.configs import Tile
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """From elsewhere, and without what an installation adds to the path."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "on_device"), *arguments],
+        cwd="/",
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], str]:
+    pytest.importorskip("triton")
+    out = tmp_path_factory.mktemp("run") / "result.json"
+    done = command("--tiny", f"--out={out}")
+    return done, out.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def document(finished: tuple[subprocess.CompletedProcess[str], str]) -> dict[str, Any]:
+    return json.loads(finished[1])
+
+
+def case_record(document: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(record for record in document["timings"] if record["name"] == name)
+
+
+def test_the_whole_path(finished: tuple[subprocess.CompletedProcess[str], str], document: dict[str, Any]) -> None:
+    done, _ = finished
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert document["skipped"] == []
+    assert [record["name"] for record in document["timings"]] == [case.name for case in TINY_CASES]
+    assert 0 < document["spent_s"] < document["budget_s"]
+    for line in ("tiny float32", "segattn delta", "goals", "decode tiny context 4096", "profile of segattn delta"):
+        assert line in done.stdout
+
+
+def test_it_says_what_it_ran_on_and_not_where(
+    finished: tuple[subprocess.CompletedProcess[str], str], document: dict[str, Any]
+) -> None:
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode == 0:
+        assert document["commit"] == head.stdout.strip()
+        assert isinstance(document["dirty"], bool)
+    assert document["versions"]["torch"] == torch.__version__
+    assert document["versions"]["python"] == platform.python_version()
+    assert document["device"]["name"].startswith("cpu ")
+    assert str(ROOT) not in finished[1]
+    # a host may be called by a word
+    if len(socket.gethostname()) > 5:
+        assert socket.gethostname() not in finished[1]
+
+
+def test_kernels_are_checked_twice_and_under_every_tile(document: dict[str, Any]) -> None:
+    assert [(record["dtype"], record["number"]) for record in document["check"]] == [("float32", 1), ("float32", 2)]
+    assert all(record["passed"] and record["compared"] == 1 for record in document["check"])
+    assert document["same_twice"] == {"float32": True}
+    (tiles,) = document["tiles"]
+    assert tiles["passed"]
+    assert {"attend_kernel", "query_grad_kernel", "key_grad_kernel", "scan_kernel"} <= set(tiles["tiles"])
+    assert all(0 <= error < 1e-5 for error in tiles["errors"].values())
+
+
+def test_right_peers_are_timed_beside_their_floors(document: dict[str, Any]) -> None:
+    found = case_record(document, "tiny")["peers"]
+    assert {name for name, x in found.items() if x["status"] == "timed"} == {
+        "segattn delta",
+        "segattn local",
+        "SDPA flash local",
+        "eager loop delta",
+    }
+    for name in ("SDPA cuDNN local", "FlexAttention local"):
+        assert found[name] == {"status": "skipped", "reason": "needs a GPU"}
+    sizes = TINY_MAIN.sizes()
+    for name, peer in found.items():
+        if peer["status"] != "timed":
+            continue
+        assert max(peer["errors"].values()) < 1e-5
+        for direction in TINY_MAIN.directions:
+            times = peer[direction]
+            assert 0 < times["low_ms"] <= times["median_ms"] <= times["high_ms"]
+            work = floors.forward(sizes, PEERS[name].update)
+            if direction == "forward":
+                assert (times["operations"], times["bytes"]) == (work.operations, work.bytes)
+            assert times["operations"] > 0
+            assert times["tflops"] == pytest.approx(times["operations"] / times["median_ms"] / 1e9, rel=1e-3)
+    # out and the three gradients are 32 rows of 16 float32 each, by whoever makes them
+    assert found["SDPA flash local"]["forward + backward"]["peak_bytes"] >= 4 * 32 * 16 * 4
+    assert found["segattn local"]["forward"]["launches"] == 1
+    assert found["segattn delta"]["forward + backward"]["launches"] > 5
+    grouped = case_record(document, "tiny grouped")["peers"]
+    assert grouped["eager loop delta"] == {"status": "skipped", "reason": "takes no grouped heads"}
+    assert grouped["torch backend delta"]["status"] == "timed"
+
+
+def test_decode_is_measured_and_holds_the_same_at_every_context(document: dict[str, Any]) -> None:
+    first, second = document["decode"]
+    # 31 keys and values of width 16; a memory of 16 by 16 and a normalizer
+    assert first["held_bytes"] == second["held_bytes"] == (2 * 31 * 16 + 16 * 17) * 4
+    for record in (first, second):
+        assert record["decoders"]["segattn"]["median_ms"] > 0
+        assert record["decoders"]["segattn"]["error"] < 2e-6
+        assert record["decoders"]["segattn graph"]["status"] == "skipped"
+
+
+def test_goals_are_computed_from_the_timings(document: dict[str, Any]) -> None:
+    found = {goal["goal"]: goal for goal in document["goals"]}
+    peers = case_record(document, "tiny")["peers"]
+
+    def ratio(above: str, below: str, direction: str) -> float:
+        return peers[above][direction]["median_ms"] / peers[below][direction]["median_ms"]
+
+    slower = found["tiny: segattn delta ÷ SDPA flash local, forward"]
+    assert slower["measured"] == pytest.approx(ratio("segattn delta", "SDPA flash local", "forward"), rel=1e-3)
+    # the interpreter is slow
+    assert slower["met"] is False
+    eager = found["tiny: eager loop delta ÷ segattn delta, forward + backward"]
+    expected = ratio("eager loop delta", "segattn delta", "forward + backward")
+    assert eager["measured"] == pytest.approx(expected, rel=1e-3)
+    streaming = found["streaming: bytes held at the longest context ÷ at the shortest"]
+    assert (streaming["measured"], streaming["met"]) == (1.0, True)
+    assert all(goal["measured"] is not None for goal in document["goals"])
+    for record in document["profile"]:
+        assert record["total_ms"] > 0
+        assert record["tiles"]["attend_kernel"]["launches"] == 1
+
+
+def test_a_goal_met_and_a_goal_missed() -> None:
+    def with_ms(ours: float) -> dict[str, Any]:
+        times = {"SDPA flash local": {"forward": {"median_ms": 2.0}}, "segattn delta": {"forward": {"median_ms": ours}}}
+        return {"timings": [{"name": "tiny", "peers": times}]}
+
+    for ours, met in ((1.9, True), (2.1, False)):
+        judged = goals.judge(with_ms(ours), tiny=True)
+        assert (judged[0]["measured"], judged[0]["met"]) == (pytest.approx(ours / 2), met)
+        assert judged[1]["met"] is None
+
+
+def test_every_goal_of_a_full_run_has_its_cases() -> None:
+    """Ratios are of peers that their case times."""
+    names = {case.name: case for case in CASES}
+    assert len(names) == len(CASES)
+    for goal in goals.goals_of(tiny=False):
+        case, _, rest = goal.what.partition(": ")
+        if " ÷ " in rest and case in names:
+            pair = rest.split(",")[0].split(" ÷ ")
+            assert set(pair) <= set(names[case].peers), goal.what
+    assert {(case.B, case.context) for case in DECODES} >= {(64, 4096), (64, 1 << 20), (1, 1 << 20)}
+
+
+def test_wrong_peers_are_flagged_and_not_timed() -> None:
+    peers = PEERS | {
+        "wrong rule": dataclasses.replace(PEERS["eager loop linear"], update="delta"),
+        "not a number": dataclasses.replace(
+            PEERS["eager loop linear"], run=lambda q, k, v, gate, L: (q + k + v) * torch.nan
+        ),
+        "broken": dataclasses.replace(PEERS["eager loop linear"], run=lambda q, k, v, gate, L: q @ k),
+        "right": PEERS["eager loop linear"],
+    }
+    names = ("wrong rule", "not a number", "broken", "right", "segattn delta")
+    case = dataclasses.replace(TINY_MAIN, T=64, peers=names)
+    notes: list[dict[str, Any]] = []
+    excluded = {"segattn delta": "its process ended with status 1"}
+    found = measure_case(case, CPU, floors.Peak(1e12, 1e11), notes.append, excluded, peers)["peers"]
+    assert found["wrong rule"]["status"] == "wrong"
+    assert max(found["wrong rule"]["errors"].values()) > 1e-2
+    assert found["not a number"] == {"status": "wrong", "reason": "out is not finite"}
+    assert found["broken"]["status"] == "failed"
+    assert found["segattn delta"] == {"status": "failed", "reason": excluded["segattn delta"]}
+    assert all("median_ms" not in x.get("forward", {}) for name, x in found.items() if name != "right")
+    timed = found["right"]["forward"]
+    assert timed["floor_share"] == pytest.approx(timed["floor_ms"] / timed["median_ms"], rel=1e-3)
+    assert [note["at"] for note in notes] == [*case.peers, None]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, x in PEERS.items() if not (x.gpu_for or x.ours or x.compiled or x.package)],
+)
+def test_peers_agree_with_the_reference(name: str) -> None:
+    case = dataclasses.replace(TINY_MAIN, T=64, H=2, G=2 if PEERS[name].equal_heads else 1)
+    assert max(x.error for x in at_reduced_length(PEERS[name], case, CPU, True).values()) < 1e-5
+
+
+def test_eager_decode_agrees_with_the_reference() -> None:
+    for context in (16, 4096):
+        case = dataclasses.replace(DECODES[0], B=2, H=4, G=2, K=16, L=32, context=context, dtype="float32")
+        step = draw_step(case, CPU)[0]
+        torch.testing.assert_close(step_eager(step, 32), step_ours(step, 32, "reference"), rtol=1e-4, atol=1e-5)
+
+
+def test_segments_are_views() -> None:
+    x = torch.randn(1, 3, 12, 5)
+    segments = to_segments(x, 4)
+    assert segments.data_ptr() == x.data_ptr()
+    assert torch.equal(segments[1, 2], x[0, 2, 4:8])
+    assert torch.equal(from_segments(segments), x)
+
+
+def test_functions_take_turns() -> None:
+    order: list[str] = []
+    runs = {name: (lambda i, name=name: lambda: order.append(f"{name}{i}")) for name in "ab"}
+    times = interleaved(runs, CPU, copies=2, seconds=0.0, rounds=(3, 9))
+    assert order == ["a0", "b0", "a0", "b0", "b1", "a1", "a0", "b0"]
+    assert times["a"].rounds == 3
+    assert Times.of([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == Times(3.5, 2.0, 5.0, 6)
+
+
+def test_what_the_budget_does_not_reach_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    done = command("--tiny", "--budget=5", f"--out={out}")
+    found = json.loads(out.read_text())
+    assert found["timings"] == found["decode"] == []
+    skipped = {(row["part"], row["job"]): row["reason"] for row in found["skipped"]}
+    for case in TINY_CASES:
+        assert skipped["timings", case.name] == "the budget is spent"
+        assert f"skipped timings {case.name}: the budget is spent" in done.stdout
+    # nothing was checked, so nothing is known to be right
+    assert done.returncode == 1
+
+
+def test_an_interruption_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(run: device_run.Run) -> None:
+        run.keep("tiles", {"dtype": "float32", "passed": True, "failures": {}})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(device_run, "whole_run", stopped)
+    out = tmp_path / "result.json"
+    assert device_run.main(["--tiny", f"--out={out}", "--commit=abc"]) == 130
+    found = json.loads(out.read_text())
+    assert found["interrupted"]
+    assert found["commit"] == "abc"
+    assert len(found["tiles"]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+CHILD = """
+import json, sys, time
+for line in sys.stdin:
+    job = json.loads(line)
+    print(json.dumps({"at": "peer"}), flush=True)
+    if job["do"] == "hang": time.sleep(60)
+    if job["do"] == "die": sys.exit(7)
+    if job["do"] == "lose": print(json.dumps({"error": "illegal access", "lost": True}), flush=True)
+    print(json.dumps({"record": job["do"]} if job["do"] == "well" else {"error": "too large"}), flush=True)
+"""
+
+
+def test_a_worker_outlives_its_processes() -> None:
+    with Worker(dict(os.environ), (sys.executable, "-c", CHILD)) as worker:
+        assert worker.do({"do": "well"}, 20) == Outcome(record="well")
+        assert worker.do({"do": "die"}, 20) == Outcome(None, "its process ended with status 7", "peer")
+        assert worker.do({"do": "well"}, 20).record == "well"
+        assert worker.do({"do": "hang"}, 0.5) == Outcome(None, "ended after 0 s", "peer")
+        assert worker.do({"do": "fail"}, 20) == Outcome(reason="too large")
+        assert worker.do({"do": "lose"}, 20) == Outcome(reason="illegal access", at="peer")
+        assert worker.do({"do": "well"}, 20).record == "well"
+    assert worker.process is None
+
+
+def test_peers_that_end_the_process_are_left_out(tmp_path: Path) -> None:
+    class Stub(Worker):
+        def do(self, job: dict[str, Any], seconds: float) -> Outcome:
+            if "bad" not in job["excluded"]:
+                return Outcome(reason="its process ended with status 3", at="bad")
+            return Outcome(record={"excluded": dict(job["excluded"])})
+
+    run = device_run.Run(device_run.Settings(tmp_path / "result.json", 60.0, True, 1, None))
+    (job,) = device_run.jobs_of("timings", True, [{"name": "tiny"}], 30)
+    run.do(Stub({}), job, 30)
+    assert run.document["timings"] == [{"excluded": {"bad": "its process ended with status 3"}}]
+
+
+class TestTune:
+    TAKEN = ("BLOCK_M", "BLOCK_N", "CHUNK", "num_warps", "num_stages")
+    JOB = {"kernel": "attend_kernel", "K": 16, "V": 16, "L": 16, "T": 16, "H": 1, "G": 1, "dtype": "float32"} | {
+        "update": "linear", "gated": True, "part": "tune", "tile": None, "describe": False
+    }  # fmt: skip
+
+    def test_candidates_are_sensible(self) -> None:
+        tile = dataclasses.asdict(Tile())
+        found = list(tune.first_round(self.TAKEN, tile, 128))
+        assert {(x["BLOCK_M"], x["BLOCK_N"], x["num_warps"]) for x in found} >= {(128, 64, 8), (64, 64, 4)}
+        assert not any(max(x["BLOCK_M"], x["BLOCK_N"]) < 32 and x["num_warps"] == 8 for x in found)
+        assert all(x["ROWS"] == tile["ROWS"] for x in found)
+        second = list(tune.second_round(self.TAKEN, found[:2], 128))
+        assert {x["num_stages"] for x in second} == {1, 2, 3, 4}
+        assert {x["CHUNK"] for x in second} == {16, 32, 64, 128}
+
+    def test_rows_are_source(self) -> None:
+        tile = dataclasses.asdict(Tile(BLOCK_M=128, num_warps=8))
+        row = tune.as_row(self.JOB, "sm_90", self.TAKEN, tile, "1.00 ms")
+        ((key, value),) = eval("{" + row + "\n}", {"Tile": Tile}).items()
+        assert (key, value) == (("attend_kernel", "sm_90", 32, 16), Tile(BLOCK_M=128, num_warps=8))
+
+    def test_wrong_and_failing_tiles_are_dropped(self, capsys: pytest.CaptureFixture[str]) -> None:
+        about = {"kernels": ["attend_kernel"], "target": "sm_90", "taken": list(self.TAKEN)}
+
+        class Stub(Worker):
+            def do(self, job: dict[str, Any], seconds: float) -> Outcome:
+                if job["describe"]:
+                    return Outcome(record=about | {"tile": dataclasses.asdict(Tile())})
+                tile = job["tile"] or dataclasses.asdict(Tile())
+                if tile["BLOCK_N"] == 16:
+                    return Outcome(reason="RuntimeError: attend_kernel does not fit")
+                right = tile["BLOCK_M"] == 32
+                return Outcome(
+                    record={"ms": 1.0 / tile["num_stages"], "right": right, "error_share": 0.1 if right else 9.0}
+                )
+
+        given = tune.parse(["--kernel", "attend_kernel", "--tiny"])
+        found_about, found = tune.search(self.JOB, given, Stub({}))
+        assert found_about["ms"] == 0.5
+        assert [(ms, x["BLOCK_M"], x["BLOCK_N"]) for ms, x in found] == [(0.5, 32, 32), (1.0, 32, 32)]
+        told = capsys.readouterr().err
+        assert "WRONG" in told
+        assert "does not fit" in told
+
+    def test_a_candidate_runs(self) -> None:
+        pytest.importorskip("triton")
+        environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT / "src")}
+        with Worker(environment) as worker:
+            about = worker.do(self.JOB | {"describe": True}, 60).record
+            assert about["taken"] == list(self.TAKEN)
+            tried = worker.do(self.JOB | {"tile": about["tile"] | {"BLOCK_N": 32}}, 60).record
+        assert tried["right"]
+        assert tried["ms"] > 0

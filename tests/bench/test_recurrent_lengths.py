@@ -1,0 +1,55 @@
+"""What `recurrent_lengths` cannot measure it says in a line, and a profiler says nothing in between."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from segattn.bench.experiments.recurrent_lengths import main
+
+TINY = ["--sizes", "1,1,8,2,1,1,8", "--least", "1", "--rounds", "1", "--lengths", "1", "--full-up-to", "1"]
+
+
+def test_progress_is_of_readings(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "segattn.bench.experiments.recurrent_lengths", "--out", str(tmp_path / "a.json"), *TINY],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "profiler_start" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["RMT", "ARMT", "full"]
+    # two memory tokens of eight numbers
+    assert " 64 B kept" in lines[0]
+    assert "0.000" not in done.stdout
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda"])
+def test_devices_that_cannot_be_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["--out", str(tmp_path / "a.json"), *TINY, "--device", device]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("recurrent_lengths: device must be cpu")
+    assert err.endswith(f"got {device!r}\n")
+
+
+def test_what_differs_from_before_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.json"
+    assert main(["--out", str(out), *TINY]) == 0
+    assert main(["--out", str(out), *TINY, "--least", "2"]) == 2
+    assert capsys.readouterr().err == f"recurrent_lengths: least must be 1 as in {out}, got 2: or choose another file\n"
+    for content in ("{", "[]", json.dumps({"setup": {}, "readings": []})):
+        out.write_text(content)
+        assert main(["--out", str(out), *TINY]) == 2
+        assert "out must hold figures of this command or none" in capsys.readouterr().err

@@ -1,0 +1,445 @@
+"""The report says what the results say, and finds where a README or a plot does not."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs segattn[cli]")
+
+from segattn.bench.report import plots as report_plots
+from segattn.bench.report.main import differences, made_of, main, rewritten
+from segattn.bench.report.records import ResultError, read, read_all
+
+ROOT = Path(__file__).resolve().parents[2]
+README = """# A text
+
+<!-- report: speed -->
+<!-- /report -->
+
+Words.
+
+<!-- report: lengths -->
+old
+<!-- /report -->
+"""
+
+
+def case(time: int, name: str = "small", dtype: str = "float32") -> dict[str, Any]:
+    return {"name": name, "T": time, "L": 16, "K": 8, "H": 2, "G": 2, "B": 1, "dtype": dtype}
+
+
+def benchmark(name: str, provider: str, direction: str, ratio: float, ms: float, **about: Any) -> dict[str, Any]:
+    info = {
+        "provider": provider,
+        "baseline": "SDPA flash local",
+        "direction": direction,
+        "case": about.pop("case", case(32)),
+        "ratio": ratio,
+        "ratio_fifths": [0.9 * ratio, 1.1 * ratio],
+        "ms": ms,
+        "ms_fifths": [0.9 * ms, 1.1 * ms],
+        "peak_bytes": 3 << 20,
+        "error": 2e-7,
+        "errors": {"out": 2e-7, "dq": 4e-7, "dk": 3e-7},
+    }
+    if "kept_bytes" in about:
+        del info["peak_bytes"]
+    stats = {"median": ms / 1e3, "rounds": 5, "data": [ms / 1e3] * 5}
+    return {"group": f"{name}, {direction}", "extra_info": info | about, "stats": stats}
+
+
+def suite() -> dict[str, Any]:
+    long = [
+        benchmark(f"T{time} by length", name, "forward + backward", 1.5, ms * time, case=case(time))
+        for time in (32, 64)
+        for name, ms in (("SDPA flash local", 1.0), ("segattn delta", 1.5))
+    ]
+    return {
+        "machine_info": {
+            "device": "cpu x86_64", "cpu_capability": "AVX2", "threads": 2, "torch": "2.13.0", "python": "3.11.7",
+        },
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "benchmarks": [
+            benchmark("small", "SDPA flash local", "forward", 1.0, 2.0),
+            benchmark("small", "segattn delta", "forward", 1.25, 2.5),
+            benchmark("small", "segattn delta", "forward + backward", 1.4, 7.0, peak_bytes=150 << 20),
+            *long,
+            benchmark("decode, 64 behind", "segattn delta", "decode", 0.25, 0.1, kept_bytes=5 << 20),
+        ],
+        "not_timed": [
+            {
+                "group": "small, forward", "provider": "theirs", "status": "wrong", "reason": "errors beyond the gate",
+                "direction": "forward", "baseline": "SDPA flash local", "case": case(32),
+            },
+            {
+                "group": "T128 by length, forward + backward", "provider": "SDPA flash full", "status": "out of memory",
+                "reason": "", "direction": "forward + backward", "baseline": "SDPA flash local", "case": case(128),
+            },
+        ],
+    }  # fmt: skip
+
+
+def device() -> dict[str, Any]:
+    def times(ms: float, share: float) -> dict[str, Any]:
+        return {"median_ms": ms, "low_ms": 0.9 * ms, "high_ms": 1.2 * ms, "rounds": 9, "peak_bytes": 1 << 20} | {
+            "floor_share": share
+        }
+
+    peers = {
+        "SDPA flash local": {"status": "timed", "errors": {"out": 1e-3}, "forward": times(2.0, 0.6)},
+        "segattn delta": {"status": "timed", "errors": {"out": 2e-3, "dq": 3e-3}, "forward": times(3.0, 0.4)},
+        "SDPA flash full": {"status": "out of memory"},
+    }
+    main = case(4096, "main", "bfloat16") | {"directions": ["forward"], "peers": peers}
+    return {
+        "device": {"name": "NVIDIA H100", "limits": {"power.limit": "700 W", "driver_version": "1.2"}},
+        "versions": {"torch": "2.13.0", "hip": None},
+        "commit": "fedcba9876543210",
+        "dirty": True,
+        "timings": [main],
+    }
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for name, document in (("cpu", suite()), ("gpu", device())):
+        (folder / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    path = tmp_path / "README.md"
+    path.write_text(README, encoding="utf-8")
+    return path
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def table(name: str, folder: Path) -> str | None:
+    return made_of(name, read_all(folder), folder)
+
+
+def test_the_speed_table(results: Path) -> None:
+    text = table("speed", results)
+    assert text is not None
+    assert cells(text) == [
+        ["small, ÷ SDPA flash local", "forward", "forward + backward", "peak MiB"],
+        ["---"] * 4,
+        ["SDPA flash local", "1.00 (0.90-1.10)", "-", "3"],
+        ["segattn delta", "1.25 (1.12-1.38)", "1.40 (1.26-1.54)", "150"],
+        ["theirs", "wrong: errors beyond the gate", "", ""],
+        ["main bfloat16, ÷ SDPA flash local", "forward", "peak MiB"],
+        ["---"] * 3,
+        ["SDPA flash local", "1.00 (0.90-1.20)", "1"],
+        ["segattn delta", "1.50 (1.35-1.80)", "1"],
+        ["SDPA flash full", "out of memory", ""],
+    ]
+    for condition in (
+        "cpu x86_64 (AVX2), 2 threads",
+        "PyTorch 2.13.0",
+        "median (and p20-p80) of 5 rounds",
+        "commit 0123456789ab;",
+    ):
+        assert condition in text
+    assert "NVIDIA H100, 700 W, driver 1.2, torch 2.13.0, commit fedcba987654 with changes" in text
+
+
+def test_what_is_noisy_is_marked_and_who_was_wrong_is_shown(results: Path) -> None:
+    document = suite()
+    document["benchmarks"][1]["extra_info"]["noisy"] = "spread of 40 %"
+    model = {"B": 1, "S": 2, "L": 8, "dtype": "float32"}
+    ours = benchmark("tiny", "segattn", "reading", 0.5, 2.0, case=model, tokens_per_second=800.0)
+    document["benchmarks"].append(ours)
+    document["not_timed"].append(
+        {
+            "group": "tiny, reading", "provider": "theirs", "status": "wrong", "reason": "relative error 1",
+            "direction": "reading", "baseline": "a loop", "case": model,
+        }
+    )  # fmt: skip
+    (results / "cpu.json").write_text(json.dumps(document), encoding="utf-8")
+    assert cells(table("speed", results) or "")[3][1] == "1.25 (1.12-1.38), noisy"
+    assert cells(table("recurrent", results) or "")[2:] == [
+        ["segattn", "0.50 (0.45-0.55)", "3"],
+        ["theirs", "wrong: relative error 1", ""],
+    ]
+
+
+def test_other_tables(results: Path) -> None:
+    assert cells(table("lengths", results) or "")[2:] == [
+        ["SDPA flash local", "32", "64", "-"],
+        ["segattn delta", "48", "96", "-"],
+        ["SDPA flash full", "-", "-", "out of memory"],
+    ]
+    assert cells(table("decode", results) or "")[2:] == [["segattn delta", "0.25 (0.23-0.28)", "5"]]
+    assert table("recurrent", results) is None
+
+
+def test_data_of_plots(results: Path) -> None:
+    found = read_all(results)
+    lengths = report_plots.by_length(found)
+    assert lengths is not None
+    (lines,) = lengths.values()
+    assert lines["segattn delta"] == {"points": [[32, 48.0, 3 << 20], [64, 96.0, 3 << 20]], "out_of_memory": []}
+    assert lines["SDPA flash full"] == {"points": [], "out_of_memory": [128]}
+    assert report_plots.floor_shares(found) == {
+        "NVIDIA H100, forward": {
+            "SDPA flash local": [["main bfloat16", 0.6]],
+            "segattn delta": [["main bfloat16", 0.4]],
+        }
+    }
+    errors = report_plots.errors(found)
+    assert errors is not None
+    assert errors["bfloat16"]["segattn delta"] == {"output": 2e-3, "gradients": 3e-3}
+    assert errors["float32"]["segattn delta"] == {"output": 2e-7, "gradients": 4e-7}
+
+
+def test_lengths_are_drawn_on_logarithmic_axes_with_what_did_not_fit(results: Path) -> None:
+    data = report_plots.by_length(read_all(results))
+    assert data is not None
+    times, memory = report_plots.draw_lengths(data).axes
+    assert {times.get_xscale(), times.get_yscale(), memory.get_xscale(), memory.get_yscale()} == {"log"}
+    drawn = {line.get_label(): [list(x) for x in line.get_data()] for line in times.lines}
+    assert drawn["segattn delta"] == [[32, 64], [48.0, 96.0]]
+    crosses = [list(line.get_xdata()) for line in times.lines if line.get_marker() == "x"]
+    assert crosses == [[128]]
+    assert [list(line.get_ydata()) for line in memory.lines][1] == [3.0, 3.0]
+
+
+def test_written_once_it_is_in_line(results: Path, readme: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [f"--readme={readme}", f"--results={results}"]
+    assert main([*command, "--check"]) == 1
+    out = capsys.readouterr().out
+    for what in ("the table speed", "the table lengths", "lengths.png", "floor-shares.png", "errors.png"):
+        assert f"{what} is not what the results say" in out
+    assert main(command) == 0
+    assert main([*command, "--check"]) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("# A text\n\n<!-- report: speed -->\n\n| small")
+    assert "\n\nWords.\n\n" in text
+    assert "old" not in text
+    # again changes nothing
+    capsys.readouterr()
+    assert main(command) == 0
+    assert capsys.readouterr().out == ""
+    assert readme.read_text(encoding="utf-8") == text
+
+
+def test_a_changed_figure_is_found(results: Path, readme: Path) -> None:
+    main([f"--readme={readme}", f"--results={results}"])
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(text.replace("1.25 (1.12", "1.05 (1.12"), encoding="utf-8")
+    assert list(differences(readme, results)) == [f"{readme}: the table speed is not what the results say"]
+    readme.write_text(text, encoding="utf-8")
+    other = suite()
+    other["benchmarks"][0]["extra_info"]["errors"]["dk"] = 5e-6
+    (results / "cpu.json").write_text(json.dumps(other), encoding="utf-8")
+    plot = results / "plots" / "errors.png"
+    assert list(differences(readme, results)) == [f"{plot} is not what the results say"]
+    # nor is a plot of what was measured once
+    (results / "gpu.json").unlink()
+    assert f"{results / 'plots' / 'floor-shares.png'} is not what the results say" in list(differences(readme, results))
+    main([f"--readme={readme}", f"--results={results}"])
+    assert {path.name for path in (results / "plots").iterdir()} == {"errors.png", "lengths.png"}
+
+
+def test_a_table_of_one_file(results: Path) -> None:
+    text = rewritten("<!-- report: speed gpu.json -->\n<!-- /report -->\n", read_all(results), results)
+    assert "NVIDIA H100" in text
+    assert "cpu.json" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("<!-- report: fast -->\n<!-- /report -->\n", "report must name one of speed, lengths, .* got 'fast'"),
+        ("<!-- report: recurrent -->\n<!-- /report -->\n", "report 'recurrent' must have results, got none"),
+        ("<!-- report: decode gpu.json -->\n<!-- /report -->\n", "report 'decode gpu.json' must have results"),
+        ("<!-- report: book cpu.json -->\n<!-- /report -->\n", "report 'book' must name no file, got 'cpu.json'"),
+        ("Words.\n", "README must have <!-- report: speed --> and <!-- /report -->: there are results of it"),
+        ("<!-- report: speed -->\n", "each <!-- report: NAME --> must have its <!-- /report -->"),
+        ("<!-- report: speed -->\n<!-- report: decode -->\n<!-- /report -->\n", "each <!-- report: NAME -->"),
+    ],
+)
+def test_bad_markers_are_named(results: Path, text: str, problem: str) -> None:
+    with pytest.raises(ResultError, match=problem):
+        rewritten(text, read_all(results), results)
+
+
+def test_bad_results_are_named(results: Path, readme: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (results / "copy.json").write_text((results / "cpu.json").read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(ResultError, match=r"copy\.json and cpu\.json in .* must not both have .*: delete one file"):
+        read_all(results)
+    (results / "copy.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ResultError, match=r"copy\.json must be a result of"):
+        read(results / "copy.json")
+    assert main([f"--readme={readme}", f"--results={results}", "--check"]) == 2
+    assert "copy.json must be a result of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ratio": "1.5"}, "ratio of segattn delta, small, forward, must be positive numbers, .* got ('1.5', "),
+        ({"ratio": -1.0}, "ratio of .* must be positive"),
+        ({"ratio": math.nan}, "ratio of .* must be positive"),
+        ({"ratio": True}, "ratio of .* must be positive"),
+        ({"ratio": 9.0}, "the median between its quantiles"),
+        ({"ratio_fifths": [1.0]}, "ratio of .* must be positive"),
+        ({"ms": math.inf}, "ms of .* must be positive"),
+        ({"peak_bytes": "much"}, "memory of .* must be a finite number, not negative, got 'much'"),
+        ({"tokens_per_second": -5}, "tokens_per_second of .* must be a positive number, got -5"),
+        ({"errors": {"dq": math.nan}}, "error of dq of .* must be a finite number, not negative, got nan"),
+        ({"errors": {"dq": "small"}}, "error of dq of .* must be a finite"),
+    ],
+)
+def test_figures_that_cannot_be_are_named(
+    results: Path, readme: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    document = suite()
+    document["benchmarks"][1]["extra_info"] |= changes
+    (results / "cpu.json").write_text(json.dumps(document), encoding="utf-8")
+    before = readme.read_text(encoding="utf-8")
+    for arguments in ([], ["--check"]):
+        assert main([f"--readme={readme}", f"--results={results}", *arguments]) == 2
+        assert re.search(said.replace("(", r"\("), capsys.readouterr().err)
+    assert readme.read_text(encoding="utf-8") == before
+
+
+def keep(path: Path, figures: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures), encoding="utf-8")
+
+
+def keep_experiments(folder: Path) -> None:
+    """What trainings and a plan leave behind."""
+    learnt = {
+        name: {"seeds": 2, "perplexity": [5 + i, 0.25], "nats_less_local": [-0.1 * i or 0.0, 0.05]}
+        for i, name in enumerate(("local", "full", "linear", "delta"))
+    }
+    keep(folder / "book" / "book.json", {"summary": learnt})
+    ratios = {"local": {"ratio": 1.0}, "delta": {"ratio": 0.5}}
+    counts = {name: {"counted": {"512": 1024 * i, "8192": 1, "65536": 2048 * i}} for i, name in enumerate(ratios)}
+    keep(
+        folder / "baselines" / "baselines.json",
+        {"summary": learnt, "kept": counts, "speed": {"train": ratios, "evaluate": ratios}},
+    )
+    row = {"prefill_floor_s": 306.1, "decode_floor_s_per_token": 0.0455, "state_bytes": 0, "cache_bytes": 2**37}
+    row |= {"forward_flops": 304e15, "flops_saving": 1.0}
+    estimates = [row | {"scheme": name, "length": n} for n in (64, 8) for name in ("full", "rmt", "infini", "armt")]
+    keep(folder / "plan" / "llama-3-8b.json", {"update": "linear", "estimates": estimates})
+    for task, right in (("reasoning", 3), ("memorize", 4)):
+        cells = [{"segments": n, "samples": 4, "right": right} for n in (2, 64)]
+        keep(folder / "rmt" / task / "evaluation.json", {"lengths": cells, "published": {"2": 1.0, "64": 0.982}})
+        keep(folder / "rmt" / task / "figures.json", {})
+    keep(folder / "rmt" / "detect" / "figures.json", {})
+
+
+def test_tables_of_trainings_and_plans(tmp_path: Path) -> None:
+    assert [table(name, tmp_path) for name in ("baselines", "book", "plan", "memory-tasks")] == [None] * 4
+    keep_experiments(tmp_path)
+    assert cells(table("baselines", tmp_path) or "")[2:] == [
+        ["local", "0", "0", "5.000 ± 0.250", "+0.000 ± 0.050", "1.00", "1.00"],
+        ["delta", "1,024", "2,048", "8.000 ± 0.250", "-0.300 ± 0.050", "0.50", "0.50"],
+    ]
+    assert cells(table("book", tmp_path) or "")[0] == ["", "full attention", "local", "linear memory", "delta memory"]
+    assert cells(table("book", tmp_path) or "")[2:] == [
+        ["perplexity", "6.00 ± 0.25", "5.00 ± 0.25", "7.00 ± 0.25", "8.00 ± 0.25"],
+        ["nats per byte, against local", "-0.100 ± 0.050", "0", "-0.200 ± 0.050", "-0.300 ± 0.050"],
+    ]
+    costs = ["304 P", "1.00", "306 s", "45.5 ms", "0", "128 GiB"]
+    assert cells(table("plan", tmp_path) or "")[2:] == [
+        [name, *costs] for name in ("full attention", "RMT", "Infini-attention, linear", "ARMT")
+    ]
+    assert cells(table("memory-tasks", tmp_path) or "") == [
+        ["right, % (of samples)", "2 segments", "64"],
+        ["---"] * 3,
+        ["memorize", "100.0 (4)", "100.0 (4)"],
+        ["the paper's", "100.0", "98.2"],
+        ["reasoning", "75.0 (4)", "75.0 (4)"],
+        ["the paper's", "100.0", "98.2"],
+    ]
+
+
+def test_tables_of_trainings_and_plans_are_held(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep_experiments(tmp_path)
+    names = ("baselines", "book", "plan", "memory-tasks")
+    marked = [f"<!-- report: {name} -->\n<!-- /report -->\n" for name in names]
+    path = tmp_path / "README.md"
+    path.write_text("".join(marked), encoding="utf-8")
+    command = [f"--readme={path}", f"--results={tmp_path}"]
+    assert main(command) == main([*command, "--check"]) == 0
+    text = path.read_text(encoding="utf-8")
+    figures = {"baselines": "8.000 ±", "book": "8.00 ±", "plan": "306 s", "memory-tasks": "98.2"}
+    for name, figure in figures.items():
+        path.write_text(text.replace(figure, figure.replace("8", "7").replace("3", "4"), 1), encoding="utf-8")
+        assert list(differences(path, tmp_path)) == [f"{path}: the table {name} is not what the results say"]
+    for name, markers in zip(names, marked, strict=True):
+        # neither may the markers be left out, nor the table with them
+        path.write_text("".join(x for x in marked if x != markers), encoding="utf-8")
+        capsys.readouterr()
+        assert main(command) == main([*command, "--check"]) == 2
+        assert capsys.readouterr().err.count(f"README must have <!-- report: {name} -->") == 2
+
+
+def test_pairs_held_are_those_up_to_the_first_loss(tmp_path: Path) -> None:
+    assert table("retrieval", tmp_path) is None
+    shares = {"4": (1000, [0.96, 0.94, 0.97]), "16": (4000, [1.0, 0.95, 0.5]), "1": (250, [0.5, 0.4, 0.3])}
+    for name, (size, accuracies) in shares.items():
+        lengths = [
+            {"segments": n, "accuracy": share, "state_bytes": size}
+            for n, share in zip((3, 5, 9), accuracies, strict=True)
+        ]
+        keep(tmp_path / "rmt" / "retrieval" / name / "evaluation.json", {"lengths": lengths})
+    assert cells(table("retrieval", tmp_path) or "") == [
+        ["state, bytes", "2 pairs", "4", "8", "held at 95 %"],
+        ["---"] * 5,
+        ["250", "50.0", "40.0", "30.0", "0"],
+        ["1,000", "96.0", "94.0", "97.0", "2"],
+        ["4,000", "100.0", "95.0", "50.0", "4"],
+    ]
+
+
+def test_recurrent_lengths_have_a_row_for_each_reader(tmp_path: Path) -> None:
+    assert table("recurrent-lengths", tmp_path) is None
+    summary = [
+        {"reader": reader, "segments": n, "ratio_to_shortest": ratio, "kept_bytes": kept}
+        for reader, n, ratio, kept in (("full", 8, 1.0, 2048), ("RMT", 64, 1.014, 512), ("RMT", 8, 1.0, 512))
+    ]
+    keep(tmp_path / "rmt" / "lengths.json", {"summary": summary})
+    assert cells(table("recurrent-lengths", tmp_path) or "") == [
+        ["time of a token, ÷ that of 8 segments; kept", "8 segments", "64"],
+        ["---"] * 3,
+        ["full", "1.00; 2 KiB", ""],
+        ["RMT", "1.00; 512 B", "1.01; 512 B"],
+    ]
+
+
+def test_experiments_that_are_none_are_named(tmp_path: Path) -> None:
+    keep_experiments(tmp_path)
+    keep(tmp_path / "book" / "book.json", {"runs": []})
+    with pytest.raises(ResultError, match=r"results for the table book in .* must be its command's, got KeyError"):
+        table("book", tmp_path)
+    cells = [{"segments": n, "samples": 4, "right": 1} for n in (2, 8)]
+    keep(tmp_path / "rmt" / "reasoning" / "evaluation.json", {"lengths": cells, "published": {"2": 1, "8": 1}})
+    with pytest.raises(ResultError, match=r"reasoning must be of \[2, 64\] segments as the others, got \[2, 8\]"):
+        table("memory-tasks", tmp_path)
+
+
+def test_the_script() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "report"), "--check"], cwd="/", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

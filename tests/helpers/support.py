@@ -1,0 +1,51 @@
+"""Which model type has a test of what: the README's table, printed by `python tests/helpers/support.py`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+# column → the test that every type with a mark passes
+FEATURES = {
+    "as defined": "test_attention_is_the_definition_on_the_models_own_queries_keys_and_values",
+    "revert": "test_up_to_one_segment_nothing_changes_and_revert_undoes_everything",
+    "padding": "test_a_padded_row_equals_the_row_alone",
+    "packing": "test_packed_sequences_by_position_ids_equal_each_alone",
+    "pieces": "test_pieces_of_any_sizes_equal_the_whole",
+    "generate": "test_generate_equals_reading_it_all_again_for_every_token",
+    "padded batches": "test_a_left_padded_row_generates_what_it_generates_alone",
+    "beams": "test_beams_follow_their_own_memory",
+    "static cache, compiled": "test_a_static_cache_equals_the_whole_eager_and_compiled",
+    "checkpointing": "test_gradient_checkpointing_changes_nothing",
+    "save, load": "test_saved_and_loaded_is_the_same_model",
+}
+FILES = tuple(f"infini/test_{name}.py" for name in ("conversion", "generation", "hf_training", "saving"))
+NAMES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 (text)",
+    "phi3": "Phi-3",
+    "gpt_neox": "GPT-NeoX",
+    "gpt2": "GPT-2",
+    "opt": "OPT",
+}
+
+
+def table() -> str:
+    """Markdown; a mark where a test of that name is collected for that type."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *(str(TESTS / file) for file in FILES)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TESTS.parent).stdout
+    found = {(name, kind) for name, ids in re.findall(r"::(\w+)\[([^\]]+)\]", listed) for kind in ids.split("-")}
+    rows = [["", *FEATURES], ["---"] * (1 + len(FEATURES))]
+    rows += [
+        [title, *("✓" if (test, kind) in found else "" for test in FEATURES.values())] for kind, title in NAMES.items()
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table() + "\n")

@@ -1,0 +1,344 @@
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from models import NAMES, make, open_gates, tokens
+
+import segattn
+from segattn.infini.huggingface import interface
+from segattn.kernels import reference
+from segattn.kernels.state import MemoryState, Options
+
+L = 16
+
+
+def converted(name="llama", segment_len=L, **changes):
+    model = segattn.convert(make(name, **changes), segment_len, quiet=True)
+    open_gates(model)
+    return model
+
+
+def logits(model, ids, **arguments):
+    with torch.no_grad():
+        return model(ids, use_cache=False, **arguments).logits
+
+
+@pytest.mark.parametrize("update", ["delta", "linear"])
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_is_the_definition_on_the_models_own_queries_keys_and_values(name, update, monkeypatch):
+    model = segattn.convert(make(name), L, update=update, quiet=True).double()
+    open_gates(model)
+    plain, seen = [], []
+    home = sys.modules[type(next(m for m in model.modules() if hasattr(m, "segattn_gate"))).__module__]
+    if hasattr(home, "apply_rotary_pos_emb"):
+        turn = home.apply_rotary_pos_emb
+
+        def recorded(q, k, *args, **kwargs):
+            plain.append((q, k))
+            return turn(q, k, *args, **kwargs)
+
+        monkeypatch.setattr(home, "apply_rotary_pos_emb", recorded)
+
+    def spy(module, q, k, v, mask, **kwargs):
+        out, _ = interface.segment_attention_forward(module, q, k, v, mask, **kwargs)
+        seen.append((module, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5, kwargs.get("softcap"), out))
+        return out, None
+
+    monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._global_mapping, "segattn", spy)
+    logits(model, tokens(2, 53))
+    assert len(seen) == 2
+    assert {softcap for *_, softcap, _ in seen} == {2.0 if name == "gemma2" else None}
+    for layer, (module, q, k, v, scale, softcap, out) in enumerate(seen):
+        memory_q, memory_k = plain[layer] if plain else (q, k)
+        if name == "opt":
+            memory_q = memory_q / module.scaling
+        state = MemoryState.zeros(2, k.shape[1], k.shape[3], v.shape[3], dtype=torch.float64)
+        options = Options(L, update, True, 0, 0, "local", scale, softcap)
+        gate = module.segattn_gate().double()
+        wanted, _ = reference.segment_attention(q, k, v, memory_q, memory_k, gate, state, None, options)
+        torch.testing.assert_close(out.transpose(1, 2), wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_up_to_one_segment_nothing_changes_and_revert_undoes_everything(name):
+    model = make(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    config, short, long = model.config.to_dict(), tokens(2, L), tokens(2, 3 * L + 5)
+    original = logits(model, short), logits(model, long)
+    segattn.convert(model, L, quiet=True)
+    open_gates(model)
+    torch.testing.assert_close(logits(model, short), original[0], rtol=0, atol=2e-5)
+    assert (logits(model, long)[:, L:] - original[1][:, L:]).abs().max() > 1e-3
+    assert segattn.revert(model) is model
+    assert torch.equal(logits(model, short), original[0])
+    assert torch.equal(logits(model, long), original[1])
+    assert model.config.to_dict() == config
+    assert list(before) == list(model.state_dict())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
+def test_converted_again_after_revert():
+    model = converted()
+    ids = tokens(1, 40)
+    once = logits(model, ids)
+    segattn.convert(segattn.revert(model), L, quiet=True)
+    open_gates(model)
+    assert torch.equal(logits(model, ids), once)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_token_sees_a_later_one_and_every_one_sees_the_first(name):
+    model, ids = converted(name), tokens(1, 3 * L + 3)
+    other = ids.clone()
+    changed = 2 * L + 4
+    other[:, changed:] = (other[:, changed:] + 5) % 50 + 3
+    assert torch.equal(logits(model, ids)[:, :changed], logits(model, other)[:, :changed])
+    other = ids.clone()
+    other[:, 0] = (ids[:, 0] + 7) % 50 + 3
+    assert (logits(model, ids) != logits(model, other)).any(-1).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_padded_row_equals_the_row_alone(name):
+    model, ids = converted(name), tokens(2, 45)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    left = logits(model, ids, attention_mask=mask)
+    torch.testing.assert_close(left[0, 9:], logits(model, ids[:1, 9:])[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(left[1], logits(model, ids[1:])[0], rtol=1e-4, atol=1e-4)
+    right = logits(model, ids, attention_mask=mask.flip(1))
+    torch.testing.assert_close(right[0, :-9], logits(model, ids[:1, :-9])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_sequences_by_position_ids_equal_each_alone(name, batch):
+    model, ids = converted(name), tokens(batch, 50)
+    lengths = [19, 31] if batch == 1 else [50, 8, 42]
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(batch, 50)
+    packed = logits(model, ids, position_ids=positions).flatten(0, 1).split(lengths)
+    alone = [logits(model, piece[None])[0] for piece in ids.flatten().split(lengths)]
+    for mine, wanted in zip(packed, alone, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_sequences_as_flash_attention_tells_them():
+    model, ids = converted(), tokens(1, 50)
+    bounds = torch.tensor([0, 19, 50], dtype=torch.int32)
+    packed = logits(model, ids, cu_seq_lens_q=bounds)
+    assert torch.equal(packed, logits(model, ids, cu_seq_lens_q=bounds, attention_mask=torch.ones_like(ids)))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, ids, cu_seq_lens_q=bounds), packed)
+    positions = torch.cat([torch.arange(19), torch.arange(31)])[None]
+    # where positions begin anew is looked up outside of a graph, or not at all
+    with pytest.raises(Exception, match=r"position_ids must be left out under torch\.compile"):
+        logits(compiled, ids, position_ids=positions)
+    torch._dynamo.reset()
+    torch.testing.assert_close(logits(torch.compile(model, backend="eager"), ids, position_ids=positions), packed)
+    torch.testing.assert_close(packed[0, 19:], logits(model, ids[:, 19:])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_layers_by_index_and_the_others_as_they_were():
+    model = segattn.convert(make(), L, layers=[-1], quiet=True)
+    assert [name for name, _ in model.named_parameters() if "segattn" in name] == [
+        "model.layers.1.self_attn.segattn_gate.bias"
+    ]
+    ids = tokens(1, 45)
+    plain = make().model.layers[0]
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda *x: seen.append(x[2]))
+    got = logits(model, ids)
+    hidden = make().model.embed_tokens(ids)
+    rotary = make().model.rotary_emb(hidden, torch.arange(45)[None])
+    wanted = plain(hidden, position_embeddings=rotary)
+    torch.testing.assert_close(seen[0], wanted, rtol=1e-4, atol=1e-4)
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    torch.testing.assert_close(
+        logits(model, ids, attention_mask=mask)[0, 3:], logits(model, ids[:, 3:])[0], rtol=1e-4, atol=1e-4
+    )
+    assert got.isfinite().all()
+
+
+def test_sliding_layers_stay_as_they_are_unless_asked_for():
+    kinds = ["sliding_attention", "full_attention"]
+    model = segattn.convert(make("gemma3_text", layer_types=kinds, sliding_window=8), L, quiet=True)
+    assert [hasattr(layer.self_attn, "segattn_gate") for layer in model.model.layers] == [False, True]
+    other = segattn.convert(
+        make("gemma3_text", layer_types=kinds, sliding_window=8), L, convert_sliding=True, quiet=True
+    )
+    assert [hasattr(layer.self_attn, "segattn_gate") for layer in other.model.layers] == [True, True]
+    seen = {}
+    for name, mine in (("kept", model), ("plain", make("gemma3_text", layer_types=kinds, sliding_window=8))):
+        mine.model.layers[0].register_forward_hook(lambda *x, name=name: seen.__setitem__(name, x[2]))
+        logits(mine, tokens(2, 45))
+    torch.testing.assert_close(seen["kept"], seen["plain"], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="convert_sliding=True"):
+        segattn.convert(make("mistral", sliding_window=8), L)
+    with pytest.raises(ValueError, match=r"layers \[0\] have a sliding window of 8"):
+        segattn.convert(make("gemma3_text", layer_types=kinds, sliding_window=8), L, layers=[0, 1])
+
+
+def test_a_dynamic_rotary_embedding_does_not_see_the_length_of_the_text():
+    long = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model, ids = converted(max_position_embeddings=L, rope_parameters=long), tokens(1, 3 * L)
+    whole = logits(model, ids)
+    with pytest.raises(ValueError, match=f"segment_len must be at most {L}, where the model's 'dynamic' rotary"):
+        segattn.convert(make(max_position_embeddings=L, rope_parameters=long), L + 1)
+    with torch.no_grad():
+        first = model(ids[:, :20], use_cache=True)
+        second = model(ids[:, 20:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_models_of_one_configuration_do_not_disturb_each_other():
+    first = make()
+    second = type(first)(first.config).eval()
+    second.load_state_dict(first.state_dict())
+    ids = tokens(2, 40)
+    plain = logits(second, ids)
+    segattn.convert(first, L, layers=[0], quiet=True)
+    assert torch.equal(logits(second, ids), plain)
+    segattn.convert(second, L, quiet=True)
+    segattn.revert(first)
+    assert torch.equal(logits(first, ids), plain)
+    assert not torch.equal(logits(second, ids), plain)
+    segattn.revert(second)
+    assert torch.equal(logits(second, ids), plain)
+
+
+def test_converted_in_inference_mode_it_can_still_be_trained():
+    model = make()
+    with torch.inference_mode():
+        segattn.convert(model, L, quiet=True)
+    ids = tokens(1, 40)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "segattn_gate" in n)
+
+
+def test_a_copy_is_its_own():
+    model = converted()
+    ids = tokens(1, 40)
+    before = logits(model, ids)
+    other = copy.deepcopy(model)
+    segattn.revert(other)
+    assert torch.equal(logits(model, ids), before)
+    assert torch.equal(logits(other, ids), logits(make(), ids))
+
+
+def test_a_pickled_model_runs_in_a_new_process(tmp_path):
+    model, ids = converted(), tokens(1, 40)
+    torch.save([model, ids, logits(model, ids)], tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model, ids, wanted = torch.load(sys.argv[1], weights_only=False); "
+        "torch.testing.assert_close(model(ids, use_cache=False).logits, wanted)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+
+
+def test_the_kernels_run_inside_a_model():
+    model, ids = segattn.convert(make(hidden_size=64), L, backend="triton", quiet=True), tokens(1, 37)
+    open_gates(model)
+    mine = logits(model, ids)
+    plain = segattn.convert(make(hidden_size=64), L, backend="torch", quiet=True)
+    open_gates(plain)
+    torch.testing.assert_close(mine, logits(plain, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_it_says_what_was_converted(capsys):
+    segattn.convert(make(), L)
+    assert capsys.readouterr().err == "converted 2/2 attention layers of LlamaForCausalLM\n"
+
+
+def test_bad_models():
+    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
+        segattn.convert(torch.nn.Linear(2, 2))
+    falcon = transformers.FalconConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match=r"can be converted \(llama, .*\), got 'falcon'"):
+        segattn.convert(transformers.FalconForCausalLM(falcon))
+    texts = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99, "head_dim": 8}
+    images = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    around = transformers.Gemma3Config(text_config=texts, vision_config=images)
+    with pytest.raises(ValueError, match="got the Gemma3ForConditionalGeneration around one"):
+        segattn.convert(transformers.Gemma3ForConditionalGeneration(around))
+    with pytest.raises(ValueError, match="revert it first"):
+        segattn.convert(converted())
+    with pytest.raises(ValueError, match=r"call segattn\.convert first"):
+        segattn.revert(make())
+    with torch.device("meta"):
+        empty = make()
+    with pytest.raises(ValueError, match="meta device"):
+        segattn.convert(empty)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_segments_longer_than_learnt_positions(name):
+    model = make(name)
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match="segment_len must be at most the 64 learnt positions"):
+        segattn.convert(model, 65)
+    assert model.config.to_dict() == before
+    assert logits(segattn.convert(model, 64, quiet=True), tokens(1, 200)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"segment_len": 1}, ValueError, "segment_len must be at least 2"),
+        ({"segment_len": 2.0}, TypeError, "segment_len must be an integer"),
+        ({"update": "sum"}, ValueError, "update must be one of"),
+        ({"gate_init": "0"}, TypeError, "gate_init must be a number"),
+        ({"gate_init": float("nan")}, ValueError, "gate_init must be finite, got nan"),
+        ({"convert_sliding": "yes"}, TypeError, "convert_sliding must be True or False"),
+        ({"layers": 5}, TypeError, "layers must be a list of integers, got 5"),
+        ({"layers": [2]}, ValueError, r"layers must lie in \[-2, 2\), got 2"),
+        ({"layers": [-3]}, ValueError, "layers must be at least -2, got -3"),
+        ({"layers": ["0"]}, TypeError, "layers must be an integer"),
+        ({"layers": []}, ValueError, "layers must name at least one"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_arguments_leave_the_model_alone(arguments, error, match):
+    model = make()
+    before = model.config.to_dict()
+    with pytest.raises(error, match=match):
+        segattn.convert(model, **arguments)
+    assert model.config.to_dict() == before
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_bad_calls():
+    model, ids = converted(), tokens(2, 20)
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match=r"attention_mask must be \[B, T\]"):
+        model(ids, attention_mask=torch.ones(2, 1, 20, 20))
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \[2, 20\], .* got \[2, 5\]"):
+        model(ids, attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \[2, 20\], .* got \[1, 20\]"):
+        model(ids, attention_mask=torch.ones(1, 20))
+    with pytest.raises(ValueError, match="position_ids must count from 0 by ones"):
+        model(ids, position_ids=2 * torch.arange(20)[None])
+    with pytest.raises(ValueError, match="position_ids must count from 0 by ones"):
+        model(ids, position_ids=7 + torch.arange(20)[None])
+    with pytest.raises(ValueError, match="no zeros beside cu_seq_lens_q"):
+        model(ids, attention_mask=torch.arange(20).expand(2, 20) > 3, cu_seq_lens_q=torch.tensor([0, 40]))
+    holes = torch.ones(2, 20)
+    holes[1, 4] = 0
+    with pytest.raises(ValueError, match="row 1 has 19 ones between 0 and 20"):
+        model(ids, attention_mask=holes)
+    changed = converted()
+    changed.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match=r"'sdpa', which was set after convert: call segattn\.revert first"):
+        changed(ids)
+    dropping = converted(attention_dropout=0.1).train()
+    with pytest.raises(ValueError, match=r"attention dropout must be 0 in training, got 0\.1"):
+        dropping(ids)
+    assert dropping.eval()(ids).logits.isfinite().all()

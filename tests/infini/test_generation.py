@@ -1,0 +1,315 @@
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+transformers = pytest.importorskip("transformers")
+
+from models import NAMES, make, open_gates, tokens
+
+import segattn
+
+L = 16
+NEW = 2 * L + 3
+# what newer transformers is needed for
+ROLLBACK = hasattr(transformers.cache_utils.Cache, "activate_past_recording")
+
+
+def converted(name="llama", **changes):
+    model = segattn.convert(make(name, **changes), L, quiet=True)
+    open_gates(model)
+    return model
+
+
+def greedy(model, ids, **arguments):
+    return model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, **arguments)
+
+
+def is_forced(model, ids, start):
+    """Whether each token from `start` on is the likeliest after all before it, read at once without a cache."""
+    with torch.no_grad():
+        likeliest = model(ids[:, :-1], use_cache=False).logits.argmax(-1)
+    return torch.equal(likeliest[:, start - 1 :], ids[:, start:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_equals_reading_it_all_again_for_every_token(name):
+    model = converted(name)
+    for time in (1, L - 1, L, 2 * L + 5):
+        ids = tokens(2, time)
+        assert is_forced(model, greedy(model, ids), time), time
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pieces_of_any_sizes_equal_the_whole(name):
+    model, ids = converted(name), tokens(2, 75)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache, parts = segattn.InfiniCache(model), []
+        for piece in ids.split([5, 1, 13, L, 1, 39], 1):
+            answer = model(piece, past_key_values=cache)
+            assert answer.past_key_values is cache
+            parts.append(answer.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == 75
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_left_padded_row_generates_what_it_generates_alone(name):
+    model, rows = converted(name), [tokens(1, 9, 1), tokens(1, 2 * L, 2), tokens(1, 41, 3)]
+    width = max(row.shape[1] for row in rows)
+    ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])
+    mask = torch.cat([(torch.arange(width) >= width - row.shape[1]).long()[None] for row in rows])
+    for chunks in ({}, {"prefill_chunk_size": 7}):
+        together = greedy(model, ids, attention_mask=mask, **chunks)
+        for row, mine in zip(rows, together, strict=True):
+            assert torch.equal(mine[width:], greedy(model, row)[0, row.shape[1] :])
+
+
+def test_chunked_prefill():
+    model, ids = converted(), tokens(1, 3 * L)
+    assert torch.equal(greedy(model, ids, prefill_chunk_size=7), greedy(model, ids))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_beams_follow_their_own_memory(name):
+    model, ids = converted(name), tokens(2, L + 3)
+    best = model.generate(ids, max_new_tokens=L + 2, num_beams=3, do_sample=False, pad_token_id=0)
+    without = model.generate(ids, max_new_tokens=L + 2, num_beams=3, do_sample=False, pad_token_id=0, use_cache=False)
+    assert torch.equal(best, without)
+
+
+def test_samples_do_not_mix():
+    model, ids = converted(), tokens(1, L + 3)
+    arguments = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 4, "pad_token_id": 0}
+    torch.manual_seed(1)
+    mine = model.generate(ids, **arguments)
+    torch.manual_seed(1)
+    assert torch.equal(mine, model.generate(ids, use_cache=False, **arguments))
+    assert len({tuple(row.tolist()) for row in mine}) > 1
+
+
+def test_a_conversation_goes_on_from_its_cache():
+    model = converted()
+    cache, ids = segattn.InfiniCache(model), tokens(1, 11)
+    for turn in range(3):
+        asked = ids.shape[1]
+        ids = model.generate(ids, past_key_values=cache, max_new_tokens=13, do_sample=False, pad_token_id=0)
+        assert is_forced(model, ids, asked)
+        ids = torch.cat([ids, tokens(1, 8, turn)], 1)
+
+
+@pytest.mark.skipif(not ROLLBACK, reason="needs a cache that is told to keep what may be taken back")
+def test_prompt_lookup_and_an_assistant_change_nothing():
+    model = converted()
+    ids = tokens(1, 9).repeat(1, 5)
+    plain = greedy(model, ids)
+    assert torch.equal(greedy(model, ids, prompt_lookup_num_tokens=5), plain)
+    assert torch.equal(greedy(model, ids, assistant_model=make(num_hidden_layers=1)), plain)
+    assert torch.equal(greedy(model, ids, assistant_model=converted()), plain)
+
+
+def test_tokens_taken_back_across_a_segments_edge():
+    model, ids = converted(), tokens(1, 2 * L + 9)
+    cache = segattn.InfiniCache(model)
+    for layer in cache.layers:
+        layer.activate_past_recording()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        model(ids[:, : L + 3], past_key_values=cache)
+        model(tokens(1, L, 5), past_key_values=cache)
+        for layer in cache.layers:
+            layer.crop(-L)
+        rest = model(ids[:, L + 3 :], past_key_values=cache).logits
+    torch.testing.assert_close(rest, whole[:, L + 3 :], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="crop must take back at most"):
+        cache.layers[0].crop(-40)
+
+
+def test_bytes_do_not_grow_with_the_text():
+    model, held = converted(), []
+    with torch.no_grad():
+        for time in (4 * L, 64 * L, 1024 * L):
+            cache = segattn.InfiniCache(model)
+            for piece in tokens(1, time + 5).split(256 * L, 1):
+                model(piece, past_key_values=cache, logits_to_keep=1)
+            held.append((cache.num_bytes, cache.max_bytes))
+    assert held[0] == held[1] == held[2]
+    kept, most = held[0]
+    # 2 layers; M and z of 2 heads, and three tails of 5 tokens, of 16 at most
+    assert kept == 2 * 4 * 2 * (8 * 8 + 8 + 3 * 5 * 8)
+    assert most == 2 * 4 * 2 * (8 * 8 + 8 + 3 * L * 8)
+
+
+def test_layers_that_were_left_keep_their_own_cache():
+    kinds = ["sliding_attention", "full_attention"]
+    for model in (
+        converted("gemma3_text", layer_types=kinds, sliding_window=8),
+        segattn.convert(make(), L, layers=[0], quiet=True),
+        segattn.convert(make(), L, layers=[1], quiet=True),
+    ):
+        ids = tokens(2, 41)
+        assert is_forced(model, greedy(model, ids), 41)
+        mask = torch.ones_like(ids)
+        mask[0, :6] = 0
+        padded = greedy(model, ids, attention_mask=mask)
+        assert torch.equal(padded[0, 6:], greedy(model, ids[:1, 6:])[0])
+
+
+def test_rows_taken_from_a_cache_go_on_as_they_were():
+    model, ids = converted(), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    cache = segattn.InfiniCache(model)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, use_cache=False).logits
+        # tails of 14 and 9 tokens
+        model(ids[:, :14], attention_mask=mask[:, :14], past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([1]))
+        rest = model(ids[1:, 14:], attention_mask=mask[1:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, whole[1:, 14:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_is_a_value_to_those_who_copy_it():
+    model, ids = converted(), tokens(1, 40)
+    cache = segattn.InfiniCache(model)
+    with torch.no_grad():
+        model(ids[:, :21], past_key_values=cache)
+        other = cache.copy()
+        first = model(ids[:, 21:], past_key_values=other).logits
+        assert (cache.get_seq_length(), other.get_seq_length()) == (21, 40)
+        assert torch.equal(model(ids[:, 21:], past_key_values=cache).logits, first)
+
+
+def test_copies_that_take_tokens_back_do_not_write_into_each_other():
+    model, ids = converted(), tokens(1, 15)
+    cache = segattn.InfiniCache(model)
+    with torch.no_grad():
+        for token in ids[:, :8].split(1, 1):
+            model(token, past_key_values=cache)
+        other = cache.copy()
+        for layer in cache.layers:
+            layer.crop(-3)
+        for token in tokens(1, 6, 9).split(1, 1):
+            model(token, past_key_values=cache)
+        rest = [model(token, past_key_values=other).logits for token in ids[:, 8:].split(1, 1)]
+        whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(rest, 1), whole[:, 8:], rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_pass_leaves_the_cache_as_it_was():
+    model, ids = converted(), tokens(1, 40)
+    cache = segattn.InfiniCache(model)
+    with torch.no_grad():
+        model(ids[:, :21], past_key_values=cache)
+        wanted = model(ids[:, 21:], past_key_values=cache.copy()).logits
+        hook = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 21:], past_key_values=cache)
+        hook.remove()
+        assert torch.equal(model(ids[:, 21:], past_key_values=cache).logits, wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_static_cache_equals_the_whole_eager_and_compiled(name):
+    if name == "opt" and not ROLLBACK:
+        pytest.skip("OPT of transformers 4 makes tensors as long as the text")
+    model = segattn.convert(make(name), L, update="linear" if name == "phi3" else "delta", quiet=True)
+    open_gates(model)
+    ids, graphs = tokens(2, 63), CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        for step in (model, compiled):
+            cache = segattn.StaticInfiniCache(model, 2)
+            first, again = ids[:, :21], ids[:, 45:50]
+            parts = [model(first, past_key_values=cache).logits]
+            parts += [step(ids[:, t : t + 1], past_key_values=cache, **at(t)).logits for t in range(21, 45)]
+            parts += [model(again, past_key_values=cache).logits]
+            parts += [step(ids[:, t : t + 1], past_key_values=cache, **at(t)).logits for t in range(50, 63)]
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    assert graphs.frame_count == 1
+    assert cache.get_seq_length() == 63
+
+
+def at(t):
+    """What transformers 4 counts by when it compiles."""
+    return {} if ROLLBACK else {"cache_position": torch.tensor([t])}
+
+
+def test_generate_with_a_static_cache_of_padded_rows_and_beams():
+    model, ids = converted(), tokens(2, 21)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    static = segattn.StaticInfiniCache(model, 2)
+    assert torch.equal(
+        greedy(model, ids, attention_mask=mask, past_key_values=static), greedy(model, ids, attention_mask=mask)
+    )
+    static.reset()
+    assert torch.equal(greedy(model, ids, past_key_values=static), greedy(model, ids))
+    arguments = {"max_new_tokens": L + 2, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    beams = model.generate(ids[:1], past_key_values=segattn.StaticInfiniCache(model, 3), **arguments)
+    assert torch.equal(beams, model.generate(ids[:1], **arguments))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_static_cache_replays_in_a_cuda_graph():
+    model = converted(hidden_size=64).cuda()
+    ids = tokens(1, 3 * L).cuda()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache, token = segattn.StaticInfiniCache(model), ids[:, :1].clone()
+        model(token, past_key_values=cache)
+        cache.reset()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(token, past_key_values=cache).logits
+        cache.reset()
+        for t in range(3 * L):
+            token.copy_(ids[:, t : t + 1])
+            graph.replay()
+            torch.testing.assert_close(out[:, 0], whole[:, t], rtol=1e-3, atol=1e-3)
+
+
+def test_bad_static_caches():
+    model = converted()
+    with pytest.raises(ValueError, match="every layer converted for a static cache"):
+        segattn.StaticInfiniCache(segattn.convert(make(), L, layers=[0], quiet=True))
+    with pytest.raises(ValueError, match="batch size 2, as the input is, got 1"):
+        model(tokens(2, 5), past_key_values=segattn.StaticInfiniCache(model, 1))
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        segattn.StaticInfiniCache(model, 0)
+    with pytest.raises(ValueError, match="must not be cropped"):
+        segattn.StaticInfiniCache(model).crop(-1)
+    mask = torch.ones(1, 5)
+    mask[0, -1] = 0
+    with pytest.raises(ValueError, match="padding on the right"):
+        model(tokens(1, 5), attention_mask=mask, past_key_values=segattn.StaticInfiniCache(model, 1))
+
+
+def test_caches_that_cannot_be_used():
+    model, ids = converted(), tokens(2, 20)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="got a StaticCache of 0 tokens"):
+            model.generate(ids, cache_implementation="static", max_new_tokens=2)
+        full = make()(ids, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="got a DynamicCache of 20 tokens"):
+            model(ids, past_key_values=full)
+        cache = model(ids, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="past_key_values must be of batch size 1, as the input is, got 2"):
+            model(ids[:1], past_key_values=cache)
+        with pytest.raises(ValueError, match="past_key_values must be of this model"):
+            converted(num_hidden_layers=3)(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="past_key_values must hold 1 key heads of width 8, got 2 of 8"):
+            converted(num_key_value_heads=1)(ids, past_key_values=cache)
+        mask = torch.ones_like(ids)
+        mask[0, -2:] = 0
+        ended = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="pad on the left"):
+            model(ids, past_key_values=ended)
+        begun = torch.ones(2, 40)
+        begun[1, 20:23] = 0
+        with pytest.raises(ValueError, match="row 1 has 3 columns of it after 20 tokens"):
+            model(ids, attention_mask=begun, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"call segattn\.convert first"):
+        segattn.InfiniCache(make())

@@ -1,0 +1,147 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
+
+from models import NAMES, make, open_gates, tokens
+
+import segattn
+
+L = 16
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+
+def converted(name="llama", **changes):
+    model = segattn.convert(make(name, **changes), L, quiet=True).train()
+    open_gates(model)
+    return model
+
+
+def gradients(model, ids, **arguments):
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False, **arguments).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_equal_gradients(mine, wanted, tolerance=1e-4):
+    assert mine.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(mine[name], grad, rtol=tolerance, atol=tolerance * grad.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_gates_and_cross_segments(name):
+    model = converted(name)
+    embeddings = model.get_input_embeddings()(tokens(1, 3 * L)).detach().requires_grad_()
+    model(inputs_embeds=embeddings, use_cache=False).logits[:, -1].square().sum().backward()
+    assert (embeddings.grad[0, :L].abs().amax(1) > 0).all()
+    gates = [p.grad for n, p in model.named_parameters() if "segattn_gate" in n]
+    assert len(gates) == 2
+    assert all((grad != 0).all() for grad in gates)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_changes_nothing(name):
+    model, ids = converted(name), tokens(2, 3 * L + 5)
+    plain = gradients(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_equal_gradients(gradients(model, ids), plain)
+
+
+def test_half_precision_under_autocast_and_in_the_weights():
+    model, ids = converted(), tokens(2, 3 * L + 5)
+    plain = gradients(model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = gradients(model, ids)
+    model.to(torch.bfloat16)
+    gate = model.model.layers[0].self_attn.segattn_gate.bias
+    assert gate.dtype == torch.float32
+    inside = gradients(model, ids)
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.segattn_gate.bias"):
+        for mine in (under[name], inside[name].float()):
+            assert torch.cosine_similarity(mine.flatten(), plain[name].flatten(), 0) > 0.95
+
+
+def test_training_compiles_whole():
+    model = converted()
+    ids = tokens(2, 3 * L)
+    plain = gradients(model, ids)
+    torch._dynamo.reset()
+    assert_equal_gradients(
+        gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), ids),
+        {f"_orig_mod.{n}": g for n, g in plain.items()},
+    )
+
+
+def test_groups_of_an_optimiser():
+    groups = segattn.parameter_groups(converted(), 1e-4)
+    rates = {group["lr"]: group for group in groups if group["lr"] == 1e-2}
+    assert [p.shape for p in rates[1e-2]["params"]] == [(4,), (4,)]
+    assert rates[1e-2]["weight_decay"] == 0
+
+
+def test_trainer_moves_saves_and_does_not_decay_the_gates(tmp_path):
+    model = converted()
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8, 3 * L)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        weight_decay=0.5,
+        report_to=[],
+        use_cpu=True,
+        save_steps=3,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        disable_tqdm=True,
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "segattn_gate" in n}
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    decayed = next(group for group in trainer.optimizer.param_groups if group["weight_decay"])["params"]
+    assert not {id(p) for n, p in model.named_parameters() if "segattn_gate" in n} & {id(p) for p in decayed}
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    for name, gate in before.items():
+        assert (saved[name] != gate).all()
+
+
+def test_accelerate_trains_the_gates():
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = converted()
+    optimizer = torch.optim.AdamW(segattn.parameter_groups(model, 1e-3))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    gate = accelerator.unwrap_model(model).model.layers[0].self_attn.segattn_gate.bias
+    before, losses = gate.detach().clone(), []
+    for _ in range(6):
+        with accelerator.accumulate(model):
+            ids = tokens(2, 3 * L)
+            loss = model(ids, labels=ids, use_cache=False).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert (gate != before).all()
+    assert losses[-1] < losses[0]
+
+
+def test_two_ranks_equal_one_process(tmp_path):
+    """DDP with texts that never leave the first segment, and FSDP2 with ones that do."""
+    command = [sys.executable, str(HELPERS / "ranks.py")]
+    ranks = [subprocess.Popen([*command, str(rank), "2", str(tmp_path)], stderr=subprocess.PIPE) for rank in range(2)]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=240)
+        assert rank.returncode == 0, errors.decode()[-3000:]
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    for step in range(3):
+        assert_equal_gradients(results[f"ddp {step}"], gradients(converted(), tokens(2, L - 3, step)))
+    whole = gradients(converted(), tokens(2, 3 * L + 5))
+    for kind in ("plain", "checkpointed"):
+        assert_equal_gradients(results[f"fsdp {kind}"], whole)

@@ -1,0 +1,406 @@
+"""The operation inside PyTorch: opcheck, one compiled graph, autocast, and no second derivative."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from calls import KINDS, Call, apply, error, for_kernels, gradients, tensors, worst
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from segattn import MemoryState, memory_read, memory_write, segment_attention
+from segattn.kernels.sequences import checked_bounds
+from segattn.kernels.torch.memory import fold_segments, fold_segments_backward, read_and_blend, read_and_blend_backward
+
+F, G, H, L, K, V, N = 3, 2, 4, 5, 4, 6, 2
+
+
+def normal(*shape: int, grad: bool = True) -> torch.Tensor:
+    return torch.randn(*shape).requires_grad_(grad)
+
+
+def operations() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """One sample of every registered operation, and of its optional arguments."""
+    k, v, local, q = (
+        normal(F, L, G, K).transpose(1, 2),
+        normal(F, G, L, V),
+        normal(F, L, H, V).transpose(1, 2),
+        normal(F, H, L, K),
+    )
+    memory, normalizer = normal(N, G, K, V), normal(N, G, K, grad=False).abs().requires_grad_()
+    before, z_before = normal(F, G, K, V), normal(F, G, K, grad=False).abs().requires_grad_()
+    complete, owner = torch.tensor([True, False, True]), torch.tensor([0, 0, 2])
+    rows = (k, v, memory[:1], normalizer[:1], None, None, True)
+    detached = [x.detach() for x in (k, v, before, z_before)]
+    return {
+        "fold rows": (fold_segments, rows),
+        "fold sequences": (fold_segments, (k, v, memory, normalizer, complete, owner, True)),
+        "fold linear": (fold_segments, (*rows[:-1], False)),
+        "fold half": (fold_segments, (k.bfloat16(), v.bfloat16(), *rows[2:])),
+        "fold backward": (
+            fold_segments_backward,
+            (*detached, complete, owner, True, *detached[2:], memory.detach(), normalizer.detach()),
+        ),
+        "read": (read_and_blend, (local, q, before, z_before, normal(H), False)),
+        "read always": (read_and_blend, (local.bfloat16(), q.bfloat16(), before, z_before, normal(H), True)),
+        "read backward": (
+            read_and_blend_backward,
+            (local.detach(), q.detach(), *detached[2:], torch.zeros(H), False, torch.ones(F, H, L, V)),
+        ),
+        "spans": (checked_bounds, (torch.tensor([[0, 5], [2, 4]], dtype=torch.int32), False, 5, -1, 0)),
+        "cu_seqlens": (checked_bounds, (torch.tensor([0, 2, 5], dtype=torch.int32), True, 5, -1, 0)),
+    }
+
+
+@pytest.mark.parametrize("name", operations())
+def test_opcheck(name: str) -> None:
+    operation, arguments = operations()[name]
+    torch.library.opcheck(operation, arguments)
+
+
+def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Samples of the kernels' operations. They are differentiated by functions around them, so no sample needs it.
+
+    Where A is kept, every segment is whole: A of an unfinished one is never read nor written, and NaN equals nothing.
+    """
+    ops = torch.ops.segattn
+    options = (4, True, True, 0, 0, False, 0.25, None)
+
+    def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def arguments(gated: bool, dtype: torch.dtype = torch.float32, packed: bool = False, own: bool = True) -> list[Any]:
+        q, k, v = drawn(1, 2, 8, 16, dtype=dtype), drawn(1, 1, 8, 16, dtype=dtype), drawn(1, 1, 8, 24, dtype=dtype)
+        bounds = torch.tensor([[0, 5], [5, 8]], device=device) if packed else None
+        n = 2 if packed else 1
+        if not gated:
+            return [q, k, v, None, None, None, None, None, bounds]
+        asked = (q.clone(), k.clone()) if own else (None, None)
+        return [q, k, v, *asked, drawn(2), drawn(n, 1, 16, 24), drawn(n, 1, 16).abs(), bounds]
+
+    def backward(given: list[Any], chosen: tuple[Any, ...] = options) -> tuple[Any, ...]:
+        *tokens, gate, _, _, bounds = given
+        out, memory, normalizer, *kept = ops.attend(*given, *chosen, True)
+        if gate is None:
+            return (*tokens, gate, out, *kept[1:], bounds, *chosen, drawn(*out.shape, dtype=out.dtype), None, None)
+        return (*tokens, gate, *kept, bounds, *chosen, drawn(*out.shape, dtype=out.dtype), memory, normalizer)
+
+    major = arguments(True)
+    major[:5] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in major[:5]]
+    linear = (*options[:1], False, *options[2:])
+    q, k, v, memory_q, _, gate, memory, normalizer, _ = arguments(True)
+    half = [x.bfloat16() for x in (q, k, v)]
+    beta = torch.rand(1, 1, 8, device=device)
+    lengths, counters = (torch.full((1,), n, dtype=torch.int32, device=device) for n in (5, 0))
+    _, _, *written = ops.write(k, v, beta, memory, normalizer, True, True, False)
+    _, _, *plain = ops.write(half[1], half[2], None, memory, normalizer, False, False, True)
+    state = memory, normalizer
+    return {
+        "attend": (ops.attend, (*arguments(True), *options, True)),
+        "attend without a backward": (ops.attend, (*arguments(True, own=False), *options, False)),
+        "attend linear half": (ops.attend, (*arguments(True, torch.bfloat16), *linear, True)),
+        "attend packed": (ops.attend, (*arguments(True, packed=True), *options, False)),
+        "attend local": (ops.attend, (*arguments(False), *options, True)),
+        "attend token major": (ops.attend, (*major, *options, True)),
+        "attend backward": (ops.attend_backward, backward(arguments(True))),
+        "attend backward half": (ops.attend_backward, backward(arguments(True, torch.float16, own=False), linear)),
+        "attend backward packed": (ops.attend_backward, backward(arguments(True, packed=True))),
+        "attend backward local": (ops.attend_backward, backward(arguments(False))),
+        "attend backward token major": (ops.attend_backward, backward(major)),
+        "decode": (ops.decode, (q[:, :, :1], k, v, None, gate, *state, None, None, True, False, 0.25, None)),
+        "decode into counters": (
+            ops.decode,
+            (q[:, :, :1], k, v, memory_q[:, :, :1], gate, *state, lengths, counters, True, True, 0.25, 1.5),
+        ),
+        "decode local half": (
+            ops.decode,
+            (half[0][:, :, :2], *half[1:], None, None, None, None, lengths, None, False, False, 0.25, None),
+        ),
+        "read": (ops.read, (q, memory, normalizer, True)),
+        "read mapped half": (ops.read, (half[0], memory, normalizer, False)),
+        "read backward": (ops.read_backward, (q, memory, normalizer, True, drawn(1, 2, 8, 24))),
+        "write": (ops.write, (k, v, beta, memory, normalizer, True, True, False)),
+        "write half linear": (ops.write, (*half[1:], None, memory, normalizer, False, False, True)),
+        "write backward": (ops.write_backward, (k, v, beta, *written, False, *state)),
+        "write backward half linear": (ops.write_backward, (*half[1:], None, *plain, True, *state)),
+    }
+
+
+def test_opcheck_of_the_kernels(device: torch.device, subtests: pytest.Subtests) -> None:
+    for name, (operation, arguments) in kernel_operations(device).items():
+        with subtests.test(name):
+            torch.library.opcheck(operation, arguments)
+
+
+@pytest.mark.parametrize(
+    "name", ["rows", "linear", "prefill in pieces", "packed", "left padding", "local", "block mask", "decode"]
+)
+def test_one_graph(name: str, device: torch.device) -> None:
+    """fullgraph=True raises at a graph break; values and gradients stay those of the eager call."""
+    call = KINDS[name]
+    made = tensors(call, torch.float64, device)
+    offsets = {
+        key: None if value is None else torch.tensor(value, dtype=torch.int32, device=device)
+        for key, value in (("cu_seqlens", call.cu_seqlens), ("spans", call.spans))
+    }
+
+    def run(values: dict[str, torch.Tensor], offsets: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        return apply(call, {key: x * 1 for key, x in values.items()}, **offsets)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    outputs, expected = compiled(made, offsets), run(made, offsets)
+    assert worst(outputs, expected)[0] < 1e-12
+    assert worst(gradients(outputs, made), gradients(expected, made))[0] < 1e-10
+
+
+def test_one_graph_for_many_lengths() -> None:
+    """Twenty lengths, whole segments and not: a graph or two, not one each."""
+    graphs = 0
+
+    def count(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(segment_attention, fullgraph=True, backend=count, dynamic=True)
+    gate = torch.zeros(2)
+    for time in range(41, 61):
+        x = torch.randn(1, 2, time, 4)
+        assert (
+            error(
+                compiled(x, x, x, segment_len=8, gate=gate).out,
+                segment_attention(x, x, x, segment_len=8, gate=gate).out,
+            )
+            < 1e-6
+        )
+    assert graphs <= 3
+
+
+def test_bad_values_are_refused_in_a_compiled_graph() -> None:
+    torch._dynamo.reset()
+    x = torch.ones(1, 1, 6, 4)
+    compiled = torch.compile(segment_attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T = 6"):
+        compiled(x, x, x, segment_len=2, cu_seqlens=torch.tensor([0, 7], dtype=torch.int32))
+
+
+def test_memory_functions_compile() -> None:
+    torch._dynamo.reset()
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return memory_read(q, memory_write(k, v, memory_write(k, v), corrected=True))
+
+    q, k, v = torch.randn(1, 4, 3, 6), torch.randn(1, 2, 3, 6), torch.randn(1, 2, 3, 5)
+    assert error(torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v), run(q, k, v)) < 1e-6
+
+
+def test_autocast_computes_in_its_dtype_and_keeps_the_state(device: torch.device) -> None:
+    call = Call(Tq=20, Tk=20, own_memory_inputs=False)
+    made = tensors(call, torch.float32, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        outputs = apply(call, made, "torch")
+        grads = gradients(outputs, made)
+    low = {key: x.detach().bfloat16().requires_grad_() if key in "qkv" else x for key, x in made.items()}
+    expected = apply(call, low, "torch")
+    assert outputs["out"].dtype == torch.bfloat16
+    assert outputs["memory"].dtype == torch.float32
+    for key, value in (expected | gradients(expected, low)).items():
+        assert torch.equal((outputs | grads)[key], value.to((outputs | grads)[key].dtype)), key
+
+
+@pytest.mark.parametrize("name", ["rows", "local"])
+def test_a_second_derivative_is_refused(name: str) -> None:
+    call = KINDS[name]
+    made = tensors(call, torch.float64)
+    out = apply(call, made)["out"]
+    (first,) = torch.autograd.grad(out.square().sum(), made["memory_k" if call.gated else "k"], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative" if call.gated else "derivative for aten"):
+        first.square().sum().backward()
+
+
+def test_inference_reuses_no_input() -> None:
+    """Without gradients the blend is in place: the caller's tensors stay as they were, the result the same."""
+    call = Call(Tq=20, Tk=20)
+    made = tensors(call, torch.float32)
+    copies = {key: x.detach().clone() for key, x in made.items()}
+    trained = apply(call, made)
+    with torch.inference_mode():
+        inferred = apply(call, made)
+    for key, x in copies.items():
+        assert torch.equal(made[key], x)
+    for key, x in trained.items():
+        assert torch.equal(inferred[key], x), key
+
+
+def test_state_travels_through_a_compiled_loop() -> None:
+    """Streaming under compilation: the state is an input and an output of the graph."""
+    torch._dynamo.reset()
+    gate = torch.zeros(2)
+
+    def step(x: torch.Tensor, state: MemoryState) -> tuple[torch.Tensor, MemoryState]:
+        return segment_attention(x, x, x, segment_len=4, gate=gate, state=state)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 2, 24, 4)
+    state, outs = MemoryState.zeros(1, 2, 4, 4), []
+    for piece in x.split(8, 2):
+        out, state = compiled(piece, state)
+        outs.append(out)
+    whole = segment_attention(x, x, x, segment_len=4, gate=gate)
+    assert error(torch.cat(outs, 2), whole.out) < 1e-6
+    assert error(state.memory, whole.state.memory) < 1e-6
+
+
+def test_shapes_without_data() -> None:
+    """Meta tensors: what initialisation of large models runs on."""
+    q, gate = torch.empty(1, 2, 10, 4, device="meta"), torch.empty(2, device="meta")
+    out, state = segment_attention(q, q, q, segment_len=4, gate=gate)
+    assert out.shape == (1, 2, 10, 4)
+    assert state.memory.shape == (1, 2, 4, 4)
+    assert out.device.type == state.memory.device.type == "meta"
+
+
+KERNEL_KINDS = (
+    "exact segments",
+    "linear",
+    "prefill in pieces",
+    "packed, last queries",
+    "left padding",
+    "local",
+    "decode",
+)
+
+
+@pytest.mark.parametrize("name", KERNEL_KINDS)
+def test_the_kernels_in_one_graph(name: str, device: torch.device) -> None:
+    """Forward and backward of backend="triton": no graph break, the same bits as the eager call."""
+    call = replace(for_kernels(KINDS[name], 4), H=2, G=1)
+    if call.spans is None and call.cu_seqlens is None:
+        call = replace(call, Tq=min(call.Tq, 7), Tk=min(call.Tk, 10))
+    made = tensors(call, torch.float32, device)
+    offsets = {
+        key: None if value is None else torch.tensor(value, dtype=torch.int32, device=device)
+        for key, value in (("cu_seqlens", call.cu_seqlens), ("spans", call.spans))
+    }
+
+    def run(values: dict[str, torch.Tensor], offsets: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        return apply(call, {key: x * 1 for key, x in values.items()}, "triton", **offsets)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    outputs, expected = compiled(made, offsets), run(made, offsets)
+    found = outputs | gradients(outputs, made)
+    for key, value in (expected | gradients(expected, made)).items():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize(("training", "dynamic"), [(True, None), (False, True)])
+def test_one_graph_of_the_kernels_for_many_lengths(training: bool, dynamic: bool | None, device: torch.device) -> None:
+    """Twenty lengths, whole segments and not: a graph or two, not one each."""
+    graphs = 0
+
+    def count(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(segment_attention, fullgraph=True, backend=count, dynamic=dynamic)
+    gate = torch.zeros(1, device=device)
+    for time in range(41, 61):
+        x = torch.randn(3, 1, 1, time, 16, device=device).requires_grad_(training).unbind()
+        out = compiled(*x, segment_len=24, gate=gate, update="linear", backend="triton").out
+        expected = segment_attention(*x, segment_len=24, gate=gate, update="linear", backend="torch").out
+        assert error(out, expected) < 2e-6
+    assert graphs <= 3
+
+
+def test_the_kernels_compile_with_one_tensor_for_all(device: torch.device) -> None:
+    """q, k and v the same tensor, whose gradient is the sum of theirs."""
+    x = torch.randn(1, 1, 6, 16, device=device, requires_grad=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return segment_attention(x, x, x, segment_len=4, gate=torch.zeros(1, device=device), backend="triton").out
+
+    torch._dynamo.reset()
+    out, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
+    assert torch.equal(out, expected)
+    (found,), (wanted,) = (torch.autograd.grad(y.square().sum(), x) for y in (out, expected))
+    assert error(found, wanted) < 1e-6
+
+
+def test_the_kernels_under_autocast(device: torch.device) -> None:
+    call = Call(B=1, H=2, G=1, Tq=10, Tk=10, K=16, V=16, own_memory_inputs=False)
+    made = tensors(call, torch.float32, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        outputs = apply(call, made, "triton")
+        grads = gradients(outputs, made)
+    low = {key: x.detach().bfloat16().requires_grad_() if key in "qkv" else x for key, x in made.items()}
+    expected = apply(call, low, "triton")
+    assert outputs["out"].dtype == torch.bfloat16
+    assert outputs["memory"].dtype == torch.float32
+    for key, value in (expected | gradients(expected, low)).items():
+        assert torch.equal((outputs | grads)[key], value.to((outputs | grads)[key].dtype)), key
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_second_derivative_of_the_kernels_is_refused(gated: bool, device: torch.device) -> None:
+    call = Call(B=1, H=2, G=1, Tq=6, Tk=6, K=16, V=16, gated=gated)
+    made = tensors(call, torch.float32, device)
+    out = apply(call, made, "triton")["out"]
+    (first,) = torch.autograd.grad(out.square().sum(), made["k"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|second derivative"):
+        first.square().sum().backward()
+
+
+def test_checkpointing_the_kernels_changes_nothing(device: torch.device) -> None:
+    call = Call(B=1, H=2, G=1, Tq=12, Tk=12, K=16, V=16)
+    made = tensors(call, torch.float32, device)
+
+    def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(apply(call, dict(zip(made, values, strict=True)), "triton").values())
+
+    names = ("out", "memory", "normalizer")
+    plain = dict(zip(names, run(*made.values()), strict=True))
+    replayed = dict(zip(names, checkpoint(run, *made.values(), use_reentrant=False), strict=True))
+    expected = gradients(plain, made)
+    for name, value in gradients(replayed, made).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_states_of_the_kernels_carry_gradients(device: torch.device) -> None:
+    """A loss on the second call alone trains the first one's keys and values, through the state between them."""
+    x = torch.randn(1, 1, 10, 16, device=device)
+    gate = torch.zeros(1, device=device)
+    grads = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        first = x.to(dtype).detach().requires_grad_()
+        _, state = segment_attention(first, first, first, segment_len=5, gate=gate.to(dtype), backend=backend)
+        second = x.flip(2).to(dtype)
+        out, _ = segment_attention(
+            second, second, second, segment_len=5, gate=gate.to(dtype), state=state, backend=backend
+        )
+        grads.append(torch.autograd.grad(out.square().sum(), first)[0])
+    assert grads[1].abs().amax(-1).min() > 0
+    assert error(*grads) < 1e-5
+
+
+def test_shapes_of_the_kernels_without_data() -> None:
+    """As fake tensors, which is what a compiler and the initialisation of large models see: those of the real call."""
+    call = Call(B=1, H=2, G=1, Tq=6, Tk=6, K=16, V=24, token_major=True)
+    made = tensors(call, torch.float32)
+    outputs = apply(call, made, "triton")
+    real = outputs | gradients(outputs, made)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {name: mode.from_tensor(x.detach()).requires_grad_() for name, x in made.items()}
+        outputs = apply(call, fakes, "triton")
+        found = torch.autograd.grad([x.sum() for x in outputs.values()], list(fakes.values()))
+    fake = outputs | dict(zip((f"d{name}" for name in fakes), found, strict=True))
+    assert fake.keys() == real.keys()
+    for name, x in real.items():
+        assert (fake[name].shape, fake[name].stride(), fake[name].dtype) == (x.shape, x.stride(), x.dtype), name
