@@ -1,4 +1,4 @@
-"""Infini-attention as a module: projections and positions around `segment_attention`."""
+"""Infini-attention as a PyTorch module: projections and rotary positions around `segment_attention`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ ROPE = ("segment", "sequence", None)
 
 
 class InfiniState(NamedTuple):
-    """All that an `InfiniAttention` keeps of the tokens it has read: constant in size, a value, differentiable.
+    """What an `InfiniAttention` keeps of the tokens it has read: a value of constant size, differentiable.
 
-    memory: completed segments, a MemoryState.
+    memory: MemoryState of the completed segments, float32.
     keys, values: [B, G, P, K] of the unfinished segment, P < L, before rotary embedding.
     position: number of tokens read.
     """
@@ -36,35 +36,39 @@ class InfiniState(NamedTuple):
     position: int
 
     def detach(self) -> InfiniState:
-        """The same state, cut from the graph."""
+        """Return the state cut from the graph, where truncated back-propagation ends."""
         return InfiniState(self.memory.detach(), self.keys.detach(), self.values.detach(), self.position)
 
 
 class InfiniAttention(nn.Module):
-    """Causal attention inside segments, and a memory of constant size across them (arXiv 2404.07143).
+    """Causal attention inside segments, and a memory of constant size across them.
 
-    Feeding a text in pieces of any sizes, each with the state that the last one returned, equals feeding it whole.
+    This is Infini-attention, arXiv 2404.07143, equations 6 to 10; `infini/README.md` has them as computed here. A text
+    read in pieces of any sizes, each with the state that the call before returned, gives the same as the text read at
+    once.
 
     Args:
-        width: of the input and output.
+        width: width of the input and the output.
         heads: query heads, H.
         segment_len: tokens per segment, L.
-        kv_heads: key/value heads, G, a divisor of heads; default heads.
-        head_width: K = V; default width / heads.
-        update: "delta" or "linear".
-        gate_init: β at the start of training; 0 mixes memory and local attention evenly.
-        qk_norm: RMS-normalise queries and keys per head.
-        rope: rotary positions of local attention, "segment": restarting with each segment, "sequence": over the whole
-            text, None: none. The memory never sees them, and local attention only sees distances, so the first two are
-            equal but for rounding, which grows with the position: "sequence" is for models that number theirs so.
+        kv_heads: key/value heads, G, a divisor of `heads`; default `heads`.
+        head_width: width of a head's keys and values, K = V; default `width / heads`.
+        update: how the memory is written, "delta" or "linear" (equations 9 and 8).
+        gate_init: initial value of the gate β of every head; 0 weighs memory and local attention equally.
+        qk_norm: apply an RMS norm to the queries and keys of each head.
+        rope: rotary positions of local attention: "segment" restarts them with each segment, "sequence" counts over
+            the whole text, None has none. The memory sees queries and keys without them. Both give the same up to
+            rounding, as local attention depends on distances; take "sequence" for weights trained with such positions.
         rope_base: base of the rotary frequencies.
-        write_bias: None, or the starting value of a learnt bias on the keys that the memory is written by. Negative:
-            little is written until training asks for it, which keeps a long text's noise out (not in the paper).
-        bias: of the projections.
+        write_bias: initial value of a learnt bias on the keys that the memory is written with; None: no bias. A
+            negative one writes little until training asks for more, which keeps the noise of a long text out. It is
+            not in the paper.
+        bias: give the four projections a bias.
         empty_memory, backend: as in `segment_attention`.
 
     Raises:
-        ValueError: sizes that do not divide, an odd head_width with rotary embedding, or an unknown `rope`.
+        TypeError, ValueError: a size is no positive integer, heads do not divide, `head_width` is odd with rotary
+            positions, or an option is unknown.
     """
 
     def __init__(
@@ -87,21 +91,11 @@ class InfiniAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        sizes = {"width": width, "heads": heads, "segment_len": segment_len, "kv_heads": kv_heads}
-        for name, size in sizes.items():
-            check.check_integer(name, size, 1)
+        head_width = _checked_head_width(width, heads, kv_heads, head_width)
+        check.check_integer("segment_len", segment_len, 1)
         check.check_choice("update", update, check.UPDATES)
         check.check_choice("empty_memory", empty_memory, check.EMPTY_MEMORY)
         check_backend(backend)
-        if heads % kv_heads:
-            raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
-        if head_width is None:
-            if width % heads:
-                raise ValueError(
-                    f"width must be a multiple of heads unless head_width is given, got {width} and {heads}"
-                )
-            head_width = width // heads
-        check.check_integer("head_width", head_width, 1)
         if rope not in ROPE:
             raise ValueError(f"rope must be one of 'segment', 'sequence', None, got {rope!r}")
         if rope is not None and head_width % 2:
@@ -118,9 +112,12 @@ class InfiniAttention(nn.Module):
         self.k_norm = nn.RMSNorm(head_width) if qk_norm else None
         self.gate = Gate(heads, gate_init)
         # a vector, so that optimisers keep weight decay off it
-        self.write_bias = (
-            None if write_bias is None else nn.Parameter(torch.full((kv_heads * head_width,), float(write_bias)))
-        )
+        bias_shape = (kv_heads * head_width,)
+        self.write_bias = None if write_bias is None else nn.Parameter(torch.full(bias_shape, float(write_bias)))
+
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows of the settings."""
+        return f"segment_len={self.segment_len}, update={self.update!r}, rope={self.rope!r}"
 
     def forward(
         self,
@@ -131,30 +128,35 @@ class InfiniAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         group: Any = None,
     ) -> tuple[Tensor, InfiniState | None]:
-        """x [B, T, width] → the same shape, and the state to go on from.
+        """Attend from each token of x to its segment, and to the memory of all segments before.
 
-        spans, cu_seqlens: padded rows or packed sequences, as in `segment_attention`. Such a call stands alone: it
-        takes no state, and returns None for it, because its rows stop at different places of a segment.
+        Args:
+            x: [B, T, width].
+            state: state after the text so far, from an earlier call; default none.
+            spans, cu_seqlens: padded rows or packed sequences, as in `segment_attention`. Such a call takes no state
+                and returns None for it, since its rows stop at different places of a segment.
+            group: process group, or one dimension of a device mesh, over whose ranks the texts are spread: x is then
+                this rank's run, as in `sequence_parallel_attention`. `state` is the one before the whole texts, equal
+                on all ranks, and ends with a whole segment; the state returned is the one after the whole texts, on
+                every rank, and holds the unfinished segment on the last rank alone.
 
-        group: a process group or one dimension of a device mesh, over whose ranks the texts are spread: x is this
-        rank's run, as in `sequence_parallel_attention`. A state is that before, and after, the whole of them, on every
-        rank; one that is passed ends with a whole segment, and the unfinished one of the result is on the last rank.
+        Returns:
+            The output [B, T, width] in x's dtype (autocast's, where that is on), and the state to continue from.
 
         Raises:
-            TypeError, ValueError: x of another width, a state of another kind, batch or layer, a state together with
-                spans or cu_seqlens, or what `segment_attention` refuses of these; with a group, on every rank.
+            TypeError, ValueError: x has another width; the state is of another type, batch or layer, or comes with
+                spans or cu_seqlens; or `segment_attention` refuses the arguments. With a group, on every rank.
             RuntimeError: with a group, PyTorch's context_parallel is on.
         """
         ranks = None if group is None else Ranks.of(group)
-        first, total = 0, x.shape[1] if isinstance(x, Tensor) and x.ndim == 3 else 0
-        attend: Callable[..., SegmentOutput] = segment_attention
+        operation: Callable[..., SegmentOutput] = segment_attention
         if ranks is None or ranks.size == 1:
             self._check(x, state, spans, cu_seqlens)
+            first, total = 0, x.shape[1]
         else:
             times = self._agree(ranks, x, state, spans, cu_seqlens)
             first, total = sum(times[: ranks.rank]), sum(times)
-            attend = partial(sequence_parallel_attention, group=ranks, check_ranks=False)
-        alone = spans is not None or cu_seqlens is not None
+            operation = partial(sequence_parallel_attention, group=ranks, check_ranks=False)
         q = _normalised(self._heads(self.q_proj(x)), self.q_norm)
         k = _normalised(self._heads(self.k_proj(x)), self.k_norm)
         v = self._heads(self.v_proj(x))
@@ -162,9 +164,10 @@ class InfiniAttention(nn.Module):
         if state is not None:
             read, memory = state.position, state.memory
             k, v = torch.cat([state.keys, k], dim=2), torch.cat([state.values, v], dim=2)
-        positions = self._positions(x, read + first - (k.shape[2] - x.shape[1]), k.shape[2], spans, cu_seqlens)
-        out, memory = attend(
-            self._rotate(q, positions[..., k.shape[2] - x.shape[1] :]),
+        time, unfinished = k.shape[2], k.shape[2] - x.shape[1]
+        positions = self._positions(x, read + first - unfinished, time, spans, cu_seqlens)
+        out, memory = operation(
+            self._rotate(q, positions[..., unfinished:]),
             self._rotate(k, positions),
             v,
             segment_len=self.segment_len,
@@ -179,10 +182,10 @@ class InfiniAttention(nn.Module):
             backend=self.backend,
         )
         out = self.o_proj(out.transpose(1, 2).flatten(2))
-        if alone or memory is None:
+        if spans is not None or cu_seqlens is not None or memory is None:
             return out, None
         # cloned, so that the rest of a long piece is not kept alive
-        tail = k.shape[2] // self.segment_len * self.segment_len
+        tail = time // self.segment_len * self.segment_len
         return out, InfiniState(memory, k[:, :, tail:].clone(), v[:, :, tail:].clone(), read + total)
 
     def _check(self, x: Tensor, state: InfiniState | None, spans: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -198,7 +201,7 @@ class InfiniAttention(nn.Module):
     def _agree(
         self, ranks: Ranks, x: Tensor, state: InfiniState | None, spans: Tensor | None, cu_seqlens: Tensor | None
     ) -> list[int]:
-        """The tokens of every rank, all of which make this call."""
+        """Check the call on all ranks together, and return the number of tokens of each."""
         problem: Exception | None = under_context_parallel("x, a run of a text over several processes,")
         settings: dict[str, object] = {}
         try:
@@ -252,7 +255,7 @@ class InfiniAttention(nn.Module):
         return x if self.rope is None else rotate(x, positions, self.rope_base)
 
     def _positions(self, x: Tensor, first: int, time: int, spans: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """Positions [T] or [B, T] of the keys; `first` is that of the first one, a segment's boundary."""
+        """Return the positions [T] or [B, T] of the keys, the first of which is `first`, where a segment begins."""
         positions = torch.arange(time, device=x.device)
         if spans is not None:
             positions = positions - spans[:, :1]
@@ -264,6 +267,19 @@ class InfiniAttention(nn.Module):
         return positions % self.segment_len if self.rope == "segment" else positions
 
 
+def _checked_head_width(width: int, heads: int, kv_heads: int, head_width: int | None) -> int:
+    """Check the sizes of the projections, and return the width of a head."""
+    for name, size in {"width": width, "heads": heads, "kv_heads": kv_heads}.items():
+        check.check_integer(name, size, 1)
+    if heads % kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
+    if head_width is not None:
+        return check.check_integer("head_width", head_width, 1)
+    if width % heads:
+        raise ValueError(f"width must be a multiple of heads unless head_width is given, got {width} and {heads}")
+    return width // heads
+
+
 def _normalised(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
-    """In the norm's own dtype, which autocast does not lower."""
+    """Return x normalised in the norm's dtype, which autocast does not lower."""
     return x if norm is None else norm(x.to(norm.weight.dtype))

@@ -1,4 +1,4 @@
-"""The gate β between memory and local attention, and the optimiser's groups that let it move."""
+"""The gate between memory and local attention, and the parameter groups that let an optimiser move it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 
 class Gate(nn.Module):
-    """β [H], one per query head; sigmoid(β) weighs the memory (arXiv 2404.07143, equation 10).
+    """The gate β, one number per query head; sigmoid(β) weighs the memory (arXiv 2404.07143, equation 10).
 
-    float32 whatever the model's dtype. Called, so that hooks which gather parameters see it. The parameter is named
-    `bias` because trainers keep weight decay off that name: decay pulls β to 0, and every head to half memory.
+    Calling it returns β, float32 [H]: a call, unlike a read of the parameter, runs hooks that gather sharded
+    parameters. β stays float32 when the model is cast. The parameter is named `bias` because trainers apply no weight
+    decay to that name: decay would pull β to 0, and every head to half memory.
+
+    Args:
+        heads: query heads, H.
+        init: initial value of β.
     """
 
     def __init__(self, heads: int, init: float = 0.0) -> None:
@@ -22,8 +27,13 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.full((heads,), float(init), dtype=torch.float32))
 
     def forward(self) -> Tensor:
+        """Return β, float32 [H]."""
         # a checkpoint in half precision may have been assigned
         return self.bias.float()
+
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows of the gate."""
+        return f"heads={self.bias.numel()}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         before = self.bias.detach()
@@ -36,23 +46,27 @@ class Gate(nn.Module):
 def parameter_groups(
     model: nn.Module, lr: float, gate_lr: float = 1e-2, weight_decay: float = 0.01
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser: matrices with weight decay, vectors without, gates without and at their own rate.
+    """Split a model's parameters for an optimiser: matrices, vectors, and gates at a learning rate of their own.
 
-    At a model's usual rate β hardly leaves its start, and every head stays half memory.
+    At a model's usual learning rate β hardly leaves its initial value, and every head stays half memory.
 
     Args:
-        model: any module; parameters that need no gradient are left out.
-        lr: learning rate of everything but the gates.
-        gate_lr: learning rate of the gates.
-        weight_decay: of parameters with two dimensions or more.
+        model: any module; parameters that do not require a gradient are left out.
+        lr: learning rate of all parameters but the gates.
+        gate_lr: learning rate of the gates, which have no weight decay.
+        weight_decay: weight decay of parameters with two or more dimensions; vectors have none.
 
     Returns:
-        Dictionaries of "params", "lr" and "weight_decay", in that order, without empty groups.
+        The groups of matrices, vectors and gates in that order, empty ones left out; each is a dictionary of "params",
+        "lr" and "weight_decay", as `torch.optim` takes them.
+
+    Warns:
+        UserWarning: the model has gates, and none of them requires a gradient.
     """
-    found = [gate.bias for gate in model.modules() if isinstance(gate, Gate)]
-    if found and not any(bias.requires_grad for bias in found):
+    biases = [gate.bias for gate in model.modules() if isinstance(gate, Gate)]
+    if biases and not any(bias.requires_grad for bias in biases):
         warnings.warn("no gate is trained: with PEFT, name them by modules_to_save=['segattn_gate']", stacklevel=2)
-    gates = {id(bias) for bias in found}
+    gates = {id(bias) for bias in biases}
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if id(p) not in gates and p.ndim >= 2]
     vectors = [p for p in trained if id(p) not in gates and p.ndim < 2]

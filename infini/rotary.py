@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864), in halves."""
+"""Rotary position embedding (arXiv 2104.09864): channel i of the first half is paired with channel i of the second."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Turn x [B, heads, T, K] by its positions [T] or [B, T]; angles in float32, K even."""
+    """Rotate x [B, heads, T, K], K even, by the angles of its positions [T] or [B, T], computed in float32."""
     half = x.shape[-1] // 2
     frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = positions.to(torch.float32).unsqueeze(-1) * frequency
@@ -19,14 +19,20 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Undo the rotary embedding of x [B, heads, T, K] by cos and sin [1 or B, T, R], R ≤ K its turned part.
+    """Undo the rotary embedding of x [B, heads, T, K], computing in float32 or wider.
 
-    Halves of cos and sin are equal. A scale in both, as of YaRN and longrope, is undone as well. At least in float32.
+    Args:
+        x: rotated queries or keys.
+        cos, sin: [1 or B, T, R] of the angles, R ≤ K the number of rotated channels, whose two halves are equal. A
+            common scale of both, as YaRN and longrope have one, is undone too.
+
+    Returns:
+        x before the rotation, in x's dtype.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (part.to(device=x.device, dtype=dtype).unsqueeze(1) for part in (cos, sin))
-    turned = x[..., : cos.shape[-1]].to(dtype)
-    left, right = turned.chunk(2, dim=-1)
-    half = torch.cat([right, -left], dim=-1)
-    plain = (turned * cos + half * sin) / (cos * cos + sin * sin)
+    rotated = x[..., : cos.shape[-1]].to(dtype)
+    left, right = rotated.chunk(2, dim=-1)
+    swapped = torch.cat([right, -left], dim=-1)
+    plain = (rotated * cos + swapped * sin) / (cos * cos + sin * sin)
     return torch.cat([plain.to(x.dtype), x[..., cos.shape[-1] :]], dim=-1)

@@ -1,4 +1,4 @@
-"""A batch of texts over the ranks of a group, and the loss of the whole."""
+"""A batch of texts, cut into runs of whole segments for the ranks of a group."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import validation as check
-from ..kernels.exchange import Ranks, agree, quick_device, tell
-
-IGNORED = -100
-GRADIENTS = ("averaged", "summed")
+from ..kernels.exchange import Ranks, agree
+from .loss import IGNORED, shifted
 
 
 def runs_of(time: int, size: int, segment_len: int) -> tuple[int, ...]:
-    """Tokens of each of `size` ranks: whole segments, as even as they come, the unfinished one last.
+    """Return the number of tokens of each of `size` ranks: whole segments, as even as possible, a partial one last.
 
     Raises:
-        ValueError: fewer segments than ranks.
+        ValueError: there are fewer segments than ranks.
     """
     segments = -(-time // segment_len)
     if segments < size:
@@ -39,26 +35,27 @@ def runs_of(time: int, size: int, segment_len: int) -> tuple[int, ...]:
 def shard_batch(
     batch: Mapping[str, Tensor], group: Any, segment_len: int, *, check_ranks: bool = True
 ) -> dict[str, Tensor]:
-    """This rank's part of a batch that every rank of the group holds whole: a run of whole segments of each text.
+    """Return this rank's run of whole segments of each text in a batch that all ranks of the group hold.
 
-    All ranks call it together.
+    All ranks call it together. Rank r takes the r-th run; `sequence_parallel` reads it, and `mean_loss` gives the loss.
 
     Args:
-        batch: "input_ids" int64 [B, T]; and perhaps "labels" [B, T], as transformers has them: not shifted, -100 where
-            none is to be predicted, default the text without its padding; "attention_mask" [B, T], zeros after a text's
-            end. The texts stand in the batch from their first token on.
-        group: a `ProcessGroup`, or one dimension of a `DeviceMesh`, whose ranks take the runs in their order.
-        segment_len: tokens per segment, that of the model.
-        check_ranks: let the ranks agree that they hold the same batch, by a digest of it (some hundredths of a second
-            per million tokens) and one collective of 24 bytes per rank. False where they are known to.
+        batch: "input_ids", integers [B, T]; optionally "labels" [B, T], not shifted, -100 where there is none, by
+            default the text without its padding; optionally "attention_mask" [B, T], with zeros only after a text's
+            end. Every text starts in the first column.
+        group: `ProcessGroup`, or one dimension of a `DeviceMesh`, in whose order the ranks take the runs.
+        segment_len: tokens per segment, L, of the model.
+        check_ranks: check that all ranks hold the same batch, by a digest (some hundredths of a second per million
+            tokens) and one collective of 24 bytes per rank. False skips the check.
 
     Returns:
-        "input_ids" [B, t], "position_ids" [B, t], counted from each text's first token, "shift_labels" [B, t], what
-        each token is to predict, the last one the next rank's first, and "attention_mask" where the batch has one.
+        "input_ids" [B, t]; "position_ids" [B, t], counted from the first column; "shift_labels" [B, t], the target of
+        each token, that of the last one being the first token of the next rank; and "attention_mask" [B, t] if the
+        batch has one.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be, and what it was; fewer segments than ranks;
-            batches that differ. On every rank, if the ranks are checked.
+        TypeError, ValueError: an argument is not as above, there are fewer segments than ranks, or the batches differ.
+            On every rank, if `check_ranks` is True.
     """
     ranks = Ranks.of(group)
     problem: Exception | None = None
@@ -80,6 +77,12 @@ def shard_batch(
     return shard
 
 
+def resumes_after_padding(mask: Tensor) -> bool:
+    """Return whether a row of an attention mask [B, T] has a one behind a zero."""
+    real = mask.bool()
+    return bool((real[:, 1:] & ~real[:, :-1]).any())
+
+
 def _check_batch(batch: Mapping[str, Tensor]) -> None:
     if unknown := sorted(set(batch) - {"input_ids", "labels", "attention_mask"}):
         raise ValueError(f"batch may hold input_ids, labels and attention_mask, got {', '.join(unknown)} too")
@@ -94,7 +97,7 @@ def _check_batch(batch: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"batch[{name!r}] must be of the shape of input_ids, {list(ids.shape)}, got {list(x.shape)}"
             )
-    if mask is not None and bool((mask.bool()[:, 1:] & ~mask.bool()[:, :-1]).any()):
+    if mask is not None and resumes_after_padding(mask):
         raise ValueError("batch['attention_mask'] must have its zeros after each text's end: pad on the right")
 
 
@@ -104,75 +107,16 @@ def _shard(batch: Mapping[str, Tensor], ranks: Ranks, segment_len: int) -> dict[
         labels = ids if mask is None else ids.masked_fill(~mask.bool(), IGNORED)
     runs = runs_of(ids.shape[1], ranks.size, segment_len)
     first = sum(runs[: ranks.rank])
-    mine = slice(first, first + runs[ranks.rank])
+    columns = slice(first, first + runs[ranks.rank])
     shard = {
-        "input_ids": ids[:, mine],
-        "position_ids": torch.arange(mine.start, mine.stop, device=ids.device).expand(len(ids), -1),
-        "shift_labels": F.pad(labels[:, 1:], (0, 1), value=IGNORED)[:, mine],
+        "input_ids": ids[:, columns],
+        "position_ids": torch.arange(columns.start, columns.stop, device=ids.device).expand(len(ids), -1),
+        "shift_labels": shifted(labels)[:, columns],
     }
-    return shard if mask is None else {**shard, "attention_mask": mask[:, mine]}
+    return shard if mask is None else {**shard, "attention_mask": mask[:, columns]}
 
 
 def _digest(x: Tensor) -> str:
-    """What a tensor holds, in few words."""
+    """Return the shape and a hash of the contents, equal for equal integer tensors."""
     digest = hashlib.blake2b(x.detach().long().contiguous().cpu().numpy().tobytes(), digest_size=8).hexdigest()
     return f"{list(x.shape)} of digest {digest}"
-
-
-def mean_loss(logits: Tensor, shift_labels: Tensor, group: Any, *, gradients: str = "averaged") -> Tensor:
-    """Mean cross-entropy [] over the tokens of all ranks, in nats per token, the same number on each.
-
-    Args:
-        logits: [B, t, vocabulary] of this rank's run.
-        shift_labels: integers [B, t], what each token is to predict; -100: nothing. From `shard_batch`.
-        group: of all ranks whose tokens count: those that share a sequence, or all of a mesh with other dimensions too.
-        gradients: what is done with parameters' gradients over this group, after which they are those of one process:
-            "averaged", as DDP and FSDP do, or "summed".
-
-    Returns:
-        float32, or float64 of such logits. Each rank goes backward through its own tokens.
-
-    Raises:
-        TypeError, ValueError: on every rank: unknown `gradients`, shapes that do not fit, labels outside the
-            vocabulary, or no token to predict on any rank.
-    """
-    ranks = Ranks.of(group)
-    problem: Exception | None = None
-    total, count = torch.zeros(()), 0
-    try:
-        check.check_choice("gradients", gradients, GRADIENTS)
-        total, count = _total(logits, shift_labels)
-    except (TypeError, ValueError) as error:
-        problem = error
-    summed = gradients == "summed"
-    mine = torch.tensor([total.item(), count, summed, problem is not None], dtype=torch.float64)
-    sums = mine.to(quick_device(ranks))
-    dist.all_reduce(sums, group=ranks.group)
-    nats, tokens, summing, problems = sums.tolist()
-    if problems or summing not in (0, ranks.size):
-        tell(ranks, {"gradients": gradients}, problem)
-    if not tokens:
-        raise ValueError(f"shift_labels must hold a token to predict on some rank, got none but {IGNORED}")
-    own = total * ((1 if summed else ranks.size) / tokens)
-    # the value of all, with the gradient of one's own
-    return own + (nats / tokens - own.detach())
-
-
-def _total(logits: Tensor, shift_labels: Tensor) -> tuple[Tensor, int]:
-    """Cross-entropy [] added up, and over how many tokens."""
-    check.check_floating("logits", logits)
-    check.check_device("shift_labels", check.check_ids("shift_labels", shift_labels), "logits", logits)
-    if logits.ndim != 3 or shift_labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"shift_labels must be [B, t] as logits [B, t, vocabulary], got {list(shift_labels.shape)} and "
-            f"{list(logits.shape)}"
-        )
-    labels = shift_labels.flatten().long()
-    predicted = labels[labels != IGNORED]
-    if bool(((predicted < 0) | (predicted >= logits.shape[2])).any()):
-        raise ValueError(
-            f"shift_labels must be -100 or below the vocabulary of {logits.shape[2]}, got {predicted.min()} to "
-            f"{predicted.max()}"
-        )
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    return F.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum"), predicted.numel()

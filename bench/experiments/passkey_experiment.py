@@ -30,7 +30,8 @@ from ...infini.evaluate.loading import ByteTokenizer, Source
 from ...infini.evaluate.passkey import PasskeyText
 from ...infini.evaluate.runs import Grid, run_passkey
 from ...infini.gate import parameter_groups
-from ...infini.huggingface.cache import InfiniCache, LayerState
+from ...infini.huggingface.cache import InfiniCache
+from ...infini.huggingface.cache_layer import LayerState
 from ...infini.huggingface.conversion import convert
 from ...infini.huggingface.saving import save_pretrained
 from ...kernels.state import MemoryState

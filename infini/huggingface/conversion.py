@@ -1,4 +1,4 @@
-"""Put segment attention with a memory into a Hugging Face model, on the instance, and take it out again."""
+"""Put segment attention with a memory into a Hugging Face model instance, and take it out again."""
 
 from __future__ import annotations
 
@@ -11,32 +11,31 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ...kernels.validation import check_bool, check_integer
+from ...kernels.validation import check_bool
 from ..gate import Gate
-from ..rotary import unrotate
-from . import forward, interface
+from . import forward
 from .cache import InfiniCache
-from .families import FAMILIES, Family
-from .settings import (
-    ENTRY,
-    GATE,
-    IMPLEMENTATION,
-    Conversion,
-    Settings,
-    attach,
-    attention_in,
-    attentions_of,
-    conversion_of,
-    detach,
-    is_converted,
-    trunk_of,
-)
+from .convertible import check_attention, check_rotary_length, checked_layers, checked_trunk
+from .families import FAMILIES
+from .interface import IMPLEMENTATION
+from .settings import ENTRY, GATE, Conversion, Settings, attach, attentions_of, conversion_of, detach, trunk_of
 
 Model = TypeVar("Model", bound=nn.Module)
 _PREPARE_CACHE = "_prepare_cache_for_generation"
+
+
+class LayerGate(Gate):
+    """The gate of a converted layer, which shows the layer's settings in `print(model)`."""
+
+    def __init__(self, heads: int, settings: Settings) -> None:
+        super().__init__(heads, settings.gate_init)
+        self.settings = settings
+
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows of the layer."""
+        return f"{super().extra_repr()}, segment_len={self.settings.segment_len}, update={self.settings.update!r}"
 
 
 def convert(
@@ -51,56 +50,61 @@ def convert(
     backend: str | None = None,
     quiet: bool = False,
 ) -> Model:
-    """Give a pretrained decoder's layers attention inside segments and a memory across them (arXiv 2404.07143).
+    """Give a pretrained decoder attention inside segments and a memory across them.
 
-    Works on this instance, which it returns. Texts of up to one segment give exactly what they gave before; of longer
-    ones the model makes little before training has taught it to use its memory. Positions begin anew with each segment
-    where every layer is converted or positions are learnt, counted from each row's first token. Each converted layer
-    gets a gate, one number per head. The model's configuration becomes its own, if it was shared.
+    This is Infini-attention, arXiv 2404.07143, equations 6 to 10. The model is changed in place: each converted layer
+    gets a gate β, one number per query head, float32 [H].
+
+    On texts of up to one segment the model gives the logits that it gave before, up to rounding: the same bits where
+    its attention was PyTorch's ("sdpa") and no row is padded on the left; otherwise they differ by up to 2e-7 where
+    they are of order 1, in float32. Of longer texts it makes little before it is trained to use its memory.
+
+    Positions are counted from the first token of each row. They start again from 0 with each segment where every layer
+    is converted or positions are learnt. The model gets a copy of its configuration, which other models may share.
 
     Args:
-        model: a Hugging Face causal language model, or its decoder, with weights; of a type in `segattn.FAMILIES`.
-        segment_len: tokens per segment, L, at least 2; at most the number of learnt positions of GPT-2 and OPT.
-        update: "delta" or "linear".
-        gate_init: β at the start; sigmoid(β) is the share of the memory.
-        layers: which to convert, negative ones from the end; default all.
-        convert_sliding: also convert layers whose attention has a sliding window, which stay as they are otherwise.
+        model: a Hugging Face causal language model, or its decoder alone, with weights. Its `config.model_type` is one
+            of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, gpt_neox, gpt2, opt.
+        segment_len: tokens per segment, L, at least 2; for GPT-2 and OPT at most the number of learnt positions.
+        update: how the memory is written, "delta" or "linear" (equations 9 and 8).
+        gate_init: initial value of β; sigmoid(β) is the weight of the memory.
+        layers: layers to convert, negative ones counted from the end; default all, except those with a sliding window.
+        convert_sliding: also convert layers that have a sliding window.
         empty_memory, backend: as in `segment_attention`.
-        quiet: say nothing of what was converted.
+        quiet: do not report on stderr how many layers were converted.
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be, and what it was; the model is then as before.
+        TypeError, ValueError: the model or a layer cannot be converted, or an argument is out of its range; the model
+            is left unchanged.
     """
     check_bool("convert_sliding", convert_sliding)
-    config, trunk = _checked(model)
-    family = FAMILIES[config.model_type]
-    attentions = attentions_of(trunk)
-    chosen = _chosen(layers, attentions, config, convert_sliding)
-    settings = Settings(segment_len, update, gate_init, tuple(chosen), empty_memory, backend)
+    trunk = checked_trunk(model)
+    config, attentions = trunk.config, attentions_of(trunk)
+    chosen = checked_layers(layers, len(attentions), config, convert_sliding)
+    settings = Settings(segment_len, update, gate_init, chosen, empty_memory, backend)
     for layer in chosen:
-        _check_attention(attentions[layer], config, family, segment_len)
-    # with learnt positions there are no others; turned ones must go on where layers that were left look further back
-    restart = not family.rotary or len(chosen) == len(attentions)
+        check_attention(attentions[layer], config, segment_len)
+    # learnt positions end with a segment; rotary ones must go on where layers that were not converted look further back
+    restart = not FAMILIES[config.model_type].rotary or len(chosen) == len(attentions)
     if restart:
-        _check_rotary_length(config, segment_len)
+        check_rotary_length(config, segment_len)
     inputs = tuple(inspect.signature(trunk.forward).parameters)
     conversion = Conversion(settings, len(attentions), config._attn_implementation, restart, inputs)
 
-    interface.register()
     config = _own_config(model, config)
-    setattr(config, ENTRY, settings.as_entry() | {"native": list(conversion.native)})
+    setattr(config, ENTRY, conversion.as_entry())
     config._attn_implementation = IMPLEMENTATION
     attach(trunk, conversion)
     keep = conversion.handles.append
     keep(trunk.register_forward_pre_hook(forward.begin, with_kwargs=True))
     keep(trunk.register_forward_hook(forward.finish, with_kwargs=True))
-    for layer, attention in enumerate(attentions):
+    for attention in attentions:
         keep(attention.register_forward_pre_hook(forward.bring_rotary, with_kwargs=True))
-        if layer in chosen:
-            setattr(attention, GATE, _gate(attention, config.num_attention_heads, gate_init))
+    for layer in chosen:
+        setattr(attentions[layer], GATE, _gate(attentions[layer], config.num_attention_heads, settings))
     if hasattr(model, _PREPARE_CACHE):
         setattr(model, _PREPARE_CACHE, partial(_prepare_cache, model))
     if not quiet:
@@ -109,13 +113,16 @@ def convert(
 
 
 def revert(model: Model) -> Model:
-    """Undo `convert`: the model is what it was, to the bit, and its gates are gone.
+    """Undo `convert`: remove the gates and all else that it added; the model again gives the same bits as before it.
+
+    Args:
+        model: a converted model; it is changed in place.
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
-        ValueError: it is not converted.
+        ValueError: the model is not converted.
     """
     conversion, trunk = conversion_of(model), trunk_of(model)
     for handle in conversion.handles:
@@ -131,14 +138,14 @@ def revert(model: Model) -> Model:
     return model
 
 
-def _gate(attention: nn.Module, heads: int, init: float) -> Gate:
+def _gate(attention: nn.Module, heads: int, settings: Settings) -> Gate:
     # a parameter made in inference mode could never be trained
     with torch.inference_mode(False):
-        return Gate(heads, init).to(next(attention.parameters()).device)
+        return LayerGate(heads, settings).to(next(attention.parameters()).device)
 
 
 def _own_config(model: nn.Module, shared: Any) -> Any:
-    """A configuration of this model alone: others may have been made of the same one."""
+    """Give the model a copy of its configuration, of which other models may have been made, and return the copy."""
     config = copy.deepcopy(shared)
     for module in model.modules():
         if getattr(module, "config", None) is shared:
@@ -146,108 +153,8 @@ def _own_config(model: nn.Module, shared: Any) -> Any:
     return config
 
 
-def _checked(model: nn.Module) -> tuple[Any, Any]:
-    """The text configuration, and the module that runs the layers."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model must be a transformers PreTrainedModel, got {type(model).__name__}: convert what it wraps "
-            "(model.get_base_model() of PEFT's, model.module of DDP's)"
-        )
-    if is_converted(model):
-        raise ValueError(
-            f"model must not be converted yet, got a {type(model).__name__} that is: segattn.revert it first"
-        )
-    config = model.config.get_text_config(decoder=True)
-    if config is not model.config:
-        raise ValueError(
-            f"model must be a text model, got the {type(model).__name__} around one, which makes masks of its own: "
-            "load the text model alone"
-        )
-    if config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"model must be of a type that can be converted ({known}), got {config.model_type!r}")
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and attention_in(module[0], config) is not None
-    ]
-    if len(lists) != 1:
-        raise ValueError(f"model must have one stack of attention layers, got {len(lists)} in {type(model).__name__}")
-    name = lists[0][0]
-    return config, model.get_submodule(name.rpartition(".")[0])
-
-
-def _chosen(layers: Iterable[int] | None, attentions: list[Any], config: Any, convert_sliding: bool) -> list[int]:
-    depth = len(attentions)
-    if layers is not None and not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be a list of integers, got {layers!r}")
-    asked = range(depth) if layers is None else [check_integer("layers", layer, -depth) for layer in layers]
-    for layer in asked:
-        if not -depth <= layer < depth:
-            raise ValueError(f"layers must lie in [{-depth}, {depth}), got {layer}")
-    asked = sorted({layer % depth for layer in asked})
-    if not asked:
-        raise ValueError("layers must name at least one layer, got none")
-    kept = [layer for layer in asked if convert_sliding or not _slides(config, layer)]
-    if not kept or (layers is not None and kept != asked):
-        left = sorted(set(asked) - set(kept))
-        raise ValueError(
-            f"layers {left} have a sliding window of {config.sliding_window}: pass convert_sliding=True to give them "
-            "segments instead"
-        )
-    return kept
-
-
-def _slides(config: Any, layer: int) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return kinds[layer] != "full_attention"
-    return getattr(config, "sliding_window", None) is not None
-
-
-def _check_attention(attention: Any, config: Any, family: Family, segment_len: int) -> None:
-    if any(parameter.is_meta for parameter in attention.parameters()):
-        raise ValueError("model must have its weights, got layers on the meta device: load them, then convert")
-    if family.positions is not None and segment_len > getattr(config, family.positions):
-        raise ValueError(
-            f"segment_len must be at most the {getattr(config, family.positions)} learnt positions of the model "
-            f"({family.positions}), which begin anew with each segment, got {segment_len}"
-        )
-    if family.rotary and not _turns_in_halves(attention):
-        raise ValueError(
-            f"the rotary embedding of {type(attention).__name__} is not the one in halves that can be undone: the "
-            "memory must be free of positions"
-        )
-
-
-def _check_rotary_length(config: Any, segment_len: int) -> None:
-    """Frequencies that depend on a call's largest position must not do so inside a segment."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind not in ("dynamic", "longrope"):
-        return
-    most = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    most = most or config.max_position_embeddings
-    if segment_len > most:
-        raise ValueError(
-            f"segment_len must be at most {most}, where the model's {kind!r} rotary embedding begins to depend on the "
-            f"length of a call, got {segment_len}: a text in pieces would not equal the whole"
-        )
-
-
-def _turns_in_halves(attention: nn.Module) -> bool:
-    """Whether the model's own rotary embedding is what `unrotate` undoes."""
-    turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if turn is None:
-        return False
-    x = torch.linspace(-1, 1, 2 * 3 * 8).view(1, 2, 3, 8)
-    angle = torch.linspace(0, 5, 3 * 4).view(1, 3, 4).repeat(1, 1, 2)
-    turned, _ = turn(x, x, angle.cos(), angle.sin())
-    return torch.allclose(unrotate(turned, angle.cos(), angle.sin()), x, atol=1e-5)
-
-
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-    """`generate` makes its cache here: ours where it would have made one that grows."""
+    """Make the cache of `generate`: an `InfiniCache` where transformers would make one that grows."""
     getattr(type(model), _PREPARE_CACHE)(model, generation_config, model_kwargs, *args, **kwargs)
     if type(model_kwargs.get("past_key_values")) is DynamicCache:
         cache = InfiniCache(model)

@@ -1,4 +1,4 @@
-"""Hugging Face model types that can be converted, and what is particular to each."""
+"""The Hugging Face model types that can be converted, and how each brings positions and scale to its attention."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """How a model type brings positions and scale to its attention.
+    """What is particular to the attention of a model type.
 
-    rotary: queries and keys arrive turned, in halves, by the `position_embeddings` given to their layer.
-    positions: configuration entry with the number of learnt positions, where there are such.
+    rotary: queries and keys arrive rotated, in halves, by the `position_embeddings` passed to their layer.
+    positions: name of the configuration entry with the number of learnt positions; None: positions are not learnt.
     scaled_queries: queries arrive multiplied by the layer's `scaling`.
     """
 
@@ -18,6 +18,7 @@ class Family(NamedTuple):
     scaled_queries: bool = False
 
 
+# by `model_type` of the configuration
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(),

@@ -1,4 +1,4 @@
-"""Converted models whose texts are spread over processes, and other ways of spreading them, which are refused."""
+"""Sequence parallelism of converted models, and other schemes of splitting a text, which are refused."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...kernels.exchange import Ranks, agree_on_runs, modes
 from ...kernels.sequence_parallel import under_context_parallel
+from ..sharding import resumes_after_padding
 from .settings import Conversion, conversion_of, trunk_of
 
 _ON_TRUNK = "segattn_ranks"
@@ -20,20 +21,24 @@ _LABELS = "segattn_labels"
 
 @contextmanager
 def sequence_parallel(model: nn.Module, group: Any) -> Iterator[None]:
-    """Within it, each rank of the group gives the model its own run of the same texts, as `shard_batch` cuts them.
+    """Let the ranks of a group share texts: in the context each passes its run of the same texts to the model.
 
-    The ranks exchange the memory before each run, in every layer; nothing else of the model changes. Parameters are
-    the same on all of them; gradients are each rank's share, to be added up (`mean_loss` says how). Going backward may
-    happen outside. A forward pass takes no cache and no labels, of which it would see this rank's alone: the loss is
-    `mean_loss`. Its attention_mask may have zeros after a text's end only.
+    In every layer the ranks exchange the memory before each run, by the equations of `infini/README.md`; nothing else
+    of the model changes. All ranks hold the same parameters, call the model together, and pass what `shard_batch`
+    returns but for "shift_labels", which go to `mean_loss` with the logits. Each rank gets its share of the gradients,
+    to be averaged or added over the ranks (see `mean_loss`). The backward pass may run outside the context.
+
+    A forward pass in the context takes no cache and no labels, and an `attention_mask` with zeros only after a text's
+    end; it raises ValueError on every rank if any rank passes another, or if the passes do not fit together.
 
     Args:
-        model: converted, every layer of it; or what wraps it, such as FSDP's or PEFT's.
-        group: a `torch.distributed.ProcessGroup`, or one dimension of a `DeviceMesh`, such as mesh["sp"].
+        model: a model with every layer converted, or a model that wraps one, such as FSDP's or PEFT's.
+        group: `torch.distributed.ProcessGroup`, or one dimension of a `DeviceMesh`, such as mesh["sp"].
 
     Raises:
-        TypeError, ValueError: the model is not converted, or not wholly, or is in such a context already; or `group` is
-            no group that this process is in.
+        TypeError: `group` is of another type.
+        ValueError: the model is not converted in every layer, or is in such a context already; or this process is not
+            in the group.
     """
     trunk, ranks = trunk_of(model), Ranks.of(group)
     if native := conversion_of(model).native:
@@ -48,7 +53,7 @@ def sequence_parallel(model: nn.Module, group: Any) -> Iterator[None]:
         trunk.__dict__[_LABELS] = kwargs.get("labels") is not None
 
     trunk.__dict__[_ON_TRUNK] = ranks
-    # those who compute a loss are around the trunk, which does not see what they are given
+    # labels go to the model around the trunk, whose own hooks do not see them
     hook = None if model is trunk else model.register_forward_pre_hook(note_labels, with_kwargs=True)
     try:
         yield
@@ -60,15 +65,15 @@ def sequence_parallel(model: nn.Module, group: Any) -> Iterator[None]:
 
 
 def ranks_of(trunk: nn.Module) -> Ranks | None:
-    """The processes that share the text of the current pass."""
+    """Return the processes over which the texts are spread, or None outside of `sequence_parallel`."""
     return trunk.__dict__.get(_ON_TRUNK)
 
 
 def refuse_other_schemes() -> None:
-    """Refuse schemes known to cut a text behind the model's back, so that its memory begins anew with every part.
+    """Refuse schemes that split a text without the model's knowledge, whose memory would begin anew with every part.
 
-    Seen are PyTorch's context_parallel while it is on, but not in a compiled pass, and Accelerate's ParallelismConfig
-    with cp_size or sp_size. A text that the caller has cut by other means cannot be told from a short one.
+    They are PyTorch's context_parallel, outside of compiled passes, and Accelerate's ParallelismConfig with cp_size or
+    sp_size. Texts that the caller has split by other means look like short texts, and are not noticed.
 
     Raises:
         RuntimeError: one of the two is on.
@@ -86,14 +91,14 @@ def refuse_other_schemes() -> None:
 
 
 def begin_on_ranks(
-    trunk: nn.Module, conversion: Conversion, ranks: Ranks, given: dict[str, Any], tokens: Tensor
+    trunk: nn.Module, conversion: Conversion, ranks: Ranks, inputs: dict[str, Any], tokens: Tensor
 ) -> None:
-    """Check a pass over this rank's run, on all ranks together, and set its arguments.
+    """Check a forward pass over the runs of all ranks together, and set its positions among the inputs.
 
     Raises:
-        ValueError: on every rank, if any is given what cannot be, or the ranks are given what does not fit together.
+        ValueError: on every rank, if the inputs of any rank are refused, or those of all do not fit together.
     """
-    (batch, time), mask = tokens.shape[:2], given.get("attention_mask")
+    (batch, time), mask = tokens.shape[:2], inputs.get("attention_mask")
     segment_len = conversion.settings.segment_len
     settings = {
         "conversion": conversion.settings,
@@ -102,7 +107,7 @@ def begin_on_ranks(
         "whether there is an attention_mask": mask is not None,
         **modes(tokens.device.type),
     }
-    problem = _problem(given, mask, batch, time)
+    problem = _problem(inputs, mask, batch, time)
     if trunk.__dict__.pop(_LABELS, False):
         problem = ValueError(
             "labels must be left out in sequence_parallel, as each rank would see its own alone: give the logits and "
@@ -113,17 +118,18 @@ def begin_on_ranks(
     positions = torch.arange(first, first + time, device=tokens.device)
     if mask is not None:
         _check_gathered(ranks, mask, times)
-    given["attention_mask"] = given["past_key_values"] = None
-    given["use_cache"] = False
-    given["position_ids"] = (positions % segment_len).expand(batch, -1)
+    inputs["attention_mask"] = inputs["past_key_values"] = None
+    inputs["use_cache"] = False
+    inputs["position_ids"] = (positions % segment_len).expand(batch, -1)
 
 
-def _problem(given: dict[str, Any], mask: Any, batch: int, time: int) -> Exception | None:
-    if given.get("past_key_values") is not None or given.get("use_cache"):
+def _problem(inputs: dict[str, Any], mask: Any, batch: int, time: int) -> Exception | None:
+    """Return why this rank's inputs are refused, or None."""
+    if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
         return ValueError("past_key_values and use_cache must be left out in sequence_parallel, which keeps no cache")
-    if given.get("cu_seq_lens_q") is not None:
+    if inputs.get("cu_seq_lens_q") is not None:
         return ValueError("cu_seq_lens_q must be None in sequence_parallel: each row is one text")
-    positions = given.get("position_ids")
+    positions = inputs.get("position_ids")
     if positions is not None and bool((positions.diff(dim=-1) != 1).any()):
         return ValueError("position_ids must count by ones in sequence_parallel: each row is one text")
     if mask is None:
@@ -131,7 +137,7 @@ def _problem(given: dict[str, Any], mask: Any, batch: int, time: int) -> Excepti
     if not isinstance(mask, Tensor) or mask.shape != (batch, time):
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         return ValueError(f"attention_mask must be that of this rank's run, {[batch, time]}, got {got}")
-    if bool((mask.bool()[:, 1:] & ~mask.bool()[:, :-1]).any()):
+    if resumes_after_padding(mask):
         return ValueError(
             "attention_mask must have zeros after a text's end only in sequence_parallel: pad on the right"
         )
@@ -139,7 +145,7 @@ def _problem(given: dict[str, Any], mask: Any, batch: int, time: int) -> Excepti
 
 
 def _check_gathered(ranks: Ranks, mask: Tensor, times: list[int]) -> None:
-    """A text that has ended on one rank must not go on upon the next."""
+    """Check that no text goes on upon a rank after it has ended on one before."""
     counts = ranks.gather(mask.bool().sum(1))
     full = counts == counts.new_tensor(times)[:, None]
     if bool((counts[1:] > 0).logical_and(~full[:-1]).any()):

@@ -1,7 +1,7 @@
-"""Training on texts of any length, piece by piece: the loss of the whole, and its gradient, exact or truncated.
+"""Training on texts of any length, piece by piece: the loss of the whole text, and its gradient, exact or truncated.
 
-The state is a value: each piece reads a copy of the cache that the one before left, so that the graph runs through all
-of them, and ends only where `detach_every` or `truncate` says.
+The state is a value: each piece goes on from a copy of the cache that the piece before left. So the graph runs through
+all pieces, and is cut only where `detach_every` or `truncate` says.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import validation as check
+from ..loss import IGNORED, cross_entropy_sum, shifted
 from .cache import InfiniCache
 from .settings import conversion_of
 
-IGNORED = -100
-
 
 class Piece(NamedTuple):
-    """What reading a piece gives.
+    """One piece of a text, as the model has read it.
 
-    loss_sum: [] float32, or float64 of such logits, in nats, of the tokens that the piece predicts: its last one
-        predicts the first of the next.
-    tokens: how many they are.
-    logits: [B, T, vocabulary] where asked for.
+    loss_sum: cross-entropy [] in nats, summed over the tokens that the piece predicts, the last of which is the first
+        token of the next piece; float32, or float64 for logits of that dtype.
+    tokens: number of these tokens.
+    logits: [B, T, vocabulary] with `keep_logits`, else None.
     cache: everything read so far, in the graph.
     """
 
@@ -37,11 +36,11 @@ class Piece(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """What `backward_in_pieces` gives.
+    """The result of `backward_in_pieces`.
 
-    loss: [] float32, in nats per token, of the whole text, without a graph.
-    tokens: how many were predicted.
-    cache: of the whole text, without a graph.
+    loss: mean cross-entropy [] of the whole text, float32, in nats per token, without a graph.
+    tokens: number of tokens predicted.
+    cache: everything read, without a graph.
     """
 
     loss: Tensor
@@ -60,24 +59,24 @@ def read_in_pieces(
     detach_every: int | None = None,
     keep_logits: bool = False,
 ) -> Iterator[Piece]:
-    """Read a text in pieces; each is read when it is asked for.
+    """Read a text in pieces, each when the iterator is asked for it.
 
     Args:
         model: a converted causal language model.
-        input_ids: int64 [B, T].
-        piece_len: tokens per piece, any number; the last may be shorter. Best a multiple of the segment length.
-        labels: int64 [B, T], as transformers has them: not shifted, -100 where none is to be predicted. Default: the
-            text itself, without padding.
-        attention_mask: [B, T], zeros at padding on the left; with a cache, [B, columns of the cache + T].
-        cache: what was read before; it is left as it is.
-        detach_every: cut the graph after every so many pieces. Default: nowhere.
-        keep_logits: give the logits too, which are large.
+        input_ids: integers [B, T].
+        piece_len: tokens per piece, any number, preferably a multiple of the segment length; the last piece may be
+            shorter.
+        labels: int64 [B, T], not shifted, -100 where there is none. Default: the text without its padding.
+        attention_mask: [B, T], with zeros only before a text; with a cache, [B, columns of the cache + T].
+        cache: what was read before the text; it is not changed. Default: nothing.
+        detach_every: cut the graph after every so many pieces. Default: never.
+        keep_logits: return the logits with each piece; they are large.
 
     Returns:
-        Its pieces, in order.
+        Iterator over the pieces in order.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be, and what it was; the model is not converted, or its
+        TypeError, ValueError: an argument is not as above, the model is not converted or returns no logits, or its
             gradient checkpointing would lose the gradient of the state.
     """
     check.check_integer("piece_len", piece_len, 1)
@@ -98,8 +97,10 @@ def read_in_pieces(
                 state = state.detach()
             state, end = state.copy(), end + tokens.shape[1]
             logits = _logits(model, tokens, None if attention_mask is None else attention_mask[:, :end], state)
-            piece = Piece(_loss_sum(logits, target), count, logits if keep_logits else None, state)
-            # which would live until the next piece's are there
+            piece = Piece(
+                cross_entropy_sum(logits, target.to(logits.device)), count, logits if keep_logits else None, state
+            )
+            # else they would be kept while the next piece is read
             del logits
             yield piece
 
@@ -107,14 +108,17 @@ def read_in_pieces(
 
 
 def loss_in_pieces(model: nn.Module, input_ids: Tensor, piece_len: int, **options: Any) -> Tensor:
-    """Mean loss [] float32 of a whole text read in pieces, in nats per token, with the graph of all of them.
+    """Return the mean cross-entropy [] of a text read in pieces, in nats per token, with the graph of all pieces.
 
     Args:
         model, input_ids, piece_len: as in `read_in_pieces`.
-        options: its `labels`, `attention_mask`, `cache` and `detach_every`.
+        options: `labels`, `attention_mask`, `cache` and `detach_every` of `read_in_pieces`.
+
+    Returns:
+        float32, or float64 for logits of that dtype.
 
     Raises:
-        ValueError: as there; or nothing is to be predicted.
+        TypeError, ValueError: as `read_in_pieces`; or there is no token to predict.
     """
     pieces = [piece[:2] for piece in read_in_pieces(model, input_ids, piece_len, **options)]
     tokens = _counted(sum(tokens for _, tokens in pieces))
@@ -132,20 +136,20 @@ def backward_in_pieces(
     attention_mask: Tensor | None = None,
     cache: InfiniCache | None = None,
 ) -> Backward:
-    """Add the gradient of a text's mean loss to the parameters, reading it in pieces.
+    """Read a text in pieces, and add the gradient of its mean loss to the parameters' gradients.
 
     Args:
         model, input_ids, piece_len, labels, attention_mask, cache: as in `read_in_pieces`.
-        truncate: pieces per window. Each window goes backward as soon as it is read, and the state enters the next as
-            a constant, so that the activations of one window are held. Default: the whole text is one, whose gradient
-            is exact.
-        scale: factor of the gradient, such as one over the number of texts that are accumulated.
+        truncate: pieces per window. The backward pass of a window runs as soon as it is read, and the state enters the
+            next window as a constant, so that only the activations of one window are kept. Default: one window, the
+            whole text, whose gradient is exact.
+        scale: factor of the gradient, such as 1 / the number of texts whose gradients are accumulated.
 
     Returns:
-        The loss, without the scale, and the state.
+        Backward(loss, tokens, cache); the loss is not scaled.
 
     Raises:
-        ValueError: as there; or nothing is to be predicted.
+        TypeError, ValueError: as `read_in_pieces`; or there is no token to predict.
     """
     if truncate is not None:
         check.check_integer("truncate", truncate, 1)
@@ -172,7 +176,7 @@ def backward_in_pieces(
 
 
 def _backward(window: list[Tensor], scale: float) -> Tensor:
-    """The sum of the losses, which are taken from the list."""
+    """Run the backward pass of a window, empty the list of its losses, and return their sum."""
     if not window:
         return torch.zeros(())
     loss = torch.stack(window).sum()
@@ -190,20 +194,15 @@ def _logits(model: nn.Module, tokens: Tensor, mask: Tensor | None, cache: Infini
     return logits
 
 
-def _loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    return F.cross_entropy(wide, targets.to(wide.device).flatten(), ignore_index=IGNORED, reduction="sum")
-
-
 def _targets(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
-    """[B, T]: what each token is to predict."""
+    """Return the target of each token, int64 [B, T]."""
     if labels is None:
         labels = input_ids
         if mask is not None:
             real = mask[:, -input_ids.shape[1] :].bool().to(labels.device)
-            # nor does padding predict a row's first token
+            # padding does not predict the first token of a row either
             labels = labels.masked_fill(~(real & F.pad(real, (1, 0), value=True)[:, :-1]), IGNORED)
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return shifted(labels)
 
 
 def _counted(tokens: int) -> int:
@@ -225,10 +224,11 @@ def _check_tensors(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None
 
 
 def check_checkpointing(model: nn.Module) -> None:
-    """Refuse what would give wrong gradients in silence.
+    """Refuse gradient checkpointing that would silently give wrong gradients to a text in pieces.
 
     Raises:
-        ValueError: a model in training checkpoints gradients with `use_reentrant`, or while layers are not converted.
+        ValueError: the model is in training and checkpoints gradients with `use_reentrant`, or has layers that were not
+            converted.
     """
     native = conversion_of(model).native
     if not (model.training and torch.is_grad_enabled()):

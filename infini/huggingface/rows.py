@@ -1,4 +1,4 @@
-"""Where the rows of a batch stand in their segments; rows are of unequal length where shorter ones are padded."""
+"""Where the rows of a batch stand in their segments; shorter rows are padded, so lengths differ."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """What has been read of each row.
+    """How far each row of a batch has been read.
 
-    A row's *tail* is what follows its last folded segment. Tails end together, in the last column.
+    The *tail* of a row is its unfinished segment: the tokens behind those that were written to the memory, that is
+    folded. All tails end in the last column.
 
-    columns: tokens and padding read so far.
-    lengths: tokens of each row.
-    folded: how many of these are in the memory, whole segments.
-    open: whether every row goes on; right padding ends them.
+    columns: columns read, tokens and padding.
+    lengths: tokens read, by row.
+    folded: tokens in the memory, by row; whole segments.
+    open: whether every row can go on; padding on the right ends a row.
     """
 
     columns: int
@@ -26,57 +27,65 @@ class Rows(NamedTuple):
 
     @classmethod
     def fresh(cls, batch: int) -> Rows:
-        """Rows of which nothing has been read."""
+        """Return `batch` rows of which nothing has been read."""
         return cls(0, (0,) * batch, (0,) * batch)
 
     @property
     def tails(self) -> tuple[int, ...]:
-        """Tokens of each row that are not folded."""
+        """The number of tokens in each row's tail."""
         return tuple(length - folded for length, folded in zip(self.lengths, self.folded, strict=True))
 
-    def read(self, real: Real | None, time: int, segment_len: int, *, keep_last: bool = False) -> Rows:
-        """The rows after `time` more columns, of which `real` are tokens, with every completed segment folded.
+    def read(self, tokens: TokenColumns | None, time: int, segment_len: int, *, keep_last: bool = False) -> Rows:
+        """Return the rows after `time` more columns, with every completed segment folded.
 
-        keep_last: leave the last completed segment unfolded, so that tokens can be taken back.
+        Args:
+            tokens: those of the columns that hold tokens; None: all of them.
+            time: number of new columns.
+            segment_len: tokens per segment, L.
+            keep_last: leave the last completed segment unfolded, so that tokens can be taken back.
         """
-        counts = (time,) * len(self.lengths) if real is None else real.counts
+        counts = (time,) * len(self.lengths) if tokens is None else tokens.counts
         lengths = tuple(length + count for length, count in zip(self.lengths, counts, strict=True))
         whole = (length // segment_len * segment_len - keep_last * segment_len for length in lengths)
         folded = tuple(max(before, after) for before, after in zip(self.folded, whole, strict=True))
-        ends = real is not None and any(end < time and n for end, n in zip(real.ends, lengths, strict=True))
+        ends = tokens is not None and any(end < time and n for end, n in zip(tokens.ends, lengths, strict=True))
         return Rows(self.columns + time, lengths, folded, self.open and not ends)
 
     def without(self, removed: int) -> Rows:
-        """The rows before their last `removed` columns."""
+        """Return the rows before their last `removed` columns."""
         return self._replace(columns=self.columns - removed, lengths=tuple(length - removed for length in self.lengths))
 
     def select(self, indices: Tensor) -> Rows:
-        """These rows, in this order."""
+        """Return the rows of these indices, in this order."""
+        # rows that all stand alike need no copy of the indices from the device
         if len(set(zip(self.lengths, self.folded, strict=True))) == 1:
             return self._replace(lengths=self.lengths[:1] * len(indices), folded=self.folded[:1] * len(indices))
         order = indices.tolist()
         return self._replace(lengths=tuple(self.lengths[i] for i in order), folded=tuple(self.folded[i] for i in order))
 
-    def spans(self, real: Real | None, time: int, device: torch.device) -> Tensor | None:
-        """int32 [B, 2], the real columns of each row among the widest tail and `time` new ones; None: all of them."""
+    def spans(self, tokens: TokenColumns | None, time: int, device: torch.device) -> Tensor | None:
+        """Return the bounds of each row's tokens in the widest tail and `time` new columns, int32 [B, 2].
+
+        None where every column is a token.
+        """
         tails = self.tails
         width = max(tails, default=0)
-        if real is None:
+        if tokens is None:
             if min(tails, default=0) == width:
                 return None
-            real = Real((0,) * len(tails), (time,) * len(tails))
+            tokens = TokenColumns((0,) * len(tails), (time,) * len(tails))
         bounds = []
-        for tail, length, first, end in zip(tails, self.lengths, real.firsts, real.ends, strict=True):
+        for tail, length, first, end in zip(tails, self.lengths, tokens.firsts, tokens.ends, strict=True):
             if tail == 0 and end == first:
-                # a span holds a token: a padded one, whose output is not looked at, and which fills no segment
+                # a span holds a token: one of padding, whose output is not used, and which completes no segment
                 bounds.append((width + time - 1, width + time))
             else:
                 bounds.append((width - tail if length else width + first, width + end))
         return torch.tensor(bounds, dtype=torch.int32, device=device)
 
-    def positions(self, real: Real | None, time: int, segment_len: int, device: torch.device) -> Tensor:
-        """int64 [1 or B, T]: where each new column stands in its segment; padding stands at 0."""
-        firsts = (0,) * len(self.lengths) if real is None else real.firsts
+    def positions(self, tokens: TokenColumns | None, time: int, segment_len: int, device: torch.device) -> Tensor:
+        """Return the position of each new column in its segment, int64 [1 or B, T]; that of padding is 0."""
+        firsts = (0,) * len(self.lengths) if tokens is None else tokens.firsts
         starts = [tail - first for tail, first in zip(self.tails, firsts, strict=True)]
         if len(set(starts)) == 1:
             starts = starts[:1]
@@ -84,23 +93,27 @@ class Rows(NamedTuple):
         return (torch.tensor(starts, device=device)[:, None] + steps).clamp(min=0) % segment_len
 
 
-class Real(NamedTuple):
-    """The tokens among a call's columns: one run in each row."""
+class TokenColumns(NamedTuple):
+    """The columns of a batch that hold tokens rather than padding: one run in each row.
+
+    firsts: column of the first token, by row; 0 in a row without tokens.
+    counts: number of tokens, by row.
+    """
 
     firsts: tuple[int, ...]
     counts: tuple[int, ...]
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """One past the last token."""
+        """The column behind the last token, by row."""
         return tuple(first + count for first, count in zip(self.firsts, self.counts, strict=True))
 
     @classmethod
-    def of(cls, mask: Tensor) -> Real | None:
-        """Of a mask [B, T]; None where every column is a token.
+    def of(cls, mask: Tensor) -> TokenColumns | None:
+        """Return the columns that an attention mask [B, T] marks, or None where it marks all of them.
 
         Raises:
-            ValueError: a row's tokens are not one run.
+            ValueError: the tokens of a row are not one run.
         """
         mask = mask.bool()
         if bool(mask.all()):

@@ -1,11 +1,10 @@
-"""How a model was converted, and where that is written down."""
+"""How a model was converted, and where that is recorded: its configuration, and the module that runs its layers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -14,18 +13,17 @@ from torch.utils.hooks import RemovableHandle
 from ...kernels import validation as check
 from ...kernels.backends import check_backend
 
-# the entry in a model's configuration, and the name of attention there
+# name of the entry in a model's configuration, and the version of its contents
 ENTRY = "segment_attention"
-IMPLEMENTATION = "segattn"
-GATE = "segattn_gate"
-# of what the entry holds
 VERSION = 1
-_ON_MODEL = "segattn_conversion"
+# name of the gate in the attention of a converted layer
+GATE = "segattn_gate"
+_ON_TRUNK = "segattn_conversion"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `convert`, checked; `layers` are those converted."""
+    """The arguments of `convert`, checked; `layers` are the converted ones, counted from 0."""
 
     segment_len: int
     update: str = "delta"
@@ -45,37 +43,23 @@ class Settings:
             raise ValueError(f"gate_init must be finite, got {self.gate_init}")
 
     def as_entry(self) -> dict[str, Any]:
-        """For a configuration: what is needed to convert the same way again."""
-        kept = asdict(self)
-        # where it runs is not a property of the weights
-        del kept["backend"]
-        return {"version": VERSION, "load_with": "segattn.from_pretrained", **kept, "layers": list(self.layers)}
-
-    @classmethod
-    def of_entry(cls, entry: object, where: str) -> Settings:
-        """Of a configuration's entry.
-
-        Raises:
-            ValueError: there is none, it is of another version, or it lacks something.
-        """
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"{where} must have an entry {ENTRY!r}, as models saved after convert do; it has none")
-        if entry.get("version") != VERSION:
-            raise ValueError(f"{where}: {ENTRY} must be of version {VERSION}, got {entry.get('version')!r}")
-        names = {field.name for field in fields(cls)} - {"backend"}
-        if missing := sorted(names - set(entry)):
-            raise ValueError(f"{where}: {ENTRY} must hold {', '.join(missing)}, which it lacks")
-        return cls(**{name: entry[name] for name in names - {"layers"}}, layers=tuple(entry["layers"]))
+        """Return the settings as a configuration holds them, in types of JSON."""
+        entry = asdict(self)
+        # where the operation runs is not a property of the weights
+        del entry["backend"]
+        return {"version": VERSION, "load_with": "segattn.from_pretrained", **entry, "layers": list(self.layers)}
 
 
 @dataclass
 class Conversion:
-    """What was done to a model, and what undoes it.
+    """What `convert` did to a model, and what `revert` needs to undo it.
 
-    depth: layers of the model.
-    original: the attention implementation before.
-    restart: whether positions begin anew with each segment.
-    inputs: names of the arguments of the module that runs the layers, in order.
+    settings: the arguments of `convert`.
+    depth: number of layers of the model.
+    original: name of the attention implementation before.
+    restart: whether positions start again from 0 with each segment.
+    inputs: argument names of the module that runs the layers, in order.
+    handles: the hooks on the model.
     """
 
     settings: Settings
@@ -85,55 +69,81 @@ class Conversion:
     inputs: tuple[str, ...]
     handles: list[RemovableHandle] = field(default_factory=list)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        # a model that was pickled finds its attention by name, also in a new process
-        import_module(".interface", __package__).register()
-
     @property
     def native(self) -> tuple[int, ...]:
-        """Layers left as they were."""
+        """The layers that were not converted."""
         return tuple(layer for layer in range(self.depth) if layer not in self.settings.layers)
+
+    def as_entry(self) -> dict[str, Any]:
+        """Return the configuration entry from which a model is converted the same way again."""
+        return self.settings.as_entry() | {"native": list(self.native)}
+
+
+def read_entry(entry: object, where: str) -> tuple[Settings, int]:
+    """Return the settings in a configuration entry, and the number of layers of its model.
+
+    Args:
+        entry: the entry.
+        where: the file that it was read from.
+
+    Raises:
+        ValueError: the entry is missing, of another version, incomplete or damaged.
+    """
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where} must have an entry {ENTRY!r}, as models saved after convert do; it has none")
+    if entry.get("version") != VERSION:
+        raise ValueError(f"{where}: {ENTRY} must be of version {VERSION}, got {entry.get('version')!r}")
+    names = {field.name for field in fields(Settings)} - {"backend"}
+    if missing := sorted({*names, "native"} - set(entry)):
+        raise ValueError(f"{where}: {ENTRY} must hold {', '.join(missing)}, which it lacks")
+    try:
+        settings = Settings(**{name: entry[name] for name in names - {"layers"}}, layers=tuple(entry["layers"]))
+        layers = sorted([*settings.layers, *entry["native"]])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {ENTRY} is damaged ({error}): save the model or its gates again") from error
+    if layers != list(range(len(layers))):
+        raise ValueError(f"{where}: {ENTRY} must name every layer once, as one of layers or of native, got {layers}")
+    return settings, len(layers)
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether `model`, or the model that it wraps, has converted layers."""
-    return any(_ON_MODEL in module.__dict__ for module in model.modules())
+    """Return whether `model`, or a model that it wraps, has converted layers."""
+    return any(_ON_TRUNK in module.__dict__ for module in model.modules())
 
 
 def trunk_of(model: nn.Module) -> Any:
-    """The module inside `model`, or inside what wraps it, that runs the converted layers.
+    """Return the module inside `model`, or inside a model that it wraps, that runs the converted layers.
 
     Raises:
-        ValueError: it was not converted.
+        ValueError: the model is not converted.
     """
     for module in model.modules():
-        if _ON_MODEL in module.__dict__:
+        if _ON_TRUNK in module.__dict__:
             return module
     raise ValueError(f"model must be converted, got a {type(model).__name__} that is not: call segattn.convert first")
 
 
 def conversion_of(model: nn.Module) -> Conversion:
-    """How `model`, or the model that it wraps, was converted.
+    """Return how `model`, or a model that it wraps, was converted.
 
     Raises:
-        ValueError: it was not.
+        ValueError: the model is not converted.
     """
-    return trunk_of(model).__dict__[_ON_MODEL]
+    return trunk_of(model).__dict__[_ON_TRUNK]
 
 
 def attach(trunk: nn.Module, conversion: Conversion) -> None:
-    """Write it down on the module that runs the layers."""
-    trunk.__dict__[_ON_MODEL] = conversion
+    """Record the conversion on the module that runs the layers."""
+    trunk.__dict__[_ON_TRUNK] = conversion
 
 
 def detach(trunk: nn.Module) -> None:
-    """Forget it."""
-    del trunk.__dict__[_ON_MODEL]
+    """Remove the record of the conversion."""
+    del trunk.__dict__[_ON_TRUNK]
 
 
 def attention_in(layer: nn.Module, config: Any) -> Any:
-    """The causal self-attention of a layer: what knows its index, and that it is causal; None where there is none."""
+    """Return the causal self-attention of a layer, or None: the module that has a layer index and is causal."""
     for module in layer.modules():
         causal = getattr(module, "is_causal", False) and hasattr(module, "layer_idx")
         if causal and getattr(module, "config", None) is config:
@@ -142,7 +152,7 @@ def attention_in(layer: nn.Module, config: Any) -> Any:
 
 
 def attentions_of(trunk: Any) -> list[Any]:
-    """Of every layer that the trunk runs, in order."""
+    """Return the attention of every layer that the trunk runs, in order."""
     for module in trunk.children():
         if isinstance(module, nn.ModuleList) and len(module) and attention_in(module[0], trunk.config) is not None:
             return [attention_in(layer, trunk.config) for layer in module]

@@ -1,4 +1,4 @@
-"""A cache of fixed addresses, for decoding that is compiled or replayed as a CUDA graph."""
+"""The cache of a converted model in buffers of fixed addresses, for compiled decoding and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from ...kernels.decoding import segment_decode
 from ...kernels.memory import memory_read, memory_write
 from ...kernels.state import MemoryState
-from ...kernels.validation import check_integer
-from .cache import LayerState
+from ...kernels.validation import check_integer, state_dtype
+from .cache_layer import ConvertedLayer, LayerState, new_columns
 from .rows import Rows
 from .settings import GATE, Settings, attentions_of, conversion_of, trunk_of
 
 
-class StaticInfiniLayer(CacheLayerMixin):
-    """One layer's buffers.
+class StaticInfiniLayer(ConvertedLayer):
+    """The cache of one converted layer, in buffers of fixed addresses.
 
-    keys, memory_keys, values: [B, G, L, ·], the unfinished segment of each row, of which `lengths % L` places count.
-    memory, normalizer: completed segments.
-    next_memory, next_normalizer: the same, and what the unfinished segment has written so far. A token's write needs
-    only the memory before its segment, so it need not wait for the segment's end.
+    keys, memory_keys, values: [B, G, L, K] of the unfinished segment of each row, whose first `lengths % L` places
+        count.
+    memory, normalizer: [B, G, K, K] and [B, G, K] of the completed segments, in float32 or wider.
+    next_memory, next_normalizer: the memory with the tokens of the unfinished segment written too. The write of a token
+        needs only the memory before its segment, so it need not wait for the segment's end.
     """
 
-    is_sliding = False
     is_compileable = True
     is_croppable = False
 
@@ -39,40 +39,27 @@ class StaticInfiniLayer(CacheLayerMixin):
         self.lengths, self.columns, self.settings = lengths, columns, settings
         tail = (batch, groups, settings.segment_len, width)
         self.keys, self.memory_keys, self.values = (like.new_zeros(tail) for _ in range(3))
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = state_dtype(like)
         self.memory, self.next_memory = (like.new_zeros(batch, groups, width, width, dtype=dtype) for _ in range(2))
         self.normalizer, self.next_normalizer = (like.new_zeros(batch, groups, width, dtype=dtype) for _ in range(2))
         self.counters = torch.zeros(batch * groups, dtype=torch.int32, device=like.device)
         self.is_initialized = True
 
     def tail(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the order of a `LayerState`."""
+        """Return the buffers of the unfinished segment, in the order of a `LayerState`."""
         return self.keys, self.memory_keys, self.values
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Those that hold rows."""
+        """Return all buffers that hold rows."""
         return (*self.tail(), self.memory, self.normalizer, self.next_memory, self.next_normalizer)
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Everything is made ahead."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values as they are: attention itself puts them in their places."""
-        return key_states, value_states
-
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Of the new columns only, so that a compiled step's mask keeps its shape."""
-        return query_length.shape[0] if isinstance(query_length, Tensor) else query_length, 0
+        """Return the columns of a mask over the new tokens alone, so that a compiled step's mask keeps its shape."""
+        return new_columns(query_length), 0
 
     def get_seq_length(self, *args: Any) -> Any:
-        """Columns read, a tensor."""
+        """Return the number of columns read, an int64 tensor []."""
         return self.columns
-
-    def get_max_length(self) -> int:
-        """-1: there is none."""
-        return -1
-
-    get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
         """Forget everything."""
@@ -80,12 +67,12 @@ class StaticInfiniLayer(CacheLayerMixin):
             x.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these rows, in this order; as many as there are."""
+        """Keep the rows of these B indices, in this order."""
         for x in self.tensors():
             x.copy_(x.index_select(0, beam_idx.to(x.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what a token has written is not taken back.
+        """Refuse to take tokens back, since their writes to the memory cannot be undone.
 
         Raises:
             ValueError: always.
@@ -93,26 +80,16 @@ class StaticInfiniLayer(CacheLayerMixin):
         raise ValueError("a StaticInfiniCache must not be cropped, as by assisted decoding: use an InfiniCache")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refused: its rows are as many as they are.
+        """Refuse to change the number of rows, which is fixed.
 
         Raises:
             ValueError: always.
         """
         raise ValueError("a StaticInfiniCache must keep its batch_size: make one of as many rows as there will be")
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order; as many as there are."""
-        self.reorder_cache(indices)
-
-    def offload(self) -> None:
-        """Moved by nobody: its addresses are fixed."""
-
-    def prefetch(self) -> None:
-        """Never away."""
-
     def step(
         self,
-        module: nn.Module,
+        gate: Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -121,17 +98,17 @@ class StaticInfiniLayer(CacheLayerMixin):
         scale: float | None,
         softcap: float | None,
     ) -> Tensor:
-        """Attention of one new token in each row, without a branch: [B, H, 1, V]."""
+        """Return the attention [B, H, 1, V] of one new token in each row, without a branch."""
         rows = torch.arange(q.shape[0], device=q.device)
         place = self.lengths.to(q.device) % self.settings.segment_len
-        for held, new in zip(self.tail(), (k, memory_k, v), strict=True):
-            held[rows, :, place] = new[:, :, 0]
+        for buffer, new in zip(self.tail(), (k, memory_k, v), strict=True):
+            buffer[rows, :, place] = new[:, :, 0]
         out = segment_decode(
             q,
             self.keys,
             self.values,
             place + 1,
-            gate=getattr(module, GATE)().detach(),
+            gate=gate.detach(),
             memory_q=memory_q,
             state=MemoryState(self.memory, self.normalizer),
             empty_memory=self.settings.empty_memory,
@@ -147,21 +124,21 @@ class StaticInfiniLayer(CacheLayerMixin):
         return out
 
     def read(self, rows: Rows) -> LayerState:
-        """The state that pieces of more than one token go on from: tails that end together."""
+        """Return the state that a piece of more than one token goes on from: tails that end together."""
         width, tails = max(rows.tails), torch.tensor(rows.tails, device=self.memory.device)
         places = (torch.arange(width, device=tails.device) - width + tails[:, None]).clamp(min=0)
         memory = MemoryState(self.memory.clone(), self.normalizer.clone())
         return LayerState(memory, *(_at(x, places) for x in self.tail()))
 
     def store(self, rows: Rows, state: LayerState) -> None:
-        """What such a piece has left."""
+        """Write the state that such a piece has left into the buffers."""
         width, tails = state.keys.shape[2], torch.tensor(rows.tails, device=self.memory.device)
         steps = torch.arange(width, device=tails.device)
         places = (steps + width - tails[:, None]).clamp(max=width - 1)
-        for held, x in zip(self.tail(), state[1:], strict=True):
-            held[:, :, :width] = _at(x, places)
-        for held, x in zip((self.memory, self.normalizer), state.memory, strict=True):
-            held.copy_(x)
+        for buffer, x in zip(self.tail(), state[1:], strict=True):
+            buffer[:, :, :width] = _at(x, places)
+        for buffer, x in zip((self.memory, self.normalizer), state.memory, strict=True):
+            buffer.copy_(x)
         self.next_memory.copy_(self.memory)
         self.next_normalizer.copy_(self.normalizer)
         counts = (steps < tails[:, None])[:, None, :, None]
@@ -169,7 +146,7 @@ class StaticInfiniLayer(CacheLayerMixin):
         self._write(self.memory_keys[:, :, :width].masked_fill(~counts, -1e4), self.values[:, :, :width] * counts)
 
     def _write(self, memory_k: Tensor, v: Tensor) -> None:
-        """Tokens of the unfinished segment into what the memory will be (arXiv 2404.07143, equations 8 and 9)."""
+        """Write tokens of the unfinished segment into the next memory (arXiv 2404.07143, equations 8 and 9)."""
         k, v, backend = memory_k.to(self.memory.dtype), v.to(self.memory.dtype), self.settings.backend
         if self.settings.update == "delta":
             v = v - memory_read(k, MemoryState(self.memory, self.normalizer), backend=backend)
@@ -180,17 +157,20 @@ class StaticInfiniLayer(CacheLayerMixin):
 
 
 class StaticInfiniCache(Cache):
-    """An `InfiniCache` of fixed size and addresses: decoding with it compiles whole, and replays in a CUDA graph.
+    """An `InfiniCache` of fixed size and addresses: decoding compiles to one graph, and replays as a CUDA graph.
 
-    `generate` compiles with it on a GPU. Steps of one token have no branch, read the lengths on the device, and take
-    every column for a token. Pieces of more than one token, such as the prompt, run as with an `InfiniCache`.
+    Pass it to `generate`, which compiles with it on a GPU, or to `forward`, as `past_key_values`. A step of one token
+    per row has no branch, reads the lengths on the device, and takes every column for a token. Pieces of more than one
+    token, such as the prompt, run as with an `InfiniCache`. Each layer holds keys, keys before rotary embedding and
+    values [B, G, L, K] in the model's dtype, and two memories [B, G, K, K] with normalizers [B, G, K] in float32.
 
     Args:
-        model: a converted model, every layer of it.
-        batch_size: B, of every call.
+        model: a converted model, with every layer converted.
+        batch_size: number of rows of every call, B.
 
     Raises:
-        ValueError: the model is not converted, or has layers that are not.
+        TypeError: `batch_size` is not an integer.
+        ValueError: the model is not converted, or not in every layer; or `batch_size` is below 1.
     """
 
     def __init__(self, model: nn.Module, batch_size: int = 1) -> None:
@@ -205,11 +185,10 @@ class StaticInfiniCache(Cache):
         config = trunk.config
         groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        # of every row: the first piece's device and dtype are the layers' own
         device = next(trunk.parameters()).device
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.columns = torch.zeros((), dtype=torch.int64, device=device)
-        # quantized weights are no floats
+        # the embedding's dtype, since quantized weights are integers
         likes = [trunk.get_input_embeddings().weight[:0].to(_device(m)) for m in attentions_of(trunk)]
         layers: list[Any] = [
             StaticInfiniLayer(batch_size, groups, width, self.lengths, self.columns, like.detach(), self.settings)
@@ -226,33 +205,33 @@ class StaticInfiniCache(Cache):
 
     @property
     def batch(self) -> int:
-        """Rows, as it was made for."""
+        """Number of rows, B."""
         return len(self.lengths)
 
     @property
     def rows(self) -> Rows:
-        """How far each row has been read; waits for the device."""
+        """How far each row has been read; reading it waits for the device."""
         lengths = tuple(self.lengths.tolist())
         length = self.settings.segment_len
         return Rows(int(self.columns), lengths, tuple(n // length * length for n in lengths))
 
     @property
     def states(self) -> dict[int, LayerState | None]:
-        """By layer."""
+        """The state of each layer, by its index; reading it waits for the device."""
         rows = self.rows
         return {index: layer.read(rows) for index, layer in enumerate(self.layers)}
 
     @property
     def num_bytes(self) -> int:
-        """What the tensors take."""
+        """Bytes of the buffers."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.tensors())
 
     def is_empty(self) -> bool:
-        """Whether nothing has been read; waits for the device."""
+        """Return whether nothing has been read; this waits for the device."""
         return int(self.columns) == 0
 
     def commit(self, rows: Rows, states: dict[int, LayerState]) -> None:
-        """What a pass of more than one token has left."""
+        """Take over the state that a forward pass of more than one token has left in every layer."""
         if not rows.open:
             raise ValueError("attention_mask must end with ones for a static cache, got padding on the right")
         self.lengths.copy_(torch.tensor(rows.lengths))
@@ -261,12 +240,12 @@ class StaticInfiniCache(Cache):
             self.layers[index].store(rows, state)
 
     def advance(self) -> None:
-        """One more token in each row, on the device."""
+        """Count one more token in each row, on the device."""
         self.lengths.add_(1)
         self.columns.add_(1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these rows, in this order; as many as there are."""
+        """Keep the rows of these B indices, in this order."""
         for layer in self.layers:
             layer.reorder_cache(beam_idx)
         self.lengths.copy_(self.lengths.index_select(0, beam_idx.to(self.lengths.device)))
@@ -277,5 +256,5 @@ def _device(attention: nn.Module) -> torch.device:
 
 
 def _at(x: Tensor, places: Tensor) -> Tensor:
-    """x [B, G, T, K] at places [B, P] → [B, G, P, K]."""
+    """Return x [B, G, T, K] at the places [B, P] of each row, [B, G, P, K]."""
     return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

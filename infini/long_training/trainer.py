@@ -22,7 +22,8 @@ from ..finetune.finetuner import CLIP
 from ..gate import Gate, parameter_groups
 from ..huggingface.parallel import sequence_parallel
 from ..huggingface.settings import attentions_of, conversion_of, trunk_of
-from ..sharding import IGNORED, shard_batch
+from ..loss import IGNORED
+from ..sharding import shard_batch
 from .settings import LongSettings
 
 # logits that are there at once: of a long run they would be most of what is held

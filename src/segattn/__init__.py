@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from .infini.attention import InfiniAttention, InfiniState
 from .infini.gate import parameter_groups
-from .infini.sharding import mean_loss, shard_batch
+from .infini.loss import mean_loss
+from .infini.sharding import shard_batch
 from .kernels.attention import segment_attention
 from .kernels.backends import show_config
 from .kernels.decoding import segment_decode

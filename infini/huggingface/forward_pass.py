@@ -1,0 +1,46 @@
+"""What travels with one forward pass of a converted model, from the trunk's hooks to the attention of every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ...kernels.exchange import Ranks
+from .cache import InfiniCache
+from .cache_layer import LayerState
+from .rows import Rows
+from .settings import Conversion
+from .static_cache import StaticInfiniCache
+
+# the arguments of every layer's attention that carry the pass, and the cosine and sine of the rotary embedding
+ARGUMENT = "segattn_pass"
+ROTARY = "segattn_rotary"
+EMPTY = Rows.fresh(0)
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One forward pass: what its attention starts from, and the states that the layers leave.
+
+    conversion: how the model was converted.
+    cache: the cache to read from and write to, except in a static step; None: no cache is kept.
+    static: in a static step, one new token in each row, its cache, which keeps the rows and states itself.
+    rows, after: how far each row has been read before the pass, and after it.
+    spans: int32 [B, 2], bounds of each row's tokens among its tail and the new columns, as in `segment_attention`.
+    cu_seqlens: int32 [N + 1], bounds of packed sequences among all rows laid end to end.
+    states: states before the pass, by layer; None where nothing has been read.
+    left: states after the pass, by layer, added as the layers run.
+    ranks: the processes over which the texts are spread, which have been checked to agree.
+    """
+
+    conversion: Conversion
+    cache: InfiniCache | StaticInfiniCache | None = None
+    static: StaticInfiniCache | None = None
+    rows: Rows = EMPTY
+    after: Rows = EMPTY
+    spans: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    states: dict[int, LayerState | None] = field(default_factory=dict)
+    left: dict[int, LayerState] = field(default_factory=dict)
+    ranks: Ranks | None = None
