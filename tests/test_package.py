@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,18 @@ def test_no_name_is_taken_from_others(tmp_path: Path) -> None:
     assert not any((ROOT / room / "__init__.py").exists() for room in LINKED)
     spec = importlib.util.find_spec("kernels")
     assert spec is None or spec.origin is None or not spec.origin.startswith(str(ROOT))
+
+
+def test_a_checkout_without_symbolic_links_says_how_to_mend_it(tmp_path: Path) -> None:
+    """Where git may not make links, it writes files that hold their targets."""
+    package = tmp_path / "segattn"
+    shutil.copytree(ROOT / "src" / "segattn", package, ignore=shutil.ignore_patterns(*LINKED))
+    for room in LINKED:
+        (package / room).write_text(f"../../{room}")
+    code = [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import segattn", str(tmp_path)]
+    said = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True, check=False).stderr
+    assert "ImportError: src/segattn/kernels must be a symbolic link to the folder kernels, got a file" in said
+    assert "git config core.symlinks true; git checkout -- src/segattn" in said
 
 
 def test_public_names() -> None:

@@ -1,7 +1,15 @@
 """Fused segment attention: local attention, a compressive memory, and the architectures that stand on them."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if Path(__file__).with_name("kernels").is_file():
+    raise ImportError(
+        "src/segattn/kernels must be a symbolic link to the folder kernels, got a file: this checkout was made without "
+        "symbolic links. In it, on Windows with developer mode on, run: git config core.symlinks true; "
+        "git checkout -- src/segattn"
+    )
 
 from .infini.attention import InfiniAttention, InfiniState
 from .infini.gate import parameter_groups
@@ -28,7 +36,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# imported when asked for, since they import transformers or safetensors
+# imported at their first use, since they import transformers or safetensors
 _WITH_TRANSFORMERS = {
     "AssociativeMemory": "rmt.associative.memory",
     "AssociativeState": "rmt.associative.memory",

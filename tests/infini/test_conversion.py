@@ -257,6 +257,18 @@ def test_it_says_what_was_converted(capsys):
     assert capsys.readouterr().err == "converted 2/2 attention layers of LlamaForCausalLM\n"
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_printed_model_shows_its_settings_until_it_is_reverted(name):
+    model = make(name)
+    before = repr(model)
+    segattn.convert(model, L, update="linear", quiet=True)
+    # equal layers are printed once
+    (line,) = [line for line in repr(model).splitlines(keepends=True) if "segattn" in line]
+    assert line.strip() == "(segattn_gate): LayerGate(heads=4, segment_len=16, update='linear')"
+    assert repr(model).replace(line, "") == before
+    assert repr(segattn.revert(model)) == before
+
+
 def test_bad_models():
     with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
         segattn.convert(torch.nn.Linear(2, 2))
