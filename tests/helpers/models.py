@@ -5,6 +5,8 @@ from typing import Any
 import torch
 import transformers
 
+import segattn
+
 VOCABULARY = 61
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -17,7 +19,7 @@ _SIZES = {
 }
 _TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 _FULL = {"layer_types": ["full_attention"] * 2}
-# name → configuration's class, what it is made with
+# by type of model: the class of its configuration, and that class's arguments
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _SIZES),
     "mistral": ("MistralConfig", _SIZES | {"sliding_window": None}),
@@ -42,11 +44,11 @@ NAMES = tuple(CONFIGS)
 
 
 def make(name: str = "llama", **changes: Any) -> transformers.PreTrainedModel:
-    """An untrained model whose attention is sharp enough for its tokens to matter."""
+    """Return an untrained model whose attention is sharp enough for its tokens to matter."""
     kind, sizes = CONFIGS[name]
     config = getattr(transformers, kind)(**(sizes | _TOKENS | changes))
     torch.manual_seed(0)
-    # before transformers 5, Gemma 2's scores are capped by this one only
+    # before transformers 5, only eager attention caps the scores of Gemma 2
     how = {"attn_implementation": "eager"} if name == "gemma2" else {}
     model = transformers.AutoModelForCausalLM.from_config(config, **how).eval()
     with torch.no_grad():
@@ -56,14 +58,21 @@ def make(name: str = "llama", **changes: Any) -> transformers.PreTrainedModel:
     return model
 
 
-def tokens(batch: int, time: int, seed: int = 0) -> torch.Tensor:
-    """Random ids [B, T], none of them special."""
-    return torch.randint(3, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))
+def converted(name: str = "llama", segment_len: int = 16, **changes: Any) -> Any:
+    """Return a converted model, in evaluation mode, whose gates are open."""
+    model = segattn.convert(make(name, **changes), segment_len, quiet=True)
+    open_gates(model)
+    return model
 
 
 def open_gates(model: transformers.PreTrainedModel, seed: int = 0) -> None:
-    """Gates of every head at random, so that each reads its memory."""
+    """Set the gates of all heads at random, so that each reads its memory."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "segattn_gate" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def tokens(batch: int, time: int, seed: int = 0) -> torch.Tensor:
+    """Return random token ids [B, T], none of them special."""
+    return torch.randint(3, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))

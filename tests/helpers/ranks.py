@@ -1,4 +1,4 @@
-"""What two processes do together, for tests."""
+"""Training of a converted model by two processes, for tests."""
 
 import sys
 from datetime import timedelta
@@ -6,46 +6,43 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from models import make, open_gates, tokens
+from models import converted, tokens
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-
-import segattn
 
 L = 16
 
 
 def join(rank: int, world: int, folder: str) -> None:
-    """A gloo group that meets in a file."""
+    """Join a gloo group, whose processes meet in a file."""
     torch.set_num_threads(1)
     where = f"file://{Path(folder) / 'meet'}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=120))
 
 
 def model_of(kind: str) -> torch.nn.Module:
-    """The model that every process begins with."""
-    model = segattn.convert(make("llama"), L, quiet=True).train()
-    open_gates(model)
+    """Return the model that every process begins with."""
+    model = converted(segment_len=L).train()
     if kind == "checkpointed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def gradients(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss, and every parameter's gradient, whole."""
+    """Return the loss, and the gradient of every parameter, put together from its shards."""
     loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
-    found = {}
+    grads = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad
         assert grad is not None, name
-        found[name.removeprefix("module.")] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
-    return loss.item(), found
+        grads[name.removeprefix("module.")] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+    return loss.item(), grads
 
 
 def train(rank: int, world: int, folder: str) -> None:
-    """DDP on texts within the first segment, then FSDP2 on long ones, each step's gradients written by rank 0."""
+    """Train with DDP on texts of one segment, then with FSDP2 on long ones; rank 0 writes each step's gradients."""
     join(rank, world, folder)
     results = {}
     model = DistributedDataParallel(model_of("plain"))

@@ -1,13 +1,20 @@
+"""`convert` and `revert`: what a converted model computes, and what it leaves as it was."""
+
+from __future__ import annotations
+
 import copy
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from models import NAMES, make, open_gates, tokens
+from models import NAMES, converted, make, open_gates, tokens
 
 import segattn
 from segattn.infini.huggingface import interface
@@ -17,20 +24,16 @@ from segattn.kernels.state import MemoryState, Options
 L = 16
 
 
-def converted(name="llama", segment_len=L, **changes):
-    model = segattn.convert(make(name, **changes), segment_len, quiet=True)
-    open_gates(model)
-    return model
-
-
-def logits(model, ids, **arguments):
+def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
     with torch.no_grad():
         return model(ids, use_cache=False, **arguments).logits
 
 
 @pytest.mark.parametrize("update", ["delta", "linear"])
 @pytest.mark.parametrize("name", NAMES)
-def test_attention_is_the_definition_on_the_models_own_queries_keys_and_values(name, update, monkeypatch):
+def test_attention_is_the_definition_on_the_models_own_queries_keys_and_values(
+    name: str, update: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = segattn.convert(make(name), L, update=update, quiet=True).double()
     open_gates(model)
     plain, seen = [], []
@@ -38,13 +41,13 @@ def test_attention_is_the_definition_on_the_models_own_queries_keys_and_values(n
     if hasattr(home, "apply_rotary_pos_emb"):
         turn = home.apply_rotary_pos_emb
 
-        def recorded(q, k, *args, **kwargs):
+        def recorded(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             plain.append((q, k))
             return turn(q, k, *args, **kwargs)
 
         monkeypatch.setattr(home, "apply_rotary_pos_emb", recorded)
 
-    def spy(module, q, k, v, mask, **kwargs):
+    def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
         out, _ = interface.segment_attention_forward(module, q, k, v, mask, **kwargs)
         seen.append((module, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5, kwargs.get("softcap"), out))
         return out, None
@@ -65,7 +68,7 @@ def test_attention_is_the_definition_on_the_models_own_queries_keys_and_values(n
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_up_to_one_segment_nothing_changes_and_revert_undoes_everything(name):
+def test_up_to_one_segment_nothing_changes_and_revert_undoes_everything(name: str) -> None:
     model = make(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     config, short, long = model.config.to_dict(), tokens(2, L), tokens(2, 3 * L + 5)
@@ -83,7 +86,7 @@ def test_up_to_one_segment_nothing_changes_and_revert_undoes_everything(name):
     assert not [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
 
 
-def test_converted_again_after_revert():
+def test_converted_again_after_revert() -> None:
     model = converted()
     ids = tokens(1, 40)
     once = logits(model, ids)
@@ -93,7 +96,7 @@ def test_converted_again_after_revert():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_token_sees_a_later_one_and_every_one_sees_the_first(name):
+def test_no_token_sees_a_later_one_and_every_one_sees_the_first(name: str) -> None:
     model, ids = converted(name), tokens(1, 3 * L + 3)
     other = ids.clone()
     changed = 2 * L + 4
@@ -105,7 +108,7 @@ def test_no_token_sees_a_later_one_and_every_one_sees_the_first(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_padded_row_equals_the_row_alone(name):
+def test_a_padded_row_equals_the_row_alone(name: str) -> None:
     model, ids = converted(name), tokens(2, 45)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
@@ -118,7 +121,7 @@ def test_a_padded_row_equals_the_row_alone(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_packed_sequences_by_position_ids_equal_each_alone(name, batch):
+def test_packed_sequences_by_position_ids_equal_each_alone(name: str, batch: int) -> None:
     model, ids = converted(name), tokens(batch, 50)
     lengths = [19, 31] if batch == 1 else [50, 8, 42]
     positions = torch.cat([torch.arange(n) for n in lengths]).view(batch, 50)
@@ -128,7 +131,7 @@ def test_packed_sequences_by_position_ids_equal_each_alone(name, batch):
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_packed_sequences_as_flash_attention_tells_them():
+def test_packed_sequences_as_flash_attention_tells_them() -> None:
     model, ids = converted(), tokens(1, 50)
     bounds = torch.tensor([0, 19, 50], dtype=torch.int32)
     packed = logits(model, ids, cu_seq_lens_q=bounds)
@@ -145,7 +148,7 @@ def test_packed_sequences_as_flash_attention_tells_them():
     torch.testing.assert_close(packed[0, 19:], logits(model, ids[:, 19:])[0], rtol=1e-4, atol=1e-4)
 
 
-def test_layers_by_index_and_the_others_as_they_were():
+def test_layers_by_index_and_the_others_as_they_were() -> None:
     model = segattn.convert(make(), L, layers=[-1], quiet=True)
     assert [name for name, _ in model.named_parameters() if "segattn" in name] == [
         "model.layers.1.self_attn.segattn_gate.bias"
@@ -167,7 +170,7 @@ def test_layers_by_index_and_the_others_as_they_were():
     assert got.isfinite().all()
 
 
-def test_sliding_layers_stay_as_they_are_unless_asked_for():
+def test_sliding_layers_stay_as_they_are_unless_asked_for() -> None:
     kinds = ["sliding_attention", "full_attention"]
     model = segattn.convert(make("gemma3_text", layer_types=kinds, sliding_window=8), L, quiet=True)
     assert [hasattr(layer.self_attn, "segattn_gate") for layer in model.model.layers] == [False, True]
@@ -186,7 +189,7 @@ def test_sliding_layers_stay_as_they_are_unless_asked_for():
         segattn.convert(make("gemma3_text", layer_types=kinds, sliding_window=8), L, layers=[0, 1])
 
 
-def test_a_dynamic_rotary_embedding_does_not_see_the_length_of_the_text():
+def test_a_dynamic_rotary_embedding_does_not_see_the_length_of_the_text() -> None:
     long = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     model, ids = converted(max_position_embeddings=L, rope_parameters=long), tokens(1, 3 * L)
     whole = logits(model, ids)
@@ -198,7 +201,7 @@ def test_a_dynamic_rotary_embedding_does_not_see_the_length_of_the_text():
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_models_of_one_configuration_do_not_disturb_each_other():
+def test_models_of_one_configuration_do_not_disturb_each_other() -> None:
     first = make()
     second = type(first)(first.config).eval()
     second.load_state_dict(first.state_dict())
@@ -214,7 +217,7 @@ def test_models_of_one_configuration_do_not_disturb_each_other():
     assert torch.equal(logits(second, ids), plain)
 
 
-def test_converted_in_inference_mode_it_can_still_be_trained():
+def test_converted_in_inference_mode_it_can_still_be_trained() -> None:
     model = make()
     with torch.inference_mode():
         segattn.convert(model, L, quiet=True)
@@ -223,7 +226,7 @@ def test_converted_in_inference_mode_it_can_still_be_trained():
     assert all(p.grad is not None for n, p in model.named_parameters() if "segattn_gate" in n)
 
 
-def test_a_copy_is_its_own():
+def test_a_copy_is_its_own() -> None:
     model = converted()
     ids = tokens(1, 40)
     before = logits(model, ids)
@@ -233,7 +236,7 @@ def test_a_copy_is_its_own():
     assert torch.equal(logits(other, ids), logits(make(), ids))
 
 
-def test_a_pickled_model_runs_in_a_new_process(tmp_path):
+def test_a_pickled_model_runs_in_a_new_process(tmp_path: Path) -> None:
     model, ids = converted(), tokens(1, 40)
     torch.save([model, ids, logits(model, ids)], tmp_path / "model.pt")
     code = (
@@ -243,7 +246,7 @@ def test_a_pickled_model_runs_in_a_new_process(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
 
 
-def test_the_kernels_run_inside_a_model():
+def test_the_kernels_run_inside_a_model() -> None:
     model, ids = segattn.convert(make(hidden_size=64), L, backend="triton", quiet=True), tokens(1, 37)
     open_gates(model)
     mine = logits(model, ids)
@@ -252,13 +255,13 @@ def test_the_kernels_run_inside_a_model():
     torch.testing.assert_close(mine, logits(plain, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_it_says_what_was_converted(capsys):
+def test_it_says_what_was_converted(capsys: pytest.CaptureFixture[str]) -> None:
     segattn.convert(make(), L)
     assert capsys.readouterr().err == "converted 2/2 attention layers of LlamaForCausalLM\n"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_printed_model_shows_its_settings_until_it_is_reverted(name):
+def test_a_printed_model_shows_its_settings_until_it_is_reverted(name: str) -> None:
     model = make(name)
     before = repr(model)
     segattn.convert(model, L, update="linear", quiet=True)
@@ -269,7 +272,7 @@ def test_a_printed_model_shows_its_settings_until_it_is_reverted(name):
     assert repr(segattn.revert(model)) == before
 
 
-def test_bad_models():
+def test_bad_models() -> None:
     with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
         segattn.convert(torch.nn.Linear(2, 2))
     falcon = transformers.FalconConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -291,7 +294,7 @@ def test_bad_models():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
-def test_segments_longer_than_learnt_positions(name):
+def test_segments_longer_than_learnt_positions(name: str) -> None:
     model = make(name)
     before = model.config.to_dict()
     with pytest.raises(ValueError, match="segment_len must be at most the 64 learnt positions"):
@@ -317,7 +320,7 @@ def test_segments_longer_than_learnt_positions(name):
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
     ],
 )
-def test_bad_arguments_leave_the_model_alone(arguments, error, match):
+def test_bad_arguments_leave_the_model_alone(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
     model = make()
     before = model.config.to_dict()
     with pytest.raises(error, match=match):
@@ -326,7 +329,7 @@ def test_bad_arguments_leave_the_model_alone(arguments, error, match):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_bad_calls():
+def test_bad_calls() -> None:
     model, ids = converted(), tokens(2, 20)
     with pytest.raises(ValueError, match="output_attentions must be False"):
         model(ids, output_attentions=True)

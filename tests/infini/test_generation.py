@@ -1,38 +1,39 @@
+"""Reading and generating with caches: pieces, padded rows, beams, copies, tokens taken back, compiled steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 transformers = pytest.importorskip("transformers")
 
-from models import NAMES, make, open_gates, tokens
+from models import NAMES, converted, make, open_gates, tokens
 
 import segattn
 
 L = 16
 NEW = 2 * L + 3
-# what newer transformers is needed for
+# newer transformers can take tokens back
 ROLLBACK = hasattr(transformers.cache_utils.Cache, "activate_past_recording")
 
 
-def converted(name="llama", **changes):
-    model = segattn.convert(make(name, **changes), L, quiet=True)
-    open_gates(model)
-    return model
-
-
-def greedy(model, ids, **arguments):
+def greedy(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
     return model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, **arguments)
 
 
-def is_forced(model, ids, start):
-    """Whether each token from `start` on is the likeliest after all before it, read at once without a cache."""
+def is_forced(model: Any, ids: Tensor, start: int) -> bool:
+    """Return whether each token from `start` on is the likeliest after all before it, read at once without a cache."""
     with torch.no_grad():
         likeliest = model(ids[:, :-1], use_cache=False).logits.argmax(-1)
     return torch.equal(likeliest[:, start - 1 :], ids[:, start:])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_generate_equals_reading_it_all_again_for_every_token(name):
+def test_generate_equals_reading_it_all_again_for_every_token(name: str) -> None:
     model = converted(name)
     for time in (1, L - 1, L, 2 * L + 5):
         ids = tokens(2, time)
@@ -40,7 +41,7 @@ def test_generate_equals_reading_it_all_again_for_every_token(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pieces_of_any_sizes_equal_the_whole(name):
+def test_pieces_of_any_sizes_equal_the_whole(name: str) -> None:
     model, ids = converted(name), tokens(2, 75)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
@@ -54,7 +55,7 @@ def test_pieces_of_any_sizes_equal_the_whole(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_left_padded_row_generates_what_it_generates_alone(name):
+def test_a_left_padded_row_generates_what_it_generates_alone(name: str) -> None:
     model, rows = converted(name), [tokens(1, 9, 1), tokens(1, 2 * L, 2), tokens(1, 41, 3)]
     width = max(row.shape[1] for row in rows)
     ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])
@@ -65,20 +66,20 @@ def test_a_left_padded_row_generates_what_it_generates_alone(name):
             assert torch.equal(mine[width:], greedy(model, row)[0, row.shape[1] :])
 
 
-def test_chunked_prefill():
+def test_chunked_prefill() -> None:
     model, ids = converted(), tokens(1, 3 * L)
     assert torch.equal(greedy(model, ids, prefill_chunk_size=7), greedy(model, ids))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_beams_follow_their_own_memory(name):
+def test_beams_follow_their_own_memory(name: str) -> None:
     model, ids = converted(name), tokens(2, L + 3)
     best = model.generate(ids, max_new_tokens=L + 2, num_beams=3, do_sample=False, pad_token_id=0)
     without = model.generate(ids, max_new_tokens=L + 2, num_beams=3, do_sample=False, pad_token_id=0, use_cache=False)
     assert torch.equal(best, without)
 
 
-def test_samples_do_not_mix():
+def test_samples_do_not_mix() -> None:
     model, ids = converted(), tokens(1, L + 3)
     arguments = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 4, "pad_token_id": 0}
     torch.manual_seed(1)
@@ -88,7 +89,7 @@ def test_samples_do_not_mix():
     assert len({tuple(row.tolist()) for row in mine}) > 1
 
 
-def test_a_conversation_goes_on_from_its_cache():
+def test_a_conversation_goes_on_from_its_cache() -> None:
     model = converted()
     cache, ids = segattn.InfiniCache(model), tokens(1, 11)
     for turn in range(3):
@@ -99,7 +100,7 @@ def test_a_conversation_goes_on_from_its_cache():
 
 
 @pytest.mark.skipif(not ROLLBACK, reason="needs a cache that is told to keep what may be taken back")
-def test_prompt_lookup_and_an_assistant_change_nothing():
+def test_prompt_lookup_and_an_assistant_change_nothing() -> None:
     model = converted()
     ids = tokens(1, 9).repeat(1, 5)
     plain = greedy(model, ids)
@@ -108,7 +109,7 @@ def test_prompt_lookup_and_an_assistant_change_nothing():
     assert torch.equal(greedy(model, ids, assistant_model=converted()), plain)
 
 
-def test_tokens_taken_back_across_a_segments_edge():
+def test_tokens_taken_back_across_a_segments_edge() -> None:
     model, ids = converted(), tokens(1, 2 * L + 9)
     cache = segattn.InfiniCache(model)
     for layer in cache.layers:
@@ -125,7 +126,7 @@ def test_tokens_taken_back_across_a_segments_edge():
         cache.layers[0].crop(-40)
 
 
-def test_bytes_do_not_grow_with_the_text():
+def test_bytes_do_not_grow_with_the_text() -> None:
     model, held = converted(), []
     with torch.no_grad():
         for time in (4 * L, 64 * L, 1024 * L):
@@ -140,7 +141,7 @@ def test_bytes_do_not_grow_with_the_text():
     assert most == 2 * 4 * 2 * (8 * 8 + 8 + 3 * L * 8)
 
 
-def test_layers_that_were_left_keep_their_own_cache():
+def test_layers_that_were_left_keep_their_own_cache() -> None:
     kinds = ["sliding_attention", "full_attention"]
     for model in (
         converted("gemma3_text", layer_types=kinds, sliding_window=8),
@@ -155,7 +156,7 @@ def test_layers_that_were_left_keep_their_own_cache():
         assert torch.equal(padded[0, 6:], greedy(model, ids[:1, 6:])[0])
 
 
-def test_rows_taken_from_a_cache_go_on_as_they_were():
+def test_rows_taken_from_a_cache_go_on_as_they_were() -> None:
     model, ids = converted(), tokens(2, 30)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
@@ -169,7 +170,7 @@ def test_rows_taken_from_a_cache_go_on_as_they_were():
     torch.testing.assert_close(rest, whole[1:, 14:], rtol=1e-4, atol=1e-4)
 
 
-def test_a_cache_is_a_value_to_those_who_copy_it():
+def test_a_cache_is_a_value_to_those_who_copy_it() -> None:
     model, ids = converted(), tokens(1, 40)
     cache = segattn.InfiniCache(model)
     with torch.no_grad():
@@ -180,7 +181,7 @@ def test_a_cache_is_a_value_to_those_who_copy_it():
         assert torch.equal(model(ids[:, 21:], past_key_values=cache).logits, first)
 
 
-def test_copies_that_take_tokens_back_do_not_write_into_each_other():
+def test_copies_that_take_tokens_back_do_not_write_into_each_other() -> None:
     model, ids = converted(), tokens(1, 15)
     cache = segattn.InfiniCache(model)
     with torch.no_grad():
@@ -196,7 +197,7 @@ def test_copies_that_take_tokens_back_do_not_write_into_each_other():
     torch.testing.assert_close(torch.cat(rest, 1), whole[:, 8:], rtol=1e-4, atol=1e-4)
 
 
-def test_an_interrupted_pass_leaves_the_cache_as_it_was():
+def test_an_interrupted_pass_leaves_the_cache_as_it_was() -> None:
     model, ids = converted(), tokens(1, 40)
     cache = segattn.InfiniCache(model)
     with torch.no_grad():
@@ -210,7 +211,7 @@ def test_an_interrupted_pass_leaves_the_cache_as_it_was():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_static_cache_equals_the_whole_eager_and_compiled(name):
+def test_a_static_cache_equals_the_whole_eager_and_compiled(name: str) -> None:
     if name == "opt" and not ROLLBACK:
         pytest.skip("OPT of transformers 4 makes tensors as long as the text")
     model = segattn.convert(make(name), L, update="linear" if name == "phi3" else "delta", quiet=True)
@@ -232,12 +233,12 @@ def test_a_static_cache_equals_the_whole_eager_and_compiled(name):
     assert cache.get_seq_length() == 63
 
 
-def at(t):
-    """What transformers 4 counts by when it compiles."""
+def at(t: int) -> dict[str, Tensor]:
+    """Return the argument by which transformers 4 counts when it compiles."""
     return {} if ROLLBACK else {"cache_position": torch.tensor([t])}
 
 
-def test_generate_with_a_static_cache_of_padded_rows_and_beams():
+def test_generate_with_a_static_cache_of_padded_rows_and_beams() -> None:
     model, ids = converted(), tokens(2, 21)
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
@@ -253,7 +254,7 @@ def test_generate_with_a_static_cache_of_padded_rows_and_beams():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_a_static_cache_replays_in_a_cuda_graph():
+def test_a_static_cache_replays_in_a_cuda_graph() -> None:
     model = converted(hidden_size=64).cuda()
     ids = tokens(1, 3 * L).cuda()
     with torch.no_grad():
@@ -271,7 +272,7 @@ def test_a_static_cache_replays_in_a_cuda_graph():
             torch.testing.assert_close(out[:, 0], whole[:, t], rtol=1e-3, atol=1e-3)
 
 
-def test_bad_static_caches():
+def test_bad_static_caches() -> None:
     model = converted()
     with pytest.raises(ValueError, match="every layer converted for a static cache"):
         segattn.StaticInfiniCache(segattn.convert(make(), L, layers=[0], quiet=True))
@@ -287,7 +288,7 @@ def test_bad_static_caches():
         model(tokens(1, 5), attention_mask=mask, past_key_values=segattn.StaticInfiniCache(model, 1))
 
 
-def test_caches_that_cannot_be_used():
+def test_caches_that_cannot_be_used() -> None:
     model, ids = converted(), tokens(2, 20)
     with torch.no_grad():
         with pytest.raises(ValueError, match="got a StaticCache of 0 tokens"):

@@ -1,14 +1,20 @@
+"""Training of converted models: gradients, checkpointing, half precision, Trainer, Accelerate, DDP and FSDP2."""
+
+from __future__ import annotations
+
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
-from models import NAMES, make, open_gates, tokens
+from models import NAMES, converted, tokens
 
 import segattn
 
@@ -16,27 +22,26 @@ L = 16
 HELPERS = Path(__file__).parents[1] / "helpers"
 
 
-def converted(name="llama", **changes):
-    model = segattn.convert(make(name, **changes), L, quiet=True).train()
-    open_gates(model)
-    return model
+def training(name: str = "llama") -> Any:
+    """Return a converted model in training mode."""
+    return converted(name, L).train()
 
 
-def gradients(model, ids, **arguments):
+def gradients(model: Any, ids: Tensor, **arguments: Any) -> dict[str, Tensor]:
     model.zero_grad()
     model(ids, labels=ids, use_cache=False, **arguments).loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def assert_equal_gradients(mine, wanted, tolerance=1e-4):
+def assert_equal_gradients(mine: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-4) -> None:
     assert mine.keys() == wanted.keys()
     for name, grad in wanted.items():
         torch.testing.assert_close(mine[name], grad, rtol=tolerance, atol=tolerance * grad.abs().max().item(), msg=name)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_gates_and_cross_segments(name):
-    model = converted(name)
+def test_gradients_reach_gates_and_cross_segments(name: str) -> None:
+    model = training(name)
     embeddings = model.get_input_embeddings()(tokens(1, 3 * L)).detach().requires_grad_()
     model(inputs_embeds=embeddings, use_cache=False).logits[:, -1].square().sum().backward()
     assert (embeddings.grad[0, :L].abs().amax(1) > 0).all()
@@ -46,15 +51,15 @@ def test_gradients_reach_gates_and_cross_segments(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_checkpointing_changes_nothing(name):
-    model, ids = converted(name), tokens(2, 3 * L + 5)
+def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+    model, ids = training(name), tokens(2, 3 * L + 5)
     plain = gradients(model, ids)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_equal_gradients(gradients(model, ids), plain)
 
 
-def test_half_precision_under_autocast_and_in_the_weights():
-    model, ids = converted(), tokens(2, 3 * L + 5)
+def test_half_precision_under_autocast_and_in_the_weights() -> None:
+    model, ids = training(), tokens(2, 3 * L + 5)
     plain = gradients(model, ids)
     with torch.autocast("cpu", torch.bfloat16):
         under = gradients(model, ids)
@@ -67,8 +72,8 @@ def test_half_precision_under_autocast_and_in_the_weights():
             assert torch.cosine_similarity(mine.flatten(), plain[name].flatten(), 0) > 0.95
 
 
-def test_training_compiles_whole():
-    model = converted()
+def test_training_compiles_whole() -> None:
+    model = training()
     ids = tokens(2, 3 * L)
     plain = gradients(model, ids)
     torch._dynamo.reset()
@@ -78,15 +83,15 @@ def test_training_compiles_whole():
     )
 
 
-def test_groups_of_an_optimiser():
-    groups = segattn.parameter_groups(converted(), 1e-4)
+def test_groups_of_an_optimiser() -> None:
+    groups = segattn.parameter_groups(training(), 1e-4)
     rates = {group["lr"]: group for group in groups if group["lr"] == 1e-2}
     assert [p.shape for p in rates[1e-2]["params"]] == [(4,), (4,)]
     assert rates[1e-2]["weight_decay"] == 0
 
 
-def test_trainer_moves_saves_and_does_not_decay_the_gates(tmp_path):
-    model = converted()
+def test_trainer_moves_saves_and_does_not_decay_the_gates(tmp_path: Path) -> None:
+    model = training()
     rows = [{"input_ids": row, "labels": row} for row in tokens(8, 3 * L)]
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
@@ -113,9 +118,9 @@ def test_trainer_moves_saves_and_does_not_decay_the_gates(tmp_path):
         assert (saved[name] != gate).all()
 
 
-def test_accelerate_trains_the_gates():
+def test_accelerate_trains_the_gates() -> None:
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = converted()
+    model = training()
     optimizer = torch.optim.AdamW(segattn.parameter_groups(model, 1e-3))
     model, optimizer = accelerator.prepare(model, optimizer)
     gate = accelerator.unwrap_model(model).model.layers[0].self_attn.segattn_gate.bias
@@ -132,7 +137,7 @@ def test_accelerate_trains_the_gates():
     assert losses[-1] < losses[0]
 
 
-def test_two_ranks_equal_one_process(tmp_path):
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     """DDP with texts that never leave the first segment, and FSDP2 with ones that do."""
     command = [sys.executable, str(HELPERS / "ranks.py")]
     ranks = [subprocess.Popen([*command, str(rank), "2", str(tmp_path)], stderr=subprocess.PIPE) for rank in range(2)]
@@ -141,7 +146,7 @@ def test_two_ranks_equal_one_process(tmp_path):
         assert rank.returncode == 0, errors.decode()[-3000:]
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     for step in range(3):
-        assert_equal_gradients(results[f"ddp {step}"], gradients(converted(), tokens(2, L - 3, step)))
-    whole = gradients(converted(), tokens(2, 3 * L + 5))
+        assert_equal_gradients(results[f"ddp {step}"], gradients(training(), tokens(2, L - 3, step)))
+    whole = gradients(training(), tokens(2, 3 * L + 5))
     for kind in ("plain", "checkpointed"):
         assert_equal_gradients(results[f"fsdp {kind}"], whole)

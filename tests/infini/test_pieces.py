@@ -11,9 +11,9 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from models import make, open_gates, tokens
+import models
+from models import make, tokens
 
-import segattn
 from segattn.bench.speed.measure import peak_bytes
 from segattn.infini.huggingface.pieces import backward_in_pieces, loss_in_pieces, read_in_pieces
 
@@ -23,13 +23,11 @@ LENGTHS = (2 * L, 23, 7)
 
 
 def converted(name: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    model = segattn.convert(make(name, **changes), L, quiet=True).to(dtype).train()
-    open_gates(model)
-    return model
+    return models.converted(name, L, **changes).to(dtype).train()
 
 
 def gradient(model: Any) -> Tensor:
-    """Of all parameters, as one vector; they have none afterwards."""
+    """Return the gradient of all parameters as one vector, and reset it."""
     found = torch.cat([p.grad.flatten().double() for p in model.parameters()])
     model.zero_grad()
     return found

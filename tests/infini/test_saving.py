@@ -17,57 +17,25 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
+from models import CONFIGS, NAMES, make
+
 from segattn.infini.huggingface.conversion import convert, revert
 from segattn.infini.huggingface.saving import from_pretrained, load_gates, save_gates, save_pretrained
 from segattn.infini.huggingface.settings import conversion_of, is_converted
 
 L = 7
-COMMON = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
+# three layers of three heads, whatever a type calls them
+SIZES: dict[str, Any] = {
+    **{"num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 24},
+    **{"n_layer": 3, "n_head": 3, "n_embd": 24, "word_embed_proj_dim": 24, "layer_types": ["full_attention"] * 3},
 }
-GPT2 = {
-    "vocab_size": 61,
-    "n_embd": 24,
-    "n_layer": 3,
-    "n_head": 3,
-    "n_positions": 32,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-OPT = COMMON | {"ffn_dim": 40, "word_embed_proj_dim": 24, "max_position_embeddings": 32}
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", COMMON),
-    "llama tied": ("LlamaConfig", COMMON | {"tie_word_embeddings": True}),
-    "mistral": ("MistralConfig", COMMON | {"sliding_window": None}),
-    "qwen2": ("Qwen2Config", COMMON),
-    "qwen3": ("Qwen3Config", COMMON | {"head_dim": 8}),
-    "gemma2": (
-        "Gemma2Config",
-        COMMON | {"head_dim": 8, "layer_types": ["full_attention"] * 3, "attn_logit_softcapping": 2.0},
-    ),
-    "gemma3_text": ("Gemma3TextConfig", COMMON | {"head_dim": 8, "layer_types": ["full_attention"] * 3}),
-    "phi3": ("Phi3Config", COMMON),
-    "gpt_neox": ("GPTNeoXConfig", {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}),
-    "gpt2": ("GPT2Config", GPT2 | {"attn_pdrop": 0.0}),
-    "opt": ("OPTConfig", OPT),
-}
+KINDS = (*NAMES, "llama tied")
 
 
 def plain(kind: str = "llama", **changes: Any) -> Any:
-    name, arguments = KINDS[kind]
-    torch.manual_seed(1)
-    config = getattr(transformers, name)(**arguments | changes)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    name, _, tied = kind.partition(" ")
+    sizes = {key: size for key, size in SIZES.items() if key in CONFIGS[name][1]}
+    return make(name, **sizes | {"tie_word_embeddings": bool(tied) or name == "gpt2"} | changes)
 
 
 def gates(model: nn.Module) -> dict[str, Tensor]:
@@ -199,8 +167,7 @@ def test_variant_and_subfolder(tmp_path: Path, ids: Tensor) -> None:
 @pytest.mark.parametrize("convert_sliding", [False, True])
 def test_sliding_layers_stay_as_they_were(convert_sliding: bool, tmp_path: Path, ids: Tensor) -> None:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    arguments = COMMON | {"head_dim": 8, "sliding_window": 4, "layer_types": kinds}
-    model = transformers.AutoModelForCausalLM.from_config(transformers.Gemma3TextConfig(**arguments)).eval()
+    model = plain("gemma3_text", sliding_window=4, layer_types=kinds)
     with_random_gates(convert(model, L, convert_sliding=convert_sliding, quiet=True))
     save_pretrained(model, tmp_path)
     loaded = from_pretrained(tmp_path, quiet=True)
