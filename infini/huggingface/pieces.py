@@ -63,7 +63,7 @@ def read_in_pieces(
 
     Args:
         model: a converted causal language model.
-        input_ids: integers [B, T].
+        input_ids: int64 [B, T].
         piece_len: tokens per piece, any number, preferably a multiple of the segment length; the last piece may be
             shorter.
         labels: int64 [B, T], not shifted, -100 where there is none. Default: the text without its padding.
@@ -97,9 +97,8 @@ def read_in_pieces(
                 state = state.detach()
             state, end = state.copy(), end + tokens.shape[1]
             logits = _logits(model, tokens, None if attention_mask is None else attention_mask[:, :end], state)
-            piece = Piece(
-                cross_entropy_sum(logits, target.to(logits.device)), count, logits if keep_logits else None, state
-            )
+            loss_sum = cross_entropy_sum(logits, target.to(logits.device))
+            piece = Piece(loss_sum, count, logits if keep_logits else None, state)
             # else they would be kept while the next piece is read
             del logits
             yield piece

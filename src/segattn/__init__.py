@@ -1,4 +1,4 @@
-"""Fused segment attention: local attention, a compressive memory, and the architectures that stand on them."""
+"""Fused segment attention in Triton: local attention, a compressive memory, and two architectures built on them."""
 
 from importlib import import_module
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`InfiniAttention`: streaming, positions, padding, gates, and what an optimiser is given."""
+"""`InfiniAttention`: streaming, positions, padding, gates, and the parameter groups of an optimiser."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tokens(*shape: int) -> torch.Tensor:
 @settings(max_examples=40)
 @given(st.sampled_from(sorted(VARIANTS)), st.sets(st.integers(1, 22), max_size=7))
 def test_pieces_equal_the_whole(name: str, cuts: set[int]) -> None:
-    """Any cuts, token by token included; the state and the gradients of the parameters too."""
+    """Compare output, state and gradients, whatever the cuts, single tokens included."""
     torch.manual_seed(0)
     attention = layer(**VARIANTS[name])
     x = tokens(2, 23)
@@ -86,7 +86,7 @@ def test_the_state_is_constant_in_size() -> None:
 
 @pytest.mark.parametrize("rope", ["segment", "sequence"])
 def test_the_memory_never_sees_positions(rope: str) -> None:
-    """Another rotary base changes what is attended, and leaves what is written to the bit."""
+    """Change the rotary base: the output changes, and the memory keeps the same bits."""
     torch.manual_seed(1)
     one = layer(rope=rope, rope_base=10_000.0)
     torch.manual_seed(1)
@@ -107,7 +107,7 @@ def test_rotation_depends_on_distance_alone() -> None:
 
 
 def test_segment_positions_restart() -> None:
-    """The same tokens give the same local attention in every segment; over the whole text too, by equal distances."""
+    """Repeat a segment: local attention is the same in each, also by positions over the whole text."""
     x = tokens(1, 5).repeat(1, 3, 1)
     for rope in ("segment", "sequence"):
         attention = layer(rope=rope, gate_init=-60.0)
@@ -154,7 +154,7 @@ def test_gates_stay_float32() -> None:
 
 
 def test_gates_are_made_and_read_in_float32() -> None:
-    """Where the default dtype is lower, and where a checkpoint in half precision is assigned."""
+    """Make gates under a lower default dtype, and assign a checkpoint in half precision to them."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         attention = InfiniAttention(16, 4, segment_len=5, gate_init=0.1234567)

@@ -18,6 +18,7 @@ from models import NAMES, converted, make, open_gates, tokens
 
 import segattn
 from segattn.infini.huggingface import interface
+from segattn.infini.huggingface.families import FAMILIES
 from segattn.kernels import reference
 from segattn.kernels.state import MemoryState, Options
 
@@ -131,7 +132,7 @@ def test_packed_sequences_by_position_ids_equal_each_alone(name: str, batch: int
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_packed_sequences_as_flash_attention_tells_them() -> None:
+def test_packed_sequences_by_the_bounds_that_flash_attention_takes() -> None:
     model, ids = converted(), tokens(1, 50)
     bounds = torch.tensor([0, 19, 50], dtype=torch.int32)
     packed = logits(model, ids, cu_seq_lens_q=bounds)
@@ -270,6 +271,11 @@ def test_a_printed_model_shows_its_settings_until_it_is_reverted(name: str) -> N
     assert line.strip() == "(segattn_gate): LayerGate(heads=4, segment_len=16, update='linear')"
     assert repr(model).replace(line, "") == before
     assert repr(segattn.revert(model)) == before
+
+
+def test_every_family_is_tested_and_documented() -> None:
+    assert set(NAMES) == set(FAMILIES)
+    assert all(name in str(segattn.convert.__doc__) for name in FAMILIES)
 
 
 def test_bad_models() -> None:

@@ -1,4 +1,4 @@
-"""Long texts in pieces: loss and gradient are those of the whole text, and truncation cuts where it is asked to."""
+"""Long texts in pieces: loss and gradient are those of the whole text, and truncation cuts where it should."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converted models saved and loaded: whole, as gates alone, through PEFT, copied, and from files that are not right."""
+"""Converted models saved and loaded: whole, as gates alone, through PEFT, copied, and from damaged files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def converted(kind: str = "llama", changes: dict[str, Any] | None = None, **sett
 
 
 def with_gates_of(model: Any, other: Any) -> Any:
-    """`other`, with the gates of `model`."""
+    """Return `other` with the gates of `model`."""
     with torch.no_grad():
         for gate, wanted in zip(gates(other).values(), gates(model).values(), strict=True):
             gate.copy_(wanted)
@@ -81,7 +81,7 @@ def assert_same(model: Any, other: Any, ids: Tensor) -> None:
 
 
 def snapshot(model: Any) -> tuple[Any, ...]:
-    """What must not change when something is refused."""
+    """Return everything that must not change when something is refused."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     return state, hooks, model.config.to_dict(), model.config._attn_implementation, is_converted(model)
@@ -105,7 +105,7 @@ class Heard(logging.Handler):
 
 @pytest.fixture
 def heard() -> Any:
-    """What transformers logs, which it does not pass on to pytest."""
+    """Record what transformers logs, which it does not pass on to pytest."""
     logger, handler = logging.getLogger("transformers"), Heard()
     level = logger.level
     logger.addHandler(handler)
@@ -189,7 +189,7 @@ def test_gates_are_exact_in_bfloat16(saved_in: torch.dtype, tmp_path: Path, ids:
 
 
 def test_trunk_alone(tmp_path: Path, ids: Tensor) -> None:
-    """A decoder without its head; the keys of what is loaded then have a prefix that those of the file lack."""
+    """Save a decoder without its head, and load it with a head: the keys then have a prefix that the file lacks."""
     model = converted("gpt2")
     save_pretrained(model.transformer, tmp_path)
     trunk = from_pretrained(tmp_path, model_class=transformers.AutoModel, quiet=True)
@@ -403,7 +403,7 @@ def test_gates_of_an_interrupted_save_are_the_old_ones(tmp_path: Path, monkeypat
 
 
 def rewritten(file: Path, entry: dict[str, Any] | None = None, tensors: dict[str, Tensor | None] | None = None) -> None:
-    """The side file with some of it changed."""
+    """Change some of the settings and tensors in a file of gates."""
     with pytest.importorskip("safetensors").safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     held = safetensors_torch.load_file(file) | (tensors or {})
@@ -533,7 +533,7 @@ def one_process(tmp_path: Path) -> Any:
 
 @pytest.mark.usefixtures("one_process")
 def test_sharded_gates(tmp_path: Path, ids: Tensor) -> None:
-    """FSDP2: gates are gathered when they are saved, and must be loaded before they are sharded."""
+    """Gather the gates that FSDP2 has sharded when they are saved; they must be loaded before they are sharded."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -654,7 +654,7 @@ def test_a_copy_is_a_model_of_its_own(kind: str, ids: Tensor) -> None:
 
 
 def test_a_pickled_model_is_a_model_of_its_own(ids: Tensor) -> None:
-    """Not how to save one, but what copies between processes do."""
+    """Pickle a model, as copies between processes do; it is not how to save one."""
     model = converted()
     file = io.BytesIO()
     torch.save(model, file)
