@@ -63,7 +63,7 @@ def segment_attention_forward(
     segattn_pass: ForwardPass | None = None,
     segattn_rotary: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """Run the attention of one layer, converted or not, as transformers calls it.
 
     Args:
@@ -78,16 +78,16 @@ def segment_attention_forward(
         kwargs: for the attention of layers that were not converted.
 
     Returns:
-        The output [B, T, H, V], and None in place of attention weights.
+        The output [B, T, H, V], and attention weights, which are None for a converted layer.
 
     Raises:
-        RuntimeError: the model does not pass arguments on to its attention.
+        RuntimeError: the model was not converted, or does not pass arguments on to its attention.
         ValueError: there is a paged cache, or dropout in training.
     """
     if segattn_pass is None:
         raise RuntimeError(
-            f"{type(module).__name__} must be called with segattn_pass, got none: the model does not pass arguments on "
-            "to its attention"
+            f"{type(module).__name__} must be called with segattn_pass, got none: convert the model with "
+            "segattn.convert; it must pass arguments on to its attention"
         )
     if cache is not None:
         raise ValueError(
@@ -105,11 +105,6 @@ def segment_attention_forward(
         )
     out = _converted(module, query, key, value, scaling, softcap, segattn_pass, segattn_rotary)
     return out.transpose(1, 2), None
-
-
-# at import, so that a pickled model, whose hooks import this module, finds both functions in a new process
-AttentionInterface.register(IMPLEMENTATION, segment_attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, segment_mask)
 
 
 def _native(module: nn.Module, implementation: str) -> Callable[..., Any]:
@@ -223,3 +218,8 @@ def _folded(forward: ForwardPass, state: LayerState | None, memory_k: Tensor, v:
         columns = slice(segment * length, (segment + 1) * length)
         memory = memory_write(memory_k[:, :, columns], v[:, :, columns], memory, update=update)
     return memory
+
+
+# at import, so that a pickled model, whose hooks import this module, finds both functions in a new process
+AttentionInterface.register(IMPLEMENTATION, segment_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, segment_mask)
