@@ -11,6 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import segattn
+
 L = 16
 
 
@@ -59,6 +61,7 @@ def train(rank: int, world: int, folder: str) -> None:
         gate = sharded.model.layers[0].self_attn.segattn_gate.bias
         assert isinstance(gate, DTensor)
         results[f"fsdp {kind}"] = gradients(sharded, tokens(2, 3 * L + 5)[rank : rank + 1])[1]
+    segattn.save_gates(sharded, Path(folder) / f"gates of rank {rank}")
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")
     dist.barrier()

@@ -14,7 +14,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
-from models import NAMES, converted, tokens
+from models import NAMES, converted, make, tokens
 
 import segattn
 
@@ -138,7 +138,7 @@ def test_accelerate_trains_the_gates() -> None:
 
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    """DDP with texts that never leave the first segment, and FSDP2 with ones that do."""
+    """Train with DDP on texts of one segment, and with FSDP2 on longer ones, whose gates the first rank then saves."""
     command = [sys.executable, str(HELPERS / "ranks.py")]
     ranks = [subprocess.Popen([*command, str(rank), "2", str(tmp_path)], stderr=subprocess.PIPE) for rank in range(2)]
     for rank in ranks:
@@ -150,3 +150,8 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     whole = gradients(training(), tokens(2, 3 * L + 5))
     for kind in ("plain", "checkpointed"):
         assert_equal_gradients(results[f"fsdp {kind}"], whole)
+    assert not (tmp_path / "gates of rank 1").exists()
+    loaded = segattn.load_gates(make(), tmp_path / "gates of rank 0", quiet=True)
+    for name, gate in converted(segment_len=L).named_parameters():
+        if "segattn_gate" in name:
+            assert torch.equal(loaded.get_parameter(name), gate)
