@@ -227,7 +227,7 @@ class InfiniAttention(nn.Module):
                 check.check_state(state.memory, x.shape[0], like, like)
                 check.check_shape("state.values", state.values, "that of its keys", state.keys.shape)
                 kinds = {"keys": state.keys, "values": state.values, "memory": state.memory.memory}
-                settings |= {f"the dtype of the state's {name}": kept.dtype for name, kept in kinds.items()}
+                settings |= {f"the dtype of the state's {name}": part.dtype for name, part in kinds.items()}
                 settings["the state's position"] = state.position
         except (TypeError, ValueError) as error:
             problem = problem or error
@@ -236,16 +236,16 @@ class InfiniAttention(nn.Module):
     def _check_state(self, state: InfiniState, x: Tensor) -> None:
         if not isinstance(state, InfiniState):
             raise TypeError(f"state must be the InfiniState of an earlier call, got {type(state).__name__}")
-        held = state.keys.shape
-        if held[0] != x.shape[0]:
-            raise ValueError(f"state must be of x's batch size {x.shape[0]}, got {held[0]}")
-        if (held[1], held[3]) != (self.kv_heads, self.head_width) or held[2] >= self.segment_len:
+        batch, heads, time, width = state.keys.shape
+        if batch != x.shape[0]:
+            raise ValueError(f"state must be of x's batch size {x.shape[0]}, got {batch}")
+        if (heads, width) != (self.kv_heads, self.head_width) or time >= self.segment_len:
             wanted = f"[B, {self.kv_heads}, P < {self.segment_len}, {self.head_width}]"
-            raise ValueError(f"state must hold keys of shape {wanted}, got {list(held)}")
-        if state.position % self.segment_len != held[2] % self.segment_len:
+            raise ValueError(f"state must hold keys of shape {wanted}, got {list(state.keys.shape)}")
+        if state.position % self.segment_len != time:
             raise ValueError(
                 f"state must stop {state.position % self.segment_len} tokens into a segment of {self.segment_len}, "
-                f"as its position {state.position} does, got {held[2]} keys: it is of another segment_len"
+                f"as its position {state.position} does, got {time} keys: it is of another segment_len"
             )
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class InfiniCache(Cache):
 
     Pass it to `generate` or `forward` as `past_key_values`; both make one where none is passed and caching is on. A
     converted layer keeps at most one segment of keys and values and the memory, MemoryState([B, G, K, V], [B, G, K])
-    in float32, however long the text. Layers that were not converted keep the keys and values that they always kept.
+    in float32, however long the text. Layers that were not converted cache keys and values as before.
 
     Args:
         model: a converted model, or a model that wraps one.

@@ -20,7 +20,7 @@ from .cache import InfiniCache
 from .convertible import check_attention, check_rotary_length, checked_layers, checked_trunk
 from .families import FAMILIES
 from .interface import IMPLEMENTATION
-from .settings import ENTRY, GATE, Conversion, Settings, attach, attentions_of, conversion_of, detach, trunk_of
+from .settings import ENTRY, GATE, Conversion, Settings, attentions_of, conversion_of, forget, record, trunk_of
 
 Model = TypeVar("Model", bound=nn.Module)
 _PREPARE_CACHE = "_prepare_cache_for_generation"
@@ -97,7 +97,7 @@ def convert(
     config = _own_config(model, config)
     setattr(config, ENTRY, conversion.as_entry())
     config._attn_implementation = IMPLEMENTATION
-    attach(trunk, conversion)
+    record(trunk, conversion)
     keep = conversion.handles.append
     keep(trunk.register_forward_pre_hook(forward.begin, with_kwargs=True))
     keep(trunk.register_forward_hook(forward.finish, with_kwargs=True))
@@ -134,7 +134,7 @@ def revert(model: Model) -> Model:
     delattr(trunk.config, ENTRY)
     for module in model.modules():
         module.__dict__.pop(_PREPARE_CACHE, None)
-    detach(trunk)
+    forget(trunk)
     return model
 
 

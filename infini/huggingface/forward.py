@@ -65,7 +65,7 @@ def _begin_columns(
                 "past_key_values must be None for packed sequences, which end at different places of a segment"
             )
         cache, inputs["use_cache"] = None, False
-    after = rows.read(columns, time, segment_len, keep_last=cache is not None and cache.recording)
+    after = rows.after(columns, time, segment_len, keep_last=cache is not None and cache.recording)
     if conversion.restart:
         if packed is None:
             positions = rows.positions(columns, time, segment_len, tokens.device)

@@ -180,10 +180,10 @@ def _without_positions(
 
 
 def _check_state(state: LayerState, k: Tensor) -> None:
-    held = state.keys.shape
-    if (held[1], held[3]) != (k.shape[1], k.shape[3]):
+    heads, width = state.keys.shape[1], state.keys.shape[3]
+    if (heads, width) != (k.shape[1], k.shape[3]):
         raise ValueError(
-            f"past_key_values must hold {k.shape[1]} key heads of width {k.shape[3]}, got {held[1]} of {held[3]}: it "
+            f"past_key_values must hold {k.shape[1]} key heads of width {k.shape[3]}, got {heads} of {width}: it "
             "is of another model"
         )
 

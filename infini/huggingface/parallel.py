@@ -53,7 +53,7 @@ def sequence_parallel(model: nn.Module, group: Any) -> Iterator[None]:
         trunk.__dict__[_LABELS] = kwargs.get("labels") is not None
 
     trunk.__dict__[_ON_TRUNK] = ranks
-    # labels go to the model around the trunk, whose own hooks do not see them
+    # labels go to the model around the trunk, and the hooks of the trunk do not see them
     hook = None if model is trunk else model.register_forward_pre_hook(note_labels, with_kwargs=True)
     try:
         yield

@@ -59,7 +59,7 @@ def read_in_pieces(
     detach_every: int | None = None,
     keep_logits: bool = False,
 ) -> Iterator[Piece]:
-    """Read a text in pieces, each when the iterator is asked for it.
+    """Read a text in pieces, lazily: each piece when the iterator reaches it.
 
     Args:
         model: a converted causal language model.

@@ -35,7 +35,7 @@ class Rows(NamedTuple):
         """The number of tokens in each row's tail."""
         return tuple(length - folded for length, folded in zip(self.lengths, self.folded, strict=True))
 
-    def read(self, tokens: TokenColumns | None, time: int, segment_len: int, *, keep_last: bool = False) -> Rows:
+    def after(self, tokens: TokenColumns | None, time: int, segment_len: int, *, keep_last: bool = False) -> Rows:
         """Return the rows after `time` more columns, with every completed segment folded.
 
         Args:

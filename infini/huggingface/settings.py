@@ -132,12 +132,12 @@ def conversion_of(model: nn.Module) -> Conversion:
     return trunk_of(model).__dict__[_ON_TRUNK]
 
 
-def attach(trunk: nn.Module, conversion: Conversion) -> None:
+def record(trunk: nn.Module, conversion: Conversion) -> None:
     """Record the conversion on the module that runs the layers."""
     trunk.__dict__[_ON_TRUNK] = conversion
 
 
-def detach(trunk: nn.Module) -> None:
+def forget(trunk: nn.Module) -> None:
     """Remove the record of the conversion."""
     del trunk.__dict__[_ON_TRUNK]
 

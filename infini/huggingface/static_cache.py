@@ -123,7 +123,7 @@ class StaticInfiniLayer(ConvertedLayer):
         self.normalizer.copy_(torch.where(ends[:, None, None], self.next_normalizer, self.normalizer))
         return out
 
-    def read(self, rows: Rows) -> LayerState:
+    def load(self, rows: Rows) -> LayerState:
         """Return the state that a piece of more than one token goes on from: tails that end together."""
         width, tails = max(rows.tails), torch.tensor(rows.tails, device=self.memory.device)
         places = (torch.arange(width, device=tails.device) - width + tails[:, None]).clamp(min=0)
@@ -219,7 +219,7 @@ class StaticInfiniCache(Cache):
     def states(self) -> dict[int, LayerState | None]:
         """The state of each layer, by its index; reading it waits for the device."""
         rows = self.rows
-        return {index: layer.read(rows) for index, layer in enumerate(self.layers)}
+        return {index: layer.load(rows) for index, layer in enumerate(self.layers)}
 
     @property
     def num_bytes(self) -> int:

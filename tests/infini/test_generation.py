@@ -99,7 +99,7 @@ def test_a_conversation_goes_on_from_its_cache() -> None:
         ids = torch.cat([ids, tokens(1, 8, turn)], 1)
 
 
-@pytest.mark.skipif(not ROLLBACK, reason="needs a cache that is told to keep what may be taken back")
+@pytest.mark.skipif(not ROLLBACK, reason="needs a transformers that can take tokens back")
 def test_prompt_lookup_and_an_assistant_change_nothing() -> None:
     model = converted()
     ids = tokens(1, 9).repeat(1, 5)
