@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...kernels import validation as check
 from .schedules import SCHEDULES
@@ -25,6 +26,8 @@ class AssociativeSettings:
     layers: tuple[int, ...]
     schedule: str
     bptt: int | None
+    # a text's last segment is the short one
+    alignment: ClassVar[str] = "left"
 
     def __post_init__(self) -> None:
         for name in ("num_memory_tokens", "segment_len", "d_mem", "nu"):
@@ -45,17 +48,21 @@ class AssociativeSettings:
         return 2 * self.nu * self.d_mem
 
 
-def chosen(layers: Iterable[int] | None, depth: int) -> tuple[int, ...]:
-    """Indices of the layers with a memory, in order.
+def layers_with_memory(layers: Iterable[int] | None, depth: int) -> tuple[int, ...]:
+    """Return the indices of the layers with a memory, in order, none negative.
+
+    Args:
+        layers: indices, negative ones from the end; None: all.
+        depth: layers of the model.
 
     Raises:
-        TypeError, ValueError: one is not there, or none is chosen.
+        TypeError, ValueError: an index that is no layer's, or no index.
     """
     if layers is None:
         return tuple(range(depth))
-    given = [check.check_integer("layers", layer, -depth) for layer in layers]
-    if wrong := [layer for layer in given if layer >= depth]:
+    indices = [check.check_integer("layers", layer, -depth) for layer in layers]
+    if wrong := [layer for layer in indices if layer >= depth]:
         raise ValueError(f"layers must be below the model's {depth}, got {wrong[0]}")
-    if not given:
+    if not indices:
         raise ValueError("layers must name at least one layer, got none")
-    return tuple(sorted({layer % depth for layer in given}))
+    return tuple(sorted({layer % depth for layer in indices}))

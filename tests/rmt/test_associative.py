@@ -22,7 +22,8 @@ from segattn.kernels.state import MemoryState
 from segattn.rmt.associative import layer as layer_module
 from segattn.rmt.associative import memory as associative_memory
 from segattn.rmt.associative.layer import DPFP, AssociativeLayer, Projections, memorize, recall
-from segattn.rmt.associative.memory import AssociativeMemory, AssociativeState
+from segattn.rmt.associative.memory import AssociativeMemory
+from segattn.rmt.associative.state import AssociativeState
 from segattn.rmt.associative.schedules import SCHEDULES
 
 DOUBLE = torch.float64

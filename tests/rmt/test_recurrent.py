@@ -19,7 +19,7 @@ import models
 
 from segattn.rmt.recurrent import block_attention
 from segattn.rmt.recurrent.layout import block_mask
-from segattn.rmt.recurrent.memory import RecurrentMemory
+from segattn.rmt.recurrent.memory import RecurrentMemory, add_noise
 from segattn.rmt.recurrent.state import RecurrentState
 from segattn.rmt.segments import cut
 
@@ -127,7 +127,7 @@ def ragged(lengths: list[int], side: str, width: int) -> Tensor:
 def test_every_row_depends_on_what_the_table_says(mask: str, attention: str | None, tokens: int) -> None:
     module = decoder(mask=mask, attention=attention)
     x = torch.randn(1, tokens + 2 * M, 32, dtype=torch.float64, requires_grad=True)
-    hidden = module._caller.segment(x, None, True).hidden
+    hidden = module._caller.whole(module.model, x, None, True).hidden
     depends = torch.stack(
         [torch.autograd.grad(row.square().sum(), x, retain_graph=True)[0][0].abs().sum(1) > 0 for row in hidden[0]]
     )
@@ -688,8 +688,7 @@ def test_noise_is_of_training_and_between_segments() -> None:
     assert not torch.allclose(noisy[:, L : 2 * L], expected[:, L : 2 * L])
     # its size, by a memory that is handed through as it is
     state = RecurrentState(torch.full((1, M, 32), 5.0, dtype=torch.float64))
-    segment = cut([(0, 2 * L)], L)[1]
-    spread = torch.stack([module._disturb(state.memory, segment) - state.memory for _ in range(200)]).std()
+    spread = torch.stack([add_noise(state.memory, module.noise) - state.memory for _ in range(200)]).std()
     assert 1.45 < spread < 1.55
 
 

@@ -206,8 +206,8 @@ def test_short_segments_come_before_whole_ones() -> None:
     settings = replace(TINY, task="detect", short=(16, 18), short_segments=(2, 4), segments=(1, 3), steps=2)
     run = build(settings)
     read: list[tuple[int, int]] = []
-    step = run.memory._step
-    run.memory._step = lambda x, *rest: read.append(tuple(x.shape[1:2])) or step(x, *rest)
+    segment = run.memory._segment
+    run.memory._segment = lambda x, *rest: read.append(tuple(x.shape[1:2])) or segment(x, *rest)
     trainer = Trainer(run.memory, run.task, 19, settings.recipe(), seed=0)
     stages = [(stage.length, stage.segments, stage.segment_len) for stage in trainer.plan]
     assert stages == [(16, 1, 19), (18, 1, 19), (36, 2, 18), (72, 4, 18), (19, 1, 19), (57, 3, 19)]
