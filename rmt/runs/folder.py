@@ -56,8 +56,15 @@ class RunFiles(NamedTuple):
     @classmethod
     def of(cls, folder: Path) -> RunFiles:
         """Return the places of a run's files in a folder."""
-        names = "figures.json checkpoint.pt model.safetensors vocabulary.json pretrained before.json evaluation.json "
-        return cls(*(folder / name for name in (names + "attention.json").split()))
+        training = (
+            "figures.json",
+            "checkpoint.pt",
+            "model.safetensors",
+            "vocabulary.json",
+            "pretrained",
+            "before.json",
+        )
+        return cls(*(folder / name for name in (*training, "evaluation.json", "attention.json")))
 
 
 class Run(NamedTuple):

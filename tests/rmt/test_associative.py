@@ -23,8 +23,8 @@ from segattn.rmt.associative import layer as layer_module
 from segattn.rmt.associative import memory as associative_memory
 from segattn.rmt.associative.layer import DPFP, AssociativeLayer, Projections, memorize, recall
 from segattn.rmt.associative.memory import AssociativeMemory
-from segattn.rmt.associative.state import AssociativeState
 from segattn.rmt.associative.schedules import SCHEDULES
+from segattn.rmt.associative.state import AssociativeState
 
 DOUBLE = torch.float64
 L, M = 7, 3

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from segattn.cli import rmt as recurrence
 from segattn.cli import rmt_progress as recurrence_screen
 from segattn.rmt.runs import attention_maps, evaluation, plots, training
-from segattn.rmt.runs.attention_maps import Panel
 from segattn.rmt.runs.curriculum import Stage, Step
+from segattn.rmt.runs.plots import Panel
 from segattn.rmt.tasks import make as tasks
 from segattn.runs.text import generate_text
 
@@ -147,7 +147,7 @@ def test_attention_tables_keep_every_digit(heads: int) -> None:
 
 def test_attention_pictures_of_many_heads_are_as_wide_as_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(plots.FigureCanvasAgg, "print_png", lambda self, path: drawn.append(self.figure))
+    monkeypatch.setattr(plots.Figure, "savefig", lambda self, path: drawn.append(self))
 
     def size(layers: int, heads: int) -> list[float]:
         maps = np.full((layers, heads, 9, 9), 1 / 9)
@@ -161,10 +161,8 @@ def test_attention_pictures_of_many_heads_are_as_wide_as_a_screen(monkeypatch: p
     # segments below each other, each with its layers, heads across
     *maps, bar = drawn[-1].axes
     assert len(maps) == 2 * 6 * 12
-    assert [axes.get_ylabel() for axes in maps[::12]] == [
-        f"segment {n}, layer {m + 1}" for n in (1, 3) for m in range(6)
-    ]
-    assert [axes.get_title() for axes in maps[:13]] == [*(f"head {n + 1}" for n in range(12)), ""]
+    assert [axes.get_ylabel() for axes in maps[::12]] == [f"segment {n}\nlayer {m}" for n in (1, 3) for m in range(6)]
+    assert [axes.get_title() for axes in maps[:13]] == [*(f"head {n}" for n in range(12)), ""]
     assert bar.get_ylabel()
     assert max(size(1, 2)) < 1000
 

@@ -28,8 +28,8 @@ from segattn.cli import rmt_progress as recurrence_screen
 from segattn.rmt.runs import attention_maps, published
 from segattn.rmt.runs.attention_maps import Sample, attention_of, find_facts, run_attention, sentences_of
 from segattn.rmt.runs.curriculum import WINDOW, Recipe, Stage, Step, Trainer
-from segattn.rmt.runs.evaluation import Files, Grid, run_evaluation
-from segattn.rmt.runs.folder import Outputs, Run, build, load_run, trained_tokens
+from segattn.rmt.runs.evaluation import Grid, run_evaluation
+from segattn.rmt.runs.folder import Run, RunFiles, build, load_run, trained_tokens
 from segattn.rmt.runs.plots import plot_accuracy
 from segattn.rmt.runs.settings import TrainSettings
 from segattn.rmt.runs.training import run_training
@@ -259,7 +259,7 @@ def test_a_stage_ends_with_its_accuracy() -> None:
 
 def test_a_task_is_learnt_and_kept_in_memory(learnt: Path) -> None:
     run = load_run(learnt, device="cpu")
-    figures = json.loads(Outputs.of(learnt).figures.read_text())
+    figures = json.loads(RunFiles.of(learnt).figures.read_text())
     assert figures["complete"]
     assert [stage["converged"] for stage in figures["stages"]] == [True, True]
     for stage in figures["stages"]:
@@ -288,14 +288,14 @@ def test_an_interrupted_run_goes_on_exactly(kind: str, step: int, tmp_path: Path
     with pytest.raises(InterruptedRunError):
         run_training(settings, tmp_path / "part", Quiet(interrupt_after=step))
     assert signal.getsignal(signal.SIGINT) is handler
-    outputs = Outputs.of(tmp_path / "part")
+    outputs = RunFiles.of(tmp_path / "part")
     assert load_checkpoint(outputs.checkpoint)["trainer"]["index"] == step
     torch.manual_seed(123)
     resumed = run_training(settings, tmp_path / "part", Quiet(), resume=True)
     assert resumed["steps"] == whole["steps"] == 5 * (len(whole["stages"]) - 1) + 2
     for before, after in zip(whole["stages"], resumed["stages"], strict=True):
         assert {**before, "seconds": 0} == {**after, "seconds": 0}
-    weights = [load_file(Outputs.of(tmp_path / name).weights) for name in ("whole", "part")]
+    weights = [load_file(RunFiles.of(tmp_path / name).weights) for name in ("whole", "part")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert json.loads(outputs.figures.read_text()) == resumed
@@ -314,9 +314,9 @@ def test_a_run_starts_from_an_earlier_ones_weights(kind: str, tmp_path: Path) ->
     assert len(figures["stages"]) == 2
     assert figures["steps"] == 10
     # nothing is learnt at a rate of zero
-    weights = [load_file(Outputs.of(folder).weights) for folder in (first, second)]
+    weights = [load_file(RunFiles.of(folder).weights) for folder in (first, second)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert Outputs.of(second).vocabulary.read_text() == Outputs.of(first).vocabulary.read_text()
+    assert RunFiles.of(second).vocabulary.read_text() == RunFiles.of(first).vocabulary.read_text()
     for name, other in (("width", 20), ("heads", 4), ("memory", 4)):
         with pytest.raises(SettingError, match=f"{name} must be the earlier run's with start, .*, got {other}"):
             run_training(replace(settings, **{name: other}), out, Quiet())
@@ -334,7 +334,7 @@ def test_a_run_starts_from_an_earlier_ones_weights(kind: str, tmp_path: Path) ->
 def test_resume_takes_further_stages_but_no_other_run(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(tiny, folder)
-    before = json.loads(Outputs.of(folder).figures.read_text())
+    before = json.loads(RunFiles.of(folder).figures.read_text())
     longer = run_training(replace(TINY, segments=(1, 2, 4), bptt=2, later_batch=3), folder, Quiet(), resume=True)
     assert [(stage["bptt"], stage["later_batch"]) for stage in longer["stages"]] == [(None, None), (None, None), (2, 3)]
     assert longer["stages"][:2] == before["stages"]
@@ -356,7 +356,7 @@ def test_resume_takes_further_stages_but_no_other_run(tiny: Path, tmp_path: Path
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04"])
 def test_damaged_checkpoints_are_named(content: bytes, tmp_path: Path) -> None:
-    Outputs.of(tmp_path).checkpoint.write_bytes(content)
+    RunFiles.of(tmp_path).checkpoint.write_bytes(content)
     with pytest.raises(SettingError, match="is another file, or damaged"):
         run_training(TINY, tmp_path, Quiet(), resume=True)
 
@@ -399,7 +399,7 @@ def test_an_evaluation_counts_what_it_says(learnt: Path, tmp_path: Path) -> None
         assert cell["state_bytes"] == 4 * 4 * 32
     assert figures["complete"]
     assert figures["trained_segments"] == 2
-    assert json.loads(Files.of(tmp_path).figures.read_text()) == figures
+    assert json.loads(RunFiles.of(tmp_path).evaluation.read_text()) == figures
 
 
 @pytest.fixture
@@ -419,8 +419,8 @@ def test_an_interrupted_evaluation_goes_on(tiny: Path, tmp_path: Path) -> None:
     whole = run_evaluation(tiny, grid, Quiet(), out=tmp_path / "whole", device="cpu")
     with pytest.raises(KeyboardInterrupt):
         run_evaluation(tiny, grid, Quiet(interrupt_after=13), out=tmp_path / "part", device="cpu")
-    files = Files.of(tmp_path / "part")
-    part = json.loads(files.figures.read_text())
+    written = RunFiles.of(tmp_path / "part").evaluation
+    part = json.loads(written.read_text())
     assert not part["complete"]
     # the batch that was broken into is not counted
     assert [cell[:2] for cell in measured(part)] == [(2, 9), (3, 2)]
@@ -435,7 +435,7 @@ def test_an_interrupted_evaluation_goes_on(tiny: Path, tmp_path: Path) -> None:
     assert [cell[:2] for cell in measured(more)] == [(1, 2), (2, 9), (3, 12)]
     with pytest.raises(SettingError, match="seed must be of the earlier seed, 0, got 1"):
         run_evaluation(tiny, replace(grid, seed=1), Quiet(), out=tmp_path / "part", device="cpu", resume=True)
-    files.figures.write_text("{}")
+    written.write_text("{}")
     with pytest.raises(SettingError, match="is another file, or damaged"):
         run_evaluation(tiny, grid, Quiet(), out=tmp_path / "part", device="cpu", resume=True)
 
@@ -612,7 +612,7 @@ def test_a_pretrained_encoder_is_trained(freeze: bool, encoder: Path, tmp_path: 
     # the run's folder has all that it takes to go on, dropout's random numbers included
     shutil.rmtree(source)
     run_training(settings, tmp_path / "part", Quiet(), resume=True)
-    weights, again = (load_file(Outputs.of(tmp_path / name).weights) for name in ("whole", "part"))
+    weights, again = (load_file(RunFiles.of(tmp_path / name).weights) for name in ("whole", "part"))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     moved = {name for name, x in weights.items() if not torch.equal(x, begun.memory.state_dict()[name])}
     trunk = {name for name in moved if name.startswith("model.bert.") and ".pooler." not in name}
@@ -650,7 +650,7 @@ def test_commands_show_what_they_write(tmp_path: Path, monkeypatch: pytest.Monke
     given = ["detect", *small.split(), "--short", "17", "--segments", "2", "--test-samples", "9", "--anneal", "2"]
     result = invoke("train", *given, "--out", out)
     assert result.exit_code == 0, result.output
-    figures = json.loads(Outputs.of(tmp_path / "run").figures.read_text())
+    figures = json.loads(RunFiles.of(tmp_path / "run").figures.read_text())
     assert figures["settings"]["later_lr"] == pytest.approx(0.4 * figures["settings"]["lr"])
     rows = [line.replace("│", " ").split() for line in result.stdout.splitlines() if line.startswith("│")]
     assert [row[: -5 - ("annealed" in row)][0] for row in rows] == ["1", "1", "2", "2"]
@@ -663,7 +663,7 @@ def test_commands_show_what_they_write(tmp_path: Path, monkeypatch: pytest.Monke
 
     result = invoke("evaluate", out, "--segments", "3,2", "--samples", "5,6", "--batch", "3", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    figures = json.loads(Files.of(tmp_path / "run").figures.read_text())
+    figures = json.loads(RunFiles.of(tmp_path / "run").evaluation.read_text())
     rows = [line.replace("│", " ").split() for line in result.stdout.splitlines() if line.startswith("│")]
     assert [row[:4] for row in rows] == [
         [str(cell["segments"]), str(cell["tokens"]), str(cell["samples"]), f"{100 * cell['accuracy']:.1f}"]
@@ -700,7 +700,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 130
     expected = f"stopped, checkpoint written; go on with: segattn rmt train --resume --out {tmp_path}"
     assert result.stderr.strip() == f"segattn rmt train: {expected}"
-    assert load_checkpoint(Outputs.of(tmp_path).checkpoint)["trainer"]["index"] == 3
+    assert load_checkpoint(RunFiles.of(tmp_path).checkpoint)["trainer"]["index"] == 3
 
 
 @pytest.mark.parametrize(
@@ -778,9 +778,9 @@ def test_attention_is_of_runs_with_facts_and_a_memory_that_is_seen(tmp_path: Pat
 def test_weights_of_another_run_are_not_loaded(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(tiny, folder)
-    figures = json.loads(Outputs.of(folder).figures.read_text())
+    figures = json.loads(RunFiles.of(folder).figures.read_text())
     figures["settings"]["width"] = 20
-    Outputs.of(folder).figures.write_text(json.dumps(figures))
+    RunFiles.of(folder).figures.write_text(json.dumps(figures))
     with pytest.raises(SettingError, match="folder must be one that segattn rmt train wrote"):
         load_run(folder)
 
