@@ -18,20 +18,20 @@ Choose = Callable[[Tensor], Tensor]
 class TextGeneration:
     """The method `generate` of a decoder with a memory.
 
-    The class that inherits it says how segments are read: `start_text`, `read_segments` and `extend_segment`.
+    The class that inherits it says how segments are read: `_start_text`, `_read_segments` and `_extend_segment`.
     """
 
     settings: Any
 
-    def start_text(self, input_ids: Tensor, state: Any) -> Any:
+    def _start_text(self, input_ids: Tensor, state: Any) -> Any:
         """Check prompts [B, P] and `state`, and return the state that the prompts begin with."""
         raise NotImplementedError
 
-    def read_segments(self, input_ids: Tensor, rows: list[tuple[int, int]], state: Any) -> Any:
+    def _read_segments(self, input_ids: Tensor, rows: list[tuple[int, int]], state: Any) -> Any:
         """Read whole segments, from the begin to the end column of each row, and return the state after them."""
         raise NotImplementedError
 
-    def extend_segment(self, tokens: Tensor, state: Any, cache: Any, write: bool) -> Extension:
+    def _extend_segment(self, tokens: Tensor, state: Any, cache: Any, write: bool) -> Extension:
         """Read more tokens of a segment, and write it into the memory where `write` says that it ends.
 
         Args:
@@ -83,7 +83,7 @@ class TextGeneration:
         """
         check.check_integer("max_new_tokens", max_new_tokens, 1)
         choose = token_chooser(do_sample, temperature, top_k, top_p, generator)
-        state = self.start_text(input_ids, state)
+        state = self._start_text(input_ids, state)
         rows = bounds(attention_mask, *input_ids.shape[:2])
         begins = [cut([row], self.settings.segment_len, self.settings.alignment)[-1].begin[0] for row in rows]
         state = self._read_up_to(input_ids, rows, begins, state)
@@ -95,7 +95,7 @@ class TextGeneration:
             together = [row for row, own in enumerate(lengths) if own == length]
             index = torch.tensor(together, device=input_ids.device)
             tokens = torch.stack([input_ids[row, begins[row] : rows[row][1]] for row in together])
-            segment = GrowingSegment(self.extend_segment, self.settings.segment_len, state.select(index), tokens)
+            segment = GrowingSegment(self._extend_segment, self.settings.segment_len, state.select(index), tokens)
             new[index] = _write(segment, new[index], choose, ends)
         if ends is None:
             return new
@@ -109,7 +109,7 @@ class TextGeneration:
             return state
         index = torch.tensor(longer, device=input_ids.device)
         spans = [(rows[row][0], begins[row]) for row in longer]
-        return state.replace(index, self.read_segments(input_ids[index], spans, state.select(index)))
+        return state.replace(index, self._read_segments(input_ids[index], spans, state.select(index)))
 
 
 def _write(segment: GrowingSegment, new: Tensor, choose: Choose, ends: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tokens and states as a call of a memory receives them."""
+"""Checks of what both memories receive: sizes when they are made, tokens and states when they are called."""
 
 from __future__ import annotations
 
@@ -6,6 +6,23 @@ import torch
 from torch import Tensor
 
 from ..kernels import validation as check
+
+
+def check_sizes(num_memory_tokens: int, segment_len: int, bptt: int | None) -> None:
+    """Check the sizes of a memory.
+
+    Raises:
+        TypeError, ValueError: a size that is no integer of at least 1, or a segment shorter than its memory.
+    """
+    check.check_integer("num_memory_tokens", num_memory_tokens, 1)
+    check.check_integer("segment_len", segment_len, 1)
+    if segment_len < num_memory_tokens:
+        raise ValueError(
+            f"segment_len must be at least num_memory_tokens = {num_memory_tokens}, got {segment_len}: a segment "
+            "shorter than its memory compresses nothing"
+        )
+    if bptt is not None:
+        check.check_integer("bptt", bptt, 1)
 
 
 def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, width: int) -> Tensor:

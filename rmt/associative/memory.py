@@ -188,11 +188,8 @@ class AssociativeMemory(MemoryModule):
             )
         memories = []
         for layer, memory in zip(self._layers(), state.memories, strict=True):
-            like = {"device": layer.value.weight.device, "dtype": layer.value.weight.dtype}
-            k, v = (
-                torch.empty(batch, 1, 0, width, **like)
-                for width in (self.settings.key_width, self.memory_tokens.shape[1])
-            )
+            like, widths = layer.value.weight, (self.settings.key_width, self.memory_tokens.shape[1])
+            k, v = (torch.empty(batch, 1, 0, width, dtype=like.dtype, device=like.device) for width in widths)
             memories.append(MemoryState(*map(normal_tensor, check.check_state(memory, batch, k, v))))
         return AssociativeState(tuple(memories))
 
@@ -263,15 +260,15 @@ class AssociativeMemory(MemoryModule):
         logits = self.logits(hidden)
         return F.cross_entropy(logits.to(check.state_dtype(logits)), targets, reduction="sum")
 
-    def start_text(self, input_ids: Tensor, state: AssociativeState | None) -> AssociativeState:
+    def _start_text(self, input_ids: Tensor, state: AssociativeState | None) -> AssociativeState:
         return self._state(state, check_inputs(input_ids, None, self.memory_tokens.shape[1]).shape[0])
 
-    def read_segments(
+    def _read_segments(
         self, input_ids: Tensor, rows: list[tuple[int, int]], state: AssociativeState
     ) -> AssociativeState:
         return self._read_text(self.embed(input_ids), rows, state)[1]
 
-    def extend_segment(self, tokens: Tensor, state: AssociativeState, cache: Any, write: bool) -> Extension:
+    def _extend_segment(self, tokens: Tensor, state: AssociativeState, cache: Any, write: bool) -> Extension:
         rows, num_write = self.embed(tokens), self.settings.num_memory_tokens if write else 0
         memory = self.memory_tokens[:num_write].to(rows.dtype).expand(rows.shape[0], -1, -1)
         cache = DynamicCache(config=huggingface_of(self.model).config) if cache is None else cache

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...kernels import validation as check
+from ..inputs import check_sizes
 from .schedules import SCHEDULES
 
 
@@ -30,17 +31,11 @@ class AssociativeSettings:
     alignment: ClassVar[str] = "left"
 
     def __post_init__(self) -> None:
-        for name in ("num_memory_tokens", "segment_len", "d_mem", "nu"):
-            check.check_integer(name, getattr(self, name), 1)
-        if self.segment_len < self.num_memory_tokens:
-            raise ValueError(
-                f"segment_len must be at least num_memory_tokens = {self.num_memory_tokens}, got {self.segment_len}: a "
-                "segment shorter than its memory compresses nothing"
-            )
+        check_sizes(self.num_memory_tokens, self.segment_len, self.bptt)
+        check.check_integer("d_mem", self.d_mem, 1)
+        check.check_integer("nu", self.nu, 1)
         check.check_bool("normalize", self.normalize)
         check.check_choice("schedule", self.schedule, tuple(SCHEDULES))
-        if self.bptt is not None:
-            check.check_integer("bptt", self.bptt, 1)
 
     @property
     def key_width(self) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..backbone import (
     Outputs,
     accepted,
-    check_model,
     check_positions,
     check_sight,
     check_widths,
@@ -49,19 +48,21 @@ class Caller(NamedTuple):
         """Check that segments can be read with a model, and return how it is called.
 
         Args:
+            model: one that passes `check_model`.
+            settings: of the memory around it.
             embedding: token ids to vectors; None: the model's own.
 
         Raises:
             TypeError, ValueError: naming the argument, what it must be, and what it was.
         """
         fused, extra = settings.attention == "segattn", settings.extra_rows
-        check_model(model)
         check_sight(model, settings.kind, settings.mask == "paper" or fused)
         check_widths(model)
         check_positions(model, settings.segment_len + extra, extra)
         if settings.kind == "decoder":
             check_windows(model, settings.segment_len + extra, extra)
-        tokens = len((embedding_of(model) if embedding is None else embedding).weight)
+        known: Any = embedding_of(model) if embedding is None else embedding
+        tokens = len(known.weight)
         if max(settings.special_tokens or (0,)) >= tokens:
             raise ValueError(f"special_tokens must be below the model's {tokens} tokens, got {settings.special_tokens}")
         inner = huggingface_of(model)

@@ -298,18 +298,18 @@ class RecurrentMemory(MemoryModule):
             out.hidden[:, 0] if self.settings.kind == "encoder" else self._caller.layout.tokens_of(out.hidden)
         )
 
-    def start_text(self, input_ids: Tensor, state: RecurrentState | None) -> RecurrentState:
+    def _start_text(self, input_ids: Tensor, state: RecurrentState | None) -> RecurrentState:
         if self.settings.kind != "decoder":
             raise TypeError("generate is for decoders, got a RecurrentMemory of kind 'encoder'")
         return self._state(state, check_inputs(input_ids, None, self.memory.shape[1]).shape[0])
 
-    def read_segments(self, input_ids: Tensor, rows: list[tuple[int, int]], state: RecurrentState) -> RecurrentState:
+    def _read_segments(self, input_ids: Tensor, rows: list[tuple[int, int]], state: RecurrentState) -> RecurrentState:
         memory = state.memory
         for segment in cut(rows, self.settings.segment_len, self.settings.alignment):
             memory, _ = self._read(input_ids, segment, memory, False)
         return RecurrentState(memory)
 
-    def extend_segment(self, tokens: Tensor, state: RecurrentState, cache: Any, write: bool) -> Extension:
+    def _extend_segment(self, tokens: Tensor, state: RecurrentState, cache: Any, write: bool) -> Extension:
         rows = self.embed(tokens)
         memory = [state.memory.to(rows.dtype)]
         rows = torch.cat([*memory * (cache is None), rows, *memory * write], 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...kernels import validation as check
+from ..inputs import check_sizes
 from .layout import Layout, decoder_layout, encoder_layout
 
 KINDS = ("decoder", "encoder")
@@ -34,15 +35,7 @@ class RecurrentSettings:
 
     def __post_init__(self) -> None:
         check.check_choice("kind", self.kind, KINDS)
-        check.check_integer("num_memory_tokens", self.num_memory_tokens, 1)
-        check.check_integer("segment_len", self.segment_len, 1)
-        if self.segment_len < self.num_memory_tokens:
-            raise ValueError(
-                f"segment_len must be at least num_memory_tokens = {self.num_memory_tokens}, got {self.segment_len}: a "
-                "segment shorter than its memory compresses nothing"
-            )
-        if self.bptt is not None:
-            check.check_integer("bptt", self.bptt, 1)
+        check_sizes(self.num_memory_tokens, self.segment_len, self.bptt)
         check.check_choice("alignment", self.alignment, ALIGNMENTS)
         object.__setattr__(self, "loss", self.loss or ("all" if self.kind == "decoder" else "last"))
         check.check_choice("loss", self.loss, LOSSES)

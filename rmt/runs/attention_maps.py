@@ -97,9 +97,8 @@ def run_attention(
         "parts": _parts(run, facts, first, sample.segments, writing, reading, last),
     }
     write_figures(path, figures)
-    plot_attention(
-        path.with_suffix(".png"), panels, f"{run.settings.task}, {sample.segments} segments of {length} tokens"
-    )
+    text = f"{sample.segments} segment{'s' * (sample.segments > 1)} of {length} tokens"
+    plot_attention(path.with_suffix(".png"), panels, f"{run.settings.task}, {text}")
     return figures
 
 

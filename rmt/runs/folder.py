@@ -20,7 +20,8 @@ from ...runs.checkpoint import SettingError, named
 from ..associative.memory import AssociativeMemory
 from ..recurrent.memory import RecurrentMemory
 from ..tasks.facts import babi_file
-from ..tasks.make import FORMS, CopyTask, Task, make_task
+from ..tasks.make import FORMS, Task, make_task
+from ..tasks.symbols import CopyTask
 from ..tasks.vocabulary import CLS, SEP, Vocabulary
 from .models import Pretrained, freeze_model, pretrained_encoder, pretrained_tokenizer, small_decoder, small_encoder
 from .settings import OF_MODEL, TrainSettings, device_of, short_stages

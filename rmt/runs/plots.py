@@ -55,7 +55,7 @@ def plot_accuracy(path: Path, figures: dict[str, Any]) -> None:
     figure = Figure(figsize=(7.2, 4.4), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.set_xscale("log", base=2)
-    handles = [
+    handles: list[Any] = [
         axes.errorbar(
             tokens,
             shares,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
@@ -147,23 +147,9 @@ class TrainSettings:
         return Sizes(self.layers, self.width, self.heads)
 
     def recipe(self) -> Recipe:
-        """Return the recipe of the curriculum."""
-        return Recipe(
-            short=self.short or (),
-            short_segments=self.short_segments,
-            segments=self.segments,
-            steps=self.steps,
-            threshold=self.threshold,
-            anneal=self.anneal,
-            vary=self.vary,
-            batch=self.batch,
-            later_batch=self.batch if self.later_batch is None else self.later_batch,
-            beta2=self.beta2,
-            lr=self.lr,
-            later_lr=self.lr if self.later_lr is None else self.later_lr,
-            weight_decay=self.weight_decay,
-            warm_up=self.warm_up,
-        )
+        """Return the recipe of the curriculum, whose settings have the same names."""
+        shared = {field.name: getattr(self, field.name) for field in fields(Recipe) if hasattr(self, field.name)}
+        return Recipe(**shared | {"short": self.short or (), "later_batch": self.later_batch or self.batch})
 
     def _check_numbers(self) -> None:
         check_least(self, LEAST)

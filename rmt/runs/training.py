@@ -16,7 +16,7 @@ from ...runs.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from ...runs.figures import make_folder, versions, write_figures
+from ...runs.figures import prepare, versions, write_figures
 from ..tasks.answers import count_right, interval, samples_of
 from .curriculum import DivergedError, Stage, Step, Trainer
 from .folder import RunFiles, build, fingerprint, start_from, write_sources
@@ -75,7 +75,8 @@ def run_training(settings: TrainSettings, folder: Path, listener: Listener, *, r
         samples_of(run.task, 0, 1, trainer.plan[-1].length, TEST_SEED)
     data = fingerprint(settings)
     if saved is None:
-        _prepare(files)
+        for path in (files.checkpoint, files.figures):
+            prepare(path, resume=False)
         write_sources(run, files)
     else:
         _restore(trainer, saved, data)
@@ -182,23 +183,6 @@ def _write(trainer: Trainer, settings: TrainSettings, files: RunFiles) -> dict[s
 def _plain(settings: TrainSettings) -> dict[str, Any]:
     """Return the settings as JSON gives them back, with lists in place of tuples."""
     return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(settings).items()}
-
-
-def _prepare(files: RunFiles) -> None:
-    """Make the folder of a new run.
-
-    Raises:
-        SettingError: of `out`: it cannot be written, or holds an earlier run.
-    """
-    folder = files.figures.parent
-    make_folder(folder)
-    for path in (files.checkpoint, files.figures):
-        if path.exists():
-            raise SettingError(
-                "out",
-                f"must not hold an earlier run, got {str(folder)!r} with {path.name}: go on with it by --resume, "
-                "choose another folder, or delete this one",
-            )
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

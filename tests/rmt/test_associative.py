@@ -1,4 +1,4 @@
-"""`AssociativeMemory`: the paper's formulas, three schedules, pieces, padding, gradients, generation, bad input."""
+"""Tests of `AssociativeMemory`: the paper's formulas, schedules, pieces, padding, gradients, generation, bad input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OTHERS = ("vertical", "horizontal", "diagonal")
 
 
 def wrapped(name: str = "llama", dtype: torch.dtype = DOUBLE, depth: int = 3, **options: Any) -> AssociativeMemory:
-    """A tiny model with memories that return something."""
+    """Make a tiny model with memories that return something."""
     layers: dict[str, Any] = {"n_layer" if name == "gpt2" else "num_hidden_layers": depth}
     if name == "gemma3_text":
         kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
@@ -60,7 +60,7 @@ def padded(lengths: tuple[int, ...], side: str = "right") -> tuple[torch.Tensor,
 
 
 def results(memory: AssociativeMemory, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-    """Loss, logits, state, and the gradient of every parameter."""
+    """Return the loss, logits, state, and the gradient of every parameter."""
     memory.zero_grad()
     out = memory(*args, output_logits=True, **kwargs)
     last = [x for state in out.state.memories for x in state]
@@ -73,9 +73,6 @@ def checkpointed(memory: AssociativeMemory) -> None:
     # its name before transformers 5
     enable = getattr(memory.model, "activation_checkpointing_enable", memory.model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
-
-
-# --- the formulas
 
 
 def plain_features(x: list[float], nu: int, normalize: bool) -> list[float]:
@@ -116,14 +113,14 @@ def plain_write(u: torch.Tensor, layer: AssociativeLayer, A: torch.Tensor, z: to
 
 
 def features_of(x: torch.Tensor) -> torch.Tensor:
-    """DPFP-3 of length 1, differentiable."""
+    """Return DPFP-3 of length 1, differentiable."""
     halves = torch.cat((x.clamp(min=0), (-x).clamp(min=0)))
     f = torch.cat([halves * torch.stack([halves[i - j] for i in range(len(halves))]) for j in (1, 2, 3)])
     return f / f.square().sum().sqrt()
 
 
 def plain_llama(memory: AssociativeMemory, ids: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
-    """Logits [T, V] of one row and each layer's (A, z): segment after segment through Llama's own layers."""
+    """Return the logits [T, V] of one row and each layer's (A, z), segment after segment through Llama's layers."""
     model = memory.model
     width, keys = model.config.hidden_size, memory.settings.key_width
     states = [(torch.zeros(keys, width, dtype=DOUBLE), torch.zeros(keys, dtype=DOUBLE)) for _ in model.model.layers]
@@ -144,7 +141,7 @@ def plain_llama(memory: AssociativeMemory, ids: torch.Tensor) -> tuple[torch.Ten
 
 @pytest.mark.parametrize("time", [3 * L, 2 * L + 4, 5])
 def test_the_module_is_a_plain_loop_over_llamas_own_layers(time: int) -> None:
-    """Logits, loss, state and all gradients, also with a short last segment."""
+    """Compare logits, loss, state and all gradients, also with a short last segment."""
     memory, ids = wrapped(depth=2), models.tokens(2, time)
     found = results(memory, ids, labels=ids)
     memory.zero_grad()
@@ -187,9 +184,6 @@ def test_a_key_written_again_keeps_its_value_and_a_new_value_replaces_it() -> No
     assert error(recall(row, weights, state, features), layer.value(row)) < 1e-12
 
 
-# --- schedules
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("depth", "segments"), [(1, 1), (1, 4), (4, 1), (3, 5), (5, 3)])
 def test_a_schedule_runs_every_cell_once_and_after_what_it_needs(schedule: str, depth: int, segments: int) -> None:
@@ -207,10 +201,11 @@ def test_a_schedule_runs_every_cell_once_and_after_what_it_needs(schedule: str, 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "gemma3_text"])
 def test_schedules_are_equal_with_all_gradients(name: str) -> None:
-    """Rows of 5, 3 and 1 segments, the last ones short; Gemma's layers are of two kinds by turns, one without a memory.
+    """Read rows of 5, 3 and 1 segments, the last ones short.
 
-    To 1e-12 in float64. In float32 to 2e-6, the gradients taken together; each by itself to 2e-6 of float64's, or twice
-    what segment by segment loses.
+    Gemma's layers are of two kinds in turn, one of which has no memory. Results are equal to 1e-12 in float64. In
+    float32 they are equal to 2e-6, with all gradients as one vector; each gradient is within 2e-6 of float64's, or
+    twice the error of running segment by segment.
     """
     options = {"layers": (0, 1, 2)} if name == "gemma3_text" else {}
     memory = wrapped(name, torch.float32, **options)
@@ -281,7 +276,7 @@ def test_checkpointed_cells_keep_next_to_nothing_of_their_insides(schedule: str)
 
 
 def test_the_diagonal_runs_adapters_of_unlike_strength() -> None:
-    """LoRA by PEFT, whose scale is neither a tensor nor a plain number of a module."""
+    """Use PEFT's LoRA, whose scale is neither a tensor nor a plain number of a module."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, alpha_pattern={r".*layers\.1\..*": 30}
@@ -300,7 +295,7 @@ def test_the_diagonal_runs_adapters_of_unlike_strength() -> None:
 
 
 def test_the_diagonal_drops_out_each_layer_and_segment_apart() -> None:
-    """Over many draws the mean of the logits is the same as segment by segment."""
+    """Check that over many draws the mean of the logits is that of running segment by segment."""
     memory = wrapped("gpt2", torch.float32)
     for module in memory.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -312,9 +307,6 @@ def test_the_diagonal_drops_out_each_layer_and_segment_apart() -> None:
     expected = as_scheduled(memory, "vertical")(ids).logits
     spread = (rows.var(0) + expected.var(0)).div(64).sqrt()
     assert ((rows.mean(0) - expected.mean(0)) / spread).square().mean() < 1.5
-
-
-# --- pieces, padding, state
 
 
 @pytest.mark.parametrize("schedule", OTHERS)
@@ -388,7 +380,7 @@ def test_a_state_of_inference_mode_goes_on_in_training(
 
 
 def test_nothing_is_kept_on_the_module() -> None:
-    """Two texts read in turns, and every attribute the same object afterwards."""
+    """Read two texts in turns, after which every attribute is the same object."""
     memory = wrapped()
     texts = [models.tokens(1, 3 * L, seed) for seed in (3, 4)]
     attributes = {(name, key): id(x) for name, part in memory.named_modules() for key, x in vars(part).items()}
@@ -429,9 +421,6 @@ def test_parameters_load_into_a_fresh_wrapper() -> None:
 def test_memory_tokens_begin_unlike_one_another() -> None:
     tokens = wrapped().memory_tokens.detach()
     assert torch.pdist(tokens).min() > 0.1 * tokens.norm(dim=1).max()
-
-
-# --- loss and gradients
 
 
 def test_labels_are_the_next_tokens_also_over_a_border() -> None:
@@ -477,7 +466,7 @@ def test_gradient_reaches_every_projection_of_every_layer_that_is_read(schedule:
 @pytest.mark.parametrize("schedule", OTHERS)
 @pytest.mark.parametrize("bptt", [1, 2, 3, None])
 def test_gradient_reaches_back_so_many_real_segments_and_no_further(bptt: int | None, schedule: str) -> None:
-    """Rows of 5 and 3 segments: of each row's last segment's loss, exactly 0 beyond, and into an earlier state."""
+    """Follow the gradient of the last segments of rows of 5 and 3, which is exactly 0 beyond `bptt`, to the state."""
     memory = wrapped(schedule=schedule, bptt=bptt)
     ids, mask = padded((5 * L, 2 * L + 4))
     x = memory.embed(ids).detach().requires_grad_()
@@ -492,7 +481,7 @@ def test_gradient_reaches_back_so_many_real_segments_and_no_further(bptt: int | 
 
 
 def test_layers_of_experts() -> None:
-    """Without a memory's values the first segment's logits are the model's own; the schedules route tokens alike."""
+    """Compare the first segment with the model alone, and the schedules, which must route tokens alike."""
     config = transformers.Qwen3MoeConfig(
         vocab_size=models.VOCABULARY,
         hidden_size=32,
@@ -540,12 +529,9 @@ def test_the_loss_of_a_long_text_holds_few_logits_at_once(monkeypatch: pytest.Mo
     assert all(error(parts[key], whole[key]) < 1e-12 for key in whole if whole[key].any())
 
 
-# --- generation
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generated_text_is_the_likeliest_by_teacher_forcing(name: str) -> None:
-    """Prompts that end inside a segment, at its end, and before it, generated over two borders."""
+    """Continue prompts that end inside a segment, at its end, and in the first one, over two borders."""
     memory = wrapped(name, schedule="diagonal")
     ids, mask = padded((2 * L + 3, 2 * L, 4), "left")
     new = memory.generate(ids, mask, max_new_tokens=2 * L + 2)
@@ -577,8 +563,6 @@ def test_generation_that_cannot_cache_is_the_same() -> None:
     memory.train()
     assert torch.equal(memory.generate(ids, max_new_tokens=L + 3), expected)
 
-
-# --- bad input
 
 BAD: dict[str, tuple[type[Exception], Callable[[AssociativeMemory], Any]]] = {
     "segment_len must be at least 1, got 0": (ValueError, lambda m: AssociativeMemory(m.model, 1, 0)),

@@ -1,4 +1,4 @@
-"""What `segattn rmt` shows of a run, on a terminal and in a file, and what it says when Ctrl-C comes early."""
+"""Tests of what `segattn rmt` shows of a run, on a terminal and in a file, and says when Ctrl-C comes early."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRAIN = ["detect", *SMALL, "--test-samples", "7", "--steps", "50", "--threshold"
 
 @pytest.fixture(scope="module", autouse=True)
 def little_text() -> Iterator[None]:
-    """Less generated text, since every run makes it again."""
+    """Generate less text, since every run generates it again."""
     with pytest.MonkeyPatch.context() as patch:
         text = generate_text(6000, seed=0)
         patch.setattr(tasks, "generate_text", lambda words, seed: text)
@@ -40,7 +40,7 @@ def little_text() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The folder of a run with short segments, and the lines that it showed."""
+    """Return the folder of a run with short segments, and the lines that it printed."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     stages = ["--short", "17", "--short-segments", "2", "--segments", "1,2", "--anneal", "50"]
     result = invoke("train", *TRAIN, *stages, "--out", str(folder))
@@ -61,7 +61,7 @@ def terminal() -> Console:
 
 
 def shown(call: Callable[[Console], None], width: int = 80) -> list[str]:
-    """Lines in a file, as the commands print them."""
+    """Return the lines that a command prints into a file."""
     console = Console(file=io.StringIO(), width=width, soft_wrap=True, highlight=False)
     call(console)
     written: Any = console.file

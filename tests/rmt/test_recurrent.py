@@ -1,4 +1,4 @@
-"""The Recurrent Memory Transformer, held to a plain loop over the model's calls, and to the laws of its mechanism."""
+"""Tests of `RecurrentMemory` against a plain loop over the model's calls, and of the laws of its mechanism."""
 
 import copy
 import weakref
@@ -57,7 +57,7 @@ def encoder(head: str = "SequenceClassification", classes: int = 5, **options: A
 
 
 def visible_by_table(read: int, tokens: int, write: int, mask: str) -> Tensor:
-    """The paper's figure 6d, block by block."""
+    """Build the mask of the paper's figure 6d, block by block."""
     total = read + tokens + write
     visible = torch.ones(total, total).tril().bool()
     if mask == "paper":
@@ -73,7 +73,7 @@ def visible_by_table(read: int, tokens: int, write: int, mask: str) -> Tensor:
 
 
 def plain_decoder(module: RecurrentMemory, ids: Tensor, mask: str) -> tuple[Tensor, Tensor]:
-    """One row through a visible loop over the model's own calls, masks made from the table."""
+    """Read one row in a plain loop over the model's calls, with masks made from the table."""
     model, embed = module.model, module.model.get_input_embeddings()
     memory, logits = module.memory[None], []
     for begin in range(0, ids.shape[1], L):
@@ -93,7 +93,7 @@ def plain_decoder(module: RecurrentMemory, ids: Tensor, mask: str) -> tuple[Tens
 
 
 def plain_encoder(module: RecurrentMemory, ids: Tensor, first_len: int) -> tuple[Tensor, Tensor]:
-    """As in the paper's BERT: [first | memory | separator | tokens | separator]; logits of the last segment."""
+    """Read a row as [first | memory | separator | tokens | separator], and return the logits of the last segment."""
     model, embed = module.model, module.model.get_input_embeddings()
     first, separator = embed(torch.tensor([[FIRST, SEPARATOR]])).split(1, 1)
     memory = module.memory[None]
@@ -116,9 +116,6 @@ def ragged(lengths: list[int], side: str, width: int) -> Tensor:
         if side == "left":
             mask[row, : width - length] = 0
     return mask
-
-
-# the mask
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -156,9 +153,6 @@ def test_an_encoder_sees_all() -> None:
     for row in written[0]:
         for grad in torch.autograd.grad(row.square().sum(), (x, memory), retain_graph=True):
             assert (grad.abs().sum(2) > 0).all()
-
-
-# against a plain loop
 
 
 @pytest.mark.parametrize("attention", [None, "segattn"])
@@ -222,7 +216,7 @@ def test_special_ids_inside_the_text_stay() -> None:
 
 
 class Plain(nn.Module):
-    """Not of Hugging Face: one layer of attention, masks as given."""
+    """A model that is not of Hugging Face: one layer of attention, with the caller's mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,9 +252,6 @@ def test_any_module_that_takes_embeddings(mask: str) -> None:
     out = module(ids)
     close(out.logits, torch.cat(logits, 1))
     close(out.state.memory, memory)
-
-
-# rows of unlike lengths
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -311,11 +302,8 @@ def test_padded_rows_equal_each_alone(make: Any, alignment: str, side: str) -> N
         assert (out.logits[~mask.bool()] == 0).all()
 
 
-# gradients
-
-
 def reach(module: RecurrentMemory, rows: list[int], **call: Any) -> list[list[bool]]:
-    """Per row, whether each segment's tokens get a gradient from the row's last."""
+    """Return for each row whether the tokens of each segment get a gradient from the row's last."""
     width = max(rows)
     embeds = torch.randn(len(rows), width, module.memory.shape[1], dtype=torch.float64, requires_grad=True)
     ids = models.tokens(len(rows), width) % 5
@@ -385,9 +373,6 @@ def test_gradients_through_the_state_and_none_beyond_the_reach() -> None:
         state = RecurrentState(torch.randn(2, M, 32, dtype=torch.float64, requires_grad=True))
         module(ids, labels=ids, state=state).loss.backward()
         assert (state.memory.grad is not None and bool(state.memory.grad.abs().sum() > 0)) == reached
-
-
-# pieces, losses, logits
 
 
 @pytest.mark.parametrize("make", [decoder, lambda: encoder("TokenClassification"), plain_module])
@@ -490,7 +475,7 @@ def test_the_head_runs_only_where_its_logits_are_wanted() -> None:
 
 
 class Alive(TorchDispatchMode):
-    """The most bytes of tensors made under it that were alive at once."""
+    """A count of the most bytes of tensors, made under it, that were alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -519,9 +504,6 @@ def test_bytes_alive_without_gradients_do_not_grow_with_the_segments(make: Any) 
         most.append(alive.most)
     assert most[0] > M * 32 * 8
     assert most[1] == most[2]
-
-
-# generation
 
 
 PROMPTS = [1, L - 2, L, L + 1, 2 * L, 3 * L - 1]
@@ -610,9 +592,6 @@ def test_generation_is_without_noise(alignment: str) -> None:
     assert torch.equal(module.train().generate(ids, mask, max_new_tokens=L + 3), expected)
 
 
-# compiled, saved, trained
-
-
 def test_the_compiled_segment_is_one_graph_and_equal() -> None:
     torch.compiler.reset()
     module, ids = decoder(), models.tokens(2, 3 * L)
@@ -690,9 +669,6 @@ def test_noise_is_of_training_and_between_segments() -> None:
     state = RecurrentState(torch.full((1, M, 32), 5.0, dtype=torch.float64))
     spread = torch.stack([add_noise(state.memory, module.noise) - state.memory for _ in range(200)]).std()
     assert 1.45 < spread < 1.55
-
-
-# bad input
 
 
 @pytest.mark.parametrize(
@@ -792,9 +768,6 @@ def test_the_models_own_calls_are_told_apart_from_the_memorys() -> None:
         module.model(models.tokens(1, 4))
     module.model.set_attn_implementation("sdpa")
     assert module.model(models.tokens(1, 4)).logits.isfinite().all()
-
-
-# models of other kinds
 
 
 def test_adapters_generate_as_they_read() -> None:

@@ -1,4 +1,4 @@
-"""Runs of memory tasks: the curriculum, stopping and going on, extrapolation, attention maps, and their commands."""
+"""Tests of runs of memory tasks: the curriculum, stopping and resuming, extrapolation, attention maps, commands."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from segattn.rmt.tasks.vocabulary import CLS, SEP
 from segattn.runs.checkpoint import InterruptedRunError, SettingError, load_checkpoint
 from segattn.runs.text import generate_text
 
-# without a word of the text in the vocabulary, which is quickly learnt
+# no word of the text is in the vocabulary, so that the task is quickly learnt
 TINY = TrainSettings(
     "memorize",
     vocabulary=0,
@@ -61,7 +61,7 @@ TINY = TrainSettings(
     noise=0.3,
 )
 TOKENS = replace(TINY, task="copy", segment_len=7, vocabulary=4000, encoder="bert")
-# with a model that is not of these sizes
+# with the default sizes, which a pretrained model does not use
 PRETRAINED = replace(TOKENS, task="memorize", layers=2, width=64, heads=4)
 RETRIEVAL = replace(TOKENS, task="retrieval", segment_len=None, segments=(2, 3), noise=0.0, rewrite=True)
 SMALL = "--vocabulary 0 --layers 1 --width 16 --heads 2 --memory 3 --segment-len 19 --device cpu"
@@ -76,7 +76,7 @@ STOPPED = KINDS | {"short": replace(TINY, task="detect", short=(17,), short_segm
 
 
 class Quiet:
-    """A listener that hears nothing, but may press Ctrl-C after so many steps or pieces read."""
+    """A listener that shows nothing, but may press Ctrl-C after so many steps or pieces."""
 
     def __init__(self, interrupt_after: int | None = None) -> None:
         self.interrupt_after, self.heard = interrupt_after, 0
@@ -101,7 +101,7 @@ class Quiet:
 
 @pytest.fixture(scope="module", autouse=True)
 def little_text() -> Iterator[None]:
-    """Less generated text and fewer stories, since every run makes them again."""
+    """Generate less text and fewer stories, since every run generates them again."""
     with pytest.MonkeyPatch.context() as patch:
         text = generate_text(6000, seed=0)
         patch.setattr(tasks, "generate_text", lambda words, seed: text)
@@ -112,7 +112,7 @@ def little_text() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of few steps."""
+    """Return the folder of a run of few steps."""
     folder = tmp_path_factory.mktemp("tiny")
     run_training(TINY, folder, Quiet())
     return folder
@@ -120,7 +120,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that learns its task, in seconds."""
+    """Return the folder of a run that learns its task in seconds."""
     folder = tmp_path_factory.mktemp("learnt")
     lasting = {"width": 32, "memory": 4, "steps": 500, "batch": 32, "lr": 3e-3, "later_lr": 3e-3, "test_samples": 60}
     run_training(replace(TINY, noise=0.0, **lasting), folder, Quiet())
@@ -350,7 +350,7 @@ def test_resume_takes_further_stages_but_no_other_run(tiny: Path, tmp_path: Path
     book.write_text("The whale swam on and on. " * 50, encoding="utf-8")
     with pytest.raises(SettingError, match="book and --babi must hold what they held before with resume"):
         run_training(replace(TINY, book=str(book)), folder, Quiet(), resume=True)
-    with pytest.raises(SettingError, match="out must not hold an earlier run"):
+    with pytest.raises(SettingError, match=r"out must not hold figures of an earlier run, got .* with checkpoint\.pt"):
         run_training(TINY, folder, Quiet())
 
 
@@ -404,7 +404,7 @@ def test_an_evaluation_counts_what_it_says(learnt: Path, tmp_path: Path) -> None
 
 @pytest.fixture
 def heeded() -> Iterator[None]:
-    """Ctrl-C raises, also where the tests run in the background of a shell that has it ignored."""
+    """Let Ctrl-C raise, even where the tests run in the background of a shell that ignores it."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
@@ -458,7 +458,7 @@ def test_an_evaluation_says_how_far_the_run_has_come(tmp_path: Path) -> None:
 
 
 def first_layer(run: Run, tokens: Tensor) -> Tensor:
-    """Attention [heads, T, T] of a ModernBERT's first layer over its first segment, from its weights."""
+    """Compute the attention [heads, T, T] of a ModernBERT's first layer over its first segment from its weights."""
     model: Any = run.memory.model
     words = model.get_input_embeddings().weight
     memory: Any = run.memory.memory
@@ -573,7 +573,7 @@ def test_the_papers_curve_is_of_its_tasks() -> None:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny BERT and its words."""
+    """Return a folder with a tiny BERT and its words."""
     folder = tmp_path_factory.mktemp("encoder")
     own = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -786,7 +786,7 @@ def test_weights_of_another_run_are_not_loaded(tiny: Path, tmp_path: Path) -> No
 
 
 def test_bars_follow_a_run(tmp_path: Path) -> None:
-    """What a terminal shows: a bar for each stage, and one for all that is read, to their ends."""
+    """Check that a terminal shows a bar for each stage, and one for all that is read, to their ends."""
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with recurrence_screen.Stages(console) as bars:
         figures = run_training(replace(TINY, anneal=3), tmp_path, bars)
