@@ -40,7 +40,7 @@ def kind_of(model: nn.Module) -> str:
         ValueError: the model does not show which it is.
     """
     inner = huggingface_of(model)
-    unknown = f"kind must be 'decoder' or 'encoder' for a {type(model).__name__}, which does not tell"
+    unknown = f"kind must be 'decoder' or 'encoder' for a {type(model).__name__}, which does not show its kind"
     if inner is None:
         raise ValueError(unknown)
     causal = _causal_flags(inner)

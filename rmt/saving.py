@@ -110,6 +110,11 @@ def _entry(module: nn.Module) -> dict[str, Any]:
 
 
 def _check(saved: Mapping[str, Any], own: Mapping[str, Any], path: str) -> None:
+    """Check that a memory's settings are those in a file, apart from those that are free.
+
+    Raises:
+        ValueError: naming one that differs.
+    """
     for name, value in own.items():
         before = saved.get(name)
         value = list(value) if isinstance(value, tuple) else value
@@ -120,6 +125,7 @@ def _check(saved: Mapping[str, Any], own: Mapping[str, Any], path: str) -> None:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the settings and the parameters in a file."""
     if Path(path).is_dir():
         raise ValueError(f"path must be a file that save_memory wrote, got the folder {str(path)!r}")
     try:

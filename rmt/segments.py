@@ -106,6 +106,7 @@ def cut(rows: list[tuple[int, int]], segment_len: int, alignment: str = "left") 
 
 
 def _pieces(begin: int, end: int, size: int, alignment: str) -> list[tuple[int, int]]:
+    """Cut the columns of a row into segments."""
     first = begin + size if alignment == "left" else end - (end - begin - 1) // size * size
     cuts = [begin, *range(first, end, size), end]
     return list(pairwise(cuts))
@@ -115,7 +116,7 @@ def next_tokens(labels: Tensor, rows: list[tuple[int, int]]) -> Tensor:
     """Return the label that each column's logits are to predict: the row's next one, also over a segment's border.
 
     Args:
-        labels: [B, T], each at its own token.
+        labels: [B, T], one for each token.
         rows: columns at which each row's tokens begin and end.
 
     Returns:

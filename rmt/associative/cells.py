@@ -91,6 +91,7 @@ class _Block(NamedTuple):
 
     @classmethod
     def of(cls, members: tuple[int, ...], layers: tuple[Layer, ...], projections: Projections | None) -> _Block:
+        """Lay the layers side by side; a single one stays as it is."""
         tensors = stacked_tensors([layer.module for layer in layers]) if len(layers) > 1 else {}
         return cls(members, layers, tensors, _side_by_side(layers[0], tensors), projections)
 
@@ -114,6 +115,7 @@ class _Block(NamedTuple):
 
 
 def _side_by_side(layer: Layer, tensors: Tensors) -> Layer:
+    """Return a layer that runs all layers with these tensors; the layer itself where there are none."""
     return layer._replace(module=stacked(layer.module, tensors)) if tensors else layer
 
 
@@ -154,8 +156,10 @@ def _step(
 
     Args:
         layers: A of the block's.
-        hidden: [A, B, W, d], each layer's in its own one of `segments`.
+        hidden: [A, B, W, d], inputs of the layers.
         state: of A · B memories; None for layers without.
+        segments: the one that each layer reads.
+        places: where memory tokens stand, as in `run`.
     """
     block = block.part(layers)
     if block.projections is None or state is None:

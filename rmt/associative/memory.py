@@ -154,7 +154,7 @@ class AssociativeMemory(MemoryModule):
         Args:
             input_ids: int [B, T]; or `inputs_embeds` [B, T, d].
             attention_mask: [B, T], 0 where padding stands before or after a row's tokens, which begin a segment.
-            labels: int [B, T], each token its own, as for Hugging Face models: the token before predicts it, also over
+            labels: int [B, T], one for each token, as for Hugging Face models: the token before predicts it, also over
                 the border of two segments. -100 does not count, nor does the label of a row's first token.
             state: what an earlier call returned, to continue from; default empty memories. A call ends its last
                 segment, so cut pieces of a text at multiples of `segment_len`.
@@ -257,6 +257,7 @@ class AssociativeMemory(MemoryModule):
         return total / labelled.sum().clamp(min=1)
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum of the cross-entropy of hidden states [N, d] and targets [N]."""
         logits = self.logits(hidden)
         return F.cross_entropy(logits.to(check.state_dtype(logits)), targets, reduction="sum")
 

@@ -17,7 +17,7 @@ class Placement(NamedTuple):
     outputs: int [B, T], which of S · B · W a token became; anything for padding.
     writes: int [S, B, m], where the memory tokens stand; None: last.
     alive: bool [S, B], where a row has the segment; None: everywhere.
-    linked: bool [S, B], where gradients go on into the memory before the segment; None: everywhere.
+    linked: bool [S, B], where gradients reach the memory before the segment; None: everywhere.
     """
 
     inputs: Tensor
@@ -71,4 +71,5 @@ class Placement(NamedTuple):
 
 
 def _rows(x: Tensor | None, segments: tuple[int, ...]) -> Tensor | None:
+    """Return the entries of some segments [A, ...]."""
     return None if x is None else torch.stack([x[segment] for segment in segments])

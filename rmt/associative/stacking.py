@@ -70,13 +70,14 @@ def _forward(module: nn.Module, tensors: Tensors, count: int, x: Tensor, *args: 
         out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
         return out.view(*x.shape[:-1], out.shape[-1])
 
-    def one(own: Tensors, part: Tensor) -> Tensor:
-        return functional_call(module, own, (part, *args), kwargs)
+    def one(values: Tensors, part: Tensor) -> Tensor:
+        return functional_call(module, values, (part, *args), kwargs)
 
     return torch.vmap(one, randomness="different")(tensors, parts).flatten(0, 1)
 
 
 def _tensors(module: nn.Module) -> Tensors:
+    """Return the parameters and buffers of a module, by name."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 

@@ -148,7 +148,7 @@ class Caller(NamedTuple):
         changed = [(hidden != plain).any(1).tolist() for hidden in (read, write)]
         if changed != [[True] * 5, [False, False, False, True, True]]:
             raise ValueError(
-                f"mask must be 'causal' for a {type(model).__name__}, whose attention does not keep to a mask given"
+                f"mask must be 'causal' for a {type(model).__name__}, whose attention does not keep to the mask"
             )
 
     def _decoder_mask(self, rows: Tensor, ends: Tensor | None, past: int, writes: bool) -> dict[str, Any]:

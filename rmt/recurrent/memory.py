@@ -115,6 +115,7 @@ class RecurrentMemory(MemoryModule):
 
     @property
     def _embedding(self) -> Any:
+        """The module that embeds token ids."""
         return embedding_of(self.model) if self.embedding is None else self.embedding
 
     def _fit(self, model: nn.Module) -> None:
@@ -164,9 +165,9 @@ class RecurrentMemory(MemoryModule):
         Args:
             input_ids: int [B, T]; or `inputs_embeds` [B, T, d].
             attention_mask: [B, T], 0 where padding stands before or after a row's tokens.
-            labels: int [B, T], each token its own, -100 where none: a decoder's logits predict the next token, also
-                over the border of two segments, an encoder's the token at their place; or [B], an encoder's class of
-                the row.
+            labels: int [B, T], one for each token, -100 where it does not count: a decoder's logits predict the next
+                token, also over the border of two segments, an encoder's the token at their place; or [B], the class
+                of each row, of an encoder.
             state: what an earlier call returned, to continue from; default the trainable memory. A call ends its last
                 segment, so cut pieces of a text at multiples of `segment_len` (with alignment="right" counted from its
                 end).
@@ -292,6 +293,7 @@ class RecurrentMemory(MemoryModule):
         return layout.memory_of(out.hidden, lengths), self._logits(out) if with_logits else None
 
     def _logits(self, out: Outputs) -> Tensor | None:
+        """Return the logits of a segment, by the head or the model."""
         if self.head is None:
             return out.logits
         return self.head(
@@ -329,6 +331,7 @@ def add_noise(memory: Tensor, noise: float) -> Tensor:
 
 
 def _no_logits(model: nn.Module) -> str:
+    """Return the message of an error where logits are wanted and there are none."""
     return (
         f"model must return logits, got {type(model).__name__}, which returns hidden rows alone: pass head=, or "
         "output_logits=False for the memory alone"

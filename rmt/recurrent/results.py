@@ -14,7 +14,7 @@ def targets_of(labels: Tensor, kind: str, rows: list[tuple[int, int]], time: int
     """Return what the logits at each place are to predict, in the shape of the labels.
 
     Args:
-        labels: [B, T], each token its own; or [B], classes of an encoder's rows.
+        labels: [B, T], one for each token; or [B], classes of an encoder's rows.
         kind: "decoder", whose logits predict the next token, or "encoder", whose logits predict the token itself.
         rows: where each row's tokens begin and end.
         time: T.

@@ -105,8 +105,9 @@ def run_attention(
 def sentences_of(run: Run) -> list[Tensor]:
     """Return the token ids [n] of each sentence of the stories that the test's samples are made of."""
     form, babi = FORMS[run.settings.task].questions, run.settings.babi
-    asked = generate_questions(form, "test") if babi is None else read_questions(babi_file(babi, form, "test"))
-    return [torch.tensor(run.encode(fact)) for fact in sorted({fact for question in asked for fact in question.facts})]
+    questions = generate_questions(form, "test") if babi is None else read_questions(babi_file(babi, form, "test"))
+    facts = sorted({fact for question in questions for fact in question.facts})
+    return [torch.tensor(run.encode(fact)) for fact in facts]
 
 
 def find_facts(sentences: list[Tensor], ids: Tensor) -> list[Span]:
@@ -151,7 +152,7 @@ def _observed(model: Any) -> Iterator[list[Tensor]]:
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         attentions.extend(output.attentions)
 
-    # set here, since older models refuse their own setter
+    # older models refuse their setter of the implementation
     for config in configs:
         config._attn_implementation = "eager"
     hooks = [model.register_forward_pre_hook(ask, with_kwargs=True), model.register_forward_hook(keep)]
@@ -173,7 +174,7 @@ def _draw(run: Run, sample: Sample) -> tuple[int, Batch, list[Span]]:
         facts = find_facts(sentences, batch.input_ids[0])
         if facts and (sample.sample is not None or not last or facts[0][0] < last):
             return number, batch, facts
-    raise SettingError("sample", f"must be of a text with a fact that is found again, got {sample.sample}")
+    raise SettingError("sample", f"must be a text in which a fact can be located, got {sample.sample}")
 
 
 def _check(run: Run, sample: Sample) -> None:
@@ -211,6 +212,7 @@ def _rows(run: Run, facts: list[Span], segment: int) -> list[Span]:
 
 
 def _panels(run: Run, facts: list[Span], maps: dict[int, Tensor]) -> list[Panel]:
+    """Return the panels of segments, whose attention is in `maps`."""
     read, write, _ = _layout(run)
     memory = list(dict.fromkeys((read, write)))
     return [

@@ -206,6 +206,7 @@ def _reading(folder: Path, option: str) -> Iterator[None]:
 
 
 def _figures(folder: Path) -> dict[str, Any]:
+    """Read the figures of a run."""
     return dict(json.loads(RunFiles.of(folder).figures.read_text(encoding="utf-8")))
 
 
@@ -224,6 +225,7 @@ def fingerprint(settings: TrainSettings) -> str:
 
 
 def _task_options(settings: TrainSettings, source: Pretrained | None, earlier: RunFiles | None) -> dict[str, Any]:
+    """Return the arguments of `make_task`."""
     if settings.task == "retrieval":
         return {"key_digits": settings.key_digits, "rewrite": settings.rewrite}
     if settings.task not in FORMS:
@@ -237,6 +239,7 @@ def _task_options(settings: TrainSettings, source: Pretrained | None, earlier: R
 
 
 def _memory(settings: TrainSettings, task: Task, source: Pretrained | None, earlier: RunFiles | None) -> nn.Module:
+    """Make the memory of a run, around a model that has random or pretrained weights."""
     m, length = settings.memory_tokens, settings.tokens
     if settings.classifies:
         return _classifier(settings, task, source, earlier)
@@ -249,6 +252,7 @@ def _memory(settings: TrainSettings, task: Task, source: Pretrained | None, earl
 
 
 def _classifier(settings: TrainSettings, task: Task, source: Pretrained | None, earlier: RunFiles | None) -> nn.Module:
+    """Make the memory of a run with a task of classes, around an encoder."""
     m, length = settings.memory_tokens, settings.tokens
     special = (CLS, SEP) if source is None else source.special_tokens
     if settings.pretrained is None:

@@ -159,6 +159,7 @@ def freeze_model(memory: nn.Module) -> None:
 
 
 def _unusable(folder: Path, what: str, error: Exception) -> SettingError:
+    """Return the error of a folder from which transformers cannot load what is wanted."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return SettingError(
         "pretrained", f"must be a folder with {what} of Hugging Face's format, got {str(folder)!r} ({reason})"

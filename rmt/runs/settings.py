@@ -202,6 +202,7 @@ class TrainSettings:
                     raise SettingError(name, f"{where}, got {value!r} with {self._kind()}")
 
     def _kind(self) -> str:
+        """Describe the task and the model, for messages."""
         model = self.architecture if self.pretrained is None else "a pretrained model"
         return f"{self.task} and {model}"
 

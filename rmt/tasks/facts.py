@@ -109,6 +109,11 @@ def generate_questions(form: str, split: str, stories: int = 2000) -> list[Quest
 
 
 def _check(form: str) -> None:
+    """Check that a form of questions exists.
+
+    Raises:
+        ValueError: it does not.
+    """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
 

@@ -126,8 +126,8 @@ def text_task(
         if vocab_size is not None or gen_token is not None:
             raise ValueError("vocab_size and gen_token must come with encode, got one of them without")
         if vocabulary is None:
-            own = [sentence for question in questions["train"] for sentence in (*question.facts, question.text)]
-            vocabulary = Vocabulary.build(split_sentences(text)["train"], vocabulary_size, required=[*WORDS, *set(own)])
+            required = {sentence for question in questions["train"] for sentence in (*question.facts, question.text)}
+            vocabulary = Vocabulary.build(split_sentences(text)["train"], vocabulary_size, required=[*WORDS, *required])
         encode, vocab_size, gen_token = vocabulary.encode, len(vocabulary), GEN
     elif vocabulary is not None:
         raise ValueError("vocabulary must be left out where encode is given, got both")
@@ -186,6 +186,11 @@ def _questions(form: _Form, split: str, babi: str | Path | None, max_facts: int 
 
 
 def _read(book: str | Path) -> str:
+    """Read a book.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
         return Path(book).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -67,8 +67,8 @@ class TextTask:
         self.name, self.kind, self.vocab_size, self.vocabulary = name, kind, vocab_size, vocabulary
         self.at_beginning = at_beginning
         self._questions = {split: list(questions.get(split, ())) for split in SPLITS}
-        for split, asked in self._questions.items():
-            if not asked:
+        for split in SPLITS:
+            if not self._questions[split]:
                 raise ValueError(f"questions must hold some for the split {split!r}, got none")
         self._filler, self._encode = filler, encode
         self._gen = np.array([] if gen_token is None else [gen_token], np.int64)
@@ -78,7 +78,7 @@ class TextTask:
         self._of_facts = np.unique([token for fact in facts for token in self._ids(fact)])
         if decoys and not facts:
             raise ValueError(f"decoys must be 0 where questions have no facts, got {decoys}")
-        every = [question for asked in self._questions.values() for question in asked]
+        every = [question for split in SPLITS for question in self._questions[split]]
         self.classes = tuple(sorted({question.answer for question in every})) if kind == "class" else ()
         self.shortest = max(self._length(question) for question in every)
         seen = [filler.tokens(split) for split in SPLITS] + list(self._known.values()) + [self._gen]
@@ -96,14 +96,14 @@ class TextTask:
         if length < self.shortest:
             raise ValueError(f"length must be at least {self.shortest} for the task {self.name}, got {length}")
         questions = self._questions[split]
-        asked = [questions[i] for i in generator.integers(len(questions), size=batch_size)]
+        drawn = [questions[i] for i in generator.integers(len(questions), size=batch_size)]
         rows = np.empty((batch_size, length), np.int64)
-        for row, question in zip(rows, asked, strict=True):
+        for row, question in zip(rows, drawn, strict=True):
             self._fill(row, question, generator, split)
         if self.kind == "class":
-            return Batch(torch.from_numpy(rows), torch.tensor([self.classes.index(q.answer) for q in asked]))
+            return Batch(torch.from_numpy(rows), torch.tensor([self.classes.index(q.answer) for q in drawn]))
         labels = np.full_like(rows, IGNORED)
-        for label, question in zip(labels, asked, strict=True):
+        for label, question in zip(labels, drawn, strict=True):
             answer = self._ids(question.answer)
             label[-len(answer) :] = answer
         return Batch(torch.from_numpy(rows), torch.from_numpy(labels))
@@ -133,8 +133,8 @@ class TextTask:
 
     def _tail(self, question: Question) -> Ids:
         """Return the end of a sample: the question, and in a token task the answer."""
-        asked = self._ids(question.text)
-        return asked if self.kind == "class" else np.concatenate([asked, self._gen, self._ids(question.answer)])
+        text = self._ids(question.text)
+        return text if self.kind == "class" else np.concatenate([text, self._gen, self._ids(question.answer)])
 
     def _length(self, question: Question) -> int:
         """Return the tokens of a sample without filler."""

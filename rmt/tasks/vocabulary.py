@@ -44,11 +44,11 @@ class Vocabulary:
         """
         if size < 0:
             raise ValueError(f"size must be at least 0, got {size}")
-        own = sorted({word for text in required for word in tokenize(text)})
+        words = sorted({word for text in required for word in tokenize(text)})
         counts = Counter(word for text in texts for word in tokenize(text))
-        for word in own:
+        for word in words:
             del counts[word]
-        return cls([*SPECIAL, *own, *(word for word, _ in counts.most_common(size))])
+        return cls([*SPECIAL, *words, *(word for word, _ in counts.most_common(size))])
 
     def __len__(self) -> int:
         return len(self.words)

@@ -802,7 +802,7 @@ def test_a_copy_of_a_compiled_memory_has_its_own_weights() -> None:
         (
             "GPTNeoConfig",
             {"num_layers": 1, "num_heads": 4, "attention_types": [[["local"], 1]]},
-            "mask must be 'causal' for a GPTNeoForCausalLM, whose attention does not keep to a mask given",
+            "mask must be 'causal' for a GPTNeoForCausalLM, whose attention does not keep to the mask",
         ),
         (
             "MistralConfig",
