@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import validation as check
 from .growing_segment import Extension, GrowingSegment
-from .segments import bounds, cut
+from .segments import bounds, last_begin
 
 Choose = Callable[[Tensor], Tensor]
 
@@ -85,7 +85,7 @@ class TextGeneration:
         choose = token_chooser(do_sample, temperature, top_k, top_p, generator)
         state = self._start_text(input_ids, state)
         rows = bounds(attention_mask, *input_ids.shape[:2])
-        begins = [cut([row], self.settings.segment_len, self.settings.alignment)[-1].begin[0] for row in rows]
+        begins = [last_begin(*row, self.settings.segment_len, self.settings.alignment) for row in rows]
         state = self._read_up_to(input_ids, rows, begins, state)
         lengths = [end - begin for begin, (_, end) in zip(begins, rows, strict=True)]
         ends = None if eos_token_id is None else torch.as_tensor(eos_token_id, device=input_ids.device)
@@ -96,7 +96,7 @@ class TextGeneration:
             index = torch.tensor(together, device=input_ids.device)
             tokens = torch.stack([input_ids[row, begins[row] : rows[row][1]] for row in together])
             segment = GrowingSegment(self._extend_segment, self.settings.segment_len, state.select(index), tokens)
-            new[index] = _write(segment, new[index], choose, ends)
+            new[index] = _fill(segment, new[index], choose, ends)
         if ends is None:
             return new
         ended = torch.isin(new, ends).int().cumsum(1) > 0
@@ -112,7 +112,7 @@ class TextGeneration:
         return state.replace(index, self._read_segments(input_ids[index], spans, state.select(index)))
 
 
-def _write(segment: GrowingSegment, new: Tensor, choose: Choose, ends: Tensor | None) -> Tensor:
+def _fill(segment: GrowingSegment, new: Tensor, choose: Choose, ends: Tensor | None) -> Tensor:
     """Return `new` [B, n] filled with generated tokens; behind a row's end it stays as it is."""
     new, running = new.clone(), new.new_ones(new.shape[0], dtype=torch.bool)
     for at in range(new.shape[1]):

@@ -112,6 +112,13 @@ def _pieces(begin: int, end: int, size: int, alignment: str) -> list[tuple[int, 
     return list(pairwise(cuts))
 
 
+def last_begin(begin: int, end: int, segment_len: int, alignment: str) -> int:
+    """Return the column at which the last segment begins of a row that begins and ends at these columns."""
+    return (
+        begin + (end - begin - 1) // segment_len * segment_len if alignment == "left" else max(begin, end - segment_len)
+    )
+
+
 def next_tokens(labels: Tensor, rows: list[tuple[int, int]]) -> Tensor:
     """Return the label that each column's logits are to predict: the row's next one, also over a segment's border.
 

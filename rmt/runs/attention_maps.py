@@ -196,11 +196,13 @@ def _check(run: Run, sample: Sample) -> None:
 
 def _layout(run: Run) -> tuple[Span, Span, int]:
     """Return the rows of the memory that is read, those of the memory that is written, and the first token's row."""
-    m, length = run.settings.memory_tokens, run.settings.tokens
-    if run.settings.classifies:
-        # [first | memory | separator | tokens | separator]
-        return (1, 1 + m), (1, 1 + m), m + 2
-    return (0, m), (m + length, m + length + m), m
+    memory: Any = run.memory
+    layout = memory.settings.layout
+    if layout.memory < 0:
+        read, write = 0, layout.before + run.settings.tokens + layout.after + layout.memory
+    else:
+        read = write = layout.memory
+    return (read, read + layout.num_memory), (write, write + layout.num_memory), layout.before
 
 
 def _rows(run: Run, facts: list[Span], segment: int) -> list[Span]:
