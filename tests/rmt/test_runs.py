@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.cli.demo")
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -562,6 +563,23 @@ def test_accuracy_is_drawn_beside_the_papers(tmp_path: Path, monkeypatch: pytest
     plot_accuracy(tmp_path / "picture.png", figures | {"task": "retrieval"})
     assert "plot" not in drawn
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lengths_have_ticks_also_where_only_the_paper_has_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+    interval = {"accuracy": 0.5, "interval": [0.25, 0.625]}
+    cells = [{"segments": n, "tokens": 19 * n, **interval} for n in (2, 3, 64, 65)]
+    figures = {"task": "detect", "segment_len": 19, "trained_segments": 3, "chance": 0.125, "lengths": cells}
+    plot_accuracy(Path("picture.png"), figures)
+    axes = drawn[0].axes[0]
+    ticks = [float(label.get_text().replace(",", "")) for label in axes.get_xticklabels()]
+    assert ticks == [float(tick) for tick in axes.get_xticks()]
+    for length in (*(n * published.SEGMENT_LEN for n in published.SEGMENTS), *(cell["tokens"] for cell in cells)):
+        assert min(abs(math.log2(length / tick)) for tick in ticks) <= 2
+    # one more segment would stand where the label of 64 is
+    (top,) = axes.child_axes
+    assert [label.get_text() for label in top.get_xticklabels()] == ["2", "64"]
 
 
 def test_the_papers_curve_is_of_its_tasks() -> None:
