@@ -296,9 +296,8 @@ class RecurrentMemory(MemoryModule):
         """Return the logits of a segment, by the head or the model."""
         if self.head is None:
             return out.logits
-        return self.head(
-            out.hidden[:, 0] if self.settings.kind == "encoder" else self._caller.layout.tokens_of(out.hidden)
-        )
+        first = self.settings.kind == "encoder"
+        return self.head(out.hidden[:, 0] if first else self._caller.layout.tokens_of(out.hidden))
 
     def _start_text(self, input_ids: Tensor, state: RecurrentState | None) -> RecurrentState:
         if self.settings.kind != "decoder":
@@ -313,8 +312,11 @@ class RecurrentMemory(MemoryModule):
 
     def _extend_segment(self, tokens: Tensor, state: RecurrentState, cache: Any, write: bool) -> Extension:
         rows = self.embed(tokens)
-        memory = [state.memory.to(rows.dtype)]
-        rows = torch.cat([*memory * (cache is None), rows, *memory * write], 1)
+        memory = state.memory.to(rows.dtype)
+        if cache is None:
+            rows = torch.cat((memory, rows), 1)
+        if write:
+            rows = torch.cat((rows, memory), 1)
         out = self._caller.newest(self.model, rows, write, cache)
         if write:
             return Extension(None, RecurrentState(out.hidden[:, -self.settings.num_memory_tokens :]), None)
