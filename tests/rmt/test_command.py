@@ -145,14 +145,16 @@ def test_attention_tables_keep_every_digit(heads: int) -> None:
     assert "…" not in "".join(lines)
 
 
-def test_attention_pictures_of_many_heads_are_as_wide_as_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_pictures_of_many_heads_are_as_wide_as_a_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(plots.Figure, "savefig", lambda self, path: drawn.append(self))
+    monkeypatch.setattr(plots.Figure, "savefig", lambda self, path, **options: drawn.append(self))
 
     def size(layers: int, heads: int) -> list[float]:
         maps = np.full((layers, heads, 9, 9), 1 / 9)
         panels = [Panel(f"segment {n}", maps, [(1, 3)], [(4, 6)]) for n in (1, 3)]
-        plots.plot_attention(Path("picture.png"), panels, "detect")
+        plots.plot_attention(tmp_path / "picture.png", panels, "detect")
         return list(drawn[-1].bbox.size)
 
     width, height = size(6, 12)

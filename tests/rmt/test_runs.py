@@ -565,13 +565,15 @@ def test_accuracy_is_drawn_beside_the_papers(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_lengths_have_ticks_also_where_only_the_paper_has_points(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_have_ticks_also_where_only_the_paper_has_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: drawn.append(self))
     interval = {"accuracy": 0.5, "interval": [0.25, 0.625]}
     cells = [{"segments": n, "tokens": 19 * n, **interval} for n in (2, 3, 64, 65)]
     figures = {"task": "detect", "segment_len": 19, "trained_segments": 3, "chance": 0.125, "lengths": cells}
-    plot_accuracy(Path("picture.png"), figures)
+    plot_accuracy(tmp_path / "picture.png", figures)
     axes = drawn[0].axes[0]
     ticks = [float(label.get_text().replace(",", "")) for label in axes.get_xticklabels()]
     assert ticks == [float(tick) for tick in axes.get_xticks()]
