@@ -72,7 +72,9 @@ def plot_accuracy(path: Path, figures: dict[str, Any]) -> None:
     if paper:
         at = [segments * published.SEGMENT_LEN for segments in paper]
         percent = [100 * x for x in paper.values()]
-        handles += axes.plot(at, percent, color=ORANGE, marker="s", markersize=3, label=published.SHORT_SOURCE)
+        # dashed, so that both are seen where they lie on each other
+        look = {"color": ORANGE, "linestyle": "--", "marker": "s", "markersize": 3}
+        handles += axes.plot(at, percent, label=published.SHORT_SOURCE, **look)
     trained = figures["trained_segments"] * segment_len
     label = f"trained up to {trained:,} tokens"
     handles.append(axes.axvline(trained, color=GREY, linestyle="--", linewidth=1, label=label))
@@ -127,7 +129,8 @@ def plot_attention(path: Path, panels: Sequence[Panel], title: str) -> None:
     layers, heads = panels[0].maps.shape[:2]
     size = max(1.0, min(2.4, 20 / heads))
     width, height = max(size * heads + 1.4, 4.2), max(size * layers * len(panels) + 1.0, 3.0)
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    # maps are square, and a figure that is not leaves its room to the labels
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="compressed")
     grid = figure.subplots(layers * len(panels), heads, squeeze=False)
     for number, panel in enumerate(panels):
         for layer in range(layers):
