@@ -73,7 +73,7 @@ def plot_accuracy(path: Path, figures: dict[str, Any]) -> None:
         at = [segments * published.SEGMENT_LEN for segments in paper]
         percent = [100 * x for x in paper.values()]
         # dashed, so that both are seen where they lie on each other
-        look = {"color": ORANGE, "linestyle": "--", "marker": "s", "markersize": 3}
+        look: dict[str, Any] = {"color": ORANGE, "linestyle": "--", "marker": "s", "markersize": 3}
         handles += axes.plot(at, percent, label=published.SHORT_SOURCE, **look)
     trained = figures["trained_segments"] * segment_len
     label = f"trained up to {trained:,} tokens"
