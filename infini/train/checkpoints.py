@@ -15,21 +15,24 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from ...runs.checkpoint import SettingError
 from ...runs.figures import write_figures
 from .processes import is_first
-from .trainer import LongTrainer
+from .settings import TrainSettings
+from .trainer import Trainer
 
 RUN = "run.json"
 # what PyTorch writes when every process has written its part
 LAST = ".metadata"
+# what `segattn finetune` wrote before it had this folder of checkpoints
+OLDER = "checkpoint.pt"
 
 
 def whole(folder: Path) -> list[Path]:
-    """Checkpoints that were written to their end, the newest one last."""
+    """Return the checkpoints that were written to their end, the newest one last."""
     found = [path for path in folder.glob("step-*") if (path / LAST).is_file() and (path / RUN).is_file()]
     return sorted(found, key=_step)
 
 
-def save(trainer: LongTrainer, folder: Path, about: dict[str, Any], keep: int) -> None:
-    """Write a checkpoint beside the earlier ones, on every rank, and delete all but some.
+def save(trainer: Trainer, folder: Path, about: dict[str, Any], keep: int) -> None:
+    """Write a checkpoint beside the earlier ones, on every rank, and delete all but the newest.
 
     Args:
         about: the run, in plain types.
@@ -49,26 +52,31 @@ def save(trainer: LongTrainer, folder: Path, about: dict[str, Any], keep: int) -
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """What the newest checkpoint says of its run.
+    """Return what the newest checkpoint says of its run.
 
     Raises:
-        SettingError: of `resume`, where there is none, or it is damaged.
+        SettingError: of `resume`, where there is none, or it is damaged or of another version.
     """
     found = whole(folder)
     if not found:
-        raise SettingError(
-            "resume", f"needs a checkpoint in the output folder, and there is no {str(folder)!r} with one"
-        )
+        if (older := folder.parent / OLDER).is_file():
+            raise _of_another_version(older)
+        problem = f"needs a checkpoint in the output folder, and there is no {str(folder)!r} with one"
+        raise SettingError("resume", problem)
     try:
         content = json.loads((found[-1] / RUN).read_text(encoding="utf-8"))
-        content["settings"], content["rows"], content["position"], content["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise SettingError("resume", f"needs a checkpoint of this command; {str(found[-1])!r} is damaged") from None
+        settings, _, _, _ = content["settings"], content["rows"], content["position"], content["step"]
+        is_of_this_version = settings.keys() == TrainSettings.__dataclass_fields__.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        problem = f"needs a checkpoint of segattn finetune; {str(found[-1])!r} is another, or damaged"
+        raise SettingError("resume", problem) from None
+    if not is_of_this_version:
+        raise _of_another_version(found[-1])
     return dict(content)
 
 
-def load(trainer: LongTrainer, folder: Path, step: int) -> None:
-    """Give a trainer the parameters and the optimiser of a checkpoint, on every rank.
+def load(trainer: Trainer, folder: Path, step: int) -> None:
+    """Give a trainer the parameters and the optimizer of a checkpoint, on every rank.
 
     Raises:
         SettingError: of `model`, where the checkpoint is of another one, or damaged.
@@ -80,6 +88,11 @@ def load(trainer: LongTrainer, folder: Path, step: int) -> None:
         reason = str(error).strip().splitlines()[-1]
         raise SettingError("model", f"must be the checkpoint's with --resume, {str(path)!r}, whole: {reason}") from None
     trainer.load_state_dict(state, step)
+
+
+def _of_another_version(path: Path) -> SettingError:
+    problem = f"needs a checkpoint of this version, got {str(path)!r}, of another version: finish the run with that one"
+    return SettingError("resume", problem)
 
 
 def _step(path: Path) -> int:

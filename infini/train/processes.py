@@ -1,0 +1,144 @@
+"""The processes of a run: how they meet, the mesh that they form, and what they decide together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ...runs.checkpoint import SettingError, deferred_interrupt, handled
+
+Result = TypeVar("Result")
+# what torchrun sets
+MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextmanager
+def joined(device: str | None, timeout: float) -> Iterator[torch.device]:
+    """Join the default process group, that of torchrun or of this process alone; yield the device of this process.
+
+    Args:
+        device: in a single process any that PyTorch can use here, otherwise "cpu" or "cuda"; None: GPUs where there
+            are any.
+        timeout: seconds after which a process that does not answer is given up.
+
+    Raises:
+        SettingError: of `device` or `timeout`.
+    """
+    if not timeout > 0:
+        raise SettingError("timeout", f"must be more than 0 seconds, got {timeout}")
+    patience = timedelta(seconds=timeout)
+    if all(name in os.environ for name in MEETING):
+        place = _device(device, several=int(os.environ["WORLD_SIZE"]) > 1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=patience)
+    else:
+        place, alone = _device(device, several=False), dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=alone, rank=0, world_size=1, timeout=patience)
+    try:
+        yield place
+    finally:
+        # of others that have ended there is no leave to take
+        if dist.get_world_size() == 1 or not isinstance(sys.exc_info()[1], RuntimeError):
+            dist.destroy_process_group()
+
+
+def _device(device: str | None, several: bool) -> torch.device:
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if several and kind not in ("cpu", "cuda"):
+        raise SettingError("device", f"must be cpu or cuda for several processes, got {kind!r}")
+    try:
+        torch.ones(1, device=kind).item()
+        place = torch.device(kind)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        problem = f"must be one that PyTorch can use here, such as 'cpu', got {device!r} ({reason})"
+        raise SettingError("device", problem) from None
+    if kind == "cuda":
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= count:
+            problem = f"must have a GPU for every process of this machine, got {count} GPUs: start fewer"
+            raise SettingError("device", problem)
+        place = torch.device("cuda", local)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    return place
+
+
+def is_first() -> bool:
+    """Return whether this process is the one that reads, writes and speaks."""
+    return dist.get_rank() == 0
+
+
+def mesh_of(device: torch.device, sequence_ranks: int | None) -> DeviceMesh:
+    """Return a mesh of all processes, ("dp", "sp"): rows of ranks that share texts.
+
+    Raises:
+        SettingError: of `sequence_ranks`.
+    """
+    world = dist.get_world_size()
+    size = sequence_ranks or world
+    if world % size:
+        raise SettingError("sequence_ranks", f"must divide the number of processes, {world}, got {size}")
+    kind = device.type if world > 1 else "cpu"
+    return init_device_mesh(kind, (world // size, size), mesh_dim_names=("dp", "sp"))
+
+
+def agreed(call: Callable[[], Result]) -> Result:
+    """Return what `call` returns, unless it fails on some rank.
+
+    Raises:
+        SettingError: on every rank, that of the first one which raised it.
+    """
+    problem = result = None
+    try:
+        result = call()
+    except SettingError as error:
+        problem = error.name, error.problem
+    problems: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise SettingError(*found)
+    return result  # type: ignore[return-value]
+
+
+def shared(size: int, read: Callable[[], Tensor]) -> Tensor:
+    """Return what `read` gives the first rank, int64 [size], on every rank.
+
+    Raises:
+        SettingError: on every rank, where it fails on the first.
+    """
+    told, problem = torch.zeros(size + 1, dtype=torch.long), [("", "")]
+    if is_first():
+        try:
+            told = torch.cat([read(), torch.ones(1, dtype=torch.long)])
+        except SettingError as error:
+            problem = [(error.name, error.problem)]
+    dist.broadcast(told, 0)
+    if not told[-1]:
+        dist.broadcast_object_list(problem, 0)
+        raise SettingError(*problem[0])
+    return told[:-1]
+
+
+def largest(*numbers: float) -> tuple[float, ...]:
+    """Return the largest of each number over all ranks."""
+    told = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return tuple(told.tolist())
+
+
+@contextmanager
+def deferred_stop() -> Iterator[list[int]]:
+    """Let Ctrl-C and SIGTERM append to a list instead of breaking into a step; a second Ctrl-C breaks in."""
+    with deferred_interrupt() as caught, handled(signal.SIGTERM, lambda number, _: caught.append(number)):
+        yield caught

@@ -1,0 +1,59 @@
+"""Make a command's options from the fields of its settings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import fields
+from functools import wraps
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+Command = Callable[..., None]
+
+
+def options_of(settings: type, *, arguments: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Give a command an option for every field of a dataclass.
+
+    A field is `name: Annotated[type, "Help."] = default`, its type one that typer knows. The help goes on with the
+    default, if that says something. A field that is False is a flag, one that is True a pair of flags. The command is
+    called with the fields that the user gave, by name, beside its parameters; a parameter of a field's name stands for
+    the field.
+
+    Args:
+        settings: the dataclass.
+        arguments: fields that are arguments of the command, without dashes, in this order.
+    """
+
+    def decorate(command: Command) -> Command:
+        parameters = inspect.signature(command, eval_str=True).parameters.values()
+        own = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind is not p.VAR_KEYWORD}
+        made = [field.name for field in fields(settings) if field.name not in own]
+        made.sort(key=lambda name: name not in arguments)
+        hints = get_type_hints(settings, include_extras=True)
+        defaults = {field.name: field.default for field in fields(settings)}
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            command(**{name: value for name, value in values.items() if name in own or value is not None})
+
+        signature = [_parameter(name, hints[name], defaults[name], name in arguments) for name in made]
+        run.__signature__ = inspect.Signature([*signature, *own.values()])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _parameter(name: str, hint: Any, default: Any, is_argument: bool) -> inspect.Parameter:
+    """Return the parameter of a field: None, unless the user gives it."""
+    kind, text = get_args(hint)
+    if is_argument:
+        info: Any = typer.Argument(help=text, show_default=False)
+    elif isinstance(default, bool):
+        option = name.replace("_", "-")
+        info = typer.Option(f"--{option}/--no-{option}" if default else f"--{option}", help=text, show_default=False)
+    else:
+        info = typer.Option(help=text if default in (None, "") else f"{text} Default: {default}.")
+    parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    return parameter.replace(annotation=Annotated[kind | None, info])
