@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +26,7 @@ def opened(path: Path, settings: TrainSettings, steps: int) -> Iterator[Write]:
         steps: that the run has taken; lines of later ones are dropped.
     """
     if not is_first():
-        yield lambda figures: None
+        yield _ignore
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if path.is_file() else []
     path.write_text("".join(lines), encoding="utf-8")
@@ -38,11 +38,6 @@ def opened(path: Path, settings: TrainSettings, steps: int) -> Iterator[Write]:
             track(figures)
 
         yield write
-
-
-@contextmanager
-def _none(folder: Path, settings: TrainSettings, steps: int) -> Iterator[Write]:
-    yield lambda figures: None
 
 
 @contextmanager
@@ -68,8 +63,16 @@ def _wandb(folder: Path, settings: TrainSettings, steps: int) -> Iterator[Write]
         yield lambda figures: run.log(_numbers(figures), step=figures["step"])
 
 
-_TRACKERS = {"none": _none, "tensorboard": _tensorboard, "wandb": _wandb}
+def _ignore(figures: Figures) -> None:
+    """Write nothing."""
 
 
 def _numbers(figures: Figures) -> dict[str, float]:
     return {name: x for name, x in figures.items() if type(x) in (int, float) and name != "step"}
+
+
+_TRACKERS: dict[str, Callable[[Path, TrainSettings, int], AbstractContextManager[Write]]] = {
+    "none": lambda *run: nullcontext(_ignore),
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+}

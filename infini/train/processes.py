@@ -8,11 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...runs.checkpoint import SettingError, deferred_interrupt, handled
@@ -55,22 +54,17 @@ def _device(device: str | None, several: bool) -> torch.device:
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if several and kind not in ("cpu", "cuda"):
         raise SettingError("device", f"must be cpu or cuda for several processes, got {kind!r}")
+    if kind == "cuda":
+        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.ones(1, device=kind).item()
-        place = torch.device(kind)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        problem = f"must be one that PyTorch can use here, such as 'cpu', got {device!r} ({reason})"
+        problem = f"must be one that PyTorch can use here, such as 'cpu', got {kind!r} ({reason})"
         raise SettingError("device", problem) from None
-    if kind == "cuda":
-        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= count:
-            problem = f"must have a GPU for every process of this machine, got {count} GPUs: start fewer"
-            raise SettingError("device", problem)
-        place = torch.device("cuda", local)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    return place
+    if kind.startswith("cuda"):
+        torch.cuda.set_device(kind)
+    return torch.device(kind)
 
 
 def is_first() -> bool:
@@ -111,23 +105,22 @@ def agreed(call: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def shared(size: int, read: Callable[[], Tensor]) -> Tensor:
-    """Return what `read` gives the first rank, int64 [size], on every rank.
+def shared(read: Callable[[], Result]) -> Result:
+    """Return on every rank what `read` returns on the first, where alone it is called.
 
     Raises:
         SettingError: on every rank, where it fails on the first.
     """
-    told, problem = torch.zeros(size + 1, dtype=torch.long), [("", "")]
+    told: list[Any] = [None, None]
     if is_first():
         try:
-            told = torch.cat([read(), torch.ones(1, dtype=torch.long)])
+            told[0] = read()
         except SettingError as error:
-            problem = [(error.name, error.problem)]
-    dist.broadcast(told, 0)
-    if not told[-1]:
-        dist.broadcast_object_list(problem, 0)
-        raise SettingError(*problem[0])
-    return told[:-1]
+            told[1] = error.name, error.problem
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise SettingError(*told[1])
+    return told[0]
 
 
 def largest(*numbers: float) -> tuple[float, ...]:

@@ -83,7 +83,8 @@ class TrainSettings:
     ] = "float32"
     seed: Annotated[int, "Of the rows' order, dropout, adapters, and weights from scratch."] = 0
     save_every: Annotated[int, "Steps between checkpoints."] = 100
-    log: Annotated[str, "Log to tensorboard or wandb too."] = "none"
+    # torchrun takes --log for an abbreviation of its options
+    log: Annotated[str, "Log to tensorboard or wandb too; under torchrun by the name --log-to.", "--log-to"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("model", "text", "dataset", "tokenizer"):

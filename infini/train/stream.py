@@ -167,25 +167,25 @@ class Rows:
     """
 
     def __init__(self, settings: TrainSettings, tokenizer: Tokenizer, begin: Position | None = None) -> None:
-        self.length, self.held, self.position, self.fingerprint = settings.length, settings.eval_rows, begin, ""
+        held, self.position, self.fingerprint = settings.eval_rows, begin, ""
         if not is_first():
             return
         if settings.text is not None:
             pieces = pieces_of_file(settings.text, tokenizer)
         else:
             pieces = pieces_of_dataset(str(settings.dataset), tokenizer, settings.split, settings.column)
-        once = takewhile(lambda row: row[1].epoch == 0, in_order(pieces, self.length))
-        taken = list(islice(once, self.held + 1) if settings.stream else once)
-        if len(taken) <= self.held:
-            raise SettingError("eval_rows", f"must be below the {len(taken)} rows of the text, got {self.held}")
+        once = takewhile(lambda row: row[1].epoch == 0, in_order(pieces, settings.length))
+        taken = list(islice(once, held + 1) if settings.stream else once)
+        if len(taken) <= held:
+            raise SettingError("eval_rows", f"must be below the {len(taken)} rows of the text, got {held}")
         table = torch.stack([row for row, _ in taken])
         self.fingerprint = hashlib.sha256(table.numpy().tobytes()).hexdigest()
-        self._held_out = table[: self.held].clone()
+        self._held_out = table[:held].clone()
         if settings.stream:
-            first = taken[self.held - 1][1] if self.held else START
-            self._rows = in_order(pieces, self.length, begin or first, first)
+            first = taken[held - 1][1] if held else START
+            self._rows = in_order(pieces, settings.length, begin or first, first)
         else:
-            self._rows = shuffled(table[self.held :], settings.seed, begin or START)
+            self._rows = shuffled(table[held:], settings.seed, begin or START)
 
     def read(self, count: int) -> Tensor:
         """Return the next rows to train on, int64 [count, length] on the CPU, on every rank.
@@ -194,14 +194,14 @@ class Rows:
             SettingError: of the text.
         """
 
-        def take() -> Tensor:
-            rows = list(islice(self._rows, count))
-            return torch.cat([*(row for row, _ in rows), torch.tensor(rows[-1][1])])
+        def take() -> tuple[Tensor, Position]:
+            taken = list(islice(self._rows, count))
+            # a copy: of a view, all that it views would be sent
+            return torch.stack([row for row, _ in taken]), taken[-1][1]
 
-        told = shared(count * self.length + len(START), take)
-        self.position = Position(*told[-len(START) :].tolist())
-        return told[: -len(START)].view(count, self.length)
+        rows, self.position = shared(take)
+        return rows
 
     def held_out(self) -> Tensor:
         """Return the rows to evaluate on, int64 [eval_rows, length] on the CPU, on every rank."""
-        return shared(self.held * self.length, lambda: self._held_out.flatten()).view(self.held, self.length)
+        return shared(lambda: self._held_out)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ...runs.checkpoint import SettingError, whole
 from ..gate import Gate, parameter_groups
 from ..huggingface.parallel import sequence_parallel
-from ..huggingface.pieces import backward_in_pieces, read_in_pieces
+from ..huggingface.pieces import backward_in_pieces
 from ..huggingface.settings import attentions_of, conversion_of, trunk_of
 from ..sharding import IGNORED, shard_batch
 from .settings import TrainSettings
@@ -172,9 +172,8 @@ class Trainer:
         """Add the gradient of a batch [batch, length]; return its mean loss, [] float64 on the CPU."""
         settings, mine = self.settings, self._mine(rows)
         if settings.piece is not None:
-            read = backward_in_pieces(
-                self._reader(), mine, settings.piece, truncate=settings.truncate, scale=1 / settings.accumulate
-            )
+            reader, scale = Autocast(self.model, self.device, self.dtype).train(), 1 / settings.accumulate
+            read = backward_in_pieces(reader, mine, settings.piece, truncate=settings.truncate, scale=scale)
             return read.loss.double().cpu()
         total = self._sum(mine)
         # fully_shard averages over all ranks
@@ -184,17 +183,11 @@ class Trainer:
     def _sum(self, mine: Tensor) -> Tensor:
         """Return the sum of the losses [] over this rank's part of its rows."""
         sequence = self.mesh["sp"]
-        if self.settings.piece is not None:
-            pieces = read_in_pieces(self._reader(), mine, self.settings.piece)
-            return torch.stack([piece.loss_sum for piece in pieces]).sum()
         if sequence.size() == 1:
             return self.loss_sum(F.pad(mine[:, 1:], (0, 1), value=IGNORED), input_ids=mine)
         run = shard_batch({"input_ids": mine}, sequence, self.segment_len)
         with sequence_parallel(self.model, sequence):
             return self.loss_sum(**run)
-
-    def _reader(self) -> Autocast:
-        return Autocast(self.model, self.device, self.dtype).train(self.model.training)
 
     def _mine(self, rows: Tensor) -> Tensor:
         """Return those of a batch that this rank reads, alone or with others."""

@@ -533,12 +533,45 @@ def test_the_help_names_what_may_change() -> None:
     assert set(re.findall(r"--[a-z-]+", said[0])) == wanted | {"--resume"}
 
 
-def test_several_ranks_say_once_what_is_wrong(folder: Path) -> None:
-    asked = options(folder, text=folder / "nowhere.txt")
-    first, second = by_hand(folder / "wrong", "none 0 0 0", 2, *asked)
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"text": "nowhere.txt"}, "--text must be a file that can be read, got "),
+        ({"piece": 9}, "--piece must be left out on 2 processes, each of which reads its run of a row at once, got 9"),
+        (
+            {"weights": "bfloat16"},
+            "--weights must be float32 on 2 processes, over which they are spread, got",
+        ),
+    ],
+)
+def test_several_ranks_say_once_what_is_wrong(
+    folder: Path, tmp_path: Path, changed: dict[str, object], said: str
+) -> None:
+    first, second = by_hand(tmp_path / "wrong", "none 0 0 0", 2, *options(folder, **changed))
     assert (first.code, second.code) == (2, 2)
-    assert first.said.startswith("segattn finetune: --text must be a file that can be read, got ")
+    assert first.said.startswith(f"segattn finetune: {said}")
     assert (first.said.count("\n"), second.said) == (1, "")
+
+
+@pytest.mark.parametrize(("model", "sequence_ranks"), [("plain", 2), ("sliding", 1)])
+def test_adapters_and_held_out_rows_on_two_ranks(folder: Path, tmp_path: Path, model: str, sequence_ranks: int) -> None:
+    """Also layers that are not converted, where ranks share no rows."""
+    pytest.importorskip("peft")
+    kinds = ["sliding_attention", "full_attention"]
+    make("gemma3_text", vocab_size=256, layer_types=kinds).save_pretrained(folder / "sliding")
+    asked = options(folder, model=folder / model, stream=None, lora=2, eval_rows=4, steps=4, lr=1e-2)
+    alone = invoke(tmp_path / "alone", *asked)
+    ranks_asked = [*asked, "--sequence-ranks", sequence_ranks]
+    together, _ = by_hand(tmp_path / "together", "none 0 0 0", 2, *ranks_asked)
+    assert (alone.code, together.code) == (0, 0), together.said
+    assert (together.losses - alone.losses).abs().max() < 1e-5
+    assert together.log[-1]["eval_loss"] == pytest.approx(alone.log[-1]["eval_loss"], abs=1e-5)
+    one, other = (segattn.from_pretrained(Outputs.of(run.out).model, quiet=True) for run in (together, alone))
+    begun = transformers.AutoModelForCausalLM.from_pretrained(folder / model).state_dict()
+    for (name, mine), (_, wanted) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        assert (mine - wanted).abs().max() < 1e-4, name
+        if "_proj" in name:
+            assert (mine - begun[name]).abs().max() > 1e-3, name
 
 
 def test_a_text_that_goes_wrong_later_ends_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

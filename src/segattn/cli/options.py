@@ -16,10 +16,10 @@ Command = Callable[..., None]
 def options_of(settings: type, *, arguments: Collection[str] = ()) -> Callable[[Command], Command]:
     """Give a command an option for every field of a dataclass.
 
-    A field is `name: Annotated[type, "Help."] = default`, its type one that typer knows. The help goes on with the
-    default, if that says something. A field that is False is a flag, one that is True a pair of flags. The command is
-    called with the fields that the user gave, by name, beside its parameters; a parameter of a field's name stands for
-    the field.
+    A field is `name: Annotated[type, "Help."] = default`, its type one that typer knows; more strings after the help
+    are more names of the option. The help ends with the default, where there is one. A field that is False is a flag,
+    one that is True a pair of flags. The command is called with its own parameters, and with those fields that the user
+    gave. A parameter of the command that is named like a field stands for the field.
 
     Args:
         settings: the dataclass.
@@ -47,13 +47,13 @@ def options_of(settings: type, *, arguments: Collection[str] = ()) -> Callable[[
 
 def _parameter(name: str, hint: Any, default: Any, is_argument: bool) -> inspect.Parameter:
     """Return the parameter of a field: None, unless the user gives it."""
-    kind, text = get_args(hint)
+    kind, text, *more_names = get_args(hint)
+    option = name.replace("_", "-")
+    names = [f"--{option}/--no-{option}" if default is True else f"--{option}", *more_names]
+    says_default = default is not None and not isinstance(default, bool)
     if is_argument:
         info: Any = typer.Argument(help=text, show_default=False)
-    elif isinstance(default, bool):
-        option = name.replace("_", "-")
-        info = typer.Option(f"--{option}/--no-{option}" if default else f"--{option}", help=text, show_default=False)
     else:
-        info = typer.Option(help=text if default in (None, "") else f"{text} Default: {default}.")
+        info = typer.Option(*names, help=f"{text} Default: {default}." if says_default else text, show_default=False)
     parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
     return parameter.replace(annotation=Annotated[kind | None, info])
