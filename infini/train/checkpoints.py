@@ -1,4 +1,4 @@
-"""Checkpoints that any number of processes writes together, and any other number reads."""
+"""Checkpoints, written by any number of processes together and read by any other number."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .settings import TrainSettings
 from .trainer import Trainer
 
 RUN = "run.json"
-# what PyTorch writes when every process has written its part
+# the file that PyTorch writes last, when every process has written its part
 LAST = ".metadata"
-# what `segattn finetune` wrote before it had this folder of checkpoints
+# the checkpoint of an earlier version of `segattn finetune`
 OLDER = "checkpoint.pt"
 
 
 def whole(folder: Path) -> list[Path]:
     """Return the checkpoints that were written to their end, the newest one last."""
-    found = [path for path in folder.glob("step-*") if (path / LAST).is_file() and (path / RUN).is_file()]
-    return sorted(found, key=_step)
+    checkpoints = [path for path in folder.glob("step-*") if (path / LAST).is_file() and (path / RUN).is_file()]
+    return sorted(checkpoints, key=_step)
 
 
 def save(trainer: Trainer, folder: Path, about: dict[str, Any], keep: int) -> None:
@@ -40,7 +40,7 @@ def save(trainer: Trainer, folder: Path, about: dict[str, Any], keep: int) -> No
     """
     path = folder / f"step-{trainer.step}"
     if is_first():
-        # what was left of it by processes that ended
+        # the remains of a save that was cut short
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         write_figures(path / RUN, about)
@@ -57,21 +57,21 @@ def about(folder: Path) -> dict[str, Any]:
     Raises:
         SettingError: of `resume`, where there is none, or it is damaged or of another version.
     """
-    found = whole(folder)
-    if not found:
+    checkpoints = whole(folder)
+    if not checkpoints:
         if (older := folder.parent / OLDER).is_file():
             raise _of_another_version(older)
         problem = f"needs a checkpoint in the output folder, and there is no {str(folder)!r} with one"
         raise SettingError("resume", problem)
     try:
-        content = json.loads((found[-1] / RUN).read_text(encoding="utf-8"))
+        content = json.loads((checkpoints[-1] / RUN).read_text(encoding="utf-8"))
         settings, _, _, _ = content["settings"], content["rows"], content["position"], content["step"]
         is_of_this_version = settings.keys() == TrainSettings.__dataclass_fields__.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        problem = f"needs a checkpoint of segattn finetune; {str(found[-1])!r} is another, or damaged"
+        problem = f"needs a checkpoint of segattn finetune; {str(checkpoints[-1])!r} is another, or damaged"
         raise SettingError("resume", problem) from None
     if not is_of_this_version:
-        raise _of_another_version(found[-1])
+        raise _of_another_version(checkpoints[-1])
     return dict(content)
 
 

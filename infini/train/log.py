@@ -19,11 +19,11 @@ Write = Callable[[Figures], None]
 
 @contextmanager
 def opened(path: Path, settings: TrainSettings, steps: int) -> Iterator[Write]:
-    """Yield what writes the figures of a step; on ranks other than the first it does nothing.
+    """Yield a function that writes the figures of a step; on ranks other than the first it does nothing.
 
     Args:
         path: of the log; TensorBoard's and Weights & Biases' files stand beside it.
-        steps: that the run has taken; lines of later ones are dropped.
+        steps: how many the run has taken; lines of later steps are dropped.
     """
     if not is_first():
         yield _ignore
@@ -56,10 +56,9 @@ def _tensorboard(folder: Path, settings: TrainSettings, steps: int) -> Iterator[
 
 @contextmanager
 def _wandb(folder: Path, settings: TrainSettings, steps: int) -> Iterator[Write]:
-    # one that is resumed is a run of its own, in the group of the folder
-    name = folder.resolve().name
-    config = asdict(settings)
-    with import_module("wandb").init(project="segattn", group=name, dir=str(folder), config=config) as run:
+    # a resumed run is another run of the same group
+    group, config = folder.resolve().name, asdict(settings)
+    with import_module("wandb").init(project="segattn", group=group, dir=str(folder), config=config) as run:
         yield lambda figures: run.log(_numbers(figures), step=figures["step"])
 
 

@@ -1,4 +1,4 @@
-"""The model of a training run: loaded or made, converted, with what of it is to be trained, and saved."""
+"""The model of a training run: load or make it, convert it, choose what of it is trained, save it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build_model(settings: TrainSettings) -> tuple[Any, Tokenizer]:
         SettingError: naming the setting.
     """
     tokenizer: Tokenizer = ByteTokenizer()
-    # of weights from scratch and of adapters, the same on every rank
+    # weights from scratch and adapters must be the same on every rank
     torch.manual_seed(settings.seed)
     if settings.model is None:
         model = _llama(settings)
@@ -76,7 +76,7 @@ def _llama(settings: TrainSettings) -> Any:
 
 
 def _convert(model: Any, settings: TrainSettings) -> None:
-    """Convert a plain model; check that one which is converted is so in the way that is asked for."""
+    """Convert a plain model; check that a converted model agrees with the settings."""
     given: dict[str, Any] = {"segment_len": settings.segment_len, "update": settings.update}
     given = {name: value for name, value in given.items() if value is not None}
     if is_converted(model):
@@ -104,12 +104,13 @@ def _check_dropout(model: Any) -> None:
 def _add_adapters(model: Any, rank: int) -> None:
     """Add LoRA adapters to all linear layers but the head, scaled by 2; freeze all other weights."""
     peft = import_module("peft")
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", fan_in_fan_out=transposed)
     peft.inject_adapter_in_model(config, model, ADAPTER)
 
 
 def _merged(model: Any, weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights with the product of each adapter's matrices added to what it adapts."""
+    """Return the weights with the matrices of each adapter multiplied and added to the layer that it adapts."""
     merged = dict(weights)
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
@@ -124,8 +125,8 @@ def _merged(model: Any, weights: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _checkpoint_gradients(model: Any) -> None:
-    """Have the layers run again in the backward pass, by the kind of checkpointing that keeps a memory's gradient."""
-    # its older name warns where there is a newer one
+    """Checkpoint the layers in the way that keeps the gradient of the memory."""
+    # newer versions of transformers warn of the older name
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     try:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ...runs.checkpoint import SettingError, deferred_interrupt, handled
 
 Result = TypeVar("Result")
-# what torchrun sets
+# environment variables that torchrun sets
 MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -45,7 +45,7 @@ def joined(device: str | None, timeout: float) -> Iterator[torch.device]:
     try:
         yield place
     finally:
-        # of others that have ended there is no leave to take
+        # processes that have ended do not answer
         if dist.get_world_size() == 1 or not isinstance(sys.exc_info()[1], RuntimeError):
             dist.destroy_process_group()
 
@@ -92,16 +92,12 @@ def agreed(call: Callable[[], Result]) -> Result:
     Raises:
         SettingError: on every rank, that of the first one which raised it.
     """
-    problem = result = None
-    try:
-        result = call()
-    except SettingError as error:
-        problem = error.name, error.problem
-    problems: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise SettingError(*found)
+    result, own_problem = _tried(call)
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, own_problem)
+    for problem in problems:
+        if problem is not None:
+            raise SettingError(*problem)
     return result  # type: ignore[return-value]
 
 
@@ -111,23 +107,27 @@ def shared(read: Callable[[], Result]) -> Result:
     Raises:
         SettingError: on every rank, where it fails on the first.
     """
-    told: list[Any] = [None, None]
-    if is_first():
-        try:
-            told[0] = read()
-        except SettingError as error:
-            told[1] = error.name, error.problem
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise SettingError(*told[1])
-    return told[0]
+    answer: list[Any] = [*_tried(read)] if is_first() else [None, None]
+    dist.broadcast_object_list(answer)
+    result, problem = answer
+    if problem is not None:
+        raise SettingError(*problem)
+    return result
+
+
+def _tried(call: Callable[[], Result]) -> tuple[Result | None, tuple[str, str] | None]:
+    """Return the result of a call, or the name and the problem of the setting that it refuses."""
+    try:
+        return call(), None
+    except SettingError as error:
+        return None, (error.name, error.problem)
 
 
 def largest(*numbers: float) -> tuple[float, ...]:
     """Return the largest of each number over all ranks."""
-    told = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return tuple(told.tolist())
+    reduced = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(reduced, dist.ReduceOp.MAX)
+    return tuple(reduced.tolist())
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from .trainer import Trainer
 
 
 class Outputs(NamedTuple):
-    """Where a run's files are: a line of JSON per step, the figures of all, checkpoints, the model's folder."""
+    """The files of a run: a line of JSON per step, the figures of all steps, checkpoints, the folder of the model."""
 
     log: Path
     figures: Path
@@ -44,10 +44,10 @@ class Outputs(NamedTuple):
 
 
 class Listener(Protocol):
-    """What follows a run."""
+    """An observer of a run."""
 
     def trained(self, step: int, steps: int, figures: Mapping[str, Any]) -> None:
-        """Take note of a step, with its line of the log."""
+        """Take note of a step and its line of the log."""
 
 
 def run_training(
@@ -76,7 +76,7 @@ def run_training(
 
     Raises:
         SettingError: on every rank: a setting that cannot be, or with `resume`, one that is not the checkpoint's.
-        InterruptedRunError: on every rank: one of them was told to stop, and the checkpoint is written.
+        InterruptedRunError: on every rank: one of them got a signal to stop, and the checkpoint is written.
         RuntimeError: a process has ended, or does not answer within the group's timeout.
 
     Warns:
@@ -111,7 +111,7 @@ def resumed(folder: Path, given: Mapping[str, Any]) -> tuple[TrainSettings, int]
     """Return the settings to go on with in `folder`, and how many steps were taken.
 
     Args:
-        given: settings that are others than the checkpoint's.
+        given: settings to replace those of the checkpoint.
 
     Raises:
         SettingError: of `resume`, where there is no checkpoint of this version; or naming the setting.
@@ -123,7 +123,7 @@ def resumed(folder: Path, given: Mapping[str, Any]) -> tuple[TrainSettings, int]
 def _prepare(
     settings: TrainSettings, outputs: Outputs, mesh: DeviceMesh, resume: bool
 ) -> tuple[Any, Tokenizer, Rows, dict[str, Any] | None]:
-    """Return what a run begins with, on each rank by itself; the first one makes the folder and reads the text."""
+    """Load and check everything that a run begins with, on each rank; the first makes the folder and reads the text."""
     saved = checkpoints.about(outputs.checkpoints) if resume else None
     if saved is not None:
         _check_same(settings, saved)
@@ -205,7 +205,7 @@ def _train(trainer: Trainer, rows: Rows, outputs: Outputs, listener: Listener, k
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """Return the most that tensors took of the GPU, or the process of the machine; 0 where that cannot be told."""
+    """Return the peak of the memory of tensors on a GPU, or of the process on a CPU; 0 where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if os.name != "posix":
@@ -218,7 +218,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _place(trainer: Trainer) -> dict[str, Any]:
-    """Return what speed and memory depend on, of all that may change when a run is resumed."""
+    """Return the conditions of speed and memory that may change when a run is resumed."""
     mesh, device = trainer.mesh, trainer.device
     return {
         "ranks": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
@@ -230,7 +230,7 @@ def _place(trainer: Trainer) -> dict[str, Any]:
 def _figures(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Return the figures of the whole run, from its log.
 
-    Speed and memory are those of all steps in such a place as the last step's.
+    Speed and memory are those of all steps under the conditions of the last step.
     """
     settings, model = trainer.settings, trainer.model
     lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""What a training run can be asked for."""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CHOICES = {
     "weights": ("float32", "bfloat16", "float16", "auto"),
     "log": ("none", "tensorboard", "wandb"),
 }
-# where others are 1
+# the least value of a count; 1 where it is not listed
 LEAST = {"length": 2, "segment_len": 2, "warmup": 0, "seed": 0, "eval_rows": 0}
 RATES = ("lr", "gate_lr", "weight_decay")
-# of a run that is resumed: the model's weights are the checkpoint's, and the text is compared
+# may stand elsewhere when a run is resumed: it takes its weights from the checkpoint, and compares the text
 SOURCES = ("model", "text", "dataset", "split", "column", "tokenizer")
-# nothing that the steps before have made use of, but for rates, of which each step has its own
+# may change when a run is resumed: no step that was taken depends on them, but on its own rates
 MAY_CHANGE = (
     *SOURCES,
     *("steps", "lr", "gate_lr", "warmup", "eval_every", "save_every", "log"),
@@ -30,12 +30,12 @@ MAY_CHANGE = (
 
 
 class UntrainedMemoryWarning(UserWarning):
-    """The rows are too short for the memory to be read."""
+    """A warning that rows are too short to read the memory, which is then never trained."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """A training run: its model, its text, its recipe. The text of each field is the help of its option.
+    """A training run: its model, its text, its recipe. The string beside a field is the help of its option.
 
     Paths become absolute, so that a run can be resumed from any folder.
 
@@ -44,28 +44,33 @@ class TrainSettings:
     """
 
     model: Annotated[str | None, "Folder or name of a model; a plain one is converted."] = None
-    layers: Annotated[int | None, "Instead of a model, a Llama of bytes from scratch: its layers."] = None
+    layers: Annotated[int | None, "Layers of a Llama of bytes from scratch, in the place of MODEL."] = None
     width: Annotated[int | None, "Width of a model from scratch."] = None
     heads: Annotated[int | None, "Heads of a model from scratch."] = None
-    segment_len: Annotated[int | None, "Of a plain model: tokens per segment. Default: 2048."] = None
-    update: Annotated[str | None, "Of a plain model: delta or linear. Default: delta."] = None
+    segment_len: Annotated[int | None, "Tokens per segment of a plain model. Default: 2048."] = None
+    update: Annotated[str | None, "Update rule of a plain model: delta or linear. Default: delta."] = None
     text: Annotated[str | None, "Text to train on, UTF-8."] = None
     dataset: Annotated[
-        str | None, "Instead, a data set: a folder, or a name of the hub (HF_HUB_OFFLINE=1: ask no network)."
+        str | None,
+        "Data set in the place of --text: a folder, or a name of the hub (HF_HUB_OFFLINE=1: use no network).",
     ] = None
     split: Annotated[str, "Split of the data set."] = "train"
     column: Annotated[str, "Column of the data set that holds the text."] = "text"
     tokenizer: Annotated[
-        str | None, "Folder or name, or 'bytes' for a model of bytes. Default: the tokenizer of the model."
+        str | None, "Folder or name of a tokenizer, or 'bytes' for a model of bytes. Default: that of the model."
     ] = None
     length: Annotated[int, "Tokens per row."] = 8192
-    stream: Annotated[bool, "Read rows in the text's order, as they are needed, not shuffled in memory."] = False
-    eval_rows: Annotated[int, "First rows of the text to hold out; their loss is logged."] = 0
+    stream: Annotated[
+        bool, "Read rows in the order of the text, as they are needed, instead of shuffling all of them."
+    ] = False
+    eval_rows: Annotated[int, "First rows of the text to hold out from training and evaluate on."] = 0
     eval_every: Annotated[int, "Steps between evaluations."] = 100
-    piece: Annotated[int | None, "Tokens of a row to read at once, in a single process. Default: all."] = None
-    truncate: Annotated[int | None, "Pieces that gradients reach back, and that are held. Default: all."] = None
+    piece: Annotated[int | None, "Tokens of a row to read at once; in a single process only. Default: all."] = None
+    truncate: Annotated[
+        int | None, "Pieces that gradients reach back, and whose activations are held. Default: all."
+    ] = None
     sequence_ranks: Annotated[
-        int | None, "Processes that share a row; the others read rows of their own. Default: all."
+        int | None, "Processes that share a row; other processes read other rows. Default: all."
     ] = None
     batch: Annotated[int, "Rows to read at once, by all processes together."] = 1
     accumulate: Annotated[int, "Batches per step."] = 1
@@ -74,17 +79,22 @@ class TrainSettings:
     gate_lr: Annotated[float, "Learning rate of the gates."] = 1e-2
     weight_decay: Annotated[float, "Weight decay of matrices."] = 0.01
     warmup: Annotated[int, "Steps over which the rates rise, before they fall as a cosine."] = 20
-    lora: Annotated[int | None, "Rank of LoRA adapters on all linear layers, trained with the gates alone."] = None
+    lora: Annotated[
+        int | None, "Rank of LoRA adapters on all linear layers; they and the gates are trained, nothing else."
+    ] = None
     freeze_but_gates: Annotated[bool, "Train the gates alone."] = False
-    gradient_checkpointing: Annotated[bool, "Take less memory for a third more time."] = False
-    dtype: Annotated[str, "Of products: float32 or bfloat16; auto: bfloat16 on a GPU."] = "auto"
+    gradient_checkpointing: Annotated[
+        bool, "Compute activations again in the backward pass: less memory, a third more time."
+    ] = False
+    dtype: Annotated[str, "Dtype of matrix products: float32, bfloat16, or auto: bfloat16 on a GPU."] = "auto"
     weights: Annotated[
-        str, "Of weights: float32; in a single process bfloat16, float16, or auto, as in the model's files."
+        str,
+        "Dtype of weights: float32; in a single process also bfloat16, float16, or auto: that of the model's files.",
     ] = "float32"
-    seed: Annotated[int, "Of the rows' order, dropout, adapters, and weights from scratch."] = 0
+    seed: Annotated[int, "Seed of the order of rows, of dropout, of adapters, and of weights from scratch."] = 0
     save_every: Annotated[int, "Steps between checkpoints."] = 100
-    # torchrun takes --log for an abbreviation of its options
-    log: Annotated[str, "Log to tensorboard or wandb too; under torchrun by the name --log-to.", "--log-to"] = "none"
+    # torchrun reads --log as an abbreviation of an option of its own
+    log: Annotated[str, "Log to tensorboard or wandb too; under torchrun, call it --log-to.", "--log-to"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("model", "text", "dataset", "tokenizer"):

@@ -1,4 +1,4 @@
-"""Rows of tokens of a text, in its order as they are needed, or shuffled, from any row on."""
+"""Rows of tokens, read from a text in its order as they are needed, or shuffled; both from any row on."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..evaluate.loading import Tokenizer
 from .processes import is_first, shared
 from .settings import TrainSettings
 
-# of a file, tokenized at once: whole lines of so many bytes together
+# bytes of a file that are tokenized at once, in whole lines
 STRETCH = 2**18
 
 
 class Position(NamedTuple):
-    """Where a row begins: how often the text was read before, in which piece of it, and at which of its tokens."""
+    """The place where a row begins: how often the text was read before, the piece of it, the token in the piece."""
 
     epoch: int = 0
     place: int = 0
@@ -32,9 +32,9 @@ class Position(NamedTuple):
 
 START = Position()
 
-# from a place on, the pieces of a text, each with its place
+# yields the pieces of a text from a place on, each with its place
 Pieces = Callable[[int], Iterator[tuple[int, Tensor]]]
-# without end: a row, int64 [length], and where the next one begins
+# yields without end a row, int64 [length], and where the next one begins
 Stream = Iterator[tuple[Tensor, Position]]
 
 
@@ -73,7 +73,7 @@ def pieces_of_dataset(name: str, tokenizer: Tokenizer, split: str, column: str) 
     Args:
         name: of the hub, a folder of data files, or one that `save_to_disk` wrote.
         split: "train", or a slice as "train[:10%]" where it is not from `save_to_disk`.
-        column: the one that holds the text.
+        column: of the data set, with the text.
 
     Raises:
         SettingError: naming the option.
@@ -116,7 +116,7 @@ def _dataset(name: str, split: str) -> Any:
 
 
 def in_order(pieces: Pieces, length: int, begin: Position = START, first: Position = START) -> Stream:
-    """Yield the rows of a text without end, cut without overlap; what fills no row at the text's end is left out.
+    """Yield the rows of a text without end, cut without overlap; tokens at its end that fill no row are left out.
 
     Args:
         begin: where the first row begins.
@@ -128,22 +128,22 @@ def in_order(pieces: Pieces, length: int, begin: Position = START, first: Positi
     epoch, place, skipped = begin
     while True:
         held: list[Tensor] = []
-        count, found = 0, place > 0 or skipped > 0
+        count, fills = 0, place > 0 or skipped > 0
         for where, tokens in pieces(place):
             start, skipped = skipped, 0
             while count + len(tokens) - start >= length:
                 last = start + length - count
                 yield torch.cat([*held, tokens[start:last]]), Position(epoch, where, last)
-                held, count, start, found = [], 0, last, True
+                held, count, start, fills = [], 0, last, True
             held.append(tokens[start:])
             count += len(tokens) - start
-        if not found:
+        if not fills:
             raise SettingError("length", f"must be at most the {count} tokens of the text, got {length}")
         epoch, place, skipped = epoch + 1, first.place, first.token
 
 
 def shuffled(table: Tensor, seed: int, begin: Position = START) -> Stream:
-    """Yield the rows of a table [R, length] without end: each once in one order, then each once in another."""
+    """Yield the rows of a table [R, length] without end, shuffled anew whenever each was there once."""
     epoch, place, _ = begin
     while True:
         order = np.random.default_rng((seed, epoch)).permutation(len(table))
@@ -153,10 +153,10 @@ def shuffled(table: Tensor, seed: int, begin: Position = START) -> Stream:
 
 
 class Rows:
-    """The rows of a run, the same for every rank; the first rank reads them.
+    """The rows of a run: the first rank reads them, and every rank gets the same.
 
     Args:
-        begin: where the first row to train on begins; None: at the first one of the text that is not held out.
+        begin: where the first row to train on begins; None: after the rows that are held out.
 
     Attributes:
         fingerprint: of the text, or of the first rows of one that is streamed; empty on other ranks.
@@ -196,7 +196,7 @@ class Rows:
 
         def take() -> tuple[Tensor, Position]:
             taken = list(islice(self._rows, count))
-            # a copy: of a view, all that it views would be sent
+            # a copy, since a view is sent with all that it is a view of
             return torch.stack([row for row, _ in taken]), taken[-1][1]
 
         rows, self.position = shared(take)

@@ -1,4 +1,4 @@
-"""A model whose parameters, rows and batches are spread over a mesh, and the steps of its training."""
+"""The steps of a training run: a model, and its parameters, rows and batches spread over a mesh of processes."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from ..sharding import IGNORED, shard_batch
 from .settings import TrainSettings
 
 CLIP = 1.0
-# logits that are there at once: of a long run they would be most of what is held
+# logits in memory at once: those of a long row would outweigh everything else
 LOGITS = 2**27
 
 
 class Autocast(nn.Module):
-    """A model whose products are in a dtype, its weights in theirs; None: as they are."""
+    """A model that multiplies matrices in a dtype, whatever its weights are; None: in theirs."""
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Autocast(nn.Module):
 
 
 class LossSum(nn.Module):
-    """A causal language model that returns the sum of its losses over a run, never all logits at once."""
+    """A causal language model that returns the sum of its losses, and never holds all logits at once."""
 
     def __init__(self, model: Any, logits: int = LOGITS) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class LossSum(nn.Module):
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def forward(self, shift_labels: Tensor, **inputs: Tensor) -> Tensor:
-        """Return [] float32, in nats, of what `shard_batch` gives."""
+        """Return the sum of the losses, [] float32 in nats, of a batch as `shard_batch` returns it."""
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         total = torch.zeros((), device=hidden.device)
         each = max(1, self.tokens // len(hidden))
@@ -70,7 +70,7 @@ class LossSum(nn.Module):
 
 
 def shard(module: LossSum, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
-    """Spread the parameters over all ranks of the mesh: those of each layer by themselves, then the rest."""
+    """Spread the parameters over all ranks of the mesh, layer by layer, then the rest."""
     everyone = mesh._flatten("all")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
     trunk = trunk_of(module)
@@ -84,9 +84,9 @@ def shard(module: LossSum, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
 
 
 class Trainer:
-    """A model, its optimizer and the number of its steps; a step depends on these and on its rows, on nothing else.
+    """A model, its optimizer and the number of its steps. A step depends on these and its rows, and on nothing else.
 
-    A single process computes with the model as it is, on several FSDP2 spreads it over all of them.
+    In a single process the model stays as it is; FSDP2 spreads it over several.
 
     Args:
         model: converted, the same on every rank; float32 on several.
@@ -116,13 +116,13 @@ class Trainer:
         """Take one step; return its figures, the same on every rank but for the seconds.
 
         Args:
-            read: gives so many rows [n, length], the same on every rank.
+            read: returns so many rows [n, length], the same on every rank.
 
         Raises:
             SettingError: of `lr`, where the loss is no number any more; the parameters are as before the step.
         """
         begin, settings = time.perf_counter(), self.settings
-        # of dropout: nothing but the step's number has to be kept
+        # dropout depends on the number of the step, so that no random state has to be saved
         entropy = (settings.seed, self.step, dist.get_rank())
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
         factor = settings.rate(self.step)
@@ -154,7 +154,7 @@ class Trainer:
     def evaluate(self, rows: Tensor) -> float:
         """Return the mean loss of rows [n batch, length], in nats per token, the same on every rank."""
         self.loss_sum.eval()
-        total = torch.stack([self._sum(self._mine(batch)).double().cpu() for batch in rows.split(self.settings.batch)])
+        total = torch.stack([self._sum(self._mine(batch)).cpu().double() for batch in rows.split(self.settings.batch)])
         self.loss_sum.train()
         return self._mean(total.sum(), len(rows)).item()
 
@@ -174,7 +174,7 @@ class Trainer:
         if settings.piece is not None:
             reader, scale = Autocast(self.model, self.device, self.dtype).train(), 1 / settings.accumulate
             read = backward_in_pieces(reader, mine, settings.piece, truncate=settings.truncate, scale=scale)
-            return read.loss.double().cpu()
+            return read.loss.cpu().double()
         total = self._sum(mine)
         # fully_shard averages over all ranks
         (total * (self.mesh.size() / self._targets(len(rows)) / settings.accumulate)).backward()
@@ -190,20 +190,21 @@ class Trainer:
             return self.loss_sum(**run)
 
     def _mine(self, rows: Tensor) -> Tensor:
-        """Return those of a batch that this rank reads, alone or with others."""
+        """Return the rows of a batch that this rank reads, alone or with others."""
         return rows.tensor_split(self.mesh["dp"].size())[self.mesh.get_local_rank("dp")].to(self.device)
 
     def _mean(self, total: Tensor, rows: int) -> Tensor:
-        """Return the mean over all ranks of losses that each has added up, [] float64 on the CPU."""
-        told = total.detach().double().cpu()
-        dist.all_reduce(told)
-        return told / self._targets(rows)
+        """Return the mean loss of so many rows, [] float64 on the CPU, from the sum of each rank."""
+        summed = total.detach().cpu().double()
+        dist.all_reduce(summed)
+        return summed / self._targets(rows)
 
     def _targets(self, rows: int) -> int:
+        """Return how many tokens are predicted."""
         return rows * (self.settings.length - 1)
 
 
 def product_dtype(settings: TrainSettings, model: Any, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of products; None: that of the weights."""
+    """Return the dtype of matrix products; None: that of the weights."""
     half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda")
     return torch.bfloat16 if half and model.dtype == torch.float32 else None

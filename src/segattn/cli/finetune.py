@@ -1,4 +1,4 @@
-"""The command `segattn finetune`: train a Hugging Face model with a memory on a text, on one process or many."""
+"""The command `segattn finetune`: train a Hugging Face model with a memory on a text, in one process or several."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from torch import OutOfMemoryError
 
 from ..infini.train.settings import TrainSettings, UntrainedMemoryWarning
+from ..runs.checkpoint import InterruptedRunError, SettingError
 from .options import options_of
 from .progress import Bars, Lines
 
 FOLDER = Path("segattn-finetune")
+OUT_OF_MEMORY = (
+    "out of memory: try more processes and --sequence-ranks, --gradient-checkpointing, --lora, or a smaller --batch, "
+    "--length, --piece or --truncate"
+)
 
 
 @options_of(TrainSettings, arguments=("model",))
@@ -32,13 +38,13 @@ def finetune(
     ] = False,
     **given: Any,
 ) -> None:
-    """Train a model with a memory on a text, or convert a plain model and train it.
+    """Train a model with a memory on a text; a plain model is converted first.
 
-    On several processes: torchrun --nproc-per-node 8 -m segattn finetune MODEL ...
-    They share the weights, by FSDP2, and each long row.
+    On several GPUs: torchrun --nproc-per-node 8 -m segattn finetune MODEL ...
+    The processes share the weights (FSDP2) and every row.
 
     Ctrl-C or SIGTERM leaves a checkpoint, from which --resume goes on to what the run would have come to.
-    The model is left in the folder OUT/model, adapters merged, to be read by segattn.from_pretrained.
+    The trained model, adapters merged, is in OUT/model, for segattn.from_pretrained.
 
     With --resume, settings are the checkpoint's. These may be given anew:
     --steps, also more of them for a run that is done, --lr, --gate-lr, --warmup:
@@ -49,20 +55,20 @@ def finetune(
     A process that is given a wrong option says so in one line, and ends with 2.
     torchrun adds a report of its own, ChildFailedError, and ends with 1.
     """
-    errors = _Errors(out)
-    with errors:
+    with _errors(out):
         from transformers.utils.logging import disable_progress_bar
 
         from ..infini.train.processes import agreed, is_first, joined
         from ..infini.train.run import Outputs, resumed, run_training
 
-        # errors before the processes have met, and after
-        with joined(device, timeout) as place, errors, _warnings_in_a_line():
+        # twice: errors before the processes have met, and after
+        with joined(device, timeout) as place, _errors(out), _lost_processes(out), _warnings_in_a_line():
             settings, steps = agreed(lambda: resumed(out, given) if resume else (TrainSettings(**given), 0))
             console = Console(soft_wrap=True, highlight=False, quiet=not is_first())
-            if not console.is_terminal:
+            has_bar = console.is_terminal and is_first()
+            if not has_bar:
                 disable_progress_bar()
-            with _Bar(console) if console.is_terminal else _Lines(console) as listener:
+            with _Bar(console) if has_bar else _Lines(console) as listener:
                 figures = run_training(settings, out, listener, place, keep=keep, resume=resume)
             if steps == settings.steps:
                 console.print(f"already done: {steps} steps; --steps goes on to more")
@@ -79,80 +85,71 @@ def _summary(figures: Mapping[str, Any]) -> str:
     return f"loss {figures['loss']:.4f}{held_out} after {figures['tokens']} tokens, {speed}"
 
 
-class _Errors:
-    """What becomes of errors: one message of the first process, or of each before they have met."""
+@contextmanager
+def _errors(out: Path) -> Iterator[None]:
+    """End the command with one line, which the first process prints, or each one before they have met."""
+    try:
+        yield
+    except SettingError as error:
+        option = "MODEL" if error.name == "model" else f"--{error.name.replace('_', '-')}"
+        _end(f"{option} {error.problem}", 2)
+    except ImportError as error:
+        if error.name not in ("transformers", "safetensors"):
+            raise
+        _end(f"needs {error.name}: pip install 'segattn[hf]'", 1)
+    except InterruptedRunError:
+        _end(f"stopped, checkpoint written{_again(out)}", 130)
+    except KeyboardInterrupt:
+        _say(f"stopped{_again(out)}")
+        raise SystemExit(130) from None
+    except OutOfMemoryError:
+        if _several():
+            raise
+        _end(f"{OUT_OF_MEMORY}{_again(out)}", 1)
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.handled: BaseException | None = None
 
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is self.handled:
-            return
-        self.handled = error
-        self._end(error)
-
-    def _end(self, error: BaseException | None) -> None:
-        from torch import OutOfMemoryError
-
-        from ..runs.checkpoint import InterruptedRunError, SettingError
-
-        if isinstance(error, SettingError):
-            option = "MODEL" if error.name == "model" else f"--{error.name.replace('_', '-')}"
-            self._stop(f"{option} {error.problem}", 2)
-        if isinstance(error, ImportError) and error.name in ("transformers", "safetensors"):
-            self._stop(f"needs {error.name}: pip install 'segattn[hf]'", 1)
-        if isinstance(error, InterruptedRunError):
-            self._stop(f"stopped, checkpoint written{self._again()}", 130)
-        if isinstance(error, KeyboardInterrupt):
-            _say(f"stopped{self._again()}")
-            raise SystemExit(130) from None
-        if isinstance(error, OutOfMemoryError):
-            _say(
-                "out of memory: try more processes and --sequence-ranks, --gradient-checkpointing, --lora, or a "
-                f"smaller --batch, --length, --piece or --truncate{self._again()}"
+@contextmanager
+def _lost_processes(out: Path) -> Iterator[None]:
+    """Say on each of several processes why it ends, beside its traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _several():
+            reason = (
+                OUT_OF_MEMORY
+                if isinstance(error, OutOfMemoryError)
+                else (
+                    f"process {dist.get_rank()} of {dist.get_world_size()} ends: unless the error below is its own, "
+                    "another process has ended, or did not answer within --timeout"
+                )
             )
-            if not _several():
-                raise SystemExit(1) from None
-        elif isinstance(error, RuntimeError) and _several():
-            import torch.distributed as dist
+            _say(f"{reason}{_again(out)}")
+        raise
 
-            _say(
-                f"process {dist.get_rank()} of {dist.get_world_size()} ends: unless the error below is its own, "
-                f"another process has ended, or did not answer within --timeout{self._again()}"
-            )
 
-    def _again(self) -> str:
-        """How to go on, where there is something to go on from."""
-        from ..infini.train.checkpoints import whole
-        from ..infini.train.run import Outputs
-
-        if not whole(Outputs.of(self.out).checkpoints):
-            return ""
-        how = "go on, with as many processes as you like:" if _several() else "go on with:"
-        return f"; {how} segattn finetune --resume --out {shlex.quote(str(self.out))}"
-
-    def _stop(self, message: str, status: int) -> None:
-        if not _several():
-            _say(message)
-            raise SystemExit(status) from None
-        import torch.distributed as dist
-
-        if dist.get_rank() == 0:
-            _say(message)
+def _end(message: str, status: int) -> NoReturn:
+    if not _several() or dist.get_rank() == 0:
+        _say(message)
+    if _several():
         # torchrun ends all when one has ended
         dist.barrier()
-        raise SystemExit(status) from None
+    raise SystemExit(status) from None
+
+
+def _again(out: Path) -> str:
+    """Return how to go on, where there is a checkpoint."""
+    from ..infini.train.checkpoints import whole
+    from ..infini.train.run import Outputs
+
+    if not whole(Outputs.of(out).checkpoints):
+        return ""
+    how = "go on, with as many processes as you like:" if _several() else "go on with:"
+    return f"; {how} segattn finetune --resume --out {shlex.quote(str(out))}"
 
 
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
-    """Say what a run warns of as an error is said; other warnings as ever."""
+    """Print the warnings of a run in one line, as its errors, and leave others alone."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -172,8 +169,6 @@ def _say(message: str) -> None:
 
 
 def _several() -> bool:
-    import torch.distributed as dist
-
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -184,7 +179,7 @@ def _note(figures: Mapping[str, Any]) -> str:
 
 
 class _Bar(Bars):
-    """Steps done, on a terminal."""
+    """A bar of the steps, on a terminal."""
 
     def __init__(self, console: Console) -> None:
         note = TextColumn("{task.fields[note]}")

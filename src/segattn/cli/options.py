@@ -1,4 +1,4 @@
-"""Make a command's options from the fields of its settings."""
+"""Options of a command, made from the fields of its settings."""
 
 from __future__ import annotations
 
