@@ -142,7 +142,8 @@ class TrainSettings:
                 raise SettingError(given[0], f"must be left out for a model that is there, got {self.model!r} too")
             return
         if not given:
-            raise SettingError("model", "must be given: a folder, or a name of the hub; or else --layers and its kin")
+            problem = "must be given: a folder, or a name of the hub; or else --layers, --width and --heads"
+            raise SettingError("model", problem)
         for name in SIZES:
             if name not in given:
                 raise SettingError(name, "must be given for a model from scratch: or give a model's folder or name")

@@ -56,8 +56,11 @@ class LossSum(nn.Module):
     def forward(self, shift_labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return the sum of the losses, [] float32 in nats, of a batch as `shard_batch` returns it."""
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        total = torch.zeros((), device=hidden.device)
         each = max(1, self.tokens // len(hidden))
+        if hidden.shape[1] <= each:
+            # computed last and let go first: to compute them twice would save nothing
+            return self._sum(hidden, shift_labels)
+        total = torch.zeros((), device=hidden.device)
         for part, targets in zip(hidden.split(each, 1), shift_labels.split(each, 1), strict=True):
             total = total + checkpoint(self._sum, part, targets, use_reentrant=False)
         return total

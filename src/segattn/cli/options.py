@@ -23,7 +23,7 @@ def options_of(settings: type, *, arguments: Collection[str] = ()) -> Callable[[
 
     Args:
         settings: the dataclass.
-        arguments: fields that are arguments of the command, without dashes, in this order.
+        arguments: fields that are arguments of the command, without dashes, in the order of the fields.
     """
 
     def decorate(command: Command) -> Command:
