@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import platform
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from segattn.bench.speed.suite import Row, marked, table
+from segattn.bench.speed.machine import machine_info
+from segattn.bench.speed.rows import Row, as_json, marked, table
 from segattn.bench.speed.workloads import DTYPES, GIVEN, given
 
 ROWS = pytest.StashKey[list[Row]]()
@@ -93,57 +93,62 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     config.stash[LOAD] = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    # one table is enough
+    config.option.benchmark_quiet = True
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    """Others at work slow some rounds and not others."""
+    """Warn of others at work, who slow some rounds and not others."""
     load, cores = config.stash[LOAD], os.cpu_count() or 1
     return f"load {load:.1f} on {cores} cores: times will be noisy" if load > cores / 4 else None
 
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where to measure."""
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def rounds(request: pytest.FixtureRequest) -> int:
+    """The most timed rounds."""
+    count: int = request.config.getoption("--rounds")
+    return count
+
+
+@pytest.fixture(scope="session")
+def seconds(request: pytest.FixtureRequest) -> float:
+    """The time after which the last round begins."""
+    limit: float = request.config.getoption("--seconds")
+    return limit
 
 
 @pytest.fixture
 def keep(request: pytest.FixtureRequest) -> Callable[[Row], None]:
-    """Takes a row of the table."""
+    """A function that takes a row of the table."""
     return request.config.stash[ROWS].append
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    """What figures depend on, without the machine's name."""
-    device = torch.device(config.getoption("--device"))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {
-        "device": f"{device.type} {name}",
-        "cpu_capability": capability,
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load": float(f"{config.stash[LOAD]:.2f}"),
-    }
+    load = float(f"{config.stash[LOAD]:.2f}")
+    return machine_info(torch.device(config.getoption("--device"))) | {"load": load}
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Who was not timed, and why, beside those who were; and whose times are noisy."""
-    rows = config.stash[ROWS]
-    output_json["not_timed"] = [row.as_json() for row in rows if row.ratio is None]
-    noisy = {(row.group, row.provider): row.noisy for row in marked(rows) if row.ratio is not None}
-    # who was found wrong after the timing has no figures
-    timed = [x for x in output_json["benchmarks"] if (x["group"], x["extra_info"].get("provider")) in noisy]
-    for row in timed:
-        if reason := noisy[row["group"], row["extra_info"]["provider"]]:
-            row["extra_info"]["noisy"] = reason
-    output_json["benchmarks"] = timed
+    """Add the rows that were not timed, with the reasons, and mark the noisy ones."""
+    kept = config.stash[ROWS]
+    rows = marked(kept)
+    output_json["not_timed"] = as_json(rows)["not_timed"]
+    noisy = {(row.group, row.provider): row.noisy for row in rows if row.noisy}
+    for benchmark in output_json["benchmarks"]:
+        info = benchmark["extra_info"]
+        if reason := noisy.get((benchmark["group"], info["provider"])):
+            info["noisy"] = reason
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    for heading, lines in table(rows):
+    kept = config.stash[ROWS]
+    for heading, lines in table(marked(kept)):
         terminalreporter.section(heading, sep="-")
         for line in lines:
             terminalreporter.write_line(line)
