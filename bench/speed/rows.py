@@ -61,29 +61,6 @@ class Row:
     seconds: Sequence[float] = ()
     device: str = ""
 
-    def __post_init__(self) -> None:
-        """Check the figures.
-
-        Raises:
-            ResultError: A figure is impossible.
-        """
-        for name, times in (("ratio", self.ratio), ("ms", self.ms)):
-            if times is not None and not _are_quantiles(times):
-                raise self._error(name, "positive numbers, the median between its quantiles", tuple(times))
-        for name in ("floor_share", "tokens_per_second"):
-            value = self.facts.get(name)
-            if value is not None and not _is_positive(value):
-                raise self._error(name, "a positive number", value)
-        if self.memory is not None and not (_is_number(self.memory) and 0 <= self.memory < math.inf):
-            raise self._error("memory", "a finite number, not negative", self.memory)
-        for name, error in self.errors.items():
-            # a wrong result's error may be infinite
-            if not _is_number(error) or (self.status == "timed" and not 0 <= error < math.inf):
-                raise self._error(f"error of {name}", "a finite number, not negative", error)
-
-    def _error(self, name: str, wanted: str, value: object) -> ResultError:
-        return ResultError(f"{name} of {self.provider}, {self.group}, must be {wanted}, got {value!r}")
-
     @property
     def dtype(self) -> str:
         """The dtype of the inputs."""
@@ -133,18 +110,6 @@ class Row:
         }
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and 0 < value < math.inf
-
-
-def _are_quantiles(times: Sequence[Any]) -> bool:
-    return len(times) == 3 and all(map(_is_positive, times)) and times[1] <= times[0] <= times[2]
-
-
 def stats_of(seconds: Sequence[float]) -> dict[str, Any]:
     """Return the statistics that pytest-benchmark keeps of a benchmark, by its names."""
     data = sorted(seconds)
@@ -188,20 +153,23 @@ def from_json(document: Mapping[str, Any]) -> Iterator[Row]:
 
     Raises:
         ResultError: A figure is impossible.
-        KeyError, TypeError: The document is another.
+        KeyError, TypeError: The document is no result.
     """
     device = document["machine_info"]["device"]
     for benchmark in document["benchmarks"]:
         info = benchmark["extra_info"]
-        yield replace(
-            _untimed(info, benchmark["group"], device),
-            ratio=Times(info["ratio"], *info["ratio_fifths"]),
-            ms=Times(info["ms"], *info["ms_fifths"]),
+        row = _untimed(info, benchmark["group"], device)
+        row = replace(
+            row,
+            ratio=_times(row, "ratio", info),
+            ms=_times(row, "ms", info),
             memory=info.get("peak_bytes", info.get("kept_bytes")),
             errors=info["errors"] if "errors" in info else {"out": info["error"]},
             noisy=info.get("noisy", ""),
             seconds=benchmark["stats"]["data"],
         )
+        _check(row)
+        yield row
     for info in document.get("not_timed", ()):
         row = _untimed(info, info["group"], device)
         yield replace(row, status=info["status"], reason=info["reason"], errors=info.get("errors", {}))
@@ -210,6 +178,38 @@ def from_json(document: Mapping[str, Any]) -> Iterator[Row]:
 def _untimed(info: Mapping[str, Any], group: str, device: str) -> Row:
     facts = {name: value for name, value in info.items() if name not in (*FIELDS, "group", "status", "reason")}
     return Row(group, info["provider"], info["baseline"], info["direction"], info["case"], facts=facts, device=device)
+
+
+def _times(row: Row, name: str, info: Mapping[str, Any]) -> Times:
+    times = (info[name], *info[f"{name}_fifths"])
+    if len(times) != 3 or not all(map(_is_positive, times)) or not times[1] <= times[0] <= times[2]:
+        raise _impossible(row, name, "positive numbers, the median between its quantiles", times)
+    return Times(*times)
+
+
+def _check(row: Row) -> None:
+    """Check that a timed row's figures are possible."""
+    for name in ("floor_share", "tokens_per_second"):
+        value = row.facts.get(name)
+        if value is not None and not _is_positive(value):
+            raise _impossible(row, name, "a positive number", value)
+    sizes = {f"error of {name}": error for name, error in row.errors.items()}
+    sizes |= {} if row.memory is None else {"memory": row.memory}
+    for name, size in sizes.items():
+        if not (_is_number(size) and 0 <= size < math.inf):
+            raise _impossible(row, name, "a finite number, not negative", size)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and 0 < value < math.inf
+
+
+def _impossible(row: Row, name: str, wanted: str, value: object) -> ResultError:
+    return ResultError(f"{name} of {row.provider}, {row.group}, must be {wanted}, got {value!r}")
 
 
 def marked(rows: Iterable[Row]) -> list[Row]:

@@ -12,20 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from segattn.bench.report.compare import Change, away, changes, changes_of_times, main, unlike
+from segattn.bench.report.compare import Change, away, change_of_time, changes, changes_of_times, main, unlike
 from segattn.bench.report.compare_commits import error_of
-from segattn.bench.report.records import Key, Record, Result, ResultError
+from segattn.bench.report.records import Result
+from segattn.bench.speed.rows import ResultError, Row
+from segattn.bench.speed.timing import Times
 
 BASE = "SDPA flash local"
 
 
-def record(provider: str, ratio: tuple[float, float, float] | None, memory: int = 1000, group: str = "g") -> Record:
-    status = "timed" if ratio else "wrong"
-    return Record(Key("cpu", group, provider), "forward", BASE, status, ratio=ratio, memory=memory)
+def record(provider: str, ratio: tuple[float, float, float] | None, memory: int = 1000, group: str = "g") -> Row:
+    row = Row(group, provider, BASE, "forward", memory=memory, device="cpu")
+    return row.refused("wrong") if ratio is None else dataclasses.replace(row, ratio=Times(*ratio))
 
 
-def result(name: str, *records: Record) -> Result:
-    return Result(name, records, "")
+def result(name: str, *rows: Row) -> Result:
+    return Result(name, rows, "")
 
 
 def verdicts(found: list[Change]) -> dict[str, str]:
@@ -45,7 +47,7 @@ def test_noise_is_of_both_baselines_or_of_the_provider() -> None:
 
 
 def ours(times: float, noise: float, ms: tuple[float, float] | None = None) -> Change:
-    return Change("segattn delta: g", times, noise, True, ms)
+    return change_of_time("segattn delta: g", times, noise, True, ms)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_what_is_no_longer_timed_and_memory_are_regressions() -> None:
     before = result("a", record(BASE, quiet), record("segattn", quiet), record(wide, quiet, 1000))
     after = result("b", record(BASE, quiet), record("segattn", None), record(wide, quiet, 1100))
     found = list(changes(before, after))
-    assert math.isnan(found[0].times)
+    assert found[0].times is None
     said = {"segattn: g, now wrong ": "lost", f"{wide}: g": "same", f"memory of {wide}: g": "MORE MEMORY"}
     assert verdicts(found) == said
     assert [x.is_regression for x in found] == [True, False, True]

@@ -20,8 +20,8 @@ from segattn.bench.device import run as device_run
 from segattn.bench.device.cases import measure_case
 from segattn.bench.device.worker import Outcome, Worker
 from segattn.bench.planner import floors
-from segattn.bench.speed.correctness import at_reduced_length
 from segattn.bench.report.records import read
+from segattn.bench.speed.correctness import at_reduced_length
 from segattn.bench.speed.peers import BASELINE, PEERS, from_segments, to_segments
 from segattn.bench.speed.workloads import CASES, DECODES, TINY_CASES, TINY_DECODES, TINY_MAIN
 from segattn.kernels.triton.configs import Tile
