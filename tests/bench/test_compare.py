@@ -226,17 +226,21 @@ def test_unclear_commands_are_refused(arguments: list[str]) -> None:
     assert stopped.value.code == 2
 
 
-# a stand-in for the package, which sleeps
+# a stand-in for the package, whose calls take time by a clock of its own
 STAND_IN = """
 import time
 from typing import NamedTuple
 import torch
 
+now = 0.0
+time.perf_counter = lambda: now
+
 class Output(NamedTuple):
     out: torch.Tensor
 
 def segment_attention(q, k, v, *, segment_len, gate=None, update="delta"):
-    time.sleep({seconds} if gate is None else 0.002)
+    global now
+    now += {seconds} if gate is None else 0.002
     return Output(q + k + {weight} * v)
 """
 
@@ -253,7 +257,7 @@ def repository(tmp_path: Path) -> Path:
         subprocess.run(["git", "-C", str(root), *own, *arguments], check=True, capture_output=True)
 
     git("init", "--quiet")
-    for name, seconds, weight in (("fast", 0.005, 1), ("slow", 0.05, 1), ("wrong", 0, 1.01)):
+    for name, seconds, weight in (("fast", 0.005, 1), ("slow", 0.05, 1), ("wrong", 0.001, 1.01)):
         (package / "__init__.py").write_text(STAND_IN.format(seconds=seconds, weight=weight))
         git("add", ".")
         git("commit", "--quiet", "--no-verify", "-m", name)
@@ -264,8 +268,10 @@ def repository(tmp_path: Path) -> Path:
 def test_commits_take_turns(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--root", str(repository), "--rounds", "3", "--commits", "fast", "slow"]) == 1
     out = capsys.readouterr().out
-    slower = {line.rpartition(")  ")[2] for line in out.splitlines() if line.startswith("SLOWER")}
-    assert {"local, forward", "local, forward + backward"} <= slower
+    found = {line.rpartition(")  ")[2]: line[:35] for line in out.splitlines() if " × " in line}
+    slower = {name for name, line in found.items() if line.startswith("SLOWER        10.000 × (noise 1.000")}
+    assert slower == {"local, forward", "local, forward + backward"}
+    assert {line.split()[0] for name, line in found.items() if name not in slower} == {"same"}
     # the stand-in has no decoding
     assert "decode" not in out
     listed = subprocess.run(["git", "-C", str(repository), "worktree", "list"], capture_output=True, text=True)

@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 from ....infini.huggingface.cache import InfiniCache
 from ....infini.huggingface.conversion import convert
 from ....rmt.recurrent.memory import RecurrentMemory
-from ..book_experiment import build as build_llama
-from ..book_setup import Setup
+from ..book.experiment import build as build_llama
+from ..book.setup import Setup
 from .full_attention import FullAttention
 from .memorizing import Memorizing
 from .replacing import Attention, read, replace
