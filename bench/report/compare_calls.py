@@ -28,11 +28,13 @@ UPDATES = (None, "linear", "delta")
 
 
 def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if CUDA:
         torch.cuda.synchronize()
 
 
 def attention(update: str | None, backward: bool) -> Callable[[], object]:
+    """Return a call of segment attention."""
     heads, tokens, width, segment_len = (16, 32768, 128, 2048) if CUDA else (2, 4096, 64, 512)
     generator = torch.Generator(DEVICE).manual_seed(0)
     dtype = torch.bfloat16 if CUDA else torch.float32
@@ -50,6 +52,7 @@ def attention(update: str | None, backward: bool) -> Callable[[], object]:
 
 
 def decoding() -> Callable[[], object]:
+    """Return a call of one decoding step."""
     heads, width, segment_len = 8, 64, 1024
     torch.manual_seed(0)
     q = torch.randn(1, heads, 1, width, device=DEVICE)
@@ -71,7 +74,7 @@ CALLS: dict[str, Callable[[], Callable[[], object]]] = {
 
 
 def repeated(run: Callable[[], object], count: int) -> float:
-    """Milliseconds of one of `count` runs."""
+    """Return the milliseconds of one of `count` runs."""
     synchronize()
     start = time.perf_counter()
     for _ in range(count):
@@ -81,14 +84,14 @@ def repeated(run: Callable[[], object], count: int) -> float:
 
 
 def warmed(make: Callable[[], Callable[[], object]]) -> tuple[Callable[[], object], int]:
-    """The call, and how often it runs in one timing."""
+    """Return the call, and how often it runs in one timing."""
     run = make()
     repeated(run, 2)
     return run, max(1, int(SECONDS * 1e3 / repeated(run, 1)))
 
 
 def outputs(run: Callable[[], object]) -> list[torch.Tensor]:
-    """Of one call, all numbers of tensors that are not large, of others so many from all parts."""
+    """Return the numbers of a call's tensors, of large ones as many from all parts."""
     found = run()
     tensors = [x for x in (found if isinstance(found, tuple) else (found,)) if isinstance(x, torch.Tensor)]
     # steps that are odd, so that no dimension is left out
@@ -97,6 +100,7 @@ def outputs(run: Callable[[], object]) -> list[torch.Tensor]:
 
 
 def main() -> None:
+    """Answer jobs, one JSON a line, until there are no more."""
     # what else is printed must not stand between the answers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

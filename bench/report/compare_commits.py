@@ -30,7 +30,7 @@ Times = tuple[list[float], list[float], list[float]]
 
 
 class Measured(NamedTuple):
-    """times: of calls with the same outputs, by REV1, REV2, and REV1 again. unlike: the errors of others."""
+    """The times of calls with the same outputs, by REV1, REV2, and REV1 again; the errors of the other calls."""
 
     times: dict[str, Times]
     unlike: dict[str, float]
@@ -51,7 +51,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 @contextmanager
 def checkout(root: Path, name: str, revision: str, folder: Path) -> Iterator[Path]:
-    """The commit's files in `folder`, for as long as they are needed; "." is the files as they lie in `root`.
+    """Put the commit's files into `folder` for as long as the block runs; "." is the files as they lie in `root`.
 
     Raises:
         CommitError: `name` of the command line is no commit.
@@ -72,7 +72,7 @@ def checkout(root: Path, name: str, revision: str, folder: Path) -> Iterator[Pat
 
 
 def measure(root: Path, before: str, after: str, rounds: int) -> Measured:
-    """Milliseconds of every call of `compare_calls` by `before`, `after`, and `before` again, round by round.
+    """Return the milliseconds of every call by `before`, `after`, and `before` again, round by round.
 
     A call whose outputs are not the same is not timed.
 
@@ -113,7 +113,7 @@ def _outputs(worker: Worker, name: str, call: str, path: Path) -> list[Tensor]:
 
 
 def error_of(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """The largest difference, as a share of the largest number; infinite where they cannot be compared."""
+    """Return the largest difference as a share of the largest number; infinite where they cannot be compared."""
     if len(before) != len(after):
         return math.inf
     errors = [0.0]

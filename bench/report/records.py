@@ -62,7 +62,7 @@ def read_all(folder: Path) -> list[Result]:
     """Return the results that lie in the folder itself, by name.
 
     Raises:
-        ResultError: A file is no result, or two have the same measurement, so that neither can be told to be the one.
+        ResultError: A file is no result, or two files have the same measurement.
     """
     results = [read(path) for path in sorted(folder.glob("*.json"))]
     at: dict[Key, str] = {}

@@ -23,7 +23,7 @@ from segattn.bench.speed.recurrent_models import SIZES, Sizes
 from segattn.bench.speed.rows import Row
 from segattn.bench.speed.suite import by_turns
 from segattn.bench.speed.timing import Prepare
-from segattn.bench.speed.workloads import GIVEN
+from segattn.bench.speed.workloads import CALL_NUMBERS
 
 pytestmark = pytest.mark.benchmark(timer=fixture.replayed)
 # segments that were read before
@@ -34,7 +34,7 @@ GENERATION_ROUNDS = 3
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     workloads = metafunc.config.getoption("--workload")
-    sizes = [SIZES] if workloads is None else [Sizes.parse(x) for x in workloads if x.count(",") != GIVEN - 1]
+    sizes = [SIZES] if workloads is None else [Sizes.parse(x) for x in workloads if x.count(",") != CALL_NUMBERS - 1]
     metafunc.parametrize("sizes", sizes, ids=lambda x: x.name)
 
 
@@ -57,6 +57,7 @@ def test_step(
     keep: Keep,
     rounds: int,
 ) -> None:
+    """Time one provider at reading, or at a training step."""
     entry, baseline = GROUPS[group][provider], next(iter(GROUPS[group]))
     row = row_of(sizes, f"{sizes.name}, {group}, {direction}", provider, baseline, direction)
     if entry.needs_gpu and device.type != "cuda":
@@ -83,6 +84,7 @@ def test_generation(
     keep: Keep,
     rounds: int,
 ) -> None:
+    """Time one provider at writing behind a text."""
     entry, baseline = generation.WRITERS[provider], generation.BASELINE
     text, opened = generation.texts(sizes, segments, device)
     group = f"{sizes.name}, generation after {segments} segments ({text.shape[1]} tokens)"

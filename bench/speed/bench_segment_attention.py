@@ -22,7 +22,7 @@ from segattn.bench.speed.machine import peak_here
 from segattn.bench.speed.peers import PEERS
 from segattn.bench.speed.prepared import Drawn, draw
 from segattn.bench.speed.suite import call_row, step_row, time_calls, time_steps
-from segattn.bench.speed.workloads import BOTH, GIVEN, Case, DecodeCase, given, suite
+from segattn.bench.speed.workloads import BOTH, CALL_NUMBERS, Case, DecodeCase, parse_workloads, suite
 
 pytestmark = pytest.mark.benchmark(timer=fixture.replayed)
 
@@ -32,8 +32,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases, decodes = suite(option("--device").partition(":")[0], option("--dtype"))
     if option("--workload") is not None:
         # the sizes of recurrent memories are more numbers
-        sizes = [x for x in option("--workload") if x.count(",") == GIVEN - 1]
-        cases, decodes = given(sizes, option("--dtype") or "float32")
+        sizes = [x for x in option("--workload") if x.count(",") == CALL_NUMBERS - 1]
+        cases, decodes = parse_workloads(sizes, option("--dtype") or "float32")
     if "case" in metafunc.fixturenames:
         rows = [(case, direction, name) for case in cases for direction in case.directions for name in case.peers]
         metafunc.parametrize(("case", "direction", "provider"), rows, ids=lambda x: getattr(x, "name", x))
@@ -49,7 +49,7 @@ def drawn_for(case: Case, device: torch.device) -> list[Drawn]:
 
 @functools.cache
 def admitted(case: Case, name: str, device: torch.device, gradients: bool) -> Admission:
-    """Return the gate's word on a peer, asked once for the forward pass and once for the others."""
+    """Return the gate's word on a peer, once for the forward pass and once for the others."""
     direction = BOTH if gradients else "forward"
     directions = ("backward", BOTH) if gradients else (direction,)
     return admit(PEERS[name], replace(case, directions=directions, counted=False), drawn_for(case, device), device)
@@ -65,6 +65,7 @@ def test_speed(
     rounds: int,
     seconds: float,
 ) -> None:
+    """Time one provider in one direction."""
     with fixture.enough_memory(call_row(case, direction, provider), benchmark, keep):
         gate = admitted(case, provider, device, direction != "forward")
         drawn, peak = drawn_for(case, device), peak_here(device)

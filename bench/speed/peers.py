@@ -42,7 +42,7 @@ class Peer:
     definition: Function | None = None
 
     def refusal(self, device: torch.device, grouped: bool, directions: Sequence[str] = DIRECTIONS) -> str | None:
-        """Why it cannot run here, if it cannot."""
+        """Return why the peer cannot run on a device; None where it can."""
         if device.type != "cuda" and set(self.gpu_for) & set(directions):
             return "needs a GPU"
         if self.package is not None and importlib.util.find_spec(self.package) is None:
@@ -53,12 +53,12 @@ class Peer:
 
 
 def to_segments(x: Tensor, segment_len: int) -> Tensor:
-    """[B, heads, T, width] → [B · S, heads, L, width], a view where B = 1."""
+    """Return [B, heads, T, width] as [B · S, heads, L, width], a view where B = 1."""
     return x.unflatten(2, (-1, segment_len)).transpose(1, 2).flatten(0, 1)
 
 
 def from_segments(x: Tensor, rows: int = 1) -> Tensor:
-    """The inverse, which may copy."""
+    """Return the inverse, which may copy."""
     return x.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
 
 

@@ -41,7 +41,7 @@ DIRECTIONS = ("reading", "training step")
 
 
 class Provider(NamedTuple):
-    """One way over weights of its own.
+    """One way to read and to train, with its weights.
 
     loss: ids [B, T] → mean cross-entropy of each next token, differentiable.
     read: ids [B, T] → what is kept after the last segment.
@@ -71,17 +71,19 @@ def _provider(way: Any, parameters: Sequence[Tensor]) -> Provider:
 
 
 def loop_llama(sizes: Sizes, device: torch.device) -> Provider:
+    """Return a plain loop over a Llama."""
     model, memory = llama(sizes, device), first_memory(sizes, device)
     return _provider(PlainLoop(llama_backbone(model), memory, sizes.L), [memory, *trained(model)])
 
 
 def loop_peer(sizes: Sizes, device: torch.device) -> Provider:
+    """Return a plain loop over the peer's layers."""
     transformer, memory = peer_transformer(sizes, device), first_memory(sizes, device)
     return _provider(PlainLoop(peer_backbone(transformer), memory, sizes.L), [memory, *trained(transformer)])
 
 
 def peer(sizes: Sizes, device: torch.device) -> Provider:
-    """The peer as it is."""
+    """Return the peer as it is."""
     from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper
 
     transformer, memory = peer_transformer(sizes, device), first_memory(sizes, device)
@@ -104,6 +106,7 @@ def _ours(module: RecurrentMemory, parameters: Sequence[Tensor], sizes: Sizes, d
 
 
 def ours_llama(sizes: Sizes, device: torch.device, *, attention: str | None = None, compiled: bool = False) -> Provider:
+    """Return ours around a Llama."""
     model = llama(sizes, device)
     module = RecurrentMemory(model, sizes.m, sizes.L, attention=attention).to(device)
     if compiled:
@@ -112,7 +115,7 @@ def ours_llama(sizes: Sizes, device: torch.device, *, attention: str | None = No
 
 
 def ours_peer(sizes: Sizes, device: torch.device) -> Provider:
-    """Ours around the peer's own layers."""
+    """Return ours around the peer's layers."""
     transformer = peer_transformer(sizes, device)
     module = RecurrentMemory(
         PeerLayers(transformer),
@@ -126,6 +129,7 @@ def ours_peer(sizes: Sizes, device: torch.device) -> Provider:
 
 
 def ours_associative(sizes: Sizes, device: torch.device, *, schedule: str) -> Provider:
+    """Return our ARMT around a Llama."""
     module = associative(sizes, device, schedule)
     return Provider(
         lambda ids: _given(module(ids, labels=ids).loss),
@@ -135,6 +139,7 @@ def ours_associative(sizes: Sizes, device: torch.device, *, schedule: str) -> Pr
 
 
 def loop_associative(sizes: Sizes, device: torch.device) -> Provider:
+    """Return the published loop of ARMT over the same weights."""
     module = associative(sizes, device, "vertical")
     parameters = [module.memory_tokens, *(x for x in trained(module) if x is not module.memory_tokens)]
     return _provider(AssociativeLoop(module), parameters)
@@ -175,7 +180,7 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
 
 
 def check(entry: Entry, sizes: Sizes, device: torch.device) -> float:
-    """The worst relative error of the loss, its gradients, and what is kept, against the definition."""
+    """Return the worst relative error of the loss, its gradients, and the memory, against the definition."""
     ids = sizes.ids(device)
     found, expected = (_results(make(sizes, device), ids) for make in (entry.make, entry.definition))
     if [x.shape for x in found] != [x.shape for x in expected]:
@@ -194,7 +199,7 @@ def _results(provider: Provider, ids: Tensor) -> list[Tensor]:
 
 
 def step(provider: Provider, ids: Tensor, direction: str) -> Callable[[], None]:
-    """The function to measure: reading without gradients, or the loss and the gradient of every parameter."""
+    """Return the function to measure: reading without gradients, or the loss and the gradient of every parameter."""
 
     def read() -> None:
         with torch.no_grad():

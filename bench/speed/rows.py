@@ -73,7 +73,7 @@ class Row:
         return self.facts.get("tokens_per_second")
 
     def timed(self, milliseconds: Sequence[float], beside: Sequence[float], **known: Any) -> Row:
-        """Return the row with its times, given the baseline's of the same rounds, and the fields in `known`."""
+        """Return the row with its times, the baseline's times of the same rounds, and the fields in `known`."""
         ratios = [own / base for own, base in zip(milliseconds, beside, strict=True)]
         seconds = [x / 1e3 for x in milliseconds]
         return replace(self, ratio=Times.of(ratios), ms=Times.of(milliseconds), seconds=seconds, **known)

@@ -99,7 +99,7 @@ def take_turns(
 
 
 def copies_needed(input_bytes: int, device: torch.device) -> int:
-    """Return how many copies of the inputs fill more than twice the L2 cache, so that no run finds its own there."""
+    """Return how many copies of the inputs fill more than twice the L2 cache, so that no run meets its inputs there."""
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size

@@ -15,7 +15,7 @@ BOTH = "forward + backward"
 DIRECTIONS = ("forward", "backward", BOTH)
 
 # sizes given outright are "B,H,T,K,L"
-GIVEN = 5
+CALL_NUMBERS = 5
 OURS = ("segattn delta", "segattn linear", "segattn local")
 LOCAL = ("SDPA flash local", "SDPA cuDNN local")
 LOOPS = ("eager loop delta", "eager loop linear")
@@ -48,10 +48,12 @@ class Case:
     counted: bool = False
 
     def sizes(self) -> Sizes:
+        """Return the sizes that floors are counted by."""
         itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
         return Sizes(self.B, self.H, self.G, self.T, self.K, self.K, self.L, itemsize)
 
     def as_json(self) -> dict[str, Any]:
+        """Return what the JSON says of the case."""
         return {key: value for key, value in asdict(self).items() if key not in NOT_WRITTEN}
 
 
@@ -75,10 +77,12 @@ class DecodeCase:
         return min(self.context, self.L - 1)
 
     def sizes(self) -> Sizes:
+        """Return the sizes that floors are counted by."""
         itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
         return Sizes(self.B, self.H, self.G, self.tail, self.K, self.K, self.L, itemsize)
 
     def as_json(self) -> dict[str, Any]:
+        """Return what the JSON says of the case."""
         return {key: value for key, value in asdict(self).items() if key != "limit"} | {"tail": self.tail}
 
 
@@ -151,7 +155,7 @@ BY_LENGTH = ("SDPA flash local", "segattn delta", "eager loop delta", "SDPA flas
 
 
 def _by_length(longest: int, width: int, segment_len: int, **options: Any) -> tuple[Case, ...]:
-    """Doubling from 2048 tokens to `longest`."""
+    """Return cases whose lengths double from 2048 tokens to `longest`."""
     times = [2048 << i for i in range((longest // 2048).bit_length())]
     return tuple(
         _case(time, segment_len, width, BY_LENGTH, "by length", directions=(BOTH,), **options) for time in times
@@ -175,8 +179,8 @@ def _decodes(
     )
 
 
-def given(workloads: Iterable[str], dtype: str) -> tuple[tuple[Case, ...], tuple[DecodeCase, ...]]:
-    """Cases from "B,H,T,K,L", with as many key/value heads as query heads, and a token behind such texts.
+def parse_workloads(workloads: Iterable[str], dtype: str) -> tuple[tuple[Case, ...], tuple[DecodeCase, ...]]:
+    """Return the cases of "B,H,T,K,L", as many key/value heads as query heads, and one new token behind such texts.
 
     Raises:
         ValueError: anything but five positive integers, T a multiple of L.
@@ -184,7 +188,7 @@ def given(workloads: Iterable[str], dtype: str) -> tuple[tuple[Case, ...], tuple
     cases, decodes = [], []
     for sizes in workloads:
         numbers = [int(x) if x.isdecimal() else 0 for x in sizes.split(",")]
-        if len(numbers) != GIVEN or min(numbers) < 1 or numbers[2] % numbers[4]:
+        if len(numbers) != CALL_NUMBERS or min(numbers) < 1 or numbers[2] % numbers[4]:
             raise ValueError(f"workload must be five positive integers B,H,T,K,L, T a multiple of L, got {sizes!r}")
         rows, heads, time, width, segment_len = numbers
         cases.append(_case(time, segment_len, width, ANYWHERE, f"B{rows}", H=heads, B=rows, dtype=dtype))
@@ -194,7 +198,7 @@ def given(workloads: Iterable[str], dtype: str) -> tuple[tuple[Case, ...], tuple
 
 
 def suite(device: str, dtype: str | None = None) -> tuple[tuple[Case, ...], tuple[DecodeCase, ...]]:
-    """The cases of `pytest bench/` on a device: for "cuda" bfloat16 and large, else float32 and of a few minutes."""
+    """Return the cases of `pytest bench/` on a device: on "cuda" bfloat16 and large, else float32 and a few minutes."""
     if device == "cuda":
         found = (
             _case(32 << 10, 2048, 128, ON_GPU),

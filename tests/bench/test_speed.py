@@ -539,7 +539,7 @@ def test_the_whole_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sizes", ["1,2,3", "1,2,32,8,0", "1,2,33,8,8", "1,2,x,8,8", ""])
 def test_bad_workloads_are_named(sizes: str) -> None:
     with pytest.raises(ValueError, match=f"five positive integers B,H,T,K,L, T a multiple of L, got '{sizes}'"):
-        workloads.given([sizes], "float32")
+        workloads.parse_workloads([sizes], "float32")
 
 
 @pytest.mark.parametrize(

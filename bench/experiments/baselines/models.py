@@ -53,7 +53,7 @@ class Baseline(NamedTuple):
 
 
 def build(setup: BaselineSetup, name: str, seed: int) -> nn.Module:
-    """An untrained model; of one seed all have the same weights where they have the same parameters."""
+    """Return an untrained model; of one seed all have the same weights where they have the same parameters."""
     return BASELINES[name].build(setup, seed)
 
 
