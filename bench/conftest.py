@@ -83,8 +83,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--workload",
         type=sizes,
         action="append",
-        help=f"sizes {FORMS[CALL_NUMBERS]}, or of recurrent memories {FORMS[7]}, instead of those that suit the device; "
-        "may be repeated",
+        help=f"sizes {FORMS[CALL_NUMBERS]}, or of recurrent memories {FORMS[7]}; may be repeated; "
+        "default: sizes that suit the device",
     )
     parser.addoption(
         "--rounds", type=some_rounds, default=5, help="timed rounds of each provider, each beside a baseline round"

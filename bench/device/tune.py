@@ -75,7 +75,7 @@ def attempt(job: Values, device: torch.device) -> Values:
         else:
             times = [time_once(lambda _: lambda: evaluate(call, made, "triton"), 0, device)[0]]
     worst = max(shares.values())
-    # both may be a gate away from the truth
+    # both results may be a gate away from the truth
     return {"ms": statistics.median(times), "error_share": worst, "right": bool(worst <= 2.0)}
 
 

@@ -1,4 +1,4 @@
-"""A process that does jobs one after another, is ended where it takes too long, and begun anew where it died."""
+"""A process that does jobs one after another: ended where a job takes too long, started again where it died."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Outcome(NamedTuple):
 
 
 class Worker:
-    """Use as a context manager, which leaves no process behind."""
+    """A process that does jobs; as a context manager, none is left behind."""
 
     def __init__(self, environment: dict[str, str], command: Sequence[str] = COMMAND) -> None:
         self.environment, self.command = environment, command

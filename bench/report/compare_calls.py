@@ -1,8 +1,6 @@
-"""Run by its path, with another commit's `segattn` to import: its times, one job a line.
+"""The times of a commit's `segattn`, by its public names alone: a script that reads jobs, one JSON a line.
 
-It knows the public names only.
-
-Argument: the folder that `segattn` must come from.
+It is run by its path, so that it may import another commit's package; its argument is the folder of that package.
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ import segattn
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-# of one timing, so that a call of microseconds is more than the clock's grain
+# of one timing, so that the clock's grain does not matter for a call of microseconds
 SECONDS = 0.02
-# numbers of an output that are held to the other commit's
+# the most numbers of an output that are compared
 COMPARED = 2**20
 UPDATES = (None, "linear", "delta")
 
@@ -94,14 +92,14 @@ def outputs(run: Callable[[], object]) -> list[torch.Tensor]:
     """Return the numbers of a call's tensors, of large ones as many from all parts."""
     found = run()
     tensors = [x for x in (found if isinstance(found, tuple) else (found,)) if isinstance(x, torch.Tensor)]
-    # steps that are odd, so that no dimension is left out
+    # an odd step leaves out no dimension
     steps = [max(1, x.numel() // COMPARED) | 1 for x in tensors]
     return [x.detach().flatten()[::step].cpu() for x, step in zip(tensors, steps, strict=True)]
 
 
 def main() -> None:
     """Answer jobs, one JSON a line, until there are no more."""
-    # what else is printed must not stand between the answers
+    # other prints must not stand between the answers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     came_from = Path(segattn.__file__).parent.parent

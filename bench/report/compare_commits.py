@@ -23,7 +23,7 @@ SECONDS = 300.0
 MEASURING = Path(__file__).resolve().with_name("compare_calls.py")
 HERE = "."
 
-# of the largest number
+# the largest difference that is no error, as a share of the largest number
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 Times = tuple[list[float], list[float], list[float]]
@@ -54,7 +54,7 @@ def checkout(root: Path, name: str, revision: str, folder: Path) -> Iterator[Pat
     """Put the commit's files into `folder` for as long as the block runs; "." is the files as they lie in `root`.
 
     Raises:
-        CommitError: `name` of the command line is no commit.
+        CommitError: The revision is no commit.
     """
     if revision == HERE:
         yield root
@@ -74,10 +74,10 @@ def checkout(root: Path, name: str, revision: str, folder: Path) -> Iterator[Pat
 def measure(root: Path, before: str, after: str, rounds: int) -> Measured:
     """Return the milliseconds of every call by `before`, `after`, and `before` again, round by round.
 
-    A call whose outputs are not the same is not timed.
+    A call with other outputs is not timed.
 
     Raises:
-        CommitError: one of them is no commit, or does not run.
+        CommitError: One of them is no commit, or does not run.
     """
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="segattn-compare-")))
@@ -125,7 +125,7 @@ def error_of(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 
 def _process(folder: Path) -> Worker:
-    # the folder of the measuring file has modules of this commit
+    # the folder of the script has modules of this commit
     own = {"PYTHONPATH": str(folder / "src"), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     environment = os.environ | own
     return Worker(environment, (sys.executable, str(MEASURING), str(folder / "src")))

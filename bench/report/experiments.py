@@ -1,4 +1,4 @@
-"""The README's tables of trained models and of plans, from the JSON that their commands keep in the results' folder."""
+"""Tables of trained models and of plans, from the JSON that their commands keep in the folder of results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables in Markdown from records, with their conditions beneath: what stands between the README's markers."""
+"""Tables in Markdown from rows, with their conditions beneath: what stands between a document's markers."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...rmt.associative.memory import AssociativeMemory
 
-# a query or key may have no feature in common with those before
+# a query or key may have no feature in common with the earlier ones
 TINY = 1e-30
 
 

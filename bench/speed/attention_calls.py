@@ -1,4 +1,4 @@
-"""Ways to do the whole, or attention alone: ours, PyTorch's, and public implementations.
+"""Ways to compute segment attention, or attention alone: ours, PyTorch's, and public implementations.
 
 Each is a function of (q, k, v, gate, segment_len) → [B, H, T, V].
 """
@@ -119,11 +119,15 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Unrotated(nn.Module):
+    """A rotary embedding that turns nothing."""
+
     def rotate_queries_with_cached_keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q, k
 
 
 class _Unchanged(nn.Module):
+    """A module that returns its input."""
+
     def forward(self, x: Any) -> Any:
         return x
 
@@ -145,18 +149,18 @@ def infini_transformer_pytorch(
 ) -> Tensor:
     """Return the package's `CausalAttention` per segment; the layer is made once, untimed."""
     layer = _published_layer(q.shape[1], q.shape[3], update, q.device, q.dtype)
-    # its gate weighs local attention, ours the memory
+    # the package's gate weighs local attention, ours the memory
     layer.fastweight_mem.head_gates = -gate.to(q.dtype)
     memories, outs = None, []
     for piece in zip(*(x.split(segment_len, dim=2) for x in (q, k, v)), strict=True):
         out, _, memories = layer(piece, past_memories=memories, return_new_memories=True)
         outs.append(out)
-    # which would keep the graph of the gate's gradient
+    # the layer would keep the graph of the gate's gradient
     del layer.fastweight_mem.head_gates
     return torch.cat(outs, dim=2)
 
 
-# of every token, in the delta rule of flash-linear-attention
+# write strength and decay of every token, in the delta rule of flash-linear-attention
 STRENGTH, LOG_DECAY = 0.5, -0.05
 
 
@@ -169,7 +173,7 @@ def fla_linear(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int) 
 
 
 def fla_gated_delta(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int) -> Tensor:
-    """Return flash-linear-attention's gated delta rule, its nearest; keys are brought to length 1, as the rule needs."""
+    """Return flash-linear-attention's gated delta rule, its nearest, with keys brought to length 1, as it needs."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     strength = q.new_full((q.shape[0], q.shape[2], q.shape[1]), STRENGTH)

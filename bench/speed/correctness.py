@@ -1,4 +1,4 @@
-"""The gate before timing: what a peer computes, against float64.
+"""What a peer computes, held to float64.
 
 At a reduced length everything is compared, of every row and head. At the full length, the far end is: the last
 segment of the last row's last key/value head, by the memory before it.
@@ -22,12 +22,12 @@ from .peers import Peer, from_segments, to_segments
 from .prepared import Drawn, draw
 from .workloads import DTYPES, Case
 
-# how many times the error of PyTorch's operations in the inputs' dtype a peer's may be
+# a peer's error may be so many times that of PyTorch's operations in the inputs' dtype
 TIMES = 2.5
-# of which at a far end no more than this counts
+# the most of that error that counts at a far end
 FAR_MOST = 0.1
 GRADIENTS = ("dq", "dk", "dv", "dgate")
-# of a definition that goes token by token, and of the far end of full attention
+# tokens for a definition that goes token by token, and at the far end of full attention
 TOKENS, TAIL = 256, 64
 
 
@@ -83,17 +83,17 @@ def named(peer: Peer, case: Case, result: object) -> dict[str, Tensor]:
     """Return the result of a run of `preparation` by name, as [B, heads, T, width].
 
     Raises:
-        WrongError: not of the right shape and dtype, or not finite.
+        WrongError: The results are not of the right shape and dtype, or not finite.
     """
     if isinstance(result, Tensor):
         found = {"out": result}
         _check_output(peer, case, result)
     elif isinstance(result, Sequence):
-        given = dict(zip(GRADIENTS, result, strict=False))
-        if missing := [name for name in GRADIENTS[:3] if given.get(name) is None]:
-            raise WrongError(f"{', '.join(missing)} must be given")
+        gradients = dict(zip(GRADIENTS, result, strict=False))
+        if missing := [name for name in GRADIENTS[:3] if gradients.get(name) is None]:
+            raise WrongError(f"{', '.join(missing)} must be tensors, got None")
         # a single segment reads no memory
-        found = {name: x for name, x in given.items() if x is not None}
+        found = {name: x for name, x in gradients.items() if x is not None}
     else:
         raise WrongError(f"the output must be a tensor, got {type(result).__name__}")
     for name, x in found.items():
@@ -143,7 +143,7 @@ def at_reduced_length(peer: Peer, case: Case, device: torch.device, gradients: b
     """Return the deviations of the output and every gradient.
 
     Raises:
-        WrongError: not of the right shape and dtype, or not finite.
+        WrongError: The results are not of the right shape and dtype, or not finite.
     """
     small, rule = reduced(peer, case), Rule(peer.update, peer.full, peer.definition)
     found = results(peer, small, _drawn(small, device), gradients)
@@ -165,11 +165,11 @@ def _allowed(peer: Peer, dtype: str, name: str, usual: float, far: bool = False)
     gates = GATES[dtype]
     gate = gates.outputs if name == "out" else gates.through_delta if peer.update == "delta" else gates.gradients
     eps = torch.finfo(DTYPES[dtype]).eps
-    # the gate's gradient is one number for each head, and its error as luck has it
+    # the gate's gradient is one number for each head, whose error is a matter of luck
     least = max(RATIO_FROM * gate, eps if name == "dgate" else eps / math.sqrt(12))
     if peer.ours:
         return TIMES * gate if far else gate
-    # over a long text roundings of a memory add up
+    # over a long text the roundings of a memory add up
     return TIMES * min(max(usual, least), FAR_MOST if far else 2 * gate)
 
 
@@ -302,10 +302,10 @@ def gated(peer: Peer, case: Case, device: torch.device, drawn: Drawn, gradients:
     """Return the worst deviations of both runs of the gate, and change the sign of v for the run to come.
 
     Raises:
-        WrongError: not of the right shape and dtype, or not finite.
+        WrongError: The results are not of the right shape and dtype, or not finite.
     """
     found = at_reduced_length(peer, case, device, gradients)
     far = at_the_far_end(peer, case, drawn, results(peer, case, drawn, gradients))
-    # who remembers this result, and returns it for the inputs to come, is wrong
+    # a peer that remembers this result is then wrong
     drawn.v.neg_()
     return worse(found, far)

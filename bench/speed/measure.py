@@ -1,4 +1,4 @@
-"""Waiting for a device, and the memory of one function on it."""
+"""What every measurement on a device needs: to wait for it, and the memory that a function takes."""
 
 from __future__ import annotations
 

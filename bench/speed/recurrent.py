@@ -1,4 +1,4 @@
-"""Who is measured at reading segments with a memory: ours, `recurrent-memory-transformer-pytorch`, and plain loops.
+"""Ways to read segments with a memory: ours, `recurrent-memory-transformer-pytorch`, and plain loops.
 
 All that stands in one group has the same weights, and computes the same loss, gradients and memory as its definition, a
 plain loop over the same layers. One row differs: in the group "Llama", the peer runs its own layers, of the same sizes.
@@ -43,9 +43,9 @@ DIRECTIONS = ("reading", "training step")
 class Provider(NamedTuple):
     """One way to read and to train, with its weights.
 
-    loss: ids [B, T] → mean cross-entropy of each next token, differentiable.
-    read: ids [B, T] → what is kept after the last segment.
-    parameters: what is trained, the memory tokens first.
+    loss: From ids [B, T] to the mean cross-entropy of each next token, differentiable.
+    read: From ids [B, T] to the memory after the last segment.
+    parameters: The trained parameters, the memory tokens first.
     """
 
     loss: Callable[[Tensor], Tensor]
@@ -58,7 +58,11 @@ Make = Callable[[Sizes, torch.device], Provider]
 
 @dataclass(frozen=True)
 class Entry:
-    """definition: computes the same from the same weights. tolerance: of `check`, in float32."""
+    """One way to read and to train, beside its definition.
+
+    definition: Computes the same from the same weights.
+    tolerance: Of `check`, in float32.
+    """
 
     make: Make
     definition: Make
@@ -99,7 +103,7 @@ def _ours(module: RecurrentMemory, parameters: Sequence[Tensor], sizes: Sizes, d
     with torch.no_grad():
         module.memory.copy_(first_memory(sizes, device))
     return Provider(
-        lambda ids: _given(module(ids, labels=ids).loss),
+        lambda ids: _loss_of(module(ids, labels=ids).loss),
         lambda ids: [module(ids, output_logits=False).state.memory],
         [module.memory, *parameters],
     )
@@ -132,7 +136,7 @@ def ours_associative(sizes: Sizes, device: torch.device, *, schedule: str) -> Pr
     """Return our ARMT around a Llama."""
     module = associative(sizes, device, schedule)
     return Provider(
-        lambda ids: _given(module(ids, labels=ids).loss),
+        lambda ids: _loss_of(module(ids, labels=ids).loss),
         lambda ids: [x for memory in module(ids, output_logits=False).state.memories for x in memory],
         [module.memory_tokens, *(x for x in trained(module) if x is not module.memory_tokens)],
     )
@@ -145,14 +149,14 @@ def loop_associative(sizes: Sizes, device: torch.device) -> Provider:
     return _provider(AssociativeLoop(module), parameters)
 
 
-def _given(loss: Tensor | None) -> Tensor:
+def _loss_of(loss: Tensor | None) -> Tensor:
     if loss is None:
         raise RuntimeError("a call with labels returned no loss")
     return loss
 
 
 PEER = "recurrent-memory-transformer-pytorch"
-# of each group the first is what the others are measured against
+# the first of each group is the baseline of the others
 GROUPS: Mapping[str, Mapping[str, Entry]] = {
     "layers of the peer": {
         PEER: Entry(peer, loop_peer),
@@ -169,7 +173,7 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
     "Llama, associative": {
         "plain loop": Entry(loop_associative, loop_associative),
         **{
-            # which divides by what the memory has of a key, however little
+            # ARMT divides by what the memory holds of a key, however little
             f"segattn {schedule}": Entry(
                 functools.partial(ours_associative, schedule=schedule), loop_associative, tolerance=1e-4
             )
@@ -186,7 +190,7 @@ def check(entry: Entry, sizes: Sizes, device: torch.device) -> float:
     if [x.shape for x in found] != [x.shape for x in expected]:
         return math.inf
     errors = [(x - y).norm() / y.norm().clamp(min=1e-30) for x, y in zip(found, expected, strict=True)]
-    # a NaN stays one
+    # the maximum with a NaN is NaN
     return float(torch.stack(errors).max())
 
 

@@ -1,4 +1,4 @@
-"""Who writes text after a long one: ours, the peer, and a Llama that keeps all keys and values.
+"""Ways to write text behind a long one: ours, the peer, and a Llama that keeps all keys and values.
 
 Ours keeps one segment's keys and values; the peer keeps none, and runs the segment again for each token.
 
@@ -30,30 +30,33 @@ from .recurrent_models import (
     peer_transformer,
 )
 
-# of the peer's sampling: one token is left to choose from
+# the threshold of the peer's sampling that leaves one token to choose from
 GREEDY = 1 - 0.5 / VOCABULARY
 TOLERANCE = 1e-4
 
 
 class Writer(NamedTuple):
-    """A reader of a text that goes on with it.
+    """A model that has read a text, and goes on with it.
 
-    write: the new tokens [B, n]; the same every time it is called.
-    kept_bytes: of what was kept of the text: memory, or keys and values.
+    write: Returns the new tokens [B, n], the same at every call.
+    kept_bytes: Of the text: memory, or keys and values.
     """
 
     write: Callable[[], Tensor]
     kept_bytes: int
 
 
-# (sizes, the text read before [B, S · L], the open segment [B, n], how many tokens to write)
+# from sizes, a text [B, S · L], the open segment behind it [B, n], and how many tokens to write
 Make = Callable[[Sizes, Tensor, Tensor, int], Writer]
 Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """definition: logits [B, T, vocabulary] of a text from the same weights, read at once."""
+    """One way to write, beside its definition.
+
+    definition: Returns the logits [B, T, vocabulary] of a text from the same weights, read at once.
+    """
 
     make: Make
     definition: Callable[[Sizes, torch.device], Logits]
@@ -113,7 +116,7 @@ def full(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
     @torch.no_grad()
     def write() -> Tensor:
         if added := cache.get_seq_length() - length:
-            # by an earlier call
+            # what an earlier call has added
             cache.crop(-added)
         ids, new = opened, []
         for _ in range(count):

@@ -18,13 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ...rmt.associative.memory import AssociativeMemory
 
 VOCABULARY = 256
-# of weights: memory then weighs enough for a wrong one to be found
+# of weights: the memory then weighs enough for a wrong one to show
 SPREAD = 0.08
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """B rows of S segments of L tokens, with m memory tokens; a model of so many layers, heads, and width."""
+    """B rows of S segments of L tokens, with m memory tokens, and the layers, heads and width of a model."""
 
     B: int
     S: int
@@ -69,9 +69,9 @@ SIZES = Sizes(B=1, S=8, L=128, m=16, layers=4, heads=2, width=128)
 class Backbone(NamedTuple):
     """The parts of a model that a plain loop needs.
 
-    embed: a segment's ids [B, n] → [B, n, d].
-    layers: rows [B, T, d] and the mask, bool [1, 1, T, T] → the last layer's, normed.
-    logits: [B, n, d] → [B, n, vocabulary].
+    embed: From a segment's ids [B, n] to [B, n, d].
+    layers: From rows [B, T, d] and the mask, bool [1, 1, T, T], to the last layer's rows, normed.
+    logits: From [B, n, d] to [B, n, vocabulary].
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -118,7 +118,7 @@ def peer_transformer(sizes: Sizes, device: torch.device) -> Any:
             next_write_mem_stop_grad=False,
             num_residual_streams=1,
         ).to(device)
-    # what it adds to the memory at either end; the memory itself is passed in
+    # the memory is passed in, and nothing added to it
     for added in (transformer.read_memory_emb, transformer.memory_tokens):
         nn.init.zeros_(added.requires_grad_(False))
     return transformer

@@ -25,7 +25,7 @@ from .rows import Row
 from .timing import Prepare, take_turns
 from .workloads import BOTH, Case, DecodeCase
 
-# the baseline's own turns, to which all ratios are
+# the turns of the baseline, the denominator of all ratios
 BESIDE = "beside"
 
 

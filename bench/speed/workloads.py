@@ -1,4 +1,4 @@
-"""What is timed, in `pytest bench/` and on a device: sizes of calls, in the order of importance."""
+"""Sizes of the calls that are timed, in the order of importance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 BOTH = "forward + backward"
 DIRECTIONS = ("forward", "backward", BOTH)
 
-# sizes given outright are "B,H,T,K,L"
+# of a workload "B,H,T,K,L"
 CALL_NUMBERS = 5
 OURS = ("segattn delta", "segattn linear", "segattn local")
 LOCAL = ("SDPA flash local", "SDPA cuDNN local")
@@ -29,7 +29,9 @@ SLOW = ("segattn delta", "SDPA flash local", "FlexAttention local", "compiled to
 class Case:
     """B rows of text of T tokens, K = V.
 
-    seconds: of timing for each direction, within the bounds on rounds; limit: of the whole case; counted: launches too.
+    seconds: Of timing for each direction, within the bounds on rounds.
+    limit: Seconds of the whole case.
+    counted: Count launches too.
     """
 
     name: str
@@ -59,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """One new token for each of B rows, behind `context` tokens, of which the unfinished segment's are the tail."""
+    """One new token for each of B rows, behind `context` tokens; the unfinished segment's tokens are the tail."""
 
     name: str
     B: int
@@ -73,7 +75,7 @@ class DecodeCase:
 
     @property
     def tail(self) -> int:
-        """Tokens of the unfinished segment, the new one among them: the most there can be behind that context."""
+        """Tokens of the unfinished segment, with the new one: the most that there can be behind the context."""
         return min(self.context, self.L - 1)
 
     def sizes(self) -> Sizes:
@@ -98,7 +100,7 @@ def _case(time: int, segment_len: int, width: int, peers: tuple[str, ...], note:
 
 
 def _sweep(time: int, width: int, segment_len: int) -> Case:
-    # full attention to one million tokens is minutes
+    # full attention to one million tokens takes minutes
     full = ("SDPA flash full",) if time <= 1 << 18 else ()
     local = SOME if time <= 1 << 18 else ("segattn delta", "segattn linear", "SDPA flash local")
     return _case(time, segment_len, width, (*local, *full), seconds=1.0)
@@ -128,7 +130,7 @@ DECODES: tuple[DecodeCase, ...] = tuple(
     for context in (4 << 10, 64 << 10, 1 << 20, 1 << 10)
 )
 
-# of `pytest bench/`: every peer, but those that are the same as another on a CPU, or compile for minutes
+# peers of `pytest bench/`: all but those that are the same as another on a CPU, or compile for minutes
 ANYWHERE = (
     "SDPA flash local",
     "SDPA cuDNN local",

@@ -19,7 +19,7 @@ SCALE = 10.0
 
 
 class MemorizingState(NamedTuple):
-    """cache: as of Transformer-XL. stored: keys of length 1, not turned, and values, of the segments read."""
+    """The cache of Transformer-XL, and the store: keys of length 1, before rotary embedding, and values."""
 
     cache: Kept
     stored: Kept

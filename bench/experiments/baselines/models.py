@@ -23,7 +23,7 @@ from .transformer_xl import TransformerXL
 
 @dataclass(frozen=True)
 class BaselineSetup(Setup):
-    """Sizes and recipe of all, and what is particular to one.
+    """The sizes and the recipe of all models, and the sizes of some.
 
     cached: tokens in the caches of Transformer-XL and Memorizing Transformers.
     memory_tokens: of RMT.
@@ -46,7 +46,11 @@ class BaselineSetup(Setup):
 
 
 class Baseline(NamedTuple):
-    """build: an untrained model, given a seed. read: rows, and the state before → logits, and the state after."""
+    """One model that is compared.
+
+    build: From a setup and a seed to an untrained model.
+    read: From rows and the state before them to the logits and the state after.
+    """
 
     build: Callable[[BaselineSetup, int], nn.Module]
     read: Callable[[Any, Tensor, Any], tuple[Tensor, Any]]

@@ -42,7 +42,10 @@ class Tokens(NamedTuple):
 
 
 class Attention(nn.Module, ABC):
-    """A layer's attention in place of softmax over the whole sequence; its state is a value, None before the first token."""
+    """A layer's attention in place of softmax over the whole sequence.
+
+    Its state is a value; None before the first token.
+    """
 
     @abstractmethod
     def attend(self, tokens: Tokens, state: Any) -> Tensor:
@@ -54,7 +57,7 @@ class Attention(nn.Module, ABC):
 
 
 class ReadState(NamedTuple):
-    """What was read: how many tokens, and the state of every layer."""
+    """The number of tokens read, and the state of every layer."""
 
     tokens: int
     layers: tuple[Any, ...]
@@ -62,7 +65,7 @@ class ReadState(NamedTuple):
 
 @dataclass(eq=False)
 class Pass:
-    """One pass over the layers: the states that they begin with, and those that they leave, by layer."""
+    """One pass over the layers, with the states before and after it, by layer."""
 
     before: tuple[Any, ...]
     after: dict[int, Any] = field(default_factory=dict)
