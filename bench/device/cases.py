@@ -75,7 +75,6 @@ def measure_decode(
 ) -> Rows:
     """Return the rows of one step by each decoder, as it is called and replayed from CUDA graphs."""
     decoders = {name: decode_calls.DECODERS[name](case, device) for name in DECODED}
-    baseline = decoders[EAGER]
     admissions: dict[str, Admission] = {}
     for name in DECODED:
         note({"at": name})
@@ -89,7 +88,7 @@ def measure_decode(
             decoders |= {f"{name} graph": graph} if graph else {}
     note({"at": None})
     clock: dict[str, Any] = {"rounds": (3, 100) if device.type == "cuda" else (1, 1), "seconds": 1.0}
-    rows = time_steps(case, decoders, admissions, (EAGER, baseline), device, peak=peak, **clock)
+    rows = time_steps(case, decoders, admissions, EAGER, device, peak=peak, **clock)
     return as_json(marked(rows))
 
 

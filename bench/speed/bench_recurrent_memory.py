@@ -21,8 +21,7 @@ from segattn.bench.speed.measure import peak_bytes
 from segattn.bench.speed.recurrent import DIRECTIONS, GROUPS, check, step
 from segattn.bench.speed.recurrent_models import SIZES, Sizes
 from segattn.bench.speed.rows import Row
-from segattn.bench.speed.suite import by_turns
-from segattn.bench.speed.timing import Prepare
+from segattn.bench.speed.suite import Contender, by_turns
 from segattn.bench.speed.workloads import CALL_NUMBERS
 
 pytestmark = pytest.mark.benchmark(timer=fixture.replayed)
@@ -69,7 +68,8 @@ def test_step(
     run = step(entry.make(sizes, device), ids, direction)
     beside = step(GROUPS[group][baseline].make(sizes, device), ids, direction)
     row = replace(row, memory=peak_bytes(run, device), errors={"out": error})
-    row = timed(row, lambda copy: run, lambda copy: beside, device, rounds)
+    contender = Contender(row, lambda copy: run)
+    (row,) = by_turns([contender], lambda copy: beside, device, rounds=bounds(rounds), seconds=math.inf)
     fixture.finish(with_speed(row, ids.numel()), benchmark, keep)
 
 
@@ -97,24 +97,14 @@ def test_generation(
     beside = generation.WRITERS[baseline].make(sizes, text, opened, sizes.L).write
     facts = {"segments": segments}
     row = replace(row, memory=writer.kept_bytes, errors={"out": error}, facts=facts)
-    row = timed(
-        row, lambda copy: writer.write, lambda copy: beside, device, min(GENERATION_ROUNDS, rounds), expected=new
-    )
+
+    def wrong(copy: int, result: object) -> str:
+        return "" if isinstance(result, torch.Tensor) and torch.equal(result, new) else "other tokens"
+
+    contender = Contender(row, lambda copy: writer.write, wrong=wrong)
+    most = bounds(min(GENERATION_ROUNDS, rounds))
+    (row,) = by_turns([contender], lambda copy: beside, device, rounds=most, seconds=math.inf)
     fixture.finish(with_speed(row, new.numel()), benchmark, keep)
-
-
-def timed(
-    row: Row, run: Prepare, beside: Prepare, device: torch.device, rounds: int, expected: torch.Tensor | None = None
-) -> Row:
-    """Return the row with its times; wrong where the last round's tokens are not the expected ones."""
-
-    def wrong(name: str, copy: int, result: object) -> str:
-        is_right = expected is None or (isinstance(result, torch.Tensor) and torch.equal(result, expected))
-        return "" if is_right else "other tokens"
-
-    rows, prepares = {row.provider: row}, {row.provider: run}
-    (row,) = by_turns(rows, prepares, beside, device, wrong=wrong, rounds=bounds(rounds), seconds=math.inf)
-    return row
 
 
 def with_speed(row: Row, tokens: int) -> Row:

@@ -91,9 +91,9 @@ def test_decode(
         gate = admit_step(decoder, allowed_in_decoding(provider, decode.dtype), device)
     (row,) = time_steps(
         decode,
-        {provider: decoder},
+        {GROWING_CACHE: baseline, provider: decoder},
         {provider: gate},
-        (GROWING_CACHE, baseline),
+        GROWING_CACHE,
         device,
         peak=peak_here(device),
         # a step is short

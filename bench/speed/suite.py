@@ -8,9 +8,9 @@ the same functions in a process that may die, and writes the same JSON.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,47 +29,59 @@ from .workloads import BOTH, Case, DecodeCase
 BESIDE = "beside"
 
 
+class Contender(NamedTuple):
+    """What takes turns with a baseline.
+
+    row: Without times yet.
+    alter: Changes a copy's inputs before the last round, so that a remembered result is seen.
+    wrong: From a copy and the last round's result to what is wrong with the result; nothing where it is right.
+    work: What a run must spend, for its share of the floor.
+    added: Milliseconds to add to every round.
+    """
+
+    row: Row
+    prepare: Prepare
+    alter: Callable[[int], object] = lambda copy: None
+    wrong: Callable[[int, object], str] = lambda copy, result: ""
+    work: Work | None = None
+    added: float = 0.0
+
+
 def by_turns(
-    rows: Mapping[str, Row],
-    prepares: Mapping[str, Prepare],
-    baseline: Prepare,
-    device: torch.device,
-    *,
-    wrong: Callable[[str, int, object], str] = lambda name, copy, result: "",
-    alter: Callable[[str, int], object] = lambda name, copy: None,
-    added: Mapping[str, float] | None = None,
-    **clock: Any,
+    contenders: Sequence[Contender], baseline: Prepare, device: torch.device, *, peak: Peak | None = None, **clock: Any
 ) -> list[Row]:
-    """Return the rows with the times of `prepares`, which take turns with the baseline.
+    """Return the contenders' rows with their times, by turns with the baseline's, or why they have none.
 
     Args:
-        wrong: From a name, a copy of the inputs and the result of the last round to what is wrong with that result.
-        alter: Changes a copy's inputs before a function's last round, so that a remembered result is seen.
-        added: Milliseconds to add to every round, by name.
+        peak: The device's, for shares of the floor.
         clock: `copies`, `seconds`, `rounds` and `warm_up` of `take_turns`.
     """
+    known = {x.row.provider: x for x in contenders}
     complaints: dict[str, str] = {}
 
-    def look(name: str, copy: int, result: object) -> None:
-        if name != BESIDE:
-            complaints[name] = wrong(name, copy, result)
+    def alter(name: str, copy: int) -> None:
+        if name in known:
+            known[name].alter(copy)
 
+    def look(name: str, copy: int, result: object) -> None:
+        if name in known:
+            complaints[name] = known[name].wrong(copy, result)
+
+    prepares = {BESIDE: baseline} | {name: x.prepare for name, x in known.items()}
     try:
-        times = take_turns({BESIDE: baseline, **prepares}, device, before_last=alter, after_last=look, **clock)
+        times = take_turns(prepares, device, before_last=alter, after_last=look, **clock)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return [row.refused("out of memory") if name in prepares else row for name, row in rows.items()]
-    timed = []
-    for name, row in rows.items():
-        if name not in prepares:
-            timed.append(row)
-        elif complaints[name]:
-            timed.append(row.refused("wrong", f"in the last timed round: {complaints[name]}"))
-        else:
-            more = (added or {}).get(name, 0.0)
-            timed.append(row.timed([x + more for x in times[name]], times[BESIDE]))
-    return timed
+        return [x.row.refused("out of memory") for x in contenders]
+    rows = []
+    for name, contender in known.items():
+        if complaints[name]:
+            rows.append(contender.row.refused("wrong", f"in the last timed round: {complaints[name]}"))
+            continue
+        row = contender.row.timed([x + contender.added for x in times[name]], times[BESIDE])
+        rows.append(replace(row, facts={**row.facts, **floor_facts(contender.work, row, peak)}))
+    return rows
 
 
 def floor_facts(work: Work | None, row: Row, peak: Peak | None) -> dict[str, Any]:
@@ -102,6 +114,14 @@ def work_of(peer: Peer, sizes: Sizes, direction: str) -> Work | None:
     return {"forward": forward, "backward": backward, BOTH: forward + backward}[direction]
 
 
+def admitted_row(row: Row, admission: Admission) -> Row:
+    """Return the row with what the gate says of it; refused, where the gate does not say that it is right."""
+    facts = dict(admission.measured.get(row.direction, {}))
+    memory = facts.pop("peak_bytes", row.memory)
+    row = replace(row, errors=admission.errors, facts={**row.facts, **facts}, memory=memory)
+    return row if admission.status == "right" else row.refused(admission.status, admission.reason)
+
+
 def call_row(case: Case, direction: str, name: str) -> Row:
     """Return the row of a peer before anything is known of it."""
     return Row(f"{case.name} {case.dtype}, {direction}", name, BASELINE, direction, case.as_json())
@@ -113,49 +133,30 @@ def time_calls(
     admissions: Mapping[str, Admission],
     drawn: list[Drawn],
     device: torch.device,
-    *,
-    peak: Peak | None = None,
     peers: Mapping[str, Peer] = PEERS,
     **clock: Any,
 ) -> list[Row]:
     """Return a row for each peer in `admissions`: its times by turns with the baseline's, or why it has none.
 
     Args:
-        peak: The device's, for shares of the floor.
-        clock: `seconds`, `rounds` and `warm_up` of `take_turns`.
+        clock: `peak`, and all but the copies of what `by_turns` takes.
     """
-    rows = {name: admitted_row(call_row(case, direction, name), x) for name, x in admissions.items()}
-    right = [name for name, admission in admissions.items() if admission.status == "right"]
-    if not right:
-        return list(rows.values())
 
-    def wrong(name: str, copy: int, result: object) -> str:
-        peer = peers[name]
-        try:
-            return complaint(at_the_far_end(peer, case, drawn[copy], named(peer, case, result)))
-        except WrongError as error:
-            return str(error)
+    def contender(row: Row) -> Contender:
+        peer = peers[row.provider]
 
-    timed = by_turns(
-        rows,
-        {name: preparation(peers[name], case, drawn, direction) for name in right},
-        preparation(PEERS[BASELINE], case, drawn, direction),
-        device,
-        wrong=wrong,
-        alter=lambda name, copy: drawn[copy].v.neg_(),
-        copies=len(drawn),
-        **clock,
-    )
-    works = {name: work_of(peers[name], case.sizes(), direction) for name in right}
-    return [replace(x, facts={**x.facts, **floor_facts(works.get(x.provider), x, peak)}) for x in timed]
+        def wrong(copy: int, result: object) -> str:
+            try:
+                return complaint(at_the_far_end(peer, case, drawn[copy], named(peer, case, result)))
+            except WrongError as error:
+                return str(error)
 
+        prepare, work = preparation(peer, case, drawn, direction), work_of(peer, case.sizes(), direction)
+        return Contender(row, prepare, lambda copy: drawn[copy].v.neg_(), wrong, work)
 
-def admitted_row(row: Row, admission: Admission) -> Row:
-    """Return the row with what the gate says of it."""
-    facts = dict(admission.measured.get(row.direction, {}))
-    memory = facts.pop("peak_bytes", row.memory)
-    row = replace(row, errors=admission.errors, facts={**row.facts, **facts}, memory=memory)
-    return row if admission.status == "right" else row.refused(admission.status, admission.reason)
+    rows = [admitted_row(call_row(case, direction, name), x) for name, x in admissions.items()]
+    baseline = preparation(PEERS[BASELINE], case, drawn, direction)
+    return _with_times(rows, contender, baseline, device, copies=len(drawn), **clock)
 
 
 def step_row(case: DecodeCase, name: str, baseline: str) -> Row:
@@ -163,56 +164,46 @@ def step_row(case: DecodeCase, name: str, baseline: str) -> Row:
     return Row(f"{case.name} {case.dtype}", name, baseline, "decode", case.as_json())
 
 
+@torch.no_grad()
 def time_steps(
     case: DecodeCase,
     decoders: Mapping[str, Decoder],
     admissions: Mapping[str, Admission],
-    baseline: tuple[str, Decoder],
+    baseline: str,
     device: torch.device,
-    *,
-    peak: Peak | None = None,
     **clock: Any,
 ) -> list[Row]:
     """Return a row for each decoder in `admissions`, its part of writing a segment into the memory included.
 
     Args:
-        decoders: At least those that are right.
-        baseline: The decoder that all take turns with, and its name.
-        peak, clock: As of `time_calls`.
+        decoders: The baseline, and at least those that are right.
+        clock: As of `time_calls`.
     """
-    rows = {name: admitted_row(step_row(case, name, baseline[0]), x) for name, x in admissions.items()}
-    right = {name: decoders[name] for name, admission in admissions.items() if admission.status == "right"}
-    if not right:
-        return list(rows.values())
 
     def prepare(decoder: Decoder) -> Prepare:
         return lambda copy: functools.partial(decoder.run, copy % decoder.copies)
 
-    def alter(name: str, copy: int) -> None:
-        decoder = right.get(name, baseline[1])
-        decoder.alter(copy % decoder.copies)
+    def contender(row: Row) -> Contender:
+        decoder, allowed = decoders[row.provider], allowed_in_decoding(row.provider, case.dtype)
 
-    def wrong(name: str, copy: int, result: object) -> str:
-        error = right[name].error(copy % right[name].copies, result)
-        allowed = allowed_in_decoding(name, case.dtype)
-        return "" if error <= allowed else f"relative error of {error:.1e} (at most {allowed:.1e})"
+        def wrong(copy: int, result: object) -> str:
+            error = decoder.error(copy % decoder.copies, result)
+            return "" if error <= allowed else f"relative error of {error:.1e} (at most {allowed:.1e})"
 
-    with torch.no_grad():
-        folds = {name: decoder.fold_ms(case.L, device) for name, decoder in right.items()}
-        rows |= {
-            name: replace(rows[name], memory=x.kept_bytes, facts={**rows[name].facts, "fold_ms": folds[name]})
-            for name, x in right.items()
-        }
-        timed = by_turns(
-            rows,
-            {name: prepare(decoder) for name, decoder in right.items()},
-            prepare(baseline[1]),
-            device,
-            wrong=wrong,
-            alter=alter,
-            added=folds,
-            copies=max(x.copies for x in (*right.values(), baseline[1])),
-            **clock,
-        )
-    works = {name: decoder.work for name, decoder in right.items()}
-    return [replace(x, facts={**x.facts, **floor_facts(works.get(x.provider), x, peak)}) for x in timed]
+        fold = decoder.fold_ms(case.L, device)
+        row = replace(row, memory=decoder.kept_bytes, facts={**row.facts, "fold_ms": fold})
+        alter = lambda copy: decoder.alter(copy % decoder.copies)  # noqa: E731
+        return Contender(row, prepare(decoder), alter, wrong, decoder.work, fold)
+
+    rows = [admitted_row(step_row(case, name, baseline), x) for name, x in admissions.items()]
+    copies = max(x.copies for x in decoders.values())
+    return _with_times(rows, contender, prepare(decoders[baseline]), device, copies=copies, **clock)
+
+
+def _with_times(
+    rows: Sequence[Row], contender: Callable[[Row], Contender], baseline: Prepare, device: torch.device, **clock: Any
+) -> list[Row]:
+    """Return the rows, those that are not refused with their times."""
+    refused = [row for row in rows if row.status != "timed"]
+    contenders = [contender(row) for row in rows if row.status == "timed"]
+    return refused + (by_turns(contenders, baseline, device, **clock) if contenders else [])

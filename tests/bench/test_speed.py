@@ -21,6 +21,7 @@ pytest.importorskip("pytest_benchmark", reason="needs segattn[bench]")
 pytest.importorskip("infini_transformer_pytorch", reason="needs segattn[bench]")
 
 from segattn.bench import conftest
+from segattn.bench.planner import floors
 from segattn.bench.speed import attention_calls, bench_segment_attention, decode_calls, fixture, workloads
 from segattn.bench.speed.admission import Admission
 from segattn.bench.speed.bench_segment_attention import admitted, drawn_for
@@ -30,7 +31,7 @@ from segattn.bench.speed.measure import peak_bytes
 from segattn.bench.speed.peers import BASELINE, PEERS, Peer, from_segments, to_segments
 from segattn.bench.speed.prepared import draw, preparation
 from segattn.bench.speed.rows import Row, as_json, from_json, marked, stats_of, table
-from segattn.bench.speed.suite import by_turns
+from segattn.bench.speed.suite import Contender, by_turns
 from segattn.bench.speed.timing import Times, take_turns
 from segattn.bench.speed.workloads import BOTH, DIRECTIONS, Case, DecodeCase
 
@@ -321,18 +322,30 @@ def test_the_last_round_begins_when_the_time_is_over() -> None:
 
 
 def test_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"beside": [1.0, 2.0, 4.0], "ours": [2.0, 4.0, 12.0]}
-    monkeypatch.setattr(
-        "segattn.bench.speed.suite.take_turns",
-        lambda prepares, device, after_last, **clock: ([after_last(name, 0, None) for name in prepares], times)[1],
+    times = {"beside": [1.0, 2.0, 4.0], "ours": [2.0, 4.0, 12.0], "theirs": [1.0, 1.0, 1.0]}
+
+    def turns(prepares: Any, device: Any, *, after_last: Any, **clock: Any) -> dict[str, list[float]]:
+        for name in prepares:
+            after_last(name, 0, name)
+        return times
+
+    monkeypatch.setattr("segattn.bench.speed.suite.take_turns", turns)
+    ours, theirs = (
+        Contender(
+            Row("g", name, "base", "forward"),
+            lambda copy: lambda: None,
+            wrong=lambda copy, result: "another" if result == "theirs" else "",
+            work=floors.Work(6_000_000, 12_000),
+            added=1.0,
+        )
+        for name in ("ours", "theirs")
     )
-    rows = {name: Row("g", name, "base", "forward") for name in ("ours", "theirs")}
-    rows["theirs"] = rows["theirs"].refused("skipped", "needs a GPU")
-    run = lambda copy: lambda: None  # noqa: E731
-    timed, skipped = by_turns(rows, {"ours": run}, run, CPU, added={"ours": 1.0})
+    timed, refused = by_turns([ours, theirs], lambda copy: lambda: None, CPU, peak=floors.Peak(1e10, 1e10))
     assert timed.ratio == Times.of([3.0, 2.5, 13 / 4])
     assert timed.seconds == [0.003, 0.005, 0.013]
-    assert skipped == rows["theirs"]
+    assert timed.facts["tflops"] == pytest.approx(6e6 / 5e-3 / 1e12)
+    assert timed.facts["floor_share"] == pytest.approx(0.6 / 5)
+    assert (refused.status, refused.reason, refused.ratio) == ("wrong", "in the last timed round: another", None)
 
 
 def test_rows_are_read_as_they_were_written() -> None:
