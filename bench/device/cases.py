@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from ..planner.floors import Peak
-from ..speed import decode_calls
 from ..speed.admission import NOTHING, Admission, admit, admit_step, check_device
 from ..speed.attention_calls import has_kernels
-from ..speed.decode_calls import EAGER, Decoder, allowed_in_decoding, in_graphs
+from ..speed.decode_calls import DECODERS, Decoder, allowed_in_decoding, in_graphs, names_of
 from ..speed.machine import plain
 from ..speed.peers import PEERS, Peer
 from ..speed.prepared import draw
@@ -23,8 +22,6 @@ from ..speed.workloads import Case, DecodeCase
 Note = Callable[[dict[str, Any]], None]
 Rows = dict[str, list[dict[str, Any]]]
 
-# a cache that grows has no room for the longest texts
-DECODED = ("segattn delta", EAGER)
 NO_KERNELS = "the kernels need a GPU, or TRITON_INTERPRET=1 before Python starts"
 NO_GRAPHS = Admission("skipped", "no GPU")
 
@@ -74,9 +71,10 @@ def measure_decode(
     case: DecodeCase, device: torch.device, peak: Peak | None, note: Note, excluded: Mapping[str, str] = NOTHING
 ) -> Rows:
     """Return the rows of one step by each decoder, as it is called and replayed from CUDA graphs."""
-    decoders = {name: decode_calls.DECODERS[name](case, device) for name in DECODED}
+    names = names_of(case)
+    decoders = {name: DECODERS[name](case, device) for name in names}
     admissions: dict[str, Admission] = {}
-    for name in DECODED:
+    for name in names:
         note({"at": name})
         allowed = allowed_in_decoding(name, case.dtype)
         if name.startswith("segattn") and not has_kernels(device):
@@ -88,7 +86,7 @@ def measure_decode(
             decoders |= {f"{name} graph": graph} if graph else {}
     note({"at": None})
     clock: dict[str, Any] = {"rounds": (3, 100) if device.type == "cuda" else (1, 1), "seconds": 1.0}
-    rows = time_steps(case, decoders, admissions, EAGER, device, peak=peak, **clock)
+    rows = time_steps(case, decoders, admissions, names[0], device, peak=peak, **clock)
     return as_json(marked(rows))
 
 

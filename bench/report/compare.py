@@ -37,7 +37,6 @@ LEAST = 1.03
 # more noise would hide a regression that must not be missed
 MOST = 1.25
 MEMORY = 1.01
-OURS = ("segattn", "torch backend", "compiled torch")
 REGRESSIONS = ("SLOWER", "lost", "MORE MEMORY", "DIFFERS")
 UNCLEAR = ("cannot tell", "not in B")
 
@@ -125,7 +124,7 @@ def changes(before: Result, after: Result, again: Result | None = None) -> Itera
     for key, first in old.items():
         if first.ratio is None:
             continue
-        what, is_ours = f"{key.provider}: {key.group}", key.provider.startswith(OURS)
+        what, is_ours = f"{key.provider}: {key.group}", first.is_ours
         second = new.get(key)
         if second is None:
             # a provider that is gone, or sizes that were not measured

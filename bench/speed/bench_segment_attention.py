@@ -3,6 +3,9 @@
 Every round runs the baseline right before or after the provider, in turns; the ratio is the median over such pairs,
 which holds when the machine's speed drifts, and the baseline's own ratio is the noise. A wrong provider fails and is
 not timed; one that cannot run here is skipped; the table names both. `--benchmark-json FILE` keeps everything.
+
+To add a provider, add an entry to `PEERS` in peers.py, and its name to the cases in workloads.py; to add a size, add a
+case there.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from segattn.bench.speed import fixture
 from segattn.bench.speed.admission import Admission, admit, admit_step
-from segattn.bench.speed.decode_calls import DECODERS, GROWING_CACHE, allowed_in_decoding
+from segattn.bench.speed.decode_calls import DECODERS, allowed_in_decoding, names_of
 from segattn.bench.speed.fixture import Keep, bounds
 from segattn.bench.speed.machine import peak_here
 from segattn.bench.speed.peers import PEERS
@@ -38,7 +41,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rows = [(case, direction, name) for case in cases for direction in case.directions for name in case.peers]
         metafunc.parametrize(("case", "direction", "provider"), rows, ids=lambda x: getattr(x, "name", x))
     elif "decode" in metafunc.fixturenames:
-        metafunc.parametrize("decode", decodes, ids=lambda x: x.name)
+        steps = [(decode, name) for decode in decodes for name in names_of(decode)]
+        metafunc.parametrize(("decode", "provider"), steps, ids=lambda x: getattr(x, "name", x))
 
 
 @functools.lru_cache(maxsize=1)
@@ -75,7 +79,6 @@ def test_speed(
     fixture.finish(row, benchmark, keep)
 
 
-@pytest.mark.parametrize("provider", DECODERS)
 def test_decode(
     decode: DecodeCase,
     provider: str,
@@ -86,14 +89,15 @@ def test_decode(
     seconds: float,
 ) -> None:
     """Time one token's step, and for ours its part of writing a segment into the memory."""
-    with fixture.enough_memory(step_row(decode, provider, GROWING_CACHE), benchmark, keep):
-        decoder, baseline = (DECODERS[name](decode, device) for name in (provider, GROWING_CACHE))
-        gate = admit_step(decoder, allowed_in_decoding(provider, decode.dtype), device)
+    baseline = names_of(decode)[0]
+    with fixture.enough_memory(step_row(decode, provider, baseline), benchmark, keep):
+        decoders = {name: DECODERS[name](decode, device) for name in {baseline, provider}}
+        gate = admit_step(decoders[provider], allowed_in_decoding(provider, decode.dtype), device)
     (row,) = time_steps(
         decode,
-        {GROWING_CACHE: baseline, provider: decoder},
+        decoders,
         {provider: gate},
-        GROWING_CACHE,
+        baseline,
         device,
         peak=peak_here(device),
         # a step is short

@@ -234,6 +234,14 @@ GROWING_CACHE = "SDPA, growing cache"
 EAGER = "eager delta"
 DECODERS: Mapping[str, Callable[[DecodeCase, torch.device], Decoder]] = {
     GROWING_CACHE: growing_cache,
-    "segattn delta": functools.partial(_of_a_segment, eager=False),
     EAGER: functools.partial(_of_a_segment, eager=True),
+    "segattn delta": functools.partial(_of_a_segment, eager=False),
 }
+# bytes of keys and values beyond which no cache grows; in float64 they are four times as many
+ROOM = 8 << 30
+
+
+def names_of(case: DecodeCase) -> tuple[str, ...]:
+    """Return the decoders that have room for a case, the baseline first."""
+    names = tuple(DECODERS)
+    return names if case.text_bytes <= ROOM else names[1:]

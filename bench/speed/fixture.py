@@ -15,8 +15,6 @@ from .rows import Row
 Keep = Callable[[Row], None]
 LEAST_ROUNDS = 3
 
-# a failure of these is an error, and of others a limit
-OURS = ("segattn", "torch backend", "compiled torch")
 
 _readings: deque[float] = deque()
 
@@ -47,7 +45,7 @@ def finish(row: Row, benchmark: BenchmarkFixture, keep: Keep) -> None:
     keep(row)
     benchmark.group = row.group
     benchmark.extra_info |= row.extra_info()
-    if row.status == "wrong" or (row.status == "failed" and row.provider.startswith(OURS)):
+    if row.status == "wrong" or (row.status == "failed" and row.is_ours):
         pytest.fail(f"{row.provider} is {row.status}, and is not timed: {row.reason}", pytrace=False)
     if row.status != "timed":
         pytest.skip(row.reason or row.status)

@@ -16,6 +16,8 @@ from .workloads import BOTH
 
 # the 20th to the 80th percentile of a ratio, over its median, beyond which a row is noisy
 WIDE = 0.25
+# this package: a failure of these is an error, and of others a limit
+OURS = ("segattn", "torch backend", "compiled torch")
 # directions whose memory is what is kept of the text, not the peak
 KEEPING = ("decode", "generation")
 # keys of `extra_info` with a field of their own
@@ -60,6 +62,11 @@ class Row:
     noisy: str = ""
     seconds: Sequence[float] = ()
     device: str = ""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the provider is this package."""
+        return self.provider.startswith(OURS)
 
     @property
     def dtype(self) -> str:

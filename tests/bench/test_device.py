@@ -141,10 +141,13 @@ def test_right_peers_are_timed_beside_their_floors(document: dict[str, Any]) -> 
 def test_decode_is_measured_and_holds_the_same_at_every_context(document: dict[str, Any]) -> None:
     for case in TINY_DECODES:
         found = timed_in(document, case.name, "decode")
-        assert set(found) == {"segattn delta", "eager delta"}
+        assert set(found) == {"SDPA, growing cache", "segattn delta", "eager delta"}
         assert refused_in(document, case.name, "decode")["segattn delta graph"] == ("skipped", "no GPU")
         # a segment of 32 keys and values of width 16; a memory of 16 by 16 and a normaliser
-        assert {x["kept_bytes"] for x in found.values()} == {(2 * 32 * 16 + 16 * 17) * 4}
+        kept = {name: x["kept_bytes"] for name, x in found.items()}
+        assert kept["segattn delta"] == kept["eager delta"] == (2 * 32 * 16 + 16 * 17) * 4
+        assert kept["SDPA, growing cache"] == 2 * case.context * 16 * 4
+        assert {x["baseline"] for x in found.values()} == {"SDPA, growing cache"}
         ours = found["segattn delta"]
         assert ours["ms"] > ours["fold_ms"] > 0
         assert ours["errors"]["out"] < 2e-6

@@ -26,7 +26,15 @@ from segattn.bench.speed import attention_calls, bench_segment_attention, decode
 from segattn.bench.speed.admission import Admission
 from segattn.bench.speed.bench_segment_attention import admitted, drawn_for
 from segattn.bench.speed.correctness import at_reduced_length, at_the_far_end, complaint, gated, results
-from segattn.bench.speed.decode_calls import DECODERS, draw_step, step_by_reference, step_eager
+from segattn.bench.speed.decode_calls import (
+    DECODERS,
+    EAGER,
+    GROWING_CACHE,
+    draw_step,
+    names_of,
+    step_by_reference,
+    step_eager,
+)
 from segattn.bench.speed.measure import peak_bytes
 from segattn.bench.speed.peers import BASELINE, PEERS, Peer, from_segments, to_segments
 from segattn.bench.speed.prepared import draw, preparation
@@ -602,9 +610,22 @@ def test_suites_name_providers_that_there_are(device: str) -> None:
     calls, steps = workloads.suite(device)
     assert all(set(case.peers) <= set(PEERS) and case.T % case.L == 0 for case in calls)
     assert len({case.name for case in calls}) == len(calls)
-    assert {case.dtype for case in (*calls, *steps)} == {"bfloat16" if device == "cuda" else "float32"}
-    assert {x.dtype for x in workloads.suite(device, "float16")[0]} == {"float16"}
+    assert {case.dtype for case in (*calls, *steps)} == ({"bfloat16", "float16"} if device == "cuda" else {"float32"})
+    chosen = workloads.suite(device, "float16")[0]
+    assert {x.dtype for x in chosen} == {"float16"}
+    assert len({case.name for case in chosen}) == len(chosen)
     # of the sweep, its lengths double
     lengths = [case.T for case in calls if case.name.endswith("by length")]
     assert len(lengths) >= 4
     assert all(y == 2 * x for x, y in itertools.pairwise(lengths))
+    if device == "cuda":
+        assert (calls, steps) == (workloads.CASES, workloads.DECODES)
+
+
+def test_a_cache_that_has_no_room_does_not_grow() -> None:
+    names = {case: names_of(case) for case in workloads.DECODES}
+    assert {case.context for case, found in names.items() if case.B == 1 and found[0] == GROWING_CACHE} == {
+        1 << 10, 4 << 10, 64 << 10, 1 << 20,
+    }  # fmt: skip
+    assert {case.context for case, found in names.items() if case.B == 64 and found[0] == EAGER} == {64 << 10, 1 << 20}
+    assert all(found[-2:] == (EAGER, "segattn delta") for found in names.values())
