@@ -122,9 +122,15 @@ def admitted_row(row: Row, admission: Admission) -> Row:
     return row if admission.status == "right" else row.refused(admission.status, admission.reason)
 
 
-def call_row(case: Case, direction: str, name: str) -> Row:
+def baseline_of(admissions: Mapping[str, Admission], usual: str) -> str:
+    """Return the usual baseline; where the gate refuses it, the first provider that the gate does not refuse."""
+    right = [name for name, admission in admissions.items() if admission.status == "right"]
+    return right[0] if right and usual in admissions and usual not in right else usual
+
+
+def call_row(case: Case, direction: str, name: str, baseline: str = BASELINE) -> Row:
     """Return the row of a peer before anything is known of it."""
-    return Row(f"{case.name} {case.dtype}, {direction}", name, BASELINE, direction, case.as_json())
+    return Row(f"{case.name} {case.dtype}, {direction}", name, baseline, direction, case.as_json())
 
 
 def time_calls(
@@ -154,9 +160,10 @@ def time_calls(
         prepare, work = preparation(peer, case, drawn, direction), work_of(peer, case.sizes(), direction)
         return Contender(row, prepare, lambda copy: drawn[copy].v.neg_(), wrong, work)
 
-    rows = [admitted_row(call_row(case, direction, name), x) for name, x in admissions.items()]
-    baseline = preparation(PEERS[BASELINE], case, drawn, direction)
-    return _with_times(rows, contender, baseline, device, copies=len(drawn), **clock)
+    baseline = baseline_of(admissions, BASELINE)
+    rows = [admitted_row(call_row(case, direction, name, baseline), x) for name, x in admissions.items()]
+    beside = preparation(peers[baseline], case, drawn, direction)
+    return _with_times(rows, contender, beside, device, copies=len(drawn), **clock)
 
 
 def step_row(case: DecodeCase, name: str, baseline: str) -> Row:
@@ -176,7 +183,7 @@ def time_steps(
     """Return a row for each decoder in `admissions`, its part of writing a segment into the memory included.
 
     Args:
-        decoders: The baseline, and at least those that are right.
+        decoders: The usual baseline, and at least those that are right.
         clock: As of `time_calls`.
     """
 
@@ -195,6 +202,7 @@ def time_steps(
         alter = lambda copy: decoder.alter(copy % decoder.copies)  # noqa: E731
         return Contender(row, prepare(decoder), alter, wrong, decoder.work, fold)
 
+    baseline = baseline_of(admissions, baseline)
     rows = [admitted_row(step_row(case, name, baseline), x) for name, x in admissions.items()]
     copies = max(x.copies for x in decoders.values())
     return _with_times(rows, contender, prepare(decoders[baseline]), device, copies=copies, **clock)

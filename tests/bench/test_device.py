@@ -257,6 +257,23 @@ def test_wrong_peers_are_flagged_and_not_timed() -> None:
     assert [note["at"] for note in notes] == [*case.peers, None]
 
 
+def test_a_baseline_that_fails_gives_way_to_another() -> None:
+    def broken(*inputs: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel for this device")
+
+    peers = PEERS | {BASELINE: dataclasses.replace(PEERS[BASELINE], run=broken)}
+    case = dataclasses.replace(
+        TINY_MAIN, peers=(BASELINE, "eager loop delta", "eager loop linear"), directions=("forward",)
+    )
+    document = measure_case(case, CPU, None, lambda line: None, peers=peers)
+    assert refused_in(document, case.name, "forward") == {
+        BASELINE: ("failed", "RuntimeError: no kernel for this device")
+    }
+    timed = timed_in(document, case.name, "forward")
+    assert set(timed) == {"eager loop delta", "eager loop linear"}
+    assert {x["baseline"] for x in timed.values()} == {"eager loop delta"}
+
+
 @pytest.mark.parametrize(
     "name",
     [name for name, x in PEERS.items() if not (x.gpu_for or x.ours or x.compiled or x.package)],
