@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..speed.machine import ROOT
+from ..speed.rows import ResultError
 from . import plots as report_plots
-from .records import Result, ResultError, read_all
+from .records import Result, read_all
 from .tables import TABLES
 
 MARKED = re.compile(

@@ -1,4 +1,4 @@
-"""Plots of records. Each PNG carries the data it was drawn from, so that it can be held to the results."""
+"""Plots of rows. Each PNG carries the data it was drawn from, so that it can be held to the results."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from PIL import Image
 
 from ...kernels.check.check import GATES
 from ...runs.heat_map import DPI
-from .records import Record, Result
+from ..speed.rows import Row
+from .records import Result
 from .tables import BY_LENGTH
 
 DATA = "segattn data"
-# told apart by colour-blind readers too
+# colours that colour-blind readers can tell apart
 LOOKS = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -34,17 +35,17 @@ Data = dict[str, Any]
 
 
 def by_length(results: Sequence[Result]) -> Data | None:
-    """For each series of cases and provider: tokens, milliseconds, bytes; and lengths that were out of memory."""
+    """Return, for each series of cases and provider, tokens, milliseconds and bytes, and lengths out of memory."""
     found: Data = {}
-    for record in _all(results):
-        if BY_LENGTH not in record.key.group:
+    for row in _all(results):
+        if BY_LENGTH not in row.group:
             continue
-        panel = f"{record.key.device}, {record.dtype}, K {record.sizes['K']}, L {record.sizes['L']}, {record.direction}"
-        line = found.setdefault(panel, {}).setdefault(record.key.provider, {"points": [], "out_of_memory": []})
-        if record.ms is not None:
-            line["points"].append([record.sizes["T"], record.ms[0], record.memory])
-        elif record.status == "out of memory":
-            line["out_of_memory"].append(record.sizes["T"])
+        panel = f"{row.device}, {row.dtype}, K {row.case['K']}, L {row.case['L']}, {row.direction}"
+        line = found.setdefault(panel, {}).setdefault(row.provider, {"points": [], "out_of_memory": []})
+        if row.ms is not None:
+            line["points"].append([row.case["T"], row.ms.median, row.memory])
+        elif row.status == "out of memory":
+            line["out_of_memory"].append(row.case["T"])
     for lines in found.values():
         for line in lines.values():
             line["points"].sort()
@@ -53,36 +54,35 @@ def by_length(results: Sequence[Result]) -> Data | None:
 
 
 def floor_shares(results: Sequence[Result]) -> Data | None:
-    """For each direction and provider of a device: cases, and the share of the floor that was reached."""
+    """Return, for each direction and provider of a device, the cases, and the shares of the floor that were reached."""
     found: Data = {}
-    for record in _all(results):
-        if record.floor_share is not None:
-            panel = f"{record.key.device}, {record.direction}"
-            lines = found.setdefault(panel, {})
-            case = record.key.group.removesuffix(f", {record.direction}")
-            lines.setdefault(record.key.provider, []).append([case, record.floor_share])
+    for row in _all(results):
+        if "floor_share" in row.facts:
+            lines = found.setdefault(f"{row.device}, {row.direction}", {})
+            case = row.group.removesuffix(f", {row.direction}")
+            lines.setdefault(row.provider, []).append([case, row.facts["floor_share"]])
     return found or None
 
 
 def errors(results: Sequence[Result]) -> Data | None:
-    """For each dtype and provider, and output or gradient, the largest error of all cases."""
+    """Return, for each dtype and provider, the largest error of the output and of the gradients in all cases."""
     found: Data = {}
-    for record in _all(results):
-        if record.tokens_per_second is not None or record.direction == "decode":
+    for row in _all(results):
+        if row.tokens_per_second is not None or row.direction == "decode":
             continue
-        for name, error in record.errors.items():
-            own = found.setdefault(record.dtype, {}).setdefault(record.key.provider, {})
+        for name, error in row.errors.items():
+            worst = found.setdefault(row.dtype, {}).setdefault(row.provider, {})
             kind = "output" if name == "out" else "gradients"
-            own[kind] = max(own.get(kind, 0.0), error)
+            worst[kind] = max(worst.get(kind, 0.0), error)
     return found or None
 
 
-def _all(results: Sequence[Result]) -> list[Record]:
-    return [record for result in results for record in result.records]
+def _all(results: Sequence[Result]) -> list[Row]:
+    return [row for result in results for row in result.rows]
 
 
 def draw_lengths(data: Data) -> Figure:
-    """Time and memory against length, both axes logarithmic; a cross at the top where memory did not suffice."""
+    """Draw time and memory against length, axes logarithmic; a cross at the top where memory did not suffice."""
     figure = Figure(figsize=(10, 4.0 * len(data)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(data), 2, squeeze=False)
     for (title, lines), (times, memory) in zip(data.items(), panels, strict=True):
@@ -111,7 +111,7 @@ def _outs(lines: Mapping[str, Any]) -> set[int]:
 
 
 def draw_floor_shares(data: Data) -> Figure:
-    """1 is as fast as the device can be."""
+    """Draw shares of the floor: 1 is as fast as the device can be."""
     figure = Figure(figsize=(10, 3.6 * len(data)), dpi=DPI, layout="constrained")
     for (title, lines), axes in zip(data.items(), figure.subplots(len(data), 1, squeeze=False)[:, 0], strict=True):
         cases = list(dict.fromkeys(case for line in lines.values() for case, _ in line))
@@ -128,13 +128,13 @@ def draw_floor_shares(data: Data) -> Figure:
 
 
 def draw_errors(data: Data) -> Figure:
-    """Relative RMS errors to the float64 reference, and the largest that ours may have."""
+    """Draw relative RMS errors to the float64 reference, and the largest that ours may have."""
     figure = Figure(figsize=(4.4 * len(data) + 2, 5.0), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(data), squeeze=False, sharey=True)[0]
-    names = list(dict.fromkeys(name for own in data.values() for name in own))
-    for (dtype, own), axes in zip(data.items(), panels, strict=True):
+    names = list(dict.fromkeys(name for worst in data.values() for name in worst))
+    for (dtype, worst), axes in zip(data.items(), panels, strict=True):
         for kind, (colour, marker) in zip(("output", "gradients"), LOOKS, strict=False):
-            points = [(own[name][kind], i) for i, name in enumerate(names) if kind in own.get(name, {})]
+            points = [(worst[name][kind], i) for i, name in enumerate(names) if kind in worst.get(name, {})]
             axes.plot(*_columns(points), marker, color=colour, label=kind)
             gate = GATES[dtype].outputs if kind == "output" else GATES[dtype].gradients
             axes.axvline(gate, color=colour, linestyle=":", linewidth=1)
@@ -171,12 +171,13 @@ PLOTS: Mapping[str, tuple[Callable[[Sequence[Result]], Data | None], Callable[[D
 
 
 def write(path: Path, data: Data, draw: Callable[[Data], Figure]) -> None:
+    """Draw the data into a PNG, and write the data into it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(draw(data)).print_png(path, metadata={DATA: json.dumps(data), "Software": None})
 
 
 def data_in(path: Path) -> Data | None:
-    """What a plot was drawn from; None where there is none, or it does not say."""
+    """Return the data that a plot was drawn from; None where there is no plot, or it does not say."""
     if not path.is_file():
         return None
     with Image.open(path) as image:

@@ -16,7 +16,8 @@ pytest.importorskip("matplotlib", reason="needs segattn[cli]")
 
 from segattn.bench.report import plots as report_plots
 from segattn.bench.report.main import differences, made_of, main, rewritten
-from segattn.bench.report.records import ResultError, read, read_all
+from segattn.bench.report.records import read, read_all
+from segattn.bench.speed.rows import ResultError
 
 ROOT = Path(__file__).resolve().parents[2]
 README = """# A text
@@ -88,23 +89,29 @@ def suite() -> dict[str, Any]:
 
 
 def device() -> dict[str, Any]:
-    def times(ms: float, share: float) -> dict[str, Any]:
-        return {"median_ms": ms, "low_ms": 0.9 * ms, "high_ms": 1.2 * ms, "rounds": 9, "peak_bytes": 1 << 20} | {
-            "floor_share": share
-        }
+    """As `bench/on_device` writes it."""
 
-    peers = {
-        "SDPA flash local": {"status": "timed", "errors": {"out": 1e-3}, "forward": times(2.0, 0.6)},
-        "segattn delta": {"status": "timed", "errors": {"out": 2e-3, "dq": 3e-3}, "forward": times(3.0, 0.4)},
-        "SDPA flash full": {"status": "out of memory"},
-    }
-    main = case(4096, "main", "bfloat16") | {"directions": ["forward"], "peers": peers}
+    def row(provider: str, ms: float, share: float, errors: dict[str, float]) -> dict[str, Any]:
+        about = {"floor_share": share, "errors": errors, "peak_bytes": 1 << 20, "case": long}
+        found = benchmark("main bfloat16", provider, "forward", ms / 2.0, ms, **about)
+        found["extra_info"] |= {"ratio_fifths": [0.45 * ms, 0.6 * ms], "ms_fifths": [0.9 * ms, 1.2 * ms]}
+        found["stats"] |= {"rounds": 9, "data": [ms / 1e3] * 9}
+        return found
+
+    long = case(4096, "main", "bfloat16")
+    full = {"provider": "SDPA flash full", "status": "out of memory", "reason": "", "direction": "forward"}
+    limits = {"power.limit": "700 W", "driver_version": "1.2"}
     return {
-        "device": {"name": "NVIDIA H100", "limits": {"power.limit": "700 W", "driver_version": "1.2"}},
-        "versions": {"torch": "2.13.0", "hip": None},
-        "commit": "fedcba9876543210",
-        "dirty": True,
-        "timings": [main],
+        "machine_info": {"device": "NVIDIA H100", "limits": limits, "torch": "2.13.0", "python": "3.12.1"},
+        "commit_info": {"id": "fedcba9876543210", "dirty": True},
+        "benchmarks": [
+            row("SDPA flash local", 2.0, 0.6, {"out": 1e-3}),
+            row("segattn delta", 3.0, 0.4, {"out": 2e-3, "dq": 3e-3}),
+        ],
+        "not_timed": [
+            full | {"group": "main bfloat16, forward", "baseline": "SDPA flash local", "case": long},
+        ],
+        "goals": [],
     }
 
 
@@ -154,7 +161,8 @@ def test_the_speed_table(results: Path) -> None:
         "commit 0123456789ab;",
     ):
         assert condition in text
-    assert "NVIDIA H100, 700 W, driver 1.2, torch 2.13.0, commit fedcba987654 with changes" in text
+    assert "NVIDIA H100, 700 W, driver 1.2, PyTorch 2.13.0, Python 3.12.1, median (and p20-p80) of 9 rounds" in text
+    assert "commit fedcba987654 with changes" in text
 
 
 def test_what_is_noisy_is_marked_and_who_was_wrong_is_shown(results: Path) -> None:
@@ -440,6 +448,6 @@ def test_experiments_that_are_none_are_named(tmp_path: Path) -> None:
 
 def test_the_script() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "report"), "--check"], cwd="/", capture_output=True, text=True
+        [sys.executable, "-m", "segattn.bench.report", "--check"], cwd="/", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..book_plot import DPI
+from ..book.plot import DPI
 
 # colours that colour-blind readers tell apart too, and a mark for each
 LOOKS = {
