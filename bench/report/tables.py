@@ -1,4 +1,4 @@
-"""Tables in Markdown from records, with their conditions beneath: what stands between the README's markers."""
+"""Tables in Markdown from records, with their conditions beneath: what stands between the documents' markers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..speed.workloads import BOTH
 from .experiments import baselines, book, markdown, memory_tasks, plan, recurrent_lengths, retrieval
+from .headline import headline
 from .records import Record, Result
 
 MIB = 2**20
@@ -125,7 +126,7 @@ def recurrent(results: Sequence[Result]) -> str | None:
 class Entry(NamedTuple):
     """make: a table of the results, and of the folder that they lie in; None where there is nothing to show.
 
-    is_required: a README without it must not be, where there is something.
+    is_required: it must stand in one of the documents, where there is something.
     has_files: it may be of one of the results.
     """
 
@@ -143,6 +144,7 @@ def _of_folder(make: Callable[[Path], str | None]) -> Entry:
 
 
 TABLES: Mapping[str, Entry] = {
+    "headline": Entry(headline, is_required=True),
     "speed": _of_results(speed, is_required=True),
     "lengths": _of_results(lengths),
     "decode": _of_results(decode),
