@@ -1,4 +1,4 @@
-"""Make the documents' tables and the plots from the results in bench/results; --check: do they say what the results say?
+"""Make the documents' tables and the plots from the results in bench/results, or --check that they agree with them.
 
 The documents are README.md and docs/*.md. A table stands between `<!-- report: NAME -->` and `<!-- /report -->`;
 `<!-- report: NAME FILE -->` is of one result. The results are what `pytest bench/ --benchmark-json` and
@@ -67,7 +67,9 @@ def rewritten(text: str, results: Sequence[Result], folder: Path, document: Path
         return f"{match[1]}\n{made.replace(LINK, link)}\n\n{match['end']}"
 
     if not len(BEGIN.findall(text)) == len(END.findall(text)) == len(MARKED.findall(text)):
-        raise ResultError(f"{document}: each <!-- report: NAME --> must have its <!-- /report -->, on lines of their own")
+        raise ResultError(
+            f"{document}: each <!-- report: NAME --> must have its <!-- /report -->, on lines of their own"
+        )
     link = f"]({Path(os.path.relpath(folder, document.parent)).as_posix()}/"
     return MARKED.sub(table, text)
 
@@ -82,8 +84,8 @@ def check_required(texts: Mapping[Path, str], results: Sequence[Result], folder:
     for name, entry in TABLES.items():
         if entry.is_required and name not in named and made_of(name, results, folder) is not None:
             raise ResultError(
-                f"one of {', '.join(map(str, texts))} must have <!-- report: {name} --> and <!-- /report -->: there are "
-                "results of it"
+                f"one of {', '.join(map(str, texts))} must have <!-- report: {name} --> and <!-- /report -->: there "
+                "are results of it"
             )
 
 

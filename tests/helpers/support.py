@@ -1,4 +1,4 @@
-"""Which model type has a test of what: the README's table, printed by `python tests/helpers/support.py`."""
+"""Print which model type has a test of what, as the table of docs/huggingface.md."""
 
 import re
 import subprocess
