@@ -29,7 +29,7 @@ def headline(results: Sequence[Result], folder: Path) -> str | None:
 
 
 def _speed(results: Sequence[Result]) -> list[list[str]]:
-    """Time of training on the CPU, at the first case that all were timed at."""
+    """Return the time of training on the CPU, at the first case that all were timed at."""
     found: dict[str, dict[str, Record]] = {}
     for record in (x for result in results for x in result.records):
         if record.key.device.startswith("cpu") and record.direction == BOTH and record.ratio:
@@ -44,7 +44,7 @@ def _speed(results: Sequence[Result]) -> list[list[str]]:
 
 
 def _decoding(results: Sequence[Result]) -> list[list[str]]:
-    """Bytes that decoding keeps, behind the longest text."""
+    """Return the bytes that decoding keeps, behind the longest text."""
     found: dict[int, dict[str, int]] = {}
     for record in (x for result in results for x in result.records):
         if record.memory and "context" in record.sizes and record.key.provider in (OURS, CACHE):

@@ -36,7 +36,7 @@ NAMES = {
 
 
 def table() -> str:
-    """Markdown; a mark where a test of that name is collected for that type."""
+    """Return the table in Markdown, with a mark where a test of that name is collected for that type."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *(str(TESTS / file) for file in FILES)]
     listed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TESTS.parent).stdout
     found = {(name, kind) for name, ids in re.findall(r"::(\w+)\[([^\]]+)\]", listed) for kind in ids.split("-")}
