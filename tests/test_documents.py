@@ -88,6 +88,15 @@ def test_links_lead_somewhere() -> None:
                 assert_leads_somewhere(path.parent / name if name else path, anchor, path)
 
 
+def test_commands_are_there() -> None:
+    for path in (*DOCUMENTS, ROOT / "CONTRIBUTING.md"):
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+            for module in re.findall(r"-m (segattn[\w.]*)", block):
+                assert importlib.util.find_spec(module) is not None, f"{path}: {module}"
+            for script in re.findall(r"^((?:ci|bench)/\w+)", block, re.MULTILINE):
+                assert (ROOT / script).is_file(), f"{path}: {script}"
+
+
 def test_contributing_leads_to_names_that_are_there() -> None:
     rows = re.findall(r"^\| .* \| \[(.*?)\]\(.*?\) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     assert len(rows) > 10

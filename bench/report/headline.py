@@ -25,7 +25,7 @@ TASKS = {"memorize": "one fact", "reasoning": "two facts"}
 def headline(results: Sequence[Result], folder: Path) -> str | None:
     """Return a row for each result that is there: what was measured, what came out, and what stands beside it."""
     rows = [*_speed(results), *_decoding(results), *_demo(folder), *_memory_tasks(folder), *_book(folder)]
-    return markdown(["", "segattn", "beside it"], rows) if rows else None
+    return markdown(["", "segattn", "for comparison"], rows) if rows else None
 
 
 def _speed(results: Sequence[Result]) -> list[list[str]]:
