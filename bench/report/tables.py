@@ -1,4 +1,4 @@
-"""Tables in Markdown from records, with their conditions beneath: what stands between the documents' markers."""
+"""Tables in Markdown from records, with their conditions beneath: what stands between the README's markers."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def recurrent(results: Sequence[Result]) -> str | None:
 class Entry(NamedTuple):
     """make: a table of the results, and of the folder that they lie in; None where there is nothing to show.
 
-    is_required: it must stand in one of the documents, where there is something.
+    is_required: a README without it must not be, where there is something.
     has_files: it may be of one of the results.
     """
 

@@ -1,4 +1,4 @@
-"""Print which model type has a test of what, as the table of docs/huggingface.md."""
+"""Which model type has a test of what: the README's table, printed by `python tests/helpers/support.py`."""
 
 import re
 import subprocess
@@ -36,7 +36,7 @@ NAMES = {
 
 
 def table() -> str:
-    """Return the table in Markdown, with a mark where a test of that name is collected for that type."""
+    """Markdown; a mark where a test of that name is collected for that type."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *(str(TESTS / file) for file in FILES)]
     listed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TESTS.parent).stdout
     found = {(name, kind) for name, ids in re.findall(r"::(\w+)\[([^\]]+)\]", listed) for kind in ids.split("-")}
