@@ -10,6 +10,7 @@ from ..speed.rows import Row
 from ..speed.timing import Times
 from ..speed.workloads import BOTH
 from .experiments import baselines, book, markdown, memory_tasks, plan, recurrent_lengths, retrieval
+from .headline import headline
 from .records import Result
 
 MIB = 2**20
@@ -145,6 +146,7 @@ def _of_folder(make: Callable[[Path], str | None]) -> Entry:
 
 
 TABLES: Mapping[str, Entry] = {
+    "headline": Entry(headline, is_required=True),
     "speed": _of_results(speed, is_required=True),
     "lengths": _of_results(lengths),
     "decode": _of_results(decode),
