@@ -5,30 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .autocast import without_autocast
-from .state import SegmentOutput
-from .torch import attention as torch_backend
 from .validation import check_choice
 
-Backend = Callable[..., SegmentOutput]
-
-BACKENDS: dict[str, Backend] = {
-    "torch": without_autocast(torch_backend.segment_attention),
-    "reference": without_autocast(reference.segment_attention),
-}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from .triton import backend as triton_backend
     from .triton.tiles import INTERPRETED
-
-    BACKENDS = {"triton": without_autocast(triton_backend.segment_attention), **BACKENDS}
 
 # every name there is, here or elsewhere
 NAMES = ("triton", "torch", "reference")

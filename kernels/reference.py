@@ -86,18 +86,14 @@ def attend_sequence(
     return torch.cat(outs, dim=1), state
 
 
-def segment_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor,
-    memory_k: Tensor,
-    gate: Tensor | None,
-    state: MemoryState | None,
-    bounds: Tensor | None,
-    options: Options,
-) -> SegmentOutput:
-    """Sequence by sequence. bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows."""
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
+    state: MemoryState | None, bounds: Tensor | None, options: Options,
+) -> SegmentOutput:  # fmt: skip
+    """Run a call sequence by sequence.
+
+    bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows.
+    """
     batch, _, query_time, _ = q.shape
     time, repeat = k.shape[2], q.shape[1] // k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -129,3 +125,21 @@ def segment_attention(
     return SegmentOutput(
         out, MemoryState(torch.stack([s.memory for s in states]), torch.stack([s.normalizer for s in states]))
     )
+
+
+def reference_decode(
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
+    lengths: Tensor | None, options: Options,
+) -> Tensor:  # fmt: skip
+    """Run a decoding step row by row, each as the call of `segment_attention` that it stands for."""
+    time, query_time = k.shape[2], q.shape[2]
+    out = q.new_zeros((*q.shape[:3], v.shape[3]))
+    for n, length in enumerate([time] * len(q) if lengths is None else lengths.clamp(max=time).tolist()):
+        row, first = slice(n, n + 1), max(query_time - length, 0)
+        keys, values = (x[row, :, :length] for x in (k, v))
+        before = None if state is None else MemoryState(*(x[row] for x in state))
+        q_row, memory_row = (x[row, :, first:] for x in (q, memory_q))
+        out[row, :, first:] = reference_attention(
+            q_row, keys, values, memory_row, keys, gate, before, None, options
+        ).out
+    return out

@@ -115,26 +115,29 @@ def scatter_tokens(parts: Sequence[tuple[Tensor, Window]], batch: int, time: int
 class Layout(NamedTuple):
     """How a kernel finds the segments of a call: F slots, from shapes alone where every row is whole."""
 
-    sequences: int
+    time: int
+    segment_len: int
+    sequences: int  # N
     total: int  # F
     per_row: int  # slots of each row, where slots is None
-    slots: Tensor | None  # int64 [F, 3]: row, first position, one past the last
-    runs: Tensor | None  # int64 [N, 2]: a sequence's first slot, and its tokens
+    slots: Tensor | None = None  # int64 [F, 3]: row, first position, one past the last
+    runs: Tensor | None = None  # int64 [N, 2]: a sequence's first slot, and its tokens
 
 
 def slot_count(sequences: int | None, batch: int, time: int, segment_len: int) -> int:
-    """F: enough for any lengths of `sequences`; None: whole rows."""
+    """Return F, enough for any lengths of `sequences`; None: whole rows."""
     per_row = -(-time // segment_len)
     return batch * per_row if sequences is None or sequences == batch else time // segment_len + sequences
 
 
 def layout_of(bounds: Tensor | None, batch: int, time: int, segment_len: int) -> Layout:
-    """Of rows of `time` tokens, of rows with their own span, or of sequences packed into one row."""
+    """Lay out rows of `time` tokens, rows with their own span, or sequences packed into one row."""
     per_row = -(-time // segment_len)
     if bounds is None:
-        return Layout(batch, batch * per_row, per_row, None, None)
+        return Layout(time, segment_len, batch, batch * per_row, per_row)
     slots = slots_of(bounds, batch, time, segment_len)
     lengths = bounds[:, 1] - bounds[:, 0]
     held = torch.full_like(lengths, per_row) if len(bounds) == batch else -(-lengths // segment_len)
+    places = torch.stack([slots.row, slots.begin, slots.end], 1)
     runs = torch.stack([held.cumsum(0) - held, lengths], 1)
-    return Layout(len(bounds), len(slots.row), per_row, torch.stack([slots.row, slots.begin, slots.end], 1), runs)
+    return Layout(time, segment_len, len(bounds), len(places), per_row, places, runs)

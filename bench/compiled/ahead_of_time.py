@@ -14,15 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
-from ...kernels.triton import memory_ops as triton_memory
-from ...kernels.triton import ops as triton_ops
+from ...kernels.state import Options
 from ...kernels.triton.configs import Target
 from ...kernels.triton.launch import Launch, constants, recording
+from ...kernels.triton.memory_ops import read_backward, read_forward, write_backward, write_forward
+from ...kernels.triton.ops import Inputs, attention_backward, attention_decode, attention_forward
 from .machine_code import Line, Loop, amdgcn, loops, sass, tensor_core
 
 _TYPES = {
@@ -56,11 +58,13 @@ def signature(launch: Launch) -> Signature:
     attributes: dict[tuple[int, ...], Any] = {}
 
     def describe(value: Any, path: tuple[int, ...], plain: bool) -> Any:
-        if value is None:
-            known[path] = value
+        if value is None or isinstance(value, tl.constexpr):
+            known[path] = value if value is None else value.value
             return "constexpr"
         if isinstance(value, tuple):
-            return tuple(describe(x, (*path, i), False) for i, x in enumerate(value))
+            members = [describe(x, (*path, i), False) for i, x in enumerate(value)]
+            # a named tuple stays one: kernels call its members by name
+            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
         if isinstance(value, Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return _TYPES[value.dtype]
@@ -233,18 +237,15 @@ def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list
     N = 3 if case.packed else B
     state = (torch.empty(N, G, width, width, device="meta"), torch.empty(N, G, width, device="meta"))
     gate, (memory, normalizer) = (torch.empty(H, device="meta"), state) if case.gated else (None, (None, None))
-    options = (L, case.delta, case.causal, case.num_read, case.num_read, False, width**-0.5, case.softcap)
-    with recording(target) as found:
-        out, m, z, *kept = triton_ops._attend(
-            q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds, *options, True
-        )
+    update = "delta" if case.delta else "linear"
+    options = Options(L, update, case.causal, case.num_read, case.num_read, "local", width**-0.5, case.softcap)
+    inputs = Inputs(q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds)
+    with recording(target) as recorded:
+        out, m, z, *saved = attention_forward(inputs, *options, True)
         if not case.gated:
-            kept[0] = out
-        triton_ops._attend_backward(
-            *(q, k, v, memory_q, memory_k, gate, *kept, bounds, *options, out),
-            *((m, z) if case.gated else (None, None)),
-        )
-    return found
+            saved[0] = out
+        attention_backward(inputs, saved, *options, out, [m, z])
+    return recorded
 
 
 def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Launch]:
@@ -255,13 +256,13 @@ def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Laun
     beta, gate = torch.empty(B, G, T, device="meta"), torch.empty(H, device="meta")
     m, z = torch.empty(B, G, width, width, device="meta"), torch.empty(B, G, width, device="meta")
     lengths = torch.empty(B, device="meta", dtype=torch.int32)
-    with recording(target) as found:
+    options = Options(T, "delta", True, 0, 0, "local", width**-0.5)
+    with recording(target) as recorded:
         for state in ((gate, m, z), (None, None, None)):
-            triton_ops._decode(q[:, :, :1], k, k, None, *state, lengths, None, True, False, width**-0.5, None)
-        triton_memory._read(q, m, z, True)
-        triton_memory._read_backward(q, m, z, True, q)
-        _, _, before, rest, z_before, inverse_peak, erased, gamma = triton_memory._write(
-            k, k, beta, m, z, True, True, False
-        )
-        triton_memory._write_backward(k, k, beta, before, rest, z_before, inverse_peak, erased, gamma, False, m, z)
-    return found
+            inputs = Inputs(q[:, :, :1], k, k, None, None, *state, None)
+            attention_decode(inputs, *options, lengths, None)
+        read_forward(q, m, z, True)
+        read_backward(q, m, z, True, q)
+        _, _, *saved = write_forward(k, k, beta, m, z, "delta", True, False)
+        write_backward(k, k, beta, saved, False, [m, z])
+    return recorded

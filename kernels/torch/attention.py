@@ -212,18 +212,14 @@ def attend_sequences(
     return SegmentOutput(scatter_tokens(parts, batch, query_time), state)
 
 
-def segment_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor,
-    memory_k: Tensor,
-    gate: Tensor | None,
-    state: MemoryState | None,
-    bounds: Tensor | None,
-    options: Options,
-) -> SegmentOutput:
-    """bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows."""
+def torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
+    state: MemoryState | None, bounds: Tensor | None, options: Options,
+) -> SegmentOutput:  # fmt: skip
+    """Run a call of `segment_attention` on every segment at once.
+
+    bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows.
+    """
     if bounds is not None:
         return attend_sequences(q, k, v, memory_q, memory_k, gate, state, bounds, options)
     if options.causal and (options.num_read or options.num_write):
@@ -231,18 +227,11 @@ def segment_attention(
     return attend_rows(q, k, v, memory_q, memory_k, gate, state, options)
 
 
-def segment_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor,
-    gate: Tensor | None,
-    state: MemoryState | None,
-    lengths: Tensor | None,
-    counters: Tensor | None,
-    options: Options,
-) -> Tensor:
-    """lengths [B]: tokens in each row of k and v, the last of them q's; counters are the kernels' own affair."""
+def torch_decode(
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
+    lengths: Tensor | None, options: Options,
+) -> Tensor:  # fmt: skip
+    """Run a call of `segment_decode`. lengths [B]: tokens in each row of k and v, the last of them q's."""
     batch, _, query_time, _ = q.shape
     if lengths is not None and not torch.compiler.is_compiling() and lengths.device.type == "cpu":
         # nothing waits for their values there, and most of a buffer may be yet to come

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..state import over_peak
 
 Step = tuple[slice | Tensor, slice | Tensor]
 
@@ -39,14 +40,6 @@ def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
 def feature_map_grad(x: Tensor, dtype: torch.dtype) -> Tensor:
     """σ'(x) in `dtype`: exp(x) below zero, 1 above; that is min(σ(x), 1)."""
     return x.to(dtype).clamp(max=0).exp_()
-
-
-def scaled(normalizer: Tensor) -> tuple[Tensor, Tensor]:
-    """z [..., K] over its peak, and 1 / peak [..., 1]; both 0 where the memory is empty or lost in underflow."""
-    limits = torch.finfo(normalizer.dtype)
-    peak = normalizer.abs().amax(-1, keepdim=True)
-    inverse = torch.where(peak >= limits.tiny / limits.eps, peak.reciprocal(), 0)
-    return normalizer * inverse, inverse
 
 
 def reciprocal(weight: Tensor) -> Tensor:
@@ -107,7 +100,7 @@ def _scan(steps: Sequence[Step], initial: Tensor, added: Tensor, erased: Tensor 
 
 def _erased(k: Tensor, normalizer: Tensor) -> Tensor:
     """A = uᵀ σ(k) per segment, [F, G, K, K]."""
-    z, inverse_peak = scaled(normalizer)
+    z, inverse_peak = over_peak(normalizer)
     erased = normalizer.new_empty(*normalizer.shape, normalizer.shape[-1])
     for block in _blocks(k):
         features = feature_map(k[block], normalizer.dtype)
@@ -200,7 +193,7 @@ def fold_segments_backward(
 
     dk, dv = torch.empty_like(k, dtype=dtype), torch.empty_like(v)
     from_weights = torch.zeros_like(dz_before)
-    z, inverse_peak = scaled(z_before)
+    z, inverse_peak = over_peak(z_before)
     for block in _blocks(k):
         features = feature_map(k[block], dtype)
         dv[block] = features @ dm_after[block]
@@ -281,7 +274,7 @@ def blend_into(
     """g A_mem + (1 − g) A_dot, written to `out`, which may be `local` itself."""
     groups, dtype = memory.shape[1], memory.dtype
     g = _by_group(gate.to(dtype).sigmoid().view(1, -1, 1, 1), groups)
-    z, inverse_peak = scaled(normalizer)
+    z, inverse_peak = over_peak(normalizer)
     memory = memory * inverse_peak.unsqueeze(-1)
     q, local, blended = (_by_group(x, groups) for x in (q, local, out))
     for block in _blocks(q):
@@ -315,7 +308,7 @@ def read_and_blend_backward(
     """The adjoint: gradients of local, q, memory, normalizer and gate."""
     groups, dtype = memory.shape[1], memory.dtype
     g = _by_group(gate.to(dtype).sigmoid().view(1, -1, 1, 1), groups)
-    z, inverse_peak = scaled(normalizer)
+    z, inverse_peak = over_peak(normalizer)
     memory = memory * inverse_peak.unsqueeze(-1)
     dlocal, dq = torch.empty_like(local), torch.empty_like(q)
     dmemory, dnormalizer = torch.empty_like(memory), torch.empty_like(normalizer)

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from .configs import Target, Tile, tile_for
-from .tiles import INTERPRETED
-
-View = tuple[Tensor, int, int, int]
+from .tiles import INTERPRETED, Tokens, block
 
 
 class Launch(NamedTuple):
@@ -58,9 +57,9 @@ def trying(tiles: dict[str, Tile]) -> Iterator[None]:
         _tried = before
 
 
-def view(x: Tensor | None) -> View | None:
-    """A tensor of tokens [B, heads, T, width] for a kernel; its last dimension must be contiguous."""
-    return None if x is None else (x, x.stride(0), x.stride(1), x.stride(2))
+def view(x: Tensor | None) -> Tokens | None:
+    """Return tokens [B, heads, T, width], whose last dimension must be contiguous, as an argument of a kernel."""
+    return None if x is None else Tokens(x, *x.stride()[:3], x.shape[1], tl.constexpr(x.shape[3]))
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -74,11 +73,6 @@ def new_tokens(like: Tensor, heads: int, time: int, width: int, padded: bool = F
     if like.stride(1) < like.stride(2):
         return new((like.shape[0], time, heads, width)).transpose(1, 2)
     return new((like.shape[0], heads, time, width))
-
-
-def block(width: int) -> int:
-    """The power of two that holds a width, at least what a tensor core takes."""
-    return max(16, triton.next_power_of_2(width))
 
 
 def tile_of(kernel: Any, like: Tensor, key_width: int, value_width: int) -> Tile:
