@@ -15,16 +15,15 @@ from .launch import launch, new_tokens, tile_of, view
 from .tiles import (
     LENGTHS,
     MemoryTokens,
-    Rows,
     block,
     dot,
     feature_map,
     head_of,
     keys_seen,
+    load_chunk,
     load_rows,
     memory_weight,
     query_slot,
-    ragged,
     reciprocal,
     rounded,
     row_operand,
@@ -77,11 +76,10 @@ def softmax_loop(
 def recall(acc, share, x, first, matrix, ELU: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr):
     """Return acc + share · σ(x) M for the rows of x from `first` on, scaled before they are rounded."""
     ROWS: tl.constexpr = acc.shape[0]
-    BLOCK_V: tl.constexpr = acc.shape[1]
     for c in tl.range(0, K, CHUNK, num_stages=1):
         features = feature_map(load_rows(x, first, c, ROWS, CHUNK, K), ELU) * share[:, None]
         features = tl.where((c + tl.arange(0, CHUNK) < K)[None, :], features, 0.0)
-        recalled = load_rows(Rows(matrix, V, K), c, 0, CHUNK, BLOCK_V, V, ragged(K, CHUNK))
+        recalled = load_chunk(matrix, c, CHUNK, K, V)
         features, factor = row_operand(features, recalled.dtype)
         acc += dot(features, recalled, None) * factor
     return acc

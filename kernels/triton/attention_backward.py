@@ -19,7 +19,6 @@ from .attention import SavedRows, call_arguments, query_programs
 from .launch import launch, new_tokens, tile_of, view
 from .tiles import (
     LENGTHS,
-    Rows,
     block,
     capped_grad,
     dot,
@@ -27,10 +26,10 @@ from .tiles import (
     feature_map_grad,
     head_of,
     keys_seen,
+    load_chunk,
     load_rows,
     load_vector,
     query_slot,
-    ragged,
     reciprocal,
     rounded,
     score_factor,
@@ -66,12 +65,9 @@ def query_loop(
 @triton.jit
 def dfeatures_of(dout, matrix, residual, c, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr):
     """Return columns of do Mᵀ from c on, for M = matrix + residual."""
-    BLOCK_V: tl.constexpr = dout.shape[1]
-    columns = load_rows(Rows(matrix, V, K), c, 0, CHUNK, BLOCK_V, V, ragged(K, CHUNK))
-    acc = dot(dout, tl.trans(columns), None)
+    acc = dot(dout, tl.trans(load_chunk(matrix, c, CHUNK, K, V)), None)
     if residual is not None:
-        columns = load_rows(Rows(residual, V, K), c, 0, CHUNK, BLOCK_V, V, ragged(K, CHUNK))
-        acc = dot(dout, tl.trans(columns), acc)
+        acc = dot(dout, tl.trans(load_chunk(residual, c, CHUNK, K, V)), acc)
     return acc
 
 

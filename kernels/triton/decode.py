@@ -15,11 +15,11 @@ from ..state import MemoryState, Options
 from .launch import launch, new_tokens, processors, tile_of, view
 from .tiles import (
     LENGTHS,
-    Rows,
     block,
     dot,
     feature_map,
     head_of,
+    load_chunk,
     load_rows,
     load_vector,
     peak_reciprocal,
@@ -84,16 +84,15 @@ def read_state(
 ):  # fmt: skip
     """Return A_mem of the rows of a group's queries, and 1 / σ(q) z, z over its peak."""
     K: tl.constexpr = memory_q.width
-    BLOCK_V: tl.constexpr = block(V)
     z = load_vector(state.normalizer + tl.cast(at, tl.int64) * K, 0, block(K), K)
     inverse_peak = peak_reciprocal(z, 0)
     features = feature_map(gather_rows(memory_q, first_head, row, r, query_time, inside, 0, block(K)), True)
     inverse = reciprocal(tl.sum(features * (z * inverse_peak)[None, :], 1))
-    matrix = Rows(state.memory + tl.cast(at, tl.int64) * K * V, V, K)
-    acc = tl.zeros([r.shape[0], BLOCK_V], tl.float32)
+    matrix = state.memory + tl.cast(at, tl.int64) * K * V
+    acc = tl.zeros([r.shape[0], block(V)], tl.float32)
     for start in tl.range(0, K, CHUNK, num_stages=1):
         queries = gather_rows(memory_q, first_head, row, r, query_time, inside, start, CHUNK)
-        m = rounded(load_rows(matrix, start, 0, CHUNK, BLOCK_V, V) * inverse_peak, queries.dtype)
+        m = rounded(load_chunk(matrix, start, CHUNK, K, V) * inverse_peak, queries.dtype)
         u = tl.where((start + tl.arange(0, CHUNK) < K)[None, :], feature_map(queries, True) * inverse[:, None], 0.0)
         u, factor = row_operand(u, queries.dtype)
         acc += dot(u, m, None) * factor
@@ -180,8 +179,8 @@ def decode_kernel(
         acc = tl.where((position >= 0)[:, None], acc, 0.0)
         out_rows = head.to(tl.int64) * out.head_stride + (r % query_time) * out.time_stride
         c = tl.arange(0, BLOCK_V)
-        target = out.pointer + tl.cast(row, tl.int64) * out.row_stride + out_rows[:, None] + c[None, :]
-        tl.store(target, rounded(acc, out.pointer.dtype.element_ty), mask=inside[:, None] & (c < V)[None, :])
+        target_rows = out.pointer + tl.cast(row, tl.int64) * out.row_stride + out_rows[:, None] + c[None, :]
+        tl.store(target_rows, rounded(acc, out.pointer.dtype.element_ty), mask=inside[:, None] & (c < V)[None, :])
 
 
 def decode(

@@ -148,6 +148,12 @@ def store_rows(x, first, column, values, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_chunk(matrix, c, CHUNK: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+    """Load rows [c, c + CHUNK) of a dense matrix [K, V]; 0 from row K and from column V on."""
+    return load_rows(Rows(matrix + c * V, V, K - c), 0, 0, CHUNK, block(V), V, ragged(K, CHUNK))
+
+
+@triton.jit
 def load_vector(x, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
     """Load x[column : column + COLUMNS]; 0 from WIDTH on."""
     c = column + tl.arange(0, COLUMNS)
@@ -242,7 +248,7 @@ def scores(a, b, factor, softcap):
 
 @triton.jit
 def operand(x, dtype: tl.constexpr):
-    """Return float32 x in `dtype`, and the factor that restores it: x / max |x| for float16, which loses what is small."""
+    """Return float32 x in `dtype` and the factor to restore it: x / max |x| for float16, which loses small values."""
     if dtype == tl.float16:
         factor = tl.max(tl.max(tl.abs(x), 1), 0)
         x = x * reciprocal(factor)

@@ -22,10 +22,10 @@ from .tiles import (
     feature_map,
     feature_map_grad,
     head_of,
+    load_chunk,
     load_rows,
     load_vector,
     memory_weight,
-    ragged,
     reciprocal,
     rounded,
     row_operand,
@@ -71,7 +71,7 @@ def curvature_kernel(
 @triton.jit
 def bend(u, factor, curvature, c, K: tl.constexpr, CHUNK: tl.constexpr):
     """Return factor · u (C + Cᵀ), its columns from c on."""
-    rows = load_rows(Rows(curvature, K, K), c, 0, CHUNK, u.shape[1], K, ragged(K, CHUNK))
+    rows = load_chunk(curvature, c, CHUNK, K, K)
     return dot_float32(u, tl.trans(rows), tl.zeros([u.shape[0], CHUNK], tl.float32)) * factor
 
 
@@ -120,7 +120,7 @@ def write_adjoint(
     dv = tl.zeros([ROWS, BLOCK_V], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
         tokens = load_rows(keys, first, c, ROWS, CHUNK, K)
-        dm = load_rows(Rows(state.dmemory, V, K), c, 0, CHUNK, BLOCK_V, V, ragged(K, CHUNK))
+        dm = load_chunk(state.dmemory, c, CHUNK, K, V)
         dv = dot_float32(rounded(feature_map(tokens, ELU), tokens.dtype), dm, dv)
         dfeatures = dot_float32(values, tl.trans(dm), tl.zeros([ROWS, CHUNK], tl.float32))
         if state.curvature is not None:
