@@ -23,7 +23,6 @@ from .tiles import (
     load_chunk,
     load_rows,
     memory_weight,
-    query_slot,
     reciprocal,
     rounded,
     row_operand,
@@ -103,10 +102,9 @@ def attend_kernel(
     # the longest rows of a segment first
     tile = tiles - 1 - program % tiles
     head = program // tiles % q.heads
-    slot = query_slot(program // tiles // q.heads, slots, segment_len, time, query_time)
     group = head // (q.heads // k.heads)
-    segment = segment_at(slot, slots, segment_len, time)
     offset = time - query_time
+    segment, slot = segment_at(program // tiles // q.heads, slots, segment_len, time, offset // segment_len)
     first = tl.maximum(segment.begin, offset) + tile * BLOCK_M
     if first >= segment.end:
         return

@@ -29,7 +29,6 @@ from .tiles import (
     load_chunk,
     load_rows,
     load_vector,
-    query_slot,
     reciprocal,
     rounded,
     score_factor,
@@ -127,10 +126,9 @@ def query_grad_kernel(
     tiles = tl.cdiv(tl.minimum(segment_len, query_time), BLOCK_M)
     tile = tiles - 1 - program % tiles
     head = program // tiles % q.heads
-    slot = query_slot(program // tiles // q.heads, slots, segment_len, time, query_time)
     group = head // (q.heads // k.heads)
-    segment = segment_at(slot, slots, segment_len, time)
     offset = time - query_time
+    segment, slot = segment_at(program // tiles // q.heads, slots, segment_len, time, offset // segment_len)
     first = tl.maximum(segment.begin, offset) + tile * BLOCK_M
     if first >= segment.end:
         if memory is not None:
@@ -286,8 +284,7 @@ def key_grad_kernel(
     tiles = tl.cdiv(tl.minimum(segment_len, time), BLOCK_N)
     tile = program % tiles
     group = program // tiles % k.heads
-    slot = program // tiles // k.heads
-    segment = segment_at(slot, slots, segment_len, time)
+    segment, _ = segment_at(program // tiles // k.heads, slots, segment_len, time)
     begin, end = segment.begin, segment.end
     offset = time - query_time
     first = begin + tile * BLOCK_N

@@ -66,28 +66,24 @@ def ragged(width, columns):
 
 
 @triton.jit
-def segment_at(slot, slots, segment_len, time):
-    """Return the segment of a slot: from slots [F, 3], or by counting the segments of rows of `time` tokens."""
+def segment_at(slot, slots, segment_len, time, first=0):
+    """Return where the segment of a slot lies, and the slot.
+
+    slots [F, 3]: the segments by slot. None: segments of whole rows of `time` tokens, those before number `first` of
+    each row left out, and not counted by `slot`.
+    """
     if slots is None:
         segments = tl.cdiv(time, segment_len)
-        row = slot // segments
-        begin = slot % segments * segment_len
+        row = slot // (segments - first)
+        number = first + slot % (segments - first)
+        begin = number * segment_len
         end = tl.minimum(begin + segment_len, time)
+        slot = row * segments + number
     else:
         row = tl.load(slots + slot * 3).to(tl.int32)
         begin = tl.load(slots + slot * 3 + 1).to(tl.int32)
         end = tl.load(slots + slot * 3 + 2).to(tl.int32)
-    return Segment(row, begin, end)
-
-
-@triton.jit
-def query_slot(nth, slots, segment_len, time, query_time):
-    """Return the nth slot among those that hold queries: every one of `slots`, or the last segments of every row."""
-    if slots is None:
-        segments = tl.cdiv(time, segment_len)
-        first = (time - query_time) // segment_len
-        nth = nth // (segments - first) * segments + first + nth % (segments - first)
-    return nth
+    return Segment(row, begin, end), slot
 
 
 @triton.jit

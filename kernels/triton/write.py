@@ -60,7 +60,7 @@ def key_sums_kernel(
     K: tl.constexpr = k.width
     BLOCK_K: tl.constexpr = block(K)
     slot, group = tl.program_id(0) // k.heads, tl.program_id(0) % k.heads
-    segment = segment_at(slot, slots, segment_len, time)
+    segment, _ = segment_at(slot, slots, segment_len, time)
     begin, end = segment.begin, segment.end
     if end - begin < segment_len:
         return
@@ -86,13 +86,15 @@ def key_sums_kernel(
 @triton.jit
 def sequence_at(n, runs, segment_len, time):
     """Return the first slot of sequence n, how many complete segments it has, and whether a shorter one follows."""
+    tokens = time
+    if runs is not None:
+        tokens = tl.load(runs + n * 2 + 1).to(tl.int32)
+    whole, tail = tokens // segment_len, tokens % segment_len > 0
     if runs is None:
-        first = tl.cast(n, tl.int64) * tl.cdiv(time, segment_len)
-        tokens = time
+        first = tl.cast(n, tl.int64) * (whole + tl.where(tail, 1, 0))
     else:
         first = tl.load(runs + n * 2)
-        tokens = tl.load(runs + n * 2 + 1).to(tl.int32)
-    return first, tokens // segment_len, tokens % segment_len > 0
+    return first, whole, tail
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -154,7 +156,7 @@ def product_kernel(
     tile = tl.program_id(0) % tiles
     group = tl.program_id(0) // tiles % groups
     slot = tl.program_id(0) // tiles // groups
-    segment = segment_at(slot, slots, segment_len, time)
+    segment, _ = segment_at(slot, slots, segment_len, time)
     begin, end = segment.begin, segment.end
     if WHOLE:
         if end - begin < segment_len:

@@ -46,7 +46,7 @@ def curvature_kernel(
     tile = tl.program_id(0) % tiles
     group = tl.program_id(0) // tiles % groups
     slot = tl.program_id(0) // tiles // groups
-    segment = segment_at(slot, slots, segment_len, time)
+    segment, _ = segment_at(slot, slots, segment_len, time)
     if segment.end - segment.begin < segment_len:
         return
     at = tl.cast(slot, tl.int64) * groups + group
@@ -148,7 +148,7 @@ def weight_sums_kernel(
     K: tl.constexpr = k.width
     BLOCK_K: tl.constexpr = block(K)
     slot, group = tl.program_id(0) // k.heads, tl.program_id(0) % k.heads
-    segment = segment_at(slot, slots, segment_len, time)
+    segment, _ = segment_at(slot, slots, segment_len, time)
     begin, end = segment.begin, segment.end
     if end - begin < segment_len:
         return
@@ -184,7 +184,7 @@ def write_grad_kernel(
     tile = tl.program_id(0) % tiles
     group = tl.program_id(0) // tiles % k.heads
     slot = tl.program_id(0) // tiles // k.heads
-    segment = segment_at(slot, slots, segment_len, time)
+    segment, _ = segment_at(slot, slots, segment_len, time)
     begin, end = segment.begin, segment.end
     first = begin + tile * BLOCK_N
     if first >= end:
