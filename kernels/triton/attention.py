@@ -115,16 +115,17 @@ def attend_kernel(
     values = head_of(v, segment.row, group, segment.end)
     full, last = keys_seen(first, segment, memory_tokens, BLOCK_M, BLOCK_N, CAUSAL)
 
-    zeros = tl.zeros([BLOCK_M], tl.float32)
-    state = (tl.zeros([BLOCK_M, BLOCK_V], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32), zeros)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     factor = score_factor(scale, softcap)
     # fmt: off
-    state = softmax_loop(
-        state, queries, i, keys, values, segment.begin, full, segment, memory_tokens, factor, softcap,
+    acc, peak, total = softmax_loop(
+        (acc, peak, total), queries, i, keys, values, segment.begin, full, segment, memory_tokens, factor, softcap,
         False, CAUSAL, K, V, BLOCK_N,
     )
     acc, peak, total = softmax_loop(
-        state, queries, i, keys, values, full, last, segment, memory_tokens, factor, softcap,
+        (acc, peak, total), queries, i, keys, values, full, last, segment, memory_tokens, factor, softcap,
         True, CAUSAL, K, V, BLOCK_N,
     )
     # fmt: on
