@@ -87,7 +87,7 @@ def recall(acc, share, x, first, matrix, ELU: tl.constexpr, K: tl.constexpr, V: 
 @triton.jit(do_not_specialize=LENGTHS)
 def attend_kernel(
     q, k, v, memory_q, out, saved, gate, memory,
-    slots, time, query_time, segment_len, memory_tokens, scale, softcap,
+    slots, time, query_time, segment_len, tiles, memory_tokens, scale, softcap,
     KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Attend by one tile of the queries of one head in one segment.
@@ -98,7 +98,6 @@ def attend_kernel(
     V: tl.constexpr = v.width
     BLOCK_V: tl.constexpr = block(V)
     program = tl.program_id(0)
-    tiles = tl.cdiv(tl.minimum(segment_len, query_time), BLOCK_M)
     # the longest rows of a segment first
     tile = tiles - 1 - program % tiles
     head = program // tiles % q.heads
@@ -193,7 +192,7 @@ def attend(
     launch(
         attend_kernel, slots * heads * tiles, tile, q,
         **call_arguments(q, k, v, layout, options), memory_q=view(memory_q), out=view(out),
-        saved=None if saved is None else saved.view(), gate=gate, memory=memory,
+        saved=None if saved is None else saved.view(), gate=gate, memory=memory, tiles=tiles,
         KEEP_GATE=options.empty_memory == "gated",
     )
     # fmt: on

@@ -108,22 +108,30 @@ class RowDeltas(NamedTuple):
     memory: Tensor | None  # float32 [B, H, Tq] do · A_mem
 
 
+class QueryGrads(NamedTuple):
+    """The gradients of what stands at the queries."""
+
+    q: Any
+    memory_q: Any  # None where the memory reads by q
+    gate: Tensor | None
+    deltas: RowDeltas
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def query_grad_kernel(
-    q, k, v, memory_q, saved, gate, memory, dout, dq, dmemory_q, deltas, dgate,
-    slots, time, query_time, segment_len, memory_tokens, scale, softcap,
+    q, k, v, memory_q, saved, gate, memory, dout, grads,
+    slots, time, query_time, segment_len, tiles, memory_tokens, scale, softcap,
     KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Store dq of one tile of one head's queries, and the memory's part in dmemory_q; None: in dq too, which sums both.
+    """Store in `grads` the gradients of one tile of one head's queries, and its row sums.
 
-    Leaves do · A_dot and do · A_mem in deltas, and the gate's gradient per tile in dgate [slots · H · tiles].
+    grads.memory_q None: grads.q sums the memory's part too. grads.gate [slots · H · tiles]: the gate's part per tile.
     """
     K: tl.constexpr = q.width
     V: tl.constexpr = v.width
     BLOCK_K: tl.constexpr = block(K)
     BLOCK_V: tl.constexpr = block(V)
     program = tl.program_id(0)
-    tiles = tl.cdiv(tl.minimum(segment_len, query_time), BLOCK_M)
     tile = tiles - 1 - program % tiles
     head = program // tiles % q.heads
     group = head // (q.heads // k.heads)
@@ -132,7 +140,7 @@ def query_grad_kernel(
     first = tl.maximum(segment.begin, offset) + tile * BLOCK_M
     if first >= segment.end:
         if memory is not None:
-            tl.store(dgate + program, 0.0)
+            tl.store(grads.gate + program, 0.0)
         return
     i = first + tl.arange(0, BLOCK_M)
     inside = i < segment.end
@@ -141,20 +149,17 @@ def query_grad_kernel(
     douts = load_rows(head_of(dout, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_V, V)
     local = load_rows(head_of(saved.local, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_V, V)
     row_delta = tl.sum(douts.to(tl.float32) * local.to(tl.float32), 1)
-    tl.store(deltas.local + at_rows, row_delta, mask=inside)
+    tl.store(grads.deltas.local + at_rows, row_delta, mask=inside)
 
-    dqueries = head_of(dq, segment.row, head, stop)
     if memory is not None:
         g = tl.sigmoid(tl.load(gate + head))
-        # fmt: off
-        memory_delta, inverse = recall_adjoint(
-            head_of(memory_q, segment.row, head, stop), at, douts, memory, tl.cast(slot, tl.int64) * k.heads + group,
-            g, dqueries if dmemory_q is None else head_of(dmemory_q, segment.row, head, stop), True, K, V, CHUNK,
-        )
-        # fmt: on
-        tl.store(deltas.memory + at_rows, memory_delta, mask=inside)
+        x = head_of(memory_q, segment.row, head, stop)
+        dx = head_of(grads.q if grads.memory_q is None else grads.memory_q, segment.row, head, stop)
+        at_memory = tl.cast(slot, tl.int64) * k.heads + group
+        memory_delta, inverse = recall_adjoint(x, at, douts, memory, at_memory, g, dx, True, K, V, CHUNK)
+        tl.store(grads.deltas.memory + at_rows, memory_delta, mask=inside)
         gated = ((inverse != 0) | KEEP_GATE) & inside
-        tl.store(dgate + program, g * (1 - g) * tl.sum(tl.where(gated, memory_delta - row_delta, 0.0), 0))
+        tl.store(grads.gate + program, g * (1 - g) * tl.sum(tl.where(gated, memory_delta - row_delta, 0.0), 0))
     queries = load_rows(head_of(q, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_K, K)
     lse2 = tl.load(saved.lse2 + at_rows, mask=inside, other=float("inf"))
     keys = head_of(k, segment.row, group, segment.end)
@@ -173,28 +178,20 @@ def query_grad_kernel(
     )
     # fmt: on
     acc *= scale
+    dqueries = head_of(grads.q, segment.row, head, stop)
     if memory is not None:
-        if dmemory_q is None:
+        if grads.memory_q is None:
             # other threads of this program have stored the memory's part
             tl.debug_barrier()
             acc += load_rows(dqueries, at, 0, BLOCK_M, BLOCK_K, K).to(tl.float32)
     store_rows(dqueries, at, 0, acc, K)
 
 
-class QueryGrads(NamedTuple):
-    """What the queries' backward returns."""
-
-    q: Tensor
-    memory_q: Tensor | None  # None where the memory reads by q
-    gate: Tensor | None  # [H]
-    deltas: RowDeltas
-
-
 def query_grads(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor | None, saved: SavedRows, gate: Tensor | None,
     memory: SegmentMemory | None, dout: Tensor, layout: Layout, options: Options,
 ) -> QueryGrads:  # fmt: skip
-    """Return the gradients of what stands at the queries, and the row sums that later kernels take."""
+    """Return the gradients of what stands at the queries, that of the gate [H], and row sums for later kernels."""
     heads, query_time, key_width = q.shape[1:]
     padded = layout.slots is not None
     tile = tile_of(query_grad_kernel, q, key_width, v.shape[3])
@@ -207,8 +204,8 @@ def query_grads(
     launch(
         query_grad_kernel, slots * heads * tiles, tile, q,
         **call_arguments(q, k, v, layout, options), memory_q=view(q if memory_q is None else memory_q),
-        saved=saved.view(), gate=gate, memory=memory, dout=view(dout), dq=view(dq), dmemory_q=view(dmemory_q),
-        deltas=deltas, dgate=dgate, KEEP_GATE=options.empty_memory == "gated",
+        saved=saved.view(), gate=gate, memory=memory, dout=view(dout), tiles=tiles,
+        grads=QueryGrads(view(dq), view(dmemory_q), dgate, deltas), KEEP_GATE=options.empty_memory == "gated",
     )
     # fmt: on
     return QueryGrads(dq, dmemory_q, None if dgate is None else dgate.sum((0, 2)), deltas)
@@ -272,7 +269,7 @@ def key_loop(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def key_grad_kernel(
-    q, k, v, lse2, dout, row_delta, dk, dv, slots, time, query_time, segment_len, memory_tokens, scale, softcap,
+    q, k, v, lse2, dout, row_delta, dk, dv, slots, time, query_time, segment_len, tiles, memory_tokens, scale, softcap,
     ADD_DK: tl.constexpr, ADD_DV: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Store dk and dv of one tile of one key/value head, over its group's queries; ADD_DK, ADD_DV: add them."""
@@ -281,7 +278,6 @@ def key_grad_kernel(
     BLOCK_K: tl.constexpr = block(K)
     BLOCK_V: tl.constexpr = block(V)
     program = tl.program_id(0)
-    tiles = tl.cdiv(tl.minimum(segment_len, time), BLOCK_N)
     tile = program % tiles
     group = program // tiles % k.heads
     segment, _ = segment_at(program // tiles // k.heads, slots, segment_len, time)
@@ -349,7 +345,7 @@ def key_grads(
     launch(
         key_grad_kernel, layout.total * groups * tiles, tile, q,
         **call_arguments(q, k, v, layout, options), lse2=lse2, dout=view(dout), row_delta=row_delta,
-        dk=view(dk), dv=view(dv), ADD_DK=add_dk, ADD_DV=add_dv,
+        dk=view(dk), dv=view(dv), tiles=tiles, ADD_DK=add_dk, ADD_DV=add_dv,
     )
     # fmt: on
     return dk, dv

@@ -16,12 +16,11 @@ from .write import SegmentMemory
 
 @triton.jit(do_not_specialize=LENGTHS)
 def read_kernel(
-    q, memory, out, time, groups, ELU: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
+    q, memory, out, time, tiles, groups, ELU: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """Store A_mem of one tile of one head's rows."""
     K: tl.constexpr = q.width
     V: tl.constexpr = out.width
-    tiles = tl.cdiv(time, BLOCK_M)
     first = tl.program_id(0) % tiles * BLOCK_M
     head = tl.program_id(0) // tiles % q.heads
     row = tl.program_id(0) // tiles // q.heads
@@ -35,12 +34,12 @@ def read_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def read_grad_kernel(
-    q, memory, dout, dq, memory_delta, time, groups, ELU: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
+    q, memory, dout, dq, memory_delta, time, tiles, groups,
+    ELU: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Store dq of one tile of one head's rows, and do · A_mem in memory_delta [B, H, T] for the memory's gradient."""
     K: tl.constexpr = q.width
     V: tl.constexpr = dout.width
-    tiles = tl.cdiv(time, BLOCK_M)
     first = tl.program_id(0) % tiles * BLOCK_M
     head = tl.program_id(0) // tiles % q.heads
     row = tl.program_id(0) // tiles // q.heads
@@ -57,11 +56,12 @@ def read(q: Tensor, memory: SegmentMemory, elu: bool) -> Tensor:
     batch, heads, time, key_width = q.shape
     groups, value_width = memory.matrix.shape[1], memory.matrix.shape[3]
     tile = tile_of(read_kernel, q, key_width, value_width)
+    tiles = triton.cdiv(time, tile.BLOCK_M)
     out = new_tokens(q, heads, time, value_width)
     # fmt: off
     launch(
-        read_kernel, batch * heads * triton.cdiv(time, tile.BLOCK_M), tile, q,
-        q=view(q), memory=memory, out=view(out), time=time, groups=groups, ELU=elu,
+        read_kernel, batch * heads * tiles, tile, q,
+        q=view(q), memory=memory, out=view(out), time=time, tiles=tiles, groups=groups, ELU=elu,
     )
     # fmt: on
     return out
@@ -71,13 +71,14 @@ def read_grads(q: Tensor, memory: SegmentMemory, dout: Tensor, elu: bool) -> tup
     """Return dq, and do · A_mem float32 [B, H, T]."""
     batch, heads, time, key_width = q.shape
     tile = tile_of(read_grad_kernel, q, key_width, dout.shape[3])
+    tiles = triton.cdiv(time, tile.BLOCK_M)
     dq = new_tokens(q, heads, time, key_width)
     memory_delta = q.new_empty((batch, heads, time), dtype=torch.float32)
     # fmt: off
     launch(
-        read_grad_kernel, batch * heads * triton.cdiv(time, tile.BLOCK_M), tile, q,
+        read_grad_kernel, batch * heads * tiles, tile, q,
         q=view(q), memory=memory, dout=view(dout), dq=view(dq), memory_delta=memory_delta, time=time,
-        groups=memory.matrix.shape[1], ELU=elu,
+        tiles=tiles, groups=memory.matrix.shape[1], ELU=elu,
     )
     # fmt: on
     return dq, memory_delta

@@ -16,7 +16,7 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 # a normalizer below this has lost its digits to underflow: TINY over float32's epsilon
 LEAST_PEAK = tl.constexpr(9.860761315262648e-32)
 # arguments that vary from call to call: no variant of a kernel is compiled for their values
-LENGTHS = ("time", "query_time", "segment_len", "split_len")
+LENGTHS = ("time", "query_time", "segment_len", "tiles", "split_len")
 
 
 class Tokens(NamedTuple):

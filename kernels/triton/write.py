@@ -90,10 +90,7 @@ def sequence_at(n, runs, segment_len, time):
     if runs is not None:
         tokens = tl.load(runs + n * 2 + 1).to(tl.int32)
     whole, tail = tokens // segment_len, tokens % segment_len > 0
-    if runs is None:
-        first = tl.cast(n, tl.int64) * (whole + tl.where(tail, 1, 0))
-    else:
-        first = tl.load(runs + n * 2)
+    first = tl.cast(n, tl.int64) * (whole + tl.where(tail, 1, 0)) if runs is None else tl.load(runs + n * 2)
     return first, whole, tail
 
 

@@ -173,14 +173,13 @@ def weight_sums_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def write_grad_kernel(
-    k, v, beta, gamma, normalizer, grads, dk, dv, dbeta, slots, time, segment_len,
+    k, v, beta, gamma, normalizer, grads, dk, dv, dbeta, slots, time, segment_len, tiles,
     ELU: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Store dk, dv and dbeta of one tile of one head's tokens: zeros where they were not written."""
     K: tl.constexpr = k.width
     V: tl.constexpr = v.width
     BLOCK_V: tl.constexpr = block(V)
-    tiles = tl.cdiv(tl.minimum(segment_len, time), BLOCK_N)
     tile = tl.program_id(0) % tiles
     group = tl.program_id(0) // tiles % k.heads
     slot = tl.program_id(0) // tiles // k.heads
@@ -270,7 +269,7 @@ def write_grads(
     launch(
         write_grad_kernel, layout.total * groups * tiles, tile, k,
         k=view(k), v=view(v), beta=beta, gamma=gamma, normalizer=normalizer, grads=grads, dk=view(dk), dv=view(dv),
-        dbeta=dbeta, slots=layout.slots, time=layout.time, segment_len=layout.segment_len, ELU=elu,
+        dbeta=dbeta, slots=layout.slots, time=layout.time, segment_len=layout.segment_len, tiles=tiles, ELU=elu,
     )
     # fmt: on
     return dk, dv, dbeta
