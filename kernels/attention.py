@@ -37,7 +37,7 @@ def segment_attention(
     softcap: float | None = None,
     backend: str | None = None,
 ) -> SegmentOutput:
-    """Attention inside segments of `segment_len` tokens, blended with what a memory recalls of earlier ones.
+    """Attend inside segments of `segment_len` tokens, and blend in what a memory recalls of earlier ones.
 
     Infini-attention, arXiv 2404.07143 equations 6 to 10: local attention, retrieval, update, gate. The equations as
     computed here, forward and backward, are in `infini/README.md`. Gradients reach every tensor argument, and cross

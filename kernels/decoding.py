@@ -1,4 +1,4 @@
-"""`segment_decode`: the newest tokens of an unfinished segment, from buffers of a fixed size."""
+"""`segment_decode`: attention by the last tokens of an unfinished segment, from buffers of a fixed size."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def segment_decode(
     counters: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`segment_attention` of a few last tokens, for decoding: one launch, and no gradients.
+    """Run `segment_attention` on a few last tokens, for decoding: one launch, and no gradients.
 
     k and v are buffers, of which each row's first `lengths` tokens count. On a GPU the lengths are read there: a CUDA
     graph of this call may be replayed while the buffers fill. When they hold a whole segment, fold it by `memory_write`
@@ -98,7 +98,7 @@ def _run(
     backend: str, q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
     lengths: Tensor | None, counters: Tensor | None, options: Options,
 ) -> Tensor:  # fmt: skip
-    """Run a checked call."""
+    """Run a checked call by one of the backends."""
     if backend == "triton":
         return triton_decode(q, k, v, memory_q, gate, state, lengths, counters, options)
     if backend == "torch":

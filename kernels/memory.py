@@ -34,7 +34,7 @@ def _features(x: Tensor, feature_map: str | None) -> Tensor:
 def memory_read(
     q: Tensor, state: MemoryState, *, feature_map: str | None = "elu1", backend: str | None = None
 ) -> Tensor:
-    """A_mem = σ(q) M / σ(q) z, 0 where the memory is empty (arXiv 2404.07143, equation 7).
+    """Read the memory: A_mem = σ(q) M / σ(q) z, 0 where it is empty (arXiv 2404.07143, equation 7).
 
     Args:
         q: [B, H, T, K]. With G memories per sequence, head h reads memory h // (H / G).

@@ -12,12 +12,12 @@ from .state import MemoryState, Options, SegmentOutput
 
 
 def feature_map(x: Tensor) -> Tensor:
-    """σ(x) = ELU(x) + 1, as exp(x) below zero so that small values keep their digits."""
+    """Return σ(x) = ELU(x) + 1, as exp(x) below zero so that small values keep their digits."""
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: Options) -> Tensor:
-    """softmax(q kᵀ · scale) v over the visible keys, scores perhaps capped; visible [Lq, Lk]."""
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: Options) -> Tensor:
+    """Return softmax(q kᵀ · scale) v over the visible keys, scores perhaps capped; visible [Lq, Lk]."""
     scores = q @ k.mT * options.scale
     if options.softcap is not None:
         scores = options.softcap * (scores / options.softcap).tanh()
@@ -26,13 +26,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: Options) -
 
 
 def visibility(rows: Tensor, keys: Tensor, length: int, options: Options) -> Tensor:
-    """[Lq, Lk]: may the query at position `rows` see the key at `keys`? `length` is that of the sequence."""
+    """Return [Lq, Lk]: may the query at position `rows` see the key at `keys`? `length` is that of the sequence."""
     i, j = rows[:, None], keys[None, :]
     return (j <= i) | (j < options.num_read) | (i >= length - options.num_write) | (not options.causal)
 
 
 def read(features: Tensor, state: MemoryState) -> tuple[Tensor, Tensor]:
-    """A_mem = σ(q) M / σ(q) z, and which rows [..., L, 1] found anything: an empty memory gives 0.
+    """Return A_mem = σ(q) M / σ(q) z, 0 where the memory is empty, and in which rows [..., L, 1] it is not.
 
     Both are taken over z's largest entry, which cancels, so that small features do not vanish in their product.
     """
@@ -40,21 +40,23 @@ def read(features: Tensor, state: MemoryState) -> tuple[Tensor, Tensor]:
     peak = state.normalizer.detach().abs().amax(-1, keepdim=True)
     peak = peak.masked_fill(peak < limits.tiny / limits.eps, torch.inf)
     weight = features @ (state.normalizer / peak).unsqueeze(-1)
-    found = weight.abs() >= limits.tiny
-    return torch.where(found, features @ (state.memory / peak.unsqueeze(-1)) / weight.masked_fill(~found, 1), 0), found
+    filled = weight.abs() >= limits.tiny
+    return torch.where(
+        filled, features @ (state.memory / peak.unsqueeze(-1)) / weight.masked_fill(~filled, 1), 0
+    ), filled
 
 
 def write(features: Tensor, v: Tensor, state: MemoryState, update: str) -> MemoryState:
-    """M + σ(k)ᵀ v and z + Σ σ(k); by the delta rule v less what the memory already returns for k."""
+    """Return M + σ(k)ᵀ v and z + Σ σ(k); the delta rule writes v less what the memory already returns for k."""
     value = v - read(features, state)[0] if update == "delta" else v
     return MemoryState(state.memory + features.mT @ value, state.normalizer + features.sum(-2))
 
 
-def blend(local: Tensor, recalled: Tensor, found: Tensor, gate: Tensor, empty_memory: str) -> Tensor:
-    """g A_mem + (1 − g) A_dot; with `empty_memory="local"` g = 0 where the memory holds nothing."""
+def blend(local: Tensor, recalled: Tensor, filled: Tensor, gate: Tensor, empty_memory: str) -> Tensor:
+    """Return g A_mem + (1 − g) A_dot; with `empty_memory="local"`, g = 0 where the memory is empty."""
     g = gate.sigmoid()[:, None, None].expand_as(recalled)
     if empty_memory == "local":
-        g = g * found
+        g = g * filled
     return g * recalled + (1 - g) * local
 
 
@@ -69,7 +71,7 @@ def attend_sequence(
     first_query: int,
     options: Options,
 ) -> tuple[Tensor, MemoryState | None]:
-    """One sequence, no padding: q [H, Tq, K] from position `first_query` on; k, v [H, T, ·] repeated over the group."""
+    """Run one sequence: q [H, Tq, K] from position `first_query` on; k, v [H, T, ·] repeated over the group."""
     length, L = k.shape[-2], options.segment_len
     position = torch.arange(length, device=q.device)
     outs = [q[:, :0, :1].expand(-1, -1, v.shape[-1])]
@@ -77,7 +79,7 @@ def attend_sequence(
         segment = slice(start, min(start + L, length))
         rows = slice(max(start - first_query, 0), max(segment.stop - first_query, 0))
         visible = visibility(position[first_query:][rows], position[segment], length, options)
-        out = attend(q[:, rows], k[:, segment], v[:, segment], visible, options)
+        out = softmax_attention(q[:, rows], k[:, segment], v[:, segment], visible, options)
         if gate is not None and state is not None:
             out = blend(out, *read(feature_map(memory_q[:, rows]), state), gate, options.empty_memory)
             if segment.stop - start == L:

@@ -259,8 +259,7 @@ def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Laun
     options = Options(T, "delta", True, 0, 0, "local", width**-0.5)
     with recording(target) as recorded:
         for state in ((gate, m, z), (None, None, None)):
-            inputs = Inputs(q[:, :, :1], k, k, None, None, *state, None)
-            attention_decode(inputs, *options, lengths, None)
+            attention_decode([q[:, :, :1], k, k, None, None, *state, None], *options, lengths, None)
         read_forward(q, m, z, True)
         read_backward(q, m, z, True, q)
         _, _, *saved = write_forward(k, k, beta, m, z, "delta", True, False)

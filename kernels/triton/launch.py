@@ -1,4 +1,4 @@
-"""How kernels are started: tensors as strided views, tiles by name, errors that say what to do."""
+"""The start of kernels: tensors as strided views, tiles by name, errors that say what to do."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _tried: dict[str, Tile] = {}
 
 @contextmanager
 def recording(target: Target) -> Iterator[list[Launch]]:
-    """Launches inside are listed, as they would be on `target`, and not run: nothing is written."""
+    """List the launches inside, as they would be on `target`, instead of running them: nothing is written."""
     global _recorded
     before = _recorded
     launches: list[Launch] = []
@@ -48,7 +48,7 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 
 @contextmanager
 def trying(tiles: dict[str, Tile]) -> Iterator[None]:
-    """Kernels named in `tiles` take those tiles instead of the table's: for tuning, and for tests of every tile."""
+    """Let the kernels named in `tiles` take those instead of the table's: for tuning, and for tests of every tile."""
     global _tried
     before, _tried = _tried, tiles
     try:
@@ -59,16 +59,19 @@ def trying(tiles: dict[str, Tile]) -> Iterator[None]:
 
 def view(x: Tensor | None) -> Tokens | None:
     """Return tokens [B, heads, T, width], whose last dimension must be contiguous, as an argument of a kernel."""
-    return None if x is None else Tokens(x, *x.stride()[:3], x.shape[1], tl.constexpr(x.shape[3]))
+    if x is None:
+        return None
+    row, head, time, _ = x.stride()
+    return Tokens(x, row, head, time, x.shape[1], tl.constexpr(x.shape[3]))
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """x, copied only where its last dimension is strided, or where a tile's rows would be 2^31 elements apart."""
+    """Return x, copied where its last dimension is strided, or where a tile's rows would be 2^31 elements apart."""
     return x if x.stride(-1) == 1 and x.stride(-2) < 2**22 else x.contiguous()
 
 
 def new_tokens(like: Tensor, heads: int, time: int, width: int, padded: bool = False) -> Tensor:
-    """[B, heads, time, width] in the memory order of `like`; zeros where it may be padded."""
+    """Return a new [B, heads, time, width] in the memory order of `like`; zeros where it may be padded."""
     new = like.new_zeros if padded else like.new_empty
     if like.stride(1) < like.stride(2):
         return new((like.shape[0], time, heads, width)).transpose(1, 2)
@@ -76,7 +79,7 @@ def new_tokens(like: Tensor, heads: int, time: int, width: int, padded: bool = F
 
 
 def tile_of(kernel: Any, like: Tensor, key_width: int, value_width: int) -> Tile:
-    """The table's tile for `kernel` on like's device, in like's dtype."""
+    """Return the table's tile for `kernel` on the device of `like`, in its dtype."""
     target = target_of(like.device) if _recorded is None else _recorded[0]
     tile = _tried.get(kernel.__name__) or tile_for(kernel.__name__, target, like.dtype, key_width, value_width)
     widest_k, widest_v = block(key_width), block(value_width)
@@ -89,7 +92,7 @@ def tile_of(kernel: Any, like: Tensor, key_width: int, value_width: int) -> Tile
 
 
 def launch(kernel: Any, programs: int, tile: Tile, like: Tensor, **arguments: Any) -> None:
-    """Run `kernel` on like's device.
+    """Run `kernel` on the device of `like`.
 
     Raises:
         RuntimeError: the tile does not fit the GPU.
@@ -121,12 +124,12 @@ def _refusal(name: str, tile: Tile, target: str, error: Exception) -> str:
 
 
 def constants(kernel: Any, tile: Tile) -> dict[str, Any]:
-    """The fields of a tile that the kernel names."""
+    """Return the fields of a tile that the kernel names."""
     return {name: value for name, value in asdict(tile).items() if name in kernel.arg_names}
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU."""
+    """Return the number of the GPU's multiprocessors."""
     if INTERPRETED.value or _recorded is not None:
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -134,7 +137,7 @@ def processors(device: torch.device) -> int:
 
 @cache
 def target_of(device: torch.device) -> Target:
-    """What the kernels are compiled for on a device."""
+    """Return what the kernels are compiled for on a device."""
     if INTERPRETED.value:
         return Target("interpreter", 0)
     properties = torch.cuda.get_device_properties(device)

@@ -89,8 +89,13 @@ def write_backward(
 ) -> list[Tensor]:
     """Return the gradients of k, v, beta (empty where there is none), memory and normalizer."""
     kept, layout = SavedMemory(*saved), _rows(k)
-    before, reads = kept.before(), [torch.zeros_like(x) for x in dstate]
-    grads, dm, dz = state_grads(k, before, or_none(kept.erased), *dstate, *reads, layout, beta=beta, elu=elu)
+    before, (dmemory, dnormalizer) = kept.before(), dstate
+    reads = torch.zeros_like(dmemory), torch.zeros_like(dnormalizer)
+    # fmt: off
+    grads, dm, dz = state_grads(
+        k, before, or_none(kept.erased), dmemory, dnormalizer, *reads, layout, beta=beta, elu=elu,
+    )
+    # fmt: on
     dk, dv, dbeta = write_grads(k, v, before.normalizer, grads, layout, beta=beta, gamma=or_none(kept.gamma), elu=elu)
     return [dk, dv, *or_empty(k, dbeta), dm, dz]
 
