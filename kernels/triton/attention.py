@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..sequences import Layout
 from ..state import Options
-from .launch import launch, new_tokens, tile_of, view
+from .launch import launch, new_tokens, segment_arguments, tile_of, view
 from .tiles import (
     LENGTHS,
     MemoryTokens,
@@ -23,6 +23,7 @@ from .tiles import (
     load_chunk,
     load_rows,
     memory_weight,
+    query_slot,
     reciprocal,
     rounded,
     row_operand,
@@ -87,7 +88,7 @@ def recall(acc, share, x, first, matrix, ELU: tl.constexpr, K: tl.constexpr, V: 
 @triton.jit(do_not_specialize=LENGTHS)
 def attend_kernel(
     q, k, v, memory_q, out, saved, gate, memory,
-    slots, time, query_time, segment_len, tiles, memory_tokens, scale, softcap,
+    slots, time, query_time, segment_len, segments, tiles, memory_tokens, scale, softcap,
     KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Attend by one tile of the queries of one head in one segment.
@@ -103,7 +104,8 @@ def attend_kernel(
     head = program // tiles % q.heads
     group = head // (q.heads // k.heads)
     offset = time - query_time
-    segment, slot = segment_at(program // tiles // q.heads, slots, segment_len, time, offset // segment_len)
+    slot = query_slot(program // tiles // q.heads, slots, segments, offset // segment_len)
+    segment = segment_at(slot, slots, segments, segment_len, time)
     first = tl.maximum(segment.begin, offset) + tile * BLOCK_M
     if first >= segment.end:
         return
@@ -162,10 +164,8 @@ def call_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Opt
         "q": view(q),
         "k": view(k),
         "v": view(v),
-        "slots": layout.slots,
-        "time": layout.time,
+        **segment_arguments(layout),
         "query_time": q.shape[2],
-        "segment_len": layout.segment_len,
         "memory_tokens": MemoryTokens(options.num_read, options.num_write) if masked else None,
         "scale": options.scale,
         "softcap": options.softcap,

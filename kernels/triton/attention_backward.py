@@ -29,6 +29,7 @@ from .tiles import (
     load_chunk,
     load_rows,
     load_vector,
+    query_slot,
     reciprocal,
     rounded,
     score_factor,
@@ -102,30 +103,30 @@ def recall_adjoint(
 
 
 class RowDeltas(NamedTuple):
-    """Of every query: how far its output moves along do."""
+    """The products of every query's output gradient with what it is blended from."""
 
     local: Tensor  # float32 [B, H, Tq] do · A_dot, the row term D of the softmax's backward
     memory: Tensor | None  # float32 [B, H, Tq] do · A_mem
 
 
 class QueryGrads(NamedTuple):
-    """The gradients of what stands at the queries."""
+    """The gradients of what stands at the queries, and row sums that later kernels take."""
 
     q: Any
     memory_q: Any  # None where the memory reads by q
-    gate: Tensor | None
+    gate: Tensor | None  # [H]; [slots, H, tiles] as a kernel leaves it
     deltas: RowDeltas
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def query_grad_kernel(
     q, k, v, memory_q, saved, gate, memory, dout, grads,
-    slots, time, query_time, segment_len, tiles, memory_tokens, scale, softcap,
+    slots, time, query_time, segment_len, segments, tiles, memory_tokens, scale, softcap,
     KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Store in `grads` the gradients of one tile of one head's queries, and its row sums.
 
-    grads.memory_q None: grads.q sums the memory's part too. grads.gate [slots · H · tiles]: the gate's part per tile.
+    grads.memory_q None: grads.q sums the memory's part too.
     """
     K: tl.constexpr = q.width
     V: tl.constexpr = v.width
@@ -136,7 +137,8 @@ def query_grad_kernel(
     head = program // tiles % q.heads
     group = head // (q.heads // k.heads)
     offset = time - query_time
-    segment, slot = segment_at(program // tiles // q.heads, slots, segment_len, time, offset // segment_len)
+    slot = query_slot(program // tiles // q.heads, slots, segments, offset // segment_len)
+    segment = segment_at(slot, slots, segments, segment_len, time)
     first = tl.maximum(segment.begin, offset) + tile * BLOCK_M
     if first >= segment.end:
         if memory is not None:
@@ -191,7 +193,7 @@ def query_grads(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor | None, saved: SavedRows, gate: Tensor | None,
     memory: SegmentMemory | None, dout: Tensor, layout: Layout, options: Options,
 ) -> QueryGrads:  # fmt: skip
-    """Return the gradients of what stands at the queries, that of the gate [H], and row sums for later kernels."""
+    """Return the gradients of what stands at the queries. memory_q None: the memory reads by q."""
     heads, query_time, key_width = q.shape[1:]
     padded = layout.slots is not None
     tile = tile_of(query_grad_kernel, q, key_width, v.shape[3])
@@ -269,7 +271,8 @@ def key_loop(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def key_grad_kernel(
-    q, k, v, lse2, dout, row_delta, dk, dv, slots, time, query_time, segment_len, tiles, memory_tokens, scale, softcap,
+    q, k, v, lse2, dout, row_delta, dk, dv,
+    slots, time, query_time, segment_len, segments, tiles, memory_tokens, scale, softcap,
     ADD_DK: tl.constexpr, ADD_DV: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Store dk and dv of one tile of one key/value head, over its group's queries; ADD_DK, ADD_DV: add them."""
@@ -280,7 +283,7 @@ def key_grad_kernel(
     program = tl.program_id(0)
     tile = program % tiles
     group = program // tiles % k.heads
-    segment, _ = segment_at(program // tiles // k.heads, slots, segment_len, time)
+    segment = segment_at(program // tiles // k.heads, slots, segments, segment_len, time)
     begin, end = segment.begin, segment.end
     offset = time - query_time
     first = begin + tile * BLOCK_N

@@ -101,7 +101,8 @@ def read_state(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
-    q, k, v, memory_q, out, gate, state, lengths, parts, sums, counters, time, query_time, split_len, scale, softcap,
+    q, k, v, memory_q, out, gate, state, lengths, parts, sums, counters,
+    time, query_time, splits, split_len, scale, softcap,
     KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Attend to one split of one key/value head's tail, or read its memory, for all the queries of its group.
@@ -113,7 +114,6 @@ def decode_kernel(
     K: tl.constexpr = q.width
     V: tl.constexpr = v.width
     BLOCK_V: tl.constexpr = block(V)
-    splits = tl.cdiv(time, split_len)
     count = splits
     if state is not None:
         count += 1
@@ -128,8 +128,6 @@ def decode_kernel(
     inside = r < members * query_time
     position = end - query_time + r % query_time
     first_part = tl.cast(at, tl.int64) * (splits + 1)
-    target, columns = part_at(parts, first_part + part, BLOCK_M, V)
-    target_sums = sums + (first_part + part) * 2 * BLOCK_M + r
     if part < splits:
         first = part * split_len
         stop = tl.minimum(first + split_len, end)
@@ -140,13 +138,15 @@ def decode_kernel(
             acc, peak, total = attend_tail(
                 queries, position, keys, values, first, factor, softcap, CAUSAL, K, V, BLOCK_N
             )
+            target, columns = part_at(parts, first_part + part, BLOCK_M, V)
             tl.store(target, acc, mask=columns)
-            tl.store(target_sums, peak)
-            tl.store(target_sums + BLOCK_M, total)
+            tl.store(sums + (first_part + part) * 2 * BLOCK_M + r, peak)
+            tl.store(sums + (first_part + part) * 2 * BLOCK_M + BLOCK_M + r, total)
     elif state is not None:
         acc, inverse = read_state(memory_q, state, at, group * members, row, r, query_time, inside, V, CHUNK)
+        target, columns = part_at(parts, first_part + splits, BLOCK_M, V)
         tl.store(target, acc, mask=columns)
-        tl.store(target_sums, inverse)
+        tl.store(sums + (first_part + splits) * 2 * BLOCK_M + r, inverse)
 
     # every thread's stores come before the count, which the last program's loads come after
     tl.debug_barrier()
@@ -157,9 +157,8 @@ def decode_kernel(
         peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for split in range(0, tl.cdiv(end, split_len)):
-            split_sums = sums + (first_part + split) * 2 * BLOCK_M + r
-            split_peak = tl.load(split_sums, cache_modifier=".cg")
-            split_total = tl.load(split_sums + BLOCK_M, cache_modifier=".cg")
+            split_peak = tl.load(sums + (first_part + split) * 2 * BLOCK_M + r, cache_modifier=".cg")
+            split_total = tl.load(sums + (first_part + split) * 2 * BLOCK_M + BLOCK_M + r, cache_modifier=".cg")
             source, columns = part_at(parts, first_part + split, BLOCK_M, V)
             new_peak = tl.maximum(peak, split_peak)
             safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -209,8 +208,8 @@ def decode(
         decode_kernel, batch * groups * (splits + (state is not None)), tile, q,
         q=view(q), k=view(k), v=view(v), memory_q=view(memory_q), out=view(out), gate=gate, state=state,
         lengths=lengths, parts=parts, sums=sums, counters=counters, time=time, query_time=query_time,
-        split_len=split_len, scale=options.scale, softcap=options.softcap, KEEP_GATE=options.empty_memory == "gated",
-        CAUSAL=options.causal, BLOCK_M=rows,
+        splits=splits, split_len=split_len, scale=options.scale, softcap=options.softcap, CAUSAL=options.causal,
+        KEEP_GATE=options.empty_memory == "gated", BLOCK_M=rows,
     )
     # fmt: on
     return out

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
+from ..sequences import Layout
 from .configs import Target, Tile, tile_for
 from .tiles import INTERPRETED, Tokens, block
 
@@ -63,6 +64,16 @@ def view(x: Tensor | None) -> Tokens | None:
         return None
     row, head, time, _ = x.stride()
     return Tokens(x, row, head, time, x.shape[1], tl.constexpr(x.shape[3]))
+
+
+def segment_arguments(layout: Layout) -> dict[str, Any]:
+    """Return the arguments by which a kernel finds the segment of a slot."""
+    return {
+        "slots": layout.slots,
+        "time": layout.time,
+        "segment_len": layout.segment_len,
+        "segments": layout.per_row,
+    }
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -88,15 +88,17 @@ def write_backward(
     k: Tensor, v: Tensor, beta: Tensor | None, saved: list[Tensor], elu: bool, dstate: list[Tensor]
 ) -> list[Tensor]:
     """Return the gradients of k, v, beta (empty where there is none), memory and normalizer."""
-    kept, layout = SavedMemory(*saved), _rows(k)
-    before, (dmemory, dnormalizer) = kept.before(), dstate
+    saved_memory, layout = SavedMemory(*saved), _rows(k)
+    before, (dmemory, dnormalizer) = saved_memory.before(), dstate
     reads = torch.zeros_like(dmemory), torch.zeros_like(dnormalizer)
     # fmt: off
     grads, dm, dz = state_grads(
-        k, before, or_none(kept.erased), dmemory, dnormalizer, *reads, layout, beta=beta, elu=elu,
+        k, before, or_none(saved_memory.erased), dmemory, dnormalizer, *reads, layout, beta=beta, elu=elu,
     )
     # fmt: on
-    dk, dv, dbeta = write_grads(k, v, before.normalizer, grads, layout, beta=beta, gamma=or_none(kept.gamma), elu=elu)
+    dk, dv, dbeta = write_grads(
+        k, v, before.normalizer, grads, layout, beta=beta, gamma=or_none(saved_memory.gamma), elu=elu
+    )
     return [dk, dv, *or_empty(k, dbeta), dm, dz]
 
 

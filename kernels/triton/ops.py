@@ -54,7 +54,7 @@ class SavedMemory(NamedTuple):
 
     @classmethod
     def shapes(cls, k: Tensor, v: Tensor, slots: int, update: str, corrected: bool = False) -> SavedMemory:
-        """Return the same of a write of k and v into `slots` slots, without data."""
+        """Return what `of` returns for a write of k and v into `slots` slots, without data."""
         batch, groups, time, width = k.shape
         matrix = k.new_empty((slots, groups, width, v.shape[3]))
         residual = None if k.dtype == torch.float32 else matrix.new_empty(matrix.shape)
@@ -118,27 +118,29 @@ def attention_backward(
     """
     q, k, v, memory_q, memory_k, gate, _, _, bounds = Inputs(*inputs)  # type: ignore[arg-type]
     layout = layout_of(bounds, q.shape[0], k.shape[2], options.segment_len)
-    rows, kept = SavedRows(*saved[:2]), SavedMemory(*saved[2:])
+    rows, saved_memory = SavedRows(*saved[:2]), SavedMemory(*saved[2:])
     dout = dense_rows(dout)
     if gate is None:
-        read = query_grads(q, k, v, None, rows, None, None, dout, layout, options)
-        dk, dv = key_grads(q, k, v, rows.lse2, dout, read.deltas.local, None, None, layout, options)
-        return [read.q, dk, dv, *or_empty(q, None, None, None, None, None)]
-    before, groups = kept.before(), k.shape[1]
-    read = query_grads(q, k, v, memory_q, rows, gate, before, dout, layout, options)
+        query = query_grads(q, k, v, None, rows, None, None, dout, layout, options)
+        dk, dv = key_grads(q, k, v, rows.lse2, dout, query.deltas.local, None, None, layout, options)
+        return [query.q, dk, dv, *or_empty(q, None, None, None, None, None)]
+    before, groups = saved_memory.before(), k.shape[1]
+    query = query_grads(q, k, v, memory_q, rows, gate, before, dout, layout, options)
     # fmt: off
     from_reads = products(
         q if memory_q is None else memory_q, dout, groups, layout, normalizer=before.normalizer, gate=gate,
-        memory_delta=read.deltas.memory, whole=False, summed=True,
+        memory_delta=query.deltas.memory, whole=False, summed=True,
     )
     # fmt: on
     written = k if memory_k is None else memory_k
     dmemory, dnormalizer = (x.contiguous() for x in dstate)
-    grads, dm, dz = state_grads(written, before, or_none(kept.erased), dmemory, dnormalizer, *from_reads, layout)
+    grads, dm, dz = state_grads(
+        written, before, or_none(saved_memory.erased), dmemory, dnormalizer, *from_reads, layout
+    )
     dwritten, dv, _ = write_grads(written, v, before.normalizer, grads, layout)
     shared = memory_k is None
-    dk, dv = key_grads(q, k, v, rows.lse2, dout, read.deltas.local, dwritten if shared else None, dv, layout, options)
-    return [read.q, dk, dv, *or_empty(q, read.memory_q, None if shared else dwritten, read.gate), dm, dz]
+    dk, dv = key_grads(q, k, v, rows.lse2, dout, query.deltas.local, dwritten if shared else None, dv, layout, options)
+    return [query.q, dk, dv, *or_empty(q, query.memory_q, None if shared else dwritten, query.gate), dm, dz]
 
 
 @with_flat_options
@@ -183,12 +185,13 @@ class SegmentAttention(torch.autograd.Function):
     """The output, memory and normalizer of a call, differentiable once; without a gate the state is empty."""
 
     @staticmethod
-    def forward(ctx: Any, options: Options, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = Inputs(*tensors)  # type: ignore[arg-type]
         out, memory, normalizer, *saved = torch.ops.segattn.attend(inputs, *options, True)
-        gate = inputs[Inputs._fields.index("gate")]
-        if gate is None:
+        if inputs.gate is None:
             saved[0] = out
-        ctx.save_for_backward(*inputs, *saved)
+        # the backward starts from the memory before every slot, and does not need the initial one
+        ctx.save_for_backward(*inputs._replace(memory=None, normalizer=None), *saved)
         ctx.options = options
         return out, memory, normalizer
 
@@ -198,9 +201,11 @@ class SegmentAttention(torch.autograd.Function):
         # read once: a checkpoint computes them at each look
         tensors, count = ctx.saved_tensors, len(Inputs._fields)
         inputs, saved = Inputs(*tensors[:count]), tensors[count:]
-        gated = inputs.gate is not None
-        grads = torch.ops.segattn.attend_backward(inputs, saved, *ctx.options, dout, dstate if gated else [])
-        return None, *(None if x is None else grad for x, grad in zip(inputs, grads, strict=False)), None
+        dstate = () if inputs.gate is None else dstate
+        grads = torch.ops.segattn.attend_backward(inputs, saved, *ctx.options, dout, dstate)
+        # a memory and normalizer come with a gate
+        present = inputs._replace(memory=inputs.gate, normalizer=inputs.gate)[:-1]
+        return None, *(None if x is None else grad for x, grad in zip(present, grads, strict=True)), None
 
 
 def triton_attention(

@@ -16,7 +16,7 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 # a normalizer below this has lost its digits to underflow: TINY over float32's epsilon
 LEAST_PEAK = tl.constexpr(9.860761315262648e-32)
 # arguments that vary from call to call: no variant of a kernel is compiled for their values
-LENGTHS = ("time", "query_time", "segment_len", "tiles", "split_len")
+LENGTHS = ("time", "query_time", "segment_len", "segments", "tiles", "splits", "split_len")
 
 
 class Tokens(NamedTuple):
@@ -66,24 +66,25 @@ def ragged(width, columns):
 
 
 @triton.jit
-def segment_at(slot, slots, segment_len, time, first=0):
-    """Return where the segment of a slot lies, and the slot.
-
-    slots [F, 3]: the segments by slot. None: segments of whole rows of `time` tokens, those before number `first` of
-    each row left out, and not counted by `slot`.
-    """
+def query_slot(nth, slots, segments, first):
+    """Return the nth of the slots that may hold queries: of every row, those from segment number `first` on."""
     if slots is None:
-        segments = tl.cdiv(time, segment_len)
-        row = slot // (segments - first)
-        number = first + slot % (segments - first)
-        begin = number * segment_len
+        nth = nth // (segments - first) * segments + first + nth % (segments - first)
+    return nth
+
+
+@triton.jit
+def segment_at(slot, slots, segments, segment_len, time):
+    """Return the segment of a slot: from slots [F, 3], or among the `segments` of each row of `time` tokens."""
+    if slots is None:
+        row = slot // segments
+        begin = slot % segments * segment_len
         end = tl.minimum(begin + segment_len, time)
-        slot = row * segments + number
     else:
         row = tl.load(slots + slot * 3).to(tl.int32)
         begin = tl.load(slots + slot * 3 + 1).to(tl.int32)
         end = tl.load(slots + slot * 3 + 2).to(tl.int32)
-    return Segment(row, begin, end), slot
+    return Segment(row, begin, end)
 
 
 @triton.jit

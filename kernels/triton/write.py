@@ -9,7 +9,7 @@ z is divided by its peak, which cancels, so that small features do not vanish in
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sequences import Layout
-from .launch import launch, tile_of, view
+from .launch import launch, segment_arguments, tile_of, view
 from .tiles import (
     INTERPRETED,
     LENGTHS,
@@ -54,13 +54,13 @@ class SegmentMemory(NamedTuple):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def key_sums_kernel(
-    k, normalizer, sums, gamma, slots, time, segment_len, ELU: tl.constexpr, BLOCK_N: tl.constexpr
+    k, normalizer, sums, gamma, slots, time, segment_len, segments, ELU: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """Store Σ γ σ(k) over one complete segment of one head. γ = 1, or clip(1 − z σ / ‖σ‖², 0, 1), left in gamma."""
     K: tl.constexpr = k.width
     BLOCK_K: tl.constexpr = block(K)
     slot, group = tl.program_id(0) // k.heads, tl.program_id(0) % k.heads
-    segment, _ = segment_at(slot, slots, segment_len, time)
+    segment = segment_at(slot, slots, segments, segment_len, time)
     begin, end = segment.begin, segment.end
     if end - begin < segment_len:
         return
@@ -84,19 +84,20 @@ def key_sums_kernel(
 
 
 @triton.jit
-def sequence_at(n, runs, segment_len, time):
+def sequence_at(n, runs, segments, segment_len, time):
     """Return the first slot of sequence n, how many complete segments it has, and whether a shorter one follows."""
-    tokens = time
-    if runs is not None:
+    if runs is None:
+        first = tl.cast(n, tl.int64) * segments
+        tokens = time
+    else:
+        first = tl.load(runs + n * 2)
         tokens = tl.load(runs + n * 2 + 1).to(tl.int32)
-    whole, tail = tokens // segment_len, tokens % segment_len > 0
-    first = tl.cast(n, tl.int64) * (whole + tl.where(tail, 1, 0)) if runs is None else tl.load(runs + n * 2)
-    return first, whole, tail
+    return first, tokens // segment_len, tokens % segment_len > 0
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def normalizer_kernel(
-    initial, added, before, inverse_peak, after, runs, time, segment_len, groups,
+    initial, added, before, inverse_peak, after, runs, time, segment_len, segments, groups,
     REVERSE: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sum over the segments of one sequence's head: z before every segment, over its peak, and z after the last.
@@ -104,7 +105,7 @@ def normalizer_kernel(
     REVERSE: gradients of z after every segment, unscaled (inverse_peak is None), and of the initial z.
     """
     n, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    first, whole, tail = sequence_at(n, runs, segment_len, time)
+    first, whole, tail = sequence_at(n, runs, segments, segment_len, time)
     c = tl.arange(0, block(K))[None, :]
     column = c < K
     at_sequence = (tl.cast(n, tl.int64) * groups + group) * K
@@ -132,7 +133,7 @@ def normalizer_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def product_kernel(
-    x, y, normalizer, gate, beta, memory_delta, product, sums, slots, time, query_time, segment_len, groups,
+    x, y, normalizer, gate, beta, memory_delta, product, sums, slots, time, query_time, segment_len, segments, groups,
     ELU: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Store some columns of Σ weight · features(x)ᵀ y over the tokens of one segment, and over a group's heads.
@@ -153,7 +154,7 @@ def product_kernel(
     tile = tl.program_id(0) % tiles
     group = tl.program_id(0) // tiles % groups
     slot = tl.program_id(0) // tiles // groups
-    segment, _ = segment_at(slot, slots, segment_len, time)
+    segment = segment_at(slot, slots, segments, segment_len, time)
     begin, end = segment.begin, segment.end
     if WHOLE:
         if end - begin < segment_len:
@@ -245,7 +246,7 @@ def leave(matrix, residual, at, column, x, scale, K: tl.constexpr, V: tl.constex
 
 @triton.jit(do_not_specialize=LENGTHS)
 def scan_kernel(
-    initial, added, erased, before, residual, inverse_peak, after, runs, time, segment_len, groups,
+    initial, added, erased, before, residual, inverse_peak, after, runs, time, segment_len, segments, groups,
     REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -258,7 +259,7 @@ def scan_kernel(
     tile = tl.program_id(0) % tiles
     group = tl.program_id(0) // tiles % groups
     n = tl.program_id(0) // tiles // groups
-    first, whole, tail = sequence_at(n, runs, segment_len, time)
+    first, whole, tail = sequence_at(n, runs, segments, segment_len, time)
     r = tl.arange(0, ROWS)[:, None]
     column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = column < V
@@ -306,11 +307,20 @@ def sum_keys(k: Tensor, normalizer: Tensor | None, layout: Layout, elu: bool) ->
     # fmt: off
     launch(
         key_sums_kernel, layout.total * groups, tile, k,
-        k=view(k), normalizer=normalizer, sums=sums, gamma=gamma, slots=layout.slots, time=layout.time,
-        segment_len=layout.segment_len, ELU=elu,
+        k=view(k), normalizer=normalizer, sums=sums, gamma=gamma, **segment_arguments(layout), ELU=elu,
     )
     # fmt: on
     return sums, gamma
+
+
+def _sequence_arguments(layout: Layout) -> dict[str, Any]:
+    """Return the arguments by which a kernel finds the slots of a sequence."""
+    return {
+        "runs": layout.runs,
+        "time": layout.time,
+        "segment_len": layout.segment_len,
+        "segments": layout.per_row,
+    }
 
 
 def sum_normalizers(initial: Tensor, added: Tensor, layout: Layout) -> tuple[Normalizer, Tensor]:
@@ -336,8 +346,8 @@ def _launch_sums(
     # fmt: off
     launch(
         normalizer_kernel, layout.sequences * groups, tile, initial,
-        initial=initial, added=added, before=before, inverse_peak=inverse_peak, after=after, runs=layout.runs,
-        time=layout.time, segment_len=layout.segment_len, groups=groups, REVERSE=inverse_peak is None, K=width,
+        initial=initial, added=added, before=before, inverse_peak=inverse_peak, after=after, groups=groups,
+        **_sequence_arguments(layout), REVERSE=inverse_peak is None, K=width,
     )
     # fmt: on
 
@@ -357,8 +367,8 @@ def products(
     launch(
         product_kernel, layout.total * groups * triton.cdiv(width, tile.COLUMNS), tile, x,
         x=view(x), y=view(y), normalizer=normalizer, gate=gate, beta=beta, memory_delta=memory_delta, product=product,
-        sums=sums if summed else None, slots=layout.slots, time=layout.time, query_time=query_time,
-        segment_len=layout.segment_len, groups=groups, ELU=elu, WHOLE=whole,
+        sums=sums if summed else None, **segment_arguments(layout), query_time=query_time, groups=groups,
+        ELU=elu, WHOLE=whole,
     )
     # fmt: on
     return product, sums
@@ -381,8 +391,8 @@ def scan(
     launch(
         scan_kernel, layout.sequences * groups * triton.cdiv(value_width, tile.COLUMNS), tile, initial,
         initial=initial, added=added, erased=erased, before=before, residual=residual, inverse_peak=inverse_peak,
-        after=after, runs=layout.runs, time=layout.time, segment_len=layout.segment_len, groups=groups,
-        REVERSE=inverse_peak is None, K=key_width, V=value_width,
+        after=after, **_sequence_arguments(layout), groups=groups, REVERSE=inverse_peak is None, K=key_width,
+        V=value_width,
     )
     # fmt: on
     return before, residual, after

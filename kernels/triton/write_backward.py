@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sequences import Layout
-from .launch import launch, new_tokens, tile_of, view
+from .launch import launch, new_tokens, segment_arguments, tile_of, view
 from .tiles import (
     LENGTHS,
     Rows,
@@ -37,7 +37,7 @@ from .write import Normalizer, SegmentMemory, exact_dot, scan, sum_normalizer_gr
 
 @triton.jit(do_not_specialize=LENGTHS)
 def curvature_kernel(
-    memory, dmemory, curvature, slots, time, segment_len, groups, K: tl.constexpr, V: tl.constexpr,
+    memory, dmemory, curvature, slots, time, segment_len, segments, groups, K: tl.constexpr, V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store one tile of dM Mᵀ + M dMᵀ per complete segment, M before it over z's peak, in two parts, dM after it."""
@@ -46,7 +46,7 @@ def curvature_kernel(
     tile = tl.program_id(0) % tiles
     group = tl.program_id(0) // tiles % groups
     slot = tl.program_id(0) // tiles // groups
-    segment, _ = segment_at(slot, slots, segment_len, time)
+    segment = segment_at(slot, slots, segments, segment_len, time)
     if segment.end - segment.begin < segment_len:
         return
     at = tl.cast(slot, tl.int64) * groups + group
@@ -141,14 +141,14 @@ def write_adjoint(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def weight_sums_kernel(
-    k, beta, normalizer, curvature, sums, slots, time, segment_len,
+    k, beta, normalizer, curvature, sums, slots, time, segment_len, segments,
     ELU: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Add to sums the gradient of z that the delta rule's weights 1 / σ(k) z send back over one complete segment."""
     K: tl.constexpr = k.width
     BLOCK_K: tl.constexpr = block(K)
     slot, group = tl.program_id(0) // k.heads, tl.program_id(0) % k.heads
-    segment, _ = segment_at(slot, slots, segment_len, time)
+    segment = segment_at(slot, slots, segments, segment_len, time)
     begin, end = segment.begin, segment.end
     if end - begin < segment_len:
         return
@@ -173,7 +173,7 @@ def weight_sums_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def write_grad_kernel(
-    k, v, beta, gamma, normalizer, grads, dk, dv, dbeta, slots, time, segment_len, tiles,
+    k, v, beta, gamma, normalizer, grads, dk, dv, dbeta, slots, time, segment_len, segments, tiles,
     ELU: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Store dk, dv and dbeta of one tile of one head's tokens: zeros where they were not written."""
@@ -183,7 +183,7 @@ def write_grad_kernel(
     tile = tl.program_id(0) % tiles
     group = tl.program_id(0) // tiles % k.heads
     slot = tl.program_id(0) // tiles // k.heads
-    segment, _ = segment_at(slot, slots, segment_len, time)
+    segment = segment_at(slot, slots, segments, segment_len, time)
     begin, end = segment.begin, segment.end
     first = begin + tile * BLOCK_N
     if first >= end:
@@ -233,7 +233,7 @@ def state_grads(
     """
     groups, _, key_width = k.shape[1:]
     after, _, dm = scan(dmemory, read, erased, None, torch.float32, layout, save=False)
-    where = {"slots": layout.slots, "time": layout.time, "segment_len": layout.segment_len}
+    where = segment_arguments(layout)
     curvature = None
     if erased is not None:
         curvature = torch.empty_like(erased)
@@ -269,7 +269,7 @@ def write_grads(
     launch(
         write_grad_kernel, layout.total * groups * tiles, tile, k,
         k=view(k), v=view(v), beta=beta, gamma=gamma, normalizer=normalizer, grads=grads, dk=view(dk), dv=view(dv),
-        dbeta=dbeta, slots=layout.slots, time=layout.time, segment_len=layout.segment_len, tiles=tiles, ELU=elu,
+        dbeta=dbeta, **segment_arguments(layout), tiles=tiles, ELU=elu,
     )
     # fmt: on
     return dk, dv, dbeta
