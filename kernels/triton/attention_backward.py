@@ -292,6 +292,8 @@ def key_grad_kernel(
     j = first + tl.arange(0, BLOCK_N)
     keys = load_rows(head_of(k, segment.row, group, end), first, 0, BLOCK_N, BLOCK_K, K)
     values = load_rows(head_of(v, segment.row, group, end), first, 0, BLOCK_N, BLOCK_V, V)
+    dkeys = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    dvalues = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
     # queries [first_seen, full) see some of these keys, later ones all; masks take registers: those tiles are smaller
     MASKED_M: tl.constexpr = BLOCK_M // 2 if BLOCK_M > 16 else BLOCK_M
@@ -309,15 +311,14 @@ def key_grad_kernel(
     left = tl.cdiv(tl.maximum(end - full - whole * BLOCK_M, 0), MASKED_M)
     factor = score_factor(scale, softcap)
     members = q.heads // k.heads
-    grads = (tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32))
     # fmt: off
-    grads = key_loop(
-        grads, keys, values, j, q, dout, lse2, row_delta, group, members,
+    dkeys, dvalues = key_loop(
+        (dkeys, dvalues), keys, values, j, q, dout, lse2, row_delta, group, members,
         Walk(first_seen, diagonal + left, diagonal, whole * BLOCK_M), offset, query_time, segment, memory_tokens,
         factor, softcap, True, CAUSAL, K, V, MASKED_M,
     )
     dkeys, dvalues = key_loop(
-        grads, keys, values, j, q, dout, lse2, row_delta, group, members,
+        (dkeys, dvalues), keys, values, j, q, dout, lse2, row_delta, group, members,
         Walk(full, whole, 0, 0), offset, query_time, segment, memory_tokens,
         factor, softcap, False, CAUSAL, K, V, BLOCK_M,
     )
