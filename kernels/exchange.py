@@ -204,13 +204,13 @@ class Maps(torch.autograd.Function):
         before, maps = ctx.saved_tensors
         width = before.shape[-1]
         sent = [maps[..., width:], dbefore, *([] if dafter is None else [dafter])]
-        kept, *gradients = ranks.gather(torch.cat(sent, dim=-1)).split([x.shape[-1] for x in sent], dim=-1)
+        factors, *gradients = ranks.gather(torch.cat(sent, dim=-1)).split([x.shape[-1] for x in sent], dim=-1)
         dx = _sum(gradients[1]) if len(gradients) > 1 else dbefore.new_zeros(dbefore.shape, dtype=torch.float64)
         for rank in range(ranks.size - 1, ranks.rank, -1):
-            dx = torch.matmul(kept[rank].double().mT, dx).add_(gradients[0][rank])
+            dx = torch.matmul(factors[rank].double().mT, dx).add_(gradients[0][rank])
         # rank 0 does not pass its start on by P_0, which B_0 includes
-        dkept = dx @ before.double().mT if ranks.rank else dx.new_zeros(kept.shape[1:])
-        dmaps = torch.cat([dx, dkept], dim=-1).to(before.dtype)
+        dfactors = dx @ before.double().mT if ranks.rank else dx.new_zeros(factors.shape[1:])
+        dmaps = torch.cat([dx, dfactors], dim=-1).to(before.dtype)
         return None, None, dmaps, dbefore if ranks.rank == 0 else None, None
 
 
@@ -221,6 +221,6 @@ def _sum(x: Tensor) -> Tensor:
 def _through(maps: Tensor, x: Tensor) -> Tensor:
     """Apply maps [N, ..., K, V + K] to x [..., K, V], one after another."""
     for one in maps:
-        added, kept = one.double().tensor_split((x.shape[-1],), dim=-1)
-        x = torch.matmul(kept, x).add_(added)
+        added, factors = one.double().tensor_split((x.shape[-1],), dim=-1)
+        x = torch.matmul(factors, x).add_(added)
     return x

@@ -1,6 +1,6 @@
 """The specification: the equations of `infini/README.md`, a visible loop over segments, differentiated by PyTorch.
 
-Slow on purpose. Everything else in the package is held to it, best in float64.
+Slow on purpose. Everything else in the package is key_rows to it, best in float64.
 """
 
 from __future__ import annotations
@@ -106,19 +106,19 @@ def reference_attention(
     spans = [[0, time]] * batch if bounds is None else bounds.tolist()
     for n, (begin, end) in enumerate(spans):
         row, offset = n if len(spans) == batch else 0, time - query_time
-        asked, held = slice(max(begin - offset, 0), max(end - offset, 0)), slice(begin, end)
+        query_rows, key_rows = slice(max(begin - offset, 0), max(end - offset, 0)), slice(begin, end)
         piece, last = attend_sequence(
-            wide_q[row, :, asked],
-            wide_k[row, :, held],
-            wide_v[row, :, held],
-            wide_mq[row, :, asked],
-            wide_mk[row, :, held],
+            wide_q[row, :, query_rows],
+            wide_k[row, :, key_rows],
+            wide_v[row, :, key_rows],
+            wide_mq[row, :, query_rows],
+            wide_mk[row, :, key_rows],
             wide_gate,
             None if state is None else MemoryState(*(x[n].repeat_interleave(repeat, 0) for x in state)),
             max(offset - begin, 0),
             options,
         )
-        out[row, :, asked] = piece.to(q.dtype)
+        out[row, :, query_rows] = piece.to(q.dtype)
         if last is not None:
             # the group's heads hold equal memories
             states.append(MemoryState(last.memory[::repeat], last.normalizer[::repeat]))

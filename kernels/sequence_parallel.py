@@ -47,8 +47,8 @@ def sequence_parallel_attention(
 ) -> SegmentOutput:
     """Run `segment_attention` on a sequence whose runs lie on the ranks of `group`, in their order.
 
-    Every rank calls this with its own run, and later goes backward through it. Gradients are of the sum of what the
-    ranks differentiate, each for its own inputs; all must ask for gradients of the same arguments. On a group of one
+    Every rank calls this with its run, and later goes backward through it. What is differentiated is the sum of all
+    ranks' losses, by each rank's inputs; all ranks must want gradients of the same arguments. On a group of one
     it is `segment_attention`.
 
     Args:

@@ -41,7 +41,7 @@ class CompileError(RuntimeError):
 
 
 class Signature(NamedTuple):
-    """What Triton's compiler wants to know of a launch."""
+    """The description of a launch that Triton's compiler takes."""
 
     types: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
@@ -49,7 +49,7 @@ class Signature(NamedTuple):
 
 
 def signature(launch: Launch) -> Signature:
-    """As the launch would be specialised: what is None or constant is compiled in, multiples of 16 are noted."""
+    """Describe a launch as Triton would specialise it: None and constants compiled in, multiples of 16 noted."""
     kernel = launch.kernel
     values = constants(kernel, launch.tile) | launch.arguments
     unspecialised = set(kernel.do_not_specialize or ())
@@ -140,25 +140,25 @@ def _gpu_target(target: Target) -> GPUTarget:
 
 
 def _tool(name: str, *arguments: str) -> str:
-    """What one of the tools prints that Triton brings along."""
+    """Return what one of the tools prints that come with Triton."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _field(pattern: str, text: str) -> int:
-    """The number that `pattern` finds.
+    """Return the number that `pattern` matches.
 
     Raises:
-        ValueError: it finds none.
+        ValueError: it matches nothing.
     """
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise ValueError(f"no {pattern} in {text[:200]!r}")
-    return int(found.group(1))
+    return int(match.group(1))
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, list[Line]]:
-    """Registers, bytes of the stack, which the kernels have for spills alone, and the code."""
+    """Return the registers, the bytes of the stack, which the kernels have for spills alone, and the code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -168,7 +168,7 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, list[Line]]:
 
 
 def _read_amdgcn(text: str) -> tuple[int, int, list[Line]]:
-    """Vector registers, bytes of scratch memory, and the code."""
+    """Return the vector registers, the bytes of scratch memory, and the code."""
     registers, scratch = _field(r"\.vgpr_count:\s+(\d+)", text), _field(r"\.private_segment_fixed_size:\s+(\d+)", text)
     return registers, scratch, amdgcn(text)
 
@@ -186,7 +186,7 @@ TENSOR_MEMORY = 512
 
 
 def resident_warps(target: str, num_warps: int, registers: int, shared: int, tensor_memory: int) -> int:
-    """Warps that a multiprocessor holds at a time of programs with these needs; 0: not one program."""
+    """Return how many warps a multiprocessor holds at a time of programs with these needs; 0: not one program."""
     warps, register_file, memory, reserved = _CAPACITY[target]
     programs = [warps // num_warps, register_file // (num_warps * -(-max(registers, 1) // 8) * 8)]
     if shared + reserved:
@@ -197,7 +197,7 @@ def resident_warps(target: str, num_warps: int, registers: int, shared: int, ten
 
 
 class Case(NamedTuple):
-    """A kind of call that compiles its own variants of the kernels."""
+    """A kind of call, which compiles variants of the kernels for itself."""
 
     delta: bool = True
     gated: bool = True
@@ -220,12 +220,12 @@ ALONE = "alone"
 
 
 def launches_of(name: str, target: Target, dtype: torch.dtype, width: int) -> list[Launch]:
-    """Every launch of a case, or of what is called on its own, for K = V = width."""
+    """Return every launch of a case, or of the functions outside `segment_attention`, for K = V = width."""
     return memory_launches(target, dtype, width) if name == ALONE else launches(target, dtype, width, CASES[name])
 
 
 def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list[Launch]:
-    """Every launch of a forward and a backward."""
+    """Return every launch of a forward and a backward."""
     B, H, G, T, L = 1, 8, 2, 8192, 2048
 
     def tokens(heads: int) -> Tensor:
@@ -249,7 +249,7 @@ def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list
 
 
 def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Launch]:
-    """Every launch of a decoding step, and of the memory read and written on its own, forward and backward."""
+    """Return every launch of a decoding step, and of `memory_read` and `memory_write`, forward and backward."""
     B, H, G, T = 2, 8, 2, 2048
     q = torch.empty(B, H, T, width, device="meta", dtype=dtype)
     k = torch.empty(B, G, T, width, device="meta", dtype=dtype)

@@ -120,16 +120,14 @@ def attend_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     factor = score_factor(scale, softcap)
-    # fmt: off
     acc, peak, total = softmax_loop(
         (acc, peak, total), queries, i, keys, values, segment.begin, full, segment, memory_tokens, factor, softcap,
         False, CAUSAL, K, V, BLOCK_N,
-    )
+    )  # fmt: skip
     acc, peak, total = softmax_loop(
         (acc, peak, total), queries, i, keys, values, full, last, segment, memory_tokens, factor, softcap,
         True, CAUSAL, K, V, BLOCK_N,
-    )
-    # fmt: on
+    )  # fmt: skip
     lse2 = peak + tl.log2(total)
     acc = acc / total[:, None]
     if memory is not None:
@@ -188,12 +186,10 @@ def attend(
         saved = SavedRows(local, q.new_empty(q.shape[:3], dtype=torch.float32))
     tile = tile_of(attend_kernel, q, q.shape[3], value_width)
     slots, tiles = query_programs(q, layout, tile.BLOCK_M)
-    # fmt: off
     launch(
         attend_kernel, slots * heads * tiles, tile, q,
         **call_arguments(q, k, v, layout, options), memory_q=view(memory_q), out=view(out),
         saved=None if saved is None else saved.view(), gate=gate, memory=memory, tiles=tiles,
         KEEP_GATE=options.empty_memory == "gated",
-    )
-    # fmt: on
+    )  # fmt: skip
     return out, saved

@@ -169,16 +169,14 @@ def query_grad_kernel(
     full, last = keys_seen(first, segment, memory_tokens, BLOCK_M, BLOCK_N, CAUSAL)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     factor = score_factor(scale, softcap)
-    # fmt: off
     acc = query_loop(
         acc, queries, douts, lse2, row_delta, i, keys, values, segment.begin, full, segment, memory_tokens,
         factor, softcap, False, CAUSAL, K, V, BLOCK_N,
-    )
+    )  # fmt: skip
     acc = query_loop(
         acc, queries, douts, lse2, row_delta, i, keys, values, full, last, segment, memory_tokens,
         factor, softcap, True, CAUSAL, K, V, BLOCK_N,
-    )
-    # fmt: on
+    )  # fmt: skip
     acc *= scale
     dqueries = head_of(grads.q, segment.row, head, stop)
     if memory is not None:
@@ -202,14 +200,12 @@ def query_grads(
     dmemory_q = None if memory_q is None else new_tokens(q, heads, query_time, key_width, padded)
     deltas = RowDeltas(torch.empty_like(saved.lse2), None if memory is None else torch.empty_like(saved.lse2))
     dgate = None if memory is None else saved.lse2.new_empty((slots, heads, tiles))
-    # fmt: off
     launch(
         query_grad_kernel, slots * heads * tiles, tile, q,
         **call_arguments(q, k, v, layout, options), memory_q=view(q if memory_q is None else memory_q),
         saved=saved.view(), gate=gate, memory=memory, dout=view(dout), tiles=tiles,
         grads=QueryGrads(view(dq), view(dmemory_q), dgate, deltas), KEEP_GATE=options.empty_memory == "gated",
-    )
-    # fmt: on
+    )  # fmt: skip
     return QueryGrads(dq, dmemory_q, None if dgate is None else dgate.sum((0, 2)), deltas)
 
 
@@ -311,18 +307,16 @@ def key_grad_kernel(
     left = tl.cdiv(tl.maximum(end - full - whole * BLOCK_M, 0), MASKED_M)
     factor = score_factor(scale, softcap)
     members = q.heads // k.heads
-    # fmt: off
     dkeys, dvalues = key_loop(
         (dkeys, dvalues), keys, values, j, q, dout, lse2, row_delta, group, members,
         Walk(first_seen, diagonal + left, diagonal, whole * BLOCK_M), offset, query_time, segment, memory_tokens,
         factor, softcap, True, CAUSAL, K, V, MASKED_M,
-    )
+    )  # fmt: skip
     dkeys, dvalues = key_loop(
         (dkeys, dvalues), keys, values, j, q, dout, lse2, row_delta, group, members,
         Walk(full, whole, 0, 0), offset, query_time, segment, memory_tokens,
         factor, softcap, False, CAUSAL, K, V, BLOCK_M,
-    )
-    # fmt: on
+    )  # fmt: skip
     dkeys *= scale
     to_k, to_v = head_of(dk, segment.row, group, end), head_of(dv, segment.row, group, end)
     if ADD_DK:
@@ -345,11 +339,9 @@ def key_grads(
     add_dk, add_dv = dk is not None, dv is not None
     dk = new_tokens(k, groups, time, key_width, padded) if dk is None else dk
     dv = new_tokens(v, groups, time, v.shape[3], padded) if dv is None else dv
-    # fmt: off
     launch(
         key_grad_kernel, layout.total * groups * tiles, tile, q,
         **call_arguments(q, k, v, layout, options), lse2=lse2, dout=view(dout), row_delta=row_delta,
         dk=view(dk), dv=view(dv), tiles=tiles, ADD_DK=add_dk, ADD_DV=add_dv,
-    )
-    # fmt: on
+    )  # fmt: skip
     return dk, dv

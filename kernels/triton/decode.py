@@ -203,13 +203,11 @@ def decode(
     sums = parts.new_empty((batch * groups, splits + 1, 2, rows))
     if counters is None:
         counters = q.new_zeros(batch * groups, dtype=torch.int32)
-    # fmt: off
     launch(
         decode_kernel, batch * groups * (splits + (state is not None)), tile, q,
         q=view(q), k=view(k), v=view(v), memory_q=view(memory_q), out=view(out), gate=gate, state=state,
         lengths=lengths, parts=parts, sums=sums, counters=counters, time=time, query_time=query_time,
         splits=splits, split_len=split_len, scale=options.scale, softcap=options.softcap, CAUSAL=options.causal,
         KEEP_GATE=options.empty_memory == "gated", BLOCK_M=rows,
-    )
-    # fmt: on
+    )  # fmt: skip
     return out

@@ -49,12 +49,10 @@ def read_backward(q: Tensor, memory: Tensor, normalizer: Tensor, elu: bool, dout
     """Return the gradients of q, memory and normalizer."""
     slots, dout = _slots(memory, normalizer, q.dtype), dense_rows(dout)
     dq, memory_delta = read_grads(q, slots, dout, elu)
-    # fmt: off
     return [dq, *products(
         q, dout, memory.shape[1], _rows(q), normalizer=slots.normalizer, memory_delta=memory_delta, elu=elu,
         whole=False, summed=True,
-    )]
-    # fmt: on
+    )]  # fmt: skip
 
 
 def _read_backward_shapes(q: Tensor, memory: Tensor, normalizer: Tensor, elu: bool, dout: Tensor) -> list[Tensor]:
@@ -91,11 +89,9 @@ def write_backward(
     saved_memory, layout = SavedMemory(*saved), _rows(k)
     before, (dmemory, dnormalizer) = saved_memory.before(), dstate
     reads = torch.zeros_like(dmemory), torch.zeros_like(dnormalizer)
-    # fmt: off
     grads, dm, dz = state_grads(
         k, before, or_none(saved_memory.erased), dmemory, dnormalizer, *reads, layout, beta=beta, elu=elu,
-    )
-    # fmt: on
+    )  # fmt: skip
     dk, dv, dbeta = write_grads(
         k, v, before.normalizer, grads, layout, beta=beta, gamma=or_none(saved_memory.gamma), elu=elu
     )

@@ -126,12 +126,10 @@ def attention_backward(
         return [query.q, dk, dv, *or_empty(q, None, None, None, None, None)]
     before, groups = saved_memory.before(), k.shape[1]
     query = query_grads(q, k, v, memory_q, rows, gate, before, dout, layout, options)
-    # fmt: off
     from_reads = products(
         q if memory_q is None else memory_q, dout, groups, layout, normalizer=before.normalizer, gate=gate,
         memory_delta=query.deltas.memory, whole=False, summed=True,
-    )
-    # fmt: on
+    )  # fmt: skip
     written = k if memory_k is None else memory_k
     dmemory, dnormalizer = (x.contiguous() for x in dstate)
     grads, dm, dz = state_grads(

@@ -58,12 +58,10 @@ def read(q: Tensor, memory: SegmentMemory, elu: bool) -> Tensor:
     tile = tile_of(read_kernel, q, key_width, value_width)
     tiles = triton.cdiv(time, tile.BLOCK_M)
     out = new_tokens(q, heads, time, value_width)
-    # fmt: off
     launch(
         read_kernel, batch * heads * tiles, tile, q,
         q=view(q), memory=memory, out=view(out), time=time, tiles=tiles, groups=groups, ELU=elu,
-    )
-    # fmt: on
+    )  # fmt: skip
     return out
 
 
@@ -74,11 +72,9 @@ def read_grads(q: Tensor, memory: SegmentMemory, dout: Tensor, elu: bool) -> tup
     tiles = triton.cdiv(time, tile.BLOCK_M)
     dq = new_tokens(q, heads, time, key_width)
     memory_delta = q.new_empty((batch, heads, time), dtype=torch.float32)
-    # fmt: off
     launch(
         read_grad_kernel, batch * heads * tiles, tile, q,
         q=view(q), memory=memory, dout=view(dout), dq=view(dq), memory_delta=memory_delta, time=time,
         tiles=tiles, groups=memory.matrix.shape[1], ELU=elu,
-    )
-    # fmt: on
+    )  # fmt: skip
     return dq, memory_delta

@@ -304,12 +304,10 @@ def sum_keys(k: Tensor, normalizer: Tensor | None, layout: Layout, elu: bool) ->
     tile = tile_of(key_sums_kernel, k, width, width)
     sums = k.new_empty((layout.total, groups, width), dtype=torch.float32)
     gamma = None if normalizer is None else sums.new_empty((batch, groups, time))
-    # fmt: off
     launch(
         key_sums_kernel, layout.total * groups, tile, k,
         k=view(k), normalizer=normalizer, sums=sums, gamma=gamma, **segment_arguments(layout), ELU=elu,
-    )
-    # fmt: on
+    )  # fmt: skip
     return sums, gamma
 
 
@@ -343,13 +341,11 @@ def _launch_sums(
 ) -> None:
     groups, width = initial.shape[1:]
     tile = tile_of(normalizer_kernel, initial, width, width)
-    # fmt: off
     launch(
         normalizer_kernel, layout.sequences * groups, tile, initial,
         initial=initial, added=added, before=before, inverse_peak=inverse_peak, after=after, groups=groups,
         **_sequence_arguments(layout), REVERSE=inverse_peak is None, K=width,
-    )
-    # fmt: on
+    )  # fmt: skip
 
 
 def products(
@@ -363,14 +359,12 @@ def products(
     tile = tile_of(product_kernel, x, key_width, width)
     product = x.new_empty((layout.total, groups, key_width, width), dtype=torch.float32)
     sums = product.new_empty((layout.total, groups, key_width) if summed else 0)
-    # fmt: off
     launch(
         product_kernel, layout.total * groups * triton.cdiv(width, tile.COLUMNS), tile, x,
         x=view(x), y=view(y), normalizer=normalizer, gate=gate, beta=beta, memory_delta=memory_delta, product=product,
         sums=sums if summed else None, **segment_arguments(layout), query_time=query_time, groups=groups,
         ELU=elu, WHOLE=whole,
-    )
-    # fmt: on
+    )  # fmt: skip
     return product, sums
 
 
@@ -387,14 +381,12 @@ def scan(
     before = added.new_empty(added.shape, dtype=dtype)
     residual = torch.empty_like(before) if save and dtype != torch.float32 else None
     after = initial.new_empty(initial.shape)
-    # fmt: off
     launch(
         scan_kernel, layout.sequences * groups * triton.cdiv(value_width, tile.COLUMNS), tile, initial,
         initial=initial, added=added, erased=erased, before=before, residual=residual, inverse_peak=inverse_peak,
         after=after, **_sequence_arguments(layout), groups=groups, REVERSE=inverse_peak is None, K=key_width,
         V=value_width,
-    )
-    # fmt: on
+    )  # fmt: skip
     return before, residual, after
 
 

@@ -202,12 +202,10 @@ def write_grad_kernel(
         None if grads.curvature is None else grads.curvature + at * K * K,
         normalizer.z + at * K,
     )
-    # fmt: off
     dvalue, dstrength = write_adjoint(
         head_of(k, segment.row, group, end), values, None if beta is None else beta + at_rows,
         None if gamma is None else gamma + at_rows, first, state, dkeys, ELU, K, V, CHUNK,
-    )
-    # fmt: on
+    )  # fmt: skip
     store_rows(dvalues, first, 0, dvalue, V)
     if dbeta is not None:
         rows = tl.arange(0, BLOCK_N)
@@ -239,16 +237,14 @@ def state_grads(
         curvature = torch.empty_like(erased)
         tile = tile_of(curvature_kernel, before.matrix, key_width, key_width)
         tiles = triton.cdiv(key_width, tile.ROWS) * triton.cdiv(key_width, tile.COLUMNS)
-        # fmt: off
         launch(
             curvature_kernel, layout.total * groups * tiles, tile, k,
             memory=before, dmemory=after, curvature=curvature, **where, groups=groups, K=key_width, V=read.shape[3],
-        )
+        )  # fmt: skip
         launch(
             weight_sums_kernel, layout.total * groups, tile_of(weight_sums_kernel, k, key_width, read.shape[3]), k,
             k=view(k), beta=beta, normalizer=before.normalizer, curvature=curvature, sums=read_sums, **where, ELU=elu,
-        )
-        # fmt: on
+        )  # fmt: skip
     z_after, dz = sum_normalizer_grads(dnormalizer, read_sums, layout)
     return SlotGrads(after, z_after, curvature), dm, dz
 
@@ -265,11 +261,9 @@ def write_grads(
     dk = new_tokens(k, groups, time, key_width, padded)
     dv = new_tokens(v, groups, time, v.shape[3], padded)
     dbeta = None if beta is None else torch.empty_like(beta)
-    # fmt: off
     launch(
         write_grad_kernel, layout.total * groups * tiles, tile, k,
         k=view(k), v=view(v), beta=beta, gamma=gamma, normalizer=normalizer, grads=grads, dk=view(dk), dv=view(dv),
         dbeta=dbeta, **segment_arguments(layout), tiles=tiles, ELU=elu,
-    )
-    # fmt: on
+    )  # fmt: skip
     return dk, dv, dbeta
