@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A matrix with contiguous rows, of which those before `stop` may be touched."""
+    """A matrix with contiguous rows, of which only those before `stop` are loaded and stored."""
 
     pointer: Any
     stride: Any
