@@ -92,10 +92,10 @@ def read_state(
     acc = tl.zeros([r.shape[0], block(V)], tl.float32)
     for start in tl.range(0, K, CHUNK, num_stages=1):
         queries = gather_rows(memory_q, first_head, row, r, query_time, inside, start, CHUNK)
-        m = rounded(load_chunk(matrix, start, CHUNK, K, V) * inverse_peak, queries.dtype)
+        rows = load_chunk(matrix, start, CHUNK, K, V)
         u = tl.where((start + tl.arange(0, CHUNK) < K)[None, :], feature_map(queries, True) * inverse[:, None], 0.0)
         u, factor = row_operand(u, queries.dtype)
-        acc += dot(u, m, None) * factor
+        acc += dot(u, rounded(rows * inverse_peak, queries.dtype), None) * factor
     return acc, inverse
 
 
