@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from segattn.kernels.backends import BACKENDS
+from segattn.kernels import attention
 from segattn.kernels.check import check
 from segattn.kernels.check.calls import TABLE, Call, calls_of, evaluate, spread, tensors
 from segattn.kernels.check.check import GATES, CheckReport, OptionError, Row, run_check
@@ -31,8 +31,8 @@ FEW = {name: call for name, call in calls_of("small").items() if name in ("rows"
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[SegmentOutput], SegmentOutput]) -> None:
     """A torch backend whose results pass through `change`, and a table of few calls."""
-    right = BACKENDS["torch"]
-    monkeypatch.setitem(BACKENDS, "torch", lambda *arguments: change(right(*arguments)))
+    right = attention.torch_attention
+    monkeypatch.setattr(attention, "torch_attention", lambda *arguments: change(right(*arguments)))
     monkeypatch.setattr(check, "calls_of", lambda size: FEW)
 
 

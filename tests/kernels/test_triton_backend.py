@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from calls import (
     GATES,
     KINDS,
@@ -34,9 +35,10 @@ from hypothesis import given, settings
 
 from segattn import MemoryState, memory_read, memory_write, segment_attention
 from segattn.kernels import backends
-from segattn.kernels.triton import ops as triton_ops
+from segattn.kernels.state import Options
 from segattn.kernels.triton.configs import TABLE, TARGETS, Tile
 from segattn.kernels.triton.launch import Launch, dense_rows, recording, trying
+from segattn.kernels.triton.ops import Inputs, attention_backward, attention_forward
 
 WHOLE = ("rows", "packed")
 TOKENS = ("q", "k", "v", "memory_q", "memory_k")
@@ -313,10 +315,11 @@ def launched(call: Call, dtype: torch.dtype = torch.float16) -> list[Launch]:
     bounds = None if call.cu_seqlens is None else torch.empty(call.sequences, 2, dtype=torch.int64, device="meta")
     memory = torch.empty(call.sequences, call.G, call.K, call.V, device="meta")
     state = (made["gate"], memory, memory[..., 0])
-    options = (call.segment_len, call.update == "delta", call.causal, 0, 0, False, 0.25, None)
+    options = Options(call.segment_len, call.update, call.causal, 0, 0, "local", 0.25)
+    inputs = Inputs(q, k, v, q, k, *state, bounds)
     with recording(TARGETS["sm_90"]) as found:
-        out, m, z, *kept = triton_ops._attend(q, k, v, q, k, *state, bounds, *options, True)
-        triton_ops._attend_backward(q, k, v, q, k, state[0], *kept, bounds, *options, out, m, z)
+        out, m, z, *saved = attention_forward(inputs, *options, True)
+        attention_backward(inputs, saved, *options, out, [m, z])
     return found
 
 
@@ -357,11 +360,16 @@ def test_a_launch_has_a_grid_of_one_dimension(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("time", [5, 64, 65, 1000])
 def test_compiled_variants_do_not_depend_on_lengths(time: int) -> None:
-    """Constants of a launch, by name: sizes of tokens are none of them."""
+    """Constants of a launch, by name, and those in tuples: sizes of tokens are none of them."""
+
+    def compiled_in(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [compiled_in(name, x) for x in value]
+        return value.value if isinstance(value, tl.constexpr) else value if name.isupper() else None
 
     def constants(call: Call) -> list[tuple[str, Any]]:
         return [
-            (x.kernel.__name__, {name: value for name, value in x.arguments.items() if name.isupper()})
+            (x.kernel.__name__, {name: compiled_in(name, value) for name, value in x.arguments.items()})
             for x in launched(call)
         ]
 
@@ -383,8 +391,8 @@ def test_without_gradients_nothing_is_kept(name: str, device: torch.device) -> N
     for key, value in trained.items():
         assert error(inferred[key], value) < 2e-6 if name == "decode" else torch.equal(inferred[key], value), key
     for x in launches:
-        assert x.arguments.get("local") is None
-        assert x.arguments.get("statistic") is None
+        assert x.arguments.get("saved") is None
+        assert x.arguments.get("residual") is None
     kernels = {x.kernel.__name__ for x in launches}
     assert ("decode_kernel" if name == "decode" else "attend_kernel") in kernels
     if name in ("local", "decode"):
@@ -434,10 +442,10 @@ def test_nothing_of_tokens_by_segment_is_saved() -> None:
         out = apply(call, made, "triton")["out"]
     assert out.requires_grad
     tokens = sum(made[name].nbytes for name in TOKENS)
-    local, statistic = out.nbytes, 4 * call.H * call.Tq
+    local, lse2 = out.nbytes, 4 * call.H * call.Tq
     states = 4 * call.Tk // call.segment_len * call.G * (2 * call.K * call.K + call.K + 1)
-    assert sum(kept.values()) <= tokens + local + statistic + states + made["gate"].nbytes
-    assert tokens + local + statistic + states < 4 * call.H * call.Tq * call.segment_len / 10
+    assert sum(kept.values()) <= tokens + local + lse2 + states + made["gate"].nbytes
+    assert tokens + local + lse2 + states < 4 * call.H * call.Tq * call.segment_len / 10
 
 
 def test_grouped_heads_equal_expanded_heads(device: torch.device) -> None:
