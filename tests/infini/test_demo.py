@@ -28,9 +28,8 @@ pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.cli.demo")
 from matplotlib.axes import Axes
 from rich.console import Console
-from typer.testing import CliRunner
-
 from segattn.infini.demo.plots import plot_recall
+from typer.testing import CliRunner
 
 SMALL = DemoSettings(steps=6, segments=3, reach=2, samples=3)
 
