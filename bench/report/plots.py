@@ -78,7 +78,10 @@ def draw_lengths(data: Data) -> Figure:
             axes.set_xscale("log", base=2)
             for (name, line), (colour, marker) in zip(lines.items(), _looks(len(lines)), strict=True):
                 points = [(x[0], scale * x[column]) for x in line["points"] if x[column]]
-                axes.plot(*_columns(points), color=colour, marker=marker, markersize=4, label=name)
+                # the next lines are thinner, and one that they lie on is seen
+                width = 1.2 + 0.9 * (len(lines) - 1 - list(lines).index(name))
+                look = {"color": colour, "marker": marker, "markersize": 3 + width, "linewidth": width}
+                axes.plot(*_columns(points), **look, label=name)
                 for time in line["out_of_memory"]:
                     # on the upper edge
                     axes.plot(time, 1.0, "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
