@@ -57,7 +57,7 @@ def plot_attention(path: Path, panels: Sequence[Any], title: str) -> None:
     """
     layers, heads = panels[0].maps.shape[:2]
     size = max(1.0, min(2.4, 20 / heads))
-    width, height = size * heads + 1.6, size * layers * len(panels) + 0.8
+    width, height = size * heads + 1.4, size * layers * len(panels) + 0.8
     # maps are square, and labels have the room that is left of a figure that is not
     figure = Figure(figsize=(width, height), dpi=DPI, layout="compressed")
     grid = figure.subplots(layers * len(panels), heads, squeeze=False)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
-commands = pytest.importorskip("segattn.cli.demo")
+commands = pytest.importorskip("segattn.cli.main")
 
 from models import make
 from rich.console import Console

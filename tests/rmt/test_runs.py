@@ -18,13 +18,14 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-commands = pytest.importorskip("segattn.cli.demo")
+commands = pytest.importorskip("segattn.cli.main")
 from matplotlib.axes import Axes
 from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from segattn.cli import rmt_progress as recurrence_screen
+from segattn.cli import rmt as command
+from segattn.cli.progress import Reading
 from segattn.rmt.runs import attention_maps, published
 from segattn.rmt.runs.attention_maps import Sample, attention_of, find_facts, run_attention, sentences_of
 from segattn.rmt.runs.curriculum import WINDOW, Recipe, Stage, Step, Trainer
@@ -788,14 +789,14 @@ def test_weights_of_another_run_are_not_loaded(tiny: Path, tmp_path: Path) -> No
 def test_bars_follow_a_run(tmp_path: Path) -> None:
     """What a terminal shows: a bar for each stage, and one for all that is read, to their ends."""
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with recurrence_screen.Stages(console) as bars:
+    with command.Stages(console) as bars:
         figures = run_training(replace(TINY, anneal=3), tmp_path, bars)
-        described = [(task.description, task.total) for task in bars.progress.tasks]
+        described = [(task.description, task.total) for task in bars.bars.tasks]
         assert described == [("19 tokens", 5), ("2 × 19 tokens", 5), ("2 × 19 tokens annealed", 3)]
-        assert all(task.finished for task in bars.progress.tasks)
+        assert all(task.finished for task in bars.bars.tasks)
         notes = [f"test {100 * stage['test_accuracy']:.1f} %" for stage in figures["stages"]]
-        assert [task.fields["note"] for task in bars.progress.tasks] == notes
-    with recurrence_screen.Lengths(console) as bar:
+        assert [task.fields["note"] for task in bars.bars.tasks] == notes
+    with Reading(console, "evaluate", command.describe_length) as bar:
         run_evaluation(tmp_path, Grid((1, 4), (5,), (2,)), bar, device="cpu")
-        (task,) = bar.progress.tasks
+        (task,) = bar.bars.tasks
         assert task.total == task.completed == 5 * (19 + 4 * 19)

@@ -120,7 +120,7 @@ def train(
         if "task" not in options:
             raise SettingError("task", "must be given, such as detect; --resume goes on with an earlier run's")
         if segments is not None:
-            stages = counts("segments", segments.removesuffix(","), "1,2,5")
+            stages = counts("segments", segments.removesuffix(","), "2,8,64")
             every = len(stages) == 1 and not segments.endswith(",")
             options["segments"] = up_to(stages[0], options["task"]) if every else tuple(stages)
         for name, text in {"short": short, "short_segments": short_segments}.items():

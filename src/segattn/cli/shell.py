@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,11 +126,17 @@ def check_file(name: str, path: Path | None) -> None:
     """Check before any work that a file could be written there.
 
     Raises:
-        SettingError: of `name`: `path` is a folder, or in none.
+        SettingError: of `name`: `path` is a folder, is in none, or is no path here.
     """
     from ..runs.checkpoint import SettingError
 
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    if path is None:
+        return
+    try:
+        possible = path.parent.is_dir() and not path.is_dir()
+    except OSError as error:
+        raise _cannot_write(name, path, error) from None
+    if not possible:
         raise SettingError(name, f"must be a file in a folder that exists, got {str(path)!r}")
 
 
@@ -141,13 +146,18 @@ def write_json(name: str, path: Path, document: Mapping[str, Any]) -> None:
     Raises:
         SettingError: of `name`: it cannot be written.
     """
-    from ..runs.checkpoint import SettingError, replacing
+    from ..runs.figures import write_figures
 
     try:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_figures(path, document)
     except OSError as error:
-        raise SettingError(name, f"must be a file that can be written, got {str(path)!r} ({error.strerror})") from None
+        raise _cannot_write(name, path, error) from None
+
+
+def _cannot_write(name: str, path: Path, error: OSError) -> Exception:
+    from ..runs.checkpoint import SettingError
+
+    return SettingError(name, f"must be a file that can be written, got {str(path)!r} ({error.strerror})")
 
 
 def absolute(path: Path | None) -> str | None:
