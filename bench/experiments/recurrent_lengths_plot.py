@@ -36,7 +36,7 @@ def _lines(axes: Axes, figures: dict[str, Any], key: str, scale: float, style: s
         values = [scale * x[key] for x in rows]
         # markers of lines that meet are seen through each other
         fill = colour if style == "-" else "none"
-        look = {"color": colour, "marker": marker, "markerfacecolor": fill, "label": name}
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markerfacecolor": fill, "label": name}
         axes.plot([x["segments"] for x in rows], values, style, **look)
         single = [x for x in figures["readings"] if x["reader"] == name]
         axes.scatter([x["segments"] for x in single], [scale * x[key] for x in single], color=colour, s=6, alpha=0.4)

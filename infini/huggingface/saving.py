@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from ...runs.checkpoint import whole
+from ...runs.checkpoint import replacing, whole
 from .conversion import convert
 from .families import FAMILIES
 from .settings import ENTRY, GATE, Settings, attentions_of, conversion_of, is_converted, trunk_of
@@ -135,13 +135,8 @@ def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:
         _check_gate(key, gate, config.num_attention_heads, type(model).__name__)
         tensors[key] = gate.float().cpu().contiguous()
     entry = conversion.settings.as_entry() | {"native": list(conversion.native), "load_with": "segattn.load_gates"}
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(save(tensors, metadata={"format": "pt", ENTRY: json.dumps(entry)}))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(save(tensors, metadata={"format": "pt", ENTRY: json.dumps(entry)}))
 
 
 def load_gates(model: Model, path: str | os.PathLike[str], *, quiet: bool = False) -> Model:

@@ -125,7 +125,10 @@ def settings_of(folder: Path, option: str = "folder") -> dict[str, Any]:
         SettingError: of `option`: no run is there.
     """
     try:
-        return dict(_figures(folder)["settings"])
+        settings = dict(_figures(folder)["settings"])
+        if settings.keys() != TrainSettings.__dataclass_fields__.keys():
+            raise ValueError("its figures.json is of another command, or of another version")
+        return settings
     except _UNREADABLE as error:
         raise _no_run(option, folder, error) from None
 

@@ -30,7 +30,7 @@ def plot_accuracy(path: Path, figures: dict[str, Any]) -> None:
     paper = {int(n): 100 * share for n, share in figures["published"].items() if int(n) <= longest}
     if paper:
         lengths = [segments * figures["segment_len"] for segments in paper]
-        look = {"color": VERMILION, "marker": "s", "markersize": 3, "linestyle": "--"}
+        look: dict[str, Any] = {"color": VERMILION, "marker": "s", "markersize": 3, "linestyle": "--"}
         axes.plot(lengths, list(paper.values()), **look, label=published.SHORT_SOURCE)
     trained = figures["trained_segments"] * figures["segment_len"]
     axes.axvline(trained, color=GREY, linestyle="--", linewidth=1, label=f"trained up to {trained:,} tokens")

@@ -776,6 +776,19 @@ def test_attention_is_of_runs_with_facts_and_a_memory_that_is_seen(tmp_path: Pat
         run_attention(tmp_path, Sample())
 
 
+@pytest.mark.parametrize("arguments", [["evaluate", "DEMO"], ["attention", "DEMO"], ["train", "--start", "DEMO"]])
+def test_the_folder_of_another_command_is_named(arguments: list[str], tmp_path: Path) -> None:
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    (demo / "figures.json").write_text(json.dumps({"settings": {"text": None, "steps": 2, "update": "delta"}}))
+    result = invoke(*(str(demo) if x == "DEMO" else x for x in arguments), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    name = "--start" if arguments[0] == "train" else "FOLDER"
+    problem = f"must be one that segattn rmt train wrote, got '{demo}' (its figures.json is of another command, or of"
+    assert result.stderr.startswith(f"segattn rmt {arguments[0]}: {name} {problem}")
+    assert result.stderr.count("\n") == 1
+
+
 def test_weights_of_another_run_are_not_loaded(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(tiny, folder)

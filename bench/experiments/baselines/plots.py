@@ -88,7 +88,7 @@ def _against_length(axes: Axes, figures: dict[str, Any]) -> None:
         lengths = list(map(int, kept))
         if any(kept.values()):
             # three keep about as much: the next lines are thinner, and one that they lie on is seen
-            look = {"color": color, "marker": mark, "linestyle": style, "linewidth": 4 - 0.4 * number}
+            look: dict[str, Any] = {"color": color, "marker": mark, "linestyle": style, "linewidth": 4 - 0.4 * number}
             axes.plot(lengths, list(kept.values()), **look, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [format_length(length) for length in lengths])

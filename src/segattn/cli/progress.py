@@ -50,7 +50,7 @@ class Progress:
         """Move the bar of that name, which its first call begins; a note that is None stays what it was."""
         if name not in self._open:
             self._open[name] = self.bars.add_task(name, total=total, note="")
-        fields = {} if note is None else {"note": note}
+        fields: dict[str, Any] = {} if note is None else {"note": note}
         self.bars.update(self._open[name], completed=done, total=total, **fields)
 
     def close(self, name: str) -> None:
