@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +18,9 @@ from ..tasks.batch import Batch
 from ..tasks.facts import babi_file, generate_questions, read_questions
 from ..tasks.make import FORMS
 from .folder import Run, load_run
+from .plots import Panel, Span, plot_attention
 from .settings import existing
 
-Span = tuple[int, int]
 # texts that are looked at for one with a fact before its last segment
 TRIES = 100
 
@@ -46,21 +45,6 @@ class Sample:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingError(name, f"must be at least {least}, got {value}")
-
-
-class Panel(NamedTuple):
-    """One segment's attention.
-
-    title: of the picture.
-    maps: [layers, heads, T, T], from the row down to the column across.
-    memory: begin and end of the memory's rows, read and written.
-    marked: of rows to point at.
-    """
-
-    title: str
-    maps: np.ndarray
-    memory: list[Span]
-    marked: list[Span]
 
 
 class Files(NamedTuple):
@@ -116,9 +100,6 @@ def run_attention(
         "parts": _parts(run, facts, first, sample.segments, writing, reading, last),
     }
     write_figures(files.figures, figures)
-    # matplotlib takes a second to import, and only this needs it
-    from .plots import plot_attention
-
     plot_attention(files.picture, panels, f"{run.settings.task}, {sample.segments} segments of {length} tokens")
     return figures
 

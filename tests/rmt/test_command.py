@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from segattn.cli import rmt as command
 from segattn.cli import shell
 from segattn.rmt.runs import attention_maps, evaluation, plots, training
-from segattn.rmt.runs.attention_maps import Panel
 from segattn.rmt.runs.curriculum import Stage, Step
+from segattn.rmt.runs.plots import Panel
 from segattn.rmt.tasks import make as tasks
 from segattn.runs.text import generate_text
 

@@ -678,7 +678,7 @@ def test_commands_show_what_they_write(tmp_path: Path, monkeypatch: pytest.Monke
     figures = json.loads((tmp_path / "run" / "attention.json").read_text())
     shown = [line.replace("│", " ").split() for line in result.stdout.splitlines() if line.startswith("│")]
     assert shown == [
-        [str(layer + 1), *(f"{100 * share:.1f}" for share in heads)]
+        [str(layer), *(f"{100 * share:.1f}" for share in heads)]
         for part in figures["parts"]
         for layer, heads in enumerate(part["share"])
     ]
