@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...runs.checkpoint import replacing
 from ..speed.machine import ROOT, commit, device_facts, versions
 from ..speed.workloads import CASES, DECODES, DTYPES, MAIN, TINY_CASES, TINY_DECODES, TINY_MAIN
 from .goals import judge
@@ -91,10 +92,9 @@ class Run:
     def write(self) -> None:
         self.document["spent_s"] = round(time.monotonic() - self.begin, 1)
         whole = json.dumps(self.document, indent=1, ensure_ascii=False)
-        beside = self.settings.out.with_suffix(".part")
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(whole + "\n", encoding="utf-8")
-        os.replace(beside, self.settings.out)
+        self.settings.out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.settings.out) as temporary:
+            temporary.write_text(whole + "\n", encoding="utf-8")
 
     def skip(self, job: Job, reason: str) -> None:
         self.keep("skipped", {"part": job["part"], "job": title(job), "reason": reason})
