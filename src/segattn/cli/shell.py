@@ -82,18 +82,19 @@ class Command:
             case ImportError() if error.name in INSTALL:
                 return Ending(f"needs {error.name}: pip install {INSTALL[error.name]}", 1)
             case OutOfMemoryError():
-                return Ending(f"out of memory: try {self.smaller}{self._way_on()}", 1)
+                return Ending(f"out of memory: try {self.smaller}{self.way_on()}", 1)
             case InterruptedRunError():
-                return Ending(f"stopped, checkpoint written{self._way_on()}", 130)
+                return Ending(f"stopped, checkpoint written{self.way_on()}", 130)
             case KeyboardInterrupt():
-                return Ending(f"stopped{self._way_on() or self._nothing_saved()}", 130)
+                return Ending(f"stopped{self.way_on() or self._nothing_saved()}", 130)
         return None
 
     def say(self, message: str) -> None:
         """Print a line to stderr, after the command's name."""
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"segattn {self.name}: {message}", markup=False)
 
-    def _way_on(self) -> str:
+    def way_on(self) -> str:
+        """Return how to go on, to be put behind a message; nothing where there is no way yet."""
         return f"; {self.again}" if self.again and self.saved() else ""
 
     def _nothing_saved(self) -> str:
