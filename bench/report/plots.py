@@ -8,29 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 from ...kernels.check.check import GATES
-from ...runs.heat_map import DPI
+from ...runs.pictures import DPI, LINES, logarithmic, plain, save_picture
 from ..speed.rows import Row
 from .records import Result
 from .tables import BY_LENGTH
 
 DATA = "segattn data"
-# colours that colour-blind readers can tell apart
-LOOKS = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#000000", "D"),
-    ("#E69F00", "v"),
-    ("#CC79A7", "P"),
-    ("#56B4E9", "X"),
-    ("#999999", "*"),
-)
 Data = dict[str, Any]
 
 
@@ -88,13 +76,16 @@ def draw_lengths(data: Data) -> Figure:
     for (title, lines), (times, memory) in zip(data.items(), panels, strict=True):
         for column, axes, label, scale in ((1, times, "milliseconds", 1.0), (2, memory, "peak, MiB", 2**-20)):
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
             for (name, line), (colour, marker) in zip(lines.items(), _looks(len(lines)), strict=True):
                 points = [(x[0], scale * x[column]) for x in line["points"] if x[column]]
-                axes.plot(*_columns(points), color=colour, marker=marker, markersize=4, label=name)
+                # the next lines are thinner, and one that they lie on is seen
+                width = 1.2 + 0.9 * (len(lines) - 1 - list(lines).index(name))
+                look = {"color": colour, "marker": marker, "markersize": 3 + width, "linewidth": width}
+                axes.plot(*_columns(points), **look, label=name)
                 for time in line["out_of_memory"]:
                     # on the upper edge
                     axes.plot(time, 1.0, "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
+            logarithmic(axes)
             ticks = sorted({x[0] for line in lines.values() for x in line["points"]} | _outs(lines))
             axes.set_xticks(ticks, [f"{x >> 10}K" if x >= 1024 else str(x) for x in ticks])
             axes.set_xlabel("tokens")
@@ -133,7 +124,7 @@ def draw_errors(data: Data) -> Figure:
     panels = figure.subplots(1, len(data), squeeze=False, sharey=True)[0]
     names = list(dict.fromkeys(name for worst in data.values() for name in worst))
     for (dtype, worst), axes in zip(data.items(), panels, strict=True):
-        for kind, (colour, marker) in zip(("output", "gradients"), LOOKS, strict=False):
+        for kind, (colour, marker) in zip(("output", "gradients"), LINES, strict=False):
             points = [(worst[name][kind], i) for i, name in enumerate(names) if kind in worst.get(name, {})]
             axes.plot(*_columns(points), marker, color=colour, label=kind)
             gate = GATES[dtype].outputs if kind == "output" else GATES[dtype].gradients
@@ -149,7 +140,7 @@ def draw_errors(data: Data) -> Figure:
 
 
 def _looks(count: int) -> list[tuple[str, str]]:
-    return [LOOKS[i % len(LOOKS)] for i in range(count)]
+    return [LINES[i % len(LINES)] for i in range(count)]
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -158,9 +149,7 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 
 def _plain(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3, linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
 
 
 PLOTS: Mapping[str, tuple[Callable[[Sequence[Result]], Data | None], Callable[[Data], Figure]]] = {
@@ -173,7 +162,7 @@ PLOTS: Mapping[str, tuple[Callable[[Sequence[Result]], Data | None], Callable[[D
 def write(path: Path, data: Data, draw: Callable[[Data], Figure]) -> None:
     """Draw the data into a PNG, and write the data into it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(draw(data)).print_png(path, metadata={DATA: json.dumps(data), "Software": None})
+    save_picture(draw(data), path, {DATA: json.dumps(data), "Software": None})
 
 
 def data_in(path: Path) -> Data | None:

@@ -21,9 +21,11 @@ from segattn.kernels.check.calls import TABLE, Call, calls_of, evaluate, spread,
 from segattn.kernels.check.check import GATES, CheckReport, OptionError, Row, run_check
 from segattn.kernels.state import MemoryState, SegmentOutput
 
-commands = pytest.importorskip("segattn.cli.demo")
+commands = pytest.importorskip("segattn.cli.main")
 from rich.console import Console
 from typer.testing import CliRunner, Result
+
+from segattn.cli.check import Comparisons
 
 CPU = torch.device("cpu")
 FEW = {name: call for name, call in calls_of("small").items() if name in ("rows", "packed", "local")}
@@ -269,9 +271,9 @@ def test_ctrl_c_stops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_bar_follows_a_check() -> None:
     console = Console(force_terminal=True, width=120, quiet=True)
-    with commands._Bar(console) as bar:
+    with Comparisons(console) as bar:
         run_check("cpu", ["torch"], ["float32"], FEW, bar.compared)
-        (task,) = bar.progress.tasks
+        (task,) = bar.bars.tasks
         assert (task.completed, task.total) == (len(FEW), len(FEW))
         assert task.fields["note"] == "float32, local"
 
