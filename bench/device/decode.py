@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.attention import segment_attention
-from ...kernels.check.check import GATES
+from ...kernels.check.gates import GATES
 from ...kernels.state import MemoryState
 from ..planner import floors
 from ..planner.floors import Peak

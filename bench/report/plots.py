@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from PIL import Image
 
-from ...kernels.check.check import GATES
+from ...kernels.check.gates import GATES
 from ...runs.heat_map import DPI
 from .records import Record, Result
 from .tables import BY_LENGTH

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from calls import Call, tensors
 from torch import Tensor
 
 from segattn import InfiniAttention, MemoryState, mean_loss, sequence_parallel_attention, shard_batch
+from segattn.kernels.check.calls import Call, directions, tensors
 
 SIZE = 4
 PATIENCE = 4
@@ -54,15 +54,6 @@ def mine(x: Tensor, runs: tuple[int, ...], rank: int, dim: int = 2) -> Tensor:
     return x.narrow(dim, sum(runs[:rank]), runs[rank])
 
 
-def projections(outputs: dict[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
-    """What to project every output upon, the whole of it, in steps that every dtype holds exactly."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(x.shape, generator=generator).mul(32).round().div(32).to(x.dtype)
-        for name, x in outputs.items()
-    }
-
-
 def attend(
     call: Call, runs: tuple[int, ...], group: Any, rank: int, dtype: torch.dtype, **changed: Any
 ) -> dict[str, Tensor]:
@@ -84,7 +75,7 @@ def attend(
         name: x.new_empty(*x.shape[:2], sum(runs), x.shape[3]) if name == "out" else x for name, x in outputs.items()
     }
     loss = out.new_zeros(())
-    for name, direction in projections(shapes).items():
+    for name, direction in directions(shapes).items():
         share = (rank + 1) / sum(range(1, len(runs) + 1))
         part = mine(direction, runs, rank) if name == "out" else direction * share
         loss = loss + (outputs[name] * part).sum(dtype=torch.float64)

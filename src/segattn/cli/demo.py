@@ -20,7 +20,7 @@ from .progress import Bars, Lines
 
 if TYPE_CHECKING:
     from ..infini.demo.evaluation import Cell
-    from ..kernels.check.check import CheckReport
+    from ..kernels.check.report import CheckReport
 
 app = typer.Typer(
     no_args_is_help=True,
