@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 # before PyTorch is imported, and for the processes that tests start: tensors are small, and workers share the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,10 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     # the kernels then run too, interpreted; Triton reads this when it is imported, which `segattn` does
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton") is not None:
+        import quick_interpreter
+
+        quick_interpreter.hasten()
 
 settings.register_profile("segattn", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("segattn")
