@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import feature_table
 import pytest
-import support
 
 from segattn.bench.planner.units import in_bytes
 
@@ -70,7 +70,7 @@ def test_figures_of_the_demo_are_in_the_results() -> None:
 
 
 def test_the_table_of_model_types_is_what_the_tests_say() -> None:
-    assert support.table() in TEXT
+    assert feature_table.table() in TEXT
 
 
 def test_what_is_said_of_the_book_is_in_the_results() -> None:

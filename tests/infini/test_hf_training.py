@@ -1,19 +1,16 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
+import ranks
+from forks import fork
 from models import NAMES, make, open_gates, tokens
 
 import segattn
 
 L = 16
-HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 def converted(name="llama", **changes):
@@ -134,11 +131,8 @@ def test_accelerate_trains_the_gates():
 
 def test_two_ranks_equal_one_process(tmp_path):
     """DDP with texts that never leave the first segment, and FSDP2 with ones that do."""
-    command = [sys.executable, str(HELPERS / "ranks.py")]
-    ranks = [subprocess.Popen([*command, str(rank), "2", str(tmp_path)], stderr=subprocess.PIPE) for rank in range(2)]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=240)
-        assert rank.returncode == 0, errors.decode()[-3000:]
+    for rank in fork(2, ranks.train, 2, str(tmp_path), folder=tmp_path, timeout=600):
+        assert rank.code == 0, rank.said[-3000:]
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     for step in range(3):
         assert_equal_gradients(results[f"ddp {step}"], gradients(converted(), tokens(2, L - 3, step)))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,14 +278,9 @@ def test_the_bar_follows_a_check() -> None:
         assert task.fields["note"] == "float32, local"
 
 
-def test_the_kernels_are_checked_where_they_are_interpreted() -> None:
+def test_the_kernels_are_checked_where_they_run(device: torch.device) -> None:
+    """On a GPU, or interpreted."""
     pytest.importorskip("triton")
-    code = (
-        "from segattn.kernels.check.check import run_check; from segattn.kernels.check.table import calls_of;"
-        "report = run_check('cpu', dtypes=['float32'], calls={'one token': calls_of('small')['one token']});"
-        "assert {row.backend for row in report.rows} == {'torch', 'triton'}, report;"
-        "assert not report.failures, report.failures"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    report = run_check(device, dtypes=["float32"], calls={"one token": calls_of("small")["one token"]})
+    assert {row.backend for row in report.rows} == {"torch", "triton"}
+    assert report.failures == []

@@ -469,12 +469,11 @@ def test_accelerates_own_parallelism_is_refused(monkeypatch, name):
 
 def test_a_rank_that_does_not_answer_or_dies_ends_the_others(seen):
     for rank in range(ranks.SIZE - 1):
-        said, seconds = seen[rank]["faults"]["stopped"]
-        assert said.startswith("RuntimeError")
-        assert seconds < 2 * ranks.PATIENCE
-        said, seconds = seen[rank]["faults"]["killed"]
-        assert said.startswith("RuntimeError")
-        assert seconds < 2 * ranks.PATIENCE
+        for fault in ("stopped", "killed"):
+            said, seconds = seen[rank]["faults"][fault]
+            assert said.startswith("RuntimeError")
+            # by the groups' own patience of seconds, also on a busy machine; the process group's is 120
+            assert seconds < 60
 
 
 def test_runs_are_whole_segments_as_even_as_they_come():
