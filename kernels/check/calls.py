@@ -106,7 +106,7 @@ def apply(call: Call, made: dict[str, Tensor], backend: str | None = None, **cha
         backend: as `segment_attention` takes it.
         changed: options to pass in place of the call's.
     """
-    tokens = dict(made)
+    tokens: dict[str, Any] = dict(made)
     device = made["q"].device
     state = MemoryState(tokens.pop("memory"), tokens.pop("normalizer")) if "memory" in tokens else None
     options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one of each type that can be converted."""
+"""Make tiny models with random weights, one of each type that can be converted."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ _SIZES = {
 }
 _TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 _FULL = {"layer_types": ["full_attention"] * 2}
-# name → configuration's class, what it is made with
+# name → the configuration's class, and its arguments
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _SIZES),
     "mistral": ("MistralConfig", _SIZES | {"sliding_window": None}),
@@ -42,7 +42,7 @@ NAMES = tuple(CONFIGS)
 
 
 def make(name: str = "llama", **changes: Any) -> transformers.PreTrainedModel:
-    """An untrained model whose attention is sharp enough for its tokens to matter."""
+    """Return an untrained model whose attention is sharp enough for its tokens to matter."""
     kind, sizes = CONFIGS[name]
     config = getattr(transformers, kind)(**(sizes | _TOKENS | changes))
     torch.manual_seed(0)
@@ -57,12 +57,12 @@ def make(name: str = "llama", **changes: Any) -> transformers.PreTrainedModel:
 
 
 def tokens(batch: int, time: int, seed: int = 0) -> torch.Tensor:
-    """Random ids [B, T], none of them special."""
+    """Return random ids [B, T], none of them special."""
     return torch.randint(3, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
 def open_gates(model: transformers.PreTrainedModel, seed: int = 0) -> None:
-    """Gates of every head at random, so that each reads its memory."""
+    """Set the gate of every head at random, so that each reads its memory."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "segattn_gate" in name:

@@ -1,4 +1,4 @@
-"""What two processes do together, for tests."""
+"""Train a converted model on two processes, under DDP and under FSDP2."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -16,14 +16,14 @@ L = 16
 
 
 def join(rank: int, world: int, folder: str) -> None:
-    """A gloo group that meets in a file."""
+    """Join a gloo group that meets in a file."""
     torch.set_num_threads(1)
     where = f"file://{Path(folder) / 'meet'}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=120))
 
 
 def model_of(kind: str) -> torch.nn.Module:
-    """The model that every process begins with."""
+    """Return the model that every process begins with."""
     model = segattn.convert(make("llama"), L, quiet=True).train()
     open_gates(model)
     if kind == "checkpointed":
@@ -32,7 +32,7 @@ def model_of(kind: str) -> torch.nn.Module:
 
 
 def gradients(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss, and every parameter's gradient, whole."""
+    """Return the loss, and every parameter's whole gradient."""
     loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
     found = {}
@@ -44,7 +44,7 @@ def gradients(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, dict[st
 
 
 def train(rank: int, world: int, folder: str) -> None:
-    """DDP on texts within the first segment, then FSDP2 on long ones, each step's gradients written by rank 0."""
+    """Train under DDP on texts of one segment, then under FSDP2 on long ones; rank 0 writes each step's gradients."""
     join(rank, world, folder)
     results = {}
     model = DistributedDataParallel(model_of("plain"))
