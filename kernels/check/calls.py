@@ -67,12 +67,11 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
     generator = torch.Generator().manual_seed(call.seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator)
 
     def tokens(heads: int, time: int, width: int) -> Tensor:
-        if call.token_major:
-            return normal(call.B, time, heads, width).transpose(1, 2)
-        return normal(call.B, heads, time, width)
+        x = normal(call.B, time, heads, width).transpose(1, 2)
+        return x if call.token_major else x.contiguous()
 
     drawn = {
         "q": tokens(call.H, call.Tq, call.K),
@@ -132,12 +131,13 @@ def _offsets(values: tuple[Any, ...] | None, device: torch.device) -> Tensor | N
 
 def directions(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Draw a tensor to project each output on, in its shape and dtype."""
-    generator = torch.Generator().manual_seed(1)
+    return {name: _direction(x) for name, x in outputs.items()}
+
+
+def _direction(x: Tensor) -> Tensor:
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     # in steps of 1/32, which every dtype holds exactly
-    return {
-        name: torch.randn(x.shape, generator=generator).mul(32).round().div(32).to(x.device, x.dtype)
-        for name, x in outputs.items()
-    }
+    return (32 * drawn).round().div(32).to(x.device, x.dtype)
 
 
 def gradients(outputs: dict[str, Tensor], made: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,5 +166,5 @@ def gate_gradient_size(call: Call, made: dict[str, Tensor], out: Tensor) -> floa
     cancel where there are few heads: what is left is then no measure of an error.
     """
     local = evaluate(replace(call, gated=False), {name: made[name] for name in ("q", "k", "v")}, "reference")["out"]
-    terms = directions({"out": out})["out"] * (out - local) * (1 - made["gate"].detach().sigmoid())[:, None, None]
+    terms = _direction(out) * (out - local) * (1 - made["gate"].detach().sigmoid())[:, None, None]
     return float(terms.norm())
