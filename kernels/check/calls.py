@@ -30,8 +30,8 @@ class Call:
     segment_len: int = 5
     gated: bool = True
     with_state: bool = True
-    # tokens that the incoming state was written from; None: a state of random numbers, which no text need write
-    remembered: int | None = None
+    # tokens that `tensors` writes the incoming state from
+    remembered: int = 40
     # memory_q and memory_k differ from q and k
     own_memory_inputs: bool = True
     # q, k and v are transposed views of [B, T, heads, width]
@@ -85,11 +85,8 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
             drawn |= {"memory_q": tokens(call.H, call.Tq, call.K), "memory_k": tokens(call.G, call.Tk, call.K)}
         if call.with_state:
             n, G, K, V = call.sequences, call.G, call.K, call.V
-            if call.remembered is None:
-                wide |= {"memory": normal(n, G, K, V), "normalizer": normal(n, G, K).abs() + 0.5}
-            else:
-                keys = feature_map(normal(n, G, call.remembered, K))
-                wide |= {"memory": keys.mT @ normal(n, G, call.remembered, V), "normalizer": keys.sum(2)}
+            keys = feature_map(normal(n, G, call.remembered, K))
+            wide |= {"memory": keys.mT @ normal(n, G, call.remembered, V), "normalizer": keys.sum(2)}
     at_least_float32 = torch.promote_types(dtype, torch.float32)
     # in the order in which the operation names them
     made = {name: x.to(dtype) for name, x in drawn.items()} | {name: x.to(at_least_float32) for name, x in wide.items()}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segattn.kernels.check import gates
-from segattn.kernels.check.calls import Call, apply, evaluate, gradients, tensors
+from segattn.kernels.check.calls import Call, apply, evaluate, gradients
 from segattn.kernels.check.gates import relative_error as error
 
 __all__ = [
@@ -18,6 +18,34 @@ __all__ = [
 ]  # fmt: skip
 
 GATES = {gates.DTYPES[name]: gate for name, gate in gates.GATES.items()}
+
+
+def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Draw the call's tensors in float64 and round them; the state is of random numbers, which no text need write."""
+    generator = torch.Generator().manual_seed(call.seed)
+
+    def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(to).to(device)
+
+    def tokens(heads: int, time: int, width: int) -> Tensor:
+        if call.token_major:
+            return normal(call.B, time, heads, width).transpose(1, 2)
+        return normal(call.B, heads, time, width)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    made = {
+        "q": tokens(call.H, call.Tq, call.K),
+        "k": tokens(call.G, call.Tk, call.K),
+        "v": tokens(call.G, call.Tk, call.V),
+    }
+    if call.gated:
+        made["gate"] = normal(call.H, to=wide)
+        if call.own_memory_inputs:
+            made |= {"memory_q": tokens(call.H, call.Tq, call.K), "memory_k": tokens(call.G, call.Tk, call.K)}
+        if call.with_state:
+            made["memory"] = normal(call.sequences, call.G, call.K, call.V, to=wide)
+            made["normalizer"] = normal(call.sequences, call.G, call.K, to=wide).abs() + 0.5
+    return {name: x.detach().requires_grad_() for name, x in made.items()}
 
 
 def everything(

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from calls import tensors
 from torch import Tensor
 
 from segattn import InfiniAttention, MemoryState, mean_loss, sequence_parallel_attention, shard_batch
-from segattn.kernels.check.calls import Call, directions, tensors
+from segattn.kernels.check.calls import Call, directions
 
 SIZE = 4
 PATIENCE = 4
