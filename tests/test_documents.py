@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import feature_table
 import pytest
-import support
 
 import segattn
 from segattn.bench.planner.units import in_bytes
@@ -184,7 +184,7 @@ def test_figures_of_the_demo_are_in_the_results() -> None:
 
 
 def test_the_table_of_model_types_is_what_the_tests_say() -> None:
-    assert support.table() in TEXTS["huggingface.md"]
+    assert feature_table.table() in TEXTS["huggingface.md"]
 
 
 def test_what_is_said_of_the_book_is_in_the_results() -> None:

@@ -15,8 +15,9 @@ from typing import Any, TextIO
 
 import torch
 
-from ...kernels.check.calls import Call, calls_of, evaluate, tensors
+from ...kernels.check.calls import Call, evaluate, tensors
 from ...kernels.check.check import compare, run_check
+from ...kernels.check.table import calls_of
 from ..speed import workloads
 from ..speed.admission import DeviceLostError, admit, check_device
 from ..speed.counts import profile_of, recorded
@@ -72,7 +73,8 @@ def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
 
     width, dtype = job["width"], job["dtype"]
     heads, time, segment_len = (2, 20, 16) if job["tiny"] else (4, 1111, 256)
-    call = Call(B=1, H=heads, G=heads // 2, T=time, K=width, V=width, L=segment_len, remembered=3 * segment_len)
+    sizes = {"H": heads, "G": heads // 2, "Tq": time, "Tk": time, "K": width, "V": width, "segment_len": segment_len}
+    call = Call(B=1, remembered=3 * segment_len, **sizes)
     forced: dict[str, dict[str, Any]] = {}
     rows: dict[str, Any] = {}
     for update, own in product(("delta", "linear"), (False,) if job["tiny"] else (False, True)):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.check.calls import Call, evaluate, tensors
-from ...kernels.check.check import GATES
+from ...kernels.check.gates import GATES
 from ...kernels.triton.configs import Tile, tile_for
 from ..speed.counts import kernel_times
 from ..speed.machine import ROOT
@@ -42,8 +42,9 @@ Values = dict[str, Any]
 
 def call_of(job: Values) -> Call:
     """Return the call that a job is about."""
-    sizes = {name: job[name] for name in ("H", "G", "T", "K", "V", "L", "update", "gated")}
-    return Call(B=1, remembered=job["L"] if job["gated"] else 0, own_memory_inputs=False, **sizes)
+    sizes = {name: job[name] for name in ("H", "G", "K", "V", "update", "gated")}
+    time = {"Tq": job["T"], "Tk": job["T"], "segment_len": job["L"], "remembered": job["L"]}
+    return Call(B=1, own_memory_inputs=False, **sizes, **time)
 
 
 @cache

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from PIL import Image
 
-from ...kernels.check.check import GATES
+from ...kernels.check.gates import GATES
 from ...runs.pictures import DPI, LINES, logarithmic, plain, save_picture
 from ..speed.rows import Row
 from .records import Result

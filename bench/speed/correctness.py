@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.check.check import GATES, RATIO_FROM
+from ...kernels.check.gates import GATES, RATIO_FROM
 from . import attention_calls as calls
 from .attention_calls import Function
 from .peers import Peer, from_segments, to_segments

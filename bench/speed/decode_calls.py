@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.attention import segment_attention
-from ...kernels.check.check import GATES
+from ...kernels.check.gates import GATES
 from ...kernels.decoding import segment_decode
 from ...kernels.memory import memory_write
 from ...kernels.state import MemoryState

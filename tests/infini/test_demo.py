@@ -173,8 +173,9 @@ def test_stretched_memory_recalls_the_same_and_outweighs(task: PasskeyTask) -> N
 
 
 def test_a_short_run_learns() -> None:
-    settings = DemoSettings(steps=250, segments=3, seed=1)
+    settings = DemoSettings(steps=300, segments=3, seed=1)
     trainer, _ = build(settings)
+    trainer.recipe = replace(trainer.recipe, batch_tokens=2048)
     while trainer.step < settings.steps:
         trainer.advance()
     assert trainer.losses[0] > 6

@@ -9,7 +9,6 @@ import pytest
 import torch
 from calls import KINDS, Call, apply, error, for_kernels, gradients, tensors, worst
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 from segattn import MemoryState, memory_read, memory_write, segment_attention
 from segattn.kernels.sequences import checked_bounds
@@ -199,30 +198,6 @@ def test_memory_functions_compile() -> None:
     assert error(torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v), run(q, k, v)) < 1e-6
 
 
-def test_autocast_computes_in_its_dtype_and_keeps_the_state(device: torch.device) -> None:
-    call = Call(Tq=20, Tk=20, own_memory_inputs=False)
-    made = tensors(call, torch.float32, device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        outputs = apply(call, made, "torch")
-        grads = gradients(outputs, made)
-    low = {key: x.detach().bfloat16().requires_grad_() if key in "qkv" else x for key, x in made.items()}
-    expected = apply(call, low, "torch")
-    assert outputs["out"].dtype == torch.bfloat16
-    assert outputs["memory"].dtype == torch.float32
-    for key, value in (expected | gradients(expected, low)).items():
-        assert torch.equal((outputs | grads)[key], value.to((outputs | grads)[key].dtype)), key
-
-
-@pytest.mark.parametrize("name", ["rows", "local"])
-def test_a_second_derivative_is_refused(name: str) -> None:
-    call = KINDS[name]
-    made = tensors(call, torch.float64)
-    out = apply(call, made)["out"]
-    (first,) = torch.autograd.grad(out.square().sum(), made["memory_k" if call.gated else "k"], create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative" if call.gated else "derivative for aten"):
-        first.square().sum().backward()
-
-
 def test_inference_reuses_no_input() -> None:
     """Without gradients the blend is in place: the caller's tensors stay as they were, the result the same."""
     call = Call(Tq=20, Tk=20)
@@ -332,45 +307,6 @@ def test_the_kernels_compile_with_one_tensor_for_all(device: torch.device) -> No
     assert torch.equal(out, expected)
     (found,), (wanted,) = (torch.autograd.grad(y.square().sum(), x) for y in (out, expected))
     assert error(found, wanted) < 1e-6
-
-
-def test_the_kernels_under_autocast(device: torch.device) -> None:
-    call = Call(B=1, H=2, G=1, Tq=10, Tk=10, K=16, V=16, own_memory_inputs=False)
-    made = tensors(call, torch.float32, device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        outputs = apply(call, made, "triton")
-        grads = gradients(outputs, made)
-    low = {key: x.detach().bfloat16().requires_grad_() if key in "qkv" else x for key, x in made.items()}
-    expected = apply(call, low, "triton")
-    assert outputs["out"].dtype == torch.bfloat16
-    assert outputs["memory"].dtype == torch.float32
-    for key, value in (expected | gradients(expected, low)).items():
-        assert torch.equal((outputs | grads)[key], value.to((outputs | grads)[key].dtype)), key
-
-
-@pytest.mark.parametrize("gated", [True, False])
-def test_a_second_derivative_of_the_kernels_is_refused(gated: bool, device: torch.device) -> None:
-    call = Call(B=1, H=2, G=1, Tq=6, Tk=6, K=16, V=16, gated=gated)
-    made = tensors(call, torch.float32, device)
-    out = apply(call, made, "triton")["out"]
-    (first,) = torch.autograd.grad(out.square().sum(), made["k"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|second derivative"):
-        first.square().sum().backward()
-
-
-def test_checkpointing_the_kernels_changes_nothing(device: torch.device) -> None:
-    call = Call(B=1, H=2, G=1, Tq=12, Tk=12, K=16, V=16)
-    made = tensors(call, torch.float32, device)
-
-    def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(apply(call, dict(zip(made, values, strict=True)), "triton").values())
-
-    names = ("out", "memory", "normalizer")
-    plain = dict(zip(names, run(*made.values()), strict=True))
-    replayed = dict(zip(names, checkpoint(run, *made.values(), use_reentrant=False), strict=True))
-    expected = gradients(plain, made)
-    for name, value in gradients(replayed, made).items():
-        assert torch.equal(value, expected[name]), name
 
 
 def test_states_of_the_kernels_carry_gradients(device: torch.device) -> None:

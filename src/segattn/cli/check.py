@@ -13,7 +13,7 @@ from .progress import Progress
 from .shell import Command, check_file, write_json
 
 if TYPE_CHECKING:
-    from ..kernels.check.check import CheckReport
+    from ..kernels.check.report import CheckReport
 
 
 def config() -> None:
