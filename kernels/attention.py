@@ -7,6 +7,7 @@ from torch import Tensor
 from . import validation as check
 from .autocast import autocast, autocast_holds, without_autocast
 from .backends import HAS_TRITON, resolve
+from .inference import savable
 from .reference import reference_attention
 from .sequences import checked_bounds
 from .state import MemoryState, Options, SegmentOutput, empty_output
@@ -119,6 +120,10 @@ def _run(
     state: MemoryState | None, bounds: Tensor | None, options: Options,
 ) -> SegmentOutput:  # fmt: skip
     """Run a checked call. bounds [N, 2]: rows' spans, or N sequences packed into one row; None for whole rows."""
+    q, k, v, memory_q, memory_k, gate, bounds, *held = savable(
+        q, k, v, memory_q, memory_k, gate, bounds, *(state or ())
+    )
+    state = None if state is None else MemoryState(*held)
     if backend == "triton":
         return triton_attention(q, k, v, memory_q, memory_k, gate, state, bounds, options)
     if backend == "torch":

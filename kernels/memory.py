@@ -9,6 +9,7 @@ from . import reference
 from . import validation as check
 from .autocast import without_autocast
 from .backends import HAS_TRITON, resolve_memory
+from .inference import savable
 from .state import MemoryState
 
 if HAS_TRITON:
@@ -58,7 +59,7 @@ def memory_read(
             f"q must have a multiple of the memory's heads: H % G == 0, got H = {q.shape[1]}, G = {groups}"
         )
     like = q[:, :1].expand(-1, groups, -1, -1)
-    memory, normalizer = check.check_state(state, q.shape[0], like, state[0])
+    q, memory, normalizer = savable(q, *check.check_state(state, q.shape[0], like, state[0]))
     if resolve_memory(backend, q, memory) == "triton" and q.numel():
         return triton_memory_read(q, MemoryState(memory, normalizer), feature_map is not None)
     features = _features(q, feature_map)
@@ -113,6 +114,8 @@ def memory_write(
         check.check_floating("beta", beta)
         check.check_shape("beta", beta, "[B, G, T]", k.shape[:3])
         check.check_device("beta", beta, "k", k)
+    k, v, beta, *held = savable(k, v, beta, *state)
+    state = MemoryState(*held)
     if resolve_memory(backend, k, v) == "triton" and k.numel():
         return triton_memory_write(k, v, state, update, beta, corrected, feature_map is not None)
     features = _features(k, feature_map)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .state import MemoryState, Options, SegmentOutput
+from .state import MemoryState, Options, SegmentOutput, least_weight
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def read(features: Tensor, state: MemoryState) -> tuple[Tensor, Tensor]:
     peak = state.normalizer.detach().abs().amax(-1, keepdim=True)
     peak = peak.masked_fill(peak < limits.tiny / limits.eps, torch.inf)
     weight = features @ (state.normalizer / peak).unsqueeze(-1)
-    filled = weight.abs() >= limits.tiny
+    filled = weight.abs() >= least_weight(features, peak.reciprocal().unsqueeze(-1))
     return torch.where(
         filled, features @ (state.memory / peak.unsqueeze(-1)) / weight.masked_fill(~filled, 1), 0
     ), filled

@@ -72,6 +72,16 @@ def over_peak(normalizer: Tensor) -> tuple[Tensor, Tensor]:
     return normalizer * inverse, inverse
 
 
+def least_weight(features: Tensor, inverse_peak: Tensor) -> Tensor:
+    """Return the least |σ z| [..., 1], z over its peak, by which features σ [..., K] find anything in a memory.
+
+    Below it σ z has lost its digits to underflow, or σ / σ z, times which gradients go, could overflow.
+    """
+    limits = torch.finfo(features.dtype)
+    least = limits.tiny / limits.eps * inverse_peak.clamp(min=1)
+    return (features.detach().abs().amax(-1, keepdim=True) * least).clamp(min=limits.tiny)
+
+
 def empty_output(q: Tensor, v: Tensor) -> Tensor:
     """Return out [B, H, Tq, V] of a call without queries: nothing, but still part of the graph."""
     return q[..., :1].expand(-1, -1, -1, v.shape[-1])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..state import over_peak
+from ..state import least_weight, over_peak
 
 Step = tuple[slice | Tensor, slice | Tensor]
 
@@ -42,15 +42,13 @@ def feature_map_grad(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).clamp(max=0).exp_()
 
 
-def reciprocal(weight: Tensor) -> Tensor:
-    """Return 1 / weight; 0 where the weight is 0 or has underflowed."""
-    normal = weight.abs() >= torch.finfo(weight.dtype).tiny
-    return torch.where(normal, weight.reciprocal(), 0)
+def inverse_weight(features: Tensor, z: Tensor, inverse_peak: Tensor) -> Tensor:
+    """Return 1 / σ z [..., L, 1] for features σ [..., L, K], z [..., K] over its peak; 0 where σ z is too small.
 
-
-def _dot(rows: Tensor, vector: Tensor) -> Tensor:
-    """Return rows [..., L, K] · vector [..., K] as [..., L, 1], faster than a product of matrices with one column."""
-    return (rows * vector.unsqueeze(-2)).sum(-1, keepdim=True)
+    The sum of products is faster than a product of matrices with one column.
+    """
+    weight = (features * z.unsqueeze(-2)).sum(-1, keepdim=True)
+    return torch.where(weight.abs() >= least_weight(features, inverse_peak.unsqueeze(-2)), weight.reciprocal(), 0)
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -104,7 +102,7 @@ def _erased(k: Tensor, normalizer: Tensor) -> Tensor:
     erased = normalizer.new_empty(*normalizer.shape, normalizer.shape[-1])
     for block in _blocks(k):
         features = feature_map(k[block], normalizer.dtype)
-        u = features * reciprocal(_dot(features, z[block]))
+        u = features * inverse_weight(features, z[block], inverse_peak[block])
         erased[block] = u.mT @ features
     return erased.mul_(inverse_peak.unsqueeze(-1))
 
@@ -200,7 +198,7 @@ def fold_segments_backward(
         dfeatures = v[block].to(dtype) @ dm_after[block].mT
         if delta:
             # u and the weight's gradient, both times the peak
-            u = features * reciprocal(_dot(features, z[block]))
+            u = features * inverse_weight(features, z[block], inverse_peak[block])
             c = dm_after[block] @ (m_before[block] * inverse_peak[block].unsqueeze(-1)).mT
             back = u @ c
             dweight = (back * u).sum(-1, keepdim=True)
@@ -261,10 +259,10 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, x.shape[1] // groups))
 
 
-def _queries(q: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return σ(q) [F, G, R, L, K], 1 / σ(q) z [F, G, R, L, 1] for z over its peak, and where z is not 0."""
+def _queries(q: Tensor, z: Tensor, inverse_peak: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return σ(q) [F, G, R, L, K], 1 / σ(q) z [F, G, R, L, 1] for z over its peak, and where that is not 0."""
     features = feature_map(q, z.dtype)
-    inverse = reciprocal(_dot(features, z.unsqueeze(2)))
+    inverse = inverse_weight(features, z.unsqueeze(2), inverse_peak.unsqueeze(2))
     return features, inverse, inverse != 0
 
 
@@ -278,7 +276,7 @@ def blend_into(
     memory = memory * inverse_peak.unsqueeze(-1)
     q, local, blended = (_by_group(x, groups) for x in (q, local, out))
     for block in _blocks(q):
-        features, inverse, filled = _queries(q[block], z[block])
+        features, inverse, filled = _queries(q[block], z[block], inverse_peak[block])
         share = g[:, block[1]]
         recalled = features.mul_(inverse * share) @ memory[block].unsqueeze(2)
         local_share = 1 - (share if keep_gate else share * filled)
@@ -317,7 +315,7 @@ def read_and_blend_backward(
     dweight = torch.zeros_like(g[0])
     q, local, dout, dlocal_out, dq_out = (_by_group(x, groups) for x in (q, local, dout, dlocal, dq))
     for block in _blocks(q):
-        features, inverse, filled = _queries(q[block], z[block])
+        features, inverse, filled = _queries(q[block], z[block], inverse_peak[block])
         do, share = dout[block].to(dtype), g[:, block[1]]
         weight = share if keep_gate else share * filled
         dlocal_out[block] = do * (1 - weight)

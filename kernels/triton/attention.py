@@ -22,9 +22,8 @@ from .tiles import (
     keys_seen,
     load_chunk,
     load_rows,
-    memory_weight,
+    memory_inverse,
     query_slot,
-    reciprocal,
     rounded,
     row_operand,
     score_factor,
@@ -33,7 +32,7 @@ from .tiles import (
     store_rows,
     visible,
 )
-from .write import SegmentMemory
+from .write import SegmentMemory, normalizer_at
 
 
 class SavedRows(NamedTuple):
@@ -136,7 +135,8 @@ def attend_kernel(
         g = tl.sigmoid(tl.load(gate + head))
         at_memory = tl.cast(slot, tl.int64) * k.heads + group
         reading = head_of(memory_q, segment.row, head, stop)
-        inverse = reciprocal(memory_weight(reading, at, memory.normalizer.z + at_memory * K, True, BLOCK_M, K, CHUNK))
+        normalizer = normalizer_at(memory.normalizer, at_memory, K)
+        inverse = memory_inverse(reading, at, normalizer, True, BLOCK_M, K, CHUNK)
         local_share = tl.where((inverse != 0) | KEEP_GATE, 1 - g, 1.0)
         matrix = memory.matrix + at_memory * K * V
         acc = recall(acc * local_share[:, None], g * inverse, reading, at, matrix, True, K, V, CHUNK)

@@ -25,12 +25,13 @@ from .tiles import (
     feature_map,
     feature_map_grad,
     head_of,
+    inverse_weight,
     keys_seen,
+    largest,
     load_chunk,
     load_rows,
     load_vector,
     query_slot,
-    reciprocal,
     rounded,
     score_factor,
     scores,
@@ -38,7 +39,7 @@ from .tiles import (
     store_rows,
     visible,
 )
-from .write import SegmentMemory
+from .write import SegmentMemory, normalizer_at
 
 
 @triton.jit
@@ -84,19 +85,21 @@ def recall_adjoint(
     ROWS: tl.constexpr = dout.shape[0]
     matrix = memory.matrix + at_memory * K * V
     residual = None if memory.residual is None else memory.residual + at_memory * K * V
-    normalizer = memory.normalizer.z + at_memory * K
+    normalizer = normalizer_at(memory.normalizer, at_memory, K)
     weight = tl.zeros([ROWS], tl.float32)
+    most = tl.zeros([ROWS], tl.float32)
     memory_delta = tl.zeros([ROWS], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
         features = feature_map(load_rows(x, first, c, ROWS, CHUNK, K), ELU)
-        weight += tl.sum(features * load_vector(normalizer, c, CHUNK, K)[None, :], 1)
+        weight += tl.sum(features * load_vector(normalizer.z, c, CHUNK, K)[None, :], 1)
+        most = tl.maximum(most, largest(features, c, K))
         memory_delta += tl.sum(features * dfeatures_of(dout, matrix, residual, c, K, V, CHUNK), 1)
-    inverse = reciprocal(weight)
+    inverse = inverse_weight(weight, most, tl.load(normalizer.inverse_peak))
     memory_delta *= inverse
     for c in tl.range(0, K, CHUNK, num_stages=1):
         tokens = load_rows(x, first, c, ROWS, CHUNK, K)
         dfeatures = dfeatures_of(dout, matrix, residual, c, K, V, CHUNK)
-        dfeatures -= memory_delta[:, None] * load_vector(normalizer, c, CHUNK, K)[None, :]
+        dfeatures -= memory_delta[:, None] * load_vector(normalizer.z, c, CHUNK, K)[None, :]
         dfeatures *= (share * inverse)[:, None] * feature_map_grad(tokens, ELU)
         store_rows(dx, first, c, dfeatures, K)
     return memory_delta, inverse
@@ -161,7 +164,9 @@ def query_grad_kernel(
         memory_delta, inverse = recall_adjoint(x, at, douts, memory, at_memory, g, dx, True, K, V, CHUNK)
         tl.store(grads.deltas.memory + at_rows, memory_delta, mask=inside)
         gated = ((inverse != 0) | KEEP_GATE) & inside
-        tl.store(grads.gate + program, g * (1 - g) * tl.sum(tl.where(gated, memory_delta - row_delta, 0.0), 0))
+        # a row of a matrix: where one product feeds it, Triton 3.7 cannot lay out the sum of a vector on sm_100
+        to_gate = tl.sum(tl.where(gated, memory_delta - row_delta, 0.0)[None, :], 1)
+        tl.store(grads.gate + program + tl.arange(0, 1), g * (1 - g) * to_gate)
     queries = load_rows(head_of(q, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_K, K)
     lse2 = tl.load(saved.lse2 + at_rows, mask=inside, other=float("inf"))
     keys = head_of(k, segment.row, group, segment.end)

@@ -19,11 +19,12 @@ from .tiles import (
     dot,
     feature_map,
     head_of,
+    inverse_weight,
+    largest,
     load_chunk,
     load_rows,
     load_vector,
     peak_reciprocal,
-    reciprocal,
     rounded,
     row_operand,
     score_factor,
@@ -87,7 +88,8 @@ def read_state(
     z = load_vector(state.normalizer + tl.cast(at, tl.int64) * K, 0, block(K), K)
     inverse_peak = peak_reciprocal(z, 0)
     features = feature_map(gather_rows(memory_q, first_head, row, r, query_time, inside, 0, block(K)), True)
-    inverse = reciprocal(tl.sum(features * (z * inverse_peak)[None, :], 1))
+    weight = tl.sum(features * (z * inverse_peak)[None, :], 1)
+    inverse = inverse_weight(weight, largest(features, 0, K), inverse_peak)
     matrix = state.memory + tl.cast(at, tl.int64) * K * V
     acc = tl.zeros([r.shape[0], block(V)], tl.float32)
     for start in tl.range(0, K, CHUNK, num_stages=1):

@@ -218,13 +218,33 @@ def peak_reciprocal(z, axis: tl.constexpr):
 
 
 @triton.jit
-def memory_weight(x, first, normalizer, ELU: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
-    """Return σ(x) z of every row, z over its peak."""
+def largest(features, column, WIDTH: tl.constexpr):
+    """Return max |σ| of every row of features, whose first is that of `column`, before column WIDTH."""
+    COLUMNS: tl.constexpr = features.shape[1]
+    sizes = tl.abs(features)
+    if ragged(WIDTH, COLUMNS):
+        sizes = tl.where((column + tl.arange(0, COLUMNS) < WIDTH)[None, :], sizes, 0.0)
+    return tl.max(sizes, 1)
+
+
+@triton.jit
+def inverse_weight(weight, most, inverse_peak):
+    """Return 1 / σ z, z over its peak, for features of at most `most`; 0 where σ z is too small: see `least_weight`."""
+    least = tl.maximum(most * (LEAST_PEAK * tl.maximum(inverse_peak, 1.0)), TINY)
+    held = tl.abs(weight) >= least
+    return tl.where(held, 1.0 / tl.where(held, weight, 1.0), 0.0)
+
+
+@triton.jit
+def memory_inverse(x, first, normalizer, ELU: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
+    """Return 1 / σ(x) z of every row, z over its peak; 0 where the memory holds nothing for it."""
     weight = tl.zeros([ROWS], tl.float32)
+    most = tl.zeros([ROWS], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
         features = feature_map(load_rows(x, first, c, ROWS, CHUNK, K), ELU)
-        weight += tl.sum(features * load_vector(normalizer, c, CHUNK, K)[None, :], 1)
-    return weight
+        weight += tl.sum(features * load_vector(normalizer.z, c, CHUNK, K)[None, :], 1)
+        most = tl.maximum(most, largest(features, c, K))
+    return inverse_weight(weight, most, tl.load(normalizer.inverse_peak))
 
 
 @triton.jit

@@ -26,6 +26,8 @@ from .tiles import (
     dot,
     feature_map,
     head_of,
+    inverse_weight,
+    largest,
     load_rows,
     load_vector,
     operand,
@@ -42,6 +44,12 @@ class Normalizer(NamedTuple):
 
     z: Tensor  # float32 [F, G, K] z / peak
     inverse_peak: Tensor  # float32 [F, G] 1 / peak, 0 where the memory is empty
+
+
+@triton.jit
+def normalizer_at(normalizer, at, K: tl.constexpr):
+    """Return where the normalizer of one slot's head lies."""
+    return Normalizer(normalizer.z + at * K, normalizer.inverse_peak + at)
 
 
 class SegmentMemory(NamedTuple):
@@ -167,6 +175,7 @@ def product_kernel(
     column = tile * COLUMNS
     if normalizer is not None:
         z = load_vector(normalizer.z + at * K, 0, BLOCK_K, K)
+        inverse_peak = tl.load(normalizer.inverse_peak + at)
     for member in range(0, members):
         head = group * members + member
         tokens = head_of(x, segment.row, head, end - offset)
@@ -180,7 +189,8 @@ def product_kernel(
             features = tl.where((i < end)[:, None], feature_map(mapped, ELU), 0.0)
             features = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], features, 0.0)
             if normalizer is not None:
-                features *= reciprocal(tl.sum(features * z[None, :], 1))[:, None]
+                most = largest(features, 0, BLOCK_K)
+                features *= inverse_weight(tl.sum(features * z[None, :], 1), most, inverse_peak)[:, None]
             weights = tl.full([BLOCK_N], 1.0, tl.float32) * weight
             if beta is not None:
                 weights *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
@@ -199,9 +209,8 @@ def product_kernel(
             scaled, factor = operand(features * weights[:, None], other.dtype)
             acc += dot(tl.trans(scaled), other, None) * factor
     if normalizer is not None:
-        scale = tl.load(normalizer.inverse_peak + at)
-        acc *= scale
-        total *= scale
+        acc *= inverse_peak
+        total *= inverse_peak
     store_rows(Rows(product + at * K * W, W, K), 0, column, acc, W)
     if sums is not None:
         if tile == 0:

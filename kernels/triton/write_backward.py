@@ -25,14 +25,13 @@ from .tiles import (
     load_chunk,
     load_rows,
     load_vector,
-    memory_weight,
-    reciprocal,
+    memory_inverse,
     rounded,
     row_operand,
     segment_at,
     store_rows,
 )
-from .write import Normalizer, SegmentMemory, exact_dot, scan, sum_normalizer_grads
+from .write import Normalizer, SegmentMemory, exact_dot, normalizer_at, scan, sum_normalizer_grads
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -81,7 +80,7 @@ def erasure(
 ):  # fmt: skip
     """Return u = σ(k) / σ(k) z in k's dtype, the factor it takes, 1 / σ(k) z, and σ(k) C uᵀ of every row."""
     BLOCK_K: tl.constexpr = block(K)
-    inverse = reciprocal(memory_weight(k, first, normalizer, ELU, ROWS, K, CHUNK))
+    inverse = memory_inverse(k, first, normalizer, ELU, ROWS, K, CHUNK)
     u = feature_map(load_rows(k, first, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
     u = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], u, 0.0)
     u, factor = row_operand(u, k.pointer.dtype.element_ty)
@@ -124,7 +123,7 @@ def write_adjoint(
         dv = dot_float32(rounded(feature_map(tokens, ELU), tokens.dtype), dm, dv)
         dfeatures = dot_float32(values, tl.trans(dm), tl.zeros([ROWS, CHUNK], tl.float32))
         if state.curvature is not None:
-            z = load_vector(state.normalizer, c, CHUNK, K)[None, :]
+            z = load_vector(state.normalizer.z, c, CHUNK, K)[None, :]
             dfeatures += (erased * inverse)[:, None] * z - bend(u, factor, state.curvature, c, K, CHUNK)
         if beta is not None:
             dfeatures *= tl.load(beta + rows, mask=inside, other=0.0)[:, None]
@@ -154,10 +153,10 @@ def weight_sums_kernel(
         return
     at = tl.cast(slot, tl.int64) * k.heads + group
     keys = head_of(k, segment.row, group, end)
-    z, c_of_segment = normalizer.z + at * K, curvature + at * K * K
+    before, c_of_segment = normalizer_at(normalizer, at, K), curvature + at * K * K
     total = tl.zeros([BLOCK_K], tl.float32)
     for start in range(begin, end, BLOCK_N):
-        _, _, inverse, erased = erasure(keys, start, z, c_of_segment, ELU, BLOCK_N, K, CHUNK)
+        _, _, inverse, erased = erasure(keys, start, before, c_of_segment, ELU, BLOCK_N, K, CHUNK)
         dweight = erased * inverse
         i = start + tl.arange(0, BLOCK_N)
         if beta is not None:
@@ -167,8 +166,8 @@ def weight_sums_kernel(
         total += tl.sum(tl.where(i < end, dweight, 0.0)[:, None] * features, 0)
     c = tl.arange(0, BLOCK_K)
     target = sums + at * K + c
-    before = tl.load(target, mask=c < K, other=0.0)
-    tl.store(target, before + total * tl.load(normalizer.inverse_peak + at), mask=c < K)
+    held = tl.load(target, mask=c < K, other=0.0)
+    tl.store(target, held + total * tl.load(before.inverse_peak), mask=c < K)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -200,7 +199,7 @@ def write_grad_kernel(
         grads.after + at * K * V,
         grads.z_after + at * K,
         None if grads.curvature is None else grads.curvature + at * K * K,
-        normalizer.z + at * K,
+        normalizer_at(normalizer, at, K),
     )
     dvalue, dstrength = write_adjoint(
         head_of(k, segment.row, group, end), values, None if beta is None else beta + at_rows,

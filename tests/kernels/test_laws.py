@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from segattn import MemoryState, segment_attention
+from segattn import MemoryState, memory_read, memory_write, segment_attention
 
 BACKENDS = ("torch", "reference")
 UPDATES = ("delta", "linear")
@@ -426,3 +426,72 @@ def test_strides_and_gradients_as_they_come(name: str) -> None:
     for key, x in leaves.items():
         if copies[key].grad is not None:
             assert error(x.grad, copies[key].grad) < 1e-12, key
+
+
+def of_inference(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x.detach().clone()
+
+
+@pytest.mark.parametrize("backend", ["triton", *BACKENDS])
+@pytest.mark.parametrize(
+    "name", ["rows", "one segment", "decode", "packed", "left padding", "softcap", "shared inputs"]
+)
+def test_tensors_of_inference_mode_stand_beside_trained_ones(name: str, backend: str, device: torch.device) -> None:
+    """Each input alone from inference mode, the others trained: results and gradients are those of plain tensors."""
+    call = replace(for_kernels(KINDS[name], 4), H=2, G=1)
+    made = tensors(call, torch.float32, device)
+    offsets = {
+        key: None if value is None else of_inference(torch.tensor(value, dtype=torch.int32, device=device))
+        for key, value in (("cu_seqlens", call.cu_seqlens), ("spans", call.spans))
+    }
+    for few in ({"memory", "normalizer"}, *({key} for key in made), made.keys() - {"q"}, made.keys() - {"gate"}):
+        plain = {key: x.detach() if key in few else x for key, x in made.items()}
+        mixed = {key: of_inference(x) if key in few else x for key, x in made.items()}
+        trained = {key: x for key, x in made.items() if key not in few}
+        expected, outputs = apply(call, plain, backend), apply(call, mixed, backend, **offsets)
+        expected |= gradients(expected, trained)
+        for key, value in (outputs | gradients(outputs, trained)).items():
+            assert torch.equal(value, expected[key]), (few, key)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_the_memory_alone_takes_tensors_of_inference_mode(backend: str, device: torch.device) -> None:
+    q, k, v = (torch.randn(1, 2, 3, 16, device=device) for _ in range(3))
+    beta = torch.rand(1, 2, 3, device=device)
+    state = memory_write(k, v)
+    read, written = ((q, *state), (k, v, beta, *state))
+
+    def run(which: str, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if which == "read":
+            return (memory_read(values[0], MemoryState(*values[1:]), backend=backend),)
+        return memory_write(*values[:2], MemoryState(*values[3:]), beta=values[2], corrected=True, backend=backend)
+
+    for which, values in (("read", read), ("written", written)):
+        for i, x in enumerate(values):
+            grads = []
+            for others in (values, [of_inference(y) for y in values]):
+                one = x.detach().clone().requires_grad_()
+                outputs = run(which, (*others[:i], one, *others[i + 1 :]))
+                grads.append(torch.autograd.grad(sum(y.square().sum() for y in outputs), one)[0])
+            assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("backend", ["triton", *BACKENDS])
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_memory_that_holds_next_to_nothing_for_a_query(update: str, backend: str, device: torch.device) -> None:
+    """Where σ z is so small beside σ that σ / σ z, or the gradient of z, would overflow, the memory counts as empty."""
+    call = Call(B=1, H=1, G=1, Tq=3, Tk=3, K=16, V=16, segment_len=1, update=update, with_state=False)
+    call = replace(call, own_memory_inputs=False)
+    half = torch.tensor([1.0] * 8 + [0.0] * 8)
+    for levels in (
+        ((100.0, -86.0), (-86.0, 100.0), (-86.0, 100.0)),
+        ((-45.0, -86.0), (-60.0, -60.0), (-86.0, 14.0)),
+        ((-83.0, -41.0), (100.0, -150.0), (40.0, -86.0)),
+    ):
+        made = tensors(call, torch.float32, device)
+        rows = torch.stack([first * half + second * (1 - half) for first, second in levels]).to(device)
+        for name in ("q", "k"):
+            made[name] = (rows[None, None] + 0.1 * made[name].detach()).requires_grad_()
+        outputs = apply(call, made, backend)
+        assert all(x.isfinite().all() for x in (outputs | gradients(outputs, made)).values())
