@@ -16,13 +16,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from ...kernels.backends import HAS_TRITON
+from ...kernels.backends import HAS_TRITON, takes_width
 from ...kernels.check.check import interpreted
 from ...kernels.triton.configs import TARGETS
 from ..speed.machine import versions
 from ..speed.workloads import DTYPES
 
 WIDTHS = ("64", "128", "256")
+# beside them in one dtype: narrower than a tile's columns, and than the power of two that holds it
+EDGES = ("24", "80")
+EDGES_DTYPE = "bfloat16"
+KNOWN_WIDTHS = tuple(str(width) for width in range(1024) if takes_width(width))
 # dtypes and widths
 QUICK = (("bfloat16",), ("64",))
 
@@ -40,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--targets", metavar="LIST", help=f"default: {_listed(TARGETS)}")
     found.add_argument("--dtypes", metavar="LIST", help=f"default: {_listed(DTYPES)}")
-    found.add_argument("--widths", metavar="LIST", help=f"K = V, default: {_listed(WIDTHS)}")
+    found.add_argument(
+        "--widths", metavar="LIST", help=f"K = V, default: {_listed(WIDTHS)}, and {_listed(EDGES)} in {EDGES_DTYPE}"
+    )
     found.add_argument("--kernels", metavar="LIST", help="such as attend or write_grad, default: all")
     found.add_argument("--quick", action="store_true", help="unless said otherwise, one dtype and one width")
     found.add_argument("--floors", action="store_true", help="also what main loops cost, and what any call must")
@@ -104,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = Wanted(
             _choices("targets", given.targets, tuple(TARGETS), tuple(TARGETS)),
             _choices("dtypes", given.dtypes, dtypes, tuple(DTYPES)),
-            [int(x) for x in _choices("widths", given.widths, widths, WIDTHS)],
+            [int(x) for x in _choices("widths", given.widths, widths, KNOWN_WIDTHS)],
             _kernels(given.kernels, KERNELS),
         )
         if given.jobs < 1:
@@ -113,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refused(str(error))
     begin = time.monotonic()
     jobs = plan(wanted)
+    if given.widths is None and not given.quick and EDGES_DTYPE in wanted.dtypes:
+        jobs += plan(wanted._replace(dtypes=(EDGES_DTYPE,), widths=[int(x) for x in EDGES]))
     console = Console(stderr=True)
     rows: list[Row] = list(
         track(compile_all(jobs, given.jobs), "compiling", len(jobs), console=console, disable=not console.is_terminal)

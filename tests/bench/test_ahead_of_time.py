@@ -21,7 +21,7 @@ from segattn.bench.compiled import jobs as compile_jobs
 from segattn.bench.compiled import rules as compile_rules
 from segattn.bench.compiled import table as compile_table
 from segattn.bench.compiled.ahead_of_time import Compiled, resident_warps, signature
-from segattn.bench.compiled.jobs import Job, Row
+from segattn.bench.compiled.jobs import Job, Row, Wanted
 from segattn.bench.compiled.machine_code import Loop, amdgcn, blocks, loops, sass, tensor_core
 from segattn.kernels.triton.configs import TARGETS, Tile
 from segattn.kernels.triton.launch import Launch
@@ -309,6 +309,28 @@ def test_kernels_are_named_in_short(given: str | None, named: tuple[str, ...]) -
     assert compile_report._kernels(given, ("read_kernel", "read_grad_kernel", "decode_kernel")) == named
 
 
+def test_gradients_of_narrow_heads_compile() -> None:
+    """Where a tile holds all the columns of K, loops over them run once, and the compiler sees other code."""
+    done = command("--targets=sm_100", "--dtypes=bfloat16", "--widths=16,24,32", "--kernels=query_grad")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_narrow_and_odd_widths_are_compiled_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_report = pytest.importorskip("segattn.bench.compiled.report")
+    planned: list[Wanted] = []
+    monkeypatch.setattr(compile_report, "interpreted", lambda: False)
+    monkeypatch.setattr(compile_jobs, "plan", lambda wanted: planned.append(wanted) or [])
+    assert compile_report.main(["--targets=sm_100"]) == 0
+    assert [(wanted.dtypes, wanted.widths) for wanted in planned] == [
+        (("bfloat16", "float16", "float32"), [64, 128, 256]),
+        (("bfloat16",), [24, 80]),
+    ]
+    assert {wanted.kernels for wanted in planned} == {compile_jobs.KERNELS}
+    assert compile_report.main(["--targets=sm_100", "--widths=200"]) == 0
+    assert planned[2].widths == [200]
+    assert len(planned) == 3
+
+
 def test_the_command_refuses_the_interpreter() -> None:
     done = command(TRITON_INTERPRET="1")
     assert (done.returncode, done.stdout) == (2, "")
@@ -320,7 +342,7 @@ def test_the_command_refuses_the_interpreter() -> None:
     [
         ("--targets=sm_70", "--targets must be from sm_80"),
         ("--dtypes=float64", "--dtypes must be from bfloat16,float16,float32, got float64"),
-        ("--widths=128,80", "--widths must be from 64,128,256, got 80"),
+        ("--widths=128,20", "--widths must be from 16,24,32,"),
         ("--kernels=mine", "--kernels must be from attend_kernel"),
         ("--kernels=attend,", "--kernels must be from attend_kernel"),
         ("--jobs=0", "--jobs must be positive, got 0"),
