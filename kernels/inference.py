@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def savable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def savable(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Return the tensors; if gradients are wanted, copies of those of inference mode, which no backward may save.
 
-    A tensor that comes twice is copied once.
+    What is None stays None; a tensor that comes twice is copied once.
     """
     # inside a compiled graph nothing may ask where a tensor is from
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
