@@ -29,8 +29,8 @@ ROWS = {
 }
 # the queries of a group at one step fill 16 rows
 FEW_ROWS = ("decode_kernel",)
-# widths up to which nothing may be spilled
-UNSPILLED = 128
+# widths at which nothing may be spilled: tiles are chosen for them; masks of the columns of others take registers
+UNSPILLED = (64, 128)
 # of a loop's instructions: with more registers in use, an address is computed again
 SLACK = 0.02
 
@@ -45,7 +45,7 @@ def _problems(row: Row) -> Iterator[str]:
     if found is None:
         yield f"does not compile: {row.error}"
         return
-    if found.spilled and job.width <= UNSPILLED:
+    if found.spilled and job.width in UNSPILLED:
         yield f"{found.spilled} bytes spilled"
     limit = TARGETS[job.target].shared
     if found.shared > limit:

@@ -183,6 +183,7 @@ def row(kernel: str = "attend_kernel", case: str = "delta", tile: Tile | None = 
 def test_what_keeps_to_the_rules() -> None:
     assert compile_rules.failures([row(), row(case="local")]) == []
     assert compile_rules.failures([row(spilled=8, width=256)]) == []
+    assert compile_rules.failures([row(spilled=8, width=80)]) == []
     assert compile_rules.failures([row(tensor_core={}, dtype="float32")]) == []
     assert compile_rules.failures([row("key_sums_kernel", products=0, tensor_core={})]) == []
     assert compile_rules.failures([row("decode_kernel", tensor_core={"HMMA": 3})]) == []
