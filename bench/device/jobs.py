@@ -5,11 +5,12 @@ A fault of the device ends it, and nothing else: `run` starts another and goes o
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from typing import Any, TextIO
 
@@ -68,7 +69,6 @@ def check(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
 
 def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
     """Check every kernel under the table's tiles for one dtype and width, by both rules."""
-    from ...kernels.triton.configs import Tile
     from ...kernels.triton.launch import trying
 
     width, dtype = job["width"], job["dtype"]
@@ -80,9 +80,9 @@ def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
     for update, own in product(("delta", "linear"), (False,) if job["tiny"] else (False, True)):
         this = replace(call, update=update, own_memory_inputs=own)
         made = tensors(this, DTYPES[dtype], device)
-        listed = dict(recorded(lambda c=this, m=made: evaluate(c, m, "triton"), device))  # type: ignore[misc]
-        forced |= listed
-        named = {name: Tile(**tile) for name, tile in listed.items()}
+        listed = recorded(functools.partial(evaluate, this, made, "triton"), device)
+        named = {launch.kernel.__name__: launch.tile for launch in listed}
+        forced |= {name: asdict(tile) for name, tile in named.items()}
         with torch.autograd.set_multithreading_enabled(False), trying(named):
             found = compare(f"{update}{', own inputs' if own else ''}", this, dtype, device, ["triton"])
         rows |= {f"{row.call}: {row.output}": (row.error, row.problem) for row in found}
@@ -114,7 +114,8 @@ def warm(job: dict[str, Any], device: torch.device, note: Note) -> None:
     drawn = draw(case, device, copies=1)
     for name in case.peers:
         note({"at": name})
-        admit(PEERS[name], case, drawn, device, job["excluded"].get(name))
+        if name not in job["excluded"]:
+            admit(PEERS[name], case, drawn, device)
 
 
 def time_case(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:

@@ -125,20 +125,13 @@ class _Unrotated(nn.Module):
         return q, k
 
 
-class _Unchanged(nn.Module):
-    """A module that returns its input."""
-
-    def forward(self, x: Any) -> Any:
-        return x
-
-
 @functools.cache
 def _published_layer(heads: int, width: int, update: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Return the package's layer without what surrounds its attention: norm, projections, their split, and rotary."""
     from infini_transformer_pytorch.infini_transformer import CausalAttention
 
     layer = CausalAttention(1, dim_head=width, heads=heads, use_mem_delta_rule=update == "delta").to(device, dtype)
-    layer.norm = layer.to_qkv = layer.split_heads = layer.merge_heads = layer.to_out = _Unchanged()
+    layer.norm = layer.to_qkv = layer.split_heads = layer.merge_heads = layer.to_out = nn.Identity()
     layer.rotary_emb = _Unrotated()
     del layer.fastweight_mem.head_gates
     return layer

@@ -50,6 +50,7 @@ class Decoder(NamedTuple):
     alter: Changes a copy's inputs, so that the expected output changes its sign.
     kept_bytes: Keys, values and memory of the text.
     work: Operations and bytes that a step must spend.
+    allowed: The largest relative error of a right step, and of a right fold.
     fold: Writes a finished segment of the first copy into the memory; folded: what the memory should be.
     """
 
@@ -59,12 +60,17 @@ class Decoder(NamedTuple):
     alter: Callable[[int], None]
     kept_bytes: int
     work: Work
+    allowed: float
     fold: Callable[[], Sequence[Tensor]] | None = None
     folded: Callable[[], Sequence[Tensor]] | None = None
 
     def error(self, copy: int, found: object) -> float:
         """Return the relative error of an output for the inputs as they are now; infinite for another shape."""
         return _error(found, self.expected(copy))
+
+    def complaint(self, error: float) -> str:
+        """Return what is wrong with a relative error; nothing where it is allowed."""
+        return "" if error <= self.allowed else f"relative error of {error:.1e} (at most {self.allowed:.1e})"
 
     def fold_error(self) -> float:
         """Return the relative error of a fold; 0 for a decoder without one."""
@@ -87,11 +93,6 @@ def _error(found: object, expected: Tensor) -> float:
         return math.inf
     error = float((found.double() - expected).norm() / expected.norm())
     return math.inf if math.isnan(error) else error
-
-
-def allowed_in_decoding(name: str, dtype: str) -> float:
-    """Return the largest relative error of a right step."""
-    return GATES[dtype].outputs * (1.0 if name.startswith("segattn") else TIMES)
 
 
 def draw_step(case: DecodeCase, device: torch.device, copies: int | None = None) -> list[Step]:
@@ -141,20 +142,18 @@ def step_eager(x: Step) -> Tensor:
 
 def _of_a_segment(case: DecodeCase, device: torch.device, *, eager: bool) -> Decoder:
     """Return a decoder over a buffer of one segment: `segment_decode`, or PyTorch's own operations."""
-    steps = draw_step(case, device)
     padding = (0, 0, 0, case.L - case.tail)
-    buffers = [(F.pad(step.k, padding), F.pad(step.v, padding)) for step in steps]
+    drawn = draw_step(case, device)
+    buffers = [(F.pad(step.k, padding), F.pad(step.v, padding)) for step in drawn]
+    tails = [[x[:, :, : case.tail] for x in buffer] for buffer in buffers]
+    steps = [step._replace(k=k, v=v) for step, (k, v) in zip(drawn, tails, strict=True)]
     lengths = torch.full((case.B,), case.tail, dtype=torch.int32, device=device)
     counters = torch.zeros(case.B * case.G, dtype=torch.int32, device=device)
     backend = "triton" if has_kernels(device) else "torch"
 
-    def held(copy: int) -> Step:
-        k, v = (x[:, :, : case.tail] for x in buffers[copy])
-        return steps[copy]._replace(k=k, v=v)
-
     def run(copy: int) -> Tensor:
         if eager:
-            return step_eager(held(copy))
+            return step_eager(steps[copy])
         (keys, values), step = buffers[copy], steps[copy]
         state = MemoryState(step.memory, step.normalizer)
         return segment_decode(
@@ -162,7 +161,7 @@ def _of_a_segment(case: DecodeCase, device: torch.device, *, eager: bool) -> Dec
         )
 
     def expected(copy: int) -> Tensor:
-        return step_by_reference(Step(*(x.double() for x in held(copy))), case.L)
+        return step_by_reference(Step(*(x.double() for x in steps[copy])), case.L)
 
     def alter(copy: int) -> None:
         for x in (buffers[copy][1], steps[copy].memory):
@@ -180,7 +179,8 @@ def _of_a_segment(case: DecodeCase, device: torch.device, *, eager: bool) -> Dec
         return memory_after(keys, values, memory, normalizer)
 
     kept, work = sum(x.nbytes for x in first), floors.decode(case.sizes())
-    return Decoder(len(steps), run, expected, alter, kept, work, fold, folded)
+    allowed = GATES[case.dtype].outputs * (TIMES if eager else 1)
+    return Decoder(len(steps), run, expected, alter, kept, work, allowed, fold, folded)
 
 
 def growing_cache(case: DecodeCase, device: torch.device) -> Decoder:
@@ -211,7 +211,7 @@ def growing_cache(case: DecodeCase, device: torch.device) -> Decoder:
         drawn[copy][2].neg_()
 
     work = floors.decode(replace(case.sizes(), T=case.context), gated=False)
-    return Decoder(len(drawn), run, expected, alter, kept_bytes, work)
+    return Decoder(len(drawn), run, expected, alter, kept_bytes, work, TIMES * GATES[case.dtype].outputs)
 
 
 def in_graphs(decoder: Decoder, device: torch.device) -> Decoder:

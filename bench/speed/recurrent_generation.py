@@ -10,24 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ...rmt.recurrent.memory import RecurrentMemory
 from .associative_loop import AssociativeLoop
+from .measure import kept_bytes
 from .recurrent import PEER
 from .recurrent_models import (
     VOCABULARY,
-    PlainLoop,
     Sizes,
     associative,
     first_memory,
     llama,
-    llama_backbone,
-    peer_backbone,
     peer_transformer,
+    plain_llama,
+    plain_peer,
+    recurrent,
 )
 
 # the threshold of the peer's sampling that leaves one token to choose from
@@ -62,27 +62,21 @@ class Entry:
     definition: Callable[[Sizes, torch.device], Logits]
 
 
-def total_bytes(*tensors: Tensor) -> int:
-    """Return the bytes of tensors."""
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
-def recurrent(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
-    """Return ours with RMT's memory."""
-    module = RecurrentMemory(llama(sizes, text.device), sizes.m, sizes.L).to(text.device).eval()
+def _ours(module: Any, text: Tensor, opened: Tensor, count: int) -> Writer:
+    module.eval()
     with torch.no_grad():
-        module.memory.copy_(first_memory(sizes, text.device))
         state = module(text, output_logits=False).state
-    return Writer(lambda: module.generate(opened, max_new_tokens=count, state=state), total_bytes(state.memory))
+    return Writer(lambda: module.generate(opened, max_new_tokens=count, state=state), kept_bytes(state))
+
+
+def ours(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
+    """Return ours with RMT's memory."""
+    return _ours(recurrent(sizes, text.device), text, opened, count)
 
 
 def armt(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
     """Return ours with ARMT's memories."""
-    module = associative(sizes, text.device, "vertical").eval()
-    with torch.no_grad():
-        state = module(text, output_logits=False).state
-    kept = total_bytes(*(x for memory in state.memories for x in memory))
-    return Writer(lambda: module.generate(opened, max_new_tokens=count, state=state), kept)
+    return _ours(associative(sizes, text.device), text, opened, count)
 
 
 def peer(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
@@ -98,7 +92,7 @@ def peer(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
         new: Tensor = wrapper.generate(opened, length=length, memories=memory, filter_thres=GREEDY)
         return new
 
-    return Writer(write, total_bytes(memory))
+    return Writer(write, kept_bytes(memory))
 
 
 def full(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
@@ -106,12 +100,12 @@ def full(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
     from transformers import DynamicCache
 
     length = text.shape[1]
-    model: Any = llama(sizes, text.device, positions=length + opened.shape[1] + count).eval()
+    model: Any = llama(sizes, text.device).eval()
     cache: Any = DynamicCache(config=model.config)
     with torch.no_grad():
         for piece in text.split(8 * sizes.L, 1):
             model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    kept = total_bytes(*(x for layer in cache.layers for x in (layer.keys, layer.values)))
+    kept = kept_bytes(cache)
 
     @torch.no_grad()
     def write() -> Tensor:
@@ -128,33 +122,18 @@ def full(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
     return Writer(write, kept)
 
 
-def _full_logits(sizes: Sizes, device: torch.device) -> Logits:
-    def logits(ids: Tensor) -> Tensor:
-        found: Tensor = llama(sizes, device, positions=ids.shape[1]).eval()(ids).logits
-        return found
-
-    return logits
-
-
-def _recurrent_logits(sizes: Sizes, device: torch.device) -> Logits:
-    return PlainLoop(llama_backbone(llama(sizes, device)), first_memory(sizes, device), sizes.L).logits
-
-
-def _peer_logits(sizes: Sizes, device: torch.device) -> Logits:
-    backbone = peer_backbone(peer_transformer(sizes, device).eval())
-    return PlainLoop(backbone, first_memory(sizes, device), sizes.L).logits
-
-
-def _associative_logits(sizes: Sizes, device: torch.device) -> Logits:
-    return AssociativeLoop(associative(sizes, device, "vertical").eval()).logits
+def full_logits(sizes: Sizes, device: torch.device) -> Logits:
+    """Return the logits of a Llama that reads a text at once."""
+    model = llama(sizes, device).eval()
+    return lambda ids: cast(Tensor, model(ids).logits)
 
 
 BASELINE = "Llama, all keys and values"
 WRITERS: Mapping[str, Entry] = {
-    BASELINE: Entry(full, _full_logits),
-    "segattn": Entry(recurrent, _recurrent_logits),
-    "segattn, associative": Entry(armt, _associative_logits),
-    PEER: Entry(peer, _peer_logits),
+    BASELINE: Entry(full, full_logits),
+    "segattn": Entry(ours, lambda *x: plain_llama(*x).logits),
+    "segattn, associative": Entry(armt, lambda *x: AssociativeLoop(associative(*x)).logits),
+    PEER: Entry(peer, lambda *x: plain_peer(*x).logits),
 }
 
 

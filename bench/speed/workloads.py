@@ -63,8 +63,7 @@ class Case:
 
     def sizes(self) -> Sizes:
         """Return the sizes that floors are counted by."""
-        itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
-        return Sizes(self.B, self.H, self.G, self.T, self.K, self.K, self.L, itemsize)
+        return Sizes(self.B, self.H, self.G, self.T, self.K, self.K, self.L, DTYPES[self.dtype].itemsize)
 
     def as_json(self) -> dict[str, Any]:
         """Return what the JSON says of the case."""
@@ -88,8 +87,7 @@ class DecodeCase:
     @property
     def text_bytes(self) -> int:
         """Bytes of all keys and values of the text."""
-        itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
-        return 2 * self.B * self.G * self.context * self.K * itemsize
+        return 2 * self.B * self.G * self.context * self.K * DTYPES[self.dtype].itemsize
 
     @property
     def tail(self) -> int:
@@ -98,8 +96,7 @@ class DecodeCase:
 
     def sizes(self) -> Sizes:
         """Return the sizes that floors are counted by."""
-        itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
-        return Sizes(self.B, self.H, self.G, self.tail, self.K, self.K, self.L, itemsize)
+        return Sizes(self.B, self.H, self.G, self.tail, self.K, self.K, self.L, DTYPES[self.dtype].itemsize)
 
     def as_json(self) -> dict[str, Any]:
         """Return what the JSON says of the case."""

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ....infini.huggingface.cache import InfiniCache
 from ....kernels.state import MemoryState
 from ....rmt.recurrent.state import RecurrentState
 from ...planner.published import memories
+from ...speed.measure import tensors_in
 from .models import ATTENTIONS, BASELINES, BaselineSetup
 from .replacing import Tokens
 
@@ -55,16 +56,8 @@ def formula_bytes(setup: BaselineSetup, name: str, length: int) -> int:
 def bytes_of(state: Any) -> int:
     """Return the bytes of a state's tensors; of a part of a tensor, the bytes of the whole that it keeps alive."""
     if isinstance(state, InfiniCache):
-        tensors = [x for kept in state.states.values() if kept is not None for x in kept.tensors()]
-    else:
-        tensors = _tensors_in(state)
-    return sum(x.untyped_storage().nbytes() for x in tensors)
-
-
-def _tensors_in(state: Any) -> list[Tensor]:
-    if isinstance(state, Tensor):
-        return [state]
-    return [x for part in state for x in _tensors_in(part)] if isinstance(state, tuple) else []
+        state = tuple(x for kept in state.states.values() if kept is not None for x in kept.tensors())
+    return sum(x.untyped_storage().nbytes() for x in tensors_in(state))
 
 
 @torch.no_grad()
