@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,18 +26,11 @@ FORMS = {CALL_NUMBERS: "B,H,T,K,L", 7: "B,S,L,m,layers,heads,width"}
 
 def a_device(name: str) -> str:
     """Return the name of a device that is here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:N or mps, got {name!r}") from None
-    here = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    if device.type not in here:
+    match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", name)
+    if match is None:
         raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:N or mps, got {name!r}")
-    if (device.index or 0) >= here[device.type]:
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if int(match[2] or 0) >= here[match[1]]:
         raise argparse.ArgumentTypeError(f"must be a device that PyTorch finds here, got {name!r}")
     return name
 

@@ -8,7 +8,6 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from ...runs.figures import format_length
 from ...runs.pictures import (
@@ -22,6 +21,7 @@ from ...runs.pictures import (
     SEQUENTIAL,
     SKY,
     VERMILION,
+    doubling,
     logarithmic,
     plain,
 )
@@ -112,10 +112,8 @@ def exchange_figure(rows: Sequence[dict[str, Any]], title: str) -> Figure:
                 axes.plot(*zip(*points, strict=True), **look, alpha=shade, markersize=4, label=name)
                 if scheme == "ring":
                     axes.annotate(format_length(length), points[0], (-4, 4), textcoords="offset points", fontsize=7)
-        axes.set_xscale("log", base=2)
         logarithmic(axes, unit, base)
-        axes.set_xticks(ranks, [f"{n:,}" for n in ranks], fontsize=7)
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        doubling(axes, {n: f"{n:,}" for n in ranks}, fontsize=7)
         axes.set_xlabel("ranks")
         axes.set_title(label, loc="left", fontsize=9)
         plain(axes)
@@ -128,8 +126,6 @@ def _over_tokens(axes: Axes, lengths: Sequence[int]) -> None:
     ticks = sorted(set(lengths))
     # as many as can be read
     ticks = ticks[:: -(-len(ticks) // 8)]
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [format_length(n) for n in ticks], fontsize=7)
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    doubling(axes, {n: format_length(n) for n in ticks}, fontsize=7)
     axes.set_xlabel("tokens of text")
     plain(axes)

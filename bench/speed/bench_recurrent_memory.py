@@ -8,6 +8,7 @@ provider that differs from its definition fails, and is not timed; the table nam
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import pytest
@@ -59,9 +60,7 @@ def test_step(sizes: Sizes, direction: str, group: str, provider: str, bench: Be
     run = step(entry.make(sizes, device), ids, direction)
     beside = step(GROUPS[group][baseline].make(sizes, device), ids, direction)
     row = replace(row, memory=peak_bytes(run, device), errors={"out": error})
-    contender = Contender(row, lambda copy: run)
-    (row,) = by_turns([contender], lambda copy: beside, device, rounds=bench.rounds(), seconds=math.inf)
-    bench.finish(with_speed(row, ids.numel()))
+    finish(bench, Contender(row, lambda copy: run), beside, ids.numel(), bench.rounds())
 
 
 @pytest.mark.parametrize("provider", generation.WRITERS)
@@ -86,12 +85,14 @@ def test_generation(sizes: Sizes, segments: int, provider: str, bench: Bench) ->
 
     contender = Contender(row, lambda copy: writer.write, wrong=wrong)
     most = min(GENERATION_ROUNDS, bench.most_rounds)
-    (row,) = by_turns([contender], lambda copy: beside, device, rounds=(most, most), seconds=math.inf)
-    bench.finish(with_speed(row, new.numel()))
+    finish(bench, contender, beside, new.numel(), (most, most))
 
 
-def with_speed(row: Row, tokens: int) -> Row:
-    """Return a timed row with the tokens of a second."""
-    if row.ms is None:
-        return row
-    return replace(row, facts={**row.facts, "tokens_per_second": tokens / row.ms.median * 1e3})
+def finish(
+    bench: Bench, contender: Contender, beside: Callable[[], object], tokens: int, rounds: tuple[int, int]
+) -> None:
+    """Time the contender by turns with the baseline, and keep its row, with the tokens of a second."""
+    (row,) = by_turns([contender], lambda copy: beside, bench.device, rounds=rounds, seconds=math.inf)
+    if row.ms is not None:
+        row = replace(row, facts={**row.facts, "tokens_per_second": tokens / row.ms.median * 1e3})
+    bench.finish(row)

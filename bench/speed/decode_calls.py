@@ -32,7 +32,7 @@ FOLDS = 5
 
 
 class Step(NamedTuple):
-    """The inputs of one step: q [B, H, 1, K], keys and values [B, G, tail, K], the gate [H], and the memory."""
+    """The inputs of one step: q [B, H, 1, K], keys and values [B, G, ·, K], the gate [H], and the memory."""
 
     q: Tensor
     k: Tensor
@@ -95,11 +95,10 @@ def _error(found: object, expected: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def draw_step(case: DecodeCase, device: torch.device, copies: int | None = None) -> list[Step]:
-    """Return copies of the inputs, by default enough to outrun the L2 cache."""
+def draw_step(case: DecodeCase, device: torch.device) -> list[Step]:
+    """Return copies of the inputs, enough to outrun the L2 cache, with keys and values of a whole segment."""
     sizes = case.sizes()
-    if copies is None:
-        copies = copies_needed(sizes.keys_values + sizes.state, device)
+    copies = copies_needed(sizes.keys_values + sizes.state, device)
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(heads: int, rows: int, dtype: torch.dtype = DTYPES[case.dtype]) -> Tensor:
@@ -110,8 +109,8 @@ def draw_step(case: DecodeCase, device: torch.device, copies: int | None = None)
     return [
         Step(
             normal(case.H, 1),
-            normal(case.G, case.tail),
-            normal(case.G, case.tail),
+            normal(case.G, case.L),
+            normal(case.G, case.L),
             torch.zeros(case.H, device=device),
             normal(case.G, case.K, torch.float32) * written**0.5,
             torch.rand(case.B, case.G, case.K, device=device, generator=generator) * written,
@@ -142,11 +141,8 @@ def step_eager(x: Step) -> Tensor:
 
 def _of_a_segment(case: DecodeCase, device: torch.device, *, eager: bool) -> Decoder:
     """Return a decoder over a buffer of one segment: `segment_decode`, or PyTorch's own operations."""
-    padding = (0, 0, 0, case.L - case.tail)
-    drawn = draw_step(case, device)
-    buffers = [(F.pad(step.k, padding), F.pad(step.v, padding)) for step in drawn]
-    tails = [[x[:, :, : case.tail] for x in buffer] for buffer in buffers]
-    steps = [step._replace(k=k, v=v) for step, (k, v) in zip(drawn, tails, strict=True)]
+    buffers = draw_step(case, device)
+    steps = [x._replace(k=x.k[:, :, : case.tail], v=x.v[:, :, : case.tail]) for x in buffers]
     lengths = torch.full((case.B,), case.tail, dtype=torch.int32, device=device)
     counters = torch.zeros(case.B * case.G, dtype=torch.int32, device=device)
     backend = "triton" if has_kernels(device) else "torch"
@@ -154,29 +150,28 @@ def _of_a_segment(case: DecodeCase, device: torch.device, *, eager: bool) -> Dec
     def run(copy: int) -> Tensor:
         if eager:
             return step_eager(steps[copy])
-        (keys, values), step = buffers[copy], steps[copy]
-        state = MemoryState(step.memory, step.normalizer)
+        q, k, v, gate, *state = buffers[copy]
         return segment_decode(
-            step.q, keys, values, lengths, gate=step.gate, state=state, counters=counters, backend=backend
+            q, k, v, lengths, gate=gate, state=MemoryState(*state), counters=counters, backend=backend
         )
 
     def expected(copy: int) -> Tensor:
         return step_by_reference(Step(*(x.double() for x in steps[copy])), case.L)
 
     def alter(copy: int) -> None:
-        for x in (buffers[copy][1], steps[copy].memory):
+        for x in (buffers[copy].v, buffers[copy].memory):
             x.neg_()
 
-    first = *buffers[0], steps[0].memory, steps[0].normalizer
+    _, keys, values, _, *state = buffers[0]
+    first = keys, values, *state
 
     def fold() -> Sequence[Tensor]:
         if eager:
             return memory_after(*first)
-        return memory_write(first[0], first[1], MemoryState(*first[2:]), backend=backend)
+        return memory_write(keys, values, MemoryState(*state), backend=backend)
 
     def folded() -> Sequence[Tensor]:
-        keys, values, memory, normalizer = (x.double() for x in first)
-        return memory_after(keys, values, memory, normalizer)
+        return memory_after(*(x.double() for x in first))
 
     kept, work = sum(x.nbytes for x in first), floors.decode(case.sizes())
     allowed = GATES[case.dtype].outputs * (TIMES if eager else 1)

@@ -131,9 +131,9 @@ def full_logits(sizes: Sizes, device: torch.device) -> Logits:
 BASELINE = "Llama, all keys and values"
 WRITERS: Mapping[str, Entry] = {
     BASELINE: Entry(full, full_logits),
-    "segattn": Entry(ours, lambda *x: plain_llama(*x).logits),
-    "segattn, associative": Entry(armt, lambda *x: AssociativeLoop(associative(*x)).logits),
-    PEER: Entry(peer, lambda *x: plain_peer(*x).logits),
+    "segattn": Entry(ours, lambda sizes, device: plain_llama(sizes, device).logits),
+    "segattn, associative": Entry(armt, lambda sizes, device: AssociativeLoop(associative(sizes, device)).logits),
+    PEER: Entry(peer, lambda sizes, device: plain_peer(sizes, device).logits),
 }
 
 

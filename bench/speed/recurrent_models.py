@@ -230,9 +230,9 @@ class PlainLoop(Loop):
         self.parameters = [memory, *backbone.parameters]
         self.mask = functools.cache(visible)
 
-    def segments(self, ids: Tensor, memory: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def segments(self, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Return each segment's rows of its tokens [B, n, d], and the memory after it [B, m, d]."""
-        memory = self.memory.expand(ids.shape[0], -1, -1) if memory is None else memory
+        memory = self.memory.expand(ids.shape[0], -1, -1)
         m = memory.shape[1]
         for segment in ids.split(self.segment_len, 1):
             rows = torch.cat((memory, self.backbone.embed(segment), memory), 1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import python
 
 from segattn.bench.device import goals, tune
 from segattn.bench.device import run as device_run
@@ -32,13 +33,7 @@ ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CU
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """From elsewhere, and without what an installation adds to the path."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "on_device"), *arguments],
-        cwd="/",
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    return python(str(ROOT / "bench" / "on_device"), *arguments, cwd="/", env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +156,7 @@ def test_the_report_and_pytest_benchmark_read_it(finished: tuple[Any, str], tmp_
     assert {"tiny float32, forward", "tiny context 64 float32"} <= groups
     assert "PyTorch" in result.conditions
     pytest.importorskip("pytest_benchmark")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest_benchmark", "compare", str(path)], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = python("-m", "pytest_benchmark", "compare", str(path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tiny float32, forward, segattn delta" in done.stdout
 
@@ -172,8 +165,7 @@ def test_the_report_and_pytest_benchmark_read_it(finished: tuple[Any, str], tmp_
 def test_it_needs_nothing_but_the_checkout_torch_triton_and_numpy(module: str) -> None:
     extras = ("pytest", "pytest_benchmark", "transformers", "safetensors", "rich", "typer", "matplotlib", "tqdm")
     blocked = f"import sys; sys.modules.update(dict.fromkeys({extras!r}))"
-    command = f"{blocked}; import segattn.bench.device.{module}"
-    done = subprocess.run([sys.executable, "-c", command], env=ENVIRONMENT, capture_output=True, text=True)
+    done = python("-c", f"{blocked}; import segattn.bench.device.{module}", env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +17,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("pytest_benchmark", reason="needs segattn[bench]")
 pytest.importorskip("recurrent_memory_transformer_pytorch", reason="needs segattn[bench]")
+
+from processes import python
 
 from segattn.bench.experiments.lengths import experiment as lengths
 from segattn.bench.experiments.lengths.experiment import READERS, Setup, main, read_text, summary
@@ -91,9 +91,9 @@ def changed_loop(change: Callable[[PlainLoop], None]) -> Callable[[Sizes, torch.
 
 
 def forgets(loop: PlainLoop) -> None:
-    whole, first = loop.segments, loop.memory
-    loop.segments = lambda ids, memory=None: (  # type: ignore[method-assign]
-        pair for segment in ids.split(loop.segment_len, 1) for pair in whole(segment, first.expand(len(ids), -1, -1))
+    whole = loop.segments
+    loop.segments = lambda ids: (  # type: ignore[method-assign]
+        pair for segment in ids.split(loop.segment_len, 1) for pair in whole(segment)
     )
 
 
@@ -237,21 +237,8 @@ def test_the_whole_path(tmp_path: Path) -> None:
     """A JSON with a ratio for every provider that was asked for, and the table."""
     out = tmp_path / "result.json"
     options = ["--workload=1,2,8,2,1,1,8", "--rounds=2", f"--benchmark-json={out}", "-k", "reading or -2-"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "bench/speed/bench_recurrent_memory.py",
-            *options,
-            "-p",
-            "no:cacheprovider",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    suite = "bench/speed/bench_recurrent_memory.py"
+    done = python("-m", "pytest", "-q", suite, *options, "-p", "no:cacheprovider", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(out.read_text())
     results = document["benchmarks"]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ....runs.checkpoint import SettingError
+from ...planner.settings import check_size
 from ...planner.units import in_bytes
 from ...speed.machine import commit, device_facts, versions
 from ...speed.measure import kept_bytes, peak_bytes
@@ -88,8 +89,7 @@ class Setup:
         if not self.lengths or min(self.lengths) < 1 or sorted(set(self.lengths)) != list(self.lengths):
             raise SettingError("lengths", f"must be positive and go up, got {list(self.lengths)}")
         for name in ("least", "rounds"):
-            if getattr(self, name) < 1:
-                raise SettingError(name, f"must be at least 1, got {getattr(self, name)}")
+            check_size(name, getattr(self, name))
 
     def cells(self) -> Iterator[tuple[str, int]]:
         """Return every reader with the segments of every text that it reads."""
