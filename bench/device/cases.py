@@ -9,7 +9,7 @@ import torch
 
 from ..planner.floors import Peak
 from ..speed.admission import NOTHING, Admission, admit, admit_step, check_device
-from ..speed.attention_calls import has_kernels
+from ..speed.attention_calls import backend_here
 from ..speed.decode_calls import DECODERS, Decoder, in_graphs, names_of
 from ..speed.machine import plain
 from ..speed.peers import PEERS
@@ -77,7 +77,7 @@ def measure_decode(
     admissions: dict[str, Admission] = {}
     for name in names:
         note({"at": name})
-        if name.startswith("segattn") and not has_kernels(device):
+        if name.startswith("segattn") and backend_here(device) != "triton":
             admissions[name] = Admission("skipped", NO_KERNELS)
         elif name in excluded:
             admissions[name] = Admission("failed", excluded[name])

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from ...kernels.check.calls import Call, evaluate, tensors
-from ...kernels.check.check import compare, run_check
+from ...kernels.check.check import default_device, run_check
 from ...kernels.check.table import calls_of
 from ..speed import workloads
 from ..speed.admission import DeviceLostError, admit, check_device
@@ -31,11 +31,6 @@ from .cases import Note, measure_case, measure_decode
 
 LOST = 3
 TINY_CALL = "shared memory inputs"
-
-
-def device_here() -> torch.device:
-    """Return the first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def ceilings(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
@@ -60,10 +55,9 @@ def check(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
     table = calls_of("small" if job["tiny"] else "full")
     names = [TINY_CALL] if job["tiny"] else list(table)[job["share"] :: job["shares"]]
     calls = {name: table[name] for name in names}
-    report = run_check(device, backends=["triton"], dtypes=[job["dtype"]], calls=calls)
-    found = report.as_json()
-    return {"dtype": job["dtype"], "number": job["number"], "share": job["share"]} | {
-        key: found[key] for key in ("size", "calls", "compared", "passed", "failures", "worst", "errors")
+    found = run_check(device, backends=["triton"], dtypes=[job["dtype"]], calls=calls).as_json()
+    return {name: job[name] for name in ("dtype", "number", "share")} | {
+        name: found[name] for name in ("size", "calls", "compared", "passed", "failures", "worst", "errors")
     }
 
 
@@ -74,27 +68,20 @@ def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
     width, dtype = job["width"], job["dtype"]
     heads, time, segment_len = (2, 20, 16) if job["tiny"] else (4, 1111, 256)
     sizes = {"H": heads, "G": heads // 2, "Tq": time, "Tk": time, "K": width, "V": width, "segment_len": segment_len}
-    call = Call(B=1, remembered=3 * segment_len, **sizes)
-    forced: dict[str, dict[str, Any]] = {}
-    rows: dict[str, Any] = {}
-    for update, own in product(("delta", "linear"), (False,) if job["tiny"] else (False, True)):
-        this = replace(call, update=update, own_memory_inputs=own)
-        made = tensors(this, DTYPES[dtype], device)
-        listed = recorded(functools.partial(evaluate, this, made, "triton"), device)
-        named = {launch.kernel.__name__: launch.tile for launch in listed}
-        forced |= {name: asdict(tile) for name, tile in named.items()}
-        with torch.autograd.set_multithreading_enabled(False), trying(named):
-            found = compare(f"{update}{', own inputs' if own else ''}", this, dtype, device, ["triton"])
-        rows |= {f"{row.call}: {row.output}": (row.error, row.problem) for row in found}
-    failures = {name: problem for name, (_, problem) in rows.items() if problem is not None}
-    worst = {name: float(f"{error:.3g}") if error == error else None for name, (error, _) in rows.items()}
-    return {
-        "dtype": dtype,
-        "width": width,
-        "passed": not failures,
-        "failures": failures,
-        "errors": worst,
-        "tiles": forced,
+    base = Call(B=1, remembered=3 * segment_len, **sizes)
+    calls = {
+        f"{update}{', own inputs' if own else ''}": replace(base, update=update, own_memory_inputs=own)
+        for update, own in product(("delta", "linear"), (False,) if job["tiny"] else (False, True))
+    }
+    forced = {}
+    for call in calls.values():
+        made = tensors(call, DTYPES[dtype], device)
+        listed = recorded(functools.partial(evaluate, call, made, "triton"), device)
+        forced |= {launch.kernel.__name__: launch.tile for launch in listed}
+    with torch.autograd.set_multithreading_enabled(False), trying(forced):
+        found = run_check(device, backends=["triton"], dtypes=[dtype], calls=calls).as_json()
+    return {"dtype": dtype, "width": width, "tiles": {name: asdict(tile) for name, tile in forced.items()}} | {
+        name: found[name] for name in ("passed", "failures", "errors")
     }
 
 
@@ -177,7 +164,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         answers.write(json.dumps(line) + "\n")
         answers.flush()
 
-    device = device_here()
+    device = default_device()
     for line in requests:
         answer = answer_to(json.loads(line), device, note)
         note(answer)

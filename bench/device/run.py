@@ -18,11 +18,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...kernels.check.check import default_device
 from ...runs.figures import write_figures
 from ..speed.machine import ROOT, commit, device_facts, gpu_limits, machine_info
 from ..speed.workloads import CASES, DECODES, DTYPES, MAIN, TINY_CASES, TINY_DECODES, TINY_MAIN
 from .goals import judge
-from .jobs import device_here
 from .table import table
 from .worker import Outcome, Worker
 
@@ -62,7 +62,7 @@ class Run:
         self.lock = threading.Lock()
         known = commit()
         self.document: dict[str, Any] = {
-            "machine_info": machine_info(device_here()),
+            "machine_info": machine_info(default_device()),
             "commit_info": {"id": settings.commit or known["commit"], "dirty": known["dirty"]},
             "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "version": FORMAT,
@@ -263,7 +263,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument("--workers", type=int, help="processes that check side by side; default 12 on a GPU, else 1")
     parser.add_argument("--commit", help="to be written into the JSON where there is no git")
     given = parser.parse_args(arguments)
-    device = device_here()
+    device = default_device()
     if device.type != "cuda" and not given.tiny:
         parser.error("there is no GPU here; --tiny runs the whole path on small shapes")
     name = "-".join(device_facts(device)["name"].replace("/", " ").split())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.check.calls import Call, evaluate, tensors
-from ...kernels.check.gates import GATES
+from ...kernels.check.gates import GATES, relative_error
 from ...kernels.triton.configs import Tile, tile_for
 from ..speed.counts import kernel_times, recorded
 from ..speed.machine import ROOT
@@ -67,7 +67,7 @@ def attempt(job: Values, device: torch.device) -> Values:
     with torch.autograd.set_multithreading_enabled(False), trying(tiles):
         found = evaluate(call, made, "triton")
         shares = {
-            name: float((found[name] - x).norm() / x.norm()) / GATES[job["dtype"]].of(name, call)
+            name: relative_error(found[name], x) / GATES[job["dtype"]].of(name, call)
             for name, x in expected.items()
             if bool(x.any())
         }

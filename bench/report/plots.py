@@ -12,6 +12,7 @@ from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 from ...kernels.check.gates import GATES
+from ...runs.figures import format_length
 from ...runs.pictures import DPI, LINES, doubling, logarithmic, plain, save_picture
 from ..speed.rows import Row
 from .records import Result
@@ -85,7 +86,7 @@ def draw_lengths(data: Data) -> Figure:
                     axes.plot(time, 1.0, "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
             logarithmic(axes)
             ticks = sorted({x[0] for line in lines.values() for x in line["points"]} | _outs(lines))
-            doubling(axes, {x: f"{x >> 10}K" if x >= 1024 else str(x) for x in ticks})
+            doubling(axes, {x: format_length(x) for x in ticks})
             axes.set_xlabel("tokens")
             axes.set_ylabel(label)
             plain(axes)

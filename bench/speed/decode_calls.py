@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.attention import segment_attention
-from ...kernels.check.gates import GATES
+from ...kernels.check.gates import GATES, relative_error
 from ...kernels.decoding import segment_decode
 from ...kernels.memory import memory_write
 from ...kernels.state import MemoryState
 from ..planner import floors
 from ..planner.floors import Work
-from .attention_calls import has_kernels, memory_after
+from .attention_calls import backend_here, memory_after
 from .correctness import TIMES
 from .timing import captured, copies_needed, time_once
 from .workloads import DTYPES, DecodeCase
@@ -91,7 +91,7 @@ class Decoder(NamedTuple):
 def _error(found: object, expected: Tensor) -> float:
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return math.inf
-    error = float((found.double() - expected).norm() / expected.norm())
+    error = relative_error(found, expected)
     return math.inf if math.isnan(error) else error
 
 
@@ -145,7 +145,7 @@ def _of_a_segment(case: DecodeCase, device: torch.device, *, eager: bool) -> Dec
     steps = [x._replace(k=x.k[:, :, : case.tail], v=x.v[:, :, : case.tail]) for x in buffers]
     lengths = torch.full((case.B,), case.tail, dtype=torch.int32, device=device)
     counters = torch.zeros(case.B * case.G, dtype=torch.int32, device=device)
-    backend = "triton" if has_kernels(device) else "torch"
+    backend = backend_here(device)
 
     def run(copy: int) -> Tensor:
         if eager:

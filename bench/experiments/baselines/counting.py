@@ -16,15 +16,6 @@ from ...speed.measure import tensors_in
 from .models import ATTENTIONS, BASELINES, BaselineSetup
 from .replacing import Tokens
 
-FORMULAS = {
-    "local": "0",
-    "full": "(K + V) H T l",
-    "transformer-xl": "(K + V) H min(T, cached) l",
-    "memorizing": "(K + V) H (min(T, stored) + min(T, cached) l)",
-    "rmt": "m d",
-    "linear": "K (V + 1) H l",
-    "delta": "K (V + 1) H l",
-}
 FLOAT32 = 4
 # of the rows of `memories`
 TITLES = ("transformer-xl", "memorizing", "rmt", "linear")
@@ -34,23 +25,28 @@ PAPER = BaselineSetup(
 )
 
 
-def formula_bytes(setup: BaselineSetup, name: str, length: int) -> int:
-    """Return the float32 bytes kept of `length` tokens, whole segments: table 1 of arXiv 2404.07143.
+def formulas(setup: BaselineSetup, length: int) -> dict[str, tuple[str, int]]:
+    """Return, for each model, table 1 of arXiv 2404.07143 and the numbers kept of `length` tokens, whole segments.
 
     It counts for RMT 2 d p l, keys and values of p vectors in each layer, where p d are handed on.
     """
     K, heads, layers = setup.width // setup.heads, setup.heads, setup.layers
-    cached = min(length, setup.cached) * layers
-    numbers = {
-        "local": 0,
-        "full": 2 * K * heads * length * layers,
-        "transformer-xl": 2 * K * heads * cached,
-        "memorizing": 2 * K * heads * (min(length, setup.stored) + cached),
-        "rmt": setup.memory_tokens * setup.width,
-        "linear": K * (K + 1) * heads * layers,
-        "delta": K * (K + 1) * heads * layers,
+    cached, memory = min(length, setup.cached) * layers, K * (K + 1) * heads * layers
+    both = 2 * K * heads
+    return {
+        "local": ("0", 0),
+        "full": ("(K + V) H T l", both * length * layers),
+        "transformer-xl": ("(K + V) H min(T, cached) l", both * cached),
+        "memorizing": ("(K + V) H (min(T, stored) + min(T, cached) l)", both * (min(length, setup.stored) + cached)),
+        "rmt": ("m d", setup.memory_tokens * setup.width),
+        "linear": ("K (V + 1) H l", memory),
+        "delta": ("K (V + 1) H l", memory),
     }
-    return FLOAT32 * numbers[name]
+
+
+def formula_bytes(setup: BaselineSetup, name: str, length: int) -> int:
+    """Return the float32 bytes kept of `length` tokens, by the formula."""
+    return FLOAT32 * formulas(setup, length)[name][1]
 
 
 def bytes_of(state: Any) -> int:
