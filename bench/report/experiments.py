@@ -33,11 +33,8 @@ def spread(values: Sequence[float], how: str) -> str:
     return f"{values[0]:{how}} ± {values[1]:{how.removeprefix('+')}}"
 
 
-def baselines(folder: Path) -> str | None:
+def baselines(figures: Any) -> str:
     """Return a row for each model of `python -m segattn.bench.experiments.baselines`."""
-    figures = figures_in(folder / "baselines" / "baselines.json")
-    if figures is None:
-        return None
     head = ["", "bytes kept of 512", "of 65,536", "perplexity per byte", "nats, against local"]
     rows = []
     for name, kept in figures["kept"].items():
@@ -49,11 +46,8 @@ def baselines(folder: Path) -> str | None:
     return markdown([*head, "training speed", "reading speed"], rows)
 
 
-def book(folder: Path) -> str | None:
+def book(figures: Any) -> str:
     """Return a column for each model of `python -m segattn.bench.experiments.book`."""
-    figures = figures_in(folder / "book" / "book.json")
-    if figures is None:
-        return None
     found = [figures["summary"][name] for name in VARIANTS]
     less = ["0" if x["nats_less_local"][0] == 0 else spread(x["nats_less_local"], "+.3f") for x in found]
     rows = [
@@ -63,11 +57,8 @@ def book(folder: Path) -> str | None:
     return markdown(["", *VARIANTS.values()], rows)
 
 
-def plan(folder: Path) -> str | None:
+def plan(figures: Any) -> str:
     """Return a row for each scheme of `segattn plan llama-3-8b`, at the longest of its lengths."""
-    figures = figures_in(folder / "plan" / "llama-3-8b.json")
-    if figures is None:
-        return None
     longest = max(row["length"] for row in figures["estimates"])
     found = {row["scheme"]: row for row in figures["estimates"] if row["length"] == longest}
     rows = []
@@ -124,11 +115,8 @@ def retrieval(folder: Path) -> str | None:
     return markdown(["state, bytes", f"{first} pairs", *others, "held at 95 %"], rows)
 
 
-def recurrent_lengths(folder: Path) -> str | None:
+def recurrent_lengths(figures: Any) -> str:
     """Return a row for each reader of `python -m segattn.bench.experiments.lengths`: a token's time, the bytes kept."""
-    figures = figures_in(folder / "rmt" / "lengths.json")
-    if figures is None:
-        return None
     lengths = sorted({row["segments"] for row in figures["summary"]})
     found = {(row["reader"], row["segments"]): row for row in figures["summary"]}
     rows = []

@@ -328,8 +328,7 @@ def test_peers_that_end_the_process_are_left_out(tmp_path: Path) -> None:
             return Outcome(record={"not_timed": [dict(job["excluded"])]})
 
     run = device_run.Run(device_run.Settings(tmp_path / "result.json", 60.0, True, 1, None))
-    (job,) = device_run.jobs_of("timings", True, [{"name": "tiny"}], 30)
-    run.do(Stub({}), job, 30)
+    run.do(Stub({}), device_run.make_job("timings", True, 30, name="tiny"), 30)
     assert run.document["not_timed"] == [{"bad": "its process ended with status 3"}]
 
 
