@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,14 +14,13 @@ FLASH = "SDPA flash local"
 DECODER = "segattn delta"
 
 
-def judged(what: str, value: float | None, *, most: float | None = None, least: float = 0.0) -> dict[str, Any]:
-    """Return a goal, its bound, and whether the figure meets it; a figure of None was not measured."""
-    met = None if value is None else value >= least if most is None else value <= most
+def judged(what: str, value: float | None, *, least: float = -math.inf, most: float = math.inf) -> dict[str, Any]:
+    """Return a goal, its one bound, and whether the figure meets it; a figure of None was not measured."""
     return {
         "goal": what,
-        "bound": f"≥ {least:g}" if most is None else f"≤ {most:g}",
+        "bound": f"≤ {most:g}" if most < math.inf else f"≥ {least:g}",
         "measured": None if value is None else float(f"{value:.4g}"),
-        "met": met,
+        "met": None if value is None else least <= value <= most,
     }
 
 

@@ -8,6 +8,7 @@ worth of new tokens, the likeliest each time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -62,21 +63,12 @@ class Entry:
     definition: Callable[[Sizes, torch.device], Logits]
 
 
-def _ours(module: Any, text: Tensor, opened: Tensor, count: int) -> Writer:
-    module.eval()
+def ours(make: Callable[[Sizes, torch.device], Any], sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
+    """Return ours with a memory, which `make` builds."""
+    module = make(sizes, text.device).eval()
     with torch.no_grad():
         state = module(text, output_logits=False).state
     return Writer(lambda: module.generate(opened, max_new_tokens=count, state=state), kept_bytes(state))
-
-
-def ours(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
-    """Return ours with RMT's memory."""
-    return _ours(recurrent(sizes, text.device), text, opened, count)
-
-
-def armt(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
-    """Return ours with ARMT's memories."""
-    return _ours(associative(sizes, text.device), text, opened, count)
 
 
 def peer(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
@@ -131,8 +123,10 @@ def full_logits(sizes: Sizes, device: torch.device) -> Logits:
 BASELINE = "Llama, all keys and values"
 WRITERS: Mapping[str, Entry] = {
     BASELINE: Entry(full, full_logits),
-    "segattn": Entry(ours, lambda sizes, device: plain_llama(sizes, device).logits),
-    "segattn, associative": Entry(armt, lambda sizes, device: AssociativeLoop(associative(sizes, device)).logits),
+    "segattn": Entry(functools.partial(ours, recurrent), lambda sizes, device: plain_llama(sizes, device).logits),
+    "segattn, associative": Entry(
+        functools.partial(ours, associative), lambda sizes, device: AssociativeLoop(associative(sizes, device)).logits
+    ),
     PEER: Entry(peer, lambda sizes, device: plain_peer(sizes, device).logits),
 }
 
