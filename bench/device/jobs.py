@@ -73,7 +73,7 @@ def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
         f"{update}{', own inputs' if own else ''}": replace(base, update=update, own_memory_inputs=own)
         for update, own in product(("delta", "linear"), (False,) if job["tiny"] else (False, True))
     }
-    forced = {}
+    forced: dict[str, Any] = {}
     for call in calls.values():
         made = tensors(call, DTYPES[dtype], device)
         listed = recorded(functools.partial(evaluate, call, made, "triton"), device)

@@ -162,16 +162,17 @@ def _of_a_segment(case: DecodeCase, device: torch.device, *, eager: bool) -> Dec
         for x in (buffers[copy].v, buffers[copy].memory):
             x.neg_()
 
-    _, keys, values, _, *state = buffers[0]
-    first = keys, values, *state
+    _, keys, values, _, memory, normalizer = buffers[0]
+    first = keys, values, memory, normalizer
 
     def fold() -> Sequence[Tensor]:
         if eager:
             return memory_after(*first)
-        return memory_write(keys, values, MemoryState(*state), backend=backend)
+        return memory_write(keys, values, MemoryState(memory, normalizer), backend=backend)
 
     def folded() -> Sequence[Tensor]:
-        return memory_after(*(x.double() for x in first))
+        k, v, m, z = (x.double() for x in first)
+        return memory_after(k, v, m, z)
 
     kept, work = sum(x.nbytes for x in first), floors.decode(case.sizes())
     allowed = GATES[case.dtype].outputs * (TIMES if eager else 1)

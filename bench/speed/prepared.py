@@ -47,7 +47,8 @@ def inputs_of(peer: Peer, case: Case, drawn: Drawn, gradients: bool) -> Drawn:
     q, k, v, gate, dout = drawn
     if peer.of_segments:
         q, k, v, dout = (to_segments(x, case.L) for x in (q, k, v, dout))
-    return Drawn(*(x.detach().requires_grad_(gradients) for x in (q, k, v, gate)), dout)
+    q, k, v, gate = (x.detach().requires_grad_(gradients) for x in (q, k, v, gate))
+    return Drawn(q, k, v, gate, dout)
 
 
 def gradients_of(peer: Peer, inputs: Drawn, out: Tensor) -> tuple[Tensor | None, ...]:
