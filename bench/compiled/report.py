@@ -95,24 +95,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if interpreted():
         return _refused("TRITON_INTERPRET is set, by which kernels are not compiled: unset it")
     # these need Triton
-    from .jobs import KERNELS, Row, Wanted, compile_all, plan
+    from .jobs import KERNELS, Row, compile_all, plan
     from .rules import failures
     from .table import costs, table
 
     dtypes, widths = QUICK if given.quick else (tuple(DTYPES), WIDTHS)
+    begin = time.monotonic()
     try:
-        wanted = Wanted(
+        if given.jobs < 1:
+            raise ValueError(f"--jobs must be positive, got {given.jobs}")
+        jobs = plan(
             _choices("targets", given.targets, tuple(TARGETS), tuple(TARGETS)),
             _choices("dtypes", given.dtypes, dtypes, tuple(DTYPES)),
             [int(x) for x in _choices("widths", given.widths, widths, WIDTHS)],
             _kernels(given.kernels, KERNELS),
         )
-        if given.jobs < 1:
-            raise ValueError(f"--jobs must be positive, got {given.jobs}")
     except ValueError as error:
         return _refused(str(error))
-    begin = time.monotonic()
-    jobs = plan(wanted)
     console = Console(stderr=True)
     rows: list[Row] = list(
         track(compile_all(jobs, given.jobs), "compiling", len(jobs), console=console, disable=not console.is_terminal)

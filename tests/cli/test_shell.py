@@ -147,7 +147,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_picture_has_the_format_of_its_name(tmp_path: Path) -> None:
-    for suffix, begin in (("png", b"\x89PNG"), ("PDF", b"%PDF"), ("svg", b"<?xml")):
+    for suffix, begin in (("png", b"\x89PNG"), ("PDF", b"%PDF"), ("svg", b"<?xml"), ("jpg", b"\xff\xd8")):
         save_picture(Figure(figsize=(1, 1)), tmp_path / f"picture.{suffix}")
         assert (tmp_path / f"picture.{suffix}").read_bytes().startswith(begin)
     for name in ("picture", "picture.json"):

@@ -95,9 +95,10 @@ def model(
         document = {"shape": _shape(sizes), "gpu": row, "peak": peak._asdict()} | options
         _write(console, json, document | {"formulas": notes, "estimates": rows})
         if png is not None:
-            from ..bench.planner.plots import plot_plan
+            from ..bench.planner.plots import plan_figure
+            from ..runs.pictures import save_picture
 
-            plot_plan(png, rows, title)
+            save_picture(plan_figure(rows, title), png)
             console.print(f"picture in {png}", markup=False)
 
 
@@ -162,9 +163,10 @@ def exchange(
         document = {"shape": _shape(sizes), "segment_len": segment_len, "dtype": dtype, "links": vars(links)}
         _write(console, json, document | {"formulas": EXCHANGE_NOTES, "exchanges": rows})
         if png is not None:
-            from ..bench.planner.plots import plot_exchange
+            from ..bench.planner.plots import exchange_figure
+            from ..runs.pictures import save_picture
 
-            plot_exchange(png, rows, title)
+            save_picture(exchange_figure(rows, title), png)
             console.print(f"picture in {png}", markup=False)
 
 
@@ -190,9 +192,10 @@ def published(json: Json = None, png: Png = None) -> None:
         document = {"formulas": papers.NOTES, "savings": rows, "memories": [x._asdict() for x in kept]}
         _write(console, json, document)
         if png is not None:
-            from ..bench.planner.plots import plot_savings
+            from ..bench.planner.plots import savings_figure
+            from ..runs.pictures import save_picture
 
-            plot_savings(png, rows)
+            save_picture(savings_figure(rows), png)
             console.print(f"picture in {png}", markup=False)
 
 
