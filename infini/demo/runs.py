@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ...kernels.validation import UPDATES
-from ...runs.checkpoint import InterruptedRunError, SettingError, deferred_interrupt, read_checkpoint, save_checkpoint
+from ...runs.checkpoint import read_checkpoint, save_checkpoint
 from ...runs.device import usable_device
+from ...runs.errors import SettingError
 from ...runs.figures import make_folder, read_text, versions, write_figures
+from ...runs.interrupts import InterruptedRunError, deferred_interrupt
 from ...runs.text import generate_text
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from ...runs.checkpoint import SettingError
 from ...runs.device import usable_device
+from ...runs.errors import SettingError
 from ..huggingface.conversion import convert
 from ..huggingface.saving import from_pretrained, load_gates
 from ..huggingface.settings import ENTRY, conversion_of, is_converted

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ...runs.checkpoint import SettingError, named
+from ...runs.errors import SettingError, named
 from ...runs.figures import earlier_figures, prepare, read_text, versions, write_figures
 from . import perplexity as ppl
 from .loading import Loaded, Source, load

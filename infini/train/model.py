@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 from ..evaluate.loading import ByteTokenizer, PretrainedTokenizer, Source, Tokenizer, load
 from ..gate import Gate
 from ..huggingface.conversion import convert

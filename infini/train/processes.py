@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ...runs.checkpoint import SettingError, deferred_interrupt, handled
+from ...runs.errors import SettingError
+from ...runs.interrupts import deferred_interrupt, handled
 
 Result = TypeVar("Result")
 # environment variables that torchrun sets

@@ -16,8 +16,9 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...runs.checkpoint import InterruptedRunError, SettingError
+from ...runs.errors import SettingError
 from ...runs.figures import prepare, versions, write_figures
+from ...runs.interrupts import InterruptedRunError
 from ..evaluate.loading import Tokenizer
 from ..huggingface.settings import conversion_of
 from ..sharding import runs_of

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 
 SIZES = ("layers", "width", "heads")
 CHOICES = {

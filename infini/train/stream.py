@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 from ..evaluate.loading import Tokenizer
 from .processes import is_first, shared
 from .settings import TrainSettings

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 from ...runs.figures import make_folder, versions, write_figures
 from ..tasks.answers import fewest_segments, right, samples_of
 from ..tasks.batch import Batch

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...runs.checkpoint import SettingError, named
+from ...runs.errors import SettingError, named
 from ...runs.figures import prepare, versions, write_figures
 from ..tasks.answers import answer, chance, fewest_segments, interval, length_of, samples_of
 from . import published

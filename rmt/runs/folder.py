@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from ...runs.checkpoint import SettingError, named
+from ...runs.errors import SettingError, named
 from ..associative.memory import AssociativeMemory
 from ..recurrent.memory import RecurrentMemory
 from ..tasks.facts import babi_file

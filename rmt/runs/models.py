@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 from ..tasks.vocabulary import CLS, PAD, SEP
 
 

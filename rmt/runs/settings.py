@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 from ..tasks.make import FORMS, TASKS, Task
 from .curriculum import Recipe
 from .models import ENCODERS, Sizes

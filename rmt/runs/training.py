@@ -7,16 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...runs.checkpoint import (
-    InterruptedRunError,
-    SettingError,
-    deferred_interrupt,
-    named,
-    read_checkpoint,
-    save_checkpoint,
-    save_weights,
-)
+from ...runs.checkpoint import read_checkpoint, save_checkpoint, save_weights
+from ...runs.errors import SettingError, named
 from ...runs.figures import prepare, versions, write_figures
+from ...runs.interrupts import InterruptedRunError, deferred_interrupt
 from ..tasks.answers import count_right, interval, samples_of
 from .curriculum import DivergedError, Stage, Step, Trainer
 from .folder import RunFiles, build, fingerprint, start_from, write_sources

@@ -21,7 +21,9 @@ from segattn.infini.demo.evaluation import Cell, evaluate, state_bytes, stream
 from segattn.infini.demo.passkey import MARKER, PasskeyTask
 from segattn.infini.demo.runs import DEPTHS, FIXED, DemoSettings, Outputs, build, finished_figures, run_demo
 from segattn.infini.demo.training import Recipe, Trainer, stretch
-from segattn.runs.checkpoint import InterruptedRunError, SettingError, load_checkpoint, save_checkpoint
+from segattn.runs.checkpoint import load_checkpoint, save_checkpoint
+from segattn.runs.errors import SettingError
+from segattn.runs.interrupts import InterruptedRunError
 from segattn.runs.text import generate_text
 
 pytest.importorskip("matplotlib")

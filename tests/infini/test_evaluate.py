@@ -45,7 +45,7 @@ from segattn.infini.evaluate.reading import cache_bytes, decode, losses, piece_l
 from segattn.infini.evaluate.retrieval import RetrievalCell, measure, measure_grid
 from segattn.infini.evaluate.runs import Grid, Outputs, run_passkey
 from segattn.infini.huggingface.saving import save_gates, save_pretrained
-from segattn.runs.checkpoint import SettingError
+from segattn.runs.errors import SettingError
 from segattn.runs.figures import format_length
 from segattn.runs.heat_maps import plot_gates, plot_recall
 from segattn.runs.text import generate_text

@@ -41,7 +41,9 @@ from segattn.rmt.tasks.answers import answer, chance, interval, length_of, right
 from segattn.rmt.tasks.facts import generate_questions
 from segattn.rmt.tasks.make import make_task
 from segattn.rmt.tasks.vocabulary import CLS, SEP
-from segattn.runs.checkpoint import InterruptedRunError, SettingError, load_checkpoint
+from segattn.runs.checkpoint import load_checkpoint
+from segattn.runs.errors import SettingError
+from segattn.runs.interrupts import InterruptedRunError
 from segattn.runs.text import generate_text
 
 # no word of the text is in the vocabulary, so that the task is quickly learnt

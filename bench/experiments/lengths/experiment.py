@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ....rmt.recurrent.memory import RecurrentMemory
-from ....runs.checkpoint import SettingError
+from ....runs.errors import SettingError
 from ...planner.units import in_bytes
 from ...speed.machine import commit, device_facts, versions
 from ...speed.measure import peak_bytes

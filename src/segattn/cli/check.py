@@ -40,7 +40,7 @@ def check(
     """
     with Command("check").run() as console:
         from ..kernels.check.check import OptionError, run_check
-        from ..runs.checkpoint import SettingError
+        from ..runs.errors import SettingError
 
         check_file("json", json)
         try:

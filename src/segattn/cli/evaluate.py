@@ -106,7 +106,7 @@ def needle(
     """Measure a needle in a haystack, a sentence hidden in running text, by length and depth."""
     with _command("needle", out).run() as console:
         from ..infini.evaluate.runs import Grid, Needle, run_needle
-        from ..runs.checkpoint import SettingError
+        from ..runs.errors import SettingError
 
         source = _source(model, tokenizer, convert, segment_len, update, gates, dtype, device)
         options = {"needle": needle, "question": question, "answer": answer}
@@ -203,7 +203,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _depths(text: str) -> tuple[float, ...]:
     from ..infini.evaluate.retrieval import DEPTHS
-    from ..runs.checkpoint import SettingError
+    from ..runs.errors import SettingError
 
     depths = []
     for part in filter(None, map(str.strip, text.split(","))):

@@ -209,7 +209,7 @@ def _memory_table(kept: Sequence[Any]) -> Table:
 @contextmanager
 def _command(name: str, json: Path | None, png: Path | None) -> Iterator[Console]:
     """Check before any work that the files can be written, and print whole cells where there is no terminal."""
-    from ..runs.checkpoint import SettingError, named
+    from ..runs.errors import SettingError, named
     from ..runs.pictures import picture_format
 
     with Command(f"plan {name}", {"shape": "SHAPE"}).run() as console, named(path="png"):

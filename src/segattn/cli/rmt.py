@@ -109,7 +109,7 @@ def train(
         from ..rmt.runs.folder import settings_of
         from ..rmt.runs.settings import OF_MODEL, OF_TASK, TrainSettings, up_to
         from ..rmt.runs.training import run_training, saved_settings
-        from ..runs.checkpoint import SettingError
+        from ..runs.errors import SettingError
 
         quiet_transformers()
         if resume:

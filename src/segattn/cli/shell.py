@@ -73,7 +73,8 @@ class Command:
         # slow to import, and loaded by whatever raises its errors
         from torch import OutOfMemoryError
 
-        from ..runs.checkpoint import InterruptedRunError, SettingError
+        from ..runs.errors import SettingError
+        from ..runs.interrupts import InterruptedRunError
 
         match error:
             case SettingError():
@@ -107,7 +108,7 @@ def counts(name: str, text: str, example: str) -> list[int]:
     Raises:
         SettingError: of `name`, with `example` for what it must be.
     """
-    from ..runs.checkpoint import SettingError
+    from ..runs.errors import SettingError
 
     numbers = []
     for part in text.split(","):
@@ -129,7 +130,7 @@ def check_file(name: str, path: Path | None) -> None:
     Raises:
         SettingError: of `name`: `path` is a folder, is in none, or is no path here.
     """
-    from ..runs.checkpoint import SettingError
+    from ..runs.errors import SettingError
 
     if path is None:
         return
@@ -156,7 +157,7 @@ def write_json(name: str, path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _cannot_write(name: str, path: Path, error: OSError) -> Exception:
-    from ..runs.checkpoint import SettingError
+    from ..runs.errors import SettingError
 
     return SettingError(name, f"must be a file that can be written, got {str(path)!r} ({error.strerror})")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checkpoint import SettingError
+from .errors import SettingError, first_line
 
 
 def usable_device(device: str | None) -> str:
@@ -17,8 +17,6 @@ def usable_device(device: str | None) -> str:
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingError(
-            "device", f"must be one that PyTorch can use here, such as 'cpu', got {device!r} ({reason})"
-        ) from None
+        problem = f"must be one that PyTorch can use here, such as 'cpu', got {device!r} ({first_line(error)})"
+        raise SettingError("device", problem) from None
     return device

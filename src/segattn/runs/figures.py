@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint import SettingError, replacing
+from .checkpoint import replacing
+from .errors import SettingError
 
 
 def versions() -> dict[str, Any]:
