@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ...kernels.validation import UPDATES
 from ...runs.checkpoint import read_checkpoint, save_checkpoint
-from ...runs.device import usable_device
 from ...runs.errors import SettingError
 from ...runs.figures import make_folder, read_text, versions, write_figures
 from ...runs.interrupts import InterruptedRunError, deferred_interrupt
@@ -21,61 +19,12 @@ from ...runs.text import generate_text
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
 from .passkey import PasskeyTask
+from .settings import FIXED, DemoSettings
 from .training import Recipe, Trainer
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CHECKPOINT_EVERY = 50
 GENERATED_WORDS = 60_000
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """The settings of a run.
-
-    Args:
-        text: file of running text; None: made-up words.
-        steps: of training.
-        segment_len: tokens per segment.
-        segments: longest text in training.
-        update: how the memory is written, "delta" or "linear".
-        seed: of weights, samples and made-up text.
-        reach: longest text in the evaluation, as a multiple of the longest in training.
-        samples: texts per length and depth in the evaluation.
-        device: where to run.
-
-    Raises:
-        SettingError: naming the setting, what it must be, and what it was.
-    """
-
-    text: str | None = None
-    steps: int = 1500
-    segment_len: int = 32
-    segments: int = 8
-    update: str = "delta"
-    seed: int = 0
-    reach: int = 64
-    samples: int = 40
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        least = {"steps": 1, "segment_len": 1, "segments": 1, "seed": 0, "reach": 1, "samples": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise SettingError(name, f"must be at least {low}, got {getattr(self, name)}")
-        if self.seed >= 2**32:
-            raise SettingError("seed", f"must be below 2**32, got {self.seed}")
-        if self.update not in UPDATES:
-            raise SettingError("update", f"must be one of {', '.join(map(repr, UPDATES))}, got {self.update!r}")
-        usable_device(self.device)
-
-    def lengths(self) -> list[int]:
-        """Return the lengths of the evaluation: the trained length, doubled as often as `reach` allows."""
-        trained = self.segments * self.segment_len
-        return [trained * 2**i for i in range(self.reach.bit_length())]
-
-
-# what a checkpoint's weights depend on besides the text; the rest may change between a run and its continuation
-FIXED = ("steps", "segment_len", "segments", "update", "seed")
 
 
 class Outputs(NamedTuple):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ...runs.errors import SettingError, named
 from ...runs.figures import earlier_figures, prepare, read_text, versions, write_figures
 from . import perplexity as ppl
-from .loading import Loaded, Source, load
-from .needle import ANSWER, NEEDLE, QUESTION, NeedleText
+from .loading import Loaded, load
+from .needle import NeedleText
 from .passkey import PasskeyText
 from .reading import piece_len
 from .retrieval import RetrievalCell, RetrievalTask, check_positions, check_prompt, measure_grid
+from .settings import Grid, Needle, Positions, Source
 
 # may change between a run and its continuation, where weights, their dtype, the conversion and the text are compared
 FREE = ("model", "convert", "segment_len", "update", "gates", "dtype", "device", "text", "batch", "piece")
@@ -43,76 +44,6 @@ class Outputs(NamedTuple):
     def of(cls, folder: Path, command: str) -> Outputs:
         """Return the files of a command, named after it, so that one folder holds those of all."""
         return cls(folder / f"{command}.json", folder / f"{command}.png")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The lengths and depths of a retrieval, and how it is measured.
-
-    Args:
-        lengths: tokens of a prompt, without the answer.
-        depths: place of what is hidden, 0 the beginning, 1 the end.
-        samples: prompts per cell.
-        seed: of the prompts.
-        batch: prompts read at once.
-        piece: tokens of each prompt that are read at once, whole segments; None: about 4096.
-
-    Raises:
-        SettingError: naming the option.
-    """
-
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    samples: int = 10
-    seed: int = 0
-    batch: int = 1
-    piece: int | None = None
-
-    def __post_init__(self) -> None:
-        _at_least({"samples": self.samples, "batch": self.batch, "seed": self.seed}, {"seed": 0})
-        if self.seed >= 2**32:
-            raise SettingError("seed", f"must be below 2**32, got {self.seed}")
-        if not self.lengths or not self.depths:
-            raise SettingError("depths" if self.lengths else "lengths", "must name at least one, got none")
-
-
-@dataclass(frozen=True)
-class Needle:
-    """The arguments of `NeedleText`, with the text's file in place of the text."""
-
-    text: str
-    needle: str = NEEDLE
-    question: str = QUESTION
-    answer: str = ANSWER
-    score: str = "substring"
-
-
-@dataclass(frozen=True)
-class Positions:
-    """The settings of a perplexity by position.
-
-    Args:
-        text: file of running text.
-        length: tokens of a document; None: the text is one document.
-        limit: tokens of the text that are read; None: all.
-        buckets: approximate number of buckets that a document's positions are put into.
-        batch: documents read at once.
-        piece: tokens of each document that are read at once, whole segments; None: about 4096.
-
-    Raises:
-        SettingError: naming the option.
-    """
-
-    text: str
-    length: int | None = None
-    limit: int | None = None
-    buckets: int = 16
-    batch: int = 1
-    piece: int | None = None
-
-    def __post_init__(self) -> None:
-        sizes = {"length": self.length, "limit": self.limit, "buckets": self.buckets, "batch": self.batch}
-        _at_least(sizes, {"length": 2, "limit": 2})
 
 
 def run_passkey(
@@ -289,13 +220,6 @@ def _draw_perplexity(path: Path, figures: dict[str, Any]) -> None:
         [ppl.Bucket(**bucket) for bucket in figures[name]] for name in ("by_position", "by_segment_position")
     )
     plot_perplexity(path, document, segment, figures["mean"]["perplexity"], "Perplexity by position")
-
-
-def _at_least(sizes: dict[str, int | None], least: dict[str, int]) -> None:
-    for name, value in sizes.items():
-        low = least.get(name, 1)
-        if value is not None and value < low:
-            raise SettingError(name, f"must be at least {low}, got {value}")
 
 
 def _sha256(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...runs.errors import SettingError
+from ...runs.errors import SettingError, check_least
 from ...runs.figures import make_folder, versions, write_figures
 from ..tasks.answers import fewest_segments, right, samples_of
 from ..tasks.batch import Batch
@@ -19,7 +19,6 @@ from ..tasks.facts import babi_file, generate_questions, read_questions
 from ..tasks.make import FORMS
 from .folder import Run, RunFiles, load_run
 from .plots import Panel, Span, plot_attention
-from .settings import check_least
 
 # texts among which one with a fact before its last segment is searched
 TRIES = 100

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...runs.errors import SettingError, named
+from ...runs.errors import SettingError, check_least, named
 from ...runs.figures import prepare, versions, write_figures
 from ..tasks.answers import answer, chance, fewest_segments, interval, length_of, samples_of
 from . import published
@@ -62,8 +62,7 @@ class Grid:
                 raise SettingError(name, f"must be at least 1, got {min(getattr(self, name), default='none')}")
         if len(set(self.segments)) < len(self.segments):
             raise SettingError("segments", f"must differ from each other, got {','.join(map(str, self.segments))}")
-        if not 0 <= self.seed < 2**32:
-            raise SettingError("seed", f"must be from 0 to 2**32 - 1, got {self.seed}")
+        check_least(self, {"seed": 0})
 
     def rows(self) -> list[tuple[int, int, int]]:
         """Return the segments, samples and batch of each length, the shortest first."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from segattn.infini.demo.decoder import Decoder, DecoderConfig
 from segattn.infini.demo.evaluation import Cell, evaluate, state_bytes, stream
 from segattn.infini.demo.passkey import MARKER, PasskeyTask
-from segattn.infini.demo.runs import DEPTHS, FIXED, DemoSettings, Outputs, build, finished_figures, run_demo
+from segattn.infini.demo.runs import DEPTHS, Outputs, build, finished_figures, run_demo
+from segattn.infini.demo.settings import FIXED, DemoSettings
 from segattn.infini.demo.training import Recipe, Trainer, stretch
 from segattn.runs.checkpoint import load_checkpoint, save_checkpoint
 from segattn.runs.errors import SettingError

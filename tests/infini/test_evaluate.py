@@ -28,7 +28,7 @@ from segattn.cli.progress import Reading
 from segattn.infini.evaluate import retrieval
 from segattn.infini.evaluate.gate_map import gate_map
 from segattn.infini.evaluate.harness import harness_class
-from segattn.infini.evaluate.loading import ByteTokenizer, PretrainedTokenizer, Source, fingerprint, load
+from segattn.infini.evaluate.loading import ByteTokenizer, PretrainedTokenizer, fingerprint, load
 from segattn.infini.evaluate.needle import NeedleText
 from segattn.infini.evaluate.passkey import FILLER, QUESTION, TASK, PasskeyText
 from segattn.infini.evaluate.perplexity import (
@@ -43,7 +43,8 @@ from segattn.infini.evaluate.perplexity import (
 from segattn.infini.evaluate.plots import plot_perplexity
 from segattn.infini.evaluate.reading import cache_bytes, decode, losses, piece_len, read
 from segattn.infini.evaluate.retrieval import RetrievalCell, measure, measure_grid
-from segattn.infini.evaluate.runs import Grid, Outputs, run_passkey
+from segattn.infini.evaluate.runs import Outputs, run_passkey
+from segattn.infini.evaluate.settings import Grid, Source
 from segattn.infini.huggingface.saving import save_gates, save_pretrained
 from segattn.runs.errors import SettingError
 from segattn.runs.figures import format_length

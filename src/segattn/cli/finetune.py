@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch.distributed as dist
 import typer
 from rich.console import Console
-from torch import OutOfMemoryError
 
 from ..infini.train.settings import TrainSettings, UntrainedMemoryWarning
 from .options import options_of
@@ -90,26 +88,32 @@ def _summary(figures: Mapping[str, Any]) -> str:
 @contextmanager
 def _together(command: Command) -> Iterator[None]:
     """End several processes together, with the first one's line; an error of some of them keeps its traceback."""
+    import torch.distributed as dist
+    from torch import OutOfMemoryError
+
     try:
         yield
     except BaseException as error:
-        ending = command.ending(error)
-        if not _several():
+        if dist.get_world_size() == 1:
             raise
-        if ending is None or isinstance(error, OutOfMemoryError | KeyboardInterrupt):
-            lost = (
-                f"process {dist.get_rank()} of {dist.get_world_size()} ends: unless the error below is its own, "
-                "another process has ended, or did not answer within --timeout"
-            )
-            if ending is not None or isinstance(error, RuntimeError):
-                command.say(lost + command.way_on() if ending is None else ending.message)
-            if isinstance(error, KeyboardInterrupt):
-                raise SystemExit(130) from None
-            raise
-        if dist.get_rank() == 0:
-            command.say(ending.message)
-        # torchrun ends all when one has ended
-        dist.barrier()
+        match ending := command.ending(error):
+            case None:
+                if isinstance(error, RuntimeError):
+                    lost = (
+                        f"process {dist.get_rank()} of {dist.get_world_size()} ends: unless the error below is its "
+                        "own, another process has ended, or did not answer within --timeout"
+                    )
+                    command.say(lost + command.way_on())
+                raise
+            case _ if isinstance(error, OutOfMemoryError | KeyboardInterrupt):
+                command.say(ending.message)
+                if isinstance(error, OutOfMemoryError):
+                    raise
+            case _:
+                if dist.get_rank() == 0:
+                    command.say(ending.message)
+                # torchrun ends all when one has ended
+                dist.barrier()
         raise SystemExit(ending.status) from None
 
 
@@ -135,10 +139,6 @@ def _warnings_in_a_line(command: Command) -> Iterator[None]:
         warnings.showwarning = line
         warnings.simplefilter("always", UntrainedMemoryWarning)
         yield
-
-
-def _several() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _note(figures: Mapping[str, Any]) -> str:

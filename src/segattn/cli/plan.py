@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from ..runs.errors import SettingError, named
 from .shell import Command, check_file, counts, write_json
 
 if TYPE_CHECKING:
@@ -209,7 +210,6 @@ def _memory_table(kept: Sequence[Any]) -> Table:
 @contextmanager
 def _command(name: str, json: Path | None, png: Path | None) -> Iterator[Console]:
     """Check before any work that the files can be written, and print whole cells where there is no terminal."""
-    from ..runs.errors import SettingError, named
     from ..runs.pictures import picture_format
 
     with Command(f"plan {name}", {"shape": "SHAPE"}).run() as console, named(path="png"):

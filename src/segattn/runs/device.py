@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from .errors import SettingError, first_line
 
 
@@ -13,6 +11,9 @@ def usable_device(device: str | None) -> str:
     Raises:
         SettingError: of `device`: PyTorch cannot use it here.
     """
+    # slow to import: settings, which import this, are read for the help of commands too
+    import torch
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.ones(1, device=device).item()

@@ -1,9 +1,10 @@
-"""The error of a setting, by which a command names the option that its user can mend."""
+"""The error of a setting, by which a command names the option that its user can mend, and checks that raise it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class SettingError(ValueError):
@@ -48,3 +49,8 @@ def check_least(settings: object, least: Mapping[str, int]) -> None:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def absolute(path: str | None) -> str | None:
+    """Return the absolute path, which stays right when a run is resumed from another folder."""
+    return None if path is None else str(Path(path).resolve())
