@@ -13,13 +13,14 @@ import torch
 
 from ...runs.checkpoint import read_checkpoint, save_checkpoint
 from ...runs.errors import SettingError
-from ...runs.figures import make_folder, read_text, versions, write_figures
+from ...runs.figures import prepare, read_text, versions, write_figures
 from ...runs.interrupts import InterruptedRunError, deferred_interrupt
+from ...runs.settings import check_same
 from ...runs.text import generate_text
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
 from .passkey import PasskeyTask
-from .settings import FIXED, DemoSettings
+from .settings import FREE, DemoSettings
 from .training import Recipe, Trainer
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -118,7 +119,7 @@ def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume
     before = 0.0
     if resume:
         before = _restore(trainer, settings, fingerprint, folder)
-    _prepare(folder, resume)
+    prepare(*Outputs.of(folder), resume=resume)
     _train(trainer, settings, fingerprint, folder, listener, before)
     trained = time.perf_counter()
     lengths = settings.lengths()
@@ -138,19 +139,6 @@ def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume
     return figures
 
 
-def _prepare(folder: Path, resume: bool) -> None:
-    """Make the folder, check that it can be written, and keep the files of an earlier run from being overwritten."""
-    make_folder(folder)
-    outputs = Outputs.of(folder)
-    if not resume and (kept := [path.name for path in outputs if path.exists()]):
-        stopped = outputs.checkpoint.is_file() and not outputs.figures.is_file()
-        raise SettingError(
-            "out",
-            f"must not hold {'a run that was stopped' if stopped else 'an earlier run'}, got {str(folder)!r} with "
-            f"{kept[0]}: go on with it by --resume, choose another folder, or delete this one",
-        )
-
-
 def _checkpoint(folder: Path) -> dict[str, Any]:
     path, settings = Outputs.of(folder).checkpoint, DemoSettings.__dataclass_fields__
     return read_checkpoint(path, "segattn demo", ("text", "seconds", "trainer"), settings)
@@ -159,17 +147,12 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 def _restore(trainer: Trainer, settings: DemoSettings, fingerprint: str, folder: Path) -> float:
     """Bring the trainer to the checkpoint, and return the seconds that were spent on it."""
     saved = _checkpoint(folder)
-    for name in FIXED:
-        value = getattr(settings, name)
-        if saved["settings"][name] != value:
-            raise SettingError(
-                name, f"must be the checkpoint's with resume, {saved['settings'][name]!r}, got {value!r}"
-            )
+    check_same(asdict(settings), saved["settings"], FREE)
     if saved["trainer"]["recipe"] != asdict(trainer.recipe):
         raise SettingError("resume", "needs a checkpoint of this version: the recipe of training has changed since")
     if saved["text"] != fingerprint:
         raise SettingError(
-            "text", f"must be a file of the checkpoint's text with resume, got {settings.text!r}, which holds another"
+            "text", f"must be a file of the checkpoint's text with --resume, got {settings.text!r}, which holds another"
         )
     trainer.load_state_dict(saved["trainer"])
     return float(saved["seconds"])

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ...runs.device import usable_device
-from ...runs.errors import SettingError, absolute, check_least
+from ...runs.errors import SettingError
+from ...runs.settings import absolute, check_least
 
 UPDATES = ("delta", "linear")
 LEAST = {"steps": 1, "segment_len": 1, "segments": 1, "seed": 0, "reach": 1, "samples": 1}
-# what a checkpoint's weights depend on besides the text; the rest may change between a run and its continuation
-FIXED = ("steps", "segment_len", "segments", "update", "seed")
+# may change between a run and its continuation: a checkpoint's weights do not depend on them, and its text is compared
+FREE = ("text", "reach", "samples", "device")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ...runs.errors import SettingError, named
 from ...runs.figures import earlier_figures, prepare, read_text, versions, write_figures
+from ...runs.settings import check_same
 from . import perplexity as ppl
 from .loading import Loaded, load
 from .needle import NeedleText
@@ -19,6 +20,7 @@ from .settings import Grid, Needle, Positions, Source
 
 # may change between a run and its continuation, where weights, their dtype, the conversion and the text are compared
 FREE = ("model", "convert", "segment_len", "update", "gates", "dtype", "device", "text", "batch", "piece")
+FREE += ("lengths", "depths")
 
 
 class Listener(Protocol):
@@ -61,7 +63,7 @@ def run_passkey(
         SettingError: naming an option that cannot be or, with `resume`, is not the earlier run's.
     """
     path = Outputs.of(folder, "passkey")
-    prepare(path.figures, resume)
+    prepare(path.figures, resume=resume)
     loaded = load(source)
     settings = asdict(source) | asdict(grid)
     return _retrieve(PasskeyText(loaded.tokenizer), loaded, grid, settings, path, listener, resume)
@@ -73,7 +75,7 @@ def run_needle(
     """Measure a needle in running text as `run_passkey` measures passkeys; write needle.json and needle.png."""
     path = Outputs.of(folder, "needle")
     text = read_text(needle.text)
-    prepare(path.figures, resume)
+    prepare(path.figures, resume=resume)
     loaded = load(source)
     options = asdict(needle) | {"text": text}
     with named(**{name: name for name in options}):
@@ -91,7 +93,7 @@ def run_perplexity(
     """
     path = Outputs.of(folder, "perplexity")
     text = read_text(positions.text)
-    prepare(path.figures, resume)
+    prepare(path.figures, resume=resume)
     model, tokenizer, about = load(source)
     # a text that is one document is as long as its limit
     length = "limit" if positions.length is None and positions.limit is not None else "length"
@@ -101,7 +103,7 @@ def run_perplexity(
         piece_len(model, positions.piece)
     widths = ppl.widths(model, max(map(len, documents)), positions.buckets)
     settings = asdict(source) | asdict(positions) | {"text_sha256": _sha256(text)}
-    kept = earlier_figures(path.figures, resume, settings, about, FREE)
+    kept = _earlier(path.figures, resume, settings, about)
     done = [ppl.Document(**document) for document in kept.get("documents", ())]
     figures = _figures("perplexity", settings, about)
 
@@ -161,7 +163,7 @@ def _retrieve(
             check_prompt(min(grid.lengths), depth, task.shortest)
         check_positions(model, max(grid.lengths) + task.extra)
         piece_len(model, grid.piece)
-    kept = earlier_figures(path.figures, resume, settings, about, (*FREE, "lengths", "depths"))
+    kept = _earlier(path.figures, resume, settings, about)
     done = [RetrievalCell(**cell) for cell in kept.get("cells", ())]
     figures = _figures(path.figures.stem, settings, about) | {"cells": kept.get("cells", [])}
 
@@ -183,6 +185,24 @@ def _retrieve(
         if figures["cells"]:
             write_figures(path.figures, figures)
             _draw_cells(path.picture, figures)
+    return figures
+
+
+def _earlier(path: Path, resume: bool, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Read the figures to go on with; without `resume`, or where there are none yet, return none.
+
+    Raises:
+        SettingError: naming what is not the earlier run's.
+    """
+    if not resume or not path.is_file():
+        return {}
+    with earlier_figures(path) as figures:
+        earlier, model = dict(figures["settings"]), dict(figures["model"])
+    check_same(settings, earlier, FREE, "the earlier run's")
+    for name in ("conversion", "dtype", "fingerprint"):
+        if model.get(name) != about[name]:
+            problem = f"must be the earlier run's with --resume, of {name} {model.get(name)}, got one of {about[name]}"
+            raise SettingError("model", problem)
     return figures
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from ...runs.device import usable_device
-from ...runs.errors import SettingError, check_least
+from ...runs.errors import SettingError
+from ...runs.settings import check_least
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NEEDLE = {

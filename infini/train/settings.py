@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-from ...runs.errors import SettingError, absolute, check_least
+from ...runs.errors import SettingError
+from ...runs.settings import absolute, check_least
 
 SIZES = ("layers", "width", "heads")
 CHOICES = {

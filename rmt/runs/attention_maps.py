@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...runs.errors import SettingError, check_least
+from ...runs.errors import SettingError
 from ...runs.figures import make_folder, versions, write_figures
+from ...runs.settings import check_least
 from ..tasks.answers import fewest_segments, right, samples_of
 from ..tasks.batch import Batch
 from ..tasks.facts import babi_file, generate_questions, read_questions

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...runs.errors import SettingError, check_least, named
-from ...runs.figures import prepare, versions, write_figures
+from ...runs.errors import SettingError, named
+from ...runs.figures import earlier_figures, prepare, versions, write_figures
+from ...runs.settings import check_least
 from ..tasks.answers import answer, chance, fewest_segments, interval, length_of, samples_of
 from . import published
 from .folder import Run, RunFiles, fingerprint, load_run, trained_tokens
@@ -141,7 +141,7 @@ def run_evaluation(
     _check_lengths(run, grid)
     about = _about(run, grid, folder)
     cells = _earlier(path, about, resume)
-    prepare(path, resume)
+    prepare(path, resume=resume)
     _measure(run, grid, cells, about, path, listener)
     return _write(path, about, cells, grid)
 
@@ -216,15 +216,10 @@ def _earlier(path: Path, about: dict[str, Any], resume: bool) -> dict[int, Cell]
     """
     if not resume or not path.is_file():
         return {}
-    try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
+    with earlier_figures(path) as figures:
         before = {name: figures[name] for name in about}
         names = Cell.__dataclass_fields__
         cells = [Cell(**{name: cell[name] for name in names}) for cell in figures["lengths"]]
-    except (ValueError, KeyError, TypeError):
-        raise SettingError(
-            "resume", f"needs figures of segattn rmt evaluate; {str(path)!r} is another file, or damaged"
-        ) from None
     if before["weights_sha256"] != about["weights_sha256"]:
         raise SettingError(
             "resume", f"needs the weights of {str(path)!r}, which have changed since: give another --out, or delete it"

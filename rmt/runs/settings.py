@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated
 
 from ...runs.device import usable_device
-from ...runs.errors import SettingError, absolute, check_least
+from ...runs.errors import SettingError
+from ...runs.settings import absolute, check_least
 
 # imported where they are needed, since settings are read for the help of commands too
 if TYPE_CHECKING:
