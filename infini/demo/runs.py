@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from ...runs.errors import SettingError
 from ...runs.figures import prepare, read_text, versions, write_figures
 from ...runs.interrupts import InterruptedRunError, deferred_interrupt
 from ...runs.settings import check_same
-from ...runs.text import generate_text
+from ...runs.text import generate_text, text_sha256
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
 from .passkey import PasskeyTask
@@ -65,7 +64,7 @@ def finished_figures(settings: DemoSettings, folder: Path) -> dict[str, Any] | N
     """Return the figures of a finished run with these very settings and this text in `folder`; None without one."""
     try:
         figures: dict[str, Any] = json.loads(Outputs.of(folder).figures.read_text(encoding="utf-8"))
-        same = figures["settings"] == asdict(settings) and figures["text_sha256"] == _sha256(_text(settings))
+        same = figures["settings"] == asdict(settings) and figures["text_sha256"] == text_sha256(_text(settings))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return figures if same else None
@@ -98,7 +97,7 @@ def build(settings: DemoSettings) -> tuple[Trainer, str]:
     )
     model = Decoder(config).to(settings.device)
     recipe = Recipe(steps=settings.steps, segments=settings.segments)
-    return Trainer(model, task, recipe, settings.seed), _sha256(text)
+    return Trainer(model, task, recipe, settings.seed), text_sha256(text)
 
 
 def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
@@ -218,7 +217,3 @@ def _write(figures: dict[str, Any], evaluation: Evaluation, trainer: Trainer, ou
 
 def _text(settings: DemoSettings) -> str:
     return generate_text(GENERATED_WORDS, settings.seed) if settings.text is None else read_text(settings.text)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from ...runs.errors import SettingError, named
 from ...runs.figures import earlier_figures, prepare, read_text, versions, write_figures
 from ...runs.settings import check_same
+from ...runs.text import text_sha256
 from . import perplexity as ppl
 from .loading import Loaded, load
 from .needle import NeedleText
@@ -80,7 +80,7 @@ def run_needle(
     options = asdict(needle) | {"text": text}
     with named(**{name: name for name in options}):
         task = NeedleText(loaded.tokenizer, **options)
-    settings = asdict(source) | asdict(grid) | asdict(needle) | {"text_sha256": _sha256(text)}
+    settings = asdict(source) | asdict(grid) | asdict(needle) | {"text_sha256": text_sha256(text)}
     return _retrieve(task, loaded, grid, settings, path, listener, resume)
 
 
@@ -102,7 +102,7 @@ def run_perplexity(
         check_positions(model, max(map(len, documents)))
         piece_len(model, positions.piece)
     widths = ppl.widths(model, max(map(len, documents)), positions.buckets)
-    settings = asdict(source) | asdict(positions) | {"text_sha256": _sha256(text)}
+    settings = asdict(source) | asdict(positions) | {"text_sha256": text_sha256(text)}
     kept = _earlier(path.figures, resume, settings, about)
     done = [ppl.Document(**document) for document in kept.get("documents", ())]
     figures = _figures("perplexity", settings, about)
@@ -240,7 +240,3 @@ def _draw_perplexity(path: Path, figures: dict[str, Any]) -> None:
         [ppl.Bucket(**bucket) for bucket in figures[name]] for name in ("by_position", "by_segment_position")
     )
     plot_perplexity(path, document, segment, figures["mean"]["perplexity"], "Perplexity by position")
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
