@@ -19,8 +19,10 @@ from .retrieval import RetrievalCell, RetrievalTask, check_positions, check_prom
 from .settings import Grid, Needle, Positions, Source
 
 # may change between a run and its continuation, where weights, their dtype, the conversion and the text are compared
-FREE = ("model", "convert", "segment_len", "update", "gates", "dtype", "device", "text", "batch", "piece")
-FREE += ("lengths", "depths")
+FREE = (
+    *("model", "convert", "segment_len", "update", "gates", "dtype", "device", "text", "batch", "piece"),
+    *("lengths", "depths"),
+)
 
 
 class Listener(Protocol):

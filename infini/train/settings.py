@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated
 
 from ...runs.errors import SettingError
@@ -99,9 +98,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("model", "text", "dataset", "tokenizer"):
-            value = getattr(self, name)
-            if value is not None and value != "bytes" and Path(value).exists():
-                object.__setattr__(self, name, absolute(value))
+            if getattr(self, name) != "bytes":
+                object.__setattr__(self, name, absolute(getattr(self, name)))
         self._check_numbers()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:

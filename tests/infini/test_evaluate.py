@@ -479,7 +479,7 @@ def test_commands_say_what_to_do(
     def fail(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(evaluate, "_source", fail)
+    monkeypatch.setattr(evaluate, "settings_from", fail)
     for command in ("passkey", "needle", "perplexity"):
         text = () if command == "passkey" else ("--text", "text")
         result = invoke(command, "model", *text, "--out", tmp_path)

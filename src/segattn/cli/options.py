@@ -72,5 +72,6 @@ def _parameter(name: str, hint: Any, default: Any, is_argument: bool) -> inspect
         info = typer.Option(*names, help=text, show_default=False)
     required = default is MISSING
     parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
-    annotation = Annotated[kind if required else kind | None, info]
-    return parameter.replace(annotation=annotation, default=inspect.Parameter.empty if required else None)
+    kind = kind if required else kind | None
+    default = inspect.Parameter.empty if required else None
+    return parameter.replace(annotation=Annotated[kind, info], default=default)

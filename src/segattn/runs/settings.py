@@ -46,6 +46,6 @@ def check_same(
             raise SettingError(option, f"must be {whose} with --resume, {before!r}, got {value!r}")
 
 
-def absolute(path: str | None) -> str | None:
-    """Return the absolute path, which stays right when a run is resumed from another folder."""
-    return None if path is None else str(Path(path).resolve())
+def absolute(name: str | None) -> str | None:
+    """Return the absolute path of what exists, which stays right in another folder, and other names as they are."""
+    return name if name is None or not Path(name).exists() else str(Path(name).resolve())
