@@ -38,8 +38,8 @@ class Source:
     segment_len: Annotated[int | None, "With --convert: tokens per segment. Default: 2048."] = None
     update: Annotated[str | None, "With --convert: delta or linear. Default: delta."] = None
     gates: Annotated[str | None, "File of gates, by whose settings a plain model is converted."] = None
-    dtype: Annotated[str, "auto, which is the checkpoint's, float32, bfloat16 or float16."] = "auto"
-    device: Annotated[str | None, "Such as cpu or cuda. Default: a GPU where one is."] = None
+    dtype: Annotated[str, "Dtype of weights: float32, bfloat16, float16, or auto: that of the model's files."] = "auto"
+    device: Annotated[str | None, "Where to run, such as cpu or cuda. Default: a GPU where one is."] = None
 
     def __post_init__(self) -> None:
         for name in ("segment_len", "update"):

@@ -83,7 +83,7 @@ class TrainSettings:
     warm_up: Annotated[int, "Steps over which the rate rises in each stage."] = 50
     bptt: Annotated[int | None, "Segments that gradients reach back. Default: all."] = None
     seed: Annotated[int, "Seed of weights, dropout and samples."] = 0
-    device: Annotated[str | None, "Such as cpu or cuda. Default: a GPU where one is."] = None
+    device: Annotated[str | None, "Where to run, such as cpu or cuda. Default: a GPU where one is."] = None
     test_samples: Annotated[int, "Test samples after each stage."] = 200
 
     def __post_init__(self) -> None:

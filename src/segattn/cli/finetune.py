@@ -28,7 +28,9 @@ SMALLER = (
 
 @options_of(TrainSettings, arguments=("model",))
 def finetune(
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: GPUs where there are any.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run, such as cpu or cuda. Default: GPUs where there are any.")
+    ] = None,
     keep: Annotated[int, typer.Option(help="Checkpoints that stay.")] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a process that does not answer.")] = 600.0,
     out: Annotated[Path, typer.Option(help="Folder for everything that is written, one for all processes.")] = FOLDER,
@@ -96,24 +98,20 @@ def _together(command: Command) -> Iterator[None]:
     except BaseException as error:
         if dist.get_world_size() == 1:
             raise
-        match ending := command.ending(error):
-            case None:
-                if isinstance(error, RuntimeError):
-                    lost = (
-                        f"process {dist.get_rank()} of {dist.get_world_size()} ends: unless the error below is its "
-                        "own, another process has ended, or did not answer within --timeout"
-                    )
-                    command.say(lost + command.way_on())
-                raise
-            case _ if isinstance(error, OutOfMemoryError | KeyboardInterrupt):
-                command.say(ending.message)
-                if isinstance(error, OutOfMemoryError):
-                    raise
-            case _:
-                if dist.get_rank() == 0:
-                    command.say(ending.message)
-                # torchrun ends all when one has ended
-                dist.barrier()
+        ending = command.ending(error)
+        if ending is None and isinstance(error, RuntimeError):
+            lost = (
+                f"process {dist.get_rank()} of {dist.get_world_size()} ends: unless the error below is its own, "
+                "another process has ended, or did not answer within --timeout"
+            )
+            command.say(lost + command.way_on())
+        if ending is None or isinstance(error, OutOfMemoryError | KeyboardInterrupt):
+            # of this process alone: others would not meet it
+            raise
+        if dist.get_rank() == 0:
+            command.say(ending.message)
+        # torchrun ends all when one has ended
+        dist.barrier()
         raise SystemExit(ending.status) from None
 
 

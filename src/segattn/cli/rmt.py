@@ -25,7 +25,7 @@ FOLDER = Path("segattn-rmt")
 Folder = Annotated[Path, typer.Argument(help="Folder that segattn rmt train wrote.", show_default=False)]
 Babi = Annotated[str | None, typer.Option(help="Folder of bAbI's files. Default: the run's.")]
 Book = Annotated[str | None, typer.Option(help="Running text, UTF-8. Default: the run's.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: a GPU where one is.")]
+Device = Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda. Default: a GPU where one is.")]
 
 
 @app.command()
@@ -79,10 +79,10 @@ def evaluate(
     segments: Annotated[str, typer.Option(help="Lengths in segments, with commas.")] = "2,8,64,512,4096",
     samples: Annotated[
         str | None,
-        typer.Option(help="Of each length: one number, or one for each. Default: 200; 100 at 512, 50 at 4096."),
+        typer.Option(help="Samples of each length: one number, or one for each. Default: 200; 100 at 512, 50 at 4096."),
     ] = None,
     batch: Annotated[str, typer.Option(help="Samples read at once: one number, or one for each length.")] = "25",
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     babi: Babi = None,
     book: Book = None,
     device: Device = None,
@@ -113,11 +113,11 @@ def evaluate(
 @app.command()
 def attention(
     folder: Folder,
-    segments: Annotated[int, typer.Option(help="Of the text that is read.")] = 3,
+    segments: Annotated[int, typer.Option(help="Segments of the text that is read.")] = 3,
     sample: Annotated[
-        int | None, typer.Option(help="Which of the test's, from 0 on. Default: one with an early fact.")
+        int | None, typer.Option(help="Number of the sample, from 0 on. Default: one with an early fact.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     babi: Babi = None,
     book: Book = None,
     device: Device = None,
