@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..infini.demo.settings import DemoSettings
-from .options import options_of
+from .options import Out, Resume, options_of
 from .progress import Progress, is_due
 from .shell import Command
 
@@ -23,10 +22,8 @@ FOLDER = Path("segattn-demo")
 
 @options_of(DemoSettings)
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = FOLDER,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
-    ] = False,
+    out: Out = FOLDER,
+    resume: Resume = False,
     **given: Any,
 ) -> None:
     """Train a small decoder to recall a passkey, then find it in texts far longer than those it was trained on.

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..infini.evaluate.settings import PLACES, Grid, Needle, Positions, Source
 from ..runs.errors import SettingError
-from .options import help_of, options_of, settings_from
+from .options import Out, ResumeMeasuring, help_of, options_of, settings_from
 from .progress import Reading
 from .shell import Command, counts
 
@@ -20,8 +20,6 @@ app = typer.Typer(no_args_is_help=True, help="Evaluate a Hugging Face model, con
 
 Lengths = Annotated[str, typer.Option(help=help_of(Grid, "lengths"))]
 Depths = Annotated[str, typer.Option(help=help_of(Grid, "depths"))]
-Out = Annotated[Path, typer.Option(help="Folder for what is written.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Keep what is measured, and measure the rest.")]
 
 FOLDER = Path("segattn-evaluation")
 
@@ -32,7 +30,7 @@ def passkey(
     lengths: Lengths = "32K,128K,1M",
     depths: Depths = "start,middle,end",
     out: Out = FOLDER,
-    resume: Resume = False,
+    resume: ResumeMeasuring = False,
     **given: Any,
 ) -> None:
     """Measure passkey retrieval in the wording of the Infini-attention paper, by length and depth.
@@ -56,7 +54,7 @@ def needle(
     depths: Depths = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help=help_of(Grid, "samples"))] = 5,
     out: Out = FOLDER,
-    resume: Resume = False,
+    resume: ResumeMeasuring = False,
     **given: Any,
 ) -> None:
     """Measure a needle in a haystack, a sentence hidden in running text, by length and depth."""
@@ -73,7 +71,7 @@ def needle(
 
 @app.command()
 @options_of(Positions, Source, arguments=("model",))
-def perplexity(out: Out = FOLDER, resume: Resume = False, **given: Any) -> None:
+def perplexity(out: Out = FOLDER, resume: ResumeMeasuring = False, **given: Any) -> None:
     """Measure the perplexity of a text by position in the document and inside the segment.
 
     Ctrl-C leaves the documents that are measured.

@@ -6,12 +6,18 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
 Command = Callable[..., None]
 Settings = TypeVar("Settings")
+
+# what commands that write have in common
+Out = Annotated[Path, typer.Option(help="Folder for everything that is written.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")]
+ResumeMeasuring = Annotated[bool, typer.Option("--resume", help="Keep what is measured, and measure the rest.")]
 
 
 def options_of(*settings: type, arguments: Collection[str] = ()) -> Callable[[Command], Command]:

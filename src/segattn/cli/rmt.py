@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..rmt.runs.settings import OF_MODEL, OF_TASK, TrainSettings, up_to
 from ..runs.errors import SettingError
-from .options import help_of, options_of
+from .options import Out, Resume, ResumeMeasuring, help_of, options_of
 from .progress import Progress, Reading
 from .shell import Command, counts, quiet_transformers
 
@@ -35,10 +35,8 @@ def train(
     short: Annotated[str | None, typer.Option(help=help_of(TrainSettings, "short"))] = None,
     short_segments: Annotated[str | None, typer.Option(help=help_of(TrainSettings, "short_segments"))] = None,
     segments: Annotated[str | None, typer.Option(help=help_of(TrainSettings, "segments"))] = None,
-    out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = FOLDER,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
-    ] = False,
+    out: Out = FOLDER,
+    resume: Resume = False,
     **given: Any,
 ) -> None:
     """Train a small model with a memory by curriculum: on one segment first, on more once those are learnt.
@@ -87,7 +85,7 @@ def evaluate(
     book: Book = None,
     device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Folder for what is written. Default: the run's.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what is measured, and measure the rest.")] = False,
+    resume: ResumeMeasuring = False,
 ) -> None:
     """Measure the accuracy of a trained run by length, on facts and text that it was not trained on.
 
