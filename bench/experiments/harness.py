@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 from ...runs.figures import write_figures
 from ..speed.machine import commit, device_facts
 

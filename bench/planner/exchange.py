@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 from .floors import FLOAT32
 from .settings import ITEMSIZE, check_choice, check_size
 from .shapes import Shape

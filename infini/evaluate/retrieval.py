@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from .reading import cache_bytes, decode, longest_text, read
 
-DEPTHS = {"start": 0.0, "middle": 0.5, "end": 1.0}
-LENGTHS = (32_768, 131_072, 1_048_576)
-
 
 class Prompt(NamedTuple):
     """A text and the answer that should follow it, as tokens; `start` is where the hidden statement begins."""

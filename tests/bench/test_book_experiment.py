@@ -28,7 +28,7 @@ from segattn.bench.experiments.book.experiment import (
 )
 from segattn.bench.experiments.book.setup import Setup, text_of
 from segattn.bench.experiments.harness import earlier
-from segattn.runs.checkpoint import SettingError
+from segattn.runs.errors import SettingError
 from segattn.runs.text import generate_text
 
 SIZES = {"segment_len": 8, "row": 32, "batch": 2, "steps": 3, "width": 16, "hidden": 24, "warm_up": 1, "reach": 2}

@@ -38,7 +38,7 @@ from segattn.cli.main import app
 from segattn.rmt.associative.memory import AssociativeMemory
 from segattn.rmt.recurrent.layout import block_mask
 from segattn.rmt.recurrent.memory import RecurrentMemory
-from segattn.runs.checkpoint import SettingError
+from segattn.runs.errors import SettingError
 from segattn.runs.figures import format_length
 
 # those of tests/helpers/models.py

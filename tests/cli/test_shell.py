@@ -23,7 +23,9 @@ from typer.testing import CliRunner
 import segattn
 from segattn.cli.progress import Progress, Reading, is_due
 from segattn.cli.shell import Command, Ending, counts
-from segattn.runs.checkpoint import InterruptedRunError, SettingError, replacing
+from segattn.runs.checkpoint import replacing
+from segattn.runs.errors import SettingError
+from segattn.runs.interrupts import InterruptedRunError
 from segattn.runs.pictures import save_picture
 
 TRAIN = Command(

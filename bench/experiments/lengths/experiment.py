@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....runs.checkpoint import SettingError
+from ....runs.errors import SettingError
 from ...planner.settings import check_size
 from ...planner.units import in_bytes
 from ...speed.machine import commit, device_facts, versions

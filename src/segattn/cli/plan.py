@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from ..runs.errors import SettingError, named
 from .shell import Command, check_file, counts, write_json
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ Shaped = Annotated[
         "or a model's folder or config.json, or layers=12,width=768,…"
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="Of weights and activations: bfloat16, float16 or float32.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of weights and activations: bfloat16, float16 or float32.")]
 Json = Annotated[Path | None, typer.Option(help="File to write every figure to.")]
 Png = Annotated[Path | None, typer.Option(help="File to draw them in, such as plan.png, plan.pdf or plan.svg.")]
 SegmentLen = Annotated[int, typer.Option(help="Tokens per segment.")]
@@ -65,9 +66,12 @@ def model(
     memory: Annotated[int, typer.Option(help="Memory tokens of rmt and armt.")] = 16,
     d_mem: Annotated[int, typer.Option(help="Of armt: width of keys before their feature map.")] = 64,
     nu: Annotated[int, typer.Option(help="Of armt: features of a key divided by twice its width.")] = 3,
-    update: Annotated[str, typer.Option(help="Of infini: delta or linear.")] = "delta",
+    update: Annotated[str, typer.Option(help="Of infini: update rule, delta or linear.")] = "delta",
     bptt: Annotated[int | None, typer.Option(help="Segments that gradients reach back. Default: all.")] = None,
-    gpu: Annotated[str, typer.Option(help="Such as H100, H200, B200, A100 SXM 80GB, RTX 5090, MI300X.")] = "H100",
+    gpu: Annotated[
+        str,
+        typer.Option(help="GPU of the floors, such as H100, H200, B200, A100 SXM 80GB, RTX 5090, MI300X."),
+    ] = "H100",
     dtype: Dtype = "bfloat16",
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     json: Json = None,
@@ -212,7 +216,6 @@ def _memory_table(kept: Sequence[Any]) -> Table:
 @contextmanager
 def _command(name: str, json: Path | None, png: Path | None) -> Iterator[Console]:
     """Check before any work that the files can be written, and print whole cells where there is no terminal."""
-    from ..runs.checkpoint import SettingError, named
     from ..runs.pictures import picture_format
 
     with Command(f"plan {name}", {"shape": "SHAPE"}).run() as console, named(path="png"):

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import typer
 from rich.console import Console
 
+from ..runs.errors import SettingError
+
 # module that is missing → what brings it
 INSTALL = {
     "transformers": "'segattn[hf]'",
@@ -73,7 +75,7 @@ class Command:
         # slow to import, and loaded by whatever raises its errors
         from torch import OutOfMemoryError
 
-        from ..runs.checkpoint import InterruptedRunError, SettingError
+        from ..runs.interrupts import InterruptedRunError
 
         match error:
             case SettingError():
@@ -107,8 +109,6 @@ def counts(name: str, text: str, example: str) -> list[int]:
     Raises:
         SettingError: of `name`, with `example` for what it must be.
     """
-    from ..runs.checkpoint import SettingError
-
     numbers = []
     for part in text.split(","):
         digits = part.strip().upper()
@@ -129,8 +129,6 @@ def check_file(name: str, path: Path | None) -> None:
     Raises:
         SettingError: of `name`: `path` is a folder, is in none, or is no path here.
     """
-    from ..runs.checkpoint import SettingError
-
     if path is None:
         return
     try:
@@ -155,15 +153,8 @@ def write_json(name: str, path: Path, document: Mapping[str, Any]) -> None:
         raise _cannot_write(name, path, error) from None
 
 
-def _cannot_write(name: str, path: Path, error: OSError) -> Exception:
-    from ..runs.checkpoint import SettingError
-
+def _cannot_write(name: str, path: Path, error: OSError) -> SettingError:
     return SettingError(name, f"must be a file that can be written, got {str(path)!r} ({error.strerror})")
-
-
-def absolute(path: Path | None) -> str | None:
-    """Return the absolute path as text, which stays right when a run is resumed from another folder."""
-    return None if path is None else str(path.resolve())
 
 
 def quiet_transformers() -> None:
