@@ -39,4 +39,6 @@ class MemoryModule(TextGeneration, Checkpointing, nn.Module):
 def draw_memory_tokens(embeddings: Tensor, count: int) -> nn.Parameter:
     """Return `count` random vectors [m, d], as far from zero as embeddings [vocabulary, d], among which they stand."""
     spread = embeddings.detach().float().std()
-    return nn.Parameter(torch.randn(count, embeddings.shape[1]).to(embeddings) * spread)
+    # of the CPU's generator in float32, whatever the defaults, so that a seed gives the same memory everywhere
+    drawn = torch.randn(count, embeddings.shape[1], device="cpu", dtype=torch.float32)
+    return nn.Parameter(drawn.to(embeddings) * spread)

@@ -170,7 +170,9 @@ class AssociativeMemory(MemoryModule):
         batch, time = x.shape[:2]
         rows = bounds(attention_mask, batch, time)
         if labels is not None:
-            check.check_shape("labels", check.check_ids("labels", labels), "[B, T]", (batch, time))
+            # PyTorch's cross-entropy takes int64 alone
+            labels = check.check_ids("labels", labels).long()
+            check.check_shape("labels", labels, "[B, T]", (batch, time))
         hidden, state = self._read_text(x if input_ids is None else self.embed(x), rows, self._state(state, batch))
         loss = None if labels is None else self._loss(hidden, next_tokens(labels, rows))
         wanted = labels is None if output_logits is None else output_logits
