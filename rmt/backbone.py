@@ -110,7 +110,7 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         TypeError: it is not a module.
-        ValueError: it is an encoder and a decoder, or `segattn.convert` has changed it.
+        ValueError: it is an encoder and a decoder, or runs on the attention of `segattn.convert`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -120,9 +120,15 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             f"model must be an encoder or a decoder, got {type(inner).__name__}, which is both: pass one of them"
         )
-    if hasattr(getattr(inner, "config", None), "segment_attention"):
+    # a plain model of a converted one's folder has its configuration's entry, but neither gates nor its attention
+    if any(name.endswith("segattn_gate") for name, _ in model.named_modules()):
         raise ValueError(
             "model must keep its own attention, got one that segattn.convert changed: segattn.revert first"
+        )
+    if getattr(getattr(inner, "config", None), "_attn_implementation", None) == "segattn":
+        raise ValueError(
+            "model must keep its own attention, got one made from a converted model's configuration: make it from "
+            "type(config).from_dict(config.to_dict())"
         )
 
 

@@ -27,6 +27,19 @@ class MemoryModule(TextGeneration, Checkpointing, nn.Module):
             self._fit(value)
         super().__setattr__(name, value)
 
+    def __getattr__(self, name: str) -> Any:
+        # Trainer's line of its own would be that there is no such attribute
+        if name == "config":
+            raise AttributeError(
+                f"label_smoothing_factor must be 0 where Hugging Face's Trainer trains a {type(self).__name__}, which "
+                "has no config (its model's is model.config): pass compute_loss_func, which gets outputs.logits"
+            )
+        return super().__getattr__(name)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that embeds tokens, on which Hugging Face's Trainer sets the noise of NEFTune."""
+        raise NotImplementedError
+
     def _fit(self, model: nn.Module) -> None:
         """Check that `model` can take the present one's place, and note how it is called.
 

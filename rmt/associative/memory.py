@@ -121,6 +121,11 @@ class AssociativeMemory(MemoryModule):
         check_positions(model, self.settings.segment_len + len(self.memory_tokens), len(self.memory_tokens))
         self.decoder = decoder
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that embeds token ids."""
+        embedding: nn.Module = embedding_of(self.model)
+        return embedding
+
     def embed(self, ids: Tensor) -> Tensor:
         """Embed token ids [B, T] as vectors [B, T, d]."""
         vectors: Tensor = embedding_of(self.model)(ids)

@@ -130,6 +130,11 @@ class RecurrentMemory(MemoryModule):
             )
         self._caller = Caller.of(model, self.settings, self.embedding)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that embeds token ids."""
+        embedding: nn.Module = self._embedding
+        return embedding
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the pass over one segment, by `torch.compile` with these arguments; the loop stays as it is.
 
