@@ -55,6 +55,8 @@ class AssociativeMemory(MemoryModule):
             segment; "horizontal": layer by layer; "diagonal": layers side by side, each in another segment (arXiv
             2506.05229), which holds a second copy of the layers' weights during a call, and takes as many steps as
             there are segments and layers, not their product.
+        epsilon: added to the denominators of reads and writes. 1e-5 for weights of the authors' code, which has it to
+            avoid a division by 0, and whose features may be as small; default 0, since empty memories return 0 here.
         bptt: segments through which gradients reach back, counted from each row's last; they are cut at every multiple
             of it, so that all segments train where all have a loss. Default: through all, and into `state`.
         checkpoint: keep only the inputs of each layer and segment for the backward pass, and run them again there.
@@ -81,6 +83,7 @@ class AssociativeMemory(MemoryModule):
         normalize: bool = True,
         layers: Iterable[int] | None = None,
         schedule: str = "vertical",
+        epsilon: float = 0.0,
         bptt: int | None = None,
         checkpoint: bool = False,
     ) -> None:
@@ -96,6 +99,7 @@ class AssociativeMemory(MemoryModule):
             layers_with_memory(layers, len(modules)),
             schedule,
             bptt,
+            epsilon,
         )
         check_widths(model)
         check_positions(model, segment_len + num_memory_tokens, num_memory_tokens)
@@ -233,7 +237,7 @@ class AssociativeMemory(MemoryModule):
         """
         segments, batch = hidden.shape[:2]
         own = self.settings
-        options = cells.Options(own.schedule, DPFP(own.nu, own.normalize), num_write, self.checkpoint)
+        options = cells.Options(own.schedule, DPFP(own.nu, own.normalize), own.epsilon, num_write, self.checkpoint)
         after: list[MemoryState | None] = []
 
         def over(layers: list[Layer], x: Tensor) -> Tensor:
