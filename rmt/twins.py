@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from functools import cache, wraps
+from functools import partial, wraps
+from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -51,11 +52,19 @@ def evaluating(module: nn.Module, twins: dict[nn.Module, Any] | None = None) -> 
     if module not in twins:
         twins[module] = copied = twin(module)
         for name, value in module.__dict__.items():
-            if isinstance(value, OrderedDict):
-                copied.__dict__[name] = value.copy()
+            copied.__dict__[name] = value.copy() if isinstance(value, OrderedDict) else _rebound(value, module, copied)
         children = {name: child and evaluating(child, twins) for name, child in module._modules.items()}
-        copied.__dict__.update(training=False, _modules=children)
+        copied.__dict__.update(training=False, _modules=children, _compiled_call_impl=None)
     return twins[module]
+
+
+def _rebound(value: Any, module: nn.Module, other: nn.Module) -> Any:
+    """Return a method or partial call of `module`, such as a forward that was set on it, as one of `other`."""
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return MethodType(value.__func__, other)
+    if isinstance(value, partial) and any(x is module for x in value.args):
+        return partial(value.func, *(other if x is module else x for x in value.args), **value.keywords)
+    return value
 
 
 class Shown(NamedTuple):
@@ -70,6 +79,8 @@ HIDDEN_STATES: dict[str, Any] = {"output_hidden_states": True, "return_dict": Tr
 
 # names of the children that are or hold Hugging Face models → the same of each child
 Branches = dict[str, "Branches"]
+# of a Hugging Face model → of its twins
+_showing_classes: dict[type, Any] = {}
 
 
 def is_huggingface(module: nn.Module) -> bool:
@@ -81,7 +92,11 @@ def branches_of(module: nn.Module) -> Branches | None:
     """Return where Hugging Face models are in `module`; None where there is none and `module` is none."""
     children = {name: branches_of(child) for name, child in module._modules.items() if child is not None}
     found = {name: branches for name, branches in children.items() if branches is not None}
-    return found if found or is_huggingface(module) else None
+    if is_huggingface(module):
+        # torch.compile makes no classes
+        _showing_class(type(module))
+        return found
+    return found or None
 
 
 def shown(model: nn.Module, branches: Branches | None) -> Shown:
@@ -113,9 +128,10 @@ def _showing(module: nn.Module, branches: Branches) -> Any:
     return copied
 
 
-@cache
-def _showing_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _showing_class(kind: Any) -> Any:
     """Return a class whose outputs have their last rows as hidden states, too, which a head on it hands on."""
+    if kind in _showing_classes:
+        return _showing_classes[kind]
 
     @wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -132,4 +148,5 @@ def _showing_class(kind: type[nn.Module]) -> type[nn.Module]:
 
     # transformers looks classes up by their full names
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (kind,), {"forward": forward, "__setattr__": assign, **names})
+    made = type(kind.__name__, (kind,), {"forward": forward, "__setattr__": assign, **names})
+    return _showing_classes.setdefault(kind, made)

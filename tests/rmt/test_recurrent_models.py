@@ -413,6 +413,21 @@ def test_what_is_checked_never_changes_a_model_that_runs_elsewhere() -> None:
     assert all(seen == expected for seen in modes)
 
 
+def test_a_forward_that_was_set_on_a_model_is_checked_in_evaluation_mode() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = models.make("gpt2", resid_pdrop=0.5).train()
+    assert RecurrentMemory(model, M, L).model.training
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert "forward" in vars(model)
+    module, ids = RecurrentMemory(model, M, L), models.tokens(1, 2 * L)
+    assert all(part.training for part in model.modules())
+    assert not any(part._forward_hooks for part in model.modules())
+    module.eval()
+    own = RecurrentMemory(accelerate.hooks.remove_hook_from_module(copy.deepcopy(model), recurse=True), M, L)
+    own.memory = module.memory
+    assert torch.equal(module(ids).logits, own.eval()(ids).logits)
+
+
 @pytest.mark.parametrize(
     "make",
     [
