@@ -438,3 +438,13 @@ def test_bytes_alive_without_gradients_do_not_grow_with_the_segments(make: Any) 
         most.append(alive.most)
     assert most[0] > M * 32 * 8
     assert most[1] == most[2]
+
+
+def test_rows_of_earlier_layers_are_not_kept() -> None:
+    most = []
+    for depth in (2, 8):
+        module = RecurrentMemory(models.make(num_hidden_layers=depth), M, 40, mask="causal")
+        with torch.no_grad(), Alive() as alive:
+            module(models.tokens(1, 80), output_logits=False)
+        most.append(alive.most)
+    assert most[0] == most[1]
