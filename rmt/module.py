@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .checkpointing import Checkpointing
 from .generation import TextGeneration
+from .trainer import no_config
 
 
 class MemoryModule(TextGeneration, Checkpointing, nn.Module):
@@ -28,12 +29,8 @@ class MemoryModule(TextGeneration, Checkpointing, nn.Module):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        # Trainer's line of its own would be that there is no such attribute
         if name == "config":
-            raise AttributeError(
-                f"label_smoothing_factor must be 0 where Hugging Face's Trainer trains a {type(self).__name__}, which "
-                "has no config (its model's is model.config): pass compute_loss_func, which gets outputs.logits"
-            )
+            raise no_config(type(self).__name__)
         return super().__getattr__(name)
 
     def get_input_embeddings(self) -> nn.Module:
