@@ -107,7 +107,7 @@ def sentences_of(run: Run) -> list[Tensor]:
     form, babi = FORMS[run.settings.task].questions, run.settings.babi
     questions = generate_questions(form, "test") if babi is None else read_questions(babi_file(babi, form, "test"))
     facts = sorted({fact for question in questions for fact in question.facts})
-    return [torch.tensor(run.encode(fact)) for fact in facts]
+    return [torch.tensor(run.encode(fact), device="cpu") for fact in facts]
 
 
 def find_facts(sentences: list[Tensor], ids: Tensor) -> list[Span]:
