@@ -113,9 +113,11 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             f"model must be an encoder or a decoder, got {type(inner).__name__}, which is both: pass one of them"
         )
-    if hasattr(getattr(inner, "config", None), "segment_attention"):
+    # a plain model keeps the entry of a converted one's configuration, as transformers loads and makes it
+    if getattr(getattr(inner, "config", None), "_attn_implementation", None) == "segattn":
         raise ValueError(
-            "model must keep its own attention, got one that segattn.convert changed: segattn.revert first"
+            "model must keep its own attention, got that of segattn.convert: segattn.revert first, or, if only the "
+            "configuration is a converted model's, make the model from type(config).from_dict(config.to_dict())"
         )
 
 
