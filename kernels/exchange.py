@@ -78,8 +78,8 @@ def agree(ranks: Ranks, settings: Mapping[str, object], problem: Exception | Non
     """
     told = {name: _spoken(value) for name, value in settings.items()}
     digest = hashlib.blake2b(repr(sorted(told.items())).encode(), digest_size=7).digest()
-    header = torch.tensor([int.from_bytes(digest, "big"), time, problem is not None], device=quick_device(ranks))
-    digests, times, problems = ranks.gather(header).T.tolist()
+    header = torch.tensor([int.from_bytes(digest, "big"), time, problem is not None])
+    digests, times, problems = ranks.gather(header.to(quick_device(ranks))).T.tolist()
     if any(problems) or len(set(digests)) > 1:
         tell(ranks, told, problem)
     return times
@@ -145,7 +145,7 @@ def tell(ranks: Ranks, settings: Mapping[str, str], problem: Exception | None) -
 
 
 # an argument that keeps an exchange in the graph of ranks where nothing else asks for a gradient
-ANCHOR = torch.empty(0, requires_grad=True, device="cpu")
+ANCHOR = torch.empty(0, requires_grad=True)
 
 
 class Sums(torch.autograd.Function):

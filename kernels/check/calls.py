@@ -140,7 +140,7 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device) -> dict[str, T
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
+        return torch.randn(*shape, generator=generator)
 
     def tokens(heads: int, time: int, width: int) -> Tensor:
         x = normal(call.B, time, heads, width).to(device, dtype).transpose(1, 2)
@@ -212,5 +212,5 @@ def evaluate(call: Call, made: dict[str, Tensor], backend: str) -> dict[str, Ten
 
 def _direction(x: Tensor) -> Tensor:
     """What x is projected on: in steps of 1/32, which every dtype holds exactly."""
-    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), device="cpu", dtype=torch.float32)
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     return (32 * drawn).round().div(32).to(x.device, x.dtype)
