@@ -60,9 +60,17 @@ def parameter_groups(
         The groups of matrices, vectors and gates in that order, empty ones left out; each is a dictionary of "params",
         "lr" and "weight_decay", as `torch.optim` takes them.
 
+    Raises:
+        TypeError: `model` is not a module.
+
     Warns:
         UserWarning: the model has gates, and none of them requires a gradient.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, whose gates are looked for, got {type(model).__name__}: pass the model, "
+            "not its parameters"
+        )
     biases = [gate.bias for gate in model.modules() if isinstance(gate, Gate)]
     if biases and not any(bias.requires_grad for bias in biases):
         warnings.warn("no gate is trained: with PEFT, name them by modules_to_save=['segattn_gate']", stacklevel=2)

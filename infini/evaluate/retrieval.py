@@ -200,7 +200,7 @@ def check_prompt(length: int, depth: float, shortest: int) -> None:
 
 def random_integer(low: int, high: int, generator: torch.Generator) -> int:
     """Draw an integer evenly from [low, high)."""
-    drawn: Tensor = torch.randint(low, high, (1,), generator=generator)
+    drawn: Tensor = torch.randint(low, high, (1,), generator=generator, device="cpu")
     return int(drawn)
 
 

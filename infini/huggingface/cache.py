@@ -100,7 +100,7 @@ class InfiniLayer(ConvertedLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, the copies next to each other."""
         batch = len(self.rows.lengths)
-        self.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(batch, device="cpu").repeat_interleave(repeats))
 
 
 class InfiniCache(Cache):

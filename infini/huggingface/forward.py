@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .cache import InfiniCache
 from .forward_pass import ARGUMENT, ROTARY, ForwardPass
-from .inputs import cache_of, is_on, packed_sequences, positions_in_sequences, token_columns
+from .inputs import cache_of, check_tokens, is_on, packed_sequences, set_positions, token_columns
 from .interface import IMPLEMENTATION
 from .parallel import begin_on_ranks, ranks_of, refuse_other_schemes
 from .rows import Rows
@@ -42,6 +42,7 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
         begin_on_ranks(trunk, conversion, ranks, inputs, tokens)
         inputs[ARGUMENT] = ForwardPass(conversion, states=dict.fromkeys(conversion.settings.layers), ranks=ranks)
         return (), inputs
+    check_tokens(inputs)
     cache = cache_of(trunk, conversion, inputs, tokens.shape[0])
     if isinstance(cache, StaticInfiniCache) and tokens.shape[1] == 1:
         inputs["position_ids"] = cache.lengths[:, None] % conversion.settings.segment_len
@@ -58,7 +59,7 @@ def _begin_columns(
     (batch, time), segment_len = tokens.shape[:2], conversion.settings.segment_len
     rows = Rows.fresh(batch) if cache is None or cache.is_empty() else cache.rows
     columns = token_columns(inputs.get("attention_mask"), rows, time)
-    packed = None if rows.columns else packed_sequences(inputs, columns, batch, time)
+    packed = packed_sequences(inputs, rows, columns, time, tokens.device)
     if packed is not None and cache is not None:
         if inputs.get("past_key_values") is not None:
             raise ValueError(
@@ -66,13 +67,8 @@ def _begin_columns(
             )
         cache, inputs["use_cache"] = None, False
     after = rows.after(columns, time, segment_len, keep_last=cache is not None and cache.recording)
-    if conversion.restart:
-        if packed is None:
-            positions = rows.positions(columns, time, segment_len, tokens.device)
-        else:
-            positions = positions_in_sequences(packed, batch, time) % segment_len
-        inputs["position_ids"] = positions.expand(batch, -1)
     inputs["past_key_values"] = cache
+    set_positions(inputs, conversion, rows, columns, packed, tokens)
     return ForwardPass(
         conversion,
         cache=cache,

@@ -162,7 +162,7 @@ def backward_in_pieces(
         detach_every=truncate,
     )
     tokens = _counted(int((_targets(input_ids, labels, attention_mask) != IGNORED).sum()))
-    total = torch.zeros((), device=input_ids.device)
+    total = torch.zeros((), device=input_ids.device, dtype=torch.float32)
     window: list[Tensor] = []
     for index, piece in enumerate(pieces):
         window.append(piece.loss_sum)
@@ -177,7 +177,7 @@ def backward_in_pieces(
 def _backward(window: list[Tensor], scale: float) -> Tensor:
     """Run the backward pass of a window, empty the list of its losses, and return their sum."""
     if not window:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     loss = torch.stack(window).sum()
     window.clear()
     if loss.requires_grad:
@@ -216,7 +216,7 @@ def _check_tensors(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None
             f"input_ids must be integers [B, T], of at least one token, got {input_ids.dtype} {list(input_ids.shape)}"
         )
     batch, time = input_ids.shape
-    if labels is not None and labels.shape != input_ids.shape:
+    if labels is not None and check.check_ids("labels", labels).shape != input_ids.shape:
         raise ValueError(f"labels must be of the shape of input_ids, {[batch, time]}, got {list(labels.shape)}")
     if mask is not None and mask.shape != (batch, before + time):
         raise ValueError(f"attention_mask must be {[batch, before + time]}, got {list(mask.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -81,10 +82,15 @@ def from_pretrained(
         The model, in evaluation mode; its gates hold the bits that were saved.
 
     Raises:
-        ValueError: the checkpoint is not of a converted model, its settings or gates are damaged, or an argument asks
-            for pickled weights or for loading info.
+        ValueError: the checkpoint is not of a converted model, its settings or gates are damaged, or an argument is one
+            of `convert`'s others, or asks for pickled weights or for loading info.
         OSError: there is no such checkpoint.
     """
+    if fixed := sorted(set(kwargs) & set(inspect.signature(convert).parameters)):
+        raise ValueError(
+            f"{', '.join(fixed)} must be left out: the model is converted as it was when it was saved. To change that, "
+            "segattn.revert the loaded model and convert it anew"
+        )
     if kwargs.get("output_loading_info") or not kwargs.setdefault("use_safetensors", True):
         raise ValueError(
             "output_loading_info must be False, as the model alone is returned, and use_safetensors True, as pickled "

@@ -234,7 +234,7 @@ class StaticInfiniCache(Cache):
         """Take over the state that a forward pass of more than one token has left in every layer."""
         if not rows.open:
             raise ValueError("attention_mask must end with ones for a static cache, got padding on the right")
-        self.lengths.copy_(torch.tensor(rows.lengths))
+        self.lengths.copy_(torch.tensor(rows.lengths, device="cpu"))
         self.columns.fill_(rows.columns)
         for index, state in states.items():
             self.layers[index].store(rows, state)

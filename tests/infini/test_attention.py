@@ -189,6 +189,10 @@ def test_parameter_groups() -> None:
     optimiser = torch.optim.AdamW([matrices, vectors, gates])
     model(torch.randint(11, (1, 12)))[0].square().sum().backward()
     optimiser.step()
+    with pytest.raises(
+        TypeError, match=r"model must be a torch\.nn\.Module, .*, got list: pass the model, not its par"
+    ):
+        parameter_groups(list(model.parameters()), lr=1e-3)  # type: ignore[arg-type]
     # Adam's first step has the size of the rate
     assert torch.allclose((gates["params"][0] - before).abs(), torch.full_like(before, 2e-2), rtol=1e-3)
 

@@ -92,6 +92,16 @@ def test_loss_loses_no_token() -> None:
         assert read.tokens == (targets != -100).sum()
 
 
+def test_labels_and_text_may_be_int32() -> None:
+    model, ids = converted(), tokens(1, 40)
+    labels = ids.clone()
+    labels[:, :9] = -100
+    wanted = loss_in_pieces(model, ids, L, labels=labels)
+    assert torch.equal(loss_in_pieces(model, ids, L, labels=labels.int()), wanted)
+    assert torch.equal(loss_in_pieces(model, ids.int(), L), loss_in_pieces(model, ids, L))
+    assert torch.equal(backward_in_pieces(model, ids.int(), L, labels=labels.int()).loss, wanted.detach())
+
+
 def test_scale_multiplies_the_gradient_alone() -> None:
     model, ids = converted(), tokens(2, 50)
     plain = backward_in_pieces(model, ids, 23)
@@ -208,6 +218,7 @@ def test_checkpointing_that_would_lose_gradients_is_refused() -> None:
         ({"labels": torch.ones(1, 39, dtype=torch.long)}, ValueError, r"labels must be .*\[1, 40\], got \[1, 39\]"),
         ({"attention_mask": torch.ones(1, 39)}, ValueError, r"attention_mask must be \[1, 40\], got \[1, 39\]"),
         ({"labels": torch.full((1, 40), -100)}, ValueError, "labels must hold a token to predict"),
+        ({"labels": torch.ones(1, 40)}, TypeError, "labels must be an integer tensor, got torch.float32"),
     ],
 )
 def test_bad_input_is_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
