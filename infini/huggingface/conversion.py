@@ -102,7 +102,7 @@ def convert(
     keep(trunk.register_forward_pre_hook(forward.begin, with_kwargs=True))
     keep(trunk.register_forward_hook(forward.finish, with_kwargs=True))
     for attention in attentions:
-        keep(attention.register_forward_pre_hook(forward.bring_rotary, with_kwargs=True))
+        keep(attention.register_forward_pre_hook(forward.begin_attention, with_kwargs=True))
     for layer in chosen:
         setattr(attentions[layer], GATE, _gate(attentions[layer], config.num_attention_heads, settings))
     if hasattr(model, _PREPARE_CACHE):

@@ -200,7 +200,7 @@ def evaluate(call: Call, made: dict[str, Tensor], backend: str) -> dict[str, Ten
         softcap=call.softcap,
         backend=backend,
     )
-    outputs = {"out": out} if after is None else {"out": out, **after._asdict()}
+    outputs = {"out": out} if after is None else {"out": out, "memory": after.memory, "normalizer": after.normalizer}
     found = torch.autograd.grad(
         list(outputs.values()), list(leaves.values()), [_direction(x) for x in outputs.values()], allow_unused=True
     )

@@ -64,7 +64,7 @@ def bytes_of(state: Any) -> int:
 def _tensors_in(state: Any) -> list[Tensor]:
     if isinstance(state, Tensor):
         return [state]
-    return [x for part in state for x in _tensors_in(part)] if isinstance(state, tuple) else []
+    return [x for part in state for x in _tensors_in(part)] if isinstance(state, (tuple, MemoryState)) else []
 
 
 @torch.no_grad()
