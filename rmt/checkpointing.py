@@ -7,7 +7,11 @@ from typing import Any
 
 
 class Checkpointing:
-    """What switches `checkpoint`, as models of transformers are asked to, by transformers 5's names and by 4's."""
+    """The switches of `checkpoint` that models of transformers have, by the names of version 5 and of version 4.
+
+    Attributes:
+        checkpoint: whether segments are run again in the backward pass instead of keeping what is inside them.
+    """
 
     checkpoint: bool
 
@@ -25,7 +29,7 @@ class Checkpointing:
             offload: False.
 
         Raises:
-            ValueError: another is asked for, which a memory does not have.
+            ValueError: another value, for which a memory has no checkpointing.
         """
         others = {name: x for name, x in (activation_checkpointing_kwargs or {}).items() if name != "use_reentrant"}
         for name, value, known in (
@@ -43,20 +47,20 @@ class Checkpointing:
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        """`checkpoint`."""
+        """Return `checkpoint`."""
         return self.checkpoint
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """`activation_checkpointing_enable`, by its name before transformers 5."""
+        """Call `activation_checkpointing_enable`, whose name this was before transformers 5."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """`activation_checkpointing_disable`, by its name before transformers 5."""
+        """Call `activation_checkpointing_disable`, whose name this was before transformers 5."""
         self.activation_checkpointing_disable()
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """`checkpoint`."""
+        """Return `checkpoint`."""
         return self.checkpoint

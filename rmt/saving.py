@@ -1,4 +1,4 @@
-"""A memory on disk: its own parameters in one safetensors file, what it was made with in the file's metadata."""
+"""A memory on disk: its own parameters in one safetensors file, its settings in the file's metadata."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,34 +18,31 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..runs.checkpoint import replacing, whole
 
+# key in the file's metadata
 ENTRY = "segattn"
+# settings that may differ from those that the weights were trained with
+_FREE = ("segment_len", "bptt", "alignment", "loss", "attention", "schedule")
 
 
-class HasMemory(Protocol):
-    """`RecurrentMemory` and `AssociativeMemory`: a model, and what is trained around it."""
-
-    settings: Any
-    model: nn.Module
-
-    def named_parameters(self) -> Any: ...
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a memory that are not its model's, by name."""
+    memory = _unwrapped(module)
+    of_model = {id(parameter) for parameter in memory.model.parameters()}
+    return {name: x for name, x in memory.named_parameters() if id(x) not in of_model}
 
 
-def own_parameters(module: HasMemory) -> dict[str, nn.Parameter]:
-    """The parameters of a memory that are not its model's, by name."""
-    module = _bare(module)
-    of_model = {id(parameter) for parameter in module.model.parameters()}
-    return {name: x for name, x in module.named_parameters() if id(x) not in of_model}
+def save_memory(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the parameters that a memory has besides its model's; save the model by its own `save_pretrained`.
 
-
-def save_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
-    """Write what was trained around the model; the model itself is saved by its own `save_pretrained`.
-
-    A process that dies while writing leaves the file that was there. Where `fully_shard` has spread the memory, every
-    process calls this, and the first one writes; of replicas (DDP) one process is to call it.
+    A process that dies while writing leaves the earlier file. Where `fully_shard` has sharded the memory, every process
+    must call this, and the first one writes; of replicas (DDP) only one may call it.
 
     Args:
-        module: a memory; compiled, or wrapped for data parallelism, what it was before is written.
+        module: a `RecurrentMemory` or `AssociativeMemory`, which may be compiled or wrapped for data parallelism.
         path: of a file, commonly ending in .safetensors.
+
+    Raises:
+        ValueError: the file's folder does not exist.
     """
     if not Path(path).parent.is_dir():
         raise ValueError(f"path must be in a folder that is there, got {str(path)!r}")
@@ -59,22 +56,25 @@ def save_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the memory in a file was made with, and its `class`.
+    """Return the settings of the memory in a file, and its `class`.
 
     Raises:
-        ValueError: it is no file of `save_memory`, or damaged.
+        FileNotFoundError: there is no file.
+        ValueError: the file is not of `save_memory`, or damaged.
     """
     return _read(path)[0]
 
 
-def load_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
-    """Load what `save_memory` wrote into a memory that was made with the same settings.
+def load_memory(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a file of `save_memory` into a memory that was made with the same settings.
 
-    `segment_len`, `bptt`, `alignment`, `loss` and `schedule` may differ, since the weights do not depend on them.
+    Settings may differ that the weights do not depend on: `segment_len`, `bptt`, `alignment`, `loss`, `attention` and
+    `schedule`.
 
     Raises:
-        ValueError: it is no file of `save_memory`, or damaged; of another class, or another memory size, mask or
-            special tokens: the names and both values.
+        FileNotFoundError: there is no file.
+        ValueError: the file is not of `save_memory`, or damaged; or the memory in it is of another class, or of another
+            size, mask or special tokens: the name and both values.
     """
     settings, tensors = _read(path)
     _check(settings, _entry(module), str(path))
@@ -95,24 +95,26 @@ def load_memory(module: HasMemory, path: str | os.PathLike[str]) -> None:
             parameter.copy_(value)
 
 
-def _bare(module: Any) -> Any:
-    """What was compiled or wrapped."""
+def _unwrapped(module: Any) -> Any:
+    """Return the memory inside a compiled or wrapped one."""
     while (inner := module._modules.get("_orig_mod", module._modules.get("module"))) is not None:
         module = inner
     return module
 
 
-def _entry(module: HasMemory) -> dict[str, Any]:
-    module = _bare(module)
+def _entry(module: nn.Module) -> dict[str, Any]:
+    """Return what the file says of a memory."""
+    memory = _unwrapped(module)
     # fully_shard makes a class of its own, with this in front
-    return {"class": type(module).__name__.removeprefix("FSDP"), **asdict(module.settings)}
-
-
-# of the settings, those that may differ from what the weights were trained with
-_FREE = ("segment_len", "bptt", "alignment", "loss", "schedule")
+    return {"class": type(memory).__name__.removeprefix("FSDP"), **asdict(memory.settings)}
 
 
 def _check(saved: Mapping[str, Any], own: Mapping[str, Any], path: str) -> None:
+    """Check that a memory's settings are those in a file, apart from those that are free.
+
+    Raises:
+        ValueError: naming one that differs.
+    """
     for name, value in own.items():
         before = saved.get(name)
         value = list(value) if isinstance(value, tuple) else value
@@ -123,6 +125,7 @@ def _check(saved: Mapping[str, Any], own: Mapping[str, Any], path: str) -> None:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the settings and the parameters in a file."""
     if Path(path).is_dir():
         raise ValueError(f"path must be a file that save_memory wrote, got the folder {str(path)!r}")
     try:

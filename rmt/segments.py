@@ -1,4 +1,4 @@
-"""Sequences of unlike lengths, cut into segments: each row has as many as it needs, and none that is empty."""
+"""Sequences of different lengths, cut into segments: each row has as many as it needs, and none that is empty."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# labels that do not count, as in PyTorch and transformers
 IGNORED = -100
 
 
 class Segment(NamedTuple):
     """One segment of every row that has one here.
 
-    number: how many came before it.
-    rows: of the batch, which have it.
+    number: segments before it.
+    rows: those of the batch that have it.
     begin, end: columns, per row.
     left: segments from this one to the row's last, per row.
     """
@@ -28,41 +29,44 @@ class Segment(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest of its rows."""
+        """The number of tokens of its longest row."""
         return max(end - begin for begin, end in zip(self.begin, self.end, strict=True))
 
     def lengths(self, device: torch.device) -> Tensor | None:
-        """Tokens of each row [b], None where they are all as long."""
+        """Return the number of tokens of each row [b]; None where all have as many."""
         sizes = [end - begin for begin, end in zip(self.begin, self.end, strict=True)]
         return None if len(set(sizes)) == 1 else torch.tensor(sizes, device=device)
 
     def columns(self, device: torch.device) -> Tensor:
-        """[b, tokens]; past a row's end its last column again."""
+        """Return the columns of each row's tokens [b, longest]; past a row's end its last column again."""
         begin = torch.tensor(self.begin, device=device)[:, None]
         end = torch.tensor(self.end, device=device)[:, None]
         return torch.minimum(begin + torch.arange(self.longest, device=device), end - 1)
 
     def whole(self, batch: int) -> bool:
-        """Whether all rows have it, at the same columns."""
+        """Return whether all rows of the batch have it, at the same columns."""
         return len(self.rows) == batch and len(set(self.begin)) == len(set(self.end)) == 1
 
     def of(self, x: Tensor) -> Tensor:
-        """[B, T, ...] → [b, tokens, ...]."""
+        """Take the segment out of a batch: [B, T, ...] → [b, longest, ...]."""
         if self.whole(x.shape[0]):
             return x[:, self.begin[0] : self.end[0]]
         rows = torch.tensor(self.rows, device=x.device)[:, None]
         return x[rows, self.columns(x.device)]
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """[B, ...] → [b, ...]."""
+        """Take the segment's rows out of a batch: [B, ...] → [b, ...]."""
         return x if len(self.rows) == x.shape[0] else x[torch.tensor(self.rows, device=x.device)]
 
 
 def bounds(attention_mask: Tensor | None, batch: int, time: int) -> list[tuple[int, int]]:
-    """Where each row's tokens begin and end.
+    """Return the columns at which each row's tokens begin and end.
+
+    Args:
+        attention_mask: [B, T], 0 at padding; None: there is none.
 
     Raises:
-        TypeError, ValueError: the mask is no tensor, of another shape, of a row without tokens, or with padding
+        TypeError, ValueError: a mask that is no tensor, of another shape, with a row without tokens, or with padding
             between tokens.
     """
     if attention_mask is None:
@@ -87,10 +91,11 @@ def bounds(attention_mask: Tensor | None, batch: int, time: int) -> list[tuple[i
 
 
 def cut(rows: list[tuple[int, int]], segment_len: int, alignment: str = "left") -> list[Segment]:
-    """Every row from its first token on in segments of `segment_len`; by "right" its first is the short one.
+    """Cut every row, from its first token on, into segments of `segment_len` tokens.
 
     Args:
-        rows: begin and end of each row's tokens.
+        rows: columns at which each row's tokens begin and end.
+        alignment: "left": a row's last segment is the short one; "right": its first.
     """
     pieces = [_pieces(begin, end, segment_len, alignment) for begin, end in rows]
     segments = []
@@ -101,13 +106,29 @@ def cut(rows: list[tuple[int, int]], segment_len: int, alignment: str = "left") 
 
 
 def _pieces(begin: int, end: int, size: int, alignment: str) -> list[tuple[int, int]]:
+    """Cut the columns of a row into segments."""
     first = begin + size if alignment == "left" else end - (end - begin - 1) // size * size
     cuts = [begin, *range(first, end, size), end]
     return list(pairwise(cuts))
 
 
+def last_begin(begin: int, end: int, segment_len: int, alignment: str) -> int:
+    """Return the column at which the last segment begins of a row that begins and ends at these columns."""
+    return (
+        begin + (end - begin - 1) // segment_len * segment_len if alignment == "left" else max(begin, end - segment_len)
+    )
+
+
 def next_tokens(labels: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-    """[B, T] labels → [B, T], what each column's logits are to predict: the row's next label, also over a border."""
+    """Return the label that each column's logits are to predict: the row's next one, also over a segment's border.
+
+    Args:
+        labels: [B, T], one for each token.
+        rows: columns at which each row's tokens begin and end.
+
+    Returns:
+        [B, T], IGNORED where there is nothing to predict.
+    """
     device = labels.device
     begin, end = torch.tensor(rows, device=device)[..., None].unbind(1)
     at = torch.arange(labels.shape[1], device=device)

@@ -1,7 +1,7 @@
-"""A Hugging Face decoder whose layers another takes over, without a change to the model.
+"""A Hugging Face decoder whose layers other code takes over, without a change to the model.
 
-A shallow copy of the module that runs the layers gets stand-ins for them. It makes masks and positions as ever, the
-stand-ins note what each layer would be called with, and the last one lets the caller run all layers as it likes.
+A shallow copy of the module that runs the layers gets stand-ins for them. It makes masks and positions as always, the
+stand-ins record what each layer would be called with, and the last one lets the caller run all layers in its own order.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from ..backbone import check_model
 
 
 class Layer(NamedTuple):
-    """A decoder layer and what the model calls it with, besides hidden states."""
+    """A decoder layer and the arguments that the model calls it with, besides hidden states."""
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[B, T, d] → [B, T, d]."""
+        """Run the layer: [B, T, d] → [B, T, d]."""
         return only_hidden(self.module(hidden, *self.args, **self.kwargs))
 
 
 def only_hidden(output: Any) -> Tensor:
-    """Before transformers 5, some layers return a tuple."""
+    """Return a layer's hidden states; before transformers 5, some layers return a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 class Decoder(NamedTuple):
-    """Where a model keeps its layers.
+    """The place of a model's layers.
 
     trunk: path of the module that runs them.
     layers: name of their list in it.
@@ -48,12 +48,12 @@ class Decoder(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module) -> Decoder:
-        """The first module inside that has a list of layers with causal attention.
+        """Find the first module in a model that has a list of layers with causal attention.
 
         Raises:
-            TypeError: it is no module.
-            ValueError: there is none, nothing stands behind it, it has an encoder too, segattn.convert has changed it,
-                or it is compiled or wrapped for data parallelism.
+            TypeError: the model is no module.
+            ValueError: it has no such list, no head, an encoder too, or segattn.convert has changed it, or it is
+                compiled or wrapped for data parallelism.
         """
         check_model(model)
         for path, module in model.named_modules():
@@ -75,17 +75,20 @@ class Decoder(NamedTuple):
         raise ValueError(f"model must be a Hugging Face decoder with causal layers, got a {type(model).__name__}")
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
-        """The layers, in order."""
+        """Return the layers, in order."""
         return list(getattr(model.get_submodule(self.trunk), self.layers))
 
     def run(
         self, model: nn.Module, embeds: Tensor, over: Callable[[list[Layer], Tensor], Tensor], **kwargs: Any
     ) -> Tensor:
-        """The model's last hidden states where `over(layers, hidden)` takes the place of its layers.
+        """Run a model with `over(layers, hidden)` in place of its layers, and return its last hidden states [N, T, d].
 
         Args:
             embeds: [N, T, d], all rows alike in positions and mask: layers may be called with any number of them.
             kwargs: for the module that runs the layers.
+
+        Raises:
+            RuntimeError: the model did not call all of its layers.
         """
         modules = self.modules(model)
         call = _Call(len(modules), over)
@@ -100,23 +103,31 @@ class Decoder(NamedTuple):
         return output
 
     def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
-        """[..., d] last hidden states → [..., V], by whatever the model does behind its layers."""
-        given = _Given(hidden.reshape(1, -1, hidden.shape[-1]))
-        output = _with(model, self.trunk, given)(inputs_embeds=given.hidden, use_cache=False)
+        """Return the logits [..., V] of last hidden states [..., d], by whatever the model does behind its layers."""
+        known = _Known(hidden.reshape(1, -1, hidden.shape[-1]))
+        output = _with(model, self.trunk, known)(inputs_embeds=known.hidden, use_cache=False)
         return output.logits.reshape(*hidden.shape[:-1], output.logits.shape[-1])
 
 
 @dataclass
 class _Call:
+    """One pass of a model over stand-ins.
+
+    depth: number of layers.
+    over: runs them.
+    layers: those that were called so far.
+    hidden: what the first of them was called with.
+    firsts: a tensor's identity → the tensor and its first row.
+    """
+
     depth: int
     over: Callable[[list[Layer], Tensor], Tensor]
     layers: list[Layer] = field(default_factory=list)
     hidden: Tensor | None = None
-    # a tensor's identity → the tensor and its first row
     firsts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def arrive(self, module: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output of a layer's stand-in."""
+        """Record the call of a layer, and return the output of its stand-in."""
         if self.hidden is None:
             self.hidden = hidden
         self.layers.append(Layer(module, self.first(args), self.first(kwargs)))
@@ -126,21 +137,21 @@ class _Call:
         # where layers return a tuple, its first was taken, which a tensor has too
         return output if hidden.ndim == self.hidden.ndim else (output,)
 
-    def first(self, given: Any) -> Any:
-        """What the call of a layer was given for its rows, which are alike, for one of them; the same for the same."""
-        if isinstance(given, Tensor):
+    def first(self, argument: Any) -> Any:
+        """Return an argument's part for the first row, since all rows are alike; one object for each tensor."""
+        if isinstance(argument, Tensor):
             rows = None if self.hidden is None else self.hidden.shape[0]
-            one = given[:1] if given.ndim > 1 and given.shape[0] == rows else given
-            return self.firsts.setdefault(id(given), (given, one))[1]
-        if type(given) in (tuple, list):
-            return type(given)(self.first(x) for x in given)
-        if type(given) is dict:
-            return {name: self.first(x) for name, x in given.items()}
-        return given
+            one = argument[:1] if argument.ndim > 1 and argument.shape[0] == rows else argument
+            return self.firsts.setdefault(id(argument), (argument, one))[1]
+        if type(argument) in (tuple, list):
+            return type(argument)(self.first(x) for x in argument)
+        if type(argument) is dict:
+            return {name: self.first(x) for name, x in argument.items()}
+        return argument
 
 
 class _StandIn(nn.Module):
-    """Notes how a layer is called, and has its attributes."""
+    """A layer's place holder, which records how the layer is called and has its attributes."""
 
     def __init__(self, call: _Call, module: nn.Module) -> None:
         super().__init__()
@@ -153,8 +164,8 @@ class _StandIn(nn.Module):
         return self.call.arrive(self.module, hidden_states, args, kwargs)
 
 
-class _Given(nn.Module):
-    """Stands for a model's trunk whose last hidden states are known."""
+class _Known(nn.Module):
+    """A model's trunk whose last hidden states are known."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -165,13 +176,13 @@ class _Given(nn.Module):
 
 
 class _Output(BaseModelOutputWithPastAndCrossAttentions):
-    """Also what a model of experts asks for, behind its layers."""
+    """An output that a model of experts can read, too."""
 
     router_logits = None
 
 
 def _with(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
-    """A shallow copy of `module` that has `child` at `path` and shares all else."""
+    """Return a shallow copy of `module` that has `child` at `path` and shares all else."""
     name, _, rest = path.partition(".")
     twin = copy.copy(module)
     # set on the instance, it would be bound to the original
@@ -181,7 +192,11 @@ def _with(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
 
 
 def _refuse_wrapped(model: nn.Module, path: str) -> None:
-    """See that a copy of each module down to the trunk runs by itself."""
+    """Check that a shallow copy of each module down to the trunk runs by itself.
+
+    Raises:
+        ValueError: one of them is compiled or wrapped.
+    """
     names = path.split(".")
     for module in (model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)):
         if "_orig_mod" in module._modules or isinstance(module, (DataParallel, DistributedDataParallel)):
@@ -192,7 +207,7 @@ def _refuse_wrapped(model: nn.Module, path: str) -> None:
 
 
 def _has_causal_attention(layer: nn.Module, config: Any) -> bool:
-    """Whether a part of it knows that it is causal, and which layer's it is."""
+    """Return whether a part of a layer has `is_causal`, an index of the layer, and the model's configuration."""
     return any(
         getattr(part, "is_causal", False) and hasattr(part, "layer_idx") and getattr(part, "config", None) is config
         for part in layer.modules()

@@ -1,4 +1,4 @@
-"""One layer's associative memory: features of its keys, what it reads before the layer and writes after it."""
+"""One layer's associative memory: features of keys, the read in front of the layer and the write behind it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from ...kernels.state import MemoryState
 class DPFP(NamedTuple):
     """Deterministic parameter-free projection (arXiv 2102.11174, equation 37): [..., n] → [..., 2 nu n], none negative.
 
-    nu: products of each of [relu(x), relu(-x)] with its next neighbours.
-    normalize: to Euclidean length 1, so that all keys weigh the same in the memory.
+    nu: number of neighbours that each of [relu(x), relu(-x)] is multiplied with.
+    normalize: scale to Euclidean length 1, so that all keys weigh the same in the memory.
     """
 
     nu: int = 3
     normalize: bool = True
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return the features of x [..., n]."""
         halves = torch.cat((x, -x), -1).relu()
         features = torch.cat([halves * halves.roll(shift, -1) for shift in range(1, self.nu + 1)], -1)
         return F.normalize(features, dim=-1) if self.normalize else features
@@ -44,12 +45,12 @@ class Projections(NamedTuple):
 
     @classmethod
     def of(cls, layers: list[AssociativeLayer]) -> Projections:
-        """Of layers of equal sizes; of a single one without a copy."""
+        """Lay the weights of layers of equal sizes side by side; those of a single layer without a copy."""
         weights = [(x.query.weight, x.key.weight, x.value.weight, x.strength.weight, x.strength.bias) for x in layers]
         return cls(*(side_by_side(group) for group in zip(*weights, strict=True)))
 
     def part(self, layers: slice) -> Projections:
-        """Of some of the layers."""
+        """Return the weights of some of the layers."""
         return Projections(*(weight[layers] for weight in self))
 
 
@@ -77,16 +78,18 @@ class AssociativeLayer(nn.Module):
 
 
 def side_by_side(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """[A, ...]; of a single one without a copy."""
+    """Stack tensors to [A, ...]; a single one without a copy."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def recall(hidden: Tensor, weights: Projections, state: MemoryState, features: DPFP) -> Tensor:
-    """φ(Wq x) M / φ(Wq x) z, 0 where the memory is empty (arXiv 2407.04841).
+    """Read the memories: φ(Wq x) M / φ(Wq x) z, 0 where a memory is empty (arXiv 2407.04841, section 3).
 
     Args:
         hidden: [A, B, T, d], of A layers.
+        weights: of the layers.
         state: of A · B memories.
+        features: φ.
 
     Returns:
         [A, B, T, d].
@@ -96,7 +99,17 @@ def recall(hidden: Tensor, weights: Projections, state: MemoryState, features: D
 
 
 def memorize(hidden: Tensor, weights: Projections, state: MemoryState, features: DPFP) -> MemoryState:
-    """The memory after it took up hidden states [A, B, m, d], all at once, by the delta rule (arXiv 2407.04841)."""
+    """Write hidden states into the memories, all at once, by the delta rule (arXiv 2407.04841, section 3).
+
+    Args:
+        hidden: [A, B, m, d], of A layers.
+        weights: of the layers.
+        state: of A · B memories.
+        features: φ.
+
+    Returns:
+        The state after the write.
+    """
     k, v = features(_project(hidden, weights.key)), _project(hidden, weights.value)
     beta = (_project(hidden, weights.strength) + weights.bias[:, None, None]).sigmoid()
     k, v, beta = (x.flatten(0, 1).unsqueeze(1) for x in (k, v, beta.squeeze(-1)))
@@ -104,5 +117,5 @@ def memorize(hidden: Tensor, weights: Projections, state: MemoryState, features:
 
 
 def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """[A, B, T, d], [A, n, d] → [A, B, T, n]."""
+    """Project each layer's rows by its own weight: [A, B, T, d], [A, n, d] → [A, B, T, n]."""
     return torch.bmm(x.flatten(1, 2), weight.mT).unflatten(1, x.shape[1:3])

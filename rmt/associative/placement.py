@@ -1,14 +1,11 @@
-"""Where tokens and memory tokens stand once a batch is cut into segments of equal width."""
+"""The places of tokens and memory tokens once a batch is cut into segments of equal width."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .settings import AssociativeSettings
 
 
 class Placement(NamedTuple):
@@ -20,7 +17,7 @@ class Placement(NamedTuple):
     outputs: int [B, T], which of S · B · W a token became; anything for padding.
     writes: int [S, B, m], where the memory tokens stand; None: last.
     alive: bool [S, B], where a row has the segment; None: everywhere.
-    linked: bool [S, B], where gradient goes on into the memory before the segment; None: everywhere.
+    linked: bool [S, B], where gradients reach the memory before the segment; None: everywhere.
     """
 
     inputs: Tensor
@@ -31,12 +28,24 @@ class Placement(NamedTuple):
 
     @classmethod
     def of(
-        cls, rows: list[tuple[int, int]], time: int, settings: AssociativeSettings, device: torch.device
+        cls,
+        rows: list[tuple[int, int]],
+        time: int,
+        segment_len: int,
+        num_memory: int,
+        bptt: int | None,
+        device: torch.device,
     ) -> Placement:
-        """Of rows that begin and end at these columns of T = `time`."""
+        """Place the tokens of rows that begin and end at the columns `rows` of T = `time`.
+
+        Args:
+            segment_len: L.
+            num_memory: memory tokens behind each segment, m.
+            bptt: segments through which gradients reach back, counted from each row's last; None: through all.
+            device: of the result.
+        """
         begin, end = torch.tensor(rows).unbind(1)
         length, row = end - begin, torch.arange(len(rows))
-        segment_len, num_memory = settings.segment_len, settings.num_memory_tokens
         size = min(segment_len, int(length.max()))
         segment = torch.arange(-(-int(length.max()) // segment_len))[:, None]
         count = (length - segment * segment_len).clamp(0, size)
@@ -53,13 +62,14 @@ class Placement(NamedTuple):
         writes = None if bool((count == size).all()) else count[..., None] + torch.arange(num_memory)
         alive = None if bool(count.all()) else count > 0
         left = -(-length // segment_len) - segment
-        linked = None if settings.bptt is None else left % settings.bptt != 0
+        linked = None if bptt is None else left % bptt != 0
         return cls(*(None if x is None else x.to(device) for x in (inputs, outputs, writes, alive, linked)))  # type: ignore[arg-type]
 
     def of_segments(self, segments: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """writes [A, B, m], alive and linked [A, B] of A segments."""
+        """Return `writes` [A, B, m], `alive` and `linked` [A, B] of A segments."""
         return _rows(self.writes, segments), _rows(self.alive, segments), _rows(self.linked, segments)
 
 
 def _rows(x: Tensor | None, segments: tuple[int, ...]) -> Tensor | None:
+    """Return the entries of some segments [A, ...]."""
     return None if x is None else torch.stack([x[segment] for segment in segments])

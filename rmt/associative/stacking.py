@@ -1,4 +1,4 @@
-"""Layers side by side: one call runs several that differ only in the values of their parameters.
+"""Layers side by side: one call runs several layers that differ only in the values of their parameters.
 
 The layers' batches are laid end to end, [A · B, ...]. Only modules that hold parameters need to know: they split the
 batch, and multiply each part by its own layer's. Attention, activations and dropout run over the whole batch at once.
@@ -19,7 +19,7 @@ Tensors = dict[str, Tensor]
 
 
 def kind(module: nn.Module) -> Any:
-    """Equal for modules that compute the same but for the values of their parameters."""
+    """Return a key that is equal for modules that compute the same but for the values of their parameters."""
     parts = []
     for path, part in module.named_modules():
         values = {name: _plain(x) for name, x in vars(part).items()}
@@ -31,24 +31,24 @@ def kind(module: nn.Module) -> Any:
 
 
 def routes(module: nn.Module) -> bool:
-    """Whether tokens go to experts, whose batches are no longer those of layers laid end to end."""
+    """Return whether tokens go to experts, whose batches are no longer those of layers laid end to end."""
     return any(path.rpartition(".")[2] == "experts" for path, _ in module.named_modules())
 
 
 def stacked_tensors(modules: list[nn.Module]) -> Tensors:
-    """name → [A, ...], parameters and buffers of A modules of one kind."""
+    """Stack the parameters and buffers of A modules of one kind: name → [A, ...]."""
     held = [_tensors(module) for module in modules]
     return {name: torch.stack([own[name] for own in held]) for name in held[0]}
 
 
 def stacked(module: nn.Module, tensors: Tensors) -> nn.Module:
-    """A shallow copy of `module` that runs all whose tensors these are: [A · B, ...] → [A · B, ...]."""
+    """Return a shallow copy of `module` that runs A modules, whose tensors these are: [A · B, ...] → [A · B, ...]."""
     twin = copy.copy(module)
     twin.__dict__.pop("forward", None)
     own = {name: x for name, x in tensors.items() if "." not in name}
     if module._parameters:
         count = next(iter(tensors.values())).shape[0]
-        # whoever takes a weight from it instead of calling it gets one of another shape, and an error
+        # code that reads a weight instead of calling the module gets one of another shape, and an error
         twin._parameters = {name: own.get(name) for name in module._parameters}  # type: ignore[misc]
         twin.forward = partial(_forward, module, tensors, count)
         return twin
@@ -61,6 +61,7 @@ def stacked(module: nn.Module, tensors: Tensors) -> nn.Module:
 
 
 def _forward(module: nn.Module, tensors: Tensors, count: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Run `count` modules of one kind over their parts of the batch x."""
     parts = x.unflatten(0, (count, -1))
     if type(module) in (nn.Linear, Conv1D):
         weight, bias = tensors["weight"], tensors.get("bias")
@@ -69,18 +70,19 @@ def _forward(module: nn.Module, tensors: Tensors, count: int, x: Tensor, *args: 
         out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
         return out.view(*x.shape[:-1], out.shape[-1])
 
-    def one(own: Tensors, part: Tensor) -> Tensor:
-        return functional_call(module, own, (part, *args), kwargs)
+    def one(values: Tensors, part: Tensor) -> Tensor:
+        return functional_call(module, values, (part, *args), kwargs)
 
     return torch.vmap(one, randomness="different")(tensors, parts).flatten(0, 1)
 
 
 def _tensors(module: nn.Module) -> Tensors:
+    """Return the parameters and buffers of a module, by name."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def _plain(x: Any) -> Any:
-    """A number, a string, or several of them, to be compared; None for all else."""
+    """Return a number, a string, or several of them, as what can be compared; None for all else."""
     if isinstance(x, dict):
         x = tuple(x.items())
     if isinstance(x, (tuple, list)):

@@ -1,4 +1,4 @@
-"""Segment attention with the block mask of memory tokens, as transformers calls attention."""
+"""Segment attention with the block mask of memory tokens, as an attention function of transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ IMPLEMENTATION = "segattn_block"
 
 
 class Block(NamedTuple):
-    """What attention is told with a call: rows of memory at the two ends, and each sequence's bounds [B, 2]."""
+    """What a call passes to attention in place of a mask.
+
+    num_read, num_write: rows of memory at the two ends.
+    spans: bounds of each sequence, int32 [B, 2]; None: all rows.
+    """
 
     num_read: int
     num_write: int
@@ -33,7 +37,11 @@ def block_attention(
     segattn_block: Block | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, Tq, K], key and value [B, G, T, ·] → [B, Tq, H, V]."""
+    """Attend within one segment: query [B, H, Tq, K], key and value [B, G, T, ·] → [B, Tq, H, V].
+
+    Raises:
+        ValueError: a call that does not come from a `RecurrentMemory`, dropout, or a window shorter than the segment.
+    """
     if segattn_block is None:
         raise ValueError(
             "the model runs on attention='segattn' of a RecurrentMemory and must be called through it; "
@@ -61,11 +69,11 @@ def block_attention(
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:
-    """Attention gets its bounds with the call."""
+    """Return no mask, since a call passes a `Block` instead."""
 
 
 def use(model: Any) -> None:
-    """Have a Hugging Face model run on segment attention.
+    """Make a Hugging Face model run on segment attention.
 
     Raises:
         ValueError: its layers do not let attention be chosen.

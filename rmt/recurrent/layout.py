@@ -1,4 +1,4 @@
-"""The rows of a segment as the model gets them, and which of them see which."""
+"""The rows of a segment as a model receives them, and which of them see which."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """Rows [before | tokens | after], as many of each as the sequence has; padding comes after them.
+    """The order [before | tokens | after] of a segment's rows; padding of shorter sequences comes last.
 
-    before, after: rows around the tokens.
-    memory: where the memory that goes on to the next segment is read off: counted from the first row, or, where
-        negative, from one past the last.
-    num_memory: its rows.
+    before, after: rows in front of the tokens and behind them.
+    memory: first row of the memory that goes on to the next segment, counted from a sequence's first row, or, where
+        negative, from one past its last.
+    num_memory: rows of that memory, m.
     """
 
     before: int
@@ -23,48 +23,50 @@ class Layout(NamedTuple):
     num_memory: int
 
     def join(self, before: Tensor, tokens: Tensor, after: Tensor, lengths: Tensor | None) -> Tensor:
-        """[B, ·, d] each → [B, T, d], the rows of `after` directly behind each sequence's last token."""
+        """Join rows [B, ·, d] to a segment [B, T, d], `after` directly behind each sequence's last token.
+
+        Args:
+            lengths: tokens of each sequence [B]; None: all of them.
+        """
         x = torch.cat((before, tokens, after), 1)
         if lengths is None or not self.after:
             return x
         return torch.take_along_dim(x, self._order(lengths, tokens.shape[1])[..., None], 1)
 
     def _order(self, lengths: Tensor, time: int) -> Tensor:
-        """Of the rows of [before | tokens | padding | after], those that come to stand in [... | after | padding]."""
+        """Return the indices [B, T] that bring [before | tokens | padding | after] to [... | after | padding]."""
         at = torch.arange(self.before + time + self.after, device=lengths.device)
         end = self.before + lengths[:, None]
         moved = torch.where(at < end + self.after, at + time - lengths[:, None], at - self.after)
         return torch.where(at < end, at, moved)
 
     def memory_of(self, hidden: Tensor, lengths: Tensor | None) -> Tensor:
-        """[B, T, d] → [B, m, d]."""
+        """Return the memory [B, m, d] among a segment's rows [B, T, d]."""
         first = self.memory
         if first >= 0:
             return hidden[:, first : first + self.num_memory]
         if lengths is None:
             first += hidden.shape[1]
             return hidden[:, first : first + self.num_memory]
-        ends = self.before + lengths + self.after
-        rows = (ends + first)[:, None] + torch.arange(self.num_memory, device=lengths.device)
+        rows = (self.ends(lengths) + first)[:, None] + torch.arange(self.num_memory, device=lengths.device)
         return torch.take_along_dim(hidden, rows[..., None], 1)
 
     def tokens_of(self, rows: Tensor) -> Tensor:
-        """[B, T, ·] → [B, tokens, ·]; past a sequence's end stands something else."""
+        """Return the places of the tokens [B, L, ·] among rows [B, T, ·]; past a sequence's end they hold others."""
         return rows[:, self.before : rows.shape[1] - self.after]
 
-    def real(self, time: int, lengths: Tensor) -> Tensor:
-        """[B, T], True where a row is not padding."""
-        at = torch.arange(self.before + time + self.after, device=lengths.device)
-        return at < (self.before + lengths + self.after)[:, None]
+    def ends(self, lengths: Tensor) -> Tensor:
+        """Return where each sequence's rows end [B], for its number of tokens [B]; padding stands behind."""
+        return self.before + lengths + self.after
 
 
 def decoder_layout(num_memory_tokens: int) -> Layout:
-    """[read | tokens | write], the memory read off at the end (arXiv 2207.06881, section 3)."""
+    """Return [read | tokens | write], whose memory is read off at the end (arXiv 2207.06881, section 3)."""
     return Layout(num_memory_tokens, num_memory_tokens, -num_memory_tokens, num_memory_tokens)
 
 
 def encoder_layout(num_memory_tokens: int, special: bool) -> Layout:
-    """[first | memory | separator | tokens | separator] (arXiv 2304.11062), or [memory | tokens]."""
+    """Return [first | memory | separator | tokens | separator] (arXiv 2304.11062), or [memory | tokens]."""
     if special:
         return Layout(num_memory_tokens + 2, 1, 1, num_memory_tokens)
     return Layout(num_memory_tokens, 0, 0, num_memory_tokens)
@@ -79,13 +81,14 @@ def block_mask(
     queries: int | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Which row sees which: j ≤ i, or j is read memory, or i is write memory (arXiv 2207.06881, figure 6d).
+    """Return which row sees which: j ≤ i, or j is read memory, or i is write memory (arXiv 2207.06881, figure 6d).
 
     Args:
         time: T, rows of a segment, padding included.
         num_read, num_write: rows of memory at its two ends; both 0: plain causal.
-        lengths: [B], rows of each sequence; default T.
-        queries: only the last so many rows' part; default all.
+        lengths: rows of each sequence [B]; default T.
+        queries: return only this many of the last rows; default all.
+        device: of the result where there are no lengths; default the CPU.
 
     Returns:
         bool [1 or B, 1, queries, T]. Padding is seen by itself alone, so that no row sees nothing.

@@ -4,56 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import validation as check
-from ..backbone import (
-    Caller,
-    Outputs,
-    accepted,
-    check_model,
-    check_positions,
-    check_sight,
-    check_widths,
-    check_windows,
-    embedding_of,
-    huggingface_of,
-    kind_of,
-)
-from ..checkpointing import Checkpointing
-from ..generation import generate
-from ..inputs import check_inputs
-from ..segments import IGNORED, Segment, bounds, cut, next_tokens
-from . import block_attention
-from .gathering import gather, summed_loss
-from .layout import decoder_layout, encoder_layout
-from .open_segment import open_segments
-from .settings import Settings
-from .state import RecurrentState, trainable
-
-ATTENTIONS = (None, "segattn")
+from ..backbone import Outputs, check_model, embedding_of, kind_of
+from ..growing_segment import Extension
+from ..inputs import check_inputs, normal_tensor
+from ..module import MemoryModule, draw_memory_tokens
+from ..segments import Segment, bounds, cut
+from .caller import Caller
+from .gradients import reached, truncate
+from .results import gather, summed_loss, targets_of
+from .settings import RecurrentSettings
+from .state import RecurrentOutput, RecurrentState
 
 
-class RecurrentOutput(NamedTuple):
-    """loss: scalar, None without labels. logits: [B, T, C] of every token, [B, C] of a row's last segment, or None."""
-
-    loss: Tensor | None
-    logits: Tensor | None
-    state: RecurrentState
-
-
-class RecurrentMemory(Checkpointing, nn.Module):
-    """Reads a sequence segment by segment; memory tokens, written by each segment, are read by the next.
+class RecurrentMemory(MemoryModule):
+    """A model that reads a sequence segment by segment, with memory tokens that each segment writes for the next.
 
     A decoder's segment is [read | tokens | write], the same memory at both ends, and what the last layer makes of the
     write rows is the next memory (arXiv 2207.06881, section 3). An encoder's is [first | memory | separator | tokens |
     separator], its memory read and written in place (arXiv 2304.11062, section 2). Positions begin anew with each
-    segment. Nothing is kept on the module between calls but its parameters. Pieces of whole segments, each with the
-    state that the last one returned, equal the text read at once.
+    segment. Nothing is kept on the module between calls but its parameters: the state of one call goes into the next,
+    and a text read in pieces of whole segments equals the text read at once.
 
     Args:
         model: a Hugging Face encoder or decoder with any head, or a module that is called with `inputs_embeds`
@@ -61,7 +38,7 @@ class RecurrentMemory(Checkpointing, nn.Module):
             layer's rows [B, T, d], or an object with `last_hidden_state` or `hidden_states`, and `logits`.
         num_memory_tokens: m.
         segment_len: L, tokens of the text per segment, without memory and special tokens.
-        kind: "decoder" or "encoder"; default: what a Hugging Face model's attention is.
+        kind: "decoder" or "encoder"; default: as the attention of a Hugging Face model is.
         mask: of a decoder: "paper", the default: memory rows see all of their own block, and write rows everything;
             "causal": each row sees those before it, as in released checkpoints.
         special_tokens: of an encoder: the ids (first, separator), such as BERT's 101 and 102; default none.
@@ -70,24 +47,27 @@ class RecurrentMemory(Checkpointing, nn.Module):
         alignment: "left": a row's last segment is the short one; "right": its first.
         loss: of what "all" segments predict, or each row's "last"; default: all for a decoder, last for an encoder.
             A decoder's last segment predicts its tokens but for the first, which the segment before predicts.
-        attention: "segattn" for a Hugging Face decoder to run on `segment_attention` and its block mask; default: as it
-            is, with a mask [1, 1, T, T], or none for "causal".
+        attention: "segattn" for a Hugging Face decoder to run on `segment_attention` and its block mask; default: its
+            own attention, with a mask [1, 1, T, T], or none for "causal".
         embedding: token ids to vectors; default the model's own.
         head: the last layer's rows of tokens [B, T, d] to logits, or an encoder's first row [B, d]; default the
             model's own logits.
-        checkpoint: keep a segment's inputs alone for its backward, and run it again there.
+        checkpoint: keep only a segment's inputs for the backward pass, and run the segment again there.
         noise: in training, standard deviation of the noise that is added to the memory between segments, relative to
-            the size of its rows; what is remembered then withstands more segments than it was trained on. `generate`
-            adds none.
+            the size of its rows, so that the memory withstands more segments than it was trained on. `generate` adds
+            none.
 
     Attributes:
         memory: [m, d], the first segment's memory.
-        model: one that fits may take its place, such as the same with adapters.
+        model: another one that fits may be assigned, such as the same with adapters.
+        checkpoint, noise, head: may be assigned.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was: a segment shorter than the memory,
             a model without embeddings, more rows than the model knows positions.
     """
+
+    settings: RecurrentSettings
 
     def __init__(
         self,
@@ -110,101 +90,63 @@ class RecurrentMemory(Checkpointing, nn.Module):
         super().__init__()
         check_model(model)
         kind = kind_of(model) if kind is None else kind
-        self.settings = Settings(num_memory_tokens, segment_len, kind, mask, special_tokens, bptt, alignment, loss)
+        self.settings = RecurrentSettings(
+            num_memory_tokens, segment_len, kind, mask, special_tokens, bptt, alignment, loss, attention
+        )
         check.check_bool("checkpoint", checkpoint)
         if head is not None and not callable(head):
             raise TypeError(f"head must be callable, got {type(head).__name__}")
         if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
             raise ValueError(f"noise must be a number of at least 0, got {noise!r}")
+        self._caller = Caller.of(model, self.settings, embedding)
         self.model = model
         self.embedding = embedding
         self.head = head
         self.checkpoint = checkpoint
         self.noise = noise
-        if attention not in ATTENTIONS:
-            raise ValueError(f"attention must be None or 'segattn', got {attention!r}")
-        self._attention = attention
-        self._layout = (
-            decoder_layout(num_memory_tokens)
-            if kind == "decoder"
-            else encoder_layout(num_memory_tokens, special_tokens is not None)
-        )
-        self._take(model)
-        weight = self._embedding.weight
-        # as far from zero as the embeddings it stands among
-        spread = weight.detach().float().std()
-        self.memory = nn.Parameter(torch.randn(num_memory_tokens, weight.shape[1]).to(weight) * spread)
-        self._how_compiled: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.memory = draw_memory_tokens(self._embedding.weight, num_memory_tokens)
+        self._compile_options: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
-
-    generate = generate
-    open_segments = open_segments
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # the model may give its place to another, such as itself with adapters
-        if name == "model" and "_accepts" in self.__dict__:
-            self._take(value)
-        super().__setattr__(name, value)
-
-    def _take(self, model: nn.Module) -> None:
-        """See that segments can be read with a model, and how it is called."""
-        own = self.settings
-        fused = self.attention == "segattn"
-        check_model(model)
-        check_sight(model, own.kind, own.mask == "paper" or fused)
-        check_widths(model)
-        check_positions(model, own.segment_len + own.extra_rows, own.extra_rows)
-        if own.kind == "decoder":
-            check_windows(model, own.segment_len + own.extra_rows, own.extra_rows)
-        embedding: Any = embedding_of(model) if self.embedding is None else self.embedding
-        memory, width = getattr(self, "memory", None), embedding.weight.shape[1]
-        if memory is not None and memory.shape[1] != width:
-            raise ValueError(
-                f"model must be as wide as the memory, {memory.shape[1]}, got {width}: make a new RecurrentMemory "
-                "around it"
-            )
-        if max(own.special_tokens or (0,)) >= len(embedding.weight):
-            raise ValueError(
-                f"special_tokens must be below the model's {len(embedding.weight)} tokens, got {own.special_tokens}"
-            )
-        if fused:
-            _use_block_attention(model, own.kind)
-        caller = Caller(model, own, self._layout, accepted(model), huggingface_of(model) is not None, fused)
-        caller.check_mask()
-        self._accepts, self._huggingface = caller.accepts, caller.huggingface
 
     @property
     def attention(self) -> str | None:
-        """The argument."""
-        return self._attention
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [B, T] → vectors [B, T, d]."""
-        vectors: Tensor = self._embedding(ids)
-        return vectors
+        """The argument `attention`."""
+        return self.settings.attention
 
     @property
     def _embedding(self) -> Any:
+        """The module that embeds token ids."""
         return embedding_of(self.model) if self.embedding is None else self.embedding
 
-    @property
-    def _caller(self) -> Caller:
-        fused = self.attention == "segattn"
-        return Caller(self.model, self.settings, self._layout, self._accepts, self._huggingface, fused)
+    def _fit(self, model: nn.Module) -> None:
+        check_model(model)
+        embedding: Any = embedding_of(model) if self.embedding is None else self.embedding
+        width = embedding.weight.shape[1]
+        if width != self.memory.shape[1]:
+            raise ValueError(
+                f"model must be as wide as the memory, {self.memory.shape[1]}, got {width}: make a new RecurrentMemory "
+                "around it"
+            )
+        self._caller = Caller.of(model, self.settings, self.embedding)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile what is done with one segment, by `torch.compile` with these arguments; the loop stays as it is.
+        """Compile the pass over one segment, by `torch.compile` with these arguments; the loop stays as it is.
 
         With mode="reduce-overhead" a GPU replays it as a CUDA graph where no gradients are wanted.
         """
-        self._how_compiled, self._compiled = (args, kwargs), None
+        self._compile_options, self._compiled = (args, kwargs), None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy compiles for itself
         return self.__dict__ | {"_compiled": None}
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embed token ids [B, T] as vectors [B, T, d]."""
+        vectors: Tensor = self._embedding(ids)
+        return vectors
+
     def initial_state(self, batch_size: int) -> RecurrentState:
-        """The trainable memory that a sequence begins with, for so many rows."""
+        """Return the trainable memory that a sequence begins with, for `batch_size` rows."""
         check.check_integer("batch_size", batch_size, 1)
         return RecurrentState(self.memory.expand(batch_size, -1, -1))
 
@@ -221,62 +163,86 @@ class RecurrentMemory(Checkpointing, nn.Module):
         """Read sequences of any length.
 
         Args:
-            input_ids: [B, T]; or `inputs_embeds` [B, T, d].
+            input_ids: int [B, T]; or `inputs_embeds` [B, T, d].
             attention_mask: [B, T], 0 where padding stands before or after a row's tokens.
-            labels: [B, T], each token its own, -100 where none: a decoder's logits predict the next token, also over
-                the border of two segments, an encoder's the token at their place; or [B], an encoder's class of
-                the row.
-            state: what an earlier call returned, to go on from; default the trainable memory. A call ends its last
+            labels: int [B, T], one for each token, -100 where it does not count: a decoder's logits predict the next
+                token, also over the border of two segments, an encoder's the token at their place; or [B], the class
+                of each row, of an encoder.
+            state: what an earlier call returned, to continue from; default the trainable memory. A call ends its last
                 segment, so cut pieces of a text at multiples of `segment_len` (with alignment="right" counted from its
                 end).
             output_logits: keep logits of every token; default: where there are no labels. [B, C] is always kept.
 
         Returns:
-            The mean cross-entropy over labels that count (0 where none does), logits, and the memory at the end.
+            RecurrentOutput(loss, logits, state).
 
         Raises:
             TypeError, ValueError: naming the argument, what it must be, and what it was.
         """
-        x = self.check_inputs(input_ids, inputs_embeds)
-        rows = bounds(attention_mask, *x.shape[:2])
-        targets = None if labels is None else self._targets(labels, x, rows)
+        settings = self.settings
+        x = check_inputs(input_ids, inputs_embeds, self.memory.shape[1])
+        batch, time = x.shape[:2]
+        rows = bounds(attention_mask, batch, time)
+        targets = None if labels is None else targets_of(labels, settings.kind, rows, time)
         keep = labels is None if output_logits is None else output_logits
-        memory = self.check_state(state, x.shape[0]).memory
+        memory = self._state(state, batch).memory
         loss = count = torch.zeros((), device=x.device)
         kept = []
-        for segment in cut(rows, self.settings.segment_len, self.settings.alignment):
-            scored = targets is not None and (self.settings.loss == "all" or 1 in segment.left)
-            memory = self._truncate(memory, segment, state is not None)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (keep or scored or self._reached(segment))):
-                memory, logits = self.read(x, segment, memory, keep or scored, disturbed=True)
+        for segment in cut(rows, settings.segment_len, settings.alignment):
+            scored = targets is not None and (settings.loss == "all" or 1 in segment.left)
+            # the trainable memory belongs to the first segment
+            if segment.number or state is not None:
+                memory = truncate(memory, segment, settings.bptt)
+            trains = keep or scored or reached(segment, settings.bptt)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+                noise = self.noise if self.training and segment.number else 0.0
+                memory, logits = self._read(x, segment, memory, keep or scored, noise)
             if logits is not None and (keep or logits.ndim == 2):
                 kept.append((segment, logits))
             if targets is not None and scored and logits is not None:
-                own, number = summed_loss(logits, targets, segment, self.settings.loss == "last")
+                own, number = summed_loss(logits, targets, segment, settings.loss == "last")
                 loss, count = loss + own, count + number
         return RecurrentOutput(
             None if targets is None else loss / count.clamp(min=1),
-            gather(kept, *x.shape[:2]),
+            gather(kept, batch, time),
             # by itself, so that it does not keep the last segment's other rows
             RecurrentState(memory.clone()),
         )
 
-    def read(
-        self, x: Tensor, segment: Segment, memory: Tensor, required: bool, *, disturbed: bool = False
+    def _state(self, state: RecurrentState | None, batch: int) -> RecurrentState:
+        """Return the state that `batch` rows begin with: the caller's, checked, or the trainable memory."""
+        if state is None:
+            return self.initial_state(batch)
+        if not isinstance(state, RecurrentState):
+            raise TypeError(f"state must be a RecurrentState, got {type(state).__name__}")
+        check.check_floating("state", state.memory)
+        check.check_shape("state", state.memory, "[B, m, d]", (batch, *self.memory.shape))
+        check.check_device("state", state.memory, "memory", self.memory)
+        return RecurrentState(normal_tensor(state.memory))
+
+    def _read(
+        self, x: Tensor, segment: Segment, memory: Tensor, required: bool, noise: float = 0.0
     ) -> tuple[Tensor, Tensor | None]:
-        """The memory [B, m, d] after a segment of those rows that have it, and its logits where they are wanted.
+        """Read one segment of those rows that have it.
 
         Args:
-            disturbed: by noise, where there is some in training.
+            x: all rows' ids [B, T] or embeddings [B, T, d].
+            memory: [B, m, d].
+            required: whether logits are wanted; those of an encoder's last segment are computed in any case.
+            noise: added to the memory, relative to the size of its rows.
+
+        Returns:
+            The memory after the segment [B, m, d], and logits of the segment's rows.
         """
-        classify = self.settings.kind == "encoder" and 1 in segment.left
         before = segment.rows_of(memory)
-        before = self._disturb(before, segment) if disturbed else before
+        if noise:
+            before = add_noise(before, noise)
+        classify = self.settings.kind == "encoder" and 1 in segment.left
         arguments = segment.of(x), before, segment.lengths(x.device), required or classify
         if self.checkpoint and torch.is_grad_enabled():
-            own, logits = checkpoint(self._step, *arguments, use_reentrant=False)
+            after, logits = checkpoint(self._segment, *arguments, use_reentrant=False)
         else:
-            own, logits = self._step(*arguments)
+            after, logits = self._segment(*arguments)
         if required and logits is None:
             raise TypeError(_no_logits(self.model))
         if logits is not None and logits.ndim == 2 and self.settings.kind == "decoder":
@@ -285,38 +251,16 @@ class RecurrentMemory(Checkpointing, nn.Module):
                 "pass head= for classes by token"
             )
         if len(segment.rows) < x.shape[0]:
-            own = memory.to(own.dtype).index_copy(0, torch.tensor(segment.rows, device=x.device), own)
-        return own, logits
+            after = memory.to(after.dtype).index_copy(0, torch.tensor(segment.rows, device=x.device), after)
+        return after, logits
 
-    def _reached(self, segment: Segment) -> bool:
-        """Whether gradients from a row's last segment come here."""
-        return self.settings.bptt is None or min(segment.left) <= self.settings.bptt
-
-    def _truncate(self, memory: Tensor, segment: Segment, earlier: bool) -> Tensor:
-        """Cut the graph in front of every `bptt` segments, counted from each row's last."""
-        depth = self.settings.bptt
-        # the trainable memory belongs to the first segment
-        if depth is None or (segment.number == 0 and not earlier):
-            return memory
-        ends = [row for row, left in zip(segment.rows, segment.left, strict=True) if left % depth == 0]
-        if len(ends) == memory.shape[0]:
-            return memory.detach()
-        rows = torch.tensor(ends, dtype=torch.long, device=memory.device)
-        return memory.index_copy(0, rows, memory[rows].detach()) if ends else memory
-
-    def _disturb(self, memory: Tensor, segment: Segment) -> Tensor:
-        if not self.training or not self.noise or segment.number == 0:
-            return memory
-        size = memory.detach().square().mean(-1, keepdim=True).sqrt()
-        return memory + self.noise * size * torch.randn_like(memory)
-
-    def _step(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        """`_segment`, compiled where it was asked for."""
-        if self._how_compiled is None:
-            return self._segment(*arguments)
+    def _segment(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """Call `_eager_segment`, compiled where `compile` was called."""
+        if self._compile_options is None:
+            return self._eager_segment(*arguments)
         if self._compiled is None:
-            args, kwargs = self._how_compiled
-            self._compiled = torch.compile(self._segment, *args, **kwargs)
+            args, kwargs = self._compile_options
+            self._compiled = torch.compile(self._eager_segment, *args, **kwargs)
         if torch.is_grad_enabled():
             return self._compiled(*arguments)
         # a graph's next replay writes over what this one returns
@@ -324,81 +268,72 @@ class RecurrentMemory(Checkpointing, nn.Module):
         memory, logits = self._compiled(*arguments)
         return memory.clone(), None if logits is None else logits.clone()
 
-    def _segment(
+    def _eager_segment(
         self, tokens: Tensor, memory: Tensor, lengths: Tensor | None, with_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """One segment of tokens (ids [B, n] or embeddings [B, n, d]): the next memory, and logits of the tokens."""
-        layout, embed = self._layout, self.embed
-        x = tokens if tokens.is_floating_point() else embed(tokens)
+        """Run the model over one segment of tokens, and return the next memory and, where wanted, logits.
+
+        Args:
+            tokens: ids [b, n] or embeddings [b, n, d].
+            memory: [b, m, d].
+            lengths: tokens of each sequence [b]; None: all have n.
+        """
+        layout = self._caller.layout
+        x = tokens if tokens.is_floating_point() else self.embed(tokens)
         memory = memory.to(x.dtype)
         if self.settings.kind == "decoder":
             before = after = memory
         elif self.settings.special_tokens:
-            special = embed(torch.tensor(self.settings.special_tokens, device=x.device)).expand(x.shape[0], -1, -1)
+            ids = torch.tensor(self.settings.special_tokens, device=x.device)
+            special = self.embed(ids).expand(x.shape[0], -1, -1)
             before, after = torch.cat((special[:, :1], memory, special[:, 1:]), 1), special[:, 1:]
         else:
             before, after = memory, memory[:, :0]
-        rows = layout.join(before, x, after, lengths)
-        ends = None if lengths is None else layout.before + lengths + layout.after
-        out = self._caller.segment(rows, ends, with_logits)
+        out = self._caller.whole(self.model, layout.join(before, x, after, lengths), lengths, with_logits)
         return layout.memory_of(out.hidden, lengths), self._logits(out) if with_logits else None
 
     def _logits(self, out: Outputs) -> Tensor | None:
-        if self.head is not None:
-            encoder = self.settings.kind == "encoder"
-            return self.head(out.hidden[:, 0] if encoder else self._layout.tokens_of(out.hidden))
-        return out.logits
+        """Return the logits of a segment, by the head or the model."""
+        if self.head is None:
+            return out.logits
+        first = self.settings.kind == "encoder"
+        return self.head(out.hidden[:, 0] if first else self._caller.layout.tokens_of(out.hidden))
 
-    def newest(self, rows: Tensor, writes: bool, cache: Any) -> tuple[Tensor, Tensor, Any]:
-        """The newest rows of a growing segment: the last m hidden rows, the last logits [B, C], and the cache.
+    def _start_text(self, input_ids: Tensor, state: RecurrentState | None) -> RecurrentState:
+        if self.settings.kind != "decoder":
+            raise TypeError("generate is for decoders, got a RecurrentMemory of kind 'encoder'")
+        return self._state(state, check_inputs(input_ids, None, self.memory.shape[1]).shape[0])
 
-        Args:
-            rows: embeddings [B, n, d], the memory before the first token and again behind the last.
-            writes: whether the memory is behind the last token, so that the segment is whole.
-            cache: what this returned for the rows before; None: these are all.
-        """
-        out = self._caller.newest(rows, writes, cache)
-        last = out.logits if self.head is None else self.head(out.hidden[:, -1:])
-        if last is None:
+    def _read_segments(self, input_ids: Tensor, rows: list[tuple[int, int]], state: RecurrentState) -> RecurrentState:
+        memory = state.memory
+        for segment in cut(rows, self.settings.segment_len, self.settings.alignment):
+            memory, _ = self._read(input_ids, segment, memory, False)
+        return RecurrentState(memory)
+
+    def _extend_segment(self, tokens: Tensor, state: RecurrentState, cache: Any, write: bool) -> Extension:
+        rows = self.embed(tokens)
+        memory = state.memory.to(rows.dtype)
+        if cache is None:
+            rows = torch.cat((memory, rows), 1)
+        if write:
+            rows = torch.cat((rows, memory), 1)
+        out = self._caller.newest(self.model, rows, write, cache)
+        if write:
+            return Extension(None, RecurrentState(out.hidden[:, -self.settings.num_memory_tokens :]), None)
+        logits = out.logits if self.head is None else self.head(out.hidden[:, -1:])
+        if logits is None:
             raise TypeError(_no_logits(self.model))
-        return out.hidden[:, -self.settings.num_memory_tokens :], last[:, -1], out.cache
-
-    def check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """The one of the two that is given."""
-        return check_inputs(input_ids, inputs_embeds, self.memory.shape[1])
-
-    def _targets(self, labels: Tensor, x: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-        check.check_ids("labels", labels)
-        if labels.ndim == 1 and self.settings.kind == "encoder":
-            check.check_shape("labels", labels, "[B]", x.shape[:1])
-            return labels
-        check.check_shape("labels", labels, "[B, T]", x.shape[:2])
-        if self.settings.kind == "decoder":
-            return next_tokens(labels, rows)
-        at = torch.arange(labels.shape[1], device=labels.device)
-        begin, end = torch.tensor(rows, device=labels.device)[..., None].unbind(1)
-        return labels.masked_fill((at < begin) | (at >= end), IGNORED)
-
-    def check_state(self, state: RecurrentState | None, batch: int) -> RecurrentState:
-        """The state that so many rows begin with: as given, or the trainable memory."""
-        if state is None:
-            return self.initial_state(batch)
-        if not isinstance(state, RecurrentState):
-            raise TypeError(f"state must be a RecurrentState, got {type(state).__name__}")
-        check.check_floating("state", state.memory)
-        check.check_shape("state", state.memory, "[B, m, d]", (batch, *self.memory.shape))
-        check.check_device("state", state.memory, "memory", self.memory)
-        return RecurrentState(trainable(state.memory))
+        return Extension(logits[:, -1], state, out.cache)
 
 
-def _use_block_attention(model: nn.Module, kind: str) -> None:
-    inner = huggingface_of(model)
-    if kind != "decoder" or inner is None:
-        raise ValueError(f"attention='segattn' is for Hugging Face decoders, got a {type(model).__name__} as {kind!r}")
-    block_attention.use(inner)
+def add_noise(memory: Tensor, noise: float) -> Tensor:
+    """Add Gaussian noise to a memory [B, m, d], of `noise` times the root mean square of each row."""
+    size = memory.detach().square().mean(-1, keepdim=True).sqrt()
+    return memory + noise * size * torch.randn_like(memory)
 
 
 def _no_logits(model: nn.Module) -> str:
+    """Return the message of an error where logits are wanted and there are none."""
     return (
         f"model must return logits, got {type(model).__name__}, which returns hidden rows alone: pass head=, or "
         "output_logits=False for the memory alone"

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...kernels import validation as check
+from ..inputs import check_sizes
+from .layout import Layout, decoder_layout, encoder_layout
 
 KINDS = ("decoder", "encoder")
 MASKS = ("paper", "causal")
 ALIGNMENTS = ("left", "right")
 LOSSES = ("all", "last")
+ATTENTIONS = (None, "segattn")
 
 
 @dataclass(frozen=True)
-class Settings:
+class RecurrentSettings:
     """The arguments of `RecurrentMemory`, checked.
 
     Raises:
@@ -28,21 +31,16 @@ class Settings:
     bptt: int | None = None
     alignment: str = "left"
     loss: str | None = None
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         check.check_choice("kind", self.kind, KINDS)
-        check.check_integer("num_memory_tokens", self.num_memory_tokens, 1)
-        check.check_integer("segment_len", self.segment_len, 1)
-        if self.segment_len < self.num_memory_tokens:
-            raise ValueError(
-                f"segment_len must be at least num_memory_tokens = {self.num_memory_tokens}, got {self.segment_len}: a "
-                "segment shorter than its memory compresses nothing"
-            )
-        if self.bptt is not None:
-            check.check_integer("bptt", self.bptt, 1)
+        check_sizes(self.num_memory_tokens, self.segment_len, self.bptt)
         check.check_choice("alignment", self.alignment, ALIGNMENTS)
         object.__setattr__(self, "loss", self.loss or ("all" if self.kind == "decoder" else "last"))
         check.check_choice("loss", self.loss, LOSSES)
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention must be None or 'segattn', got {self.attention!r}")
         if self.kind == "decoder":
             self._check_decoder()
         else:
@@ -65,8 +63,14 @@ class Settings:
         object.__setattr__(self, "special_tokens", ids)
 
     @property
-    def extra_rows(self) -> int:
-        """What a segment has besides its own tokens: memory and special tokens."""
+    def layout(self) -> Layout:
+        """The rows of a segment."""
         if self.kind == "decoder":
-            return 2 * self.num_memory_tokens
-        return self.num_memory_tokens + (3 if self.special_tokens else 0)
+            return decoder_layout(self.num_memory_tokens)
+        return encoder_layout(self.num_memory_tokens, self.special_tokens is not None)
+
+    @property
+    def extra_rows(self) -> int:
+        """The rows of a segment besides its tokens: memory and special tokens."""
+        layout = self.layout
+        return layout.before + layout.after

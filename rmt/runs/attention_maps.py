@@ -1,4 +1,4 @@
-"""What a trained memory attends to while it is written and read: what `segattn rmt attention` does."""
+"""The attention of a trained memory while it is written and read, as `segattn rmt attention` shows it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,20 +17,23 @@ from ..tasks.answers import fewest_segments, right, samples_of
 from ..tasks.batch import Batch
 from ..tasks.facts import babi_file, generate_questions, read_questions
 from ..tasks.make import FORMS
-from .folder import Run, load_run
-from .settings import existing
+from .folder import Run, RunFiles, load_run
+from .plots import Panel, Span, plot_attention
+from .settings import check_least
 
-Span = tuple[int, int]
-# texts that are looked at for one with a fact before its last segment
+# texts among which one with a fact before its last segment is searched
 TRIES = 100
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Which text is read: of so many segments, and by its number among the test's.
+    """The text that is read.
 
     Args:
-        sample: None: the first whose first fact stands before the last segment, where there are several.
+        segments: its length.
+        sample: its number among the test's; None: the first text whose first fact stands before the last of several
+            segments.
+        seed: of the samples.
 
     Raises:
         SettingError: naming the option.
@@ -42,37 +44,7 @@ class Sample:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("segments", 1), ("sample", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SettingError(name, f"must be at least {least}, got {value}")
-
-
-class Panel(NamedTuple):
-    """One segment's attention.
-
-    title: of the picture.
-    maps: [layers, heads, T, T], from the row down to the column across.
-    memory: begin and end of the memory's rows, read and written.
-    marked: of rows to point at.
-    """
-
-    title: str
-    maps: np.ndarray
-    memory: list[Span]
-    marked: list[Span]
-
-
-class Files(NamedTuple):
-    """Where the figures and the picture are."""
-
-    figures: Path
-    picture: Path
-
-    @classmethod
-    def of(cls, folder: Path) -> Files:
-        """In `folder`."""
-        return cls(folder / "attention.json", folder / "attention.png")
+        check_least(self, {"segments": 1, "sample": 0, "seed": 0})
 
 
 def run_attention(
@@ -84,20 +56,29 @@ def run_attention(
     book: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Attention of the segment with the first fact and of the last; writes attention.json and .png over earlier ones.
+    """Show the attention of two segments of a text: the one with the first fact, and the last, with the question.
 
     The figures hold, by layer and head, how much of the written memory's attention falls on facts, and how much of the
-    answering row's (an encoder's first, a decoder's before the answer) falls on the memory.
+    answering row's (an encoder's first, a decoder's before the answer) falls on the memory. Writes attention.json and
+    attention.png over earlier ones.
+
+    Args:
+        folder: of the run.
+        sample: the text.
+        out: folder for the files; None: the run's.
+        babi, book: other files than those that the run was trained on; None: the same.
+        device: None: a GPU where one is.
+
+    Returns:
+        Every figure, as in the JSON file.
 
     Raises:
         SettingError: naming an option that cannot be, or a run without facts or without attention to a memory.
     """
-    files = Files.of(folder if out is None else out)
-    existing("babi", babi)
-    existing("book", book)
+    path = RunFiles.of(folder if out is None else out).attention
     run = load_run(folder, babi=babi, book=book, device=device)
     _check(run, sample)
-    make_folder(files.figures.parent)
+    make_folder(path.parent)
     length = run.settings.tokens
     number, batch, facts = _draw(run, sample)
     ids, first = batch.input_ids.to(next(run.memory.parameters()).device), facts[0][0] // length
@@ -115,34 +96,40 @@ def run_attention(
         "facts": [list(span) for span in facts],
         "parts": _parts(run, facts, first, sample.segments, writing, reading, last),
     }
-    write_figures(files.figures, figures)
-    # matplotlib takes a second to import, and only this needs it
-    from .plots import plot_attention
-
-    plot_attention(files.picture, panels, f"{run.settings.task}, {sample.segments} segments of {length} tokens")
+    write_figures(path, figures)
+    text = f"{sample.segments} segment{'s' * (sample.segments > 1)} of {length} tokens"
+    plot_attention(path.with_suffix(".png"), panels, f"{run.settings.task}, {text}")
     return figures
 
 
 def sentences_of(run: Run) -> list[Tensor]:
-    """Token ids [n] of each sentence of the stories that the test is made of."""
+    """Return the token ids [n] of each sentence of the stories that the test's samples are made of."""
     form, babi = FORMS[run.settings.task].questions, run.settings.babi
-    asked = generate_questions(form, "test") if babi is None else read_questions(babi_file(babi, form, "test"))
-    return [torch.tensor(run.encode(fact)) for fact in sorted({fact for question in asked for fact in question.facts})]
+    questions = generate_questions(form, "test") if babi is None else read_questions(babi_file(babi, form, "test"))
+    facts = sorted({fact for question in questions for fact in question.facts})
+    return [torch.tensor(run.encode(fact)) for fact in facts]
 
 
 def find_facts(sentences: list[Tensor], ids: Tensor) -> list[Span]:
-    """Where sentences stand in a text [T], begin and end, in order."""
-    found = set()
+    """Return the places of sentences in a text [T], begin and end, in order."""
+    places = set()
     for fact in sentences:
         windows = ids.unfold(0, len(fact), 1) if len(fact) <= len(ids) else ids[:0, None]
-        found |= {(at, at + len(fact)) for at in windows.eq(fact).all(1).nonzero().flatten().tolist()}
-    return sorted(found)
+        places |= {(at, at + len(fact)) for at in windows.eq(fact).all(1).nonzero().flatten().tolist()}
+    return sorted(places)
 
 
 def attention_of(memory: Any, ids: Tensor, segment: int, segment_len: int) -> tuple[Tensor, Tensor]:
-    """Attention probabilities [layers, heads, T, T] of one segment of a text [1, T], and what the model answers there.
+    """Return the attention of one segment of a text, and the logits of that segment; the model is left as it was.
 
-    T counts memory and special tokens too. The segments before are read as ever; the model is left as it was.
+    Args:
+        memory: a `RecurrentMemory`.
+        ids: of the text [1, T].
+        segment: number of the segment, from 0 on; those before are read first.
+        segment_len: L.
+
+    Returns:
+        Probabilities [layers, heads, rows, rows], memory and special tokens included, and logits.
     """
     begin = segment * segment_len
     with torch.inference_mode():
@@ -154,8 +141,8 @@ def attention_of(memory: Any, ids: Tensor, segment: int, segment_len: int) -> tu
 
 @contextmanager
 def _observed(model: Any) -> Iterator[list[Tensor]]:
-    """A list that gets the attention [1, heads, T, T] of each layer, of whatever the model is called with inside."""
-    found: list[Tensor] = []
+    """Yield a list that receives the attention [1, heads, T, T] of each layer in calls of the model in the block."""
+    attentions: list[Tensor] = []
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
     before = [config._attn_implementation for config in configs]
 
@@ -163,14 +150,14 @@ def _observed(model: Any) -> Iterator[list[Tensor]]:
         return args, kwargs | {"output_attentions": True}
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        found.extend(output.attentions)
+        attentions.extend(output.attentions)
 
-    # set here, since older models refuse their own setter
+    # older models refuse their setter of the implementation
     for config in configs:
         config._attn_implementation = "eager"
     hooks = [model.register_forward_pre_hook(ask, with_kwargs=True), model.register_forward_hook(keep)]
     try:
-        yield found
+        yield attentions
     finally:
         for hook in hooks:
             hook.remove()
@@ -179,7 +166,7 @@ def _observed(model: Any) -> Iterator[list[Tensor]]:
 
 
 def _draw(run: Run, sample: Sample) -> tuple[int, Batch, list[Span]]:
-    """A text, its number, and where its facts are."""
+    """Draw the sample, and return its number, the text, and the places of its facts."""
     length, sentences = run.settings.tokens, sentences_of(run)
     last = (sample.segments - 1) * length
     for number in range(TRIES) if sample.sample is None else (sample.sample,):
@@ -187,10 +174,15 @@ def _draw(run: Run, sample: Sample) -> tuple[int, Batch, list[Span]]:
         facts = find_facts(sentences, batch.input_ids[0])
         if facts and (sample.sample is not None or not last or facts[0][0] < last):
             return number, batch, facts
-    raise SettingError("sample", f"must be of a text with a fact that is found again, got {sample.sample}")
+    raise SettingError("sample", f"must be a text in which a fact can be located, got {sample.sample}")
 
 
 def _check(run: Run, sample: Sample) -> None:
+    """Check that a run has facts, and a memory that is attended to, and that a sample fits the length.
+
+    Raises:
+        SettingError: naming the option.
+    """
     if run.settings.task not in FORMS:
         raise SettingError("folder", f"must be a run of a task with facts in text, got one of {run.settings.task}")
     if run.settings.architecture != "rmt":
@@ -203,16 +195,18 @@ def _check(run: Run, sample: Sample) -> None:
 
 
 def _layout(run: Run) -> tuple[Span, Span, int]:
-    """Rows of the memory that is read, of that which is written, and the first token's."""
-    m, length = run.settings.memory_tokens, run.settings.tokens
-    if run.settings.classifies:
-        # [first | memory | separator | tokens | separator]
-        return (1, 1 + m), (1, 1 + m), m + 2
-    return (0, m), (m + length, m + length + m), m
+    """Return the rows of the memory that is read, those of the memory that is written, and the first token's row."""
+    memory: Any = run.memory
+    layout = memory.settings.layout
+    if layout.memory < 0:
+        read, write = 0, layout.before + run.settings.tokens + layout.after + layout.memory
+    else:
+        read = write = layout.memory
+    return (read, read + layout.num_memory), (write, write + layout.num_memory), layout.before
 
 
 def _rows(run: Run, facts: list[Span], segment: int) -> list[Span]:
-    """The facts' rows in a segment."""
+    """Return the rows of facts in a segment."""
     length, offset = run.settings.tokens, _layout(run)[2]
     begin, end = segment * length, (segment + 1) * length
     inside = [(max(a, begin), min(b, end)) for a, b in facts if a < end and b > begin]
@@ -220,22 +214,30 @@ def _rows(run: Run, facts: list[Span], segment: int) -> list[Span]:
 
 
 def _panels(run: Run, facts: list[Span], maps: dict[int, Tensor]) -> list[Panel]:
+    """Return the panels of segments, whose attention is in `maps`."""
     read, write, _ = _layout(run)
     memory = list(dict.fromkeys((read, write)))
     return [
-        Panel(f"segment {segment + 1}", found.cpu().numpy(), memory, _rows(run, facts, segment))
-        for segment, found in maps.items()
+        Panel(f"segment {segment + 1}", attention.cpu().numpy(), memory, _rows(run, facts, segment))
+        for segment, attention in maps.items()
     ]
 
 
 def _parts(
     run: Run, facts: list[Span], first: int, segments: int, writing: Tensor, reading: Tensor, labels: Tensor
 ) -> list[dict[str, Any]]:
-    """Of the writing and of the reading segment, shares by layer and head [layers][heads]."""
+    """Return the figures of two segments, each with a share of attention by layer and head [layers][heads].
+
+    Args:
+        facts: places in the text.
+        first, segments: number of the writing segment, and of all; the last one is the reading segment.
+        writing, reading: attention [layers, heads, T, T] of these two.
+        labels: of the last segment [1, L], or the class [1].
+    """
     read, write, offset = _layout(run)
     columns = [i for begin, end in _rows(run, facts, first) for i in range(begin, end)]
     on_facts = writing[:, :, write[0] : write[1], columns].sum(-1).mean(-1)
-    # what answers: an encoder's first row, or the row before a decoder's first label
+    # the answering row: an encoder's first, or the one before a decoder's first label
     row = 0 if labels.ndim == 1 else offset + int((labels[0] >= 0).nonzero()[0]) - 1
     on_memory = reading[:, :, row, read[0] : read[1]].sum(-1)
     visible = reading.shape[-1] if labels.ndim == 1 else row + 1

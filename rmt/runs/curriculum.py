@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,28 +15,30 @@ from torch import nn
 from ..tasks.answers import fewest_segments, length_of, right
 from ..tasks.make import Task
 
+# batches over which a stage's accuracy is averaged
 WINDOW = 20
-# apart from the random numbers of the samples, whose keys are the splits
+# key of the random numbers of lengths; those of samples have the index of their split, 0 or 1
 _LENGTHS = 2
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a memory is trained; AdamW, its rate rising at the beginning of each stage.
+    """A curriculum, and the settings of AdamW, whose rate rises at the beginning of each stage.
 
     Args:
         short: tokens of the first stages, shorter than a segment.
-        short_segments: of the stages after them, of segments as short as the last of `short`: what to carry is learnt
-            there at a fraction of the cost.
-        segments: of the stages after them.
-        steps: at most, per stage.
-        threshold: accuracy over the last 20 batches of a stage's own length that ends it.
+        short_segments: number of segments in the next stages, of segments as short as the last of `short`: what to
+            carry is learnt there at a fraction of the cost.
+        segments: number of whole segments in the stages after them.
+        steps: most steps of a stage.
+        threshold: accuracy over the last 20 batches of a stage's own length that ends the stage.
         anneal: steps after the last stage, at its length, while the rate falls to nothing.
-        vary: every other batch has a random length, of tokens up to one segment, of segments up to several.
-        batch, later_batch: samples per step up to one segment, and of several.
-        lr, later_lr: rates, likewise.
-        beta2: of AdamW, how long it remembers squared gradients.
-        weight_decay, clip: decay, largest norm of the gradient.
+        vary: give every other batch a random length, of tokens up to one segment, of segments up to several.
+        batch, later_batch: samples per step in stages of one segment, and of several.
+        lr, later_lr: rates in stages of one segment, and of several.
+        beta2: of AdamW, decay of the mean of squared gradients.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
         warm_up: steps over which the rate rises.
     """
 
@@ -56,11 +59,11 @@ class Recipe:
     warm_up: int = 50
 
     def plan(self, task: Task, segment_len: int) -> list[Stage]:
-        """What is trained, in order.
+        """Return the stages, in order.
 
         Raises:
-            ValueError: a stage too short for the task's samples, or of `short` as long as a segment; `short_segments`
-                without `short`.
+            ValueError: a stage too short for the task's samples, one of `short` that is as long as a segment, or
+                `short_segments` without `short`.
         """
         fewest = fewest_segments(task, segment_len)
         if self.segments[0] < fewest:
@@ -69,23 +72,30 @@ class Recipe:
                 f"got {self.segments[0]}"
             )
         if self.short and not task.shortest <= self.short[0] <= self.short[-1] < segment_len:
-            given = ",".join(map(str, self.short))
-            raise ValueError(f"short must be from {task.shortest} to below {segment_len} tokens, got {given}")
+            stages = ",".join(map(str, self.short))
+            raise ValueError(f"short must be from {task.shortest} to below {segment_len} tokens, got {stages}")
         if self.short_segments and not self.short:
-            given = ",".join(map(str, self.short_segments))
-            raise ValueError(f"short_segments must be none without short, got {given}")
+            stages = ",".join(map(str, self.short_segments))
+            raise ValueError(f"short_segments must be none without short, got {stages}")
         texts = [(tokens, 1, segment_len) for tokens in self.short]
         texts += [(n * self.short[-1], n, self.short[-1]) for n in self.short_segments]
         texts += [(n * segment_len, n, segment_len) for n in self.segments]
-        stages = [
+        plan = [
             Stage(length_of(task, tokens), n, cut, self.steps, self.lr if n == 1 else self.later_lr, self.threshold)
             for tokens, n, cut in texts
         ]
-        return stages + [stages[-1]._replace(steps=self.anneal, threshold=None)] * bool(self.anneal)
+        return plan + [plan[-1]._replace(steps=self.anneal, threshold=None)] * bool(self.anneal)
 
 
 class Stage(NamedTuple):
-    """Up to so many tokens, segments and steps, at a rate; without `threshold` all steps, while the rate falls."""
+    """A stage of the curriculum.
+
+    length: tokens of its longest samples.
+    segments, segment_len: of these samples.
+    steps: most steps.
+    lr: rate after the warm-up.
+    threshold: accuracy that ends the stage; None: all steps are taken, while the rate falls.
+    """
 
     length: int
     segments: int
@@ -101,16 +111,21 @@ class Stage(NamedTuple):
 
     @property
     def kind(self) -> tuple[int, int, bool]:
-        """What a run that goes on must have had: tokens, tokens per segment, and whether the rate falls."""
+        """What makes it the same stage in a resumed run: tokens, tokens per segment, and whether the rate falls."""
         return self.length, self.segment_len, self.annealed
 
     def rate(self, step: int, warm_up: int) -> float:
-        """The rate at a step, from 0 on."""
+        """Return the rate at a step, from 0 on."""
         return self.lr * (1 - step / self.steps if self.annealed else min(1.0, (step + 1) / warm_up))
 
 
 class Step(NamedTuple):
-    """One step: tokens of its samples, its loss, its accuracy, and the running accuracy at the stage's own length."""
+    """A step of training.
+
+    length: tokens of its samples.
+    loss, accuracy: of its batch.
+    running: mean accuracy of the last batches of the stage's own length.
+    """
 
     length: int
     loss: float
@@ -119,22 +134,24 @@ class Step(NamedTuple):
 
 
 class DivergedError(ValueError):
-    """The loss is no number any more; the parameters are as before the step."""
+    """A loss or gradient that is no number; the parameters are as before the step."""
 
 
 class Trainer:
-    """A memory, its optimiser, and how far the curriculum has come: all that a step depends on, besides its task.
+    """A memory, its optimiser, and the progress of the curriculum: all that a step depends on, besides its task.
 
     Args:
-        memory: `RecurrentMemory` or `AssociativeMemory`; the parameters that need a gradient are trained. Its
+        memory: `RecurrentMemory` or `AssociativeMemory`; its parameters that need a gradient are trained. Its
             `segment_len` is the present stage's, until training is over.
+        task: draws the samples.
+        segment_len: tokens of a whole segment.
+        recipe: the curriculum.
         seed: of the batches; each is a pure function of it and of its number.
 
     Attributes:
         plan: the stages.
         stage: index of the present one; past the last one when training is over.
-        step: taken in it.
-        index: taken in all.
+        index: steps taken in all.
         seconds: of training in the present stage.
         log: the present stage's steps.
         done: figures of the stages before.
@@ -145,7 +162,7 @@ class Trainer:
         self.recipe, self.seed = recipe, seed
         self.plan = recipe.plan(task, segment_len)
         settings: Any = memory.settings
-        # the last are for after the training: its own again
+        # one for each stage, and, for after the training, its own again
         self._settings = [replace(settings, segment_len=stage.segment_len) for stage in self.plan] + [settings]
         self.trained = [parameter for parameter in memory.parameters() if parameter.requires_grad]
         self.device = self.trained[0].device
@@ -161,7 +178,7 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Taken in the present stage."""
+        """The number of steps taken in the present stage."""
         return len(self.log)
 
     @property
@@ -182,10 +199,10 @@ class Trainer:
         return self.step >= self.plan[self.stage].steps or self.converged
 
     def advance(self) -> Step:
-        """One step.
+        """Take one step.
 
         Raises:
-            DivergedError: the loss or its gradient is no number any more.
+            DivergedError: the loss or its gradient is no number.
         """
         begin, stage = time.perf_counter(), self.plan[self.stage]
         for group in self.optimiser.param_groups:
@@ -194,7 +211,7 @@ class Trainer:
         size = self.recipe.batch if stage.segments == 1 else self.recipe.later_batch
         batch = self.task.batch(size, length, seed=self.seed, index=self.index)
         ids, labels = (x.to(self.device) for x in batch)
-        # of an encoder [B, C] is there without asking
+        # an encoder's [B, C] are always returned
         out = self.memory(ids, labels=labels, output_logits=labels.ndim == 2)
         self.optimiser.zero_grad()
         out.loss.backward()
@@ -211,13 +228,13 @@ class Trainer:
         return self.log[-1]
 
     def next_stage(self, figures: dict[str, Any]) -> None:
-        """Leave the present stage, whose figures these are."""
+        """Enter the next stage, and keep the figures of the present one."""
         self.done.append(figures)
         self.seconds, self.log = 0.0, []
         self._enter(self.stage + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, in plain types and tensors."""
+        """Return everything that the next step depends on, in plain types and tensors."""
         cuda = self.device.type == "cuda"
         now = None if self.over else self.plan[self.stage].kind
         return {
@@ -234,7 +251,7 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Continue from a `state_dict`."""
         self.memory.load_state_dict(saved["memory"])
         self.optimiser.load_state_dict(saved["optimiser"])
         self._enter(saved["stage"])
@@ -245,21 +262,18 @@ class Trainer:
             torch.cuda.set_rng_state(saved["random_cuda"], self.device)
 
     def _enter(self, stage: int) -> None:
+        """Enter a stage, with its settings of the memory."""
         self.stage = stage
         self.memory.settings = self._settings[stage]
 
     def _own(self) -> list[float]:
-        """The last accuracies at the present stage's own length."""
-        length, found = self.plan[self.stage].length, []
-        for step in reversed(self.log):
-            if step.length == length:
-                found.append(step.accuracy)
-            if len(found) == WINDOW:
-                break
-        return found[::-1]
+        """Return the last accuracies at the present stage's own length, at most WINDOW."""
+        length = self.plan[self.stage].length
+        latest = (step.accuracy for step in reversed(self.log) if step.length == length)
+        return list(islice(latest, WINDOW))[::-1]
 
     def _length(self) -> int:
-        """Tokens of the next batch's samples."""
+        """Return the tokens of the next batch's samples."""
         stage = self.plan[self.stage]
         if not self.recipe.vary or self.index % 2 == 0:
             return stage.length

@@ -1,4 +1,4 @@
-"""Accuracy against length, far beyond the trained one: what `segattn rmt evaluate` does, and the files it writes."""
+"""Accuracy against length, far beyond the trained one, as `segattn rmt evaluate` measures it and writes it to files."""
 
 from __future__ import annotations
 
@@ -7,50 +7,38 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from ...runs.checkpoint import SettingError, named
 from ...runs.figures import prepare, versions, write_figures
 from ..tasks.answers import answer, chance, fewest_segments, interval, length_of, samples_of
 from . import published
-from .folder import Outputs, Run, fingerprint, load_run, trained_tokens
+from .folder import Run, RunFiles, fingerprint, load_run, trained_tokens
 from .peak import peak_bytes
-from .settings import existing
-
-
-class Files(NamedTuple):
-    """Where an evaluation's files are."""
-
-    figures: Path
-    picture: Path
-
-    @classmethod
-    def of(cls, folder: Path) -> Files:
-        """The files of an evaluation in `folder`."""
-        return cls(folder / "evaluation.json", folder / "evaluation.png")
+from .plots import plot_accuracy
 
 
 class Listener(Protocol):
-    """Is told how far an evaluation has come."""
+    """A display of an evaluation's progress."""
 
     def begin(self, tokens: int) -> None:
-        """So many are to be read."""
+        """Begin an evaluation that reads this many tokens."""
 
     def read(self, tokens: int) -> None:
-        """So many more have been."""
+        """Count this many more tokens as read."""
 
     def finished(self, figures: dict[str, Any]) -> None:
-        """A length, with its figures."""
+        """Show the figures of a length that is done."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Lengths to measure at.
+    """The lengths to measure at.
 
     Args:
         segments: of each length.
-        samples: per length; one for all, or as many as there are lengths.
-        batch: samples read at once; likewise.
+        samples: per length; one number for all, or one for each length.
+        batch: samples read at once; one number for all, or one for each length.
         seed: of the samples.
 
     Raises:
@@ -64,10 +52,10 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch"):
-            given = getattr(self, name)
-            if len(given) not in (1, len(self.segments)):
+            count = len(getattr(self, name))
+            if count not in (1, len(self.segments)):
                 raise SettingError(
-                    name, f"must be one number, or one for each of {len(self.segments)} lengths, got {len(given)}"
+                    name, f"must be one number, or one for each of {len(self.segments)} lengths, got {count}"
                 )
         for name in ("segments", "samples", "batch"):
             if min(getattr(self, name), default=0) < 1:
@@ -78,25 +66,27 @@ class Grid:
             raise SettingError("seed", f"must be from 0 to 2**32 - 1, got {self.seed}")
 
     def rows(self) -> list[tuple[int, int, int]]:
-        """Segments, samples and batch of each length, the shortest first."""
+        """Return the segments, samples and batch of each length, the shortest first."""
         lengths = len(self.segments)
         samples, batch = (x * lengths if len(x) == 1 else x for x in (self.samples, self.batch))
         return sorted(zip(self.segments, samples, batch, strict=True))
 
 
 def usual_samples(segments: int) -> int:
-    """Fewer where each takes long."""
+    """Return the default number of samples at a length: fewer where each takes long."""
     return 200 if segments < 512 else 100 if segments < 4096 else 50
 
 
 @dataclass
 class Cell:
-    """What was measured at one length, in so many samples as yet.
+    """The measurements at one length so far.
 
-    right: of the samples.
-    seconds: of reading and answering them.
-    state_bytes: what one text's memory takes.
-    peak_bytes: as in `peak_bytes`, of the largest batch, without its tokens.
+    segments, tokens: the length.
+    samples: number that was read.
+    right: number of them that was answered right.
+    seconds: taken to read and answer them.
+    state_bytes: size of one text's memory.
+    peak_bytes: as in `peak_bytes`, of the largest batch, without its tokens; None where unknown.
     """
 
     segments: int
@@ -108,7 +98,7 @@ class Cell:
     peak_bytes: int | None = None
 
     def figures(self) -> dict[str, Any]:
-        """With what follows from it."""
+        """Return the measurements, with accuracy, interval and time per token."""
         return asdict(self) | {
             "accuracy": self.right / self.samples,
             "interval": list(interval(self.right, self.samples)),
@@ -127,38 +117,40 @@ def run_evaluation(
     device: str | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Accuracy of a trained run at lengths of many segments, on the test's facts and the test's part of the text.
+    """Measure the accuracy of a trained run at lengths of many segments, on the test's facts and part of the text.
 
     The same questions are asked at every length. Writes evaluation.json after every batch, and evaluation.png. Samples
     are read piece by piece: beyond a text's tokens, memory does not grow with its length.
 
     Args:
         folder: of the run.
-        out: folder of what is written; None: the run's own.
-        babi, book: other files than those that it was trained on.
-        resume: keep the samples that are there, and measure the others.
+        grid: lengths and samples.
+        listener: shows progress.
+        out: folder for the files; None: the run's.
+        babi, book: other files than those that the run was trained on; None: the same.
+        device: None: a GPU where one is.
+        resume: keep the samples that were measured, and measure the others.
 
     Returns:
         Every figure, as in the JSON file.
 
     Raises:
-        SettingError: naming an option that cannot be, or, with `resume`, is not the earlier evaluation's.
+        SettingError: naming an option that cannot be, or, with `resume`, differs from the earlier evaluation's.
     """
-    files = Files.of(folder if out is None else out)
-    existing("babi", babi)
-    existing("book", book)
+    path = RunFiles.of(folder if out is None else out).evaluation
     run = load_run(folder, babi=babi, book=book, device=device)
     _check_lengths(run, grid)
     about = _about(run, grid, folder)
-    cells = _earlier(files.figures, about, resume)
-    prepare(files.figures, resume)
-    _measure(run, grid, cells, about, files, listener)
-    return _write(files, about, cells, grid)
+    cells = _earlier(path, about, resume)
+    prepare(path, resume)
+    _measure(run, grid, cells, about, path, listener)
+    return _write(path, about, cells, grid)
 
 
 def _measure(
-    run: Run, grid: Grid, cells: dict[int, Cell], about: dict[str, Any], files: Files, listener: Listener
+    run: Run, grid: Grid, cells: dict[int, Cell], about: dict[str, Any], path: Path, listener: Listener
 ) -> None:
+    """Measure until every length has its samples, and write the figures after each batch, the picture at the end."""
     length = run.settings.tokens
     for segments, _, _ in grid.rows():
         cells.setdefault(segments, Cell(segments, length_of(run.task, segments * length)))
@@ -168,15 +160,15 @@ def _measure(
             cell = cells[segments]
             while cell.samples < samples:
                 _read(run, cell, min(batch, samples - cell.samples), grid.seed, listener)
-                _write(files, about, cells, grid)
+                _write(path, about, cells, grid)
             listener.finished(cell.figures())
     finally:
         if any(cell.samples for cell in cells.values()):
-            _draw(files.picture, _write(files, about, cells, grid))
+            plot_accuracy(path.with_suffix(".png"), _write(path, about, cells, grid))
 
 
 def _read(run: Run, cell: Cell, rows: int, seed: int, listener: Listener) -> None:
-    """Add a batch to what a length has."""
+    """Read a batch of `rows` samples, and add it to a length's measurements."""
     batch = samples_of(run.task, cell.samples, cell.samples + rows, cell.tokens, seed)
     device = next(run.memory.parameters()).device
     with peak_bytes(device) as peak:
@@ -187,13 +179,13 @@ def _read(run: Run, cell: Cell, rows: int, seed: int, listener: Listener) -> Non
     cell.samples += rows
     cell.state_bytes = answers.state_bytes
     if peak:
-        # on a GPU there are only those of a piece
+        # on a GPU there are only the tokens of a piece
         own = peak[0] - (0 if device.type == "cuda" else batch.input_ids.nbytes)
         cell.peak_bytes = max(own, cell.peak_bytes or 0)
 
 
 def _check_lengths(run: Run, grid: Grid) -> None:
-    """A length that cannot be is known before hours are spent on shorter ones."""
+    """Check that samples of all lengths exist, before hours are spent on the shorter ones."""
     length = run.settings.tokens
     fewest = fewest_segments(run.task, length)
     least, most = min(grid.segments), max(grid.segments)
@@ -204,8 +196,8 @@ def _check_lengths(run: Run, grid: Grid) -> None:
 
 
 def _about(run: Run, grid: Grid, folder: Path) -> dict[str, Any]:
-    """What samples and answers depend on; and the trained length."""
-    weights = hashlib.sha256(Outputs.of(folder).weights.read_bytes()).hexdigest()
+    """Return what samples and answers depend on, and the trained length."""
+    weights = hashlib.sha256(RunFiles.of(folder).weights.read_bytes()).hexdigest()
     return {
         "task": run.settings.task,
         "segment_len": run.settings.tokens,
@@ -218,7 +210,11 @@ def _about(run: Run, grid: Grid, folder: Path) -> dict[str, Any]:
 
 
 def _earlier(path: Path, about: dict[str, Any], resume: bool) -> dict[int, Cell]:
-    """The cells to go on with, by segments."""
+    """Return the measurements to continue from, by segments: none without `resume`.
+
+    Raises:
+        SettingError: of what differs from the earlier evaluation.
+    """
     if not resume or not path.is_file():
         return {}
     try:
@@ -240,9 +236,10 @@ def _earlier(path: Path, about: dict[str, Any], resume: bool) -> dict[int, Cell]
     return {cell.segments: cell for cell in cells}
 
 
-def _write(files: Files, about: dict[str, Any], cells: dict[int, Cell], grid: Grid) -> dict[str, Any]:
+def _write(path: Path, about: dict[str, Any], cells: dict[int, Cell], grid: Grid) -> dict[str, Any]:
+    """Write the figures, and return them."""
     measured = [cells[segments].figures() for segments in sorted(cells) if cells[segments].samples]
-    # the paper's segments, where they are as long as these
+    # only where segments are as long as the paper's
     paper = published.curve(about["task"]) if about["segment_len"] == published.SEGMENT_LEN else {}
     figures = about | {
         "complete": all(cells[segments].samples >= samples for segments, samples, _ in grid.rows()),
@@ -251,12 +248,5 @@ def _write(files: Files, about: dict[str, Any], cells: dict[int, Cell], grid: Gr
         "published": {str(n): share for n, share in paper.items()},
         "published_source": published.SOURCE,
     }
-    write_figures(files.figures, figures)
+    write_figures(path, figures)
     return figures
-
-
-def _draw(path: Path, figures: dict[str, Any]) -> None:
-    # matplotlib takes a second to import, and only this needs it
-    from .plots import plot_accuracy
-
-    plot_accuracy(path, figures)

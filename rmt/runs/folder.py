@@ -1,10 +1,12 @@
-"""A training run's folder: where its files are, and what is built and loaded from them."""
+"""A training run's folder: the places of its files, and the task and memory built and loaded from them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,27 +20,29 @@ from ...runs.checkpoint import SettingError, named
 from ..associative.memory import AssociativeMemory
 from ..recurrent.memory import RecurrentMemory
 from ..tasks.facts import babi_file
-from ..tasks.make import FORMS, CopyTask, Task, make_task
+from ..tasks.make import FORMS, Task, make_task
+from ..tasks.symbols import CopyTask
 from ..tasks.vocabulary import CLS, SEP, Vocabulary
 from .models import Pretrained, freeze_model, pretrained_encoder, pretrained_tokenizer, small_decoder, small_encoder
 from .settings import OF_MODEL, TrainSettings, device_of, short_stages
 
-# arguments → settings
+# names of arguments → settings
 _OF_TASK = {name: name for name in ("babi", "book", "decoys", "key_digits")} | {"path": "babi", "text": "book"}
 _OF_MODEL = {name: name for name in ("segment_len", "bptt", "d_mem", "noise")} | {"num_memory_tokens": "memory"}
-# what reading a folder that is no run's, or is damaged, may raise
+# errors that reading a folder may raise which is no run's, or damaged
 _UNREADABLE = (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError)
 
 
-class Outputs(NamedTuple):
-    """Where a run's files are.
+class RunFiles(NamedTuple):
+    """The places of a run's files.
 
-    figures: settings and everything measured.
-    checkpoint: what a stopped run goes on from.
+    figures: settings and everything measured in training.
+    checkpoint: the state from which a stopped run is resumed.
     weights: of the memory and its model.
     vocabulary: the words of the token ids.
-    pretrained: a pretrained model's configuration and tokenizer.
+    pretrained: folder of a pretrained model's configuration and tokenizer.
     before: figures of the run that this one started from.
+    evaluation, attention: figures of what is measured after training; beside each stands a picture.
     """
 
     figures: Path
@@ -47,16 +51,28 @@ class Outputs(NamedTuple):
     vocabulary: Path
     pretrained: Path
     before: Path
+    evaluation: Path
+    attention: Path
 
     @classmethod
-    def of(cls, folder: Path) -> Outputs:
-        """The files of a run in `folder`."""
-        names = ("figures.json", "checkpoint.pt", "model.safetensors", "vocabulary.json", "pretrained", "before.json")
-        return cls(*(folder / name for name in names))
+    def of(cls, folder: Path) -> RunFiles:
+        """Return the places of a run's files in a folder."""
+        training = (
+            "figures.json",
+            "checkpoint.pt",
+            "model.safetensors",
+            "vocabulary.json",
+            "pretrained",
+            "before.json",
+        )
+        return cls(*(folder / name for name in (*training, "evaluation.json", "attention.json")))
 
 
 class Run(NamedTuple):
-    """What is trained, or was: `source` is a pretrained model's tokenizer, otherwise None."""
+    """A memory and the task that it is trained on.
+
+    source: a pretrained model's tokenizer; None for a small model.
+    """
 
     settings: TrainSettings
     task: Task
@@ -64,7 +80,7 @@ class Run(NamedTuple):
     source: Pretrained | None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a sentence."""
+        """Return the token ids of a sentence, without special tokens."""
         if self.source is not None:
             return self.source.encode(text)
         if self.task.vocabulary is None:
@@ -72,11 +88,12 @@ class Run(NamedTuple):
         return self.task.vocabulary.encode(text)
 
 
-def build(settings: TrainSettings, earlier: Outputs | None = None) -> Run:
-    """Task and memory, before the first step, with the settings that follow from the task.
+def build(settings: TrainSettings, earlier: RunFiles | None = None) -> Run:
+    """Make the task and the memory of a run, before its first step, and fill in the settings that depend on the task.
 
     Args:
-        earlier: of a run that was begun: its words, configuration and tokenizer are taken, and weights are random.
+        earlier: files of a run that was begun, whose vocabulary, configuration and tokenizer are taken; the weights are
+            random. None: all are made anew.
 
     Raises:
         SettingError: naming the setting.
@@ -95,43 +112,37 @@ def build(settings: TrainSettings, earlier: Outputs | None = None) -> Run:
 
 
 def start_from(folder: Path, settings: TrainSettings) -> Run:
-    """Task and memory with the words and weights of an earlier run.
+    """Make the task and the memory of a run, with the vocabulary and weights of an earlier one.
+
+    Args:
+        folder: of the earlier run.
 
     Raises:
         SettingError: naming the setting; of `start`, where the folder holds no run, or one of another model.
     """
-    outputs = Outputs.of(folder)
     before = settings_of(folder, "start")
     for name in OF_MODEL:
-        given, own = (getattr(settings, name), before[name])
+        value, earlier = getattr(settings, name), before[name]
         # a pretrained model is in the folder, wherever it was
-        same = (given is None) == (own is None) if name == "pretrained" else given == own
+        same = (value is None) == (earlier is None) if name == "pretrained" else value == earlier
         if not same:
-            raise SettingError(name, f"must be the earlier run's with start, {own!r}, got {given!r}")
-    try:
-        run = build(settings, outputs)
-        load_model(run.memory, outputs.weights, device=device_of(settings.device))
-    except SettingError:
-        raise
-    except _UNREADABLE as error:
-        raise _no_run("start", folder, error) from None
-    return run
+            raise SettingError(name, f"must be the earlier run's with start, {earlier!r}, got {value!r}")
+    with _reading(folder, "start"):
+        return _load(settings, folder)
 
 
 def settings_of(folder: Path, option: str = "folder") -> dict[str, Any]:
-    """The settings of the run in a folder.
+    """Return the settings of the run in a folder.
 
     Raises:
-        SettingError: of `option`: no run is there.
+        SettingError: of `option`: the folder holds no run.
     """
-    try:
+    with _reading(folder, option):
         return dict(_figures(folder)["settings"])
-    except _UNREADABLE as error:
-        raise _no_run(option, folder, error) from None
 
 
 def trained_tokens(folder: Path) -> int:
-    """Of the longest texts that the run in a folder was trained on, and those that it started from."""
+    """Return the length of the longest texts that the run in a folder, or one that it started from, was trained on."""
 
     def longest(figures: dict[str, Any]) -> int:
         before = figures.get("before")
@@ -140,53 +151,67 @@ def trained_tokens(folder: Path) -> int:
     return longest(_figures(folder))
 
 
-def write_sources(run: Run, outputs: Outputs) -> None:
-    """What `build` takes from a run that was begun, and the record of what came before it."""
+def write_sources(run: Run, files: RunFiles) -> None:
+    """Write what `build` takes from a run that was begun, and the figures of the run that this one started from."""
     if run.settings.start is not None:
-        shutil.copyfile(Outputs.of(Path(run.settings.start)).figures, outputs.before)
+        shutil.copyfile(RunFiles.of(Path(run.settings.start)).figures, files.before)
     if run.source is not None:
         model: Any = run.memory.model
-        model.config.save_pretrained(outputs.pretrained)
-        run.source.tokenizer.save_pretrained(outputs.pretrained)
+        model.config.save_pretrained(files.pretrained)
+        run.source.tokenizer.save_pretrained(files.pretrained)
     elif run.task.vocabulary is not None:
-        outputs.vocabulary.write_text(json.dumps(run.task.vocabulary.words) + "\n", encoding="utf-8")
+        files.vocabulary.write_text(json.dumps(run.task.vocabulary.words) + "\n", encoding="utf-8")
 
 
 def load_run(folder: Path, *, babi: str | None = None, book: str | None = None, device: str | None = None) -> Run:
-    """A trained run, for questions.
+    """Load a trained run, with its memory in evaluation mode.
 
     Args:
-        babi, book: other files than those that it was trained on.
+        babi, book: other files than those that it was trained on; None: the same.
         device: None: a GPU where one is.
 
     Raises:
         SettingError: of `folder`, where it holds no run, or of the others.
     """
-    outputs = Outputs.of(folder)
     files = {name: path for name, path in {"babi": babi, "book": book}.items() if path is not None}
-    given = settings_of(folder) | files | {"device": device}
-    try:
-        run = build(TrainSettings(**given), outputs)
-        load_model(run.memory, outputs.weights, device=device_of(device))
-    except SettingError:
-        raise
-    except _UNREADABLE as error:
-        raise _no_run("folder", folder, error) from None
+    for name, path in files.items():
+        if not Path(path).exists():
+            raise SettingError(name, f"must be there, got {path!r}")
+    saved = settings_of(folder) | files | {"device": device}
+    with _reading(folder, "folder"):
+        run = _load(TrainSettings(**saved), folder)
     run.memory.eval()
     return run
 
 
+def _load(settings: TrainSettings, folder: Path) -> Run:
+    """Build a run with the vocabulary and weights in a folder."""
+    files = RunFiles.of(folder)
+    run = build(settings, files)
+    load_model(run.memory, files.weights, device=device_of(settings.device))
+    return run
+
+
+@contextmanager
+def _reading(folder: Path, option: str) -> Iterator[None]:
+    """Turn errors of reading a folder that holds no run into a `SettingError` of `option`."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        message = f"must be one that segattn rmt train wrote, got {str(folder)!r} ({reason})"
+        raise SettingError(option, message) from None
+
+
 def _figures(folder: Path) -> dict[str, Any]:
-    return dict(json.loads(Outputs.of(folder).figures.read_text(encoding="utf-8")))
-
-
-def _no_run(setting: str, folder: Path, error: Exception) -> SettingError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return SettingError(setting, f"must be one that segattn rmt train wrote, got {str(folder)!r} ({reason})")
+    """Read the figures of a run."""
+    return dict(json.loads(RunFiles.of(folder).figures.read_text(encoding="utf-8")))
 
 
 def fingerprint(settings: TrainSettings) -> str:
-    """Of the files that samples are made from."""
+    """Return the SHA-256 of the files that samples are made from."""
     files = []
     if settings.task in FORMS and settings.book is not None:
         files.append(Path(settings.book))
@@ -199,7 +224,8 @@ def fingerprint(settings: TrainSettings) -> str:
     return digest.hexdigest()
 
 
-def _task_options(settings: TrainSettings, source: Pretrained | None, earlier: Outputs | None) -> dict[str, Any]:
+def _task_options(settings: TrainSettings, source: Pretrained | None, earlier: RunFiles | None) -> dict[str, Any]:
+    """Return the arguments of `make_task`."""
     if settings.task == "retrieval":
         return {"key_digits": settings.key_digits, "rewrite": settings.rewrite}
     if settings.task not in FORMS:
@@ -212,7 +238,8 @@ def _task_options(settings: TrainSettings, source: Pretrained | None, earlier: O
     return files | {"vocabulary_size": settings.vocabulary}
 
 
-def _memory(settings: TrainSettings, task: Task, source: Pretrained | None, earlier: Outputs | None) -> nn.Module:
+def _memory(settings: TrainSettings, task: Task, source: Pretrained | None, earlier: RunFiles | None) -> nn.Module:
+    """Make the memory of a run, around a model that has random or pretrained weights."""
     m, length = settings.memory_tokens, settings.tokens
     if settings.classifies:
         return _classifier(settings, task, source, earlier)
@@ -224,7 +251,8 @@ def _memory(settings: TrainSettings, task: Task, source: Pretrained | None, earl
     return RecurrentMemory(model, m, length, bptt=settings.bptt, loss=loss, noise=settings.noise)
 
 
-def _classifier(settings: TrainSettings, task: Task, source: Pretrained | None, earlier: Outputs | None) -> nn.Module:
+def _classifier(settings: TrainSettings, task: Task, source: Pretrained | None, earlier: RunFiles | None) -> nn.Module:
+    """Make the memory of a run with a task of classes, around an encoder."""
     m, length = settings.memory_tokens, settings.tokens
     special = (CLS, SEP) if source is None else source.special_tokens
     if settings.pretrained is None:

@@ -1,4 +1,4 @@
-"""The models that memory tasks are trained on: small ones from their sizes, or a pretrained encoder from a folder."""
+"""The models of memory tasks: small ones made from their sizes, or a pretrained encoder from a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..tasks.vocabulary import CLS, PAD, SEP
 
 
 class Sizes(NamedTuple):
-    """Of a small model: layers, width, attention heads."""
+    """The sizes of a small model: layers, width, attention heads."""
 
     layers: int
     width: int
@@ -30,16 +30,19 @@ class Pretrained(NamedTuple):
     special_tokens: tuple[int, int]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
-        # a text longer than the model is what this is for: no warning
+        """Return the token ids of a text, without special tokens."""
+        # texts longer than the model are meant to be read: no warning
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def small_encoder(kind: str, vocab_size: int, classes: int, rows: int, sizes: Sizes) -> nn.Module:
-    """An encoder without dropout that classifies a text by its first row, for segments of so many rows.
+    """Make an encoder without dropout that classifies a text by its first row.
 
     Args:
         kind: "bert" or, with rotary positions and norms before its layers, "modernbert".
+        vocab_size: number of token ids.
+        classes: number of classes.
+        rows: positions that the model knows, at least the rows of a segment.
     """
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -78,7 +81,7 @@ ENCODERS = tuple(_CONFIGS)
 
 
 def small_decoder(vocab_size: int, rows: int, sizes: Sizes) -> nn.Module:
-    """A Llama, for segments of so many rows."""
+    """Make a Llama that knows `rows` positions, at least the rows of a segment."""
     config = transformers.LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=sizes.width,
@@ -94,10 +97,10 @@ def small_decoder(vocab_size: int, rows: int, sizes: Sizes) -> nn.Module:
 
 
 def pretrained_tokenizer(folder: Path) -> Pretrained:
-    """The tokenizer of a folder.
+    """Load the tokenizer of a folder.
 
     Raises:
-        SettingError: of `pretrained`: no tokenizer there, or one without special tokens.
+        SettingError: of `pretrained`: the folder holds no tokenizer, or one without special tokens.
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -110,13 +113,14 @@ def pretrained_tokenizer(folder: Path) -> Pretrained:
 
 
 def pretrained_encoder(folder: Path, classes: int | None = None) -> nn.Module:
-    """An encoder that classifies texts.
+    """Load an encoder that classifies texts.
 
     Args:
-        classes: their number, for weights and a new head; None: the folder's configuration alone, with random weights.
+        classes: number of classes of a new head on the folder's weights; None: use only the folder's configuration,
+            with random weights.
 
     Raises:
-        SettingError: of `pretrained`.
+        SettingError: of `pretrained`: the folder holds no encoder, or one without its weights.
     """
     auto = transformers.AutoModelForSequenceClassification
     options: dict[str, Any] = {"local_files_only": True}
@@ -125,18 +129,18 @@ def pretrained_encoder(folder: Path, classes: int | None = None) -> nn.Module:
             return auto.from_config(transformers.AutoConfig.from_pretrained(folder, **options))
         options |= {"num_labels": classes, "ignore_mismatched_sizes": True, "output_loading_info": True}
         with _quiet():
-            model, found = auto.from_pretrained(folder, dtype=torch.float32, **options)
+            model, report = auto.from_pretrained(folder, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise _unusable(folder, "an encoder", error) from None
-    lost = sorted(name for name in found["missing_keys"] if name.startswith(model.base_model_prefix + "."))
-    if lost := [name for name in lost if ".pooler." not in name]:
-        raise SettingError("pretrained", f"must hold the encoder's weights, got {str(folder)!r} without {lost[0]}")
+    trunk = sorted(name for name in report["missing_keys"] if name.startswith(model.base_model_prefix + "."))
+    if missing := [name for name in trunk if ".pooler." not in name]:
+        raise SettingError("pretrained", f"must hold the encoder's weights, got {str(folder)!r} without {missing[0]}")
     return model
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the report that the head is new, which it is meant to be; what else is missing is an error here."""
+    """Silence the report that the head is new, which it is meant to be; other missing weights raise an error here."""
     log = transformers.utils.logging
     before = log.get_verbosity()
     log.set_verbosity_error()
@@ -147,7 +151,7 @@ def _quiet() -> Iterator[None]:
 
 
 def freeze_model(memory: nn.Module) -> None:
-    """Leave to training what is not the pretrained trunk: the memory, the model's head, an encoder's pooler."""
+    """Freeze the pretrained trunk, and leave the memory, the model's head and an encoder's pooler to training."""
     model: Any = memory.model
     for name, parameter in model.base_model.named_parameters():
         if not name.startswith("pooler."):
@@ -155,6 +159,7 @@ def freeze_model(memory: nn.Module) -> None:
 
 
 def _unusable(folder: Path, what: str, error: Exception) -> SettingError:
+    """Return the error of a folder from which transformers cannot load what is wanted."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return SettingError(
         "pretrained", f"must be a folder with {what} of Hugging Face's format, got {str(folder)!r} ({reason})"

@@ -1,4 +1,4 @@
-"""How much memory a computation holds at most."""
+"""The most memory that a computation holds."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 @contextmanager
 def peak_bytes(device: torch.device) -> Iterator[list[int]]:
-    """A list that gets one number when the block is left, or none where it cannot be told.
+    """Yield a list that, after the block, holds the most bytes that were in use, or nothing where they are unknown.
 
-    On a GPU the most bytes of tensors there were, the model's included; on a CPU under Linux the process's peak
-    resident size.
+    On a GPU these are the bytes of tensors, the model's included; on a CPU under Linux the process's peak resident
+    size.
     """
-    found: list[int] = []
+    peak: list[int] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield found
-        found.append(torch.cuda.max_memory_allocated(device))
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device))
         return
     try:
         _RESET.write_text("5")
     except OSError:
-        yield found
+        yield peak
         return
-    yield found
+    yield peak
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    found.append(int(lines["VmHWM"].split()[0]) * 1024)
+    peak.append(int(lines["VmHWM"].split()[0]) * 1024)

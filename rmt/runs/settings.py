@@ -1,11 +1,11 @@
-"""What a training run can be asked for, checked."""
+"""The settings of a training run, checked."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
@@ -17,47 +17,46 @@ from .models import ENCODERS, Sizes
 ARCHITECTURES = ("rmt", "armt")
 CLASS_TASKS = tuple(name for name, form in FORMS.items() if form.kind == "class")
 SHORT = (64, 128)
-LEAST = {"seed": 0, "anneal": 0, "vocabulary": 0, "warm_up": 1}
 COUNTS = (
-    "layers width heads memory d_mem segment_len steps anneal warm_up batch later_batch bptt "
-    "seed vocabulary key_digits test_samples"
-).split()
-# what a run that starts from another must share with it
+    "layers width heads memory d_mem segment_len steps warm_up batch later_batch bptt key_digits test_samples".split()
+)
+LEAST = dict.fromkeys(COUNTS, 1) | {"anneal": 0, "seed": 0, "vocabulary": 0}
+# settings that a run must share with the one that it starts from
 OF_MODEL = "vocabulary encoder layers width heads pretrained architecture memory d_mem segment_len".split()
-# what it takes from it besides, where nothing else is said
+# settings that it takes from that one by default
 OF_TASK = "task babi book key_digits rewrite".split()
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """A training run. Class tasks train an encoder, token tasks a decoder.
+    """The settings of a training run. Class tasks train an encoder, token tasks a decoder.
 
     Args:
-        task: in `tasks.TASKS`.
+        task: a name in `tasks.make.TASKS`.
         babi: folder of bAbI's files; None: generated facts.
         book: file of running text; None: generated sentences.
         vocabulary: words of the text that are kept, besides those of the facts.
-        decoys: of tasks of text, share of the training text's tokens that are single ones out of facts instead.
-        key_digits, rewrite: of retrieval.
+        decoys: in tasks of text, share of the training text's tokens that are replaced by single ones out of facts.
+        key_digits, rewrite: as in `RetrievalTask`.
         encoder: kind of the small model for class tasks, bert or modernbert.
         layers, width, heads: of the small model.
-        pretrained: folder of an encoder and its tokenizer, in place of the small one.
-        freeze: train memory and head alone.
-        start: folder of an earlier run, whose words and weights are the first; the settings of the model must be its.
+        pretrained: folder of an encoder and its tokenizer, in place of the small model.
+        freeze: train only the memory and the head of a pretrained model.
+        start: folder of an earlier run with the same model, whose vocabulary and weights the run begins with.
         architecture: "rmt" or, for token tasks, "armt".
         memory: memory tokens; None: 10, or a segment's tokens where those are fewer.
         d_mem: of armt, width of queries and keys before their features.
-        segment_len: tokens; None: 499, or what a pair takes in retrieval.
+        segment_len: tokens of a segment; None: 499, in retrieval those of a pair.
         short: as in `Recipe`; None: 64 and 128 in tasks of text, where those are possible.
         short_segments: as in `Recipe`.
-        segments: as in `Recipe`; none: up to 5.
+        segments: as in `Recipe`; empty: up to 5.
         steps, threshold, anneal, vary, batch, lr, beta2, weight_decay, warm_up: as in `Recipe`.
-        later_batch, later_lr: likewise; None: batch, and 0.4 of lr.
-        noise: of rmt, added to the memory between segments in training, relative to its spread.
+        later_batch, later_lr: as in `Recipe`; None: batch, and 0.4 of lr.
+        noise: of rmt, added to the memory between segments in training, relative to the size of its rows.
         bptt: segments that gradients reach back; None: all.
         seed: of weights, dropout and samples.
-        device: None: a GPU where one is.
-        test_samples: after each stage, at its length.
+        device: as PyTorch names it; None: a GPU where one is.
+        test_samples: number of test samples after each stage, at its length.
 
     Raises:
         SettingError: naming the setting, what it must be, and what it was.
@@ -126,14 +125,14 @@ class TrainSettings:
 
     @property
     def tokens(self) -> int:
-        """Of a segment."""
+        """The tokens of a segment."""
         if self.segment_len is None:
             raise RuntimeError("segment_len is not set before the settings are checked")
         return self.segment_len
 
     @property
     def memory_tokens(self) -> int:
-        """m."""
+        """The number of memory tokens, m."""
         if self.memory is None:
             raise RuntimeError("memory is not set before the settings are checked")
         return self.memory
@@ -144,33 +143,16 @@ class TrainSettings:
         return self.task in CLASS_TASKS
 
     def sizes(self) -> Sizes:
-        """Of the small model."""
+        """Return the sizes of the small model."""
         return Sizes(self.layers, self.width, self.heads)
 
     def recipe(self) -> Recipe:
-        """How it is trained."""
-        return Recipe(
-            short=self.short or (),
-            short_segments=self.short_segments,
-            segments=self.segments,
-            steps=self.steps,
-            threshold=self.threshold,
-            anneal=self.anneal,
-            vary=self.vary,
-            batch=self.batch,
-            later_batch=self.batch if self.later_batch is None else self.later_batch,
-            beta2=self.beta2,
-            lr=self.lr,
-            later_lr=self.lr if self.later_lr is None else self.later_lr,
-            weight_decay=self.weight_decay,
-            warm_up=self.warm_up,
-        )
+        """Return the recipe of the curriculum, whose settings have the same names."""
+        shared = {field.name: getattr(self, field.name) for field in fields(Recipe) if hasattr(self, field.name)}
+        return Recipe(**shared | {"short": self.short or (), "later_batch": self.later_batch or self.batch})
 
     def _check_numbers(self) -> None:
-        for name in COUNTS:
-            value, low = getattr(self, name), LEAST.get(name, 1)
-            if value is not None and value < low:
-                raise SettingError(name, f"must be at least {low}, got {value}")
+        check_least(self, LEAST)
         if self.seed >= 2**32:
             raise SettingError("seed", f"must be below 2**32, got {self.seed}")
         if not 0 < self.threshold <= 1:
@@ -200,7 +182,7 @@ class TrainSettings:
             raise SettingError("width", f"must give even heads, for rotary embedding, got {self.width // self.heads}")
 
     def _check_use(self) -> None:
-        """See that nothing is asked for that would change nothing."""
+        """Check that no option is set that would change nothing."""
         text, small = self.task in FORMS, self.pretrained is None
         uses = (
             ("babi book decoys", text, f"is for tasks of text, {', '.join(FORMS)}"),
@@ -220,25 +202,26 @@ class TrainSettings:
                     raise SettingError(name, f"{where}, got {value!r} with {self._kind()}")
 
     def _kind(self) -> str:
+        """Describe the task and the model, for messages."""
         model = self.architecture if self.pretrained is None else "a pretrained model"
         return f"{self.task} and {model}"
 
 
 def up_to(segments: int, task: str) -> tuple[int, ...]:
-    """Every stage up to so many segments; retrieval begins at two, a pair and a question."""
+    """Return the stages from one segment up to `segments`; retrieval begins at two, a pair and a question."""
     return tuple(range(min(segments, 1 + (task == "retrieval")), segments + 1))
 
 
 def short_stages(task: Task, segment_len: int) -> tuple[int, ...]:
-    """Where nothing is said: on long texts little is learnt from the beginning."""
+    """Return the default stages shorter than a segment, since little is learnt from long texts at first."""
     return tuple(n for n in SHORT if task.shortest <= n < segment_len) if task.name in FORMS else ()
 
 
 def check_device(device: str | None) -> None:
-    """See that PyTorch can compute there.
+    """Check that PyTorch can compute on a device.
 
     Raises:
-        SettingError: of `device`.
+        SettingError: of `device`: it cannot.
     """
     try:
         torch.ones(1, device=device).item()
@@ -250,15 +233,17 @@ def check_device(device: str | None) -> None:
 
 
 def device_of(device: str | None) -> str:
-    """As given, or a GPU where one is."""
+    """Return the device, by default a GPU where one is."""
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def existing(name: str, path: str | None) -> None:
-    """See that a file or folder is there.
+def check_least(settings: object, least: Mapping[str, int]) -> None:
+    """Check that no setting is below its least value; one that is None has no value.
 
     Raises:
-        SettingError: of `name`.
+        SettingError: naming the setting.
     """
-    if path is not None and not Path(path).exists():
-        raise SettingError(name, f"must be there, got {path!r}")
+    for name, low in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < low:
+            raise SettingError(name, f"must be at least {low}, got {value}")

@@ -1,4 +1,4 @@
-"""A training run as `segattn rmt train` makes it: stopped at any step, gone on with, its figures written."""
+"""A training run as `segattn rmt train` makes it: it may stop at any step and be resumed, and writes its figures."""
 
 from __future__ import annotations
 
@@ -16,50 +16,52 @@ from ...runs.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from ...runs.figures import make_folder, versions, write_figures
+from ...runs.figures import prepare, versions, write_figures
 from ..tasks.answers import count_right, interval, samples_of
 from .curriculum import DivergedError, Stage, Step, Trainer
-from .folder import Outputs, build, fingerprint, start_from, write_sources
+from .folder import RunFiles, build, fingerprint, start_from, write_sources
 from .settings import TrainSettings
 
 CHECKPOINT_EVERY = 50
 CURVE_EVERY = 10
 TEST_SEED = 0
-# may change between a run and its continuation: where files are, and what is yet to be done
+# settings that may change when a run is resumed: places of files, and what is yet to be done
 FREE = "babi book pretrained start device short short_segments segments steps threshold anneal test_samples".split()
-# likewise, and of interest in each stage's figures
+# more of them, which are in each stage's figures
 OF_STAGE = ("bptt", "noise", "decoys", "later_batch", "later_lr")
 
 
 class Listener(Protocol):
-    """Is told how far a run has come."""
+    """A display of a run's progress."""
 
     def trained(self, stage: Stage, done: int, step: Step) -> None:
-        """After each step, of which so many of the stage are done."""
+        """Show a step, after which `done` steps of the stage are taken."""
 
     def finished(self, figures: dict[str, Any]) -> None:
-        """After each stage."""
+        """Show the figures of a stage that is done."""
 
 
 def run_training(settings: TrainSettings, folder: Path, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
-    """Train by the curriculum; writes weights and figures after each stage, and checkpoints between.
+    """Train by the curriculum, and write weights and figures after each stage, checkpoints between.
 
     Args:
-        resume: go on from the checkpoint in `folder`; the weights become those of a run that was never stopped.
+        folder: for the files.
+        listener: shows progress.
+        resume: continue from the checkpoint in `folder`; the weights become those of a run that was never stopped.
 
     Returns:
         Every figure of the run, as in the JSON file.
 
     Raises:
-        SettingError: a setting that cannot be, or with `resume`, one that is not the checkpoint's.
+        SettingError: a setting that cannot be, or, with `resume`, differs from the checkpoint's.
         InterruptedRunError: by Ctrl-C, with the checkpoint written.
     """
-    outputs = Outputs.of(folder)
-    saved = _checkpoint(outputs.checkpoint) if resume else None
+    files = RunFiles.of(folder)
+    saved = _checkpoint(files.checkpoint) if resume else None
     if saved is not None:
         _check_same(saved["settings"], settings)
     if resume:
-        run = build(settings, outputs)
+        run = build(settings, files)
     elif settings.start is None:
         run = build(settings)
     else:
@@ -69,31 +71,39 @@ def run_training(settings: TrainSettings, folder: Path, listener: Listener, *, r
         segments="segments", short="short", short_segments="short_segments", length="segments", segment_len="short"
     ):
         trainer = Trainer(run.memory, run.task, settings.tokens, settings.recipe(), settings.seed)
-        # a length that cannot be drawn is known before the hours that lead to it
+        # fail on a length that cannot be drawn before the hours that lead to it
         samples_of(run.task, 0, 1, trainer.plan[-1].length, TEST_SEED)
     data = fingerprint(settings)
     if saved is None:
-        _prepare(folder)
-        write_sources(run, outputs)
+        for path in (files.checkpoint, files.figures):
+            prepare(path, resume=False)
+        write_sources(run, files)
     else:
         _restore(trainer, saved, data)
-    _train(trainer, settings, data, outputs, listener)
-    return _write(trainer, settings, outputs)
+    _train(trainer, settings, data, files, listener)
+    return _write(trainer, settings, files)
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run whose checkpoint is in `folder`.
+    """Return the settings of the run whose checkpoint is in a folder.
 
     Raises:
-        SettingError: of `resume`, where there is none.
+        SettingError: of `resume`: the folder holds no checkpoint.
     """
-    return dict(_checkpoint(Outputs.of(folder).checkpoint)["settings"])
+    return dict(_checkpoint(RunFiles.of(folder).checkpoint)["settings"])
 
 
-def _train(trainer: Trainer, settings: TrainSettings, data: str, outputs: Outputs, listener: Listener) -> None:
+def _train(trainer: Trainer, settings: TrainSettings, data: str, files: RunFiles, listener: Listener) -> None:
+    """Train until the curriculum is over or Ctrl-C is pressed.
+
+    Raises:
+        SettingError: of the rate at which the loss is no number.
+        InterruptedRunError: by Ctrl-C, with the checkpoint written.
+    """
+
     def save() -> None:
         content = {"settings": _plain(settings), "data": data, "trainer": trainer.state_dict()}
-        save_checkpoint(outputs.checkpoint, content)
+        save_checkpoint(files.checkpoint, content)
 
     with deferred_interrupt() as interrupted:
         while not trainer.over:
@@ -109,21 +119,21 @@ def _train(trainer: Trainer, settings: TrainSettings, data: str, outputs: Output
                 figures = _stage_figures(trainer, settings)
                 trainer.next_stage(figures)
                 listener.finished(figures)
-                _write(trainer, settings, outputs)
+                _write(trainer, settings, files)
             save()
             if interrupted and not trainer.over:
                 raise InterruptedRunError
 
 
 def _too_high(stage: Stage, error: DivergedError) -> SettingError:
-    """Of the option that the stage's rate is from."""
+    """Return the error of the option that the stage's rate comes from."""
     if stage.segments == 1:
         return SettingError("lr", f"must be lower, in a new run: {error}")
     return SettingError("later_lr", f"must be lower: {error}; go on with --resume and a lower one")
 
 
 def _stage_figures(trainer: Trainer, settings: TrainSettings) -> dict[str, Any]:
-    """Of the present stage, with a test at its length."""
+    """Test the memory at the present stage's length, and return the stage's figures."""
     stage, log, samples = trainer.plan[trainer.stage], trainer.log, settings.test_samples
     trainer.memory.eval()
     hits = count_right(trainer.memory, trainer.task, stage.length, stage.segment_len, samples, TEST_SEED)
@@ -147,8 +157,8 @@ def _stage_figures(trainer: Trainer, settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def _write(trainer: Trainer, settings: TrainSettings, outputs: Outputs) -> dict[str, Any]:
-    """Weights and figures."""
+def _write(trainer: Trainer, settings: TrainSettings, files: RunFiles) -> dict[str, Any]:
+    """Write weights and figures, and return the figures."""
     parameters = list(trainer.memory.parameters())
     figures = {
         "settings": _plain(settings),
@@ -163,42 +173,44 @@ def _write(trainer: Trainer, settings: TrainSettings, outputs: Outputs) -> dict[
         "seconds": round(sum(stage["seconds"] for stage in trainer.done), 2),
         "curve_every": CURVE_EVERY,
         "stages": trainer.done,
-        "before": json.loads(outputs.before.read_text(encoding="utf-8")) if outputs.before.exists() else None,
+        "before": json.loads(files.before.read_text(encoding="utf-8")) if files.before.exists() else None,
     }
-    save_weights(trainer.memory, outputs.weights)
-    write_figures(outputs.figures, figures)
+    save_weights(trainer.memory, files.weights)
+    write_figures(files.figures, figures)
     return figures
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:
-    # tuples are lists in JSON
+    """Return the settings as JSON gives them back, with lists in place of tuples."""
     return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(settings).items()}
 
 
-def _prepare(folder: Path) -> None:
-    """Make the folder, and let no run's files be lost."""
-    make_folder(folder)
-    outputs = Outputs.of(folder)
-    for path in (outputs.checkpoint, outputs.figures):
-        if path.exists():
-            raise SettingError(
-                "out",
-                f"must not hold an earlier run, got {str(folder)!r} with {path.name}: go on with it by --resume, "
-                "choose another folder, or delete this one",
-            )
-
-
 def _checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        SettingError: of `resume`: there is none that can be continued from.
+    """
     return read_checkpoint(path, "segattn rmt train", ("data", "trainer"), TrainSettings.__dataclass_fields__)
 
 
 def _check_same(saved: dict[str, Any], settings: TrainSettings) -> None:
+    """Check that settings that may not change are the checkpoint's.
+
+    Raises:
+        SettingError: naming one that is not.
+    """
     for name, value in _plain(settings).items():
         if name not in (*FREE, *OF_STAGE) and saved[name] != value:
             raise SettingError(name, f"must be the checkpoint's with resume, {saved[name]!r}, got {value!r}")
 
 
 def _restore(trainer: Trainer, saved: dict[str, Any], data: str) -> None:
+    """Load a checkpoint into a trainer.
+
+    Raises:
+        SettingError: of `book`: other data; of `segments`: other stages than those that were begun.
+    """
     if saved["data"] != data:
         raise SettingError("book", "and --babi must hold what they held before with resume, got other files")
     state = saved["trainer"]

@@ -1,4 +1,4 @@
-"""What a memory answers to a task's samples, read piece by piece: nothing but the tokens grows with their length."""
+"""The answers of a memory to a task's samples, read piece by piece: only their tokens grow with their length."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .batch import IGNORE, Batch
+from ..segments import IGNORED
+from .batch import Batch
 from .facts import PLACES
 from .make import Task
 from .symbols import CopyTask, RetrievalTask
 
-# segments read at once; what it changes is how often a progress bar moves
+# segments read at once, after each of which a progress bar moves
 PIECE = 16
-# samples read at once where nobody says otherwise
+# samples read at once in a test after a stage
 BATCH = 25
 
 
 class Memory(Protocol):
-    """What `RecurrentMemory` and `AssociativeMemory` have in common."""
+    """What is used of a `RecurrentMemory` or `AssociativeMemory`."""
 
     def __call__(self, input_ids: Tensor, **options: Any) -> Any: ...
 
@@ -30,19 +31,23 @@ class Memory(Protocol):
 
 
 class Answers(NamedTuple):
-    """right: bool [B]. state_bytes: of one row's state."""
+    """The outcome of a batch.
+
+    right: bool [B], whether each sample was answered right.
+    state_bytes: size of one row's state.
+    """
 
     right: Tensor
     state_bytes: int
 
 
 def fewest_segments(task: Task, segment_len: int) -> int:
-    """Segments that hold every sample of a task."""
+    """Return the least number of segments that hold any sample of a task."""
     return -(-task.shortest // segment_len)
 
 
 def length_of(task: Task, tokens: int) -> int:
-    """The greatest length of a sample of at most so many tokens."""
+    """Return the greatest length of a task's samples that is at most `tokens`."""
     if not isinstance(task, (CopyTask, RetrievalTask)):
         return tokens
     least = task.length(0)
@@ -50,7 +55,7 @@ def length_of(task: Task, tokens: int) -> int:
 
 
 def chance(task: Task) -> float:
-    """Share of right answers by guessing one of those that there are."""
+    """Return the share of right answers when one of the possible answers is guessed."""
     if isinstance(task, RetrievalTask):
         return 1 / task.symbols
     if isinstance(task, CopyTask):
@@ -60,16 +65,16 @@ def chance(task: Task) -> float:
 
 
 def right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which rows are answered right, bool [B].
+    """Return which rows are answered right, bool [B].
 
     Args:
         logits, labels: of classes, [B, C] and [B]; or of tokens, [B, T, C] and [B, T], each label predicted by the
-            logits before it: all of a row's labels must be met.
+            logits before it: a row is right where all of its labels are.
     """
     if labels.ndim == 1:
         return logits.argmax(-1) == labels
     target = labels[:, 1:]
-    return ((logits[:, :-1].argmax(-1) == target) | (target == IGNORE)).all(1)
+    return ((logits[:, :-1].argmax(-1) == target) | (target == IGNORED)).all(1)
 
 
 @torch.inference_mode()
@@ -77,18 +82,21 @@ def answer(memory: Memory, batch: Batch, segment_len: int, on_read: Callable[[in
     """Read samples and answer them.
 
     Args:
+        memory: in evaluation mode.
         batch: samples, on any device; those of classes are whole segments long.
-        on_read: called after each piece with the tokens it had, of all rows.
+        segment_len: L.
+        on_read: called after each piece with the number of its tokens, of all rows.
     """
     ids, labels = batch
     device = next(memory.parameters()).device
     rows, time = ids.shape
     tokens = labels.ndim == 2
-    asked = int((labels != IGNORE).any(0).nonzero()[0]) - 1 if tokens else time - 1
-    last = asked // segment_len * segment_len
+    # the logits of the first answer, and the beginning of their segment
+    first = int((labels != IGNORED).any(0).nonzero()[0]) - 1 if tokens else time - 1
+    last = first // segment_len * segment_len
     state, logits = None, torch.empty(0)
     for begin, end in pairwise([*range(0, last, PIECE * segment_len), last, time]):
-        # an encoder's logits of a row's last segment are always there
+        # an encoder's logits of a row's last segment are always returned
         out = memory(ids[:, begin:end].to(device), state=state, output_logits=tokens and end == time)
         state, logits = out.state, out.logits
         if on_read is not None:
@@ -97,13 +105,13 @@ def answer(memory: Memory, batch: Batch, segment_len: int, on_read: Callable[[in
 
 
 def samples_of(task: Task, first: int, last: int, length: int, seed: int) -> Batch:
-    """Samples of the test by number: they are the same in whatever batches they are drawn."""
+    """Draw test samples from number `first` to below `last`: each is the same in whatever batch it is drawn."""
     drawn = [task.batch(1, length, seed=seed, index=index, split="test") for index in range(first, last)]
     return Batch(*(torch.cat(column) for column in zip(*drawn, strict=True)))
 
 
 def count_right(memory: Memory, task: Task, length: int, segment_len: int, samples: int, seed: int) -> int:
-    """Of so many samples of the test, those that are answered right."""
+    """Return how many of the first `samples` test samples a memory answers right."""
     hits = 0
     for first in range(0, samples, BATCH):
         batch = samples_of(task, first, min(first + BATCH, samples), length, seed)
@@ -112,15 +120,15 @@ def count_right(memory: Memory, task: Task, length: int, segment_len: int, sampl
 
 
 def interval(hits: int, samples: int) -> tuple[float, float]:
-    """95 % confidence interval of a share, by Wilson's score."""
+    """Return the 95 % confidence interval of the share `hits` / `samples`, by Wilson's score."""
     z = 1.959963984540054
     share, weight = hits / samples, z * z / samples
     middle = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / samples + weight / (4 * samples))
-    # rounding shall not leave the share outside
+    # rounding must not leave the share outside
     return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 def _bytes(state: Any) -> int:
-    """Of all tensors in nested tuples."""
+    """Return the bytes of all tensors in nested tuples."""
     return state.numel() * state.element_size() if isinstance(state, Tensor) else sum(map(_bytes, state))

@@ -1,4 +1,4 @@
-"""What every memory task gives: a batch that its arguments alone decide."""
+"""The batches of every memory task, which depend on their arguments alone."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-IGNORE = -100
 SPLITS = ("train", "test")
 
 
 class Batch(NamedTuple):
     """Samples of a task.
 
-    input_ids: [B, T] int64.
-    labels: the classes [B] int64 of a class task; of a token task [B, T] int64, -100 everywhere but on the answer's
-        own places, as in Hugging Face's models, which shift them: logits t predict label t + 1.
+    input_ids: int64 [B, T].
+    labels: of a class task, classes int64 [B]; of a token task, int64 [B, T], IGNORED everywhere but at the answer's
+        tokens, as Hugging Face's models take them: logits t predict label t + 1.
     """
 
     input_ids: Tensor
@@ -24,7 +23,7 @@ class Batch(NamedTuple):
 
 
 def generator_of(batch_size: int, *, seed: int, index: int, split: str) -> np.random.Generator:
-    """The random numbers of one batch; those of another seed, index or split are independent of them.
+    """Return the random numbers of one batch, independent of those of any other seed, index or split.
 
     Raises:
         ValueError: a batch of less than one sample, a negative seed or index, an unknown split.
@@ -36,7 +35,7 @@ def generator_of(batch_size: int, *, seed: int, index: int, split: str) -> np.ra
 
 
 def split_index(split: str) -> int:
-    """0 for "train", 1 for "test".
+    """Return 0 for "train", 1 for "test".
 
     Raises:
         ValueError: another split.

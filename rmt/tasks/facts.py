@@ -24,8 +24,8 @@ class Question(NamedTuple):
 
     facts: all sentences of the story up to the question, in order.
     text: the question.
-    answer: a word.
-    support: the indices of the facts that bAbI names as enough for the answer.
+    answer: one word.
+    support: indices of the facts that bAbI names as sufficient for the answer.
     """
 
     facts: tuple[str, ...]
@@ -35,7 +35,7 @@ class Question(NamedTuple):
 
 
 def babi_file(folder: str | Path, form: str, split: str) -> Path:
-    """The file of a form of questions in an unpacked folder of bAbI, such as `qa1_single-supporting-fact_train.txt`.
+    """Find the file of a form of questions in bAbI's unpacked folder, such as `qa1_single-supporting-fact_train.txt`.
 
     Raises:
         ValueError: no such file, or several; an unknown form or split.
@@ -45,18 +45,18 @@ def babi_file(folder: str | Path, form: str, split: str) -> Path:
     pattern = f"{form}_*_{split}.txt"
     files = sorted(Path(folder).glob(pattern))
     if len(files) != 1:
-        found = f"{len(files)} of them" if files else "none"
-        raise ValueError(f"babi must be a folder that holds one file {pattern}, got {str(folder)!r} with {found}")
+        count = f"{len(files)} of them" if files else "none"
+        raise ValueError(f"babi must be a folder that holds one file {pattern}, got {str(folder)!r} with {count}")
     return files[0]
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """All questions of one file of bAbI, in the file's order.
+    """Read all questions of one of bAbI's files, in the file's order.
 
     A line is "ID sentence" or "ID question<TAB>answer<TAB>IDs of supporting facts"; ID 1 begins a story.
 
     Raises:
-        ValueError: a file that cannot be read as such; the path and the line are named.
+        ValueError: another file, naming the path and the line.
     """
     questions: list[Question] = []
     facts: list[str] = []
@@ -90,11 +90,11 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def generate_questions(form: str, split: str, stories: int = 2000) -> list[Question]:
-    """Questions of our own in the form of bAbI's; the splits are drawn from disjoint seeds.
+    """Generate questions in the form of bAbI's, with another seed for each split.
 
     qa1: people move, "Where is Mary?". qa2: they carry things, "Where is the milk?". qa4: two places lie in two
-    directions of a third, "What is the kitchen north of?". Five questions a story for qa1 and qa2, one for qa4. So few
-    samples of qa4 are possible that some of the test's are in the training's too; in bAbI's own files 74 % are.
+    directions of a third, "What is the kitchen north of?". A story has five questions in qa1 and qa2, one in qa4. So
+    few questions of qa4 are possible that some of the test's are in the training's too; in bAbI's own files 74 % are.
 
     Raises:
         ValueError: an unknown form or split, or less than one story.
@@ -109,11 +109,17 @@ def generate_questions(form: str, split: str, stories: int = 2000) -> list[Quest
 
 
 def _check(form: str) -> None:
+    """Check that a form of questions exists.
+
+    Raises:
+        ValueError: it does not.
+    """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
 
 
 def _moves(random: Random) -> list[Question]:
+    """Return the five questions of a story of qa1."""
     facts: list[str] = []
     where: dict[str, str] = {}
     last: dict[str, int] = {}
@@ -128,7 +134,7 @@ def _moves(random: Random) -> list[Question]:
 
 
 def _move(random: Random, facts: list[str], where: dict[str, str]) -> str:
-    """One person goes where it is not."""
+    """Move a random person to a random other place, and return the person."""
     person = random.choice(PEOPLE)
     where[person] = random.choice([place for place in PLACES if place != where.get(person)])
     facts.append(f"{person} {random.choice(MOVES)} the {where[person]}.")
@@ -136,6 +142,7 @@ def _move(random: Random, facts: list[str], where: dict[str, str]) -> str:
 
 
 def _carries(random: Random) -> list[Question]:
+    """Return the five questions of a story of qa2."""
     facts: list[str] = []
     where: dict[str, str] = {}
     moved: dict[str, int] = {}
@@ -169,6 +176,7 @@ def _carries(random: Random) -> list[Question]:
 
 
 def _directions(random: Random) -> Question:
+    """Return the question of a story of qa4."""
     middle, *others = random.sample(PLACES, 3)
     facts, forms = [], []
     for other, direction in zip(others, random.sample(sorted(OPPOSITE), 2), strict=True):

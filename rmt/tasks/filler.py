@@ -1,4 +1,4 @@
-"""Running text around the facts: the sentences of a book, tokenised once."""
+"""Running text to hide facts in: the sentences of a book, tokenised once."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ END = re.compile(
 class Passage(NamedTuple):
     """Running text.
 
-    tokens: [T] int64.
-    gaps: [G] int64, the places before, between and after its sentences, from 0 to T.
+    tokens: int64 [T].
+    gaps: int64 [G], the places before, between and after its sentences, from 0 to T.
     """
 
     tokens: Ids
@@ -32,16 +32,16 @@ class Passage(NamedTuple):
 
 
 def strip_gutenberg(text: str) -> str:
-    """A book without Project Gutenberg's header and footer, where it has them."""
+    """Return a book without Project Gutenberg's header and footer, where it has them."""
     return FOOTER.sub("", HEADER.sub("", text, count=1), count=1).strip()
 
 
 def split_sentences(text: str, *, held_out: float = 0.2) -> dict[str, list[str]]:
-    """The sentences of a text's two parts, "train" and "test"; white space becomes single blanks.
+    """Cut a text into the sentences of its two parts, "train" and "test", with single blanks for white space.
 
     Args:
-        text: a header and footer of Project Gutenberg are left out; headings and verses end with their paragraph.
-        held_out: share of the sentences, at the text's end, that are for the test.
+        text: read without Project Gutenberg's header and footer; headings and verses end with their paragraph.
+        held_out: share of the sentences, at the text's end, that are the test's.
 
     Raises:
         ValueError: a text of fewer than 10 sentences, or a share that is not between 0 and 1.
@@ -56,15 +56,17 @@ def split_sentences(text: str, *, held_out: float = 0.2) -> dict[str, list[str]]
 
 
 class Filler:
-    """Contiguous sentences of a text from a random one on; train and test read parts of it that do not overlap.
+    """A source of passages: sentences of a text in a row, from a random one on.
+
+    Training and test read parts of the text that do not overlap.
 
     Args:
-        text: running text, such as a book's, that `split_sentences` cuts.
-        encode: gives the token ids of one sentence, without special tokens; called once for each.
+        text: running text, such as a book, which `split_sentences` cuts.
+        encode: returns the token ids of one sentence, without special tokens; called once for each.
         held_out: share of the sentences, at the text's end, that only the split "test" reads.
 
     Raises:
-        ValueError: a text too short, a share out of range, or a part of which `encode` makes no tokens.
+        ValueError: a text too short, a share out of range, or a part for which `encode` returns no tokens.
     """
 
     def __init__(self, text: str, encode: Encode, *, held_out: float = 0.2) -> None:
@@ -75,11 +77,11 @@ class Filler:
                 raise ValueError(f"encode must give tokens for the text's {split} part, got none")
 
     def tokens(self, split: str) -> Ids:
-        """All tokens of a part, "train" or "test", as [N] int64."""
+        """Return all tokens of a part, "train" or "test", as int64 [N]."""
         return self._parts[split].tokens
 
     def draw(self, generator: np.random.Generator, length: int, split: str) -> Passage:
-        """Exactly `length` tokens from a random sentence on, from the beginning again after the end.
+        """Draw exactly `length` tokens from a random sentence on; the part's beginning follows its end.
 
         Only the last sentence may be cut.
         """
@@ -94,18 +96,20 @@ class Filler:
 
 
 class _Part:
+    """The tokens of a part, and where its sentences start."""
+
     def __init__(self, ids: list[Ids]) -> None:
         self.tokens = np.concatenate(ids)
-        # a sentence without tokens begins nowhere of its own
+        # a sentence without tokens has no place of its own
         lengths = np.array([len(sentence) for sentence in ids])
         self.starts = (np.cumsum(lengths) - lengths)[lengths > 0]
 
 
 def token_ids(encode: Encode, text: str) -> Ids:
-    """What `encode` makes of a text, as [T] int64.
+    """Encode a text as int64 [T].
 
     Raises:
-        ValueError: what it gives is not a sequence of integers.
+        ValueError: `encode` does not return a sequence of integers.
     """
     ids = np.asarray(encode(text))
     if ids.size == 0:

@@ -4,7 +4,7 @@ Facts in running text, 6-way classification of the answer, the question at the e
 
 - memorize: one fact at the very beginning.
 - detect: one fact anywhere.
-- reasoning: two facts anywhere, on three places and how two lie to the third; the question picks one by its direction.
+- reasoning: two facts anywhere, of two places and their directions from a third; the question picks one by a direction.
 
 All facts of a story scattered in running text, the answer's tokens to be generated (BABILong, arXiv 2406.10149):
 
@@ -24,23 +24,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ...runs.text import generate_text
-from .batch import IGNORE, SPLITS, Batch
+from .batch import SPLITS, Batch
 from .facts import WORDS, Question, babi_file, generate_questions, read_questions
 from .filler import Encode, Filler, split_sentences
 from .symbols import CopyTask, RetrievalTask
 from .texts import Kind, TextTask
 from .vocabulary import GEN, Vocabulary
 
-__all__ = ["IGNORE", "TASKS", "Batch", "CopyTask", "RetrievalTask", "Task", "TextTask", "make_task", "text_task"]
-
 
 class Task(Protocol):
-    """What a memory task is to those who train on it.
+    """A memory task, as training uses it.
 
-    name: in `TASKS`.
+    name: one of `TASKS`.
     classes: the answers of a class task; empty for a token task.
     vocab_size: number of token ids.
-    shortest: least length of a sample, in tokens.
+    shortest: least length that holds every sample, in tokens.
     """
 
     name: str
@@ -50,13 +48,21 @@ class Task(Protocol):
 
     @property
     def vocabulary(self) -> Vocabulary | None:
-        """The words of the ids; None where the caller's own `encode` gives them."""
+        """The words of the token ids; None where the caller passed `encode`."""
 
     def batch(self, batch_size: int, length: int, *, seed: int, index: int, split: str = "train") -> Batch:
-        """Samples of exactly `length` tokens, a pure function of the arguments."""
+        """Return samples of exactly `length` tokens, a pure function of the arguments."""
 
 
 class _Form(NamedTuple):
+    """The form of a task of facts in text.
+
+    questions: the form of its questions, in `facts.FORMS`.
+    kind: what the labels are, as in `TextTask`.
+    support_only: put only the supporting facts into the text.
+    at_beginning: put them in front of all text.
+    """
+
     questions: str
     kind: Kind
     support_only: bool = False
@@ -88,7 +94,7 @@ def text_task(
     vocab_size: int | None = None,
     gen_token: int | None = None,
 ) -> TextTask:
-    """A task of facts in running text.
+    """Make a task of facts in running text.
 
     Args:
         name: memorize, detect, reasoning, qa1, qa2 or qa4.
@@ -96,18 +102,18 @@ def text_task(
         book: text file, in UTF-8; its first 80 % of sentences are for training, the others for the test. None:
             generated sentences of made-up words.
         kind: "class" or "token"; None: "class" for the first three, "token" for the others.
-        max_facts: leave out questions with more facts before them; None: leave out none. The longest stories of qa2
-            have 88, of 552 words.
-        decoys: share of the training filler's tokens that are single ones out of facts instead, as in `TextTask`.
-        vocabulary: that of a task made before; None: built from the text's training part.
+        max_facts: leave out questions with more facts in front of them; None: leave out none. The longest stories of
+            qa2 have 88, of 552 words.
+        decoys: share of the training filler's tokens that are replaced by single ones out of facts, as in `TextTask`.
+        vocabulary: that of another task; None: built from the text's training part.
         vocabulary_size: words of the text in a vocabulary built here, besides those of the facts.
-        encode: token ids of a sentence, without special tokens, in place of a vocabulary, as `TextTask` takes it.
+        encode: returns the token ids of a sentence, without special tokens, in place of a vocabulary, as in `TextTask`.
         vocab_size: number of token ids of `encode`.
-        gen_token: token between question and answer of a token task with `encode`; None for none. With a vocabulary it
-            is [GEN].
+        gen_token: token between question and answer of a token task with `encode`; None: there is none. With a
+            vocabulary it is [GEN].
 
     Raises:
-        ValueError: an unknown name, files that are not there or cannot be read, options that do not go together or are
+        ValueError: an unknown name, files that do not exist or cannot be read, options that do not go together or are
             out of range.
     """
     if name not in FORMS:
@@ -120,8 +126,8 @@ def text_task(
         if vocab_size is not None or gen_token is not None:
             raise ValueError("vocab_size and gen_token must come with encode, got one of them without")
         if vocabulary is None:
-            own = [sentence for question in questions["train"] for sentence in (*question.facts, question.text)]
-            vocabulary = Vocabulary.build(split_sentences(text)["train"], vocabulary_size, required=[*WORDS, *set(own)])
+            required = {sentence for question in questions["train"] for sentence in (*question.facts, question.text)}
+            vocabulary = Vocabulary.build(split_sentences(text)["train"], vocabulary_size, required=[*WORDS, *required])
         encode, vocab_size, gen_token = vocabulary.encode, len(vocabulary), GEN
     elif vocabulary is not None:
         raise ValueError("vocabulary must be left out where encode is given, got both")
@@ -150,7 +156,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def make_task(name: str, **options: Any) -> Task:
-    """A task by its name; the options are those of `text_task`, `RetrievalTask` or `CopyTask`.
+    """Make a task by its name; the options are those of `text_task`, `RetrievalTask` or `CopyTask`.
 
     Raises:
         ValueError: an unknown name, or options out of range.
@@ -162,6 +168,7 @@ def make_task(name: str, **options: Any) -> Task:
 
 
 def _questions(form: _Form, split: str, babi: str | Path | None, max_facts: int | None) -> list[Question]:
+    """Return the questions of a form, with the facts that are put into the text."""
     if babi is None:
         questions = generate_questions(form.questions, split)
     else:
@@ -179,6 +186,11 @@ def _questions(form: _Form, split: str, babi: str | Path | None, max_facts: int 
 
 
 def _read(book: str | Path) -> str:
+    """Read a book.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
         return Path(book).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

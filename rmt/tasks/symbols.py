@@ -5,22 +5,23 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .batch import IGNORE, Batch, generator_of
+from ..segments import IGNORED
+from .batch import Batch, generator_of
 from .vocabulary import GEN, SPECIAL, Vocabulary
 
 
 class RetrievalTask:
-    """Pairs of key and value, then one of the keys, whose value is asked for.
+    """Associative retrieval: pairs of key and value, then one of the keys, whose value is the answer.
 
     A pair fills a segment of `segment_len` = key_digits + 2 tokens: the key's digits, ":" and the value. The last
     segment is the key's digits, [GEN] and the value. With N pairs a row has (N + 1) * segment_len tokens: `length(N)`.
 
     Args:
         key_digits: digits of a key, from 1 to 6.
-        rewrite: keys are written again, mostly with another value, and the last value holds; otherwise all keys of a
+        rewrite: write keys again, mostly with another value, of which the last is the answer; otherwise all keys of a
             row differ.
-        keys: with `rewrite`, how many different keys a row's pairs are drawn from; None for half as many as pairs.
-        symbols: how many digits there are, for keys and for values: from 2 to 10.
+        keys: with `rewrite`, number of different keys that a row's pairs are drawn from; None: half as many as pairs.
+        symbols: number of digits, for keys and for values: from 2 to 10.
 
     Raises:
         ValueError: sizes out of range, or `keys` without `rewrite`.
@@ -48,11 +49,11 @@ class RetrievalTask:
         self.shortest = self.length(1)
 
     def length(self, pairs: int) -> int:
-        """Tokens of a row with so many pairs."""
+        """Return the tokens of a row with `pairs` pairs."""
         return (pairs + 1) * self.segment_len
 
     def batch(self, batch_size: int, length: int, *, seed: int, index: int, split: str = "train") -> Batch:
-        """Samples of exactly `length` tokens; the same arguments give the same batch.
+        """Return samples of exactly `length` tokens; the same arguments give the same batch.
 
         Raises:
             ValueError: a length that is not `length(N)` of at least one pair, more pairs than there are keys where all
@@ -78,12 +79,12 @@ class RetrievalTask:
         rows[:, :, :-2] = first + np.append(written, asked, axis=1)[..., None] // place % self.symbols
         rows[:, :-1, -2], rows[:, -1, -2] = self.vocabulary.ids[":"], GEN
         rows[:, :, -1] = first + np.append(values, np.take_along_axis(values, answer, axis=1), axis=1)
-        labels = np.full((batch_size, length), IGNORE, np.int64)
+        labels = np.full((batch_size, length), IGNORED, np.int64)
         labels[:, -1] = rows[:, -1, -1]
         return Batch(torch.from_numpy(rows.reshape(batch_size, length)), torch.from_numpy(labels))
 
     def _draw(self, generator: np.random.Generator, rows: int, pairs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keys written [rows, pairs], the key asked for [rows, 1], and the pair that answers [rows, 1]."""
+        """Draw the keys of all pairs [rows, pairs], the last key [rows, 1], and the pair that answers it [rows, 1]."""
         pool = min(self.keys or (pairs + 1) // 2, self.possible) if self.rewrite else pairs
         written = np.stack([generator.choice(self.possible, pool, replace=False) for _ in range(rows)])
         if self.rewrite:
@@ -93,14 +94,14 @@ class RetrievalTask:
 
 
 class CopyTask:
-    """N random symbols, [GEN], then the same symbols, in order or in reverse.
+    """Copying: N random symbols, [GEN], then the same symbols, in order or in reverse.
 
     A row has N + 1 + copies * N tokens: `length(N)`. The paper's copy repeats the sequence twice: copies=2.
 
     Args:
-        reverse: the last symbol first.
-        copies: how often the sequence is repeated; at least 1.
-        symbols: how many symbols there are; at least 2.
+        reverse: repeat the last symbol first.
+        copies: number of repetitions, at least 1.
+        symbols: number of different symbols, at least 2.
 
     Raises:
         ValueError: sizes out of range.
@@ -119,11 +120,11 @@ class CopyTask:
         self.shortest = self.length(1)
 
     def length(self, symbols: int) -> int:
-        """Tokens of a row that copies so many symbols."""
+        """Return the tokens of a row that copies `symbols` symbols."""
         return symbols * (1 + self.copies) + 1
 
     def batch(self, batch_size: int, length: int, *, seed: int, index: int, split: str = "train") -> Batch:
-        """Samples of exactly `length` tokens; the same arguments give the same batch.
+        """Return samples of exactly `length` tokens; the same arguments give the same batch.
 
         Raises:
             ValueError: a length that is not `length(N)` of at least one symbol, a batch of less than one, a negative
@@ -136,9 +137,9 @@ class CopyTask:
                 f"length must be {1 + self.copies} * symbols + 1 for at least one symbol, got {length}; "
                 f"take length(symbols), such as {self.length(max(count, 1))}"
             )
-        given = len(SPECIAL) + generator.integers(self.symbols, size=(batch_size, count))
-        copy = np.tile(given[:, ::-1] if self.reverse else given, self.copies)
-        rows = np.concatenate([given, np.full((batch_size, 1), GEN), copy], axis=1)
-        labels = np.full((batch_size, length), IGNORE, np.int64)
+        drawn = len(SPECIAL) + generator.integers(self.symbols, size=(batch_size, count))
+        copy = np.tile(drawn[:, ::-1] if self.reverse else drawn, self.copies)
+        rows = np.concatenate([drawn, np.full((batch_size, 1), GEN), copy], axis=1)
+        labels = np.full((batch_size, length), IGNORED, np.int64)
         labels[:, count + 1 :] = copy
         return Batch(torch.from_numpy(rows), torch.from_numpy(labels))

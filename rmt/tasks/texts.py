@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .batch import IGNORE, SPLITS, Batch, generator_of
+from ..segments import IGNORED
+from .batch import SPLITS, Batch, generator_of
 from .facts import Question
 from .filler import Encode, Filler, Ids, token_ids
 from .vocabulary import Vocabulary
@@ -17,25 +18,25 @@ Kind = Literal["class", "token"]
 
 
 class TextTask:
-    """Samples [filler and facts | question], and in a token task [... | question | GEN | answer].
+    """Facts hidden in running text: samples [filler and facts | question], in a token task with [| GEN | answer].
 
-    Facts stand before, between or after whole sentences of filler, in the order of their story, at places drawn evenly
-    with replacement. The filler is cut to the exact length at its end, before the question.
+    Facts stand before, between or after whole sentences of filler, in the order of their story, at places drawn
+    uniformly with replacement. The filler is cut to the exact length at its end, before the question.
 
     Args:
         name: of the task.
-        questions: those of the splits "train" and "test", with the facts to put in.
+        questions: of the splits "train" and "test", with the facts to hide.
         filler: the running text, encoded as the facts are.
-        encode: gives the token ids of one sentence without special tokens. It gets no blank before the sentence: for a
-            byte-level BPE pass `lambda text: tokenizer(" " + text, add_special_tokens=False).input_ids`.
+        encode: returns the token ids of one sentence without special tokens. It gets no blank before the sentence: for
+            a byte-level BPE pass `lambda text: tokenizer(" " + text, add_special_tokens=False).input_ids`.
         vocab_size: number of token ids.
         kind: "class": labels are indices of `classes`; "token": labels are the answer's tokens.
-        gen_token: the token between question and answer of a token task; None for none.
-        at_beginning: facts stand before all filler.
+        gen_token: the token between question and answer of a token task; None: there is none.
+        at_beginning: put facts in front of all filler.
         decoys: share of the filler's tokens that are replaced by single ones out of facts, in half of the training
             samples; from 0 to below 1. Where a book says "garden" seldom, a model may take the word for the fact that
             someone went there. The test's filler is never changed.
-        vocabulary: what encodes, where it is a `Vocabulary`; kept for the caller.
+        vocabulary: the one that encodes, if any; kept for the caller.
 
     Attributes:
         classes: the answers in alphabetical order; empty in a token task.
@@ -66,18 +67,18 @@ class TextTask:
         self.name, self.kind, self.vocab_size, self.vocabulary = name, kind, vocab_size, vocabulary
         self.at_beginning = at_beginning
         self._questions = {split: list(questions.get(split, ())) for split in SPLITS}
-        for split, asked in self._questions.items():
-            if not asked:
+        for split in SPLITS:
+            if not self._questions[split]:
                 raise ValueError(f"questions must hold some for the split {split!r}, got none")
         self._filler, self._encode = filler, encode
         self._gen = np.array([] if gen_token is None else [gen_token], np.int64)
         self._known: dict[str, Ids] = {}
         self._decoys = decoys
-        told = {fact for question in self._questions["train"] for fact in question.facts}
-        self._of_facts = np.unique([token for fact in told for token in self._ids(fact)])
-        if decoys and not told:
+        facts = {fact for question in self._questions["train"] for fact in question.facts}
+        self._of_facts = np.unique([token for fact in facts for token in self._ids(fact)])
+        if decoys and not facts:
             raise ValueError(f"decoys must be 0 where questions have no facts, got {decoys}")
-        every = [question for asked in self._questions.values() for question in asked]
+        every = [question for split in SPLITS for question in self._questions[split]]
         self.classes = tuple(sorted({question.answer for question in every})) if kind == "class" else ()
         self.shortest = max(self._length(question) for question in every)
         seen = [filler.tokens(split) for split in SPLITS] + list(self._known.values()) + [self._gen]
@@ -86,7 +87,7 @@ class TextTask:
             raise ValueError(f"vocab_size must exceed every token id, got {vocab_size} for ids from {low} to {high}")
 
     def batch(self, batch_size: int, length: int, *, seed: int, index: int, split: str = "train") -> Batch:
-        """Samples of exactly `length` tokens; the same arguments give the same batch.
+        """Return samples of exactly `length` tokens; the same arguments give the same batch.
 
         Raises:
             ValueError: a length below `shortest`, a batch of less than one, a negative seed or index, an unknown split.
@@ -95,19 +96,20 @@ class TextTask:
         if length < self.shortest:
             raise ValueError(f"length must be at least {self.shortest} for the task {self.name}, got {length}")
         questions = self._questions[split]
-        asked = [questions[i] for i in generator.integers(len(questions), size=batch_size)]
+        drawn = [questions[i] for i in generator.integers(len(questions), size=batch_size)]
         rows = np.empty((batch_size, length), np.int64)
-        for row, question in zip(rows, asked, strict=True):
+        for row, question in zip(rows, drawn, strict=True):
             self._fill(row, question, generator, split)
         if self.kind == "class":
-            return Batch(torch.from_numpy(rows), torch.tensor([self.classes.index(q.answer) for q in asked]))
-        labels = np.full_like(rows, IGNORE)
-        for label, question in zip(labels, asked, strict=True):
+            return Batch(torch.from_numpy(rows), torch.tensor([self.classes.index(q.answer) for q in drawn]))
+        labels = np.full_like(rows, IGNORED)
+        for label, question in zip(labels, drawn, strict=True):
             answer = self._ids(question.answer)
             label[-len(answer) :] = answer
         return Batch(torch.from_numpy(rows), torch.from_numpy(labels))
 
     def _fill(self, row: Ids, question: Question, generator: np.random.Generator, split: str) -> None:
+        """Fill a row with filler, the facts of a question, and the question."""
         facts = [self._ids(fact) for fact in question.facts]
         tail = self._tail(question)
         room = len(row) - sum(map(len, facts)) - len(tail)
@@ -124,18 +126,22 @@ class TextTask:
         np.concatenate([*pieces, tokens[done:], tail], out=row)
 
     def _with_decoys(self, generator: np.random.Generator, tokens: Ids) -> Ids:
-        # half of the samples have none, as the test's
+        """Replace a share of a sample's filler by tokens of facts."""
+        # half of the samples have no decoys, as the test's
         chosen = generator.random(len(tokens)) < self._decoys * generator.integers(2)
         return np.where(chosen, generator.choice(self._of_facts, len(tokens)), tokens)
 
     def _tail(self, question: Question) -> Ids:
-        asked = self._ids(question.text)
-        return asked if self.kind == "class" else np.concatenate([asked, self._gen, self._ids(question.answer)])
+        """Return the end of a sample: the question, and in a token task the answer."""
+        text = self._ids(question.text)
+        return text if self.kind == "class" else np.concatenate([text, self._gen, self._ids(question.answer)])
 
     def _length(self, question: Question) -> int:
+        """Return the tokens of a sample without filler."""
         return sum(len(self._ids(fact)) for fact in question.facts) + len(self._tail(question))
 
     def _ids(self, text: str) -> Ids:
+        """Return the token ids of a sentence, which is encoded once."""
         if text not in self._known:
             self._known[text] = token_ids(self._encode, text)
             if not len(self._known[text]):

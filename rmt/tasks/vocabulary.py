@@ -12,10 +12,10 @@ PAD, UNK, CLS, SEP, GEN = range(len(SPECIAL))
 
 
 class Vocabulary:
-    """Words and their ids, the special tokens first; [GEN] asks for the answer.
+    """Words and their ids, the special tokens first; [GEN] stands before an answer.
 
     Args:
-        words: all words in the order of their ids, as `Vocabulary.words` gives them: a list to keep as JSON.
+        words: all words in the order of their ids, as `Vocabulary.words` has them: a list to keep as JSON.
 
     Raises:
         ValueError: words that do not begin with the special tokens, or that repeat themselves.
@@ -32,31 +32,31 @@ class Vocabulary:
 
     @classmethod
     def build(cls, texts: Iterable[str], size: int, *, required: Iterable[str] = ()) -> Vocabulary:
-        """The vocabulary of some texts.
+        """Build the vocabulary of some texts.
 
         Args:
-            texts: what to count words in.
-            size: how many of the most frequent words to take, besides the required ones; at least 0.
-            required: words, or texts of them, that must be in.
+            texts: where words are counted.
+            size: number of the most frequent words to take, besides the required ones; at least 0.
+            required: words, or texts of them, that must be in the vocabulary.
 
         Raises:
             ValueError: a negative size.
         """
         if size < 0:
             raise ValueError(f"size must be at least 0, got {size}")
-        own = sorted({word for text in required for word in tokenize(text)})
+        words = sorted({word for text in required for word in tokenize(text)})
         counts = Counter(word for text in texts for word in tokenize(text))
-        for word in own:
+        for word in words:
             del counts[word]
-        return cls([*SPECIAL, *own, *(word for word, _ in counts.most_common(size))])
+        return cls([*SPECIAL, *words, *(word for word, _ in counts.most_common(size))])
 
     def __len__(self) -> int:
         return len(self.words)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text's words; those not in the vocabulary are [UNK]."""
+        """Return the ids of a text's words; those not in the vocabulary are [UNK]."""
         return [self.ids.get(word, UNK) for word in tokenize(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The words of ids (a list, or an array or tensor of one dimension), between blanks."""
+        """Return the words of ids (a list, or an array or tensor of one dimension), with blanks between them."""
         return " ".join(self.words[int(i)] for i in ids)

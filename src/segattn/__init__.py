@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .infini.huggingface.pieces import backward_in_pieces, loss_in_pieces, read_in_pieces
     from .infini.huggingface.saving import from_pretrained, load_gates, save_gates, save_pretrained
     from .infini.huggingface.static_cache import StaticInfiniCache
-    from .rmt.associative.memory import AssociativeMemory, AssociativeState
+    from .rmt.associative.memory import AssociativeMemory
+    from .rmt.associative.state import AssociativeState
     from .rmt.saving import load_memory, save_memory
 
 __version__ = "0.1.0"
@@ -39,7 +40,7 @@ __version__ = "0.1.0"
 # imported at their first use, since they import transformers or safetensors
 _WITH_TRANSFORMERS = {
     "AssociativeMemory": "rmt.associative.memory",
-    "AssociativeState": "rmt.associative.memory",
+    "AssociativeState": "rmt.associative.state",
     "InfiniCache": "infini.huggingface.cache",
     "StaticInfiniCache": "infini.huggingface.static_cache",
     "backward_in_pieces": "infini.huggingface.pieces",

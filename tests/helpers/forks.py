@@ -19,7 +19,7 @@ CONTEXT.set_forkserver_preload(
         "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
         "transformers.models.llama.modeling_llama",
-        "segattn.infini.long_training.command",
+        "segattn.infini.train.run",
     ]
 )
 

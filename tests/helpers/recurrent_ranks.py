@@ -1,4 +1,4 @@
-"""What recurrent memories on two processes, each with a text of its own, make of their gradients."""
+"""The processes of `test_ranks`: two ranks, each with one text, train, save, load and generate with a memory."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -47,13 +47,13 @@ def gradients(model: nn.Module, texts: Tensor) -> dict[str, Tensor]:
 
 
 def own(model: nn.Module) -> dict[str, Tensor]:
-    """What a memory has beside its model."""
+    """Return the parameters that a memory has besides its model's."""
     parameters = own_parameters(model).items()
     return {name: x.detach().full_tensor() if isinstance(x, DTensor) else x.detach().clone() for name, x in parameters}
 
 
 def loaded(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """What comes back from a file, after it was forgotten."""
+    """Save a memory, overwrite it, and return what is loaded from the file."""
     save_memory(model, path)
     dist.barrier()
     with torch.no_grad():
@@ -64,7 +64,7 @@ def loaded(model: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def generated(model: Any, text: Tensor) -> dict[str, Tensor]:
-    """What a memory writes behind a text."""
+    """Return what a memory generates after a text."""
     return {"tokens": model.eval().generate(text, max_new_tokens=15)}
 
 

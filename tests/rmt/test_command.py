@@ -1,4 +1,4 @@
-"""What `segattn rmt` shows of a run, on a terminal and in a file, and what it says when Ctrl-C comes early."""
+"""Tests of what `segattn rmt` shows of a run, on a terminal and in a file, and says when Ctrl-C comes early."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from segattn.cli import rmt as recurrence
 from segattn.cli import rmt_progress as recurrence_screen
 from segattn.rmt.runs import attention_maps, evaluation, plots, training
-from segattn.rmt.runs.attention_maps import Panel
 from segattn.rmt.runs.curriculum import Stage, Step
+from segattn.rmt.runs.plots import Panel
 from segattn.rmt.tasks import make as tasks
 from segattn.runs.text import generate_text
 
@@ -31,7 +31,7 @@ TRAIN = ["detect", *SMALL, "--test-samples", "7", "--steps", "50", "--threshold"
 
 @pytest.fixture(scope="module", autouse=True)
 def little_text() -> Iterator[None]:
-    """Less generated text, since every run makes it again."""
+    """Generate less text, since every run generates it again."""
     with pytest.MonkeyPatch.context() as patch:
         text = generate_text(6000, seed=0)
         patch.setattr(tasks, "generate_text", lambda words, seed: text)
@@ -40,7 +40,7 @@ def little_text() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The folder of a run with short segments, and the lines that it showed."""
+    """Return the folder of a run with short segments, and the lines that it printed."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     stages = ["--short", "17", "--short-segments", "2", "--segments", "1,2", "--anneal", "50"]
     result = invoke("train", *TRAIN, *stages, "--out", str(folder))
@@ -61,7 +61,7 @@ def terminal() -> Console:
 
 
 def shown(call: Callable[[Console], None], width: int = 80) -> list[str]:
-    """Lines in a file, as the commands print them."""
+    """Return the lines that a command prints into a file."""
     console = Console(file=io.StringIO(), width=width, soft_wrap=True, highlight=False)
     call(console)
     written: Any = console.file
@@ -145,14 +145,16 @@ def test_attention_tables_keep_every_digit(heads: int) -> None:
     assert "…" not in "".join(lines)
 
 
-def test_attention_pictures_of_many_heads_are_as_wide_as_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_pictures_of_many_heads_are_as_wide_as_a_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(plots.FigureCanvasAgg, "print_png", lambda self, path: drawn.append(self.figure))
+    monkeypatch.setattr(plots.Figure, "savefig", lambda self, path, **options: drawn.append(self))
 
     def size(layers: int, heads: int) -> list[float]:
         maps = np.full((layers, heads, 9, 9), 1 / 9)
         panels = [Panel(f"segment {n}", maps, [(1, 3)], [(4, 6)]) for n in (1, 3)]
-        plots.plot_attention(Path("picture.png"), panels, "detect")
+        plots.plot_attention(tmp_path / "picture.png", panels, "detect")
         return list(drawn[-1].bbox.size)
 
     width, height = size(6, 12)
@@ -161,10 +163,8 @@ def test_attention_pictures_of_many_heads_are_as_wide_as_a_screen(monkeypatch: p
     # segments below each other, each with its layers, heads across
     *maps, bar = drawn[-1].axes
     assert len(maps) == 2 * 6 * 12
-    assert [axes.get_ylabel() for axes in maps[::12]] == [
-        f"segment {n}, layer {m + 1}" for n in (1, 3) for m in range(6)
-    ]
-    assert [axes.get_title() for axes in maps[:13]] == [*(f"head {n + 1}" for n in range(12)), ""]
+    assert [axes.get_ylabel() for axes in maps[::12]] == [f"segment {n}\nlayer {m}" for n in (1, 3) for m in range(6)]
+    assert [axes.get_title() for axes in maps[:13]] == [*(f"head {n}" for n in range(12)), ""]
     assert bar.get_ylabel()
     assert max(size(1, 2)) < 1000
 

@@ -1,4 +1,4 @@
-"""Recurrent memories on several processes: data parallelism is exact, and a pipeline over segments is what is said."""
+"""Tests of memories on several processes: data parallelism is exact, and a pipeline takes the time README.md says."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_memory_that_is_spread_generates(seen, kind):
 
 
 def busy(texts: int, size: int) -> float:
-    """Share of its time that a rank of a pipeline works, a text's runs one after another, each as soon as it can."""
+    """Return the share of the time that a rank of a pipeline works, each of a text's parts as early as possible."""
     ends = dict.fromkeys(((text, -1) for text in range(texts)), 0)
     for text in range(texts):
         for rank in range(size):

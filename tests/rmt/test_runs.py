@@ -1,4 +1,4 @@
-"""Runs of memory tasks: the curriculum, stopping and going on, extrapolation, attention maps, and their commands."""
+"""Tests of runs of memory tasks: the curriculum, stopping and resuming, extrapolation, attention maps, commands."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.cli.demo")
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -28,8 +29,8 @@ from segattn.cli import rmt_progress as recurrence_screen
 from segattn.rmt.runs import attention_maps, published
 from segattn.rmt.runs.attention_maps import Sample, attention_of, find_facts, run_attention, sentences_of
 from segattn.rmt.runs.curriculum import WINDOW, Recipe, Stage, Step, Trainer
-from segattn.rmt.runs.evaluation import Files, Grid, run_evaluation
-from segattn.rmt.runs.folder import Outputs, Run, build, load_run, trained_tokens
+from segattn.rmt.runs.evaluation import Grid, run_evaluation
+from segattn.rmt.runs.folder import Run, RunFiles, build, load_run, trained_tokens
 from segattn.rmt.runs.plots import plot_accuracy
 from segattn.rmt.runs.settings import TrainSettings
 from segattn.rmt.runs.training import run_training
@@ -42,7 +43,7 @@ from segattn.rmt.tasks.vocabulary import CLS, SEP
 from segattn.runs.checkpoint import InterruptedRunError, SettingError, load_checkpoint
 from segattn.runs.text import generate_text
 
-# without a word of the text in the vocabulary, which is quickly learnt
+# no word of the text is in the vocabulary, so that the task is quickly learnt
 TINY = TrainSettings(
     "memorize",
     vocabulary=0,
@@ -61,7 +62,7 @@ TINY = TrainSettings(
     noise=0.3,
 )
 TOKENS = replace(TINY, task="copy", segment_len=7, vocabulary=4000, encoder="bert")
-# with a model that is not of these sizes
+# with the default sizes, which a pretrained model does not use
 PRETRAINED = replace(TOKENS, task="memorize", layers=2, width=64, heads=4)
 RETRIEVAL = replace(TOKENS, task="retrieval", segment_len=None, segments=(2, 3), noise=0.0, rewrite=True)
 SMALL = "--vocabulary 0 --layers 1 --width 16 --heads 2 --memory 3 --segment-len 19 --device cpu"
@@ -76,7 +77,7 @@ STOPPED = KINDS | {"short": replace(TINY, task="detect", short=(17,), short_segm
 
 
 class Quiet:
-    """A listener that hears nothing, but may press Ctrl-C after so many steps or pieces read."""
+    """A listener that shows nothing, but may press Ctrl-C after so many steps or pieces."""
 
     def __init__(self, interrupt_after: int | None = None) -> None:
         self.interrupt_after, self.heard = interrupt_after, 0
@@ -101,7 +102,7 @@ class Quiet:
 
 @pytest.fixture(scope="module", autouse=True)
 def little_text() -> Iterator[None]:
-    """Less generated text and fewer stories, since every run makes them again."""
+    """Generate less text and fewer stories, since every run generates them again."""
     with pytest.MonkeyPatch.context() as patch:
         text = generate_text(6000, seed=0)
         patch.setattr(tasks, "generate_text", lambda words, seed: text)
@@ -112,7 +113,7 @@ def little_text() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of few steps."""
+    """Return the folder of a run of few steps."""
     folder = tmp_path_factory.mktemp("tiny")
     run_training(TINY, folder, Quiet())
     return folder
@@ -120,7 +121,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that learns its task, in seconds."""
+    """Return the folder of a run that learns its task in seconds."""
     folder = tmp_path_factory.mktemp("learnt")
     lasting = {"width": 32, "memory": 4, "steps": 500, "batch": 32, "lr": 3e-3, "later_lr": 3e-3, "test_samples": 60}
     run_training(replace(TINY, noise=0.0, **lasting), folder, Quiet())
@@ -206,8 +207,8 @@ def test_short_segments_come_before_whole_ones() -> None:
     settings = replace(TINY, task="detect", short=(16, 18), short_segments=(2, 4), segments=(1, 3), steps=2)
     run = build(settings)
     read: list[tuple[int, int]] = []
-    step = run.memory._step
-    run.memory._step = lambda x, *rest: read.append(tuple(x.shape[1:2])) or step(x, *rest)
+    segment = run.memory._segment
+    run.memory._segment = lambda x, *rest: read.append(tuple(x.shape[1:2])) or segment(x, *rest)
     trainer = Trainer(run.memory, run.task, 19, settings.recipe(), seed=0)
     stages = [(stage.length, stage.segments, stage.segment_len) for stage in trainer.plan]
     assert stages == [(16, 1, 19), (18, 1, 19), (36, 2, 18), (72, 4, 18), (19, 1, 19), (57, 3, 19)]
@@ -259,7 +260,7 @@ def test_a_stage_ends_with_its_accuracy() -> None:
 
 def test_a_task_is_learnt_and_kept_in_memory(learnt: Path) -> None:
     run = load_run(learnt, device="cpu")
-    figures = json.loads(Outputs.of(learnt).figures.read_text())
+    figures = json.loads(RunFiles.of(learnt).figures.read_text())
     assert figures["complete"]
     assert [stage["converged"] for stage in figures["stages"]] == [True, True]
     for stage in figures["stages"]:
@@ -288,14 +289,14 @@ def test_an_interrupted_run_goes_on_exactly(kind: str, step: int, tmp_path: Path
     with pytest.raises(InterruptedRunError):
         run_training(settings, tmp_path / "part", Quiet(interrupt_after=step))
     assert signal.getsignal(signal.SIGINT) is handler
-    outputs = Outputs.of(tmp_path / "part")
+    outputs = RunFiles.of(tmp_path / "part")
     assert load_checkpoint(outputs.checkpoint)["trainer"]["index"] == step
     torch.manual_seed(123)
     resumed = run_training(settings, tmp_path / "part", Quiet(), resume=True)
     assert resumed["steps"] == whole["steps"] == 5 * (len(whole["stages"]) - 1) + 2
     for before, after in zip(whole["stages"], resumed["stages"], strict=True):
         assert {**before, "seconds": 0} == {**after, "seconds": 0}
-    weights = [load_file(Outputs.of(tmp_path / name).weights) for name in ("whole", "part")]
+    weights = [load_file(RunFiles.of(tmp_path / name).weights) for name in ("whole", "part")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert json.loads(outputs.figures.read_text()) == resumed
@@ -314,9 +315,9 @@ def test_a_run_starts_from_an_earlier_ones_weights(kind: str, tmp_path: Path) ->
     assert len(figures["stages"]) == 2
     assert figures["steps"] == 10
     # nothing is learnt at a rate of zero
-    weights = [load_file(Outputs.of(folder).weights) for folder in (first, second)]
+    weights = [load_file(RunFiles.of(folder).weights) for folder in (first, second)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert Outputs.of(second).vocabulary.read_text() == Outputs.of(first).vocabulary.read_text()
+    assert RunFiles.of(second).vocabulary.read_text() == RunFiles.of(first).vocabulary.read_text()
     for name, other in (("width", 20), ("heads", 4), ("memory", 4)):
         with pytest.raises(SettingError, match=f"{name} must be the earlier run's with start, .*, got {other}"):
             run_training(replace(settings, **{name: other}), out, Quiet())
@@ -334,7 +335,7 @@ def test_a_run_starts_from_an_earlier_ones_weights(kind: str, tmp_path: Path) ->
 def test_resume_takes_further_stages_but_no_other_run(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(tiny, folder)
-    before = json.loads(Outputs.of(folder).figures.read_text())
+    before = json.loads(RunFiles.of(folder).figures.read_text())
     longer = run_training(replace(TINY, segments=(1, 2, 4), bptt=2, later_batch=3), folder, Quiet(), resume=True)
     assert [(stage["bptt"], stage["later_batch"]) for stage in longer["stages"]] == [(None, None), (None, None), (2, 3)]
     assert longer["stages"][:2] == before["stages"]
@@ -350,13 +351,13 @@ def test_resume_takes_further_stages_but_no_other_run(tiny: Path, tmp_path: Path
     book.write_text("The whale swam on and on. " * 50, encoding="utf-8")
     with pytest.raises(SettingError, match="book and --babi must hold what they held before with resume"):
         run_training(replace(TINY, book=str(book)), folder, Quiet(), resume=True)
-    with pytest.raises(SettingError, match="out must not hold an earlier run"):
+    with pytest.raises(SettingError, match=r"out must not hold figures of an earlier run, got .* with checkpoint\.pt"):
         run_training(TINY, folder, Quiet())
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04"])
 def test_damaged_checkpoints_are_named(content: bytes, tmp_path: Path) -> None:
-    Outputs.of(tmp_path).checkpoint.write_bytes(content)
+    RunFiles.of(tmp_path).checkpoint.write_bytes(content)
     with pytest.raises(SettingError, match="is another file, or damaged"):
         run_training(TINY, tmp_path, Quiet(), resume=True)
 
@@ -399,12 +400,12 @@ def test_an_evaluation_counts_what_it_says(learnt: Path, tmp_path: Path) -> None
         assert cell["state_bytes"] == 4 * 4 * 32
     assert figures["complete"]
     assert figures["trained_segments"] == 2
-    assert json.loads(Files.of(tmp_path).figures.read_text()) == figures
+    assert json.loads(RunFiles.of(tmp_path).evaluation.read_text()) == figures
 
 
 @pytest.fixture
 def heeded() -> Iterator[None]:
-    """Ctrl-C raises, also where the tests run in the background of a shell that has it ignored."""
+    """Let Ctrl-C raise, even where the tests run in the background of a shell that ignores it."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
@@ -419,8 +420,8 @@ def test_an_interrupted_evaluation_goes_on(tiny: Path, tmp_path: Path) -> None:
     whole = run_evaluation(tiny, grid, Quiet(), out=tmp_path / "whole", device="cpu")
     with pytest.raises(KeyboardInterrupt):
         run_evaluation(tiny, grid, Quiet(interrupt_after=13), out=tmp_path / "part", device="cpu")
-    files = Files.of(tmp_path / "part")
-    part = json.loads(files.figures.read_text())
+    written = RunFiles.of(tmp_path / "part").evaluation
+    part = json.loads(written.read_text())
     assert not part["complete"]
     # the batch that was broken into is not counted
     assert [cell[:2] for cell in measured(part)] == [(2, 9), (3, 2)]
@@ -435,7 +436,7 @@ def test_an_interrupted_evaluation_goes_on(tiny: Path, tmp_path: Path) -> None:
     assert [cell[:2] for cell in measured(more)] == [(1, 2), (2, 9), (3, 12)]
     with pytest.raises(SettingError, match="seed must be of the earlier seed, 0, got 1"):
         run_evaluation(tiny, replace(grid, seed=1), Quiet(), out=tmp_path / "part", device="cpu", resume=True)
-    files.figures.write_text("{}")
+    written.write_text("{}")
     with pytest.raises(SettingError, match="is another file, or damaged"):
         run_evaluation(tiny, grid, Quiet(), out=tmp_path / "part", device="cpu", resume=True)
 
@@ -458,7 +459,7 @@ def test_an_evaluation_says_how_far_the_run_has_come(tmp_path: Path) -> None:
 
 
 def first_layer(run: Run, tokens: Tensor) -> Tensor:
-    """Attention [heads, T, T] of a ModernBERT's first layer over its first segment, from its weights."""
+    """Compute the attention [heads, T, T] of a ModernBERT's first layer over its first segment from its weights."""
     model: Any = run.memory.model
     words = model.get_input_embeddings().weight
     memory: Any = run.memory.memory
@@ -564,6 +565,25 @@ def test_accuracy_is_drawn_beside_the_papers(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_lengths_have_ticks_also_where_only_the_paper_has_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: drawn.append(self))
+    interval = {"accuracy": 0.5, "interval": [0.25, 0.625]}
+    cells = [{"segments": n, "tokens": 19 * n, **interval} for n in (2, 3, 64, 65)]
+    figures = {"task": "detect", "segment_len": 19, "trained_segments": 3, "chance": 0.125, "lengths": cells}
+    plot_accuracy(tmp_path / "picture.png", figures)
+    axes = drawn[0].axes[0]
+    ticks = [float(label.get_text().replace(",", "")) for label in axes.get_xticklabels()]
+    assert ticks == [float(tick) for tick in axes.get_xticks()]
+    for length in (*(n * published.SEGMENT_LEN for n in published.SEGMENTS), *(cell["tokens"] for cell in cells)):
+        assert min(abs(math.log2(length / tick)) for tick in ticks) <= 2
+    # one more segment would stand where the label of 64 is
+    (top,) = axes.child_axes
+    assert [label.get_text() for label in top.get_xticklabels()] == ["2", "64"]
+
+
 def test_the_papers_curve_is_of_its_tasks() -> None:
     assert published.curve("detect")[512] == pytest.approx(0.9856)
     assert published.curve("memorize")[64] == pytest.approx(0.9823)
@@ -573,7 +593,7 @@ def test_the_papers_curve_is_of_its_tasks() -> None:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny BERT and its words."""
+    """Return a folder with a tiny BERT and its words."""
     folder = tmp_path_factory.mktemp("encoder")
     own = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -612,7 +632,7 @@ def test_a_pretrained_encoder_is_trained(freeze: bool, encoder: Path, tmp_path: 
     # the run's folder has all that it takes to go on, dropout's random numbers included
     shutil.rmtree(source)
     run_training(settings, tmp_path / "part", Quiet(), resume=True)
-    weights, again = (load_file(Outputs.of(tmp_path / name).weights) for name in ("whole", "part"))
+    weights, again = (load_file(RunFiles.of(tmp_path / name).weights) for name in ("whole", "part"))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     moved = {name for name, x in weights.items() if not torch.equal(x, begun.memory.state_dict()[name])}
     trunk = {name for name in moved if name.startswith("model.bert.") and ".pooler." not in name}
@@ -650,7 +670,7 @@ def test_commands_show_what_they_write(tmp_path: Path, monkeypatch: pytest.Monke
     given = ["detect", *small.split(), "--short", "17", "--segments", "2", "--test-samples", "9", "--anneal", "2"]
     result = invoke("train", *given, "--out", out)
     assert result.exit_code == 0, result.output
-    figures = json.loads(Outputs.of(tmp_path / "run").figures.read_text())
+    figures = json.loads(RunFiles.of(tmp_path / "run").figures.read_text())
     assert figures["settings"]["later_lr"] == pytest.approx(0.4 * figures["settings"]["lr"])
     rows = [line.replace("│", " ").split() for line in result.stdout.splitlines() if line.startswith("│")]
     assert [row[: -5 - ("annealed" in row)][0] for row in rows] == ["1", "1", "2", "2"]
@@ -663,7 +683,7 @@ def test_commands_show_what_they_write(tmp_path: Path, monkeypatch: pytest.Monke
 
     result = invoke("evaluate", out, "--segments", "3,2", "--samples", "5,6", "--batch", "3", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    figures = json.loads(Files.of(tmp_path / "run").figures.read_text())
+    figures = json.loads(RunFiles.of(tmp_path / "run").evaluation.read_text())
     rows = [line.replace("│", " ").split() for line in result.stdout.splitlines() if line.startswith("│")]
     assert [row[:4] for row in rows] == [
         [str(cell["segments"]), str(cell["tokens"]), str(cell["samples"]), f"{100 * cell['accuracy']:.1f}"]
@@ -700,7 +720,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 130
     expected = f"stopped, checkpoint written; go on with: segattn rmt train --resume --out {tmp_path}"
     assert result.stderr.strip() == f"segattn rmt train: {expected}"
-    assert load_checkpoint(Outputs.of(tmp_path).checkpoint)["trainer"]["index"] == 3
+    assert load_checkpoint(RunFiles.of(tmp_path).checkpoint)["trainer"]["index"] == 3
 
 
 @pytest.mark.parametrize(
@@ -778,15 +798,15 @@ def test_attention_is_of_runs_with_facts_and_a_memory_that_is_seen(tmp_path: Pat
 def test_weights_of_another_run_are_not_loaded(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(tiny, folder)
-    figures = json.loads(Outputs.of(folder).figures.read_text())
+    figures = json.loads(RunFiles.of(folder).figures.read_text())
     figures["settings"]["width"] = 20
-    Outputs.of(folder).figures.write_text(json.dumps(figures))
+    RunFiles.of(folder).figures.write_text(json.dumps(figures))
     with pytest.raises(SettingError, match="folder must be one that segattn rmt train wrote"):
         load_run(folder)
 
 
 def test_bars_follow_a_run(tmp_path: Path) -> None:
-    """What a terminal shows: a bar for each stage, and one for all that is read, to their ends."""
+    """Check that a terminal shows a bar for each stage, and one for all that is read, to their ends."""
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with recurrence_screen.Stages(console) as bars:
         figures = run_training(replace(TINY, anneal=3), tmp_path, bars)

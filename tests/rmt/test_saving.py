@@ -1,4 +1,4 @@
-"""A memory written to disk and read back, and what is refused."""
+"""Tests of writing a memory to disk and reading it back, and of what is refused."""
 
 import os
 from collections.abc import Callable

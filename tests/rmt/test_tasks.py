@@ -1,4 +1,4 @@
-"""The memory tasks: what is decoded from a batch is read again, and answered by rules of this file's own."""
+"""Tests of the memory tasks: batches are decoded to text again, and answered by rules of this file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BACK = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
 
 def answered(text: str) -> str:
-    """The answer to the question at the end of a decoded text, from all that the text says."""
+    """Return the answer to the question at the end of a decoded text, from the facts in it."""
     asked = QUESTION.search(text)
     assert asked is not None, text[-60:]
     words = asked[0].split()
@@ -82,7 +82,7 @@ CUT = 78
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """97 sentences, no word of which occurs twice: 78 for training, 19 for the test."""
+    """Write a book of 97 sentences in which no word occurs twice: 78 for training, 19 for the test."""
     path = tmp_path_factory.mktemp("book") / "book.txt"
     path.write_text(" ".join(BOOK), encoding="utf-8")
     return path
@@ -95,7 +95,7 @@ def tasks(book: Path) -> dict[str, TextTask]:
 
 
 def parts(task: TextTask, row: torch.Tensor) -> tuple[list[str], list[int], list[str]]:
-    """The facts of a sample, where in the filler they stand, and the filler's words."""
+    """Return the facts of a sample, their places in the filler, and the filler's words."""
     assert task.vocabulary is not None
     text = task.vocabulary.decode(row)
     text = text.split(" [GEN]")[0]
@@ -110,7 +110,7 @@ def parts(task: TextTask, row: torch.Tensor) -> tuple[list[str], list[int], list
 
 
 def rows_of(task: TextTask, length: int, count: int = 12) -> list[tuple[str, str, torch.Tensor]]:
-    """Text up to the question's end, the answer that the labels give, and the tokens, of both splits."""
+    """Return texts up to the question's end, the answers in the labels, and the tokens, for both splits."""
     found = []
     assert task.vocabulary is not None
     for split in ("train", "test"):
@@ -300,7 +300,7 @@ def test_filler_of_the_test_is_the_end_of_the_book() -> None:
 
 @pytest.mark.parametrize("as_given", [list, tuple, lambda ids: np.array(ids, np.int32)])
 def test_any_tokenizer_encodes(book: Path, as_given: Callable[[list[int]], Any]) -> None:
-    """Bytes, so that answers are of several tokens, and not all of as many."""
+    """Encode bytes, so that answers have several tokens, and different numbers of them."""
 
     def encode(text: str) -> Any:
         return as_given(list((" " + text).encode()))

@@ -1,4 +1,4 @@
-"""Both memories under Hugging Face's Trainer, and checkpointing by the names that it calls."""
+"""Tests of both memories under Hugging Face's Trainer, and of checkpointing by the names that it calls."""
 
 import textwrap
 from collections.abc import Callable
@@ -25,7 +25,7 @@ MEMORIES: list[Callable[[], Any]] = [
 
 
 def trained(memory: Any, folder: Path, **options: Any) -> dict[str, Tensor]:
-    """The parameters after three steps."""
+    """Train for three steps, and return the parameters."""
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=3,
@@ -106,7 +106,7 @@ def test_checkpointing_is_switched_by_transformers_names(make: Callable[[], Any]
 
 
 class Summing(nn.Module):
-    """Not of Hugging Face; its masks are as a RecurrentMemory gives them."""
+    """A model that is not of Hugging Face, which applies the masks of a `RecurrentMemory`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,128 +1,185 @@
-"""The command `segattn finetune`: continue training a Hugging Face model on a text, with a memory."""
+"""The command `segattn finetune`: train a Hugging Face model with a memory on a text, in one process or several."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from torch import OutOfMemoryError
 
+from ..infini.train.settings import TrainSettings, UntrainedMemoryWarning
+from ..runs.checkpoint import InterruptedRunError, SettingError
+from .options import options_of
 from .progress import Bars, Lines
 
 FOLDER = Path("segattn-finetune")
+OUT_OF_MEMORY = (
+    "out of memory: try more processes and --sequence-ranks, --gradient-checkpointing, --lora, or a smaller --batch, "
+    "--length, --piece or --truncate"
+)
 
 
+@options_of(TrainSettings, arguments=("model",))
 def finetune(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder or name of a model; a plain one is converted.", show_default=False)
-    ] = None,
-    text: Annotated[Path | None, typer.Option(help="Text to train on, UTF-8.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Instead, a data set: a name of the hub, or a folder.")] = None,
-    split: Annotated[str | None, typer.Option(help="Of the data set. Default: train.")] = None,
-    column: Annotated[str | None, typer.Option(help="Of the data set, with the text. Default: text.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or name, or 'bytes' for a model of bytes. Default: the model's.")
-    ] = None,
-    segment_len: Annotated[int | None, typer.Option(help="Of a plain model: tokens a segment. Default: 2048.")] = None,
-    update: Annotated[str | None, typer.Option(help="Of a plain model: delta or linear. Default: delta.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens per row. Default: 8192.")] = None,
-    piece: Annotated[int | None, typer.Option(help="Tokens of a row read at once. Default: all.")] = None,
-    truncate: Annotated[
-        int | None, typer.Option(help="Pieces that gradients reach back, and that are held. Default: all.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the optimiser. Default: 1000.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: 2e-5.")] = None,
-    gate_lr: Annotated[float | None, typer.Option(help="Learning rate of the gates. Default: 1e-2.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of matrices. Default: 0.01.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Steps over which the rates rise. Default: 20.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows read at once. Default: 1.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches per step. Default: 1.")] = None,
-    gates_only: Annotated[
-        bool | None, typer.Option("--freeze-but-gates", help="Train the gates alone.", show_default=False)
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option("--gradient-checkpointing", help="Less memory for a third more time.", show_default=False),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the rows' order, and of dropout. Default: 0.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the weights: float32, bfloat16, float16 or auto. Default: float32.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: a GPU where one is.")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: 100.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = FOLDER,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: GPUs where there are any.")] = None,
+    keep: Annotated[int, typer.Option(help="Checkpoints that stay.")] = 2,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a process that does not answer.")] = 600.0,
+    out: Annotated[Path, typer.Option(help="Folder for everything that is written, one for all processes.")] = FOLDER,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, on any number of processes.")
+    ] = False,
+    **given: Any,
 ) -> None:
-    """Continue training a model on a text, each row read in pieces with its memory carried on.
+    """Train a model with a memory on a text; a plain model is converted first.
 
-    Ctrl-C leaves a checkpoint, from which --resume goes on to what the run would have come to.
+    On several GPUs: torchrun --nproc-per-node 8 -m segattn finetune MODEL ...
+    The processes share the weights (FSDP2) and every row.
+
+    Ctrl-C or SIGTERM leaves a checkpoint, from which --resume goes on to what the run would have come to.
+    The trained model, adapters merged, is in OUT/model, for segattn.from_pretrained.
+
+    With --resume, settings are the checkpoint's. These may be given anew:
+    --steps, also more of them for a run that is done, --lr, --gate-lr, --warmup:
+    steps still to come have the rates of a run with these from its first step;
+    --gradient-checkpointing, --sequence-ranks, --eval-every, --save-every, --log;
+    and where model, tokenizer and text are, if they hold the same.
+
+    A process that is given a wrong option says so in one line, and ends with 2.
+    torchrun adds a report of its own, ChildFailedError, and ends with 1.
     """
-    given = {name: value for name, value in locals().items() if value is not None and name not in ("out", "resume")}
-    if text is not None:
-        given["text"] = str(text.resolve())
-    with _Errors(out) as console:
-        from ..infini.finetune.finetuner import FinetuneSettings
-        from ..infini.finetune.runs import Outputs, run_finetune, saved_settings
-        from ..runs.checkpoint import SettingError
+    with _errors(out):
+        from transformers.utils.logging import disable_progress_bar
 
-        if model is None and not resume:
-            raise SettingError("model", "must be given: a folder, or a name of the hub")
-        if not console.is_terminal:
-            from transformers.utils.logging import disable_progress_bar
+        from ..infini.train.processes import agreed, is_first, joined
+        from ..infini.train.run import Outputs, resumed, run_training
 
-            disable_progress_bar()
-        settings = FinetuneSettings(**(saved_settings(out) if resume else {}) | given)
-        with _Bar(console) if console.is_terminal else _Lines(console) as listener:
-            figures = run_finetune(settings, out, listener, resume=resume)
-        if figures:
-            console.print(f"loss {figures['loss']:.4f} after {figures['tokens']} tokens, {figures['seconds']:.0f} s")
-        for name, path in Outputs.of(out)._asdict().items():
-            console.print(f"{name:10} {path}", markup=False)
+        # twice: errors before the processes have met, and after
+        with joined(device, timeout) as place, _errors(out), _lost_processes(out), _warnings_in_a_line():
+            settings, steps = agreed(lambda: resumed(out, given) if resume else (TrainSettings(**given), 0))
+            console = Console(soft_wrap=True, highlight=False, quiet=not is_first())
+            has_bar = console.is_terminal and is_first()
+            if not has_bar:
+                disable_progress_bar()
+            with _Bar(console) if has_bar else _Lines(console) as listener:
+                figures = run_training(settings, out, listener, place, keep=keep, resume=resume)
+            if steps == settings.steps:
+                console.print(f"already done: {steps} steps; --steps goes on to more")
+            if figures:
+                console.print(_summary(figures))
+            for name, path in Outputs.of(out)._asdict().items():
+                console.print(f"{name:12} {path}", markup=False)
 
 
-class _Errors:
-    """The console, and what becomes of errors."""
+def _summary(figures: Mapping[str, Any]) -> str:
+    evaluations = list(figures["eval_loss"].values())
+    held_out = f", {evaluations[-1]:.4f} on held-out rows," if evaluations else ""
+    speed = f"{figures['tokens_per_second']:.0f} tokens/s, at most {figures['peak_bytes'] / 2**20:.0f} MiB a process"
+    return f"loss {figures['loss']:.4f}{held_out} after {figures['tokens']} tokens, {speed}"
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.console = Console(soft_wrap=True, highlight=False)
-        self.errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
-    def __enter__(self) -> Console:
-        return self.console
+@contextmanager
+def _errors(out: Path) -> Iterator[None]:
+    """End the command with one line, which the first process prints, or each one before they have met."""
+    try:
+        yield
+    except SettingError as error:
+        option = "MODEL" if error.name == "model" else f"--{error.name.replace('_', '-')}"
+        _end(f"{option} {error.problem}", 2)
+    except ImportError as error:
+        if error.name not in ("transformers", "safetensors"):
+            raise
+        _end(f"needs {error.name}: pip install 'segattn[hf]'", 1)
+    except InterruptedRunError:
+        _end(f"stopped, checkpoint written{_again(out)}", 130)
+    except KeyboardInterrupt:
+        _say(f"stopped{_again(out)}")
+        raise SystemExit(130) from None
+    except OutOfMemoryError:
+        if _several():
+            raise
+        _end(f"{OUT_OF_MEMORY}{_again(out)}", 1)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        from torch import OutOfMemoryError
 
-        from ..runs.checkpoint import InterruptedRunError, SettingError
+@contextmanager
+def _lost_processes(out: Path) -> Iterator[None]:
+    """Say on each of several processes why it ends, beside its traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _several():
+            reason = (
+                OUT_OF_MEMORY
+                if isinstance(error, OutOfMemoryError)
+                else (
+                    f"process {dist.get_rank()} of {dist.get_world_size()} ends: unless the error below is its own, "
+                    "another process has ended, or did not answer within --timeout"
+                )
+            )
+            _say(f"{reason}{_again(out)}")
+        raise
 
-        again = f"; go on with: segattn finetune --resume --out {shlex.quote(str(self.out))}"
-        names = {"model": "MODEL", "gates_only": "--freeze-but-gates"}
-        if isinstance(error, SettingError):
-            self._stop(f"{names.get(error.name, '--' + error.name.replace('_', '-'))} {error.problem}", 2)
-        if isinstance(error, ImportError) and error.name in ("transformers", "safetensors"):
-            self._stop(f"needs {error.name}: pip install 'segattn[hf]'", 1)
-        if isinstance(error, OutOfMemoryError):
-            self._stop("out of memory: try a smaller --batch, --piece or --truncate, or --gradient-checkpointing", 1)
-        if isinstance(error, InterruptedRunError):
-            self._stop(f"stopped, checkpoint written{again}", 130)
-        if isinstance(error, KeyboardInterrupt):
-            self._stop(f"stopped{again if (self.out / 'checkpoint.pt').is_file() else ''}", 130)
 
-    def _stop(self, message: str, status: int) -> None:
-        self.errors.print(f"segattn finetune: {message}", markup=False)
-        raise typer.Exit(status) from None
+def _end(message: str, status: int) -> NoReturn:
+    if not _several() or dist.get_rank() == 0:
+        _say(message)
+    if _several():
+        # torchrun ends all when one has ended
+        dist.barrier()
+    raise SystemExit(status) from None
+
+
+def _again(out: Path) -> str:
+    """Return how to go on, where there is a checkpoint."""
+    from ..infini.train.checkpoints import whole
+    from ..infini.train.run import Outputs
+
+    if not whole(Outputs.of(out).checkpoints):
+        return ""
+    how = "go on, with as many processes as you like:" if _several() else "go on with:"
+    return f"; {how} segattn finetune --resume --out {shlex.quote(str(out))}"
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print the warnings of a run in one line, as its errors, and leave others alone."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if category is UntrainedMemoryWarning:
+                _say(str(message))
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = line
+        warnings.simplefilter("always", UntrainedMemoryWarning)
+        yield
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"segattn finetune: {message}", markup=False)
+
+
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _note(figures: Mapping[str, Any]) -> str:
+    held_out = f" ({figures['eval_loss']:.4f} held out)" if "eval_loss" in figures else ""
+    gates = f"gates {figures['gate_least']:.3f} to {figures['gate_largest']:.3f}"
+    return f"loss {figures['loss']:.4f}{held_out}, {gates}, {figures['tokens_per_second']:.0f} tokens/s"
 
 
 class _Bar(Bars):
-    """Steps done, on a terminal."""
+    """A bar of the steps, on a terminal."""
 
     def __init__(self, console: Console) -> None:
         note = TextColumn("{task.fields[note]}")
@@ -130,14 +187,12 @@ class _Bar(Bars):
         self.task = self.progress.add_task("train", total=None, note="")
 
     def trained(self, step: int, steps: int, figures: Mapping[str, Any]) -> None:
-        note = f"loss {figures['loss']:.3f}  gates {figures['gate_least']:.2f} to {figures['gate_largest']:.2f}"
-        self.progress.update(self.task, completed=step, total=steps, note=note)
+        self.progress.update(self.task, completed=step, total=steps, note=_note(figures))
 
 
 class _Lines(Lines):
     """A few plain lines, for a file or a pipe."""
 
     def trained(self, step: int, steps: int, figures: Mapping[str, Any]) -> None:
-        if step % max(1, steps // 20) == 0 or step == steps:
-            gates = f"{figures['gate_least']:.3f} to {figures['gate_largest']:.3f}"
-            self.console.print(f"step {step} of {steps}: loss {figures['loss']:.4f}, gates {gates}")
+        if step % max(1, steps // 20) == 0 or step == steps or "eval_loss" in figures:
+            self.console.print(f"step {step} of {steps}: {_note(figures)}")

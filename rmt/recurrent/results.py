@@ -1,4 +1,4 @@
-"""What the segments of a call come to: one loss, and logits in the places of their tokens."""
+"""The results of a call, put together from its segments: one loss, and logits at the places of their tokens."""
 
 from __future__ import annotations
 
@@ -6,19 +6,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..segments import IGNORED, Segment
+from ...kernels import validation as check
+from ..segments import IGNORED, Segment, next_tokens
+
+
+def targets_of(labels: Tensor, kind: str, rows: list[tuple[int, int]], time: int) -> Tensor:
+    """Return what the logits at each place are to predict, in the shape of the labels.
+
+    Args:
+        labels: [B, T], one for each token; or [B], classes of an encoder's rows.
+        kind: "decoder", whose logits predict the next token, or "encoder", whose logits predict the token itself.
+        rows: where each row's tokens begin and end.
+        time: T.
+
+    Raises:
+        TypeError, ValueError: labels of another dtype or shape.
+    """
+    check.check_ids("labels", labels)
+    if labels.ndim == 1 and kind == "encoder":
+        check.check_shape("labels", labels, "[B]", (len(rows),))
+        return labels
+    check.check_shape("labels", labels, "[B, T]", (len(rows), time))
+    if kind == "decoder":
+        return next_tokens(labels, rows)
+    at = torch.arange(time, device=labels.device)
+    begin, end = torch.tensor(rows, device=labels.device)[..., None].unbind(1)
+    return labels.masked_fill((at < begin) | (at >= end), IGNORED)
 
 
 def summed_loss(logits: Tensor, targets: Tensor, segment: Segment, last_only: bool) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropy over a segment's labels, in float32 at least, and how many there are.
+    """Return the sum of the cross-entropy over a segment's targets, in float32 at least, and their number.
 
     Args:
         logits: [b, n, C] of the segment's tokens, or [b, C] of its rows.
-        targets: [B, T] or [B]; -100 does not count.
+        targets: [B, T] or [B]; IGNORED ones do not count.
         last_only: whether only segments that are their row's last count.
 
     Raises:
-        ValueError: the labels have another shape than the logits ask for, or there is a single class.
+        ValueError: labels that do not have the shape of the logits, or logits of a single class.
     """
     if logits.shape[-1] < 2:
         raise ValueError(
@@ -41,7 +66,7 @@ def summed_loss(logits: Tensor, targets: Tensor, segment: Segment, last_only: bo
 
 
 def gather(pieces: list[tuple[Segment, Tensor]], batch: int, time: int) -> Tensor | None:
-    """Logits of the segments → [B, T, C], 0 where there is padding, or [B, C], of each row's last segment."""
+    """Return the logits of all segments as [B, T, C], 0 at padding; or [B, C], those of each row's last segment."""
     if not pieces:
         return None
     first = pieces[0][1]

@@ -24,26 +24,27 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 typer_testing = pytest.importorskip("typer.testing")
 
-import long_training_ranks as ranks
+import finetune_ranks as ranks
 from forks import fork
 from models import make, open_gates, tokens
 
 import segattn
+from segattn.cli.demo import app
+from segattn.cli.finetune import finetune
 from segattn.infini.evaluate.loading import ByteTokenizer
-from segattn.infini.long_training import stream
-from segattn.infini.long_training.checkpoints import whole
-from segattn.infini.long_training.command import app, train
-from segattn.infini.long_training.processes import joined, mesh_of
-from segattn.infini.long_training.runs import MAY_CHANGE, Outputs, build_model
-from segattn.infini.long_training.settings import LongSettings
-from segattn.infini.long_training.stream import Position, pieces_of_dataset, pieces_of_file, rows
-from segattn.infini.long_training.trainer import LongTrainer, RunLoss
 from segattn.infini.sharding import shard_batch
-from segattn.runs.checkpoint import SettingError
+from segattn.infini.train import checkpoints, stream
+from segattn.infini.train.model import build_model
+from segattn.infini.train.processes import joined, mesh_of
+from segattn.infini.train.run import Outputs
+from segattn.infini.train.settings import MAY_CHANGE, SOURCES, TrainSettings
+from segattn.infini.train.stream import Position, in_order, pieces_of_dataset, pieces_of_file
+from segattn.infini.train.trainer import LossSum, Trainer
+from segattn.runs.checkpoint import SettingError, whole
 from segattn.runs.text import generate_text
 
 L, LENGTH, STEPS, LR, GATE_LR, WARMUP = 8, 57, 20, 3e-3, 1e-2, 3
-SAVE_EVERY, DIES, STOPS = 5, 20, 17
+SAVE_EVERY, DIES, STOPS = 5, 20, 18
 
 
 class Run(NamedTuple):
@@ -63,12 +64,12 @@ class Run(NamedTuple):
 
     @property
     def checkpoints(self) -> list[str]:
-        return [path.name for path in whole(Outputs.of(self.out).checkpoints)]
+        return [path.name for path in checkpoints.whole(Outputs.of(self.out).checkpoints)]
 
 
 def invoke(out: Path, *arguments: object) -> Run:
     """The command, in this process alone."""
-    done = typer_testing.CliRunner().invoke(app, [*map(str, arguments), "--out", str(out)])
+    done = typer_testing.CliRunner().invoke(app, ["finetune", *map(str, arguments), "--out", str(out)])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return Run(done.exit_code, done.output, out)
@@ -104,6 +105,7 @@ def options(folder: Path, **changed: object) -> list[object]:
     """Of the run that all of these tests are about; None leaves one out."""
     given: dict[str, object] = {
         "text": folder / "text.txt",
+        "stream": True,
         "tokenizer": "bytes",
         "segment-len": L,
         "length": LENGTH,
@@ -217,7 +219,9 @@ def test_when_a_rank_dies_the_others_end_and_say_how_to_go_on(killed: list[Run])
     assert [run.code for run in killed] == [1, 1, 1, -signal.SIGKILL]
     for rank, run in enumerate(killed[:3]):
         assert f"process {rank} of 4 ends" in run.said
-        assert re.search(r"go on, with as many processes as you like: … --resume --out \S+killed", run.said)
+        assert re.search(
+            r"go on, with as many processes as you like: segattn finetune --resume --out \S+killed", run.said
+        )
         assert "Error" in run.said
 
 
@@ -229,10 +233,9 @@ def test_the_checkpoint_before_is_intact(killed: list[Run]) -> None:
 def test_it_resumes_on_two_ranks_and_sigterm_of_one_leaves_a_checkpoint(stopped: Run, alone: Run) -> None:
     assert stopped.code == 1
     assert "stopped, checkpoint written; go on" in stopped.said
-    # the signal comes when that step is over: the next one is the last
-    assert stopped.checkpoints == [f"step-{STOPS + 1}"]
-    assert len(stopped.losses) == STOPS + 1
-    assert (stopped.losses - alone.losses[: STOPS + 1]).abs().max() < 1e-5
+    assert stopped.checkpoints == [f"step-{STOPS}"]
+    assert len(stopped.losses) == STOPS
+    assert (stopped.losses - alone.losses[:STOPS]).abs().max() < 1e-5
 
 
 def test_it_resumes_on_one_and_ends_as_if_undisturbed(finished: Run, alone: Run) -> None:
@@ -245,7 +248,7 @@ def test_it_resumes_on_one_and_ends_as_if_undisturbed(finished: Run, alone: Run)
 
 def test_speed_and_memory_are_those_of_the_ranks_of_the_last_step(finished: Run) -> None:
     figures, log = json.loads(Outputs.of(finished.out).figures.read_text()), finished.log
-    wanted = [{"dp": 2, "sp": 2}] * 15 + [{"dp": 1, "sp": 2}] * (STOPS + 1 - 15) + [{"dp": 1, "sp": 1}] * 2
+    wanted = [{"dp": 2, "sp": 2}] * 15 + [{"dp": 1, "sp": 2}] * (STOPS - 15) + [{"dp": 1, "sp": 1}] * 2
     assert [line["ranks"] for line in log] == wanted
     assert figures["ranks"] == wanted[-1]
     assert (figures["steps"], figures["timed_steps"]) == (STEPS, 2)
@@ -330,7 +333,7 @@ def test_losses_in_pieces_of_logits_are_those_of_the_model(mesh: Any, kind: str)
     inputs = shard_batch({"input_ids": ids}, mesh["sp"], L)
     parameters = [p for p in model.parameters() if p.requires_grad]
     # five tokens of the two rows at a time
-    summed = RunLoss(model, logits=10 * model.config.vocab_size)(**inputs)
+    summed = LossSum(model, logits=10 * model.config.vocab_size)(**inputs)
     found = torch.autograd.grad(summed, parameters, allow_unused=True)
     logits = model(ids, use_cache=False).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
@@ -342,7 +345,7 @@ def test_losses_in_pieces_of_logits_are_those_of_the_model(mesh: Any, kind: str)
             assert (mine - other).norm() < 1e-4 * other.norm() + 1e-5
 
 
-def settings_of(folder: Path, **changed: Any) -> LongSettings:
+def settings_of(folder: Path, **changed: Any) -> TrainSettings:
     given: dict[str, Any] = {
         "model": str(folder / "plain"),
         "text": str(folder / "text.txt"),
@@ -350,16 +353,15 @@ def settings_of(folder: Path, **changed: Any) -> LongSettings:
         "segment_len": L,
         "length": LENGTH,
         "batch": 2,
-        "device": "cpu",
         "warmup": 0,
     }
-    return LongSettings(**(given | changed))
+    return TrainSettings(**(given | changed))
 
 
-def stepped(settings: LongSettings, mesh: Any, ids: torch.Tensor) -> tuple[LongTrainer, list[float], list[float]]:
+def stepped(settings: TrainSettings, mesh: Any, ids: torch.Tensor) -> tuple[Trainer, list[float], list[float]]:
     """Two steps: the trainer, losses, norms of gradients."""
     model, _ = build_model(settings)
-    trainer = LongTrainer(model, settings, mesh, torch.device("cpu"))
+    trainer = Trainer(model, settings, mesh, torch.device("cpu"))
     rows = iter(ids.split(settings.batch))
     figures = [trainer.advance(lambda count: next(rows)) for _ in range(2)]
     return trainer, *([line[name] for line in figures] for name in ("loss", "gradient_norm"))
@@ -372,7 +374,7 @@ def test_weights_are_float32_under_products_in_bfloat16(mesh: Any, folder: Path)
     )
     begun = dict(converted(folder).named_parameters())
     for name, parameter in trainer.model.named_parameters():
-        value = parameter.full_tensor().detach()
+        value = whole(parameter).detach()
         assert value.dtype == torch.float32
         # which weights in bfloat16 could not take: none of them would move
         assert 0 < (value - begun[name]).abs().max() < 1e-5, name
@@ -387,7 +389,7 @@ def test_batches_that_are_accumulated_are_one(mesh: Any, folder: Path) -> None:
     for found, wanted in zip(in_turn, at_once, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
     for mine, its in zip(one.model.parameters(), other.model.parameters(), strict=True):
-        assert (mine.full_tensor() - its.full_tensor()).abs().max() < 2e-6
+        assert (mine - its).abs().max() < 2e-6
 
 
 def test_dropout_depends_on_the_step_alone(mesh: Any, folder: Path) -> None:
@@ -440,16 +442,16 @@ def test_rows_of_a_file_go_on_from_any_of_them(tmp_path: Path, monkeypatch: pyte
         wanted = torch.tensor(held[: each * length]).view(each, length).repeat(3, 1)
         position = stream.START
         seen = [position]
-        made = rows(pieces, length)
+        made = in_order(pieces, length)
         for row in wanted:
             found, position = next(made)
             seen.append(position)
             assert found.tolist() == row.tolist()
         for index, begin in enumerate(seen[:-1]):
-            assert next(rows(pieces, length, begin))[0].tolist() == wanted[index].tolist()
+            assert next(in_order(pieces, length, begin))[0].tolist() == wanted[index].tolist()
         assert seen[-1].epoch == 2
     with pytest.raises(SettingError, match=f"length must be at most the {len(held)} tokens of the text, got 99"):
-        next(rows(pieces, 99))
+        next(in_order(pieces, 99))
 
 
 def test_rows_of_a_data_set(tmp_path: Path) -> None:
@@ -458,13 +460,13 @@ def test_rows_of_a_data_set(tmp_path: Path) -> None:
     data.save_to_disk(tmp_path / "data")
     tokenizer = ByteTokenizer()
     tokenizer.prefix = [0]
-    made = rows(pieces_of_dataset(str(tmp_path / "data"), tokenizer, "train", "story"), 4)
+    made = in_order(pieces_of_dataset(str(tmp_path / "data"), tokenizer, "train", "story"), 4)
     (first, then), (second, last), (third, _) = (next(made) for _ in range(3))
     assert [first.tolist(), second.tolist(), third.tolist()] == [[0, 97, 98, 0], [0, 99, 100, 101], [0, 97, 98, 0]]
     assert (then, last) == (Position(0, 1, 1), Position(0, 2, 4))
     for column, said in (("text", "be one of story, number"), ("number", "hold text, got 'number', which holds int")):
         with pytest.raises(SettingError, match=f"column must {said}"):
-            next(rows(pieces_of_dataset(str(tmp_path / "data"), tokenizer, "train", column), 4))
+            next(in_order(pieces_of_dataset(str(tmp_path / "data"), tokenizer, "train", column), 4))
 
 
 @pytest.mark.parametrize(
@@ -476,11 +478,11 @@ def test_rows_of_a_data_set(tmp_path: Path) -> None:
         ({"length": 1}, "--length must be at least 2, got 1"),
         ({"sequence_ranks": 2}, "--sequence-ranks must divide the number of processes, 1, got 2"),
         ({"sequence_ranks": 0}, "--sequence-ranks must be at least 1, got 0"),
-        ({"device": "tpu"}, "--device must be cpu or cuda, got 'tpu'"),
+        ({"device": "tpu"}, "--device must be one that PyTorch can use here, such as 'cpu', got 'tpu'"),
         ({"dtype": "float16"}, "--dtype must be one of auto, float32, bfloat16, got 'float16'"),
         ({"timeout": 0}, "--timeout must be more than 0 seconds, got 0.0"),
         ({"keep": 0}, "--keep must be at least 1, got 0"),
-        ({"model": None}, "--layers must be given for a model from scratch"),
+        ({"model": None, "width": 8}, "--layers must be given for a model from scratch"),
         ({"layers": 2}, "--layers must be left out for a model that is there"),
         (
             {"model": None, "layers": 2, "width": 30, "heads": 4},
@@ -499,7 +501,7 @@ def test_rows_of_a_data_set(tmp_path: Path) -> None:
 def test_settings_that_cannot_be(folder: Path, tmp_path: Path, changed: dict[str, Any], said: str) -> None:
     run = invoke(tmp_path / "out", *options(folder, **changed))
     assert run.code == 2, run.said
-    assert f"long_training: {said}" in run.said
+    assert f"segattn finetune: {said}" in run.said
     assert not dist.is_initialized()
 
 
@@ -520,24 +522,56 @@ def test_resuming_something_else(folder: Path, alone: Run, changed: dict[str, An
     before = Outputs.of(alone.out).log.read_text()
     run = invoke(alone.out, *options(folder, **changed), "--resume")
     assert run.code == 2, run.said
-    assert f"long_training: {said}" in run.said
+    assert f"segattn finetune: {said}" in run.said
     assert Outputs.of(alone.out).log.read_text() == before
 
 
 def test_the_help_names_what_may_change() -> None:
-    said = re.search("With --resume.*?hold the same", train.__doc__ or "", re.DOTALL)
+    said = re.search("With --resume.*?hold the same", finetune.__doc__ or "", re.DOTALL)
     assert said is not None
-    places = ("model", "text", "dataset", "split", "column", "tokenizer")
-    wanted = {f"--{name.replace('_', '-')}" for name in MAY_CHANGE if name not in places}
+    wanted = {f"--{name.replace('_', '-')}" for name in MAY_CHANGE if name not in SOURCES}
     assert set(re.findall(r"--[a-z-]+", said[0])) == wanted | {"--resume"}
 
 
-def test_several_ranks_say_once_what_is_wrong(folder: Path) -> None:
-    asked = options(folder, text=folder / "nowhere.txt")
-    first, second = by_hand(folder / "wrong", "none 0 0 0", 2, *asked)
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"text": "nowhere.txt"}, "--text must be a file that can be read, got "),
+        ({"piece": 9}, "--piece must be left out on 2 processes, each of which reads its run of a row at once, got 9"),
+        (
+            {"weights": "bfloat16"},
+            "--weights must be float32 on 2 processes, over which they are spread, got",
+        ),
+    ],
+)
+def test_several_ranks_say_once_what_is_wrong(
+    folder: Path, tmp_path: Path, changed: dict[str, object], said: str
+) -> None:
+    first, second = by_hand(tmp_path / "wrong", "none 0 0 0", 2, *options(folder, **changed))
     assert (first.code, second.code) == (2, 2)
-    assert first.said.startswith("long_training: --text must be a file that can be read, got ")
+    assert first.said.startswith(f"segattn finetune: {said}")
     assert (first.said.count("\n"), second.said) == (1, "")
+
+
+@pytest.mark.parametrize(("model", "sequence_ranks"), [("plain", 2), ("sliding", 1)])
+def test_adapters_and_held_out_rows_on_two_ranks(folder: Path, tmp_path: Path, model: str, sequence_ranks: int) -> None:
+    """Also layers that are not converted, where ranks share no rows."""
+    pytest.importorskip("peft")
+    kinds = ["sliding_attention", "full_attention"]
+    make("gemma3_text", vocab_size=256, layer_types=kinds).save_pretrained(folder / "sliding")
+    asked = options(folder, model=folder / model, stream=None, lora=2, eval_rows=4, steps=4, lr=1e-2)
+    alone = invoke(tmp_path / "alone", *asked)
+    ranks_asked = [*asked, "--sequence-ranks", sequence_ranks]
+    together, _ = by_hand(tmp_path / "together", "none 0 0 0", 2, *ranks_asked)
+    assert (alone.code, together.code) == (0, 0), together.said
+    assert (together.losses - alone.losses).abs().max() < 1e-5
+    assert together.log[-1]["eval_loss"] == pytest.approx(alone.log[-1]["eval_loss"], abs=1e-5)
+    one, other = (segattn.from_pretrained(Outputs.of(run.out).model, quiet=True) for run in (together, alone))
+    begun = transformers.AutoModelForCausalLM.from_pretrained(folder / model).state_dict()
+    for (name, mine), (_, wanted) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        assert (mine - wanted).abs().max() < 1e-4, name
+        if "_proj" in name:
+            assert (mine - begun[name]).abs().max() > 1e-3, name
 
 
 def test_a_text_that_goes_wrong_later_ends_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The command of long training on a process that ends itself: after a step, or while a checkpoint is being written."""
+"""`segattn finetune` on a process that ends itself: after a step, or while a checkpoint is being written."""
 
 import os
 import sys
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from segattn.infini.long_training import command
-from segattn.infini.long_training.trainer import LongTrainer
+from segattn.cli import finetune as command
+from segattn.cli.demo import app
+from segattn.infini.train.trainer import Trainer
 
 # "step" or "save", the rank, the step, the signal
-EVENT = "LONG_TRAINING_EVENT"
+EVENT = "FINETUNE_EVENT"
 
 
 def perhaps(place: str, step: int) -> None:
@@ -28,18 +29,18 @@ class Listener(command._Lines):
         perhaps("step", step)
 
 
-def state_dict(trainer: LongTrainer) -> dict[str, Any]:
+def state_dict(trainer: Trainer) -> dict[str, Any]:
     perhaps("save", trainer.step)
     return whole_state_dict(trainer)
 
 
-whole_state_dict = LongTrainer.state_dict
+whole_state_dict = Trainer.state_dict
 
 
 def main(rank: int, *arguments: str) -> None:
     torch.set_num_threads(1)
-    command._Lines, LongTrainer.state_dict = Listener, state_dict
-    command.app(arguments)
+    command._Lines, Trainer.state_dict = Listener, state_dict
+    app(["finetune", *arguments])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""What `RecurrentMemory` and `AssociativeMemory` share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpointing import Checkpointing
+from .generation import TextGeneration
+
+
+class MemoryModule(TextGeneration, Checkpointing, nn.Module):
+    """A model with a trainable memory around it.
+
+    Attributes:
+        model: another one that fits may be assigned, such as the same with adapters.
+        settings: a frozen dataclass of the constructor's arguments.
+    """
+
+    model: nn.Module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module registers a submodule without calling a property's setter
+        if name == "model" and "model" in self._modules:
+            self._fit(value)
+        super().__setattr__(name, value)
+
+    def _fit(self, model: nn.Module) -> None:
+        """Check that `model` can take the present one's place, and note how it is called.
+
+        Raises:
+            TypeError, ValueError: it cannot; the memory is unchanged.
+        """
+        raise NotImplementedError
+
+
+def draw_memory_tokens(embeddings: Tensor, count: int) -> nn.Parameter:
+    """Return `count` random vectors [m, d], as far from zero as embeddings [vocabulary, d], among which they stand."""
+    spread = embeddings.detach().float().std()
+    return nn.Parameter(torch.randn(count, embeddings.shape[1]).to(embeddings) * spread)
