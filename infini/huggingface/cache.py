@@ -43,8 +43,8 @@ class InfiniLayer(ConvertedLayer):
     def joined(self, state: LayerState, new: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         """Return the tail's keys, memory keys and values, each followed by the new ones [B, G, T, ·].
 
-        A single token is written into spare room behind the tail, without copying the tail. With gradients on, attention
-        may save what is returned for its backward pass, so that the room must not be written again.
+        Without gradients, a single token is written into spare room behind the tail, which is not copied. With them,
+        attention may save what is returned for its backward pass, and the room could not be written again.
         """
         if torch.is_grad_enabled() or new[0].shape[2] > 1 or torch.compiler.is_compiling():
             return super().joined(state, new)

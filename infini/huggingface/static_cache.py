@@ -13,8 +13,8 @@ from ...kernels.memory import memory_read, memory_write
 from ...kernels.state import MemoryState
 from ...kernels.validation import check_integer, state_dtype
 from .cache_layer import ConvertedLayer, LayerState, new_columns
-from .rows import Rows
 from .convertible import check_weights
+from .rows import Rows
 from .settings import GATE, Settings, attentions_of, conversion_of, trunk_of
 
 

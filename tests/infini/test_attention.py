@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from segattn import InfiniAttention, parameter_groups
 from segattn.infini.demo.decoder import Decoder, DecoderConfig
+from segattn.infini.gate import Gate
 from segattn.infini.rotary import rotate
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -164,6 +165,30 @@ def test_gates_are_made_and_read_in_float32() -> None:
     assert attention.gate()[0].item() == pytest.approx(0.1234567, rel=1e-6)
     attention.load_state_dict({k: v.bfloat16() for k, v in attention.state_dict().items()}, assign=True)
     assert attention.gate().dtype == torch.float32
+
+
+def test_a_gate_gives_away_no_parameter() -> None:
+    gate = Gate(3, 0.5)
+    beta = gate()
+    assert beta.dtype == torch.float32
+    assert beta.untyped_storage().data_ptr() != gate.bias.untyped_storage().data_ptr()
+    beta.square().sum().backward()
+    assert torch.equal(gate.bias.grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_gradient_of_a_gate_keeps_its_dtype_when_a_model_is_cast(held: torch.dtype, dtype: torch.dtype) -> None:
+    attention = InfiniAttention(16, 4, segment_len=5)
+    # as of a checkpoint in half precision that was assigned
+    attention.gate.bias = torch.nn.Parameter(attention.gate.bias.detach().to(held))
+    optimizer = torch.optim.AdamW(parameter_groups(attention, 1e-3))
+    attention(torch.randn(1, 12, 16))[0].sum().backward()
+    wanted = attention.gate.bias.grad.float()
+    attention.to(dtype)
+    assert attention.gate.bias.dtype == torch.float32
+    assert torch.equal(attention.gate.bias.grad, wanted)
+    optimizer.step()
 
 
 def test_norms_do_not_warn_under_autocast(recwarn: pytest.WarningsRecorder) -> None:
