@@ -280,3 +280,10 @@ def test_gates_that_nobody_trains_are_noticed() -> None:
     layer.gate.requires_grad_(False)
     with pytest.warns(UserWarning, match="no gate is trained"):
         parameter_groups(layer, 1e-3)
+
+
+def test_a_text_of_one_segment_gives_every_parameter_a_gradient() -> None:
+    """Data parallelism waits for the gradients of all parameters, also of those that only later segments use."""
+    attention = layer(write_bias=-1.0, qk_norm=True)
+    attention(tokens(1, 3))[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in attention.parameters())
