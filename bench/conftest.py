@@ -5,22 +5,26 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import platform
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 
-from segattn.bench.speed.suite import Row, marked, table
-from segattn.bench.speed.workloads import DTYPES, GIVEN, given
+from segattn.bench.speed.machine import machine_info
+from segattn.bench.speed.rows import Row, as_json, marked, table
+from segattn.bench.speed.workloads import CALL_NUMBERS, DTYPES, parse_workloads
 
 ROWS = pytest.StashKey[list[Row]]()
 LOAD = pytest.StashKey[float]()
-FORMS = {GIVEN: "B,H,T,K,L", 7: "B,S,L,m,layers,heads,width"}
+# files that cannot be imported here
+collect_ignore = [] if find_spec("transformers") else ["speed/bench_recurrent_memory.py"]
+FORMS = {CALL_NUMBERS: "B,H,T,K,L", 7: "B,S,L,m,layers,heads,width"}
 
 
 def a_device(name: str) -> str:
+    """Return the name of a device that is here."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -38,12 +42,13 @@ def a_device(name: str) -> str:
 
 
 def sizes(text: str) -> str:
+    """Return the sizes of a workload, once they are possible."""
     count = text.count(",") + 1
     if count not in FORMS:
         raise argparse.ArgumentTypeError(f"must be {' or '.join(FORMS.values())}, got {text!r}")
     try:
-        if count == GIVEN:
-            given([text], "float32")
+        if count == CALL_NUMBERS:
+            parse_workloads([text], "float32")
         else:
             from segattn.bench.speed.recurrent_models import Sizes
 
@@ -54,12 +59,14 @@ def sizes(text: str) -> str:
 
 
 def some_rounds(text: str) -> int:
+    """Return a number of rounds."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
 
 
 def some_seconds(text: str) -> float:
+    """Return a time."""
     try:
         seconds = float(text)
     except ValueError:
@@ -76,8 +83,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--workload",
         type=sizes,
         action="append",
-        help=f"sizes {FORMS[GIVEN]}, or of recurrent memories {FORMS[7]}, instead of those that suit the device; "
-        "may be repeated",
+        help=f"sizes {FORMS[CALL_NUMBERS]}, or of recurrent memories {FORMS[7]}; may be repeated; "
+        "default: sizes that suit the device",
     )
     parser.addoption(
         "--rounds", type=some_rounds, default=5, help="timed rounds of each provider, each beside a baseline round"
@@ -91,59 +98,69 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("pytest bench/ needs pytest-benchmark: pip install 'segattn[bench]'")
     config.stash[ROWS] = []
     config.stash[LOAD] = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    # one table is enough
+    config.option.benchmark_quiet = True
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
-    """Others at work slow some rounds and not others."""
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Warn of others at work, who slow some rounds and not others, and of what is left out."""
     load, cores = config.stash[LOAD], os.cpu_count() or 1
-    return f"load {load:.1f} on {cores} cores: times will be noisy" if load > cores / 4 else None
+    noisy = [f"load {load:.1f} on {cores} cores: times will be noisy"] if load > cores / 4 else []
+    return [*noisy, *(f"{name} is left out: it needs segattn[hf]" for name in collect_ignore)]
 
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
+    """Return the device to measure on."""
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def rounds(request: pytest.FixtureRequest) -> int:
+    """Return the most timed rounds."""
+    count: int = request.config.getoption("--rounds")
+    return count
+
+
+@pytest.fixture(scope="session")
+def seconds(request: pytest.FixtureRequest) -> float:
+    """Return the time after which the last round begins."""
+    limit: float = request.config.getoption("--seconds")
+    return limit
 
 
 @pytest.fixture
 def keep(request: pytest.FixtureRequest) -> Callable[[Row], None]:
-    """Takes a row of the table."""
+    """Return a function that takes a row of the table."""
     return request.config.stash[ROWS].append
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    """What figures depend on, without the machine's name."""
-    device = torch.device(config.getoption("--device"))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {
-        "device": f"{device.type} {name}",
-        "cpu_capability": capability,
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load": float(f"{config.stash[LOAD]:.2f}"),
-    }
+    load = float(f"{config.stash[LOAD]:.2f}")
+    return machine_info(torch.device(config.getoption("--device"))) | {"load": load}
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Who was not timed, and why, beside those who were; and whose times are noisy."""
-    rows = config.stash[ROWS]
-    output_json["not_timed"] = [row.as_json() for row in rows if row.ratio is None]
-    noisy = {(row.group, row.provider): row.noisy for row in marked(rows) if row.ratio is not None}
-    # who was found wrong after the timing has no figures
-    timed = [x for x in output_json["benchmarks"] if (x["group"], x["extra_info"].get("provider")) in noisy]
-    for row in timed:
-        if reason := noisy[row["group"], row["extra_info"]["provider"]]:
-            row["extra_info"]["noisy"] = reason
-    output_json["benchmarks"] = timed
+    """Add the rows that were not timed, with the reasons, and mark the noisy ones."""
+    kept = config.stash[ROWS]
+    rows = marked(kept)
+    output_json["not_timed"] = as_json(rows)["not_timed"]
+    noisy = {(row.group, row.provider): row.noisy for row in rows if row.noisy}
+    for benchmark in output_json["benchmarks"]:
+        info = benchmark["extra_info"]
+        if reason := noisy.get((benchmark["group"], info["provider"])):
+            info["noisy"] = reason
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    for heading, lines in table(rows):
+    kept = config.stash[ROWS]
+    for heading, lines in table(marked(kept)):
         terminalreporter.section(heading, sep="-")
         for line in lines:
             terminalreporter.write_line(line)

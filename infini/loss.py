@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import validation as check
-from ..kernels.exchange import Ranks, quick_device, tell
+from ..kernels.exchange import Ranks, quick_device, raise_on_all_ranks
 
 # the label of a token without a target, as transformers and PyTorch have it
 IGNORED = -100
@@ -67,7 +67,7 @@ def mean_loss(logits: Tensor, shift_labels: Tensor, group: Any, *, gradients: st
     dist.all_reduce(sums, group=ranks.group)
     nats, tokens, summing, problems = sums.tolist()
     if problems or summing not in (0, ranks.size):
-        tell(ranks, {"gradients": gradients}, problem)
+        raise_on_all_ranks(ranks, {"gradients": gradients}, problem)
     if not tokens:
         raise ValueError(f"shift_labels must hold a token to predict on some rank, got none but {IGNORED}")
     share = total * ((1 if summed else ranks.size) / tokens)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import validation as check
-from .autocast import autocast, autocast_holds
-from .backends import BACKENDS, resolve
+from .autocast import autocast, autocast_holds, without_autocast
+from .backends import HAS_TRITON, resolve
+from .reference import reference_attention
 from .sequences import checked_bounds
 from .state import MemoryState, Options, SegmentOutput, empty_output
+from .torch.attention import torch_attention
+
+if HAS_TRITON:
+    from .triton.ops import triton_attention
 
 
 def segment_attention(
@@ -32,7 +37,7 @@ def segment_attention(
     softcap: float | None = None,
     backend: str | None = None,
 ) -> SegmentOutput:
-    """Attention inside segments of `segment_len` tokens, blended with what a memory recalls of earlier ones.
+    """Attend inside segments of `segment_len` tokens, and blend in what a memory recalls of earlier ones.
 
     Infini-attention, arXiv 2404.07143 equations 6 to 10: local attention, retrieval, update, gate. The equations as
     computed here, forward and backward, are in `infini/README.md`. Gradients reach every tensor argument, and cross
@@ -84,7 +89,7 @@ def segment_attention(
     options = Options(
         segment_len, update, causal, num_read, num_write, empty_memory, scale, check.check_softcap(softcap)
     )
-    run = BACKENDS[resolve(backend, q, v)]
+    chosen = resolve(backend, q, v)
 
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if gate is not None:
@@ -105,7 +110,20 @@ def segment_attention(
         # nothing is written by it, yet its gradient is zeros, not None: processes that add theirs up each need one
         gate = gate + memory_k[:, :, :0].sum(dtype=gate.dtype)
     memory_q, memory_k = q if memory_q is None else memory_q, k if memory_k is None else memory_k
-    return run(q, k, v, memory_q, memory_k, gate, state, bounds, options)
+    return _run(chosen, q, k, v, memory_q, memory_k, gate, state, bounds, options)
+
+
+@without_autocast
+def _run(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
+    state: MemoryState | None, bounds: Tensor | None, options: Options,
+) -> SegmentOutput:  # fmt: skip
+    """Run a checked call. bounds [N, 2]: rows' spans, or N sequences packed into one row; None for whole rows."""
+    if backend == "triton":
+        return triton_attention(q, k, v, memory_q, memory_k, gate, state, bounds, options)
+    if backend == "torch":
+        return torch_attention(q, k, v, memory_q, memory_k, gate, state, bounds, options)
+    return reference_attention(q, k, v, memory_q, memory_k, gate, state, bounds, options)
 
 
 def _empty(sequences: int, k: Tensor, v: Tensor) -> MemoryState:

@@ -14,19 +14,19 @@ R = TypeVar("R")
 
 
 def autocast_holds(device_type: str) -> bool:
-    """Is autocast on for the device?"""
+    """Return whether autocast is on for the device."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def autocast(x: Tensor) -> Tensor:
-    """As PyTorch casts the inputs of its own attention: floats narrower than float64, to the autocast dtype."""
+    """Cast floats narrower than float64 to the autocast dtype, as PyTorch does for its own attention."""
     if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16, torch.float32):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
 def without_autocast(f: Callable[P, R]) -> Callable[P, R]:
-    """f with autocast off, which would lower the products of float32 states; a backward may run under it too."""
+    """Return f with autocast off, which would lower the products of float32 states; a backward may run under it too."""
 
     @functools.wraps(f)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

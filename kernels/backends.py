@@ -1,51 +1,38 @@
-"""Which implementation runs a call."""
+"""The choice of the implementation that runs a call."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .autocast import without_autocast
-from .state import SegmentOutput
-from .torch import attention as torch_backend
 from .validation import check_choice
 
-Backend = Callable[..., SegmentOutput]
-
-BACKENDS: dict[str, Backend] = {
-    "torch": without_autocast(torch_backend.segment_attention),
-    "reference": without_autocast(reference.segment_attention),
-}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from .triton import backend as triton_backend
     from .triton.tiles import INTERPRETED
-
-    BACKENDS = {"triton": without_autocast(triton_backend.segment_attention), **BACKENDS}
 
 # every name there is, here or elsewhere
 NAMES = ("triton", "torch", "reference")
 
 
 def takes_width(width: int) -> bool:
-    """Do the kernels take K or V of this width?"""
+    """Return whether the kernels take K or V of this width."""
     return 16 <= width <= 256 and width % 8 == 0
 
 
 def check_backend(backend: str | None) -> None:
+    """Check that a backend of this name exists, here or elsewhere."""
     if backend is not None:
         check_choice("backend", backend, NAMES)
 
 
 def default(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """The backend of calls that name none, and why."""
+    """Return the backend of calls that name none, and why."""
     if not HAS_TRITON:
         return "torch", "triton is not installed"
     if device.type != "cuda":
@@ -56,7 +43,7 @@ def default(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[s
 
 
 def resolve(backend: str | None, q: Tensor, v: Tensor) -> str:
-    """The backend of a call with these tensors.
+    """Return the backend of a call with these tensors.
 
     Raises:
         ValueError: no such backend; one that does not run here, or not these tensors.
@@ -69,7 +56,7 @@ def resolve(backend: str | None, q: Tensor, v: Tensor) -> str:
 
 
 def resolve_memory(backend: str | None, k: Tensor, v: Tensor) -> str:
-    """The backend of the memory on its own, whose default on a GPU is torch for widths that the kernels do not take."""
+    """Return the backend of the memory on its own: by default, torch for widths that the kernels do not take."""
     taken = takes_width(k.shape[3]) and takes_width(v.shape[3])
     if backend is None and default(k.device, k.dtype)[0] == "triton" and not taken:
         return "torch"
@@ -99,7 +86,7 @@ def _check_triton(q: Tensor, v: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Config:
-    """What `show_config` found. Prints as a short table."""
+    """A backend, why it is chosen, and the versions beneath it. Prints as a short table."""
 
     backend: str
     reason: str
@@ -129,7 +116,7 @@ def _default_device() -> tuple[torch.device, str]:
 
 
 def show_config(device: torch.device | str | None = None) -> Config:
-    """Which backend a call on `device` (default: the best one here) would run, and why.
+    """Return which backend a call on `device` (default: the best one here) would run, and why.
 
     The result prints as a table, and holds backend, reason, device and versions as fields.
     """

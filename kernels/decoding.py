@@ -1,18 +1,19 @@
-"""`segment_decode`: the newest tokens of an unfinished segment, from buffers of a fixed size."""
+"""`segment_decode`: attention by the last tokens of an unfinished segment, from buffers of a fixed size."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import reference
 from . import validation as check
 from .autocast import autocast, autocast_holds, without_autocast
 from .backends import HAS_TRITON, resolve
+from .reference import reference_decode
 from .state import MemoryState, Options
-from .torch import attention as torch_backend
+from .torch.attention import torch_decode
+
+if HAS_TRITON:
+    from .triton.ops import triton_decode
 
 
 def segment_decode(
@@ -31,7 +32,7 @@ def segment_decode(
     counters: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`segment_attention` of a few last tokens, for decoding: one launch, and no gradients.
+    """Run `segment_attention` on a few last tokens, for decoding: one launch, and no gradients.
 
     k and v are buffers, of which each row's first `lengths` tokens count. On a GPU the lengths are read there: a CUDA
     graph of this call may be replayed while the buffers fill. When they hold a whole segment, fold it by `memory_write`
@@ -85,40 +86,21 @@ def segment_decode(
     tensors = (q, k, v, gate, memory_q, *(state or ()))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise RuntimeError("segment_decode has no gradients: call it under torch.no_grad(), or use segment_attention")
-    run = DECODERS[resolve(backend, q, v)]
+    chosen = resolve(backend, q, v)
     if q.shape[0] == 0 or q.shape[2] == 0:
         return q.new_empty((*q.shape[:3], v.shape[3]))
     options = Options(k.shape[2] + 1, "delta", causal, 0, 0, empty_memory, scale, check.check_softcap(softcap))
-    asking = q if memory_q is None else memory_q
-    return without_autocast(run)(q, k, v, asking, gate, state, lengths, counters, options)
+    return _run(chosen, q, k, v, q if memory_q is None else memory_q, gate, state, lengths, counters, options)
 
 
-def _reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor,
-    gate: Tensor | None,
-    state: MemoryState | None,
-    lengths: Tensor | None,
-    counters: Tensor | None,
-    options: Options,
-) -> Tensor:
-    """Row by row, each as the call that it stands for."""
-    time, query_time = k.shape[2], q.shape[2]
-    out = q.new_zeros((*q.shape[:3], v.shape[3]))
-    for n, length in enumerate([time] * len(q) if lengths is None else lengths.clamp(max=time).tolist()):
-        row, first = slice(n, n + 1), max(query_time - length, 0)
-        keys, values = (x[row, :, :length] for x in (k, v))
-        before = None if state is None else MemoryState(*(x[row] for x in state))
-        q_row, memory_row = (x[row, :, first:] for x in (q, memory_q))
-        piece = reference.segment_attention(q_row, keys, values, memory_row, keys, gate, before, None, options)
-        out[row, :, first:] = piece.out
-    return out
-
-
-DECODERS: dict[str, Callable[..., Tensor]] = {"torch": torch_backend.segment_decode, "reference": _reference}
-if HAS_TRITON:
-    from .triton import backend as triton_backend
-
-    DECODERS["triton"] = triton_backend.segment_decode
+@without_autocast
+def _run(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
+    lengths: Tensor | None, counters: Tensor | None, options: Options,
+) -> Tensor:  # fmt: skip
+    """Run a checked call by one of the backends."""
+    if backend == "triton":
+        return triton_decode(q, k, v, memory_q, gate, state, lengths, counters, options)
+    if backend == "torch":
+        return torch_decode(q, k, v, memory_q, gate, state, lengths, options)
+    return reference_decode(q, k, v, memory_q, gate, state, lengths, options)

@@ -1,4 +1,4 @@
-"""What ranks that share a sequence tell each other: that they agree, and what the memory holds before each of them.
+"""The messages between ranks that share a sequence: their settings, and what the memory holds before each of them.
 
 Each exchange is one collective forward and one backward, in which every rank takes part whatever it needs itself.
 """
@@ -27,7 +27,7 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of(cls, group: object) -> Ranks:
-        """Of a process group, or of a device mesh with one dimension.
+        """Return the ranks of a process group, or of a device mesh with one dimension.
 
         Raises:
             TypeError, ValueError: it is neither, or this process is not in it.
@@ -51,7 +51,7 @@ class Ranks(NamedTuple):
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 
     def gather(self, x: Tensor) -> Tensor:
-        """x of every rank, [W, ...]."""
+        """Return x of every rank, [W, ...]."""
         flat = x.detach().reshape(-1)
         gathered = flat.new_empty(self.size * flat.numel())
         # the name since PyTorch 2.13, and the one before
@@ -76,56 +76,56 @@ def agree(ranks: Ranks, settings: Mapping[str, object], problem: Exception | Non
         ValueError: on every rank alike: settings differ, or a rank has a problem, which that rank itself raises as it
             is.
     """
-    told = {name: _spoken(value) for name, value in settings.items()}
-    digest = hashlib.blake2b(repr(sorted(told.items())).encode(), digest_size=7).digest()
+    texts = {name: _as_text(value) for name, value in settings.items()}
+    digest = hashlib.blake2b(repr(sorted(texts.items())).encode(), digest_size=7).digest()
     header = torch.tensor([int.from_bytes(digest, "big"), time, problem is not None])
     digests, times, problems = ranks.gather(header.to(quick_device(ranks))).T.tolist()
     if any(problems) or len(set(digests)) > 1:
-        tell(ranks, told, problem)
+        raise_on_all_ranks(ranks, texts, problem)
     return times
 
 
 def agree_on_runs(
     ranks: Ranks, settings: Mapping[str, object], time: int, segment_len: int, problem: Exception | None = None
 ) -> list[int]:
-    """`agree`, and that every rank holds tokens, whole segments of them but for the last rank.
+    """Let every rank go on, as `agree` does, if every rank holds tokens, and all but the last whole segments.
 
     Raises:
         ValueError: on every rank alike, as `agree`, or naming the rank that does not.
     """
     times = agree(ranks, settings, problem, time)
-    for rank, held in enumerate(times):
-        if held < 1:
+    for rank, count in enumerate(times):
+        if count < 1:
             raise ValueError(
                 f"every rank must hold tokens, got none on rank {rank} of {ranks.size}: use fewer ranks for this text"
             )
-        if held % segment_len and rank < ranks.size - 1:
+        if count % segment_len and rank < ranks.size - 1:
             raise ValueError(
-                f"every rank but the last must hold whole segments of {segment_len} tokens, got {held} on rank {rank} "
+                f"every rank but the last must hold whole segments of {segment_len} tokens, got {count} on rank {rank} "
                 f"of {ranks.size}: split with segattn.shard_batch"
             )
     return times
 
 
 def modes(device_type: str) -> dict[str, object]:
-    """What is on around a call, and must be on every rank's: settings for `agree`."""
+    """Return the modes of PyTorch around a call, which must be the same on every rank: settings for `agree`."""
     lowered = torch.get_autocast_dtype(device_type) if autocast_holds(device_type) else "off"
     return {"torch.is_grad_enabled()": torch.is_grad_enabled(), "autocast": lowered}
 
 
 def quick_device(ranks: Ranks) -> torch.device:
-    """The CPU, where the group can use it: nothing then waits for a GPU."""
+    """Return the CPU where the group can use it, as nothing then waits for a GPU; else the group's device."""
     kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(ranks.group).split(",")]
     return torch.device("cpu" if "cpu" in kinds else kinds[0])
 
 
-def _spoken(value: object) -> str:
-    """1 and 1.0 are the same setting."""
+def _as_text(value: object) -> str:
+    """Return a setting as text, the same for 1 and 1.0."""
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-def tell(ranks: Ranks, settings: Mapping[str, str], problem: Exception | None) -> None:
-    """Raise what is wrong, on every rank, where all know that something is."""
+def raise_on_all_ranks(ranks: Ranks, settings: Mapping[str, str], problem: Exception | None) -> None:
+    """Raise what is wrong, on every rank, once all ranks know that something is."""
     mine = dict(settings), None if problem is None else f"{type(problem).__name__}: {problem}"
     everyone: list[Any] = [None] * ranks.size
     dist.all_gather_object(everyone, mine, group=ranks.group)
@@ -203,14 +203,14 @@ class Maps(torch.autograd.Function):
         ranks: Ranks = ctx.ranks
         before, maps = ctx.saved_tensors
         width = before.shape[-1]
-        told = [maps[..., width:], dbefore, *([] if dafter is None else [dafter])]
-        kept, *gradients = ranks.gather(torch.cat(told, dim=-1)).split([x.shape[-1] for x in told], dim=-1)
+        sent = [maps[..., width:], dbefore, *([] if dafter is None else [dafter])]
+        factors, *gradients = ranks.gather(torch.cat(sent, dim=-1)).split([x.shape[-1] for x in sent], dim=-1)
         dx = _sum(gradients[1]) if len(gradients) > 1 else dbefore.new_zeros(dbefore.shape, dtype=torch.float64)
         for rank in range(ranks.size - 1, ranks.rank, -1):
-            dx = torch.matmul(kept[rank].double().mT, dx).add_(gradients[0][rank])
+            dx = torch.matmul(factors[rank].double().mT, dx).add_(gradients[0][rank])
         # rank 0 does not pass its start on by P_0, which B_0 includes
-        dkept = dx @ before.double().mT if ranks.rank else dx.new_zeros(kept.shape[1:])
-        dmaps = torch.cat([dx, dkept], dim=-1).to(before.dtype)
+        dfactors = dx @ before.double().mT if ranks.rank else dx.new_zeros(factors.shape[1:])
+        dmaps = torch.cat([dx, dfactors], dim=-1).to(before.dtype)
         return None, None, dmaps, dbefore if ranks.rank == 0 else None, None
 
 
@@ -219,8 +219,8 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def _through(maps: Tensor, x: Tensor) -> Tensor:
-    """Where maps [N, ..., K, V + K] take x [..., K, V], one after another."""
+    """Apply maps [N, ..., K, V + K] to x [..., K, V], one after another."""
     for one in maps:
-        added, kept = one.double().tensor_split((x.shape[-1],), dim=-1)
-        x = torch.matmul(kept, x).add_(added)
+        added, factors = one.double().tensor_split((x.shape[-1],), dim=-1)
+        x = torch.matmul(factors, x).add_(added)
     return x

@@ -12,7 +12,7 @@ from .backends import HAS_TRITON, resolve_memory
 from .state import MemoryState
 
 if HAS_TRITON:
-    from .triton import memory_ops as triton_memory
+    from .triton.memory_ops import triton_memory_read, triton_memory_write
 
 FEATURE_MAPS = ("elu1", None)
 
@@ -34,7 +34,7 @@ def _features(x: Tensor, feature_map: str | None) -> Tensor:
 def memory_read(
     q: Tensor, state: MemoryState, *, feature_map: str | None = "elu1", backend: str | None = None
 ) -> Tensor:
-    """A_mem = σ(q) M / σ(q) z, 0 where the memory is empty (arXiv 2404.07143, equation 7).
+    """Read the memory: A_mem = σ(q) M / σ(q) z, 0 where it is empty (arXiv 2404.07143, equation 7).
 
     Args:
         q: [B, H, T, K]. With G memories per sequence, head h reads memory h // (H / G).
@@ -61,7 +61,7 @@ def memory_read(
     like = q[:, :1].expand(-1, groups, -1, -1)
     memory, normalizer = check.check_state(state, q.shape[0], like, state[0])
     if resolve_memory(backend, q, memory) == "triton" and q.numel():
-        return triton_memory.memory_read(q, MemoryState(memory, normalizer), feature_map is not None)
+        return triton_memory_read(q, MemoryState(memory, normalizer), feature_map is not None)
     features = _features(q, feature_map)
     repeated = MemoryState(memory.unsqueeze(2), normalizer.unsqueeze(2))
     recalled, _ = reference.read(features.unflatten(1, (groups, q.shape[1] // groups)), repeated)
@@ -115,7 +115,7 @@ def memory_write(
         check.check_shape("beta", beta, "[B, G, T]", k.shape[:3])
         check.check_device("beta", beta, "k", k)
     if resolve_memory(backend, k, v) == "triton" and k.numel():
-        return triton_memory.memory_write(k, v, state, update, beta, corrected, feature_map is not None)
+        return triton_memory_write(k, v, state, update, beta, corrected, feature_map is not None)
     features = _features(k, feature_map)
     value = v.to(features.dtype)
     if update == "delta":

@@ -1,6 +1,6 @@
 """The specification: the equations of `infini/README.md`, a visible loop over segments, differentiated by PyTorch.
 
-Slow on purpose. Everything else in the package is held to it, best in float64.
+Slow on purpose. Everything else in the package is key_rows to it, best in float64.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from .state import MemoryState, Options, SegmentOutput
 
 
 def feature_map(x: Tensor) -> Tensor:
-    """σ(x) = ELU(x) + 1, as exp(x) below zero so that small values keep their digits."""
+    """Return σ(x) = ELU(x) + 1, as exp(x) below zero so that small values keep their digits."""
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: Options) -> Tensor:
-    """softmax(q kᵀ · scale) v over the visible keys, scores perhaps capped; visible [Lq, Lk]."""
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: Options) -> Tensor:
+    """Return softmax(q kᵀ · scale) v over the visible keys, scores perhaps capped; visible [Lq, Lk]."""
     scores = q @ k.mT * options.scale
     if options.softcap is not None:
         scores = options.softcap * (scores / options.softcap).tanh()
@@ -26,13 +26,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: Options) -
 
 
 def visibility(rows: Tensor, keys: Tensor, length: int, options: Options) -> Tensor:
-    """[Lq, Lk]: may the query at position `rows` see the key at `keys`? `length` is that of the sequence."""
+    """Return [Lq, Lk]: may the query at position `rows` see the key at `keys`? `length` is that of the sequence."""
     i, j = rows[:, None], keys[None, :]
     return (j <= i) | (j < options.num_read) | (i >= length - options.num_write) | (not options.causal)
 
 
 def read(features: Tensor, state: MemoryState) -> tuple[Tensor, Tensor]:
-    """A_mem = σ(q) M / σ(q) z, and which rows [..., L, 1] found anything: an empty memory gives 0.
+    """Return A_mem = σ(q) M / σ(q) z, 0 where the memory is empty, and in which rows [..., L, 1] it is not.
 
     Both are taken over z's largest entry, which cancels, so that small features do not vanish in their product.
     """
@@ -40,21 +40,23 @@ def read(features: Tensor, state: MemoryState) -> tuple[Tensor, Tensor]:
     peak = state.normalizer.detach().abs().amax(-1, keepdim=True)
     peak = peak.masked_fill(peak < limits.tiny / limits.eps, torch.inf)
     weight = features @ (state.normalizer / peak).unsqueeze(-1)
-    found = weight.abs() >= limits.tiny
-    return torch.where(found, features @ (state.memory / peak.unsqueeze(-1)) / weight.masked_fill(~found, 1), 0), found
+    filled = weight.abs() >= limits.tiny
+    return torch.where(
+        filled, features @ (state.memory / peak.unsqueeze(-1)) / weight.masked_fill(~filled, 1), 0
+    ), filled
 
 
 def write(features: Tensor, v: Tensor, state: MemoryState, update: str) -> MemoryState:
-    """M + σ(k)ᵀ v and z + Σ σ(k); by the delta rule v less what the memory already returns for k."""
+    """Return M + σ(k)ᵀ v and z + Σ σ(k); the delta rule writes v less what the memory already returns for k."""
     value = v - read(features, state)[0] if update == "delta" else v
     return MemoryState(state.memory + features.mT @ value, state.normalizer + features.sum(-2))
 
 
-def blend(local: Tensor, recalled: Tensor, found: Tensor, gate: Tensor, empty_memory: str) -> Tensor:
-    """g A_mem + (1 − g) A_dot; with `empty_memory="local"` g = 0 where the memory holds nothing."""
+def blend(local: Tensor, recalled: Tensor, filled: Tensor, gate: Tensor, empty_memory: str) -> Tensor:
+    """Return g A_mem + (1 − g) A_dot; with `empty_memory="local"`, g = 0 where the memory is empty."""
     g = gate.sigmoid()[:, None, None].expand_as(recalled)
     if empty_memory == "local":
-        g = g * found
+        g = g * filled
     return g * recalled + (1 - g) * local
 
 
@@ -69,7 +71,7 @@ def attend_sequence(
     first_query: int,
     options: Options,
 ) -> tuple[Tensor, MemoryState | None]:
-    """One sequence, no padding: q [H, Tq, K] from position `first_query` on; k, v [H, T, ·] repeated over the group."""
+    """Run one sequence: q [H, Tq, K] from position `first_query` on; k, v [H, T, ·] repeated over the group."""
     length, L = k.shape[-2], options.segment_len
     position = torch.arange(length, device=q.device)
     outs = [q[:, :0, :1].expand(-1, -1, v.shape[-1])]
@@ -77,7 +79,7 @@ def attend_sequence(
         segment = slice(start, min(start + L, length))
         rows = slice(max(start - first_query, 0), max(segment.stop - first_query, 0))
         visible = visibility(position[first_query:][rows], position[segment], length, options)
-        out = attend(q[:, rows], k[:, segment], v[:, segment], visible, options)
+        out = softmax_attention(q[:, rows], k[:, segment], v[:, segment], visible, options)
         if gate is not None and state is not None:
             out = blend(out, *read(feature_map(memory_q[:, rows]), state), gate, options.empty_memory)
             if segment.stop - start == L:
@@ -86,18 +88,14 @@ def attend_sequence(
     return torch.cat(outs, dim=1), state
 
 
-def segment_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor,
-    memory_k: Tensor,
-    gate: Tensor | None,
-    state: MemoryState | None,
-    bounds: Tensor | None,
-    options: Options,
-) -> SegmentOutput:
-    """Sequence by sequence. bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows."""
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
+    state: MemoryState | None, bounds: Tensor | None, options: Options,
+) -> SegmentOutput:  # fmt: skip
+    """Run a call sequence by sequence.
+
+    bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows.
+    """
     batch, _, query_time, _ = q.shape
     time, repeat = k.shape[2], q.shape[1] // k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -108,19 +106,19 @@ def segment_attention(
     spans = [[0, time]] * batch if bounds is None else bounds.tolist()
     for n, (begin, end) in enumerate(spans):
         row, offset = n if len(spans) == batch else 0, time - query_time
-        asked, held = slice(max(begin - offset, 0), max(end - offset, 0)), slice(begin, end)
+        query_rows, key_rows = slice(max(begin - offset, 0), max(end - offset, 0)), slice(begin, end)
         piece, last = attend_sequence(
-            wide_q[row, :, asked],
-            wide_k[row, :, held],
-            wide_v[row, :, held],
-            wide_mq[row, :, asked],
-            wide_mk[row, :, held],
+            wide_q[row, :, query_rows],
+            wide_k[row, :, key_rows],
+            wide_v[row, :, key_rows],
+            wide_mq[row, :, query_rows],
+            wide_mk[row, :, key_rows],
             wide_gate,
             None if state is None else MemoryState(*(x[n].repeat_interleave(repeat, 0) for x in state)),
             max(offset - begin, 0),
             options,
         )
-        out[row, :, asked] = piece.to(q.dtype)
+        out[row, :, query_rows] = piece.to(q.dtype)
         if last is not None:
             # the group's heads hold equal memories
             states.append(MemoryState(last.memory[::repeat], last.normalizer[::repeat]))
@@ -129,3 +127,21 @@ def segment_attention(
     return SegmentOutput(
         out, MemoryState(torch.stack([s.memory for s in states]), torch.stack([s.normalizer for s in states]))
     )
+
+
+def reference_decode(
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
+    lengths: Tensor | None, options: Options,
+) -> Tensor:  # fmt: skip
+    """Run a decoding step row by row, each as the call of `segment_attention` that it stands for."""
+    time, query_time = k.shape[2], q.shape[2]
+    out = q.new_zeros((*q.shape[:3], v.shape[3]))
+    for n, length in enumerate([time] * len(q) if lengths is None else lengths.clamp(max=time).tolist()):
+        row, first = slice(n, n + 1), max(query_time - length, 0)
+        keys, values = (x[row, :, :length] for x in (k, v))
+        before = None if state is None else MemoryState(*(x[row] for x in state))
+        q_row, memory_row = (x[row, :, first:] for x in (q, memory_q))
+        out[row, :, first:] = reference_attention(
+            q_row, keys, values, memory_row, keys, gate, before, None, options
+        ).out
+    return out

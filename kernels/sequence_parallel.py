@@ -45,10 +45,10 @@ def sequence_parallel_attention(
     want_state: bool = True,
     check_ranks: bool = True,
 ) -> SegmentOutput:
-    """`segment_attention` of a sequence whose runs lie on the ranks of `group`, in their order.
+    """Run `segment_attention` on a sequence whose runs lie on the ranks of `group`, in their order.
 
-    Every rank calls this with its own run, and later goes backward through it. Gradients are of the sum of what the
-    ranks differentiate, each for its own inputs; all must ask for gradients of the same arguments. On a group of one
+    Every rank calls this with its run, and later goes backward through it. What is differentiated is the sum of all
+    ranks' losses, by each rank's inputs; all ranks must want gradients of the same arguments. On a group of one
     it is `segment_attention`.
 
     Args:
@@ -109,7 +109,7 @@ def sequence_parallel_attention(
 
 
 def under_context_parallel(what: str) -> RuntimeError | None:
-    """The refusal of PyTorch's context_parallel, if it is on: it puts an attention of its own in place of PyTorch's."""
+    """Return an error if PyTorch's context_parallel is on, as that replaces PyTorch's attention."""
     # which the compiler cannot look at
     if torch.compiler.is_compiling():
         return None
@@ -132,7 +132,7 @@ def _states(
     backend: str | None,
     want_after: bool,
 ) -> tuple[MemoryState, MemoryState | None]:
-    """The memory before this rank's run, and after the last rank's if it is wanted."""
+    """Return the memory before this rank's run, and after the last rank's if `want_after`."""
     batch, groups, _, width = k.shape
     zeros = MemoryState.zeros(batch, groups, width, v.shape[3], device=k.device, dtype=check.state_dtype(k))
     start = zeros if state is None or ranks.rank else state
@@ -143,7 +143,7 @@ def _states(
         first = torch.cat([start.memory, normalizer], dim=-1)
         before, after = Sums.apply(ranks, ANCHOR, sums, first, want_after)
         return _columns(before), None if after is None else _columns(after)
-    # of the values only that there are some
+    # key sums do not depend on the values: the narrowest will do
     few = MemoryState(zeros.memory[..., :16], start.normalizer)
     keys = _write(k, v[..., :16], few, segment_len, "linear", backend).normalizer.unsqueeze(-1)
     z, z_after = Sums.apply(ranks, ANCHOR, keys, normalizer, want_after)
@@ -154,12 +154,12 @@ def _states(
 
 
 def _columns(x: Tensor) -> MemoryState:
-    """Of [M | z], [..., K, V + 1]."""
+    """Return the state whose memory and normalizer are the columns of [M | z], [..., K, V + 1]."""
     return MemoryState(x[..., :-1], x[..., -1])
 
 
 def _write(k: Tensor, v: Tensor, state: MemoryState, segment_len: int, update: str, backend: str | None) -> MemoryState:
-    """The state with every whole segment of k and v folded in: a call without queries."""
+    """Return the state with every whole segment of k and v folded in, by a call without queries."""
     gate = state.normalizer.new_zeros(k.shape[1])
     after = segment_attention(
         k[:, :, :0], k, v, segment_len=segment_len, gate=gate, update=update, state=state, backend=backend
@@ -170,7 +170,7 @@ def _write(k: Tensor, v: Tensor, state: MemoryState, segment_len: int, update: s
 
 
 def _maps(k: Tensor, v: Tensor, start: MemoryState, segment_len: int, backend: str | None) -> Tensor:
-    """[B | P], [B, G, K, V + K]: where M and I go when this run's keys are written with its values, and with zeros."""
+    """Return [B | P], [B, G, K, V + K]: M after this run's keys and values, and I after its keys with zeros."""
     width = k.shape[3]
     # as large as the memory is, beside which float16 would lose it
     size = start.normalizer.detach().amax(-1)[..., None, None]
@@ -192,7 +192,7 @@ def _maps(k: Tensor, v: Tensor, start: MemoryState, segment_len: int, backend: s
 def _problem(
     tensors: dict[str, Tensor | None], gate: Tensor | None, state: MemoryState | None, options: dict[str, Any]
 ) -> Exception | None:
-    """What `segment_attention` would refuse of this rank's call, found by a call without tokens."""
+    """Return the error that `segment_attention` raises for this rank's call cut to no tokens, or None."""
     try:
         for name, x in tensors.items():
             if x is None and name.startswith("memory"):
@@ -212,7 +212,7 @@ def _problem(
 def _settings(
     tensors: dict[str, Tensor | None], gate: Tensor | None, state: MemoryState | None, options: dict[str, Any]
 ) -> dict[str, object]:
-    """What must be equal on every rank, by name."""
+    """Return the settings that must be equal on every rank, by name."""
     sizes = {
         f"{name}'s {what}": x.shape[dim]
         for name, x in tensors.items()
@@ -220,5 +220,5 @@ def _settings(
         for dim, what in ((0, "batch size"), (1, "heads"), (3, "width"))
     }
     kinds = {f"{name}'s dtype": x.dtype for name, x in tensors.items() if x is not None}
-    given = {f"{name} given": x is not None for name, x in {**tensors, "gate": gate, "state": state}.items()}
-    return {**options, **kinds, **sizes, **given, **modes(tensors["q"].device.type)}  # type: ignore[union-attr]
+    passed = {f"{name} given": x is not None for name, x in {**tensors, "gate": gate, "state": state}.items()}
+    return {**options, **kinds, **sizes, **passed, **modes(tensors["q"].device.type)}  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @torch.library.custom_op("segattn::checked_bounds", mutates_args=())
 def checked_bounds(offsets: Tensor, packed: bool, time: int, longest: int, shortest: int) -> Tensor:
-    """cu_seqlens [N + 1] (`packed`) or spans [B, 2] as int64 [N, 2], once their values have been checked.
+    """Return cu_seqlens [N + 1] (`packed`) or spans [B, 2] as int64 [N, 2], once their values are checked.
 
     longest, shortest: bounds on a sequence's tokens (longest = -1: none), which the RMT mask needs.
 
@@ -52,7 +52,7 @@ def _(offsets: Tensor, packed: bool, time: int, longest: int, shortest: int) -> 
 
 
 class Slots(NamedTuple):
-    """Where every segment lies, for F slots."""
+    """The places of all segments, in F slots."""
 
     row: Tensor  # [F] batch row
     sequence: Tensor  # [F] which sequence; N for a spare slot
@@ -61,7 +61,7 @@ class Slots(NamedTuple):
 
 
 def slots_of(bounds: Tensor, batch: int, time: int, segment_len: int) -> Slots:
-    """Slots of every sequence, in order: of rows with their own span (N = B), or packed into one row (B = 1)."""
+    """Return the slots of every sequence in order: rows with their own span (N = B), or packed into one row (B = 1)."""
     sequences = bounds.shape[0]
     begin, end = bounds.unbind(1)
     per_row = -(-time // segment_len)
@@ -83,27 +83,27 @@ def slots_of(bounds: Tensor, batch: int, time: int, segment_len: int) -> Slots:
 
 
 class Window(NamedTuple):
-    """Positions of every slot: which tokens stand there, and which of them belong to the slot. Both [F, width]."""
+    """Some positions of every slot: the tokens that stand there, and which belong to the slot. Both [F, width]."""
 
     token: Tensor  # row · time + position; some other one outside the slot
     inside: Tensor
 
 
 def window(slots: Slots, first: Tensor, width: int, time: int, offset: int = 0) -> Window:
-    """`width` positions from `first` [F] on, in a tensor whose first token is at position `offset`."""
+    """Return `width` positions from `first` [F] on, in a tensor whose first token is at position `offset`."""
     position = first[:, None] + torch.arange(width, device=first.device)
     inside = (position >= slots.begin.clamp(min=offset)[:, None]) & (position < slots.end[:, None])
     return Window(slots.row[:, None] * time + (position - offset).clamp(0, time - 1), inside)
 
 
 def gather_tokens(x: Tensor, at: Window) -> Tensor:
-    """[B, heads, T, width] → [F, heads, L, width], 0 outside the slots: padding may hold anything, NaN too."""
+    """Gather [B, heads, T, width] into [F, heads, L, width], 0 outside the slots: padding may hold NaN."""
     tokens = x.transpose(1, 2).flatten(0, 1).index_select(0, at.token.flatten())
     return tokens.unflatten(0, at.token.shape).masked_fill(~at.inside[..., None, None], 0).transpose(1, 2)
 
 
 def scatter_tokens(parts: Sequence[tuple[Tensor, Window]], batch: int, time: int) -> Tensor:
-    """The inverse, [F, heads, L, width] → [B, heads, T, width]: 0 where no slot holds it; later parts prevail."""
+    """Scatter [F, heads, L, width] into [B, heads, T, width]: 0 where no slot holds it; later parts prevail."""
     heads, width = parts[0][0].shape[1], parts[0][0].shape[3]
     tokens = parts[0][0].new_zeros(batch * time + 1, heads, width)
     for values, at in parts:
@@ -113,28 +113,31 @@ def scatter_tokens(parts: Sequence[tuple[Tensor, Window]], batch: int, time: int
 
 
 class Layout(NamedTuple):
-    """How a kernel finds the segments of a call: F slots, from shapes alone where every row is whole."""
+    """The segments of a call, as a kernel finds them: F slots, from shapes alone where every row is whole."""
 
-    sequences: int
+    time: int
+    segment_len: int
+    sequences: int  # N
     total: int  # F
     per_row: int  # slots of each row, where slots is None
-    slots: Tensor | None  # int64 [F, 3]: row, first position, one past the last
-    runs: Tensor | None  # int64 [N, 2]: a sequence's first slot, and its tokens
+    slots: Tensor | None = None  # int64 [F, 3]: row, first position, one past the last
+    runs: Tensor | None = None  # int64 [N, 2]: a sequence's first slot, and its tokens
 
 
 def slot_count(sequences: int | None, batch: int, time: int, segment_len: int) -> int:
-    """F: enough for any lengths of `sequences`; None: whole rows."""
+    """Return F, enough for any lengths of `sequences`; None: whole rows."""
     per_row = -(-time // segment_len)
     return batch * per_row if sequences is None or sequences == batch else time // segment_len + sequences
 
 
 def layout_of(bounds: Tensor | None, batch: int, time: int, segment_len: int) -> Layout:
-    """Of rows of `time` tokens, of rows with their own span, or of sequences packed into one row."""
+    """Lay out rows of `time` tokens, rows with their own span, or sequences packed into one row."""
     per_row = -(-time // segment_len)
     if bounds is None:
-        return Layout(batch, batch * per_row, per_row, None, None)
+        return Layout(time, segment_len, batch, batch * per_row, per_row)
     slots = slots_of(bounds, batch, time, segment_len)
     lengths = bounds[:, 1] - bounds[:, 0]
     held = torch.full_like(lengths, per_row) if len(bounds) == batch else -(-lengths // segment_len)
+    places = torch.stack([slots.row, slots.begin, slots.end], 1)
     runs = torch.stack([held.cumsum(0) - held, lengths], 1)
-    return Layout(len(bounds), len(slots.row), per_row, torch.stack([slots.row, slots.begin, slots.end], 1), runs)
+    return Layout(time, segment_len, len(bounds), len(places), per_row, places, runs)

@@ -52,12 +52,12 @@ class MemoryState:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> MemoryState:
-        """The empty memory of `batch` sequences and `heads` key/value heads."""
+        """Return the empty memory of `batch` sequences and `heads` key/value heads."""
         memory = torch.zeros(batch, heads, key_width, value_width, device=device, dtype=dtype)
         return cls(memory, memory.new_zeros(batch, heads, key_width))
 
     def detach(self) -> MemoryState:
-        """The same state, cut from the graph: where truncated back-propagation ends."""
+        """Return the same state, cut from the graph: where truncated back-propagation ends."""
         return MemoryState(self.memory.detach(), self.normalizer.detach())
 
 
@@ -94,6 +94,14 @@ class Options(NamedTuple):
     softcap: float | None = None
 
 
+def over_peak(normalizer: Tensor) -> tuple[Tensor, Tensor]:
+    """Return z [..., K] over its peak, and 1 / peak [..., 1]; both 0 where z is 0 or has underflowed."""
+    limits = torch.finfo(normalizer.dtype)
+    peak = normalizer.abs().amax(-1, keepdim=True)
+    inverse = torch.where(peak >= limits.tiny / limits.eps, peak.reciprocal(), 0)
+    return normalizer * inverse, inverse
+
+
 def empty_output(q: Tensor, v: Tensor) -> Tensor:
-    """out [B, H, Tq, V] of a call without queries: nothing, but still part of the graph."""
+    """Return out [B, H, Tq, V] of a call without queries: nothing, but still part of the graph."""
     return q[..., :1].expand(-1, -1, -1, v.shape[-1])

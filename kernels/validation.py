@@ -1,4 +1,4 @@
-"""What a call may be. Each check names the argument, what it must be and what it was; none touches the device."""
+"""The checks of a call. Each names the argument, what it must be and what it was; none touches the device."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def check_floating(name: str, x: object) -> None:
 
 
 def check_ids(name: str, x: object) -> Tensor:
-    """A tensor of token ids or labels."""
+    """Return a tensor of token ids or labels, once its dtype is checked."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     return x
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Same dtype and device."""
+    """Check that two tensors have the same dtype and device."""
     if x.dtype != other.dtype:
         raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {x.dtype}")
     check_device(name, x, other_name, other)
@@ -69,7 +69,7 @@ def check_shape(name: str, x: Tensor, letters: str, shape: Sequence[int]) -> Non
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q [B, H, Tq, K], k [B, G, Tk, K], v [B, G, Tk, V]."""
+    """Check the shapes q [B, H, Tq, K], k [B, G, Tk, K], v [B, G, Tk, V], and what they share."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floating(name, x)
         if x.ndim != 4:
@@ -106,7 +106,7 @@ def check_gate(gate: Tensor, q: Tensor) -> None:
 
 
 def check_state(state: object, sequences: int, k: Tensor, v: Tensor) -> MemoryState:
-    """The state of `sequences` sequences whose keys and values are k and v, as a MemoryState."""
+    """Return the state of `sequences` sequences whose keys and values are k and v, once it is checked."""
     if not isinstance(state, (MemoryState, tuple)) or len(state) != 2:
         raise TypeError(f"state must be a MemoryState(memory, normalizer), got {type(state).__name__}")
     dtype = state_dtype(k)
@@ -125,12 +125,12 @@ def check_state(state: object, sequences: int, k: Tensor, v: Tensor) -> MemorySt
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
-    """M and z are kept in float32, in float64 where the inputs are."""
+    """Return the dtype of M and z: float32, float64 where the inputs are."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def check_scale(scale: float | None, q: Tensor) -> float:
-    """The given scale or 1 / √K."""
+    """Return the scale that is passed, checked, or 1 / √K."""
     if scale is None:
         return 1 / math.sqrt(q.shape[3])
     if isinstance(scale, bool) or not isinstance(scale, Real):
@@ -141,7 +141,7 @@ def check_scale(scale: float | None, q: Tensor) -> float:
 
 
 def check_softcap(softcap: float | None) -> float | None:
-    """None, or a positive number."""
+    """Return None, or the positive number that is passed, checked."""
     if softcap is None:
         return None
     if isinstance(softcap, bool) or not isinstance(softcap, Real):
@@ -152,7 +152,7 @@ def check_softcap(softcap: float | None) -> float | None:
 
 
 def check_offsets(cu_seqlens: Tensor | None, spans: Tensor | None, q: Tensor) -> None:
-    """At most one of cu_seqlens int [N + 1] with B = 1, spans int [B, 2]; `checked_bounds` reads their values."""
+    """Check at most one of cu_seqlens int [N + 1] with B = 1, spans int [B, 2]; `checked_bounds` reads their values."""
     if cu_seqlens is not None and spans is not None:
         raise ValueError("cu_seqlens and spans exclude each other: packed sequences have no padding; got both")
     for name, x in (("cu_seqlens", cu_seqlens), ("spans", spans)):

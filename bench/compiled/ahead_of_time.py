@@ -14,15 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
-from ...kernels.triton import memory_ops as triton_memory
-from ...kernels.triton import ops as triton_ops
+from ...kernels.state import Options
 from ...kernels.triton.configs import Target
 from ...kernels.triton.launch import Launch, constants, recording
+from ...kernels.triton.memory_ops import read_backward, read_forward, write_backward, write_forward
+from ...kernels.triton.ops import Inputs, attention_backward, attention_decode, attention_forward
 from .machine_code import Line, Loop, amdgcn, loops, sass, tensor_core
 
 _TYPES = {
@@ -39,7 +41,7 @@ class CompileError(RuntimeError):
 
 
 class Signature(NamedTuple):
-    """What Triton's compiler wants to know of a launch."""
+    """The description of a launch that Triton's compiler takes."""
 
     types: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
@@ -47,7 +49,7 @@ class Signature(NamedTuple):
 
 
 def signature(launch: Launch) -> Signature:
-    """As the launch would be specialised: what is None or constant is compiled in, multiples of 16 are noted."""
+    """Describe a launch as Triton would specialise it: None and constants compiled in, multiples of 16 noted."""
     kernel = launch.kernel
     values = constants(kernel, launch.tile) | launch.arguments
     unspecialised = set(kernel.do_not_specialize or ())
@@ -56,11 +58,13 @@ def signature(launch: Launch) -> Signature:
     attributes: dict[tuple[int, ...], Any] = {}
 
     def describe(value: Any, path: tuple[int, ...], plain: bool) -> Any:
-        if value is None:
-            known[path] = value
+        if value is None or isinstance(value, tl.constexpr):
+            known[path] = value if value is None else value.value
             return "constexpr"
         if isinstance(value, tuple):
-            return tuple(describe(x, (*path, i), False) for i, x in enumerate(value))
+            members = [describe(x, (*path, i), False) for i, x in enumerate(value)]
+            # a named tuple stays one: kernels call its members by name
+            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
         if isinstance(value, Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return _TYPES[value.dtype]
@@ -136,25 +140,25 @@ def _gpu_target(target: Target) -> GPUTarget:
 
 
 def _tool(name: str, *arguments: str) -> str:
-    """What one of the tools prints that Triton brings along."""
+    """Return what one of the tools prints that come with Triton."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _field(pattern: str, text: str) -> int:
-    """The number that `pattern` finds.
+    """Return the number that `pattern` matches.
 
     Raises:
-        ValueError: it finds none.
+        ValueError: it matches nothing.
     """
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise ValueError(f"no {pattern} in {text[:200]!r}")
-    return int(found.group(1))
+    return int(match.group(1))
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, list[Line]]:
-    """Registers, bytes of the stack, which the kernels have for spills alone, and the code."""
+    """Return the registers, the bytes of the stack, which the kernels have for spills alone, and the code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -164,7 +168,7 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, list[Line]]:
 
 
 def _read_amdgcn(text: str) -> tuple[int, int, list[Line]]:
-    """Vector registers, bytes of scratch memory, and the code."""
+    """Return the vector registers, the bytes of scratch memory, and the code."""
     registers, scratch = _field(r"\.vgpr_count:\s+(\d+)", text), _field(r"\.private_segment_fixed_size:\s+(\d+)", text)
     return registers, scratch, amdgcn(text)
 
@@ -182,7 +186,7 @@ TENSOR_MEMORY = 512
 
 
 def resident_warps(target: str, num_warps: int, registers: int, shared: int, tensor_memory: int) -> int:
-    """Warps that a multiprocessor holds at a time of programs with these needs; 0: not one program."""
+    """Return how many warps a multiprocessor holds at a time of programs with these needs; 0: not one program."""
     warps, register_file, memory, reserved = _CAPACITY[target]
     programs = [warps // num_warps, register_file // (num_warps * -(-max(registers, 1) // 8) * 8)]
     if shared + reserved:
@@ -193,7 +197,7 @@ def resident_warps(target: str, num_warps: int, registers: int, shared: int, ten
 
 
 class Case(NamedTuple):
-    """A kind of call that compiles its own variants of the kernels."""
+    """A kind of call, which compiles variants of the kernels for itself."""
 
     delta: bool = True
     gated: bool = True
@@ -216,12 +220,12 @@ ALONE = "alone"
 
 
 def launches_of(name: str, target: Target, dtype: torch.dtype, width: int) -> list[Launch]:
-    """Every launch of a case, or of what is called on its own, for K = V = width."""
+    """Return every launch of a case, or of the functions outside `segment_attention`, for K = V = width."""
     return memory_launches(target, dtype, width) if name == ALONE else launches(target, dtype, width, CASES[name])
 
 
 def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list[Launch]:
-    """Every launch of a forward and a backward."""
+    """Return every launch of a forward and a backward."""
     B, H, G, T, L = 1, 8, 2, 8192, 2048
 
     def tokens(heads: int) -> Tensor:
@@ -233,35 +237,31 @@ def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list
     N = 3 if case.packed else B
     state = (torch.empty(N, G, width, width, device="meta"), torch.empty(N, G, width, device="meta"))
     gate, (memory, normalizer) = (torch.empty(H, device="meta"), state) if case.gated else (None, (None, None))
-    options = (L, case.delta, case.causal, case.num_read, case.num_read, False, width**-0.5, case.softcap)
-    with recording(target) as found:
-        out, m, z, *kept = triton_ops._attend(
-            q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds, *options, True
-        )
+    update = "delta" if case.delta else "linear"
+    options = Options(L, update, case.causal, case.num_read, case.num_read, "local", width**-0.5, case.softcap)
+    inputs = Inputs(q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds)
+    with recording(target) as recorded:
+        out, m, z, *saved = attention_forward(inputs, *options, True)
         if not case.gated:
-            kept[0] = out
-        triton_ops._attend_backward(
-            *(q, k, v, memory_q, memory_k, gate, *kept, bounds, *options, out),
-            *((m, z) if case.gated else (None, None)),
-        )
-    return found
+            saved[0] = out
+        attention_backward(inputs, saved, *options, out, [m, z])
+    return recorded
 
 
 def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Launch]:
-    """Every launch of a decoding step, and of the memory read and written on its own, forward and backward."""
+    """Return every launch of a decoding step, and of `memory_read` and `memory_write`, forward and backward."""
     B, H, G, T = 2, 8, 2, 2048
     q = torch.empty(B, H, T, width, device="meta", dtype=dtype)
     k = torch.empty(B, G, T, width, device="meta", dtype=dtype)
     beta, gate = torch.empty(B, G, T, device="meta"), torch.empty(H, device="meta")
     m, z = torch.empty(B, G, width, width, device="meta"), torch.empty(B, G, width, device="meta")
     lengths = torch.empty(B, device="meta", dtype=torch.int32)
-    with recording(target) as found:
+    options = Options(T, "delta", True, 0, 0, "local", width**-0.5)
+    with recording(target) as recorded:
         for state in ((gate, m, z), (None, None, None)):
-            triton_ops._decode(q[:, :, :1], k, k, None, *state, lengths, None, True, False, width**-0.5, None)
-        triton_memory._read(q, m, z, True)
-        triton_memory._read_backward(q, m, z, True, q)
-        _, _, before, rest, z_before, inverse_peak, erased, gamma = triton_memory._write(
-            k, k, beta, m, z, True, True, False
-        )
-        triton_memory._write_backward(k, k, beta, before, rest, z_before, inverse_peak, erased, gamma, False, m, z)
-    return found
+            attention_decode([q[:, :, :1], k, k, None, None, *state, None], *options, lengths, None)
+        read_forward(q, m, z, True)
+        read_backward(q, m, z, True, q)
+        _, _, *saved = write_forward(k, k, beta, m, z, "delta", True, False)
+        write_backward(k, k, beta, saved, False, [m, z])
+    return recorded

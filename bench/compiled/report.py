@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--targets", metavar="LIST", help=f"default: {_listed(TARGETS)}")
     found.add_argument("--dtypes", metavar="LIST", help=f"default: {_listed(DTYPES)}")
     found.add_argument("--widths", metavar="LIST", help=f"K = V, default: {_listed(WIDTHS)}")
-    found.add_argument("--kernels", metavar="LIST", help="default: all")
+    found.add_argument("--kernels", metavar="LIST", help="such as attend or write_grad, default: all")
     found.add_argument("--quick", action="store_true", help="unless said otherwise, one dtype and one width")
     found.add_argument("--floors", action="store_true", help="also what main loops cost, and what any call must")
     found.add_argument("--json", type=Path, metavar="FILE", help="write the table as data too")
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _choices(name: str, given: str | None, default: Sequence[str], known: Sequence[str]) -> Sequence[str]:
-    """A list from the command line, checked.
+    """Return a list from the command line, once its members are known.
 
     Raises:
         ValueError: what is not known.
@@ -63,6 +63,24 @@ def _choices(name: str, given: str | None, default: Sequence[str], known: Sequen
         if x not in known:
             raise ValueError(f"--{name} must be from {_listed(known)}, got {x}")
     return chosen
+
+
+def _kernels(given: str | None, known: Sequence[str]) -> Sequence[str]:
+    """Return the kernels that a list names, whole, without `_kernel`, or by how their names begin.
+
+    Raises:
+        ValueError: a name that is none of theirs.
+    """
+    if given is None:
+        return known
+    chosen: list[str] = []
+    for x in given.split(","):
+        whole = [name for name in known if x in (name, name.removesuffix("_kernel"))]
+        named = whole or [name for name in known if x and name.startswith(x)]
+        if not named:
+            raise ValueError(f"--kernels must be from {_listed(known)}, got {x}")
+        chosen += named
+    return tuple(dict.fromkeys(chosen))
 
 
 def _refused(why: str) -> int:
@@ -87,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _choices("targets", given.targets, tuple(TARGETS), tuple(TARGETS)),
             _choices("dtypes", given.dtypes, dtypes, tuple(DTYPES)),
             [int(x) for x in _choices("widths", given.widths, widths, WIDTHS)],
-            _choices("kernels", given.kernels, KERNELS, KERNELS),
+            _kernels(given.kernels, KERNELS),
         )
         if given.jobs < 1:
             raise ValueError(f"--jobs must be positive, got {given.jobs}")

@@ -1,4 +1,4 @@
-"""One case on a device: peers are checked against the reference, and those that are right timed side by side."""
+"""One case of the run on a device, as rows of the result."""
 
 from __future__ import annotations
 
@@ -7,103 +7,23 @@ from typing import Any
 
 import torch
 
-from ..planner import floors
-from ..planner.floors import Peak, Sizes, Work
-from ..speed.correctness import WrongError, at_the_far_end, complaint, errors_in, gated, named, worse
-from ..speed.counts import launches
+from ..planner.floors import Peak
+from ..speed.admission import NOTHING, Admission, admit, admit_step, check_device
+from ..speed.attention_calls import has_kernels
+from ..speed.decode_calls import DECODERS, Decoder, allowed_in_decoding, in_graphs, names_of
 from ..speed.machine import plain
-from ..speed.measure import peak_bytes, synchronize
 from ..speed.peers import PEERS, Peer
-from ..speed.prepared import Drawn, draw, preparation
-from ..speed.timing import Times, interleaved
-from ..speed.workloads import Case
+from ..speed.prepared import draw
+from ..speed.rows import Row, as_json, marked
+from ..speed.suite import call_row, time_calls, time_steps
+from ..speed.workloads import Case, DecodeCase
 
+# gets {"at": NAME} before a provider runs, so that whoever ends the process is known, and {"at": None} last
 Note = Callable[[dict[str, Any]], None]
+Rows = dict[str, list[dict[str, Any]]]
 
-
-class DeviceLostError(RuntimeError):
-    """The device answers nothing more in this process."""
-
-
-def work_of(peer: Peer, sizes: Sizes, direction: str) -> Work:
-    if peer.full:
-        sizes = Sizes(**(sizes.__dict__ | {"L": sizes.T}))
-    forward, backward = floors.forward(sizes, peer.update), floors.backward(sizes, peer.update)
-    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}[direction]
-
-
-def rounded(number: float) -> float:
-    return float(f"{number:.5g}")
-
-
-def as_record(times: Times, work: Work, peak: Peak | None) -> dict[str, Any]:
-    """Times, what they come to per second, and their share of the floor: 1 is as fast as the GPU can be."""
-    record = {
-        "median_ms": rounded(times.median),
-        "low_ms": rounded(times.low),
-        "high_ms": rounded(times.high),
-        "rounds": times.rounds,
-        "operations": work.operations,
-        "bytes": work.bytes,
-        "tflops": rounded(work.operations / times.median / 1e9),
-        "gbytes_per_s": rounded(work.bytes / times.median / 1e6),
-    }
-    if peak is not None:
-        floor = floors.seconds(work, peak) * 1e3
-        record |= {"floor_ms": rounded(floor), "floor_share": rounded(floor / times.median)}
-    return record
-
-
-def still_there(device: torch.device) -> None:
-    """Raises DeviceLostError where a kernel's fault has taken the process's context with it."""
-    try:
-        synchronize(device)
-    except RuntimeError as error:
-        raise DeviceLostError(plain(error)) from error
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """A CPU's allocator raises a RuntimeError like any other."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def admit(
-    peer: Peer, case: Case, drawn: list[Drawn], device: torch.device, excluded: str | None = None
-) -> dict[str, Any]:
-    """The gate before timing: status "right", or why the peer is not timed; with memory and launches."""
-    reason = excluded or peer.refusal(device, case.H != case.G, case.directions)
-    if reason is not None:
-        return {"status": "skipped" if excluded is None else "failed", "reason": reason}
-    record: dict[str, Any] = {}
-    try:
-        found = gated(peer, case, device, drawn[0], case.directions != ("forward",))
-        for direction in case.directions:
-            if direction != "backward" and not complaint(found):
-                run = preparation(peer, case, drawn, direction)(0)
-                peak, result = _peak(run, device)
-                found = worse(found, at_the_far_end(peer, case, drawn[0], named(peer, case, result)))
-                del result
-                record[direction] = {"peak_bytes": peak}
-                if case.counted:
-                    record[direction]["launches"] = launches(run, device)
-        wrong = complaint(found)
-        record |= {"errors": errors_in(found), "status": "wrong" if wrong else "right"}
-        record |= {"reason": wrong} if wrong else {}
-    except WrongError as error:
-        record |= {"status": "wrong", "reason": str(error)}
-    # others assert
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        record |= {"status": "out of memory" if is_out_of_memory(error) else "failed", "reason": plain(error)}
-    still_there(device)
-    return record
-
-
-def _peak(run: Callable[[], object], device: torch.device) -> tuple[int, object]:
-    """And what it returned."""
-    results: list[object] = []
-    return peak_bytes(lambda: results.append(run()), device), results[0]
+NO_KERNELS = "the kernels need a GPU, or TRITON_INTERPRET=1 before Python starts"
+NO_GRAPHS = Admission("skipped", "no GPU")
 
 
 def measure_case(
@@ -111,35 +31,71 @@ def measure_case(
     device: torch.device,
     peak: Peak | None,
     note: Note,
-    excluded: Mapping[str, str] | None = None,
+    excluded: Mapping[str, str] = NOTHING,
     peers: Mapping[str, Peer] = PEERS,
-) -> dict[str, Any]:
-    """Times of every right peer in every direction. `note` is told which peer is at work, for whoever must end it."""
+) -> Rows:
+    """Return the rows of every peer in every direction.
+
+    Args:
+        excluded: Why a peer must not be tried, by name.
+    """
     try:
         drawn = draw(case, device)
     except torch.OutOfMemoryError:
-        return case.as_json() | {"status": "out of memory", "peers": {}}
-    found: dict[str, dict[str, Any]] = {}
+        rows = [call_row(case, direction, name) for direction in case.directions for name in case.peers]
+        return as_json(row.refused("out of memory") for row in rows)
+    admissions = {}
     for name in case.peers:
         note({"at": name})
-        found[name] = admit(peers[name], case, drawn, device, (excluded or {}).get(name))
+        admissions[name] = admit(peers[name], case, drawn, device, excluded.get(name))
     note({"at": None})
-    record = case.as_json() | {"copies": len(drawn), "peers": found}
+    timed: list[Row] = []
     for direction in case.directions:
-        right = [name for name in case.peers if found[name]["status"] in ("right", "timed")]
-        prepares = {name: preparation(peers[name], case, drawn, direction) for name in right}
-        if not prepares:
+        timed += time_calls(
+            case,
+            direction,
+            admissions,
+            drawn,
+            device,
+            peak=peak,
+            peers=peers,
+            seconds=case.seconds,
+            rounds=case.rounds,
+            # the gate has run them
+            warm_up=device.type == "cuda",
+        )
+    return as_json(marked(timed))
+
+
+def measure_decode(
+    case: DecodeCase, device: torch.device, peak: Peak | None, note: Note, excluded: Mapping[str, str] = NOTHING
+) -> Rows:
+    """Return the rows of one step by each decoder, as it is called and replayed from CUDA graphs."""
+    names = names_of(case)
+    decoders = {name: DECODERS[name](case, device) for name in names}
+    admissions: dict[str, Admission] = {}
+    for name in names:
+        note({"at": name})
+        allowed = allowed_in_decoding(name, case.dtype)
+        if name.startswith("segattn") and not has_kernels(device):
+            admissions[name] = Admission("skipped", NO_KERNELS)
             continue
-        try:
-            warm = device.type == "cuda"
-            times = interleaved(
-                prepares, device, copies=len(drawn), seconds=case.seconds, rounds=case.rounds, warm_up=warm
-            )
-        except torch.OutOfMemoryError:
-            record.setdefault("out of memory", []).append(direction)
-            continue
-        for name, measured in times.items():
-            work = work_of(peers[name], case.sizes(), direction)
-            found[name]["status"] = "timed"
-            found[name].setdefault(direction, {}).update(as_record(measured, work, peak))
-    return record
+        admissions[name] = admit_step(decoders[name], allowed, device, counted=True, excluded=excluded.get(name))
+        if admissions[name].status == "right":
+            graph, admissions[f"{name} graph"] = _graphs(decoders[name], device, admissions[name])
+            decoders |= {f"{name} graph": graph} if graph else {}
+    note({"at": None})
+    clock: dict[str, Any] = {"rounds": (3, 100) if device.type == "cuda" else (1, 1), "seconds": 1.0}
+    rows = time_steps(case, decoders, admissions, names[0], device, peak=peak, **clock)
+    return as_json(marked(rows))
+
+
+@torch.no_grad()
+def _graphs(decoder: Decoder, device: torch.device, admission: Admission) -> tuple[Decoder | None, Admission]:
+    if device.type != "cuda":
+        return None, NO_GRAPHS
+    try:
+        return in_graphs(decoder, device), admission
+    except RuntimeError as error:
+        check_device(device)
+        return None, Admission("failed", plain(error))

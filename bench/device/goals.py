@@ -6,16 +6,21 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..speed.workloads import CASES, LONG, MAIN, TINY_CASES, TINY_MAIN
+from ..speed.decode_calls import EAGER
+from ..speed.workloads import BOTH, CASES, LONG, MAIN, TINY_CASES, TINY_MAIN
 
 Document = Mapping[str, Any]
-BOTH = "forward + backward"
 FLASH = "SDPA flash local"
+DECODER = "segattn delta"
 
 
 @dataclass(frozen=True)
 class Goal:
-    """value: from a run's document, None where it was not measured. `reach`: at least the bound, not at most."""
+    """One figure to reach.
+
+    value: From a run's document to the figure, None where it was not measured.
+    reach: The figure must be at least the bound; otherwise at most.
+    """
 
     what: str
     bound: float
@@ -23,6 +28,7 @@ class Goal:
     reach: bool = False
 
     def judge(self, document: Document) -> dict[str, Any]:
+        """Return the goal, its bound, and whether the document's figure meets it."""
         value = self.value(document)
         met = None if value is None else (value >= self.bound if self.reach else value <= self.bound)
         return {
@@ -33,111 +39,116 @@ class Goal:
         }
 
 
-def find(document: Document, case: str, peer: str, direction: str, key: str) -> float | None:
-    for record in document.get("timings", ()):
-        if record["name"] == case:
-            value = record["peers"].get(peer, {}).get(direction, {}).get(key)
-            return None if value is None else float(value)
-    return None
+def _timed(document: Document, provider: str, direction: str) -> Iterator[dict[str, Any]]:
+    """Return what is known of each timed row of a provider in a direction."""
+    for benchmark in document.get("benchmarks", ()):
+        info = benchmark["extra_info"]
+        if (info["provider"], info["direction"]) == (provider, direction):
+            yield info
+
+
+def find(document: Document, case: str, provider: str, direction: str, key: str) -> float | None:
+    """Return a figure of a provider in a case; None where it was not measured."""
+    return next((x[key] for x in _timed(document, provider, direction) if x["case"]["name"] == case), None)
 
 
 def ratio(case: str, direction: str, above: str, below: str) -> Callable[[Document], float | None]:
+    """Return the figure of a goal: one provider's time ÷ another's."""
+
     def value(document: Document) -> float | None:
-        first, second = (find(document, case, peer, direction, "median_ms") for peer in (above, below))
+        first, second = (find(document, case, provider, direction, "ms") for provider in (above, below))
         return None if first is None or second is None else first / second
 
     return value
 
 
-def _extra_bytes(document: Document, case: str, peer: str) -> float | None:
-    """Peak of forward and backward beyond the output and the gradients of q, k and v."""
-    peak = find(document, case, peer, BOTH, "peak_bytes")
+def _extra_bytes(document: Document, case: str, provider: str) -> float | None:
+    """Return the peak of forward and backward beyond the output and the gradients of q, k and v."""
+    peak = find(document, case, provider, BOTH, "peak_bytes")
     sizes = next(x.sizes() for x in (*CASES, *TINY_CASES) if x.name == case)
     return None if peak is None else peak - sizes.outputs - sizes.queries - sizes.keys_values
 
 
-def growth(long: str, short: str, peer: str) -> Callable[[Document], float | None]:
+def growth(long: str, short: str, provider: str) -> Callable[[Document], float | None]:
+    """Return the figure of a goal: the extra bytes of one case ÷ those of another."""
+
     def value(document: Document) -> float | None:
-        first, second = (_extra_bytes(document, case, peer) for case in (long, short))
+        first, second = (_extra_bytes(document, case, provider) for case in (long, short))
         return None if first is None or second is None or second <= 0 else first / second
 
     return value
 
 
-def _decodes(document: Document, key: str, decoder: str) -> Iterator[tuple[dict[str, Any], float]]:
-    for record in document.get("decode", ()):
-        value = record["decoders"].get(decoder, {}).get(key)
-        if value is not None:
-            yield record, value
+def _steps(document: Document) -> list[dict[str, Any]]:
+    """Return our decoding steps, those of CUDA graphs where there are some."""
+    return list(_timed(document, f"{DECODER} graph", "decode")) or list(_timed(document, DECODER, "decode"))
 
 
 def decode_share(rows: int) -> Callable[[Document], float | None]:
-    """The slowest step of `rows` rows over its bytes' time, by the data sheet or else by a measured copy."""
+    """Return the figure of a goal: the slowest step of `rows` rows over the time that its bytes need.
+
+    The rate is the data sheet's, or else that of a measured copy.
+    """
 
     def value(document: Document) -> float | None:
-        rate = document.get("device", {}).get("peak_bytes_per_s")
+        rate = document.get("machine_info", {}).get("peak_bytes_per_s")
         rate = rate or (document.get("ceilings") or {}).get("copy_bytes_per_s")
-        found = [
-            ms * 1e-3 / (record["decoders"][name]["bytes"] / rate)
-            for name in _decoders(document)
-            for record, ms in _decodes(document, "median_ms", name)
-            if rate and record["B"] == rows
-        ]
-        return max(found, default=None)
+        steps = [x for x in _steps(document) if rate and x["case"]["B"] == rows]
+        return max((x["ms"] * 1e-3 / (x["bytes"] / rate) for x in steps), default=None)
 
     return value
 
 
-def _decoders(document: Document) -> tuple[str, ...]:
-    graph = next(_decodes(document, "median_ms", "segattn graph"), None)
-    return ("segattn",) if graph is None else ("segattn graph",)
-
-
 def decode_flatness(document: Document) -> float | None:
-    """The worst over batch sizes of slowest ÷ fastest step, among contexts that leave the same tail."""
+    """Return the worst over batch sizes of slowest ÷ fastest step, among contexts that leave the same tail."""
     groups: dict[tuple[int, int], list[float]] = {}
-    for name in _decoders(document):
-        for record, ms in _decodes(document, "median_ms", name):
-            groups.setdefault((record["B"], record["tail"]), []).append(ms)
+    for step in _steps(document):
+        groups.setdefault((step["case"]["B"], step["case"]["tail"]), []).append(step["ms"])
     return max((max(x) / min(x) for x in groups.values() if len(x) > 1), default=None)
 
 
 def decode_launches(document: Document) -> float | None:
-    return max((value for _, value in _decodes(document, "launches", "segattn")), default=None)
+    """Return the most launches of one step."""
+    steps = _timed(document, DECODER, "decode")
+    return max((x["launches"] for x in steps if x["launches"] is not None), default=None)
 
 
 def held_growth(document: Document) -> float | None:
-    """Bytes held at the longest context ÷ at the shortest with the same tail."""
-    rows = [r for r in document.get("decode", ()) if r["tail"] == r["L"] - 1]
-    if len({r["context"] for r in rows}) < 2:
+    """Return the bytes kept of the longest context ÷ of the shortest with the same tail."""
+    steps = [*_timed(document, DECODER, "decode"), *_timed(document, EAGER, "decode")]
+    kept = {
+        (x["case"]["B"], x["case"]["context"]): x["kept_bytes"]
+        for x in steps
+        if x["case"]["tail"] == x["case"]["L"] - 1
+    }
+    if len({context for _, context in kept}) < 2:
         return None
-    first = min(rows, key=lambda r: (r["B"], r["context"]))
-    last = max((r for r in rows if r["B"] == first["B"]), key=lambda r: r["context"])
-    return float(last["held_bytes"] / first["held_bytes"])
+    first = min(kept)
+    last = max(x for x in kept if x[0] == first[0])
+    return float(kept[last] / kept[first])
 
 
 def goals_of(tiny: bool) -> list[Goal]:
-    """One row for each rule where the design says "ours"."""
+    """Return the goals, by both rules where there are two."""
     main = TINY_MAIN if tiny else MAIN
     short = TINY_CASES[1].name if tiny else next(c.name for c in CASES if (c.T, c.K, c.L) == (main.T, main.K, 512))
     # a tiny run has its full attention beside short segments
     long = short if tiny else LONG.name
     goals = []
     for update in ("delta",) if tiny else ("delta", "linear"):
-        own = f"segattn {update}"
-        loop = f"eager loop {update}"
+        ours, loop = f"segattn {update}", f"eager loop {update}"
         for case in (main.name,) if tiny else (main.name, long):
             goals += [
-                Goal(f"{case}: {own} ÷ {FLASH}, forward", 1.0, ratio(case, "forward", own, FLASH)),
-                Goal(f"{case}: {own} ÷ segattn local, forward", 1.15, ratio(case, "forward", own, "segattn local")),
-                Goal(f"{case}: {own} ÷ {FLASH}, {BOTH}", 1.0, ratio(case, BOTH, own, FLASH)),
+                Goal(f"{case}: {ours} ÷ {FLASH}, forward", 1.0, ratio(case, "forward", ours, FLASH)),
+                Goal(f"{case}: {ours} ÷ segattn local, forward", 1.15, ratio(case, "forward", ours, "segattn local")),
+                Goal(f"{case}: {ours} ÷ {FLASH}, {BOTH}", 1.0, ratio(case, BOTH, ours, FLASH)),
             ]
-        goals.append(Goal(f"{main.name}: {loop} ÷ {own}, {BOTH}", 3.0, ratio(main.name, BOTH, loop, own), True))
+        goals.append(Goal(f"{main.name}: {loop} ÷ {ours}, {BOTH}", 3.0, ratio(main.name, BOTH, loop, ours), True))
         for direction in ("forward", BOTH):
-            name = f"{long}: SDPA flash full ÷ {own}, {direction}"
-            goals.append(Goal(name, 20.0, ratio(long, direction, "SDPA flash full", own), True))
-        name = f"{own}: bytes beyond q, k, v, o and gradients, L {main.L} ÷ short L, same T"
-        goals.append(Goal(name, 1.0, growth(main.name, short, own)))
+            name = f"{long}: SDPA flash full ÷ {ours}, {direction}"
+            goals.append(Goal(name, 20.0, ratio(long, direction, "SDPA flash full", ours), True))
+        name = f"{ours}: bytes beyond q, k, v, o and gradients, L {main.L} ÷ short L, same T"
+        goals.append(Goal(name, 1.0, growth(main.name, short, ours)))
     return [
         *goals,
         *(
@@ -151,4 +162,5 @@ def goals_of(tiny: bool) -> list[Goal]:
 
 
 def judge(document: Document, tiny: bool) -> list[dict[str, Any]]:
+    """Return every goal, judged by a run's document."""
     return [goal.judge(document) for goal in goals_of(tiny)]

@@ -1,6 +1,6 @@
-"""The part of the on-device run that computes: a process that is told jobs, one JSON a line, and answers with records.
+"""The part of the run on a device that computes: a process that reads jobs, one JSON a line, and answers with records.
 
-Faults end it, and nothing else: `device_run` starts another and goes on.
+A fault of the device ends it, and nothing else: `run` starts another and goes on.
 """
 
 from __future__ import annotations
@@ -15,50 +15,47 @@ from typing import Any, TextIO
 
 import torch
 
-from ...kernels.check.calls import Call, calls_of, evaluate, tensors
+from ...kernels.check.calls import Call, evaluate, tensors
 from ...kernels.check.check import compare, run_check
-from ..planner.floors import Peak, peak_of
+from ...kernels.check.table import calls_of
 from ..speed import workloads
+from ..speed.admission import DeviceLostError, admit, check_device
 from ..speed.counts import profile_of, recorded
-from ..speed.machine import plain
+from ..speed.machine import peak_here, plain
 from ..speed.peers import PEERS
 from ..speed.prepared import draw, preparation
-from ..speed.timing import interleaved
+from ..speed.timing import Prepare, Times, take_turns
 from ..speed.workloads import DTYPES, Case, DecodeCase
-from .cases import DeviceLostError, Note, admit, measure_case, still_there
-from .decode import measure_decode
+from .cases import Note, measure_case, measure_decode
 
 LOST = 3
 TINY_CALL = "shared memory inputs"
 
 
 def device_here() -> torch.device:
+    """Return the first GPU, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def peak_here(device: torch.device) -> Peak | None:
-    found = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return found[1] if found else None
-
-
 def ceilings(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
-    """What this device reaches: bytes per second of a copy (read and write), operations per second of a product."""
+    """Return what this device reaches: bytes per second of a copy, read and write, and operations of a product."""
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     side, count = (8192, 1 << 28) if on_gpu else (256, 1 << 20)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(count, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
-    runs = {"copy": lambda i: lambda: target.copy_(source), "product": lambda i: lambda: a @ b}
-    times = interleaved(runs, device, seconds=1.0, rounds=(5, 20))
+    runs: dict[str, Prepare] = {"copy": lambda i: lambda: target.copy_(source), "product": lambda i: lambda: a @ b}
+    times = take_turns(runs, device, seconds=1.0, rounds=(5, 20))
+    copy, product = (Times.of(times[name]).median for name in ("copy", "product"))
     return {
-        "copy_bytes_per_s": 2 * source.nbytes / times["copy"].median * 1e3,
-        "product_operations_per_s": 2 * side**3 / times["product"].median * 1e3,
+        "copy_bytes_per_s": 2 * source.nbytes / copy * 1e3,
+        "product_operations_per_s": 2 * side**3 / product * 1e3,
     }
 
 
 def check(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
-    """A share of `segattn check` in one dtype; tiny: of one call."""
+    """Run a share of `segattn check` in one dtype; of a tiny run, one call."""
     table = calls_of("small" if job["tiny"] else "full")
     names = [TINY_CALL] if job["tiny"] else list(table)[job["share"] :: job["shares"]]
     calls = {name: table[name] for name in names}
@@ -70,13 +67,14 @@ def check(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
 
 
 def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
-    """Every kernel under the table's tiles for one dtype and width, named outright, by both rules."""
+    """Check every kernel under the table's tiles for one dtype and width, by both rules."""
     from ...kernels.triton.configs import Tile
     from ...kernels.triton.launch import trying
 
     width, dtype = job["width"], job["dtype"]
     heads, time, segment_len = (2, 20, 16) if job["tiny"] else (4, 1111, 256)
-    call = Call(B=1, H=heads, G=heads // 2, T=time, K=width, V=width, L=segment_len, remembered=3 * segment_len)
+    sizes = {"H": heads, "G": heads // 2, "Tq": time, "Tk": time, "K": width, "V": width, "segment_len": segment_len}
+    call = Call(B=1, remembered=3 * segment_len, **sizes)
     forced: dict[str, dict[str, Any]] = {}
     rows: dict[str, Any] = {}
     for update, own in product(("delta", "linear"), (False,) if job["tiny"] else (False, True)):
@@ -101,10 +99,12 @@ def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
 
 
 def case_of(name: str) -> Case:
+    """Return the case of that name."""
     return next(x for x in (*workloads.CASES, *workloads.TINY_CASES) if x.name == name)
 
 
 def decode_of(name: str) -> DecodeCase:
+    """Return the decoding case of that name."""
     return next(x for x in (*workloads.DECODES, *workloads.TINY_DECODES) if x.name == name)
 
 
@@ -118,15 +118,17 @@ def warm(job: dict[str, Any], device: torch.device, note: Note) -> None:
 
 
 def time_case(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    """Return the rows of a case."""
     return measure_case(case_of(job["name"]), device, peak_here(device), note, job["excluded"])
 
 
 def decode(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    """Return the rows of a decoding case."""
     return measure_decode(decode_of(job["name"]), device, peak_here(device), note, job["excluded"])
 
 
 def profile(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
-    """Where the time of one peer's forward and backward goes."""
+    """Return the kernels of one peer's forward and backward, with their times."""
     case, peer = case_of(job["name"]), PEERS[job["peer"]]
     run = preparation(peer, case, draw(case, device, copies=1), job["direction"])(0)
     found = profile_of(run, device, peer.ours)
@@ -134,10 +136,10 @@ def profile(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, 
 
 
 def tune(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
-    """One step of the search for tiles."""
-    from .tune import tune as step
+    """Return one step of the search for tiles."""
+    from .tune import answer
 
-    return step(job, device)
+    return answer(job, device)
 
 
 JOBS: dict[str, Callable[[dict[str, Any], torch.device, Note], dict[str, Any] | None]] = {
@@ -153,7 +155,7 @@ JOBS: dict[str, Callable[[dict[str, Any], torch.device, Note], dict[str, Any] | 
 
 
 def answer_to(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
-    """The job's record or error; "lost" where this process can do no more."""
+    """Return the job's record or error; "lost" where this process can do no more."""
     try:
         answer: dict[str, Any] = {"record": JOBS[job["part"]](job, device, note)}
     except torch.OutOfMemoryError:
@@ -161,14 +163,14 @@ def answer_to(job: dict[str, Any], device: torch.device, note: Note) -> dict[str
     except (RuntimeError, ValueError, TypeError, ImportError) as error:
         answer = {"error": plain(error)}
     try:
-        still_there(device)
+        check_device(device)
     except DeviceLostError:
         answer["lost"] = True
     return answer
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
-    """Answer each job with lines of notes, and one last: its record, or its error."""
+    """Answer each job with lines of notes, and a last line: its record, or its error."""
 
     def note(line: dict[str, Any]) -> None:
         answers.write(json.dumps(line) + "\n")
@@ -184,7 +186,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    # what compilers print must not stand between the answers
+    # compilers print, and must not do so between the answers
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(sys.stdin, own)

@@ -1,13 +1,12 @@
-"""One command on a GPU: are the kernels right, how fast are they, and where does the time go; one JSON, one table.
+"""`bench/on_device`: check the kernels on a GPU, time them, and profile them, into one JSON and one table.
 
-Parts run in the order of importance until the budget is spent; what was not reached is named. The JSON is written anew
-after every record, so that an interruption loses nothing.
+Parts run in the order of importance until the budget is spent, and the parts that were not reached are named. The JSON,
+pytest-benchmark's with parts of its own, is written anew after every record, so that an interruption loses nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import queue
 import sys
@@ -19,27 +18,34 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..speed.machine import ROOT, commit, device_facts, versions
+from ...runs.figures import write_figures
+from ..speed.machine import ROOT, commit, device_facts, gpu_limits, machine_info
 from ..speed.workloads import CASES, DECODES, DTYPES, MAIN, TINY_CASES, TINY_DECODES, TINY_MAIN
 from .goals import judge
-from .jobs import device_here, peak_here
+from .jobs import device_here
 from .table import table
 from .worker import Outcome, Worker
 
-# kept back for the profile and the summary, and the least that a job is begun with
+# seconds kept back for the profile and the summary, and the least that a job is begun with
 RESERVE, LEAST = 25.0, 4.0
-# of the budget that checks may take, side by side
+# share of the budget that checks may take, side by side
 CHECKS_SHARE = 0.4
 # how often a job is begun again without the peer that ended it
 RETRIES = 2
 SHARES = 4
 WIDTHS = (128, 64, 16, 32, 256)
-COMPILED = ("FlexAttention local", "compiled torch delta", "compiled torch linear")
+BAD = ("wrong", "failed")
+COMPILED = ("FlexAttention local", "compiled torch delta", "compiled torch linear", "compiled eager loop delta")
+
+# pytest-benchmark's version whose JSON this is
+FORMAT = "5.3.1"
 
 Job = dict[str, Any]
 
 
 class Settings(NamedTuple):
+    """Settings of the command. budget: seconds; workers: processes that check side by side."""
+
     out: Path
     budget: float
     tiny: bool
@@ -48,59 +54,58 @@ class Settings(NamedTuple):
 
 
 class Run:
-    """The document, and the clock."""
+    """A run's document and budget."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.begin = time.monotonic()
         self.lock = threading.Lock()
-        device = device_here()
-        peak = peak_here(device)
-        known = {} if peak is None else {"peak_operations_per_s": peak.operations, "peak_bytes_per_s": peak.bytes}
-        found = commit()
+        known = commit()
         self.document: dict[str, Any] = {
-            "device": device_facts(device) | known,
-            "versions": versions(),
-            "commit": settings.commit or found["commit"],
-            "dirty": found["dirty"],
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine_info": machine_info(device_here()),
+            "commit_info": {"id": settings.commit or known["commit"], "dirty": known["dirty"]},
+            "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "version": FORMAT,
             "tiny": settings.tiny,
             "budget_s": settings.budget,
             "ceilings": None,
             "check": [],
             "tiles": [],
-            "timings": [],
-            "decode": [],
+            "benchmarks": [],
+            "not_timed": [],
             "profile": [],
             "goals": [],
             "skipped": [],
         }
 
     def left(self) -> float:
+        """Return the seconds that are left of the budget."""
         return self.settings.budget - (time.monotonic() - self.begin)
 
     def keep(self, part: str, record: Any) -> None:
-        """Add a record to a part, and write everything."""
+        """Add a job's record to the document, and write that."""
         with self.lock:
-            if isinstance(self.document[part], list):
+            if part in ("timings", "decode"):
+                for name, rows in record.items():
+                    self.document[name] += rows
+            elif isinstance(self.document[part], list):
                 self.document[part].append(record)
             else:
                 self.document[part] = record
             self.write()
 
     def write(self) -> None:
+        """Write the document, whole or not at all."""
         self.document["spent_s"] = round(time.monotonic() - self.begin, 1)
-        whole = json.dumps(self.document, indent=1, ensure_ascii=False)
-        beside = self.settings.out.with_suffix(".part")
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(whole + "\n", encoding="utf-8")
-        os.replace(beside, self.settings.out)
+        self.settings.out.parent.mkdir(parents=True, exist_ok=True)
+        write_figures(self.settings.out, self.document)
 
     def skip(self, job: Job, reason: str) -> None:
+        """Keep why a job has no record."""
         self.keep("skipped", {"part": job["part"], "job": title(job), "reason": reason})
 
     def do(self, worker: Worker, job: Job, seconds: float) -> None:
-        """One job, without the peers that end it; `seconds`: until when all of its attempts must be over."""
+        """Have a job done, and again without the peer that ended it; all attempts together take at most `seconds`."""
         end = time.monotonic() + seconds
         outcome = Outcome(reason="not begun")
         for _ in range(RETRIES + 1):
@@ -119,22 +124,25 @@ class Run:
 
 
 def title(job: Job) -> str:
+    """Return what tells a job from the others of its part."""
     return " ".join(
         str(job[key]) for key in ("dtype", "width", "number", "share", "name", "peer", "direction") if key in job
     )
 
 
 def say(line: str) -> None:
+    """Write a line at once."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def jobs_of(part: str, tiny: bool, rows: Iterable[dict[str, Any]], limit: float) -> list[Job]:
+    """Return a part's jobs; limit: seconds for each."""
     return [{"part": part, "tiny": tiny, "excluded": {}, "limit": limit} | row for row in rows]
 
 
 def check_jobs(tiny: bool) -> list[Job]:
-    """Correctness twice and every tile, with the compilers' caches filled beside them."""
+    """Return the checks, each twice, the tiles, and the jobs that fill the compilers' caches beside them."""
     if tiny:
         once = {"dtype": "float32"}
         return [
@@ -155,7 +163,7 @@ def check_jobs(tiny: bool) -> list[Job]:
 
 
 def timing_jobs(tiny: bool) -> list[Job]:
-    """The cases in their order, decoding behind the first two of them."""
+    """Return the cases in their order, decoding behind the first two of them."""
     cases, decodes = (TINY_CASES, TINY_DECODES) if tiny else (CASES, DECODES)
     timings = [job for c in cases for job in jobs_of("timings", tiny, [{"name": c.name}], c.limit)]
     steps = [job for c in decodes for job in jobs_of("decode", tiny, [{"name": c.name}], c.limit)]
@@ -163,7 +171,7 @@ def timing_jobs(tiny: bool) -> list[Job]:
 
 
 def profile_jobs(document: dict[str, Any], tiny: bool) -> list[Job]:
-    """Where we are behind a goal; the main case in any event."""
+    """Return the profiles of the cases that miss a goal, and of the main case."""
     main = (TINY_MAIN if tiny else MAIN).name
     behind = [
         c.name for c in CASES for g in document["goals"] if g["met"] is False and g["goal"].startswith(f"{c.name}:")
@@ -178,7 +186,7 @@ def profile_jobs(document: dict[str, Any], tiny: bool) -> list[Job]:
 
 
 def side_by_side(run: Run, jobs: Sequence[Job], seconds: float, environment: dict[str, str]) -> None:
-    """Jobs that are not timed, by several processes at once."""
+    """Have jobs that are not timed done by several processes at once."""
     end = time.monotonic() + seconds
     waiting: queue.Queue[Job] = queue.Queue()
     for job in jobs:
@@ -205,7 +213,7 @@ def side_by_side(run: Run, jobs: Sequence[Job], seconds: float, environment: dic
 
 
 def same_twice(records: Sequence[dict[str, Any]]) -> dict[str, bool]:
-    """For every dtype that was checked twice: are all errors the same to the last digit kept?"""
+    """Return, for every dtype that was checked twice, whether all errors are the same to the last digit kept."""
     found: dict[tuple[str, int], list[Any]] = {}
     for record in records:
         found.setdefault((record["dtype"], record["share"]), []).append(record["errors"])
@@ -217,8 +225,11 @@ def same_twice(records: Sequence[dict[str, Any]]) -> dict[str, bool]:
 
 
 def whole_run(run: Run) -> None:
+    """Check, time, judge and profile, as far as the budget reaches."""
     tiny = run.settings.tiny
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    # the profiler says each time that it starts and stops
+    environment.setdefault("KINETO_LOG_LEVEL", "99")
     environment["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "1")
     share = 1.0 if tiny else CHECKS_SHARE
     side_by_side(run, check_jobs(tiny), share * run.settings.budget, environment)
@@ -229,25 +240,22 @@ def whole_run(run: Run) -> None:
         run.document["goals"] = judge(run.document, tiny)
         for job in profile_jobs(run.document, tiny):
             run.do(worker, job, run.left() - LEAST)
-    run.document["device"]["limits_after"] = device_facts(device_here()).get("limits")
+    run.document["machine_info"]["limits_after"] = gpu_limits()
 
 
 def failed(document: dict[str, Any]) -> bool:
-    """Is anything of ours wrong, or was nothing checked?"""
+    """Return whether anything of ours is wrong, or nothing was checked."""
     checks = [*document["check"], *document["tiles"]]
-    ours = [
-        found for case in document["timings"] for name, found in case["peers"].items() if name.startswith("segattn")
-    ]
-    steps = [found for case in document["decode"] for name, found in case["decoders"].items() if name != "eager"]
     return (
         not document["check"]
         or not all(record["passed"] for record in checks)
         or not all(document.get("same_twice", {}).values())
-        or any(found["status"] in ("wrong", "failed") for found in (*ours, *steps))
+        or any(x["provider"].startswith("segattn") and x["status"] in BAD for x in document["not_timed"])
     )
 
 
 def parse(arguments: Sequence[str] | None) -> Settings:
+    """Return the settings of a command line."""
     parser = argparse.ArgumentParser(prog="bench/on_device", description=__doc__)
     parser.add_argument("--out", type=Path, help="the JSON; default: bench/results/GPU-DATE.json")
     parser.add_argument("--budget", type=float, default=450.0, help="seconds; default 450")
@@ -265,7 +273,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 1 where anything of ours is wrong, 130 where it was interrupted."""
+    """Run the command; return the exit status: 1 where anything of ours is wrong, 130 where it was interrupted."""
     run = Run(parse(arguments))
     run.write()
     try:

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..speed import rows
+
 Document = Mapping[str, Any]
+VERSIONS = ("segattn", "torch", "triton", "python", "cuda", "hip")
 
 
 def table(document: Document) -> str:
-    return "\n".join((*_head(document), *_checks(document), *_timings(document), *_decode(document), *_end(document)))
+    """Return the whole run, part by part."""
+    return "\n".join((*_head(document), *_checks(document), *_timings(document), *_end(document)))
 
 
 def _head(document: Document) -> Iterator[str]:
-    versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items() if value)
-    changed = " with changes" if document["dirty"] else ""
-    yield f"\n{document['device']['name']}; {versions}; commit {document['commit']}{changed}"
+    machine, commit = document["machine_info"], document["commit_info"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in VERSIONS if name in machine)
+    changed = " with changes" if commit["dirty"] else ""
+    yield f"\n{machine['device']}; {versions}; commit {commit['id']}{changed}"
 
 
 def _checks(document: Document) -> Iterator[str]:
@@ -36,36 +41,9 @@ def _checks(document: Document) -> Iterator[str]:
 
 
 def _timings(document: Document) -> Iterator[str]:
-    for case in document["timings"]:
-        yield f"\n{case['name']} {case['dtype']}: ms (TFLOP/s, share of the floor)"
-        for name, found in case["peers"].items():
-            if found["status"] != "timed":
-                yield f"  {name:22} {found['status']}: {found.get('reason', '')}"
-                continue
-            columns = [_cell(found.get(direction, {})) for direction in case["directions"]]
-            both = found.get("forward + backward", {})
-            memory = both.get("peak_bytes", 0) / 2**20
-            launches = (found.get("forward", {}).get("launches"), both.get("launches"))
-            yield f"  {name:22} {' '.join(columns)} {memory:8.1f} MiB  launches {launches[0]}, {launches[1]}"
-
-
-def _cell(found: Mapping[str, Any]) -> str:
-    if "median_ms" not in found:
-        return f"{'-':>24}"
-    share = f", {found['floor_share']:.0%}" if "floor_share" in found else ""
-    inside = f"({found['tflops']:.3g}{share})"
-    return f"{found['median_ms']:9.3f} {inside:14}"
-
-
-def _decode(document: Document) -> Iterator[str]:
-    for case in document["decode"]:
-        cells = [
-            f"{name} {found['median_ms']:.4f} ms ({found['gbytes_per_s']:.4g} GB/s)"
-            if "median_ms" in found
-            else f"{name} {found['status']}: {found.get('reason', '')}"
-            for name, found in case["decoders"].items()
-        ]
-        yield f"decode {case['name']}, tail {case['tail']}: {'; '.join(cells)}"
+    for heading, lines in rows.table(rows.from_json(document)):
+        yield f"\n{heading}"
+        yield from (f"  {line}" for line in lines)
 
 
 def _end(document: Document) -> Iterator[str]:

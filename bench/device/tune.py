@@ -1,7 +1,7 @@
-"""`python -m segattn.bench.device.tune --kernel attend_kernel --K 128`: proposes rows for the table of tiles.
+"""`python -m segattn.bench.device.tune --kernel attend_kernel --K 128`: propose rows for the table of tiles.
 
-Every candidate runs a whole forward and backward with one kernel's tile replaced, in a process of its own kind that may
-die of it. Its results must agree with those of the table's tile; then the kernel's own time counts.
+Every candidate runs a whole forward and backward with one kernel's tile replaced, in a worker, which may die of it. The
+results must agree with those of the table's tile; then the time of that kernel alone counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.check.calls import Call, evaluate, tensors
-from ...kernels.check.check import GATES
+from ...kernels.check.gates import GATES
 from ...kernels.triton.configs import Tile, tile_for
 from ..speed.counts import kernel_times
 from ..speed.machine import ROOT
@@ -33,7 +33,7 @@ SIDES = (16, 32, 64, 128)
 CHUNKS = (16, 32, 64, 128, 256)
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
 TINY = {"SIDES": (16, 32), "WARPS": (4,), "STAGES": (1,)}
-# of the first round, how many go on into the second
+# how many tiles of the first round go on into the second
 FINALISTS = 3
 REPEATS = 7
 
@@ -41,8 +41,10 @@ Values = dict[str, Any]
 
 
 def call_of(job: Values) -> Call:
-    sizes = {name: job[name] for name in ("H", "G", "T", "K", "V", "L", "update", "gated")}
-    return Call(B=1, remembered=job["L"] if job["gated"] else 0, own_memory_inputs=False, **sizes)
+    """Return the call that a job is about."""
+    sizes = {name: job[name] for name in ("H", "G", "K", "V", "update", "gated")}
+    time = {"Tq": job["T"], "Tk": job["T"], "segment_len": job["L"], "remembered": job["L"]}
+    return Call(B=1, own_memory_inputs=False, **sizes, **time)
 
 
 @cache
@@ -52,9 +54,9 @@ def _inputs(call: Call, dtype: str, device: torch.device) -> tuple[dict[str, Ten
 
 
 def attempt(job: Values, device: torch.device) -> Values:
-    """The kernel's milliseconds in one forward and backward under a tile (None: the table's), and its worst error.
+    """Return the kernel's milliseconds in one forward and backward under the job's tile, and the worst error.
 
-    On a CPU the time is that of everything.
+    Without a tile the table's is used. On a CPU the time is that of the whole call.
     """
     from ...kernels.triton.launch import trying
 
@@ -72,9 +74,9 @@ def attempt(job: Values, device: torch.device) -> Values:
         if device.type == "cuda":
             times = [_kernel_ms(job["kernel"], call, made, device) for _ in range(REPEATS)]
         else:
-            times = [time_once(lambda _: lambda: evaluate(call, made, "triton"), 0, device)]
+            times = [time_once(lambda _: lambda: evaluate(call, made, "triton"), 0, device)[0]]
     worst = max(shares.values())
-    # both may be a gate away from the truth
+    # both results may be a gate away from the truth
     return {"ms": statistics.median(times), "error_share": worst, "right": bool(worst <= 2.0)}
 
 
@@ -84,7 +86,7 @@ def _kernel_ms(kernel: str, call: Call, made: dict[str, Tensor], device: torch.d
 
 
 def describe(job: Values, device: torch.device) -> Values:
-    """The kernel's tile in the table, the fields that it takes, and the names of all kernels of the call."""
+    """Return the kernel's tile in the table, the fields that it takes, and the names of all kernels of the call."""
     from ...kernels.triton.launch import constants, recording, target_of
 
     call = call_of(job)
@@ -101,13 +103,13 @@ def describe(job: Values, device: torch.device) -> Values:
     return {"kernels": names, "target": target.name, "taken": taken, "tile": tile.__dict__}
 
 
-def tune(job: Values, device: torch.device) -> Values:
-    """What a worker answers: a description first, then an attempt for each tile."""
+def answer(job: Values, device: torch.device) -> Values:
+    """Return a worker's answer to a job: a description, or an attempt with one tile."""
     return describe(job, device) if job["describe"] else attempt(job, device)
 
 
 def sensible(tile: Values, width: int) -> bool:
-    """Enough work for its warps, no chunk beyond the width, no accumulator beyond the registers."""
+    """Return whether a tile has work for its warps, chunks within the width, and accumulators within the registers."""
     sides = [tile[name] for name in ("BLOCK_M", "BLOCK_N", "ROWS", "COLUMNS") if name in tile]
     largest = max(sides)
     return (
@@ -118,7 +120,7 @@ def sensible(tile: Values, width: int) -> bool:
 
 
 def first_round(taken: Sequence[str], tile: Values, width: int, tiny: bool = False) -> Iterator[Values]:
-    """Every block size and number of warps, the rest as in `tile`."""
+    """Return tiles of every block size and number of warps, the rest as in `tile`."""
     sides, warps = (TINY["SIDES"], TINY["WARPS"]) if tiny else (SIDES, WARPS)
     varied = [name for name in ("BLOCK_M", "BLOCK_N", "ROWS", "COLUMNS") if name in taken]
     for *values, count in product(*(sides for _ in varied), warps):
@@ -128,7 +130,7 @@ def first_round(taken: Sequence[str], tile: Values, width: int, tiny: bool = Fal
 
 
 def second_round(taken: Sequence[str], best: Iterable[Values], width: int, tiny: bool = False) -> Iterator[Values]:
-    """Stages and chunks of the best."""
+    """Return the best tiles with every number of stages and every chunk."""
     stages = TINY["STAGES"] if tiny else STAGES
     chunks = [x for x in CHUNKS if x <= width] if "CHUNK" in taken and not tiny else [None]
     for tile in best:
@@ -137,7 +139,7 @@ def second_round(taken: Sequence[str], best: Iterable[Values], width: int, tiny:
 
 
 def as_row(job: Values, target: str, taken: Sequence[str], tile: Values, note: str) -> str:
-    """One row of the table, as Python source."""
+    """Return one row of the table, as Python source."""
     shown = [f.name for f in fields(Tile) if f.name in taken]
     inside = ", ".join(f"{name}={tile[name]!r}" for name in shown)
     bits = torch.empty((), dtype=DTYPES[job["dtype"]]).element_size() * 8
@@ -145,6 +147,7 @@ def as_row(job: Values, target: str, taken: Sequence[str], tile: Values, note: s
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of a command line."""
     parser = argparse.ArgumentParser(prog="python -m segattn.bench.device.tune", description=__doc__)
     parser.add_argument("--kernel", required=True, help="its name, such as attend_kernel")
     parser.add_argument("--K", type=int, default=128)
@@ -163,11 +166,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def search(job: Values, given: argparse.Namespace, worker: Worker) -> tuple[Values, list[tuple[float, Values]]]:
-    """The kernel's description, with the table's time, and the right candidates, the fastest first.
+    """Return the kernel's description, with the table's time, and the right candidates, the fastest first.
 
     Raises:
-        ValueError: the kernel has no part in the call.
-        RuntimeError: the table's own tile does not run.
+        ValueError: The kernel has no part in the call.
+        RuntimeError: The table's tile does not run.
     """
     end = time.monotonic() + given.budget
     outcome = worker.do(job | {"describe": True}, 120)
@@ -210,6 +213,7 @@ def search(job: Values, given: argparse.Namespace, worker: Worker) -> tuple[Valu
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit status: 1 where there is nothing to propose."""
     given = parse(arguments)
     job: Values = {
         **{name: getattr(given, name) for name in ("kernel", "K", "L", "T", "H", "dtype", "update")},

@@ -1,4 +1,4 @@
-"""A process that does jobs one after another, is ended where it takes too long, and begun anew where it died."""
+"""A process that does jobs one after another: ended where a job takes too long, started again where it died."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMAND = (sys.executable, "-m", "segattn.bench.device.jobs")
 
 
 class Outcome(NamedTuple):
-    """A job's record, or why there is none, and what was at work then."""
+    """A job's record, or why there is none, and the name of what was running then."""
 
     record: Any = None
     reason: str | None = None
@@ -25,7 +25,7 @@ class Outcome(NamedTuple):
 
 
 class Worker:
-    """Use as a context manager, which leaves no process behind."""
+    """A process that does jobs; as a context manager, none is left behind."""
 
     def __init__(self, environment: dict[str, str], command: Sequence[str] = COMMAND) -> None:
         self.environment, self.command = environment, command
@@ -39,6 +39,7 @@ class Worker:
         self.end()
 
     def end(self) -> None:
+        """End the process, if there is one."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -60,7 +61,7 @@ class Worker:
         return self.process
 
     def do(self, job: dict[str, Any], seconds: float) -> Outcome:
-        """The job's outcome, within `seconds`."""
+        """Return the outcome of a job, within `seconds`."""
         end = time.monotonic() + seconds
         process = self._begin()
         assert process.stdin is not None

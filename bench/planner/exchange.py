@@ -1,9 +1,9 @@
 """What ranks that share a sequence send each other: its keys and values, or a memory's state.
 
 Bytes are those that one rank sends for one layer in one training step, forward and backward, for each sequence. A link
-carries what is sent one way; messages that depend on each other wait for each other. The state after the whole text is
-taken not to be wanted, as models do not. Neither the memory that holds for a moment what was gathered is counted, nor
-the time to compose it.
+has its bandwidth each way; messages that depend on each other wait for each other. The state after the whole text is
+not sent, since models do not need it. Neither the memory that holds gathered states for a moment is counted, nor the
+time to compose them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from .shapes import Shape
 
 
 class Traffic(NamedTuple):
-    """bytes: that one rank sends. messages: one after another."""
+    """What one rank sends.
+
+    bytes: of all messages.
+    messages: the number that are sent one after another.
+    """
 
     bytes: int
     messages: int
@@ -28,9 +32,11 @@ class Traffic(NamedTuple):
 
 @dataclass(frozen=True)
 class Links:
-    """How fast a rank sends: bytes a second inside a node of so many ranks, and between nodes; seconds a message.
+    """The speed of a rank's links; the defaults are from the data sheets of H100 SXM's NVLink and 400 Gb/s InfiniBand.
 
-    Defaults: the data sheets of an H100 SXM's NVLink and of 400 Gb/s InfiniBand, one way; ten microseconds.
+    node_ranks: ranks of a node.
+    node_bandwidth, bandwidth: bytes per second inside a node and between nodes, one way.
+    latency: seconds of a message.
 
     Raises:
         SettingError: naming what cannot be.
@@ -51,14 +57,14 @@ class Links:
             raise SettingError("latency", f"must not be negative, and finite, got {self.latency}")
 
     def seconds(self, traffic: Traffic, ranks: int) -> float:
-        """With ranks of several nodes, the link between them is what a ring waits for."""
+        """Return the seconds to send; with ranks of several nodes, a ring waits for the link between nodes."""
         rate = self.node_bandwidth if ranks <= self.node_ranks else self.bandwidth
         return traffic.bytes / rate + traffic.messages * self.latency
 
 
 @dataclass(frozen=True)
 class Split:
-    """A sequence of `length` tokens over as many ranks.
+    """A sequence of `length` tokens that is split over `ranks` ranks.
 
     Raises:
         SettingError: naming what cannot be.
@@ -77,19 +83,20 @@ class Split:
 
     @property
     def share(self) -> int:
-        """Tokens of the rank that has most."""
+        """The number of tokens of the rank that has most."""
         return -(-self.length // self.ranks)
 
     @property
     def has_segments(self) -> bool:
-        """Every rank can have a segment, the last one an unfinished one."""
+        """Whether every rank can have a segment, the last one an unfinished one."""
         return self.ranks <= -(-self.length // self.segment_len)
 
 
 def ring(split: Split) -> Traffic | None:
-    """Ring attention (arXiv 2310.01889): keys and values go round; in the backward pass with their gradients.
+    """Count ring attention (arXiv 2310.01889): keys and values go round, in the backward pass with their gradients.
 
-    W - 1 hops of k and v forward and backward, and W of dk and dv, which come home. None where ranks have no tokens.
+    There are W - 1 hops of k and v forward and backward, and W of dk and dv, which return to their rank. None where a
+    rank has no tokens.
     """
     if split.ranks > split.length:
         return None
@@ -100,7 +107,7 @@ def ring(split: Split) -> Traffic | None:
 
 
 def ulysses(split: Split) -> Traffic | None:
-    """DeepSpeed Ulysses (arXiv 2309.14509): all-to-all of q, k, v and of the output, and of their gradients.
+    """Count DeepSpeed Ulysses (arXiv 2309.14509): all-to-all of q, k, v and of the output, and of their gradients.
 
     A rank has at least one query head: None where ranks outnumber them, or do not divide them. A key/value head is sent
     to all the ranks whose query heads read it.
@@ -108,7 +115,7 @@ def ulysses(split: Split) -> Traffic | None:
     heads, groups, W = split.shape.heads, split.shape.kv_heads, split.ranks
     if heads % W or split.length < W:
         return None
-    # heads cut into W parts and into G: pairs of parts that overlap
+    # the query heads are cut into W parts and into G parts: the number of pairs of parts that overlap
     kv_heads = groups + W - math.gcd(groups, W)
     numbers = split.share * 2 * (heads + kv_heads) * split.shape.head_width
     exchanges = 0 if W == 1 else 4
@@ -116,12 +123,12 @@ def ulysses(split: Split) -> Traffic | None:
 
 
 def linear(split: Split) -> Traffic | None:
-    """Sums of every rank, K (V + 1) a key/value head, gathered by all, and the gradients of the states before them."""
+    """Count the linear rule: all gather every rank's sums, K (V + 1) a key/value head, and gradients of the states."""
     return _gathered(split, 2 * _state(split), collectives=2)
 
 
 def linear_scan(split: Split) -> Traffic | None:
-    """The same sums by a prefix scan, which passes them on in log2 W rounds instead of gathering all."""
+    """Count the linear rule by a prefix scan, which passes sums on in log2 W rounds where `linear` gathers all."""
     if not split.has_segments:
         return None
     rounds = 2 * (split.ranks - 1).bit_length()
@@ -129,25 +136,26 @@ def linear_scan(split: Split) -> Traffic | None:
 
 
 def delta(split: Split) -> Traffic | None:
-    """Key sums first, K a key/value head, then every rank's affine map, K (K + V).
+    """Count the delta rule: key sums first, K a key/value head, then every rank's affine map, K (K + V).
 
-    Backward the memory's gradients with the K K of the maps again, which nobody keeps, then the key sums' gradients.
+    The backward pass gathers the memory's gradients with the K K of the maps again, which no rank keeps, then the key
+    sums' gradients.
     """
     maps = split.shape.keys * split.shape.head_width * FLOAT32
     return _gathered(split, 2 * (_state(split) + maps), collectives=4)
 
 
 def _state(split: Split) -> int:
-    """Bytes of M and z of one layer, float32."""
+    """Return the bytes of M and z of one layer, float32."""
     return split.shape.keys * (split.shape.head_width + 1) * FLOAT32
 
 
-def _gathered(split: Split, own: int, collectives: int) -> Traffic | None:
-    """All-gathers of so many bytes in a ring: W - 1 hops each; None where a rank would have no segment."""
+def _gathered(split: Split, share: int, collectives: int) -> Traffic | None:
+    """Count all-gathers of a rank's `share` bytes in a ring: W - 1 hops each; None where a rank has no segment."""
     if not split.has_segments:
         return None
     hops = split.ranks - 1
-    return Traffic(hops * own, hops * collectives)
+    return Traffic(hops * share, hops * collectives)
 
 
 EXCHANGES: dict[str, Callable[[Split], Traffic | None]] = {

@@ -1,4 +1,4 @@
-"""What any implementation must spend: operations and bytes of a call, and the time that a named GPU needs for them.
+"""What every implementation must spend: operations and bytes of a call, and the time that a named GPU takes for them.
 
 An operation is a multiplication or an addition of a matrix product, counted for visible pairs only. Bytes are those of
 inputs read once and outputs written once; a fused implementation needs no others. Element-wise work is not counted.
@@ -38,47 +38,50 @@ class Sizes:
 
     @property
     def whole(self) -> int:
-        """Complete segments of one row."""
+        """The number of complete segments of one row."""
         return self.T // self.L
 
     @property
     def later(self) -> int:
-        """Tokens of one row that have a segment before theirs."""
+        """The number of tokens of one row that have a segment before theirs."""
         return max(self.T - self.L, 0)
 
     @property
     def queries(self) -> int:
+        """The bytes of q."""
         return self.B * self.H * self.T * self.K * self.itemsize
 
     @property
     def outputs(self) -> int:
+        """The bytes of the output."""
         return self.B * self.H * self.T * self.V * self.itemsize
 
     @property
     def keys_values(self) -> int:
+        """The bytes of k and v."""
         return self.B * self.G * self.T * (self.K + self.V) * self.itemsize
 
     @property
     def state(self) -> int:
-        """Of M and z, one of each per row and key/value head, float32."""
+        """The bytes of M and z, one of each per row and key/value head, float32."""
         return self.B * self.G * self.K * (self.V + 1) * FLOAT32
 
 
 def pairs(time: int, segment_len: int) -> int:
-    """Visible (query, key) pairs of one head: n (n + 1) / 2 per segment of n tokens."""
-    whole, rest = divmod(time, segment_len)
-    return whole * segment_len * (segment_len + 1) // 2 + rest * (rest + 1) // 2
+    """Count the visible (query, key) pairs of one head: n (n + 1) / 2 per segment of n tokens."""
+    whole, last = divmod(time, segment_len)
+    return whole * segment_len * (segment_len + 1) // 2 + last * (last + 1) // 2
 
 
 def local_forward(s: Sizes) -> Work:
-    """q kᵀ and p v: B H pairs · 2 (K + V). Read q, k, v, write o."""
+    """Count local attention, q kᵀ and p v: B H pairs · 2 (K + V). It reads q, k, v and writes o."""
     return Work(s.B * s.H * pairs(s.T, s.L) * 2 * (s.K + s.V), s.queries + s.keys_values + s.outputs)
 
 
 def local_backward(s: Sizes) -> Work:
-    """q kᵀ again, dq, dk: 2 K each; do vᵀ, dv: 2 V each; B H pairs of them.
+    """Count its backward pass, for B H pairs: q kᵀ again, dq and dk, 2 K each; do vᵀ and dv, 2 V each.
 
-    Read q, k, v, do, o and one float32 statistic a row; write dq, dk, dv.
+    It reads q, k, v, do, o and one float32 statistic a row, and writes dq, dk, dv.
     """
     rows = s.B * s.H * s.T * FLOAT32
     moved = 2 * (s.queries + s.keys_values) + 2 * s.outputs + rows
@@ -86,19 +89,19 @@ def local_backward(s: Sizes) -> Work:
 
 
 def read(s: Sizes) -> Work:
-    """σ(q) M for every query behind the first segment: B H later · 2 K V. q is at hand; the state stays on the chip."""
+    """Count σ(q) M for every query behind the first segment: B H later · 2 K V, q and the state being on the chip."""
     return Work(s.B * s.H * s.later * 2 * s.K * s.V, 0)
 
 
 def read_backward(s: Sizes) -> Work:
-    """dn Mᵀ for the queries and σ(q)ᵀ dn for the memory: twice the read."""
+    """Count dn Mᵀ for the queries and σ(q)ᵀ dn for the memory: twice the read."""
     return Work(2 * read(s).operations, 0)
 
 
 def write(s: Sizes, update: str) -> Work:
-    """σ(k)ᵀ v over complete segments: B G · 2 K V a token; by the delta rule also σ(k) M behind the first.
+    """Count σ(k)ᵀ v over complete segments: B G · 2 K V a token; by the delta rule also σ(k) M behind the first.
 
-    Writes the state.
+    It writes the state.
     """
     values = s.B * s.G * 2 * s.K * s.V
     tokens = s.whole * s.L
@@ -107,51 +110,52 @@ def write(s: Sizes, update: str) -> Work:
 
 
 def write_backward(s: Sizes, update: str) -> Work:
-    """Each product of the write has two adjoints: twice the write. Reads the gradient of the state."""
+    """Count the two adjoints of each product of the write: twice the write. It reads the gradient of the state."""
     return Work(2 * write(s, update).operations, s.state)
 
 
 def scan(s: Sizes, update: str) -> Work:
-    """The scan of the parallel form, not needed by every implementation: A M of 2 K K V per segment by the delta rule.
+    """Count the parallel form's scan, which not every implementation needs: by the delta rule A M, 2 K K V a segment.
 
-    Per complete segment read B (and A), write M, all float32; and the state at both ends.
+    It reads B (and A) and writes M per complete segment, all float32, and the state at both ends.
     """
     count = s.B * s.G * s.whole
-    erased = update == "delta"
-    moved = count * s.K * (2 * s.V + (s.K if erased else 0)) * FLOAT32
-    return Work(count * 2 * s.K * s.K * s.V if erased else 0, moved + 2 * s.B * s.G * s.K * s.V * FLOAT32)
+    delta = update == "delta"
+    moved = count * s.K * (2 * s.V + (s.K if delta else 0)) * FLOAT32
+    return Work(count * 2 * s.K * s.K * s.V if delta else 0, moved + 2 * s.B * s.G * s.K * s.V * FLOAT32)
 
 
 def forward(s: Sizes, update: str | None) -> Work:
-    """Attention, and the memory's read and write; update None: attention alone."""
+    """Count attention, and the memory's read and write; with update None attention alone."""
     work = local_forward(s)
     return work if update is None else work + read(s) + write(s, update)
 
 
 def backward(s: Sizes, update: str | None) -> Work:
+    """Count the backward pass of `forward`."""
     work = local_backward(s)
     return work if update is None else work + read_backward(s) + write_backward(s, update)
 
 
 def decode(s: Sizes, gated: bool = True) -> Work:
-    """One query per row at the end of T tokens of an unfinished segment: B H (2 T (K + V) + 2 K V).
+    """Count one query per row at the end of T tokens of an unfinished segment: B H (2 T (K + V) + 2 K V).
 
-    Read q, the tokens' k and v and the state, write o.
+    It reads q, the tokens' k and v and the state, and writes o.
     """
     local = 2 * s.T * (s.K + s.V)
     recalled = 2 * s.K * s.V if gated else 0
-    one = s.B * s.H * (s.K + s.V) * s.itemsize
-    return Work(s.B * s.H * (local + recalled), one + s.keys_values + (s.state if gated else 0))
+    query_output = s.B * s.H * (s.K + s.V) * s.itemsize
+    return Work(s.B * s.H * (local + recalled), query_output + s.keys_values + (s.state if gated else 0))
 
 
 class Peak(NamedTuple):
-    """Per second: operations of dense bfloat16 products accumulated in float32, and bytes of device memory."""
+    """The most per second: operations of dense bfloat16 products that add up in float32, and bytes of device memory."""
 
     operations: float
     bytes: float
 
 
-# from the makers' data sheets, without sparsity; the words must all stand in the device's name, first match wins
+# row, words that a device's name must hold, peak by its maker's data sheet, without sparsity; the first match wins
 PEAKS: tuple[tuple[str, tuple[str, ...], Peak], ...] = (
     ("A100 40GB", ("A100", "40GB"), Peak(312e12, 1.555e12)),
     ("A100 PCIe 80GB", ("A100", "80GB", "PCIE"), Peak(312e12, 1.935e12)),
@@ -168,9 +172,9 @@ PEAKS: tuple[tuple[str, tuple[str, ...], Peak], ...] = (
 
 
 def peak_of(device_name: str) -> tuple[str, Peak] | None:
-    """The table's row for a device, by the name that its driver gives it."""
+    """Return the name and peak of a device's row of `PEAKS`, by the name that its driver gives it; None without one."""
     name = device_name.upper()
-    # GB200 is another product with other figures
+    # other products, with other figures, whose names hold a row's words
     if "GB200" in name or "GH200" in name:
         return None
     for row, words, peak in PEAKS:
@@ -180,5 +184,5 @@ def peak_of(device_name: str) -> tuple[str, Peak] | None:
 
 
 def seconds(work: Work, peak: Peak) -> float:
-    """The least time for `work`: the slower of its operations and its bytes."""
+    """Return the least time for `work`: the slower of its operations and its bytes."""
     return max(work.operations / peak.operations, work.bytes / peak.bytes)

@@ -1,4 +1,4 @@
-"""What RMT and ARMT cost a decoder: schemes with rows of memory in every segment."""
+"""The cost of RMT and ARMT to a decoder: schemes with memory tokens in every segment."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .schemes import Local
 
 
 class Recurrent(Local):
-    """Memory tokens around each segment, from the last layer to the next segment's first (arXiv 2207.06881).
+    """RMT: memory tokens around each segment, from the last layer to the next segment's first (arXiv 2207.06881).
 
-    Read tokens see each other, tokens see them and those before, write tokens see all.
+    Read tokens see each other, the segment's tokens see them and the tokens before, write tokens see all.
     """
 
     name = "rmt"
@@ -30,26 +30,26 @@ class Recurrent(Local):
 
     @property
     def passes(self) -> int:
-        """A segment needs all layers of the one before."""
+        """The number of segments, since each needs all layers of the one before."""
         return self.segments_of(self.plan.length)
 
     def pairs(self, tokens: int) -> int:
-        """Visible ones, of a segment."""
+        """Count the visible pairs of a segment."""
         m = self.plan.memory
         return m * m + tokens * m + floors.pairs(tokens, tokens) + m * (tokens + 2 * m)
 
     def mixing(self) -> Work:
-        whole, rest = divmod(self.plan.length, self.plan.segment_len)
-        pairs = whole * self.pairs(self.plan.segment_len) + (self.pairs(rest) if rest else 0)
+        whole, last = divmod(self.plan.length, self.plan.segment_len)
+        pairs = whole * self.pairs(self.plan.segment_len) + (self.pairs(last) if last else 0)
         return Work(self._products(pairs), floors.local_forward(self.sizes(self.rows)).bytes)
 
     def mixing_one_by_one(self) -> Work:
         n, m = self.decoded, self.plan.memory
         tokens = self._tokens(m + 1, m + n, gated=False)
-        # the two blocks: what enters and leaves them, and the keys and values that they see
-        own = self.sizes(2 * m)
+        # the two blocks of memory tokens: their queries and outputs, and the keys and values that they see
+        memory = self.sizes(2 * m)
         seen = self.sizes(m).keys_values + self.sizes(n + 2 * m).keys_values
-        return Work(self._products(self.pairs(n)), tokens.bytes + own.queries + own.outputs + seen)
+        return Work(self._products(self.pairs(n)), tokens.bytes + memory.queries + memory.outputs + seen)
 
     def _products(self, pairs: int) -> int:
         return 4 * self.plan.batch * self.shape.queries * pairs
@@ -67,7 +67,7 @@ class Recurrent(Local):
 
 
 class Associative(Recurrent):
-    """Memory tokens behind each segment, written into an associative memory in every layer (arXiv 2407.04841)."""
+    """ARMT: memory tokens behind each segment, written into an associative memory in every layer (arXiv 2407.04841)."""
 
     name = "armt"
 
@@ -77,7 +77,7 @@ class Associative(Recurrent):
 
     @property
     def passes(self) -> int:
-        """Memory stays inside a layer, which may run over the whole text before the next."""
+        """One: memory stays inside a layer, which may run over the whole text before the next."""
         return 1
 
     @property
@@ -91,15 +91,15 @@ class Associative(Recurrent):
     def mixing(self) -> Work:
         count = self.segments_of(self.plan.length)
         later = self.rows - self.inputs_of(min(self.plan.length, self.plan.segment_len))
-        # the state is read and written once a segment, and read by nobody in the first
+        # the state is read and written once a segment, and not read in the first
         states = (2 * count - 1) * self.plan.batch * self.layer_state()
         weights = Work(0, self.memory_matrices * self.plan.itemsize + states)
         return super().mixing() + self.reading(later) + self.writing(count, count - 1) + weights
 
     def mixing_one_by_one(self) -> Work:
         n, m, several = self.decoded, self.plan.memory, int(self.several)
-        own = self.sizes(m)
-        block = own.queries + own.outputs + self.sizes(n + m).keys_values
+        memory = self.sizes(m)
+        block = memory.queries + memory.outputs + self.sizes(n + m).keys_values
         attention = Work(self._products(self.pairs(n)), self._tokens(1, n, gated=False).bytes + block)
         queries = (several * (n + 1) - 1) * self.shape.width * self.plan.d_mem
         weights = (queries + self.memory_matrices) * self.plan.itemsize
@@ -109,21 +109,22 @@ class Associative(Recurrent):
 
     @property
     def memory_matrices(self) -> int:
-        """Elements of one layer's projections to queries, keys, values and strengths."""
+        """The number of elements of one layer's projections to queries, keys, values and strengths."""
         return self.shape.width * (2 * self.plan.d_mem + self.shape.width + 1)
 
     def reading(self, rows: int) -> Work:
-        """Query, and φ(q) A, for `rows` of each sequence."""
+        """Count the query, and φ(q) A, for `rows` rows of each sequence."""
         d, tokens = self.shape.width, self.plan.batch * rows
         return Work(2 * tokens * d * (self.plan.d_mem + self.features), 2 * tokens * d * self.plan.itemsize)
 
     def writing(self, count: int, looked_up: int) -> Work:
-        """Key, value, strength and φ(k)ᵀ v of the memory tokens of `count` segments; `looked_up` of them φ(k) A."""
+        """Count key, value, strength and φ(k)ᵀ v of the memory tokens of `count` segments, φ(k) A of `looked_up`."""
         d, tokens = self.shape.width, self.plan.batch * self.plan.memory
         operations = count * (d * (self.plan.d_mem + d + 1) + self.features * d) + looked_up * self.features * d
         return Work(2 * tokens * operations, count * tokens * d * self.plan.itemsize)
 
     def layer_state(self) -> int:
+        """Return the bytes of one layer's state, float32."""
         return self.features * (self.shape.width + 1) * FLOAT32
 
     def state_bytes(self) -> int:
@@ -134,7 +135,7 @@ class Associative(Recurrent):
         return super().checkpointed_bytes() + states
 
     def layer_bytes(self, tokens: int) -> int:
-        """Also the input before it reads, queries, keys, values and what they replace, and each segment's state."""
+        """Add the input before the read; the memory's queries, keys, values and read values; each segment's state."""
         d, count = self.shape.width, self.segments_of(tokens)
         read = self.inputs_of(tokens) * (d + self.plan.d_mem)
         written = count * self.plan.memory * (self.plan.d_mem + 2 * d)

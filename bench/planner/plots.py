@@ -1,82 +1,103 @@
-"""Pictures of plans, in colours that are told apart without red and green."""
+"""Pictures of plans: costs by length, savings by length, and traffic by ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from ...runs.figures import spoken
-from ...runs.heat_map import DPI
-from .published import SEGMENT_LEN
-
-SCHEME_LOOKS = {
-    "full": ("#000000", "o"),
-    "local": ("#999999", "v"),
-    "rmt": ("#E69F00", "s"),
-    "infini": ("#0072B2", "D"),
-    "armt": ("#CC79A7", "^"),
-}
-PANELS = (
-    ("forward_flops", "FLOPs of a forward pass"),
-    ("prefill_floor_s", "prefill floor, seconds"),
-    ("decode_floor_s_per_token", "decode floor, seconds a token"),
-    ("kept_bytes", "state and cache of a sequence, bytes"),
-    ("activation_bytes", "activations of a sequence, bytes"),
+from ...runs.figures import format_length
+from ...runs.pictures import (
+    BLACK,
+    BLUE,
+    DPI,
+    GREEN,
+    LIGHT_GREY,
+    ORANGE,
+    PINK,
+    SEQUENTIAL,
+    SKY,
+    VERMILION,
+    logarithmic,
+    plain,
+    save_picture,
 )
-EXCHANGE_LOOKS = {
-    "ring": ("#D55E00", "o"),
-    "ulysses": ("#E69F00", "s"),
-    "linear": ("#56B4E9", "D"),
-    "linear scan": ("#009E73", "^"),
-    "delta": ("#0072B2", "v"),
+from .published import SEGMENT_LEN
+from .units import in_bytes, in_flops, in_seconds
+
+# Schemes that cost the same lie on each other: each is drawn over the one before, and thinner, so that all are seen.
+SCHEME_LOOKS: dict[str, dict[str, Any]] = {
+    "local": {"color": LIGHT_GREY, "marker": "v", "markersize": 11, "linewidth": 8},
+    "infini": {"color": BLUE, "marker": "D", "markersize": 7, "linewidth": 5.5},
+    "armt": {"color": PINK, "marker": "^", "markersize": 6, "linewidth": 3.5},
+    "rmt": {"color": ORANGE, "marker": "s", "markersize": 4, "linewidth": 2},
+    "full": {"color": BLACK, "marker": "o", "markersize": 2.5, "linewidth": 0.8},
 }
+# figure, title, what writes its ticks, and whose powers they are
+PANELS: tuple[tuple[str, str, Callable[[float], str], int], ...] = (
+    ("forward_flops", "FLOPs of a forward pass", in_flops, 10),
+    ("prefill_floor_s", "prefill floor", in_seconds, 10),
+    ("decode_floor_s_per_token", "decode floor of a token", in_seconds, 10),
+    ("kept_bytes", "state and cache of a sequence", in_bytes, 2),
+    ("activation_bytes", "activations of a sequence", in_bytes, 2),
+)
+EXCHANGE_LOOKS: dict[str, dict[str, Any]] = {
+    "ring": {"color": VERMILION, "marker": "o"},
+    "ulysses": {"color": ORANGE, "marker": "s"},
+    "linear": {"color": SKY, "marker": "D"},
+    "linear scan": {"color": GREEN, "marker": "^"},
+    "delta": {"color": BLUE, "marker": "v"},
+}
+EXCHANGE_PANELS: tuple[tuple[str, str, Callable[[float], str], int], ...] = (
+    ("bytes", "bytes that a rank sends, a layer and step", in_bytes, 2),
+    ("seconds", "time, a layer and step", in_seconds, 10),
+)
 
 
 def plot_plan(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Every cost against the length of the text, a line for each scheme."""
-    figure = plan_figure(rows, title)
-    FigureCanvasAgg(figure).print_png(path)
+    """Draw every cost against the length of the text, a line for each scheme."""
+    save_picture(plan_figure(rows, title), path)
 
 
 def plan_figure(rows: Sequence[dict[str, Any]], title: str) -> Figure:
-    figure = Figure(figsize=(3.5 * len(PANELS), 3.8), dpi=DPI, layout="constrained")
+    """Return the figure of `plot_plan`."""
+    figure = Figure(figsize=(3.5 * len(PANELS), 3.9), dpi=DPI, layout="constrained")
+    rows = [row | {"kept_bytes": row["state_bytes"] + row["cache_bytes"]} for row in rows]
     panels = figure.subplots(1, len(PANELS), squeeze=False)[0]
-    for axes, (name, label) in zip(panels, PANELS, strict=True):
-        for scheme, (color, marker) in SCHEME_LOOKS.items():
-            own = [row | {"kept_bytes": row["state_bytes"] + row["cache_bytes"]} for row in rows]
-            own = [row for row in own if row["scheme"] == scheme]
-            lengths, values = [row["length"] for row in own], [row[name] for row in own]
-            axes.plot(lengths, values, color=color, marker=marker, markersize=4, label=scheme)
-        axes.set_yscale("log")
+    for axes, (name, label, unit, base) in zip(panels, PANELS, strict=True):
+        for scheme, look in SCHEME_LOOKS.items():
+            points = [(row["length"], row[name]) for row in rows if row["scheme"] == scheme]
+            axes.plot(*zip(*points, strict=True), **look, label=scheme)
+        logarithmic(axes, unit, base)
         axes.set_title(label, loc="left", fontsize=9)
         _over_tokens(axes, [row["length"] for row in rows])
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
     figure.suptitle(title, fontsize=9)
     return figure
 
 
 def plot_savings(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """FLOPs of full attention over those of segments, against the length of the text (arXiv 2304.11062, figure 3)."""
-    FigureCanvasAgg(savings_figure(rows)).print_png(path)
+    """Draw FLOPs of full attention over those of segments, by length of the text (arXiv 2304.11062, figure 3)."""
+    save_picture(savings_figure(rows), path)
 
 
 def savings_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Return the figure of `plot_savings`."""
     figure = Figure(figsize=(6.8, 4.4), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    colors = colormaps["cividis"].resampled(len(rows))
     for number, row in enumerate(rows):
+        # the light end of the map is too faint for a line on white
+        color = colormaps[SEQUENTIAL](0.85 * number / max(1, len(rows) - 1))
         tokens = [n * SEGMENT_LEN for n in row["segments"]]
         label = f"{row['shape']}, at last {row['saving'][-1]:.1f} ×"
-        axes.plot(tokens, row["saving"], color=colors(number), marker="o", markersize=3, label=label)
-        axes.plot(tokens, row["saving_with_memory"], color=colors(number), linestyle=":", linewidth=1)
-    axes.set_yscale("log")
+        axes.plot(tokens, row["saving"], color=color, marker="o", markersize=3, label=label)
+        axes.plot(tokens, row["saving_with_memory"], color=color, linestyle=":", linewidth=1)
+    logarithmic(axes, "{:g} ×".format)
     axes.set_ylabel("FLOPs of full attention over RMT's")
     _over_tokens(axes, [n * SEGMENT_LEN for n in rows[0]["segments"]])
     axes.set_title("segments of 512 tokens; dotted: memory tokens counted", loc="left", fontsize=9)
@@ -85,41 +106,39 @@ def savings_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def plot_exchange(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Bytes and seconds against ranks: lines of each length for ring and Ulysses, one for a state."""
-    FigureCanvasAgg(exchange_figure(rows, title)).print_png(path)
+    """Draw bytes and seconds against ranks, a line for each scheme and length."""
+    save_picture(exchange_figure(rows, title), path)
 
 
 def exchange_figure(rows: Sequence[dict[str, Any]], title: str) -> Figure:
-    figure = Figure(figsize=(11, 4.2), dpi=DPI, layout="constrained")
+    """Return the figure of `plot_exchange`."""
+    figure = Figure(figsize=(11, 4.6), dpi=DPI, layout="constrained")
     lengths = sorted({row["length"] for row in rows})
     ranks = sorted({row["ranks"] for row in rows})
-    labels = {"bytes": "bytes that a rank sends, a layer and step", "seconds": "seconds a layer and step"}
     panels = figure.subplots(1, 2)
-    for axes, (quantity, label) in zip(panels, labels.items(), strict=True):
+    for axes, (quantity, label, unit, base) in zip(panels, EXCHANGE_PANELS, strict=True):
         for number, length in enumerate(lengths):
             # the longer the text, the darker
             shade = 0.3 + 0.7 * (number + 1) / len(lengths)
-            for scheme, (color, marker) in EXCHANGE_LOOKS.items():
+            for scheme, look in EXCHANGE_LOOKS.items():
                 points = [(row["ranks"], row[quantity][scheme]) for row in rows if row["length"] == length]
                 points = [(at, value) for at, value in points if value]
+                if not points:
+                    continue
                 name = scheme if number == len(lengths) - 1 else "_"
-                axes.plot(*_columns(points), color=color, alpha=shade, marker=marker, markersize=4, label=name)
-                if points and scheme == "ring":
-                    axes.annotate(spoken(length), points[0], (-4, 4), textcoords="offset points", fontsize=7)
+                axes.plot(*zip(*points, strict=True), **look, alpha=shade, markersize=4, label=name)
+                if scheme == "ring":
+                    axes.annotate(format_length(length), points[0], (-4, 4), textcoords="offset points", fontsize=7)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(ranks, [str(n) for n in ranks], fontsize=7)
+        logarithmic(axes, unit, base)
+        axes.set_xticks(ranks, [f"{n:,}" for n in ranks], fontsize=7)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("ranks")
         axes.set_title(label, loc="left", fontsize=9)
-        _plain(axes)
-    panels[0].legend(frameon=False, fontsize=8)
+        plain(axes)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
     figure.suptitle(title, fontsize=9)
     return figure
-
-
-def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [at for at, _ in points], [value for _, value in points]
 
 
 def _over_tokens(axes: Axes, lengths: Sequence[int]) -> None:
@@ -127,12 +146,7 @@ def _over_tokens(axes: Axes, lengths: Sequence[int]) -> None:
     # as many as can be read
     ticks = ticks[:: -(-len(ticks) // 8)]
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [spoken(n) for n in ticks], fontsize=7)
+    axes.set_xticks(ticks, [format_length(n) for n in ticks], fontsize=7)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("tokens of text")
-    _plain(axes)
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3, linewidth=0.5)
+    plain(axes)

@@ -1,4 +1,4 @@
-"""Figures of papers, by the papers' own formulas."""
+"""Published figures, computed anew by the formulas of their papers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOTES = (
 
 
 def flops(shape: Shape, rows: int) -> int:
-    """Of a forward pass over `rows` (arXiv 2203.15556, appendix F).
+    """Count the FLOPs of a forward pass over `rows` tokens (arXiv 2203.15556, appendix F).
 
     layers (24 s d² + 4 s² d + 3 H s²) + 2 s d V: all s² pairs, the softmax counted, 4 d wide feed-forward networks,
     logits once, no embedding matrix.
@@ -31,15 +31,15 @@ def flops(shape: Shape, rows: int) -> int:
 
 
 def saving(shape: Shape, segments: int, memory: int = 0) -> float:
-    """FLOPs of full attention over those of as many segments, each with `memory` read and as many write tokens.
+    """Return the FLOPs of full attention over those of as many segments, with `memory` read and write tokens each.
 
-    The figure has memory 0.
+    The published figure has memory 0.
     """
     return flops(shape, segments * SEGMENT_LEN) / (segments * flops(shape, SEGMENT_LEN + 2 * memory))
 
 
 def savings() -> list[dict[str, Any]]:
-    """Of every model of the figure: ratio by number of segments, without and with memory tokens."""
+    """Return for every model of the figure the ratios by number of segments, without and with memory tokens."""
     return [
         {
             "shape": shape.name,
@@ -53,9 +53,11 @@ def savings() -> list[dict[str, Any]]:
 
 
 class Kept(NamedTuple):
-    """Numbers kept of a text, how many times fewer than Memorizing Transformers', and what is printed of both.
+    """The numbers that a model keeps of a text.
 
-    printed: in millions.
+    share: numbers of Memorizing Transformers over these.
+    printed: the paper's numbers, in millions.
+    printed_share: the paper's share.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Kept(NamedTuple):
 
 
 def memories() -> list[Kept]:
-    """Of the language models of arXiv 2404.07143, table 2, by the formulas of its table 1.
+    """Return the memories of the language models of arXiv 2404.07143, table 2, by the formulas of its table 1.
 
     12 layers of 8 heads of width 128, segments of N = 2048, p = 100 memory vectors for RMT; Memorizing Transformers
     keep 65 K keys and values in one layer, and Transformer-XL's cache in all.

@@ -1,4 +1,4 @@
-"""Figures of a plan as plain values, the words beside them, and units for people to read."""
+"""The figures of a plan as plain values, and the formulas that stand beside them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ EXCHANGE_NOTES = (
 
 
 def estimate(scheme: type[Full], plan: PlanSettings, peak: Peak) -> dict[str, Any]:
-    """What one scheme costs. FLOPs, bytes moved and times are of the batch, other bytes of one sequence."""
+    """Return the cost of one scheme: FLOPs, bytes moved and times of the batch, other bytes of one sequence."""
     cost = scheme(plan)
     forward, prefill, decoding = cost.forward(), cost.forward(logits=1), cost.decoding()
     return {
@@ -66,13 +66,14 @@ def estimate(scheme: type[Full], plan: PlanSettings, peak: Peak) -> dict[str, An
 
 
 def estimates(plans: Iterable[PlanSettings], peak: Peak) -> list[dict[str, Any]]:
+    """Return the cost of every scheme for every plan."""
     return [estimate(scheme, plan, peak) for plan in plans for scheme in SCHEMES]
 
 
 def exchanges(
     shape: Shape, lengths: Iterable[int], ranks: Iterable[int], segment_len: int, dtype: str, links: Links
 ) -> list[dict[str, Any]]:
-    """Of every length over every number of ranks; None where a scheme does not go as far."""
+    """Return the traffic of every length over every number of ranks; None where a scheme cannot split so far."""
     rows = []
     for split in [Split(shape, length, W, segment_len, dtype) for length in lengths for W in ranks]:
         traffic = {name: exchange(split) for name, exchange in EXCHANGES.items()}

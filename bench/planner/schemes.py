@@ -1,4 +1,4 @@
-"""What full attention, separate segments and Infini-attention cost a decoder.
+"""The cost of full attention, separate segments and Infini-attention to a decoder.
 
 Operations are those of matrix products, for visible pairs only. Bytes are those that each product and each attention
 call reads and writes once, weights once a pass through the layers; element-wise work is fused into them.
@@ -15,11 +15,12 @@ from .shapes import Shape
 
 
 def times(work: Work, count: int) -> Work:
+    """Multiply work by a count."""
     return Work(work.operations * count, work.bytes * count)
 
 
 class Full:
-    """Causal attention to all tokens before; the other schemes say where they differ."""
+    """Causal attention to all tokens before; the other schemes override what differs."""
 
     name = "full"
 
@@ -28,7 +29,7 @@ class Full:
         self.shape: Shape = plan.shape
 
     def sizes(self, time: int, segment_len: int | None = None) -> Sizes:
-        """Of one layer's attention call."""
+        """Return the sizes of one layer's attention call."""
         s, p = self.shape, self.plan
         return Sizes(
             p.batch, s.heads, s.kv_heads, time, s.head_width, s.head_width, segment_len or max(time, 1), p.itemsize
@@ -38,29 +39,32 @@ class Full:
 
     @cached_property
     def rows(self) -> int:
-        """Of one sequence that go through the layers."""
+        """The number of rows of one sequence that go through the layers."""
         return self.plan.length
 
     @property
     def passes(self) -> int:
-        """Times that the weights are read for a text: once where a layer can run over the whole of it."""
+        """The number of times that the weights are read for a text: one where a layer can run over the whole of it."""
         return 1
 
     def mixing(self) -> Work:
-        """One layer's attention, and its memory."""
+        """Count one layer's attention and memory over a text."""
         return floors.local_forward(self.sizes(self.plan.length))
 
     def forward(self, logits: int | None = None) -> Work:
-        """Of the whole batch; logits: tokens of a sequence that have some, default all."""
+        """Count a forward pass of the batch.
+
+        logits: tokens of a sequence whose logits are made; None: all.
+        """
         mixed = times(self.mixing(), self.shape.layers)
         return mixed + self.dense(self.rows, self.plan.length if logits is None else logits, self.passes)
 
     def dense(self, rows: int, logits: int, passes: int) -> Work:
-        """All products with weights, for `rows` and `logits` rows of each sequence."""
+        """Count all products with weights: `rows` rows of each sequence in the layers, `logits` rows in the head."""
         s, batch = self.shape, self.plan.batch
         tokens = batch * rows
         operations = 2 * tokens * (s.layers * s.layer_matrices + s.projections) + 2 * batch * logits * s.head
-        # into and out of: q, k, v; the output projection; the feed-forward network's two products
+        # inputs and outputs of q, k, v; of the output projection; of the feed-forward network's two products
         layer = (s.width + s.queries + 2 * s.keys) + (s.queries + s.width) + 2 * (s.width + s.into)
         ends = batch * logits * (s.width + s.vocabulary)
         weights = passes * (s.layers * s.layer_matrices + s.projections) + min(passes, logits) * s.head
@@ -70,26 +74,27 @@ class Full:
 
     @property
     def decoded(self) -> int:
-        """Tokens that `decoding` counts: the text's last ones, a whole segment where it has one."""
+        """The number of tokens that `decoding` counts: the text's last ones, a whole segment where it has one."""
         return min(self.plan.length, self.plan.segment_len)
 
     def decoding(self) -> Work:
-        """Of `decoded` tokens one after another, and of what happens once in a segment that they complete."""
+        """Count `decoded` tokens one after another, and the writing of the segment that they complete."""
         mixed = times(self.mixing_one_by_one(), self.shape.layers)
         passes = self.decoded + (1 if self.extra_rows else 0)
         return mixed + self.dense(self.decoded + self.extra_rows, self.decoded, passes)
 
     @property
     def extra_rows(self) -> int:
-        """Rows of memory around a segment's tokens."""
+        """The number of memory tokens around a segment's tokens."""
         return 0
 
     def mixing_one_by_one(self) -> Work:
+        """Count one layer's attention and memory over `decoded` tokens one after another."""
         last = self.plan.length
         return self._tokens(last - self.decoded + 1, last, gated=False)
 
     def _tokens(self, first: int, last: int, gated: bool) -> Work:
-        """Single queries at the end of `first` to `last` tokens: what they cost grows evenly."""
+        """Count single queries at the end of `first` to `last` tokens, whose cost grows evenly."""
         ends = [floors.decode(self.sizes(time), gated) for time in (first, last)]
         count = last - first + 1
         return Work(count * sum(x.operations for x in ends) // 2, count * sum(x.bytes for x in ends) // 2)
@@ -97,52 +102,52 @@ class Full:
     # what is kept of a sequence
 
     def state_bytes(self) -> int:
-        """Of what segments leave behind, constant in the text's length."""
+        """Return the bytes of the state that segments pass on, constant in the text's length."""
         return 0
 
     def cache_bytes(self) -> int:
-        """Of keys and values, at most."""
+        """Return the bytes of keys and values, at most."""
         return 2 * self.shape.layers * self.shape.keys * self.cached * self.plan.itemsize
 
     @property
     def cached(self) -> int:
-        """Rows whose keys and values are kept."""
+        """The number of rows whose keys and values are kept."""
         return self.plan.length
 
     # what training keeps of a sequence for the backward pass
 
     def activation_bytes(self) -> int:
-        """With nothing computed twice."""
+        """Return the bytes of activations with nothing computed twice."""
         return self.shape.layers * self.layer_bytes(self.trained) + self.logit_bytes()
 
     def checkpointed_bytes(self) -> int:
-        """With every layer computed again from its input."""
+        """Return the bytes of activations with every layer computed again from its input."""
         inputs = self.shape.layers * self.inputs_of(self.trained) * self.shape.width * self.plan.itemsize
         return inputs + self.layer_bytes(self.recomputed) + self.logit_bytes()
 
     @property
     def trained(self) -> int:
-        """Tokens whose activations are held at once."""
+        """The number of tokens whose activations are held at once."""
         return self.plan.length
 
     @property
     def recomputed(self) -> int:
-        """Tokens that a layer is computed again for at once."""
+        """The number of tokens that a layer is computed again for at once."""
         return self.trained
 
     def inputs_of(self, tokens: int) -> int:
-        """Rows that enter a layer with as many tokens."""
+        """Return the number of rows that enter a layer with `tokens` tokens."""
         return tokens
 
     def layer_bytes(self, tokens: int) -> int:
-        """Of one layer: inputs of norms and of products, q, k, v, the output, and a float32 a row and head."""
+        """Return one layer's bytes: inputs of norms and products, q, k, v, the output, and a float32 a row and head."""
         s = self.shape
-        # relu's derivative is in its output; of a gated network also both factors
+        # relu's derivative follows from its output; a gated network keeps both factors too
         kept = 4 * s.width + 2 * s.queries + 2 * s.keys + s.ff * (3 if s.gated else 1)
         return self.inputs_of(tokens) * (kept * self.plan.itemsize + s.heads * FLOAT32)
 
     def logit_bytes(self) -> int:
-        """Of float32 logits, and of what the last norm and the product behind it take in."""
+        """Return the bytes of float32 logits, and of the inputs of the last norm and the product behind it."""
         s = self.shape
         return self.trained * (s.vocabulary * FLOAT32 + 2 * s.width * self.plan.itemsize)
 
@@ -169,10 +174,11 @@ class Local(Full):
 
     @property
     def several(self) -> bool:
-        """The text has more than a segment."""
+        """Whether the text has more than one segment."""
         return self.plan.length > self.plan.segment_len
 
     def segments_of(self, tokens: int) -> int:
+        """Return the number of segments of `tokens` tokens."""
         return -(-tokens // self.plan.segment_len)
 
 
@@ -186,19 +192,20 @@ class Infini(Local):
 
     def mixing_one_by_one(self) -> Work:
         work = self._tokens(1, self.decoded, gated=self.several)
-        # the segment is written: its keys and values are read again, and so is the state
+        # writing the segment reads its keys and values again, and the state
         sizes = self.sizes(self.decoded, self.decoded)
         written = floors.write(sizes, "linear")
         looked_up = written.operations if self.several and self.plan.update == "delta" else 0
         return work + written + Work(looked_up, sizes.keys_values + sizes.state * self.several)
 
     def cache_bytes(self) -> int:
-        """Of keys and values, and of keys before rotation, which the memory is written by."""
+        """Add the keys before rotation, which the memory is written by."""
         s = self.shape
         unrotated = s.layers * s.keys * self.cached * self.plan.itemsize if s.rotary else 0
         return super().cache_bytes() + unrotated
 
     def layer_state(self) -> int:
+        """Return the bytes of one layer's state, float32."""
         s = self.shape
         return s.kv_heads * s.head_width * (s.head_width + 1) * FLOAT32
 

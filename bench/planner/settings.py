@@ -1,4 +1,4 @@
-"""What a plan is made for."""
+"""The settings of a plan."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ UPDATES = ("delta", "linear")
 class PlanSettings:
     """One text length of one model; the defaults are those of the command.
 
-    length: tokens of a sequence, T. segment_len: L. memory: tokens of RMT and ARMT, m. d_mem, nu: of ARMT, whose keys
-    have 2 · nu · d_mem features. update: Infini-attention's rule. bptt: segments that gradients reach back; None: all.
+    length: tokens of a sequence, T.
+    segment_len: tokens of a segment, L.
+    memory: memory tokens of RMT and ARMT, m.
+    d_mem, nu: of ARMT, whose keys have 2 · nu · d_mem features.
+    update: Infini-attention's rule, "delta" or "linear".
+    bptt: segments that gradients reach back; None: all.
+    batch: sequences at once.
+    dtype: of weights and activations.
 
     Raises:
         SettingError: naming what cannot be.
@@ -48,14 +54,15 @@ class PlanSettings:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number of weights and hidden states."""
+        """The bytes of one element of weights and hidden states."""
         return ITEMSIZE[self.dtype]
 
 
 def check_size(name: str, value: int) -> None:
-    """
+    """Check that a size is at least 1, and small enough to compute with.
+
     Raises:
-        SettingError: it is none, or larger than anything.
+        SettingError: of `name`.
     """
     if value < 1:
         raise SettingError(name, f"must be at least 1, got {value}")
@@ -64,17 +71,22 @@ def check_size(name: str, value: int) -> None:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Check that a value is one of the choices.
+
+    Raises:
+        SettingError: of `name`.
+    """
     if value not in choices:
         raise SettingError(name, f"must be {' or '.join(choices)}, got {value!r}")
 
 
 def gpu_of(name: str) -> tuple[str, Peak]:
-    """A row of `floors.PEAKS`, by its name or by the name that a driver gives the device.
+    """Return a row of `floors.PEAKS` by its name, or by the name that a driver gives the device.
 
     Raises:
         SettingError: of `gpu`.
     """
-    found = peak_of(name)
-    if found is None:
+    row = peak_of(name)
+    if row is None:
         raise SettingError("gpu", f"must be one of {', '.join(row for row, _, _ in PEAKS)}, got {name!r}")
-    return found
+    return row

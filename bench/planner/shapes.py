@@ -1,22 +1,28 @@
-"""Sizes of decoders: named models, or numbers."""
+"""Sizes of decoders: of named models, of a model's configuration, or as numbers."""
 
 from __future__ import annotations
 
+import json
+import os.path
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from ...runs.checkpoint import SettingError
 
-# of any size: the products of all stay within what a float holds
+# the largest that any size may be: products of all sizes stay within the range of a float
 LARGEST = 10**15
+EXAMPLE = "layers=12,width=768,heads=12,vocabulary=50272"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes; V = K.
+    """The sizes of a decoder, with V = K.
 
-    width: of the hidden states, d. ff: of the feed-forward network, with one matrix into it, or two where `gated`.
-    embedding_width: where it is not d, the model has a projection at either end.
-    rotary: positions are turned into queries and keys, which a memory wants without them.
+    width: of the hidden states, d.
+    ff: width of the feed-forward network, with one matrix into it, or two where `gated`.
+    embedding_width: of the embeddings where it is not d; there is then a projection at either end. 0: d.
+    rotary: queries and keys are rotated by their position, which a memory needs them without.
     """
 
     name: str
@@ -33,37 +39,40 @@ class Shape:
 
     @property
     def queries(self) -> int:
-        """Numbers of a row's queries, H K."""
+        """The width of a row's queries of all heads, H K."""
         return self.heads * self.head_width
 
     @property
     def keys(self) -> int:
-        """Numbers of a row's keys, G K; its values are as many."""
+        """The width of a row's keys of all heads, G K, which is that of its values too."""
         return self.kv_heads * self.head_width
 
     @property
     def into(self) -> int:
-        """Numbers that a row enters the feed-forward network with."""
+        """The width of a row behind the first products of the feed-forward network."""
         return self.ff * (2 if self.gated else 1)
 
     @property
     def layer_matrices(self) -> int:
-        """Elements of one layer's matrices: q, k, v and output projections, feed-forward network."""
+        """The number of elements of one layer's matrices: q, k, v and output projections, feed-forward network."""
         return self.width * (2 * self.queries + 2 * self.keys + self.into + self.ff)
 
     @property
     def projections(self) -> int:
-        """Elements of the matrices between embeddings and hidden states, at both ends."""
+        """The number of elements of the matrices between embeddings and hidden states, at both ends."""
         return 2 * self.width * self.embedding_width
 
     @property
     def head(self) -> int:
-        """Elements of the matrix that makes logits."""
+        """The number of elements of the matrix that makes logits."""
         return (self.embedding_width or self.width) * self.vocabulary
 
     @property
     def matrices(self) -> int:
-        """Elements of all matrices that rows are multiplied by. Embeddings are looked up, biases and norms small."""
+        """The number of elements of all matrices that rows are multiplied by.
+
+        Embeddings are looked up, biases and norms are small; a head that is tied to the embeddings counts once.
+        """
         return self.layers * self.layer_matrices + self.projections + self.head
 
 
@@ -100,53 +109,117 @@ LLAMA = (
     _llama("3.1-405b", 126, 16384, 128, 128, 53248),
 )
 SHAPES = {shape.name: shape for shape in (*OPT, *LLAMA)}
-NUMBERS = tuple(field.name for field in fields(Shape) if field.name not in ("name", "gated", "rotary"))
+SWITCHES = ("gated", "rotary")
+NUMBERS = tuple(field.name for field in fields(Shape) if field.name not in ("name", *SWITCHES))
+
+# model type of a configuration → whether its feed-forward network is gated, and its positions are rotary
+MODEL_TYPES = {
+    "llama": (True, True),
+    "mistral": (True, True),
+    "qwen2": (True, True),
+    "qwen3": (True, True),
+    "gemma2": (True, True),
+    "gemma3_text": (True, True),
+    "phi3": (True, True),
+    "gpt_neox": (False, True),
+    "gpt2": (False, False),
+    "opt": (False, False),
+}
+# size → its entry in a configuration, and the name that GPT-2 or OPT have for it
+ENTRIES = {
+    "layers": ("num_hidden_layers", "n_layer"),
+    "width": ("hidden_size", "n_embd"),
+    "heads": ("num_attention_heads", "n_head"),
+    "kv_heads": ("num_key_value_heads",),
+    "head_width": ("head_dim",),
+    "ff": ("intermediate_size", "n_inner", "ffn_dim"),
+    "vocabulary": ("vocab_size",),
+    "embedding_width": ("word_embed_proj_dim",),
+}
+REQUIRED = ("layers", "width", "heads", "vocabulary")
 
 
-def shape_of(given: str) -> Shape:
-    """A named model, or numbers as "layers=12,width=768,heads=12,vocabulary=50272".
+def shape_of(text: str) -> Shape:
+    """Return the sizes of a named model, of a model's folder or `config.json`, or of numbers.
 
-    Of the numbers, kv_heads is heads where not given, head_width is width / heads, and ff is 4 width. `gated` and
-    `rotary` are 1 or 0, default 0.
+    Numbers stand as in "layers=12,width=768,heads=12,vocabulary=50272". Where they are left out, kv_heads is heads,
+    head_width is width / heads, ff is 4 width, and `gated` and `rotary`, which are 1 or 0, are 0.
 
     Raises:
         SettingError: of `shape`.
     """
-    if "=" not in given:
-        if given.lower() in SHAPES:
-            return SHAPES[given.lower()]
-        raise _error(f"one of {', '.join(SHAPES)}, or numbers as layers=12,width=768,heads=12,vocabulary=50272", given)
-    numbers = _numbers(given)
-    if missing := [name for name in ("layers", "width", "heads", "vocabulary") if name not in numbers]:
-        raise _error(f"numbers with {', '.join(missing)}", given)
-    gated, rotary = numbers.pop("gated", 0), numbers.pop("rotary", 0)
-    if gated > 1 or rotary > 1:
-        raise _error("numbers with gated and rotary 0 or 1", given)
-    if zero := [name for name, number in numbers.items() if not number and name != "embedding_width"]:
-        raise _error(f"numbers with {zero[0]} at least 1", given)
-    width, heads = numbers["width"], numbers["heads"]
-    if "head_width" not in numbers and width % heads:
-        raise _error("numbers with width a multiple of heads, or with head_width", given)
-    default = {"kv_heads": heads, "head_width": width // heads, "ff": 4 * width}
-    numbers = default | numbers
-    if heads % numbers["kv_heads"]:
-        raise _error("numbers with heads a multiple of kv_heads", given)
-    return Shape(name=given, gated=bool(gated), rotary=bool(rotary), **numbers)
+    if text.lower() in SHAPES:
+        return SHAPES[text.lower()]
+    if os.path.exists(text):
+        return _of_configuration(Path(text))
+    if "=" in text:
+        return _of_numbers(text)
+    raise _error(f"one of {', '.join(SHAPES)}, a model's folder or config.json, or numbers such as {EXAMPLE}", text)
 
 
-def _numbers(given: str) -> dict[str, int]:
-    known = (*NUMBERS, "gated", "rotary")
-    numbers = {}
-    for part in given.split(","):
+def _of_configuration(path: Path) -> Shape:
+    """Read a configuration as transformers writes it; the name is that of its folder."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        model_type = config["model_type"]
+        # of a model of several modalities, the language model
+        config = config.get("text_config", config)
+    except OSError as error:
+        raise _error(f"a model's folder, with a config.json that can be read ({error.strerror})", str(path)) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _error("a model's config.json, with its model_type", str(file)) from None
+    model_type = config.get("model_type", model_type)
+    if model_type not in MODEL_TYPES:
+        known = f"of one of the types {', '.join(MODEL_TYPES)}, or numbers such as {EXAMPLE}"
+        raise _error(f"a configuration {known}", f"{file} of {model_type}")
+    sizes = {name: size for name, entries in ENTRIES.items() if (size := _entry(config, entries)) is not None}
+    gated, rotary = MODEL_TYPES[model_type]
+    # what the gated models' classes take for them, each its own, is no multiple of the width
+    required = (*REQUIRED, "kv_heads", "ff") if gated else REQUIRED
+    if missing := [ENTRIES[name][0] for name in required if name not in sizes]:
+        raise _error(f"a configuration with {', '.join(missing)}", str(file))
+    if sizes.get("embedding_width") == sizes["width"]:
+        del sizes["embedding_width"]
+    return _completed(file.resolve().parent.name, str(file), sizes, gated, rotary)
+
+
+def _entry(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
+    """Return the first entry of these names that is a size."""
+    values = (config.get(name) for name in names)
+    return next((value for value in values if isinstance(value, int) and 1 <= value <= LARGEST), None)
+
+
+def _of_numbers(text: str) -> Shape:
+    sizes = {}
+    for part in text.split(","):
         name, _, number = part.strip().partition("=")
-        if name not in known or not (number.isascii() and number.isdecimal()):
-            raise _error(f"numbers of {', '.join(known)}, as layers=12,width=768", given)
-        # so many digits are not even read
+        if name not in (*NUMBERS, *SWITCHES) or not (number.isascii() and number.isdecimal()):
+            raise _error(f"numbers of {', '.join((*NUMBERS, *SWITCHES))}, such as layers=12,width=768", text)
+        # longer ones are not even read
         if len(number) > len(str(LARGEST)) or int(number) > LARGEST:
             raise SettingError("shape", f"must be numbers of at most {LARGEST:,}; got {name} of {len(number)} digits")
-        numbers[name] = int(number)
-    return numbers
+        sizes[name] = int(number)
+    if missing := [name for name in REQUIRED if name not in sizes]:
+        raise _error(f"numbers with {', '.join(missing)}", text)
+    gated, rotary = (sizes.pop(name, 0) for name in SWITCHES)
+    if gated > 1 or rotary > 1:
+        raise _error("numbers with gated and rotary 0 or 1", text)
+    if zero := [name for name, size in sizes.items() if not size and name != "embedding_width"]:
+        raise _error(f"numbers with {zero[0]} at least 1", text)
+    return _completed(text, text, sizes, bool(gated), bool(rotary))
 
 
-def _error(wanted: str, given: str) -> SettingError:
-    return SettingError("shape", f"must be {wanted}; got {given!r}")
+def _completed(name: str, source: str, sizes: dict[str, int], gated: bool, rotary: bool) -> Shape:
+    """Fill in the sizes that follow from others."""
+    width, heads = sizes["width"], sizes["heads"]
+    if "head_width" not in sizes and width % heads:
+        raise _error("sizes with width a multiple of heads, or with head_width", source)
+    sizes = {"kv_heads": heads, "head_width": width // heads, "ff": 4 * width} | sizes
+    if heads % sizes["kv_heads"]:
+        raise _error("sizes with heads a multiple of kv_heads", source)
+    return Shape(name=name, gated=gated, rotary=rotary, **sizes)
+
+
+def _error(wanted: str, got: str) -> SettingError:
+    return SettingError("shape", f"must be {wanted}; got {got!r}")

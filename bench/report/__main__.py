@@ -1,7 +1,16 @@
-"""`python -m segattn.bench.report`: see main.py."""
+"""`python -m segattn.bench.report`: the documents' tables, and the plots, from the results."""
 
 import sys
 
-from .main import main
+from ..requirements import require
 
-sys.exit(main())
+
+def run() -> int:
+    """Check what is installed, and run the command."""
+    require("segattn.bench.report", "cli", "matplotlib")
+    from .main import main
+
+    return main()
+
+
+sys.exit(run())

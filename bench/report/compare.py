@@ -6,10 +6,14 @@ A's version, how far that is from A: for the measurement itself, and for four of
 the milliseconds do not share may be the baseline's. Memory is compared too, and has no noise.
 
 `compare --commits REV1 REV2`: fixed calls by each, in processes that take turns round by round; a third process of REV1
-again is the noise. What does not give the same outputs is not timed. REV2 may be ".", the files as they lie here.
+again is the noise. Calls with other outputs are not timed. REV2 may be ".", the files as they lie here.
 
 Exit status: 1 on a regression of this package, 3 where there is none but it cannot be told (too much noise, the
 baseline moved, or B lacks it), 2 where nothing can be compared. Other providers are shown, and not judged.
+
+`pytest-benchmark compare` reads the same files and shows their times side by side. What this adds is a verdict: three
+measurements of one version, on a machine with other work, make 60 pairs of this package's rows. By their medians 14 are
+more than 10 % slower; by this rule 1 is, and 42 cannot be told (with --again 3 are, and 8 cannot be told).
 """
 
 from __future__ import annotations
@@ -23,177 +27,175 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..speed.machine import ROOT
+from ..speed.rows import ResultError, Row
+from ..speed.timing import Times
 from .compare_commits import ROUNDS, CommitError, Measured, measure
-from .records import Key, Record, Result, ResultError, read
+from .records import Key, Result, read
 
-# a change below this is no regression, however quiet the machine
+# a smaller change is no regression, however quiet the machine
 LEAST = 1.03
-# noise beyond this would hide what must not be missed
+# more noise would hide a regression that must not be missed
 MOST = 1.25
 MEMORY = 1.01
-OURS = ("segattn", "torch backend", "compiled torch")
 REGRESSIONS = ("SLOWER", "lost", "MORE MEMORY", "DIFFERS")
 UNCLEAR = ("cannot tell", "not in B")
 
 
 @dataclass(frozen=True)
 class Change:
-    """times: how many times as long it takes as before. noise: how many times may mean nothing, at least 1.
+    """What became of one measurement.
 
-    is_ours: of this package. ms: before and after, where the times are of ratios to a baseline.
+    verdict: One of `REGRESSIONS`, of `UNCLEAR`, or "same", "faster", "less memory".
+    is_ours: Of this package.
+    times: How many times as long it takes, or as many bytes; None where it is not known.
+    noise: How many times may mean nothing, at least 1.
+    ms: Milliseconds before and after, where `times` is of ratios to a baseline.
     """
 
     what: str
-    times: float
-    noise: float
+    verdict: str
     is_ours: bool = True
+    times: float | None = None
+    noise: float = 1.0
     ms: tuple[float, float] | None = None
 
     @property
-    def verdict(self) -> str:
-        beyond = max(self.noise, LEAST)
-        if 1 / beyond <= self.times <= beyond:
-            return "same" if self.noise <= MOST else "cannot tell"
-        # without milliseconds the ratio speaks alone
-        moved = self.times if self.ms is None else self.ms[1] / self.ms[0]
-        if self.times > 1:
-            return "SLOWER" if moved > beyond else "cannot tell"
-        return "faster" if moved < 1 / beyond else "cannot tell"
-
-    @property
     def is_regression(self) -> bool:
+        """Whether this package has become worse."""
         return self.is_ours and self.verdict in REGRESSIONS
 
     @property
     def is_unclear(self) -> bool:
+        """Whether this package may have become worse."""
         return self.is_ours and self.verdict in UNCLEAR
 
     @property
     def line(self) -> str:
-        times = "" if self.ms is None else f", {self.ms[0]:.4g} → {self.ms[1]:.4g} ms"
-        return f"{self.verdict:12} {self.times:7.3f} × (noise {self.noise:5.3f} ×)  {self.what}{times}"
+        """The change as a line of the output."""
+        figures = "" if self.times is None else f"{self.times:7.3f} × (noise {self.noise:5.3f} ×)  "
+        after = "" if self.ms is None else f", {self.ms[0]:.4g} → {self.ms[1]:.4g} ms"
+        return f"{self.verdict:12} {figures}{self.what}{after}"
 
 
-@dataclass(frozen=True)
-class Said(Change):
-    """What has no times."""
-
-    said: str = ""
-
-    @property
-    def verdict(self) -> str:
-        return self.said
-
-    @property
-    def line(self) -> str:
-        return f"{self.verdict:12} {self.what}"
+def verdict_on(times: float, noise: float, ms: tuple[float, float] | None = None) -> str:
+    """Return whether something takes longer, with the figures of a `Change`."""
+    beyond = max(noise, LEAST)
+    if 1 / beyond <= times <= beyond:
+        return "same" if noise <= MOST else "cannot tell"
+    # without milliseconds the ratio speaks alone
+    moved = times if ms is None else ms[1] / ms[0]
+    if times > 1:
+        return "SLOWER" if moved > beyond else "cannot tell"
+    return "faster" if moved < 1 / beyond else "cannot tell"
 
 
-@dataclass(frozen=True)
-class Memory(Change):
-    """Of bytes."""
+def change_of_time(
+    what: str, times: float, noise: float, is_ours: bool = True, ms: tuple[float, float] | None = None
+) -> Change:
+    """Return the change of a time, with the figures of a `Change`."""
+    return Change(what, verdict_on(times, noise, ms), is_ours, times, noise, ms)
 
-    @property
-    def verdict(self) -> str:
-        return "MORE MEMORY" if self.times > MEMORY else "less memory" if self.times < 1 / MEMORY else "same"
+
+def change_of_memory(what: str, before: int | None, after: int | None, is_ours: bool = True) -> Change | None:
+    """Return the change of a number of bytes; None where it is the same, or not known."""
+    times = after / before if before and after else 1.0
+    if 1 / MEMORY <= times <= MEMORY:
+        return None
+    return Change(f"memory of {what}", "MORE MEMORY" if times > 1 else "less memory", is_ours, times)
 
 
 def away(ratio: float) -> float:
-    """How far from 1, either way, as a factor of at least 1."""
+    """Return how far a ratio is from 1, either way, as a factor of at least 1."""
     return max(ratio, 1 / ratio)
 
 
 def changes(before: Result, after: Result, again: Result | None = None) -> Iterator[Change]:
-    """What the first timed: by both, by the first alone, or not any longer.
+    """Return a change for each row that `before` has times of: in both, in the first alone, or no longer timed.
 
     Raises:
-        ResultError: they have nothing in common.
+        ResultError: The results have nothing in common.
     """
-    old, new = ({x.key: x for x in result.records} for result in (before, after))
+    old, new = ({Key.of(x): x for x in result.rows} for result in (before, after))
     repeated = {} if again is None else _repetition(old, again)
-    shared = [key for key in old if key in new]
-    if not any(old[key].ratio for key in shared):
+    if not any(old[key].ratio for key in old if key in new):
         raise ResultError(f"{before.name} and {after.name} must have measurements in common, got none")
     noises = [_baseline_noise(x) for x in (before, after)]
     groups = {key.group for key in new}
     for key, first in old.items():
         if first.ratio is None:
             continue
-        what, is_ours = f"{key.provider}: {key.group}", key.provider.startswith(OURS)
-        if key not in new:
-            # a provider that is gone, or sizes that were not asked for
-            yield Said(what, math.nan, 1.0, is_ours, said="lost" if key.group in groups else "not in B")
-            continue
-        second = new[key]
-        if second.ratio is None:
-            yield Said(f"{what}, now {second.status} {second.reason}", math.nan, 1.0, is_ours, said="lost")
-            continue
-        if key.provider != first.baseline:
-            own = [x.get(key.group, 1.0) for x in noises]
-            spread = math.prod(max(own, _spread(x)) for own, x in zip(own, (first, second), strict=True))
-            ms = None if first.ms is None or second.ms is None else (first.ms[0], second.ms[0])
-            yield Change(what, second.ratio[0] / first.ratio[0], repeated.get(key, spread), is_ours, ms)
-        if first.memory and second.memory:
-            change = Memory(f"memory of {what}", second.memory / first.memory, 1.0, is_ours)
-            if change.verdict != "same":
+        what, is_ours = f"{key.provider}: {key.group}", first.is_ours
+        second = new.get(key)
+        if second is None:
+            # a provider that is gone, or sizes that were not measured
+            yield Change(what, "lost" if key.group in groups else "not in B", is_ours)
+        elif second.ratio is None:
+            yield Change(f"{what}, now {second.status} {second.reason}", "lost", is_ours)
+        else:
+            if key.provider != first.baseline:
+                noise = math.prod(
+                    max(baselines.get(key.group, 1.0), _spread(x.ratio))
+                    for baselines, x in zip(noises, (first, second), strict=True)
+                    if x.ratio is not None
+                )
+                ms = None if first.ms is None or second.ms is None else (first.ms.median, second.ms.median)
+                times = second.ratio.median / first.ratio.median
+                yield change_of_time(what, times, repeated.get(key, noise), is_ours, ms)
+            change = change_of_memory(what, first.memory, second.memory, is_ours)
+            if change is not None:
                 yield change
 
 
-def _repetition(old: Mapping[Key, Record], again: Result) -> dict[Key, float]:
-    """How far each is from itself; at least what four of five stay within, as one may agree by chance."""
-    found = {}
-    for record in again.records:
-        first = old.get(record.key)
-        if first is not None and first.ratio and record.ratio and record.key.provider != record.baseline:
-            found[record.key] = away(record.ratio[0] / first.ratio[0])
-    values = list(found.values())
+def _repetition(old: Mapping[Key, Row], again: Result) -> dict[Key, float]:
+    """Return how far each row is from itself; at least what four of five stay within, as one may agree by chance."""
+    noise = {}
+    for row in again.rows:
+        first = old.get(Key.of(row))
+        if first is not None and first.ratio and row.ratio and row.provider != row.baseline:
+            noise[Key.of(row)] = away(row.ratio.median / first.ratio.median)
+    values = list(noise.values())
     usual = statistics.quantiles(values, n=5, method="inclusive")[-1] if len(values) > 1 else 1.0
-    return {key: max(value, usual) for key, value in found.items()}
+    return {key: max(value, usual) for key, value in noise.items()}
 
 
 def unlike(before: Result, after: Result) -> Iterator[str]:
-    """Conditions that are not the same."""
+    """Return the conditions that are not the same."""
     for name, value in before.facts.items():
         if after.facts.get(name, value) != value:
             yield f"{name} {value} → {after.facts[name]}"
 
 
 def _baseline_noise(result: Result) -> dict[str, float]:
-    """For each group, how far from 1 the baseline's ratio to itself is, its 20th and 80th percentiles included."""
-    found = {}
-    for record in result.records:
-        if record.key.provider == record.baseline and record.ratio is not None:
-            found[record.key.group] = max(map(away, record.ratio))
-    return found
+    """Return, for each group, how far the baseline's ratio to itself is from 1, percentiles included."""
+    rows = (row for row in result.rows if row.provider == row.baseline and row.ratio is not None)
+    return {row.group: max(map(away, row.ratio or ())) for row in rows}
 
 
-def _spread(record: Record) -> float:
-    assert record.ratio is not None
-    median, low, high = record.ratio
-    return max(high / median, median / low)
+def _spread(times: Times) -> float:
+    return max(times.high / times.median, times.median / times.low)
 
 
 def changes_of_commits(measured: Measured) -> Iterator[Change]:
-    """Calls that no longer give the same, and the times of the others."""
+    """Return the calls that no longer give the same outputs, and the times of the others."""
     for what, error in measured.unlike.items():
-        yield Said(f"{what}: outputs are {error:.1e} of the largest from before", math.nan, 1.0, said="DIFFERS")
+        yield Change(f"{what}: outputs are {error:.1e} of the largest from before", "DIFFERS")
     yield from changes_of_times(measured.times)
 
 
 def changes_of_times(times: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]) -> Iterator[Change]:
-    """For each call the times of REV1, REV2 and REV1 again, round by round.
+    """Return each call's change, from the times of REV1, REV2 and REV1 again, round by round.
 
     The noise is how far REV1 is from itself, in its median and in its 20th and 80th percentile, which a median of as
     many rounds seldom leaves.
     """
     for what, (first, second, again) in times.items():
         change = statistics.median(y / x for x, y in zip(first, second, strict=True))
-        itself = [y / x for x, y in zip(first, again, strict=True)]
-        fifths = statistics.quantiles(itself, n=5, method="inclusive")
-        yield Change(what, change, max(map(away, (fifths[0], statistics.median(itself), fifths[-1]))))
+        itself = Times.of([y / x for x, y in zip(first, again, strict=True)])
+        yield change_of_time(what, change, max(map(away, itself)))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of a command line."""
     parser = argparse.ArgumentParser(
         prog="python -m segattn.bench.report.compare",
         description=__doc__,
@@ -213,7 +215,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 1 on a regression, 3 where it cannot be told, 2 where nothing can be compared."""
+    """Run the command; return the exit status: 1 on a regression, 3 where it is unclear, 2 where nothing compares."""
     given = parse(arguments)
     conditions: list[str] = []
     try:

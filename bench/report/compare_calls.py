@@ -1,8 +1,6 @@
-"""Run by its path, with another commit's `segattn` to import: its times, one job a line.
+"""The times of a commit's `segattn`, by its public names alone: a script that reads jobs, one JSON a line.
 
-It knows the public names only.
-
-Argument: the folder that `segattn` must come from.
+It is run by its path, so that it may import another commit's package; its argument is the folder of that package.
 """
 
 from __future__ import annotations
@@ -20,19 +18,21 @@ import segattn
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-# of one timing, so that a call of microseconds is more than the clock's grain
+# of one timing, so that the clock's grain does not matter for a call of microseconds
 SECONDS = 0.02
-# numbers of an output that are held to the other commit's
+# the most numbers of an output that are compared
 COMPARED = 2**20
 UPDATES = (None, "linear", "delta")
 
 
 def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if CUDA:
         torch.cuda.synchronize()
 
 
 def attention(update: str | None, backward: bool) -> Callable[[], object]:
+    """Return a call of segment attention."""
     heads, tokens, width, segment_len = (16, 32768, 128, 2048) if CUDA else (2, 4096, 64, 512)
     generator = torch.Generator(DEVICE).manual_seed(0)
     dtype = torch.bfloat16 if CUDA else torch.float32
@@ -50,6 +50,7 @@ def attention(update: str | None, backward: bool) -> Callable[[], object]:
 
 
 def decoding() -> Callable[[], object]:
+    """Return a call of one decoding step."""
     heads, width, segment_len = 8, 64, 1024
     torch.manual_seed(0)
     q = torch.randn(1, heads, 1, width, device=DEVICE)
@@ -71,7 +72,7 @@ CALLS: dict[str, Callable[[], Callable[[], object]]] = {
 
 
 def repeated(run: Callable[[], object], count: int) -> float:
-    """Milliseconds of one of `count` runs."""
+    """Return the milliseconds of one of `count` runs."""
     synchronize()
     start = time.perf_counter()
     for _ in range(count):
@@ -81,23 +82,24 @@ def repeated(run: Callable[[], object], count: int) -> float:
 
 
 def warmed(make: Callable[[], Callable[[], object]]) -> tuple[Callable[[], object], int]:
-    """The call, and how often it runs in one timing."""
+    """Return the call, and how often it runs in one timing."""
     run = make()
     repeated(run, 2)
     return run, max(1, int(SECONDS * 1e3 / repeated(run, 1)))
 
 
 def outputs(run: Callable[[], object]) -> list[torch.Tensor]:
-    """Of one call, all numbers of tensors that are not large, of others so many from all parts."""
+    """Return the numbers of a call's tensors, of large ones as many from all parts."""
     found = run()
     tensors = [x for x in (found if isinstance(found, tuple) else (found,)) if isinstance(x, torch.Tensor)]
-    # steps that are odd, so that no dimension is left out
+    # an odd step leaves out no dimension
     steps = [max(1, x.numel() // COMPARED) | 1 for x in tensors]
     return [x.detach().flatten()[::step].cpu() for x, step in zip(tensors, steps, strict=True)]
 
 
 def main() -> None:
-    # what else is printed must not stand between the answers
+    """Answer jobs, one JSON a line, until there are no more."""
+    # other prints must not stand between the answers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     came_from = Path(segattn.__file__).parent.parent

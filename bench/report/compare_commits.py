@@ -23,14 +23,14 @@ SECONDS = 300.0
 MEASURING = Path(__file__).resolve().with_name("compare_calls.py")
 HERE = "."
 
-# of the largest number
+# the largest difference that is no error, as a share of the largest number
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 Times = tuple[list[float], list[float], list[float]]
 
 
 class Measured(NamedTuple):
-    """times: of calls with the same outputs, by REV1, REV2, and REV1 again. unlike: the errors of others."""
+    """The times of calls with the same outputs, by REV1, REV2, and REV1 again; the errors of the other calls."""
 
     times: dict[str, Times]
     unlike: dict[str, float]
@@ -51,10 +51,10 @@ def _git(root: Path, *arguments: str) -> str:
 
 @contextmanager
 def checkout(root: Path, name: str, revision: str, folder: Path) -> Iterator[Path]:
-    """The commit's files in `folder`, for as long as they are needed; "." is the files as they lie in `root`.
+    """Put the commit's files into `folder` for as long as the block runs; "." is the files as they lie in `root`.
 
     Raises:
-        CommitError: `name` of the command line is no commit.
+        CommitError: The revision is no commit.
     """
     if revision == HERE:
         yield root
@@ -72,12 +72,12 @@ def checkout(root: Path, name: str, revision: str, folder: Path) -> Iterator[Pat
 
 
 def measure(root: Path, before: str, after: str, rounds: int) -> Measured:
-    """Milliseconds of every call of `compare_calls` by `before`, `after`, and `before` again, round by round.
+    """Return the milliseconds of every call by `before`, `after`, and `before` again, round by round.
 
-    A call whose outputs are not the same is not timed.
+    A call with other outputs is not timed.
 
     Raises:
-        CommitError: one of them is no commit, or does not run.
+        CommitError: One of them is no commit, or does not run.
     """
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="segattn-compare-")))
@@ -113,7 +113,7 @@ def _outputs(worker: Worker, name: str, call: str, path: Path) -> list[Tensor]:
 
 
 def error_of(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """The largest difference, as a share of the largest number; infinite where they cannot be compared."""
+    """Return the largest difference as a share of the largest number; infinite where they cannot be compared."""
     if len(before) != len(after):
         return math.inf
     errors = [0.0]
@@ -125,7 +125,7 @@ def error_of(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 
 def _process(folder: Path) -> Worker:
-    # the folder of the measuring file has modules of this commit
+    # the folder of the script has modules of this commit
     own = {"PYTHONPATH": str(folder / "src"), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     environment = os.environ | own
     return Worker(environment, (sys.executable, str(MEASURING), str(folder / "src")))

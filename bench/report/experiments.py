@@ -1,4 +1,4 @@
-"""The README's tables of trained models and of plans, from the JSON that their commands keep in the results' folder."""
+"""Tables of trained models and of plans, from the JSON that their commands keep in the folder of results."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from ..planner.units import in_bytes, in_seconds, in_units
 VARIANTS = {"full": "full attention", "local": "local", "linear": "linear memory", "delta": "delta memory"}
 SCHEMES = {"full": "full attention", "rmt": "RMT", "infini": "Infini-attention, {update}", "armt": "ARMT"}
 TASKS = ("memorize", "detect", "reasoning")
-# of the values recalled, for a number of pairs to count as held
+# the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in lines)
 
 
 def _figures(path: Path) -> Any:
-    """None where there are none."""
+    """Return a JSON's figures; None where there are none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def spread(values: Sequence[float], how: str) -> str:
-    """Mean and standard deviation, as many digits of both."""
+    """Return mean and standard deviation, as many digits of both."""
     return f"{values[0]:{how}} ± {values[1]:{how.removeprefix('+')}}"
 
 
 def baselines(folder: Path) -> str | None:
-    """A row for each model of `python -m segattn.bench.baselines`."""
+    """Return a row for each model of `python -m segattn.bench.experiments.baselines`."""
     figures = _figures(folder / "baselines" / "baselines.json")
     if figures is None:
         return None
@@ -49,7 +50,7 @@ def baselines(folder: Path) -> str | None:
 
 
 def book(folder: Path) -> str | None:
-    """A column for each model of `python -m segattn.bench.experiments.book_experiment`."""
+    """Return a column for each model of `python -m segattn.bench.experiments.book`."""
     figures = _figures(folder / "book" / "book.json")
     if figures is None:
         return None
@@ -63,7 +64,7 @@ def book(folder: Path) -> str | None:
 
 
 def plan(folder: Path) -> str | None:
-    """A row for each scheme of `segattn plan llama-3-8b`, at the longest of its lengths."""
+    """Return a row for each scheme of `segattn plan llama-3-8b`, at the longest of its lengths."""
     figures = _figures(folder / "plan" / "llama-3-8b.json")
     if figures is None:
         return None
@@ -80,10 +81,10 @@ def plan(folder: Path) -> str | None:
 
 
 def memory_tasks(folder: Path) -> str | None:
-    """Two rows for each task that `segattn rmt` has trained and evaluated: its share right, and the paper's.
+    """Return two rows for each task that `segattn rmt` has trained and evaluated: its share right, and the paper's.
 
     Raises:
-        ValueError: two tasks are of unlike lengths.
+        ValueError: Two tasks are of unlike lengths.
     """
     lengths: list[int] = []
     rows = []
@@ -106,7 +107,7 @@ def memory_tasks(folder: Path) -> str | None:
 
 
 def retrieval(folder: Path) -> str | None:
-    """A row for each size of ARMT's memory: the share of values that are recalled, and how many pairs are held."""
+    """Return a row for each size of ARMT's memory: the share of values that are recalled, and the pairs held."""
     found = [_figures(path) for path in (folder / "rmt" / "retrieval").glob("*/evaluation.json")]
     if not found:
         return None
@@ -124,7 +125,7 @@ def retrieval(folder: Path) -> str | None:
 
 
 def recurrent_lengths(folder: Path) -> str | None:
-    """Return a row per reader of `bench/experiments/recurrent_lengths.py`: time of a token, and what is kept."""
+    """Return a row for each reader of `python -m segattn.bench.experiments.lengths`: a token's time, the bytes kept."""
     figures = _figures(folder / "rmt" / "lengths.json")
     if figures is None:
         return None

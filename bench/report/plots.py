@@ -1,4 +1,4 @@
-"""Plots of records. Each PNG carries the data it was drawn from, so that it can be held to the results."""
+"""Plots of rows. Each PNG carries the data it was drawn from, so that it can be held to the results."""
 
 from __future__ import annotations
 
@@ -8,43 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from PIL import Image
 
-from ...kernels.check.check import GATES
-from ...runs.heat_map import DPI
-from .records import Record, Result
+from ...kernels.check.gates import GATES
+from ...runs.pictures import DPI, LINES, logarithmic, plain, save_picture
+from ..speed.rows import Row
+from .records import Result
 from .tables import BY_LENGTH
 
 DATA = "segattn data"
-# told apart by colour-blind readers too
-LOOKS = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#000000", "D"),
-    ("#E69F00", "v"),
-    ("#CC79A7", "P"),
-    ("#56B4E9", "X"),
-    ("#999999", "*"),
-)
 Data = dict[str, Any]
 
 
 def by_length(results: Sequence[Result]) -> Data | None:
-    """For each series of cases and provider: tokens, milliseconds, bytes; and lengths that were out of memory."""
+    """Return, for each series of cases and provider, tokens, milliseconds and bytes, and lengths out of memory."""
     found: Data = {}
-    for record in _all(results):
-        if BY_LENGTH not in record.key.group:
+    for row in _all(results):
+        if BY_LENGTH not in row.group:
             continue
-        panel = f"{record.key.device}, {record.dtype}, K {record.sizes['K']}, L {record.sizes['L']}, {record.direction}"
-        line = found.setdefault(panel, {}).setdefault(record.key.provider, {"points": [], "out_of_memory": []})
-        if record.ms is not None:
-            line["points"].append([record.sizes["T"], record.ms[0], record.memory])
-        elif record.status == "out of memory":
-            line["out_of_memory"].append(record.sizes["T"])
+        panel = f"{row.device}, {row.dtype}, K {row.case['K']}, L {row.case['L']}, {row.direction}"
+        line = found.setdefault(panel, {}).setdefault(row.provider, {"points": [], "out_of_memory": []})
+        if row.ms is not None:
+            line["points"].append([row.case["T"], row.ms.median, row.memory])
+        elif row.status == "out of memory":
+            line["out_of_memory"].append(row.case["T"])
     for lines in found.values():
         for line in lines.values():
             line["points"].sort()
@@ -53,48 +42,50 @@ def by_length(results: Sequence[Result]) -> Data | None:
 
 
 def floor_shares(results: Sequence[Result]) -> Data | None:
-    """For each direction and provider of a device: cases, and the share of the floor that was reached."""
+    """Return, for each direction and provider of a device, the cases, and the shares of the floor that were reached."""
     found: Data = {}
-    for record in _all(results):
-        if record.floor_share is not None:
-            panel = f"{record.key.device}, {record.direction}"
-            lines = found.setdefault(panel, {})
-            case = record.key.group.removesuffix(f", {record.direction}")
-            lines.setdefault(record.key.provider, []).append([case, record.floor_share])
+    for row in _all(results):
+        if "floor_share" in row.facts:
+            lines = found.setdefault(f"{row.device}, {row.direction}", {})
+            case = row.group.removesuffix(f", {row.direction}")
+            lines.setdefault(row.provider, []).append([case, row.facts["floor_share"]])
     return found or None
 
 
 def errors(results: Sequence[Result]) -> Data | None:
-    """For each dtype and provider, and output or gradient, the largest error of all cases."""
+    """Return, for each dtype and provider, the largest error of the output and of the gradients in all cases."""
     found: Data = {}
-    for record in _all(results):
-        if record.tokens_per_second is not None or record.direction == "decode":
+    for row in _all(results):
+        if row.tokens_per_second is not None or row.direction == "decode":
             continue
-        for name, error in record.errors.items():
-            own = found.setdefault(record.dtype, {}).setdefault(record.key.provider, {})
+        for name, error in row.errors.items():
+            worst = found.setdefault(row.dtype, {}).setdefault(row.provider, {})
             kind = "output" if name == "out" else "gradients"
-            own[kind] = max(own.get(kind, 0.0), error)
+            worst[kind] = max(worst.get(kind, 0.0), error)
     return found or None
 
 
-def _all(results: Sequence[Result]) -> list[Record]:
-    return [record for result in results for record in result.records]
+def _all(results: Sequence[Result]) -> list[Row]:
+    return [row for result in results for row in result.rows]
 
 
 def draw_lengths(data: Data) -> Figure:
-    """Time and memory against length, both axes logarithmic; a cross at the top where memory did not suffice."""
+    """Draw time and memory against length, axes logarithmic; a cross at the top where memory did not suffice."""
     figure = Figure(figsize=(10, 4.0 * len(data)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(data), 2, squeeze=False)
     for (title, lines), (times, memory) in zip(data.items(), panels, strict=True):
         for column, axes, label, scale in ((1, times, "milliseconds", 1.0), (2, memory, "peak, MiB", 2**-20)):
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
             for (name, line), (colour, marker) in zip(lines.items(), _looks(len(lines)), strict=True):
                 points = [(x[0], scale * x[column]) for x in line["points"] if x[column]]
-                axes.plot(*_columns(points), color=colour, marker=marker, markersize=4, label=name)
+                # the next lines are thinner, and one that they lie on is seen
+                width = 1.2 + 0.9 * (len(lines) - 1 - list(lines).index(name))
+                look = {"color": colour, "marker": marker, "markersize": 3 + width, "linewidth": width}
+                axes.plot(*_columns(points), **look, label=name)
                 for time in line["out_of_memory"]:
                     # on the upper edge
                     axes.plot(time, 1.0, "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
+            logarithmic(axes)
             ticks = sorted({x[0] for line in lines.values() for x in line["points"]} | _outs(lines))
             axes.set_xticks(ticks, [f"{x >> 10}K" if x >= 1024 else str(x) for x in ticks])
             axes.set_xlabel("tokens")
@@ -111,7 +102,7 @@ def _outs(lines: Mapping[str, Any]) -> set[int]:
 
 
 def draw_floor_shares(data: Data) -> Figure:
-    """1 is as fast as the device can be."""
+    """Draw shares of the floor: 1 is as fast as the device can be."""
     figure = Figure(figsize=(10, 3.6 * len(data)), dpi=DPI, layout="constrained")
     for (title, lines), axes in zip(data.items(), figure.subplots(len(data), 1, squeeze=False)[:, 0], strict=True):
         cases = list(dict.fromkeys(case for line in lines.values() for case, _ in line))
@@ -128,13 +119,13 @@ def draw_floor_shares(data: Data) -> Figure:
 
 
 def draw_errors(data: Data) -> Figure:
-    """Relative RMS errors to the float64 reference, and the largest that ours may have."""
+    """Draw relative RMS errors to the float64 reference, and the largest that ours may have."""
     figure = Figure(figsize=(4.4 * len(data) + 2, 5.0), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(data), squeeze=False, sharey=True)[0]
-    names = list(dict.fromkeys(name for own in data.values() for name in own))
-    for (dtype, own), axes in zip(data.items(), panels, strict=True):
-        for kind, (colour, marker) in zip(("output", "gradients"), LOOKS, strict=False):
-            points = [(own[name][kind], i) for i, name in enumerate(names) if kind in own.get(name, {})]
+    names = list(dict.fromkeys(name for worst in data.values() for name in worst))
+    for (dtype, worst), axes in zip(data.items(), panels, strict=True):
+        for kind, (colour, marker) in zip(("output", "gradients"), LINES, strict=False):
+            points = [(worst[name][kind], i) for i, name in enumerate(names) if kind in worst.get(name, {})]
             axes.plot(*_columns(points), marker, color=colour, label=kind)
             gate = GATES[dtype].outputs if kind == "output" else GATES[dtype].gradients
             axes.axvline(gate, color=colour, linestyle=":", linewidth=1)
@@ -149,7 +140,7 @@ def draw_errors(data: Data) -> Figure:
 
 
 def _looks(count: int) -> list[tuple[str, str]]:
-    return [LOOKS[i % len(LOOKS)] for i in range(count)]
+    return [LINES[i % len(LINES)] for i in range(count)]
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -158,9 +149,7 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 
 def _plain(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3, linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
 
 
 PLOTS: Mapping[str, tuple[Callable[[Sequence[Result]], Data | None], Callable[[Data], Figure]]] = {
@@ -171,12 +160,13 @@ PLOTS: Mapping[str, tuple[Callable[[Sequence[Result]], Data | None], Callable[[D
 
 
 def write(path: Path, data: Data, draw: Callable[[Data], Figure]) -> None:
+    """Draw the data into a PNG, and write the data into it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(draw(data)).print_png(path, metadata={DATA: json.dumps(data), "Software": None})
+    save_picture(draw(data), path, {DATA: json.dumps(data), "Software": None})
 
 
 def data_in(path: Path) -> Data | None:
-    """What a plot was drawn from; None where there is none, or it does not say."""
+    """Return the data that a plot was drawn from; None where there is no plot, or it does not say."""
     if not path.is_file():
         return None
     with Image.open(path) as image:

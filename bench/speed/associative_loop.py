@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...rmt.associative.memory import AssociativeMemory
 
-# a query or key may have no feature in common with those before
+# a query or key may have no feature in common with the earlier ones
 TINY = 1e-30
 
 
@@ -28,7 +28,7 @@ class AssociativeLoop:
             layer.register_forward_hook(self._after(name, weights))
 
     def features(self, x: Tensor) -> Tensor:
-        """DPFP (arXiv 2102.11174, equation 37), of length 1."""
+        """Return DPFP features (arXiv 2102.11174, equation 37), of length 1."""
         y = torch.cat((x.relu(), (-x).relu()), -1)
         return F.normalize(torch.cat([y * y.roll(j, -1) for j in range(1, self.module.settings.nu + 1)], -1), dim=-1)
 
@@ -64,7 +64,7 @@ class AssociativeLoop:
         )
 
     def segments(self, ids: Tensor) -> Iterator[Tensor]:
-        """Of each segment its tokens' last rows [B, n, d]."""
+        """Return each segment's last rows of its tokens, [B, n, d]."""
         self.memory.clear()
         tokens = self.module.memory_tokens.expand(ids.shape[0], -1, -1)
         for segment in ids.split(self.module.settings.segment_len, 1):
@@ -73,14 +73,15 @@ class AssociativeLoop:
             yield hidden[:, : segment.shape[1]]
 
     def logits(self, ids: Tensor) -> Tensor:
-        """[B, T, vocabulary]"""
+        """Return the logits [B, T, vocabulary]."""
         return torch.cat([self.llama.lm_head(rows) for rows in self.segments(ids)], 1)
 
     def loss(self, ids: Tensor) -> Tensor:
+        """Return the mean cross-entropy of each next token."""
         return F.cross_entropy(self.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     def read(self, ids: Tensor) -> Sequence[Tensor]:
-        """As `AssociativeState` has them: memory [B, 1, K, d] and normalizer [B, 1, K] of each layer."""
+        """Return each layer's memory [B, 1, K, d] and normalizer [B, 1, K], as `AssociativeState` has them."""
         for _ in self.segments(ids):
             pass
         return [x for memory, normalizer in self.memory.values() for x in (memory[:, None], normalizer[:, None, :, 0])]

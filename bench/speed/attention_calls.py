@@ -1,4 +1,4 @@
-"""Ways to do the whole, or attention alone: ours, PyTorch's, and public implementations.
+"""Ways to compute segment attention, or attention alone: ours, PyTorch's, and public implementations.
 
 Each is a function of (q, k, v, gate, segment_len) → [B, H, T, V].
 """
@@ -22,13 +22,14 @@ Function = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 def has_kernels(device: torch.device) -> bool:
+    """Return whether the kernels run on a device, interpreted or not."""
     return HAS_TRITON and (device.type == "cuda" or interpreted())
 
 
 def ours(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, update: str | None, backend: str | None = None
 ) -> Tensor:
-    """backend: default the kernels where they run, the interpreter included."""
+    """Return `segment_attention`, by default from the kernels where they run, the interpreter included."""
     if backend is None:
         backend = "triton" if has_kernels(q.device) else "torch"
     if update is None:
@@ -39,7 +40,7 @@ def ours(
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, backend: SDPBackend | None = None
 ) -> Tensor:
-    """PyTorch's causal attention over each row of what it is given, by one of its kernels."""
+    """Return PyTorch's causal attention over each row of its inputs, by one of its kernels."""
     grouped = q.shape[1] != k.shape[1]
     if backend is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -59,13 +60,13 @@ def _flex_parts(time: int, segment_len: int, device: torch.device) -> tuple[Call
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int) -> Tensor:
-    """FlexAttention over the whole text with a block mask; the mask is made once, untimed."""
+    """Return FlexAttention over the whole text with a block mask; the mask is made once, untimed."""
     run, mask = _flex_parts(q.shape[2], segment_len, q.device)
     return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def eager_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, update: str | None) -> Tensor:
-    """The public form at its best: fused local attention per segment, then the memory, differentiated by PyTorch.
+    """Return the public form at its best: fused local attention per segment, then the memory, autograd through both.
 
     In the inputs' dtype throughout. Without an update, the attention alone.
     """
@@ -95,7 +96,7 @@ def eager_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, 
 def memory_after(
     k: Tensor, v: Tensor, memory: Tensor, normalizer: Tensor, update: str = "delta"
 ) -> tuple[Tensor, Tensor]:
-    """A segment written into memory [B, G, K, V] and normalizer [B, G, K], in their dtype, by PyTorch's operations."""
+    """Return memory [B, G, K, V] and normalizer [B, G, K] with a segment written, in their dtype, by PyTorch."""
     features, v = (F.elu(k) + 1).to(memory.dtype), v.to(memory.dtype)
     if update == "delta":
         weight = features @ normalizer.unsqueeze(-1)
@@ -104,7 +105,7 @@ def memory_after(
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function through torch.compile, for each rule at its first call."""
+    """Return the function through torch.compile, compiled for each rule at its first call."""
 
     @functools.cache
     def by_rule(update: str) -> Function:
@@ -118,18 +119,22 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Unrotated(nn.Module):
+    """A rotary embedding that turns nothing."""
+
     def rotate_queries_with_cached_keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q, k
 
 
 class _Unchanged(nn.Module):
+    """A module that returns its input."""
+
     def forward(self, x: Any) -> Any:
         return x
 
 
 @functools.cache
 def _published_layer(heads: int, width: int, update: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """What the package has around its attention is left out: norm, projections, their split, and rotary embedding."""
+    """Return the package's layer without what surrounds its attention: norm, projections, their split, and rotary."""
     from infini_transformer_pytorch.infini_transformer import CausalAttention
 
     layer = CausalAttention(1, dim_head=width, heads=heads, use_mem_delta_rule=update == "delta").to(device, dtype)
@@ -142,25 +147,25 @@ def _published_layer(heads: int, width: int, update: str, device: torch.device, 
 def infini_transformer_pytorch(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, update: str
 ) -> Tensor:
-    """The package's `CausalAttention` per segment, which is made once, untimed."""
+    """Return the package's `CausalAttention` per segment; the layer is made once, untimed."""
     layer = _published_layer(q.shape[1], q.shape[3], update, q.device, q.dtype)
-    # its gate weighs local attention, ours the memory
+    # the package's gate weighs local attention, ours the memory
     layer.fastweight_mem.head_gates = -gate.to(q.dtype)
     memories, outs = None, []
     for piece in zip(*(x.split(segment_len, dim=2) for x in (q, k, v)), strict=True):
         out, _, memories = layer(piece, past_memories=memories, return_new_memories=True)
         outs.append(out)
-    # which would keep the graph of the gate's gradient
+    # the layer would keep the graph of the gate's gradient
     del layer.fastweight_mem.head_gates
     return torch.cat(outs, dim=2)
 
 
-# of every token, in the delta rule of flash-linear-attention
+# write strength and decay of every token, in the delta rule of flash-linear-attention
 STRENGTH, LOG_DECAY = 0.5, -0.05
 
 
 def fla_linear(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int) -> Tensor:
-    """flash-linear-attention's linear attention: no segments, no normaliser."""
+    """Return flash-linear-attention's linear attention: no segments, no normaliser."""
     from fla.ops.linear_attn import chunk_linear_attn
 
     out, _ = chunk_linear_attn(*(x.transpose(1, 2) for x in (q, k, v)), normalize=False)
@@ -168,7 +173,7 @@ def fla_linear(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int) 
 
 
 def fla_gated_delta(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int) -> Tensor:
-    """flash-linear-attention's gated delta rule, the nearest that it has; keys of length 1, as the rule needs."""
+    """Return flash-linear-attention's gated delta rule, its nearest, with keys brought to length 1, as it needs."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     strength = q.new_full((q.shape[0], q.shape[2], q.shape[1]), STRENGTH)
@@ -179,7 +184,7 @@ def fla_gated_delta(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: 
 
 
 def linear_by_definition(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int) -> Tensor:
-    """o_t = Σ_{j ≤ t} (q_t · k_j) v_j / √K."""
+    """Return o_t = Σ_{j ≤ t} (q_t · k_j) v_j / √K."""
     outs, stop = [], 0
     # scores of a whole long text are too many to hold
     for rows in q.split(1024, dim=2):
@@ -189,7 +194,7 @@ def linear_by_definition(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_
 
 
 def gated_delta_by_definition(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int) -> Tensor:
-    """S_t = e^g S_{t−1} + β k_t (v_t − k_tᵀ e^g S_{t−1})ᵀ, o_t = S_tᵀ q_t / √K (arXiv 2412.06464, equation 10)."""
+    """Return S_tᵀ q_t / √K, S_t = e^g S_{t−1} + β k_t (v_t − k_tᵀ e^g S_{t−1})ᵀ (arXiv 2412.06464, equation 10)."""
     k = F.normalize(k, dim=-1)
     state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
     outs = []

@@ -1,30 +1,30 @@
 """`pytest bench/speed/bench_recurrent_memory.py`: steps and generation of recurrent memories, ours and others'.
 
-Every timed round runs the group's baseline right before or after the provider, in turns; the ratio is the median over
-such pairs, with its 20th and 80th percentile, and the baseline's own is the noise. What is not as its definition fails,
-and is not timed; the table names it. `--workload B,S,L,m,layers,heads,width` for other sizes; with sizes of segment
-attention alone, these are left out.
+Every round runs the group's baseline right before or after the provider, in turns, as in `bench_segment_attention`. A
+provider that differs from its definition fails, and is not timed; the table names it. Other sizes are chosen by
+`--workload B,S,L,m,layers,heads,width`; with sizes of segment attention alone, these tests are left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from segattn.bench.speed import fixture
 from segattn.bench.speed import recurrent_generation as generation
+from segattn.bench.speed.fixture import Keep, bounds
 from segattn.bench.speed.measure import peak_bytes
 from segattn.bench.speed.recurrent import DIRECTIONS, GROUPS, check, step
 from segattn.bench.speed.recurrent_models import SIZES, Sizes
-from segattn.bench.speed.suite import Row, refuse, timed
-from segattn.bench.speed.workloads import GIVEN
+from segattn.bench.speed.rows import Row
+from segattn.bench.speed.suite import Contender, by_turns
+from segattn.bench.speed.workloads import CALL_NUMBERS
 
-Keep = Callable[[Row], None]
+pytestmark = pytest.mark.benchmark(timer=fixture.replayed)
 # segments that were read before
 LENGTHS = (2, 8, 64)
 # a round of generation is long
@@ -32,14 +32,14 @@ GENERATION_ROUNDS = 3
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    given = metafunc.config.getoption("--workload")
-    sizes = [SIZES] if given is None else [Sizes.parse(x) for x in given if x.count(",") != GIVEN - 1]
+    workloads = metafunc.config.getoption("--workload")
+    sizes = [SIZES] if workloads is None else [Sizes.parse(x) for x in workloads if x.count(",") != CALL_NUMBERS - 1]
     metafunc.parametrize("sizes", sizes, ids=lambda x: x.name)
 
 
-def about(sizes: Sizes, direction: str) -> dict[str, Any]:
-    """For the JSON."""
-    return {"case": asdict(sizes) | {"dtype": "float32"}, "direction": direction}
+def row_of(sizes: Sizes, group: str, provider: str, baseline: str, direction: str) -> Row:
+    """Return the row of a provider before anything is known of it."""
+    return Row(group, provider, baseline, direction, asdict(sizes) | {"dtype": "float32"})
 
 
 @pytest.mark.parametrize(
@@ -54,29 +54,23 @@ def test_step(
     benchmark: BenchmarkFixture,
     device: torch.device,
     keep: Keep,
-    request: pytest.FixtureRequest,
+    rounds: int,
 ) -> None:
+    """Time one provider at reading, or at a training step."""
     entry, baseline = GROUPS[group][provider], next(iter(GROUPS[group]))
-    benchmark.group = f"{sizes.name}, {group}, {direction}"
-    row = Row(benchmark.group, provider, baseline, about=about(sizes, direction))
+    row = row_of(sizes, f"{sizes.name}, {group}, {direction}", provider, baseline, direction)
     if entry.needs_gpu and device.type != "cuda":
-        refuse(keep, row._replace(status="skipped", reason="needs a GPU"))
+        fixture.finish(row.refused("skipped", "needs a GPU"), benchmark, keep)
     error = check(entry, sizes, device)
     if not error <= entry.tolerance:
-        refuse(keep, row._replace(status="wrong", reason=f"relative error {error:.1e}"))
+        fixture.finish(row.refused("wrong", f"relative error {error:.1e}"), benchmark, keep)
     ids = sizes.ids(device)
     run = step(entry.make(sizes, device), ids, direction)
     beside = step(GROUPS[group][baseline].make(sizes, device), ids, direction)
-    option = request.config.getoption
-    found = timed(benchmark, lambda copy: run, lambda copy: beside, device, rounds=option("--rounds"), seconds=math.inf)
-    row = row._replace(
-        ratio=found.ratio,
-        milliseconds=found.milliseconds,
-        memory=peak_bytes(run, device),
-        tokens_per_second=ids.numel() / found.milliseconds.median * 1e3,
-    )
-    keep(row)
-    benchmark.extra_info |= row.as_json() | {"error": error, "peak_bytes": row.memory}
+    row = replace(row, memory=peak_bytes(run, device), errors={"out": error})
+    contender = Contender(row, lambda copy: run)
+    (row,) = by_turns([contender], lambda copy: beside, device, rounds=bounds(rounds), seconds=math.inf)
+    fixture.finish(with_speed(row, ids.numel()), benchmark, keep)
 
 
 @pytest.mark.parametrize("provider", generation.WRITERS)
@@ -88,29 +82,33 @@ def test_generation(
     benchmark: BenchmarkFixture,
     device: torch.device,
     keep: Keep,
-    request: pytest.FixtureRequest,
+    rounds: int,
 ) -> None:
+    """Time one provider at writing behind a text."""
     entry, baseline = generation.WRITERS[provider], generation.BASELINE
     text, opened = generation.texts(sizes, segments, device)
-    benchmark.group = f"{sizes.name}, generation after {segments} segments ({text.shape[1]} tokens)"
-    row = Row(benchmark.group, provider, baseline, about=about(sizes, "generation") | {"segments": segments})
+    group = f"{sizes.name}, generation after {segments} segments ({text.shape[1]} tokens)"
+    row = row_of(sizes, group, provider, baseline, "generation")
     writer = entry.make(sizes, text, opened, sizes.L)
-    definition = entry.definition(sizes, device)
     new = writer.write()
-    error = generation.check(definition, text, opened, new)
+    error = generation.check(entry.definition(sizes, device), text, opened, new)
     if not error <= generation.TOLERANCE:
-        refuse(keep, row._replace(status="wrong", reason=f"{error:.1e} below the likeliest"))
+        fixture.finish(row.refused("wrong", f"{error:.1e} below the likeliest"), benchmark, keep)
     beside = generation.WRITERS[baseline].make(sizes, text, opened, sizes.L).write
-    rounds = min(GENERATION_ROUNDS, request.config.getoption("--rounds"))
-    found = timed(benchmark, lambda copy: writer.write, lambda copy: beside, device, rounds=rounds, seconds=math.inf)
-    if not (isinstance(found.result, torch.Tensor) and torch.equal(found.result, new)):
-        benchmark.has_error = True
-        refuse(keep, row._replace(status="wrong", reason="other tokens in the last timed round"))
-    row = row._replace(
-        ratio=found.ratio,
-        milliseconds=found.milliseconds,
-        memory=writer.kept_bytes,
-        tokens_per_second=new.numel() / found.milliseconds.median * 1e3,
+    facts = {"segments": segments}
+    row = replace(row, memory=writer.kept_bytes, errors={"out": error}, facts=facts)
+
+    def wrong(copy: int, result: object) -> str:
+        return "" if isinstance(result, torch.Tensor) and torch.equal(result, new) else "other tokens"
+
+    contender = Contender(row, lambda copy: writer.write, wrong=wrong)
+    most = bounds(min(GENERATION_ROUNDS, rounds))
+    (row,) = by_turns([contender], lambda copy: beside, device, rounds=most, seconds=math.inf)
+    fixture.finish(with_speed(row, new.numel()), benchmark, keep)
+
+
+def with_speed(row: Row, tokens: int) -> Row:
+    """Return a timed row with the tokens of a second."""
+    return (
+        row if row.ms is None else replace(row, facts={**row.facts, "tokens_per_second": tokens / row.ms.median * 1e3})
     )
-    keep(row)
-    benchmark.extra_info |= row.as_json() | {"error": error, "kept_bytes": writer.kept_bytes}

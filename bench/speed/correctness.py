@@ -1,4 +1,4 @@
-"""The gate before timing: what a peer computes, against float64.
+"""What a peer computes, held to float64.
 
 At a reduced length everything is compared, of every row and head. At the full length, the far end is: the last
 segment of the last row's last key/value head, by the memory before it.
@@ -15,35 +15,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.check.check import GATES, RATIO_FROM
+from ...kernels.check.gates import GATES, RATIO_FROM
 from . import attention_calls as calls
 from .attention_calls import Function
 from .peers import Peer, from_segments, to_segments
 from .prepared import Drawn, draw
 from .workloads import DTYPES, Case
 
-# how many times the error of PyTorch's operations in the inputs' dtype a peer's may be
+# a peer's error may be so many times that of PyTorch's operations in the inputs' dtype
 TIMES = 2.5
-# of which at a far end no more than this counts
+# the most of that error that counts at a far end
 FAR_MOST = 0.1
 GRADIENTS = ("dq", "dk", "dv", "dgate")
-# of a definition that goes token by token, and of the far end of full attention
+# tokens for a definition that goes token by token, and at the far end of full attention
 TOKENS, TAIL = 256, 64
 
 
 class WrongError(ValueError):
-    """What a peer computes is not what it is said to."""
+    """A peer computes something else than it is said to."""
 
 
 class Deviation(NamedTuple):
-    """Relative RMS error of the worst row and head, and the largest that is right."""
+    """The relative RMS error of the worst row and head, and the largest that is right."""
 
     error: float
     allowed: float
 
 
 class Rule(NamedTuple):
-    """What is computed: as of `Peer`."""
+    """What is computed, by the fields of `Peer`."""
 
     update: str | None
     full: bool
@@ -55,11 +55,12 @@ Deviations = Mapping[str, Deviation]
 
 
 def errors_in(found: Deviations) -> dict[str, float]:
+    """Return the errors, as they stand in the JSON."""
     return {name: float(f"{x.error:.5g}") for name, x in found.items()}
 
 
 def worse(first: Deviations, second: Deviations) -> dict[str, Deviation]:
-    """Of each name the one that takes more of what is allowed; a NaN takes all."""
+    """Return, of each name, the deviation that takes more of what is allowed; a NaN takes all."""
 
     def share(x: Deviation) -> float:
         return math.inf if math.isnan(x.error) else x.error / x.allowed
@@ -71,7 +72,7 @@ def worse(first: Deviations, second: Deviations) -> dict[str, Deviation]:
 
 
 def complaint(found: Deviations) -> str:
-    """Which errors are too large, if any."""
+    """Return which errors are too large; nothing where none is."""
     beyond = [
         f"{name} {x.error:.1e} (at most {x.allowed:.1e})" for name, x in found.items() if not x.error <= x.allowed
     ]
@@ -79,20 +80,20 @@ def complaint(found: Deviations) -> str:
 
 
 def named(peer: Peer, case: Case, result: object) -> dict[str, Tensor]:
-    """What `preparation` runs returns, by name, as [B, heads, T, width].
+    """Return the result of a run of `preparation` by name, as [B, heads, T, width].
 
     Raises:
-        WrongError: not of the right shape and dtype, or not finite.
+        WrongError: The results are not of the right shape and dtype, or not finite.
     """
     if isinstance(result, Tensor):
         found = {"out": result}
         _check_output(peer, case, result)
     elif isinstance(result, Sequence):
-        given = dict(zip(GRADIENTS, result, strict=False))
-        if missing := [name for name in GRADIENTS[:3] if given.get(name) is None]:
-            raise WrongError(f"{', '.join(missing)} must be given")
+        gradients = dict(zip(GRADIENTS, result, strict=False))
+        if missing := [name for name in GRADIENTS[:3] if gradients.get(name) is None]:
+            raise WrongError(f"{', '.join(missing)} must be tensors, got None")
         # a single segment reads no memory
-        found = {name: x for name, x in given.items() if x is not None}
+        found = {name: x for name, x in gradients.items() if x is not None}
     else:
         raise WrongError(f"the output must be a tensor, got {type(result).__name__}")
     for name, x in found.items():
@@ -114,7 +115,7 @@ def _check_output(peer: Peer, case: Case, out: Tensor) -> None:
 
 
 def results(peer: Peer, case: Case, drawn: Drawn, gradients: bool) -> dict[str, Tensor]:
-    """Output and gradients of one run."""
+    """Return output and gradients of one run."""
     q, k, v, gate, dout = drawn
     if peer.of_segments:
         q, k, v, dout = (to_segments(x, case.L) for x in (q, k, v, dout))
@@ -128,7 +129,7 @@ def results(peer: Peer, case: Case, drawn: Drawn, gradients: bool) -> dict[str, 
 
 
 def reduced(peer: Peer, case: Case) -> Case:
-    """The same of few segments; what a peer confuses, it confuses there."""
+    """Return the same case with few segments: what a peer confuses, it confuses there."""
     if peer.definition is not None:
         time = min(case.T, TOKENS)
     elif peer.full:
@@ -139,10 +140,10 @@ def reduced(peer: Peer, case: Case) -> Case:
 
 
 def at_reduced_length(peer: Peer, case: Case, device: torch.device, gradients: bool) -> dict[str, Deviation]:
-    """Of the output and every gradient.
+    """Return the deviations of the output and every gradient.
 
     Raises:
-        WrongError: not of the right shape and dtype, or not finite.
+        WrongError: The results are not of the right shape and dtype, or not finite.
     """
     small, rule = reduced(peer, case), Rule(peer.update, peer.full, peer.definition)
     found = results(peer, small, _drawn(small, device), gradients)
@@ -157,15 +158,18 @@ def at_reduced_length(peer: Peer, case: Case, device: torch.device, gradients: b
 
 
 def _allowed(peer: Peer, dtype: str, name: str, usual: float, far: bool = False) -> float:
-    """Ours has its own gates. A memory in half precision may be worth nothing, and then its error is no measure."""
+    """Return the largest error that is right.
+
+    Ours has gates. A memory in half precision may be worth nothing, and then its error is no measure.
+    """
     gates = GATES[dtype]
     gate = gates.outputs if name == "out" else gates.through_delta if peer.update == "delta" else gates.gradients
     eps = torch.finfo(DTYPES[dtype]).eps
-    # the gate's gradient is one number for each head, and its error as luck has it
+    # the gate's gradient is one number for each head, whose error is a matter of luck
     least = max(RATIO_FROM * gate, eps if name == "dgate" else eps / math.sqrt(12))
     if peer.ours:
         return TIMES * gate if far else gate
-    # over a long text roundings of a memory add up
+    # over a long text the roundings of a memory add up
     return TIMES * min(max(usual, least), FAR_MOST if far else 2 * gate)
 
 
@@ -174,7 +178,7 @@ def _error(found: Tensor, expected: Tensor, size: Tensor) -> float:
 
 
 def _norms(x: Tensor) -> Tensor:
-    """Of each row and head; of the gate's gradient, of each head."""
+    """Return the norm of each row and head; of the gate's gradient, of each head."""
     return x.norm(dim=(-2, -1)) if x.ndim > 1 else x.abs()
 
 
@@ -185,7 +189,7 @@ def _drawn(case: Case, device: torch.device) -> Drawn:
 
 @functools.lru_cache(maxsize=6)
 def _expected(rule: Rule, case: Case, device: torch.device, gradients: bool) -> Results:
-    """By the reference in float64."""
+    """Return the results of the reference in float64."""
     function = rule.definition or functools.partial(calls.ours, update=rule.update, backend="reference")
     length = case.T if rule.full else case.L
     return _by_heads(function, length, _drawn(case, device), gradients, torch.float64)
@@ -193,7 +197,7 @@ def _expected(rule: Rule, case: Case, device: torch.device, gradients: bool) -> 
 
 @functools.lru_cache(maxsize=6)
 def _sizes(rule: Rule, case: Case, device: torch.device, gradients: bool) -> Results:
-    """What errors are relative to; the gate's gradient, a sum that may cancel out, to the root of its squared terms."""
+    """Return what errors are relative to: norms; for the gate's gradient, a sum that may cancel, its terms' norm."""
     expected = _expected(rule, case, device, gradients)
     found = {name: _norms(x) for name, x in expected.items()}
     if "dgate" in found:
@@ -207,7 +211,7 @@ def _sizes(rule: Rule, case: Case, device: torch.device, gradients: bool) -> Res
 
 @functools.lru_cache(maxsize=6)
 def _usual(rule: Rule, case: Case, device: torch.device, gradients: bool) -> Mapping[str, float]:
-    """Errors of PyTorch's operations in the inputs' dtype."""
+    """Return the errors of PyTorch's operations in the inputs' dtype."""
     function = rule.definition or functools.partial(calls.eager_loop, update=rule.update)
     length = case.T if rule.full else case.L
     found = _by_heads(function, length, _drawn(case, device), gradients, DTYPES[case.dtype])
@@ -219,7 +223,7 @@ def _usual(rule: Rule, case: Case, device: torch.device, gradients: bool) -> Map
 def _by_heads(
     function: Function, segment_len: int, drawn: Drawn, gradients: bool, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """One row's key/value head after another, so that little memory is needed."""
+    """Return the results of one row's key/value head after another, so that little memory is needed."""
     members = drawn.q.shape[1] // drawn.k.shape[1]
     like = {"out": drawn.q}
     if gradients:
@@ -249,7 +253,7 @@ def _by_heads(
 
 
 def at_the_far_end(peer: Peer, case: Case, drawn: Drawn, found: Results) -> dict[str, Deviation]:
-    """Of what was found at the full length, as `named`; the gate's gradient is of the whole, and left out."""
+    """Return the deviations of results at the full length; the gate's gradient is of the whole, and left out."""
     rule = Rule(peer.update, peer.full, peer.definition)
     gradients = "dq" in found and peer.definition is None
     expected, usual = (_far_end(rule, case, drawn, gradients, x) for x in (torch.float64, DTYPES[case.dtype]))
@@ -264,7 +268,7 @@ def at_the_far_end(peer: Peer, case: Case, drawn: Drawn, found: Results) -> dict
 
 
 def _far_end(rule: Rule, case: Case, drawn: Drawn, gradients: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Of the last tokens, by PyTorch's operations in that dtype.
+    """Return the results at the last tokens, by PyTorch's operations in a dtype.
 
     Neither their output nor its gradients need more of what comes before than the memory, or for full attention the
     keys and values.
@@ -295,13 +299,13 @@ def _far_end(rule: Rule, case: Case, drawn: Drawn, gradients: bool, dtype: torch
 
 
 def gated(peer: Peer, case: Case, device: torch.device, drawn: Drawn, gradients: bool) -> dict[str, Deviation]:
-    """The whole gate but for a second run, which must follow its inputs: v changes its sign here.
+    """Return the worst deviations of both runs of the gate, and change the sign of v for the run to come.
 
     Raises:
-        WrongError: not of the right shape and dtype, or not finite.
+        WrongError: The results are not of the right shape and dtype, or not finite.
     """
     found = at_reduced_length(peer, case, device, gradients)
     far = at_the_far_end(peer, case, drawn, results(peer, case, drawn, gradients))
-    # who remembers this result, and returns it for the inputs to come, is wrong
+    # a peer that remembers this result is then wrong
     drawn.v.neg_()
     return worse(found, far)

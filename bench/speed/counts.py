@@ -15,7 +15,7 @@ from .measure import synchronize
 
 
 def kernel_times(run: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
-    """Kernels of one call on a GPU, PyTorch's own operations on a CPU, the slowest first."""
+    """Return the kernels of one call on a GPU, PyTorch's operations on a CPU, the slowest first."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         run()
@@ -30,7 +30,7 @@ def kernel_times(run: Callable[[], object], device: torch.device) -> list[dict[s
 
 
 def recorded(run: Callable[[], object], device: torch.device) -> list[tuple[str, dict[str, Any]]]:
-    """Our kernels in the order that one call would start them, with their tiles; nothing runs, nothing is written."""
+    """Return our kernels in the order that one call would start them, with their tiles; nothing runs."""
     from ...kernels.triton.launch import recording, target_of
 
     # a GPU's backward would run in another thread, which does not see what is set in this one
@@ -40,7 +40,7 @@ def recorded(run: Callable[[], object], device: torch.device) -> list[tuple[str,
 
 
 def launches(run: Callable[[], object], device: torch.device) -> int | None:
-    """Kernels that one call starts; on a CPU those of ours alone, None where there are none."""
+    """Return how many kernels one call starts; on a CPU those of ours alone, None where there are none."""
     if device.type == "cuda":
         moves = ("Memcpy", "Memset")
         return sum(x["count"] for x in kernel_times(run, device) if not x["name"].startswith(moves))
@@ -48,7 +48,7 @@ def launches(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def profile_of(run: Callable[[], object], device: torch.device, ours: bool) -> dict[str, Any]:
-    """Where a call's time goes; for ours also how often each of our kernels is started, and its tile."""
+    """Return where the time of a call goes; for ours also how often each of our kernels is started, and its tile."""
     run()
     kernels = kernel_times(run, device)
     total = sum(x["ms"] for x in kernels)

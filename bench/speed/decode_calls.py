@@ -1,6 +1,6 @@
-"""Who writes one token behind a long text: ours, PyTorch's operations over the same state, and a cache that grows.
+"""Decoders: the attention of one new token behind a long text, by this package, by PyTorch, and over a growing cache.
 
-Each step begins with putting the new token's key and value into its cache.
+The new token's key and value lie in the cache already: putting them there is the same two small copies for each.
 """
 
 from __future__ import annotations
@@ -8,32 +8,49 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.attention import segment_attention
+from ...kernels.check.gates import GATES
 from ...kernels.decoding import segment_decode
 from ...kernels.memory import memory_write
 from ...kernels.state import MemoryState
-from ..device.decode import Step, draw_step, step_eager, step_ours
+from ..planner import floors
+from ..planner.floors import Work
 from .attention_calls import has_kernels, memory_after
-from .measure import synchronize
-from .timing import copies_needed
+from .correctness import TIMES
+from .timing import captured, copies_needed, time_once
 from .workloads import DTYPES, DecodeCase
 
 FOLDS = 5
 
 
-class Decoder(NamedTuple):
-    """One of several copies of the inputs at a time, so that a step finds no keys and values in a GPU's L2 cache.
+class Step(NamedTuple):
+    """The inputs of one step: q [B, H, 1, K], keys and values [B, G, tail, K], the gate [H], and the memory."""
 
-    run: copy → [B, H, 1, K]. expected: of it, in float64. alter: makes the expected output another.
-    kept_bytes: keys, values and memory of the text. fold: writes a finished segment of the first copy into the memory,
-    and `folded` is what it should be.
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    memory: Tensor
+    normalizer: Tensor
+
+
+class Decoder(NamedTuple):
+    """One way to decode, over several copies of the inputs, so that a step finds none of them in a GPU's L2 cache.
+
+    run: The step over a copy, → [B, H, 1, K].
+    expected: Its output in float64.
+    alter: Changes a copy's inputs, so that the expected output changes its sign.
+    kept_bytes: Keys, values and memory of the text.
+    work: Operations and bytes that a step must spend.
+    fold: Writes a finished segment of the first copy into the memory; folded: what the memory should be.
     """
 
     copies: int
@@ -41,31 +58,28 @@ class Decoder(NamedTuple):
     expected: Callable[[int], Tensor]
     alter: Callable[[int], None]
     kept_bytes: int
+    work: Work
     fold: Callable[[], Sequence[Tensor]] | None = None
     folded: Callable[[], Sequence[Tensor]] | None = None
 
     def error(self, copy: int, found: object) -> float:
-        """Relative error of an output, for the inputs as they are now; of no such shape, infinite."""
+        """Return the relative error of an output for the inputs as they are now; infinite for another shape."""
         return _error(found, self.expected(copy))
 
     def fold_error(self) -> float:
+        """Return the relative error of a fold; 0 for a decoder without one."""
         if self.fold is None or self.folded is None:
             return 0.0
         return max(_error(x, y) for x, y in zip(self.fold(), self.folded(), strict=True))
 
     def fold_ms(self, segment_len: int, device: torch.device) -> float:
-        """Milliseconds that writing a finished segment into the memory comes to for each token of it, the median."""
-        if self.fold is None:
+        """Return each token's share, in milliseconds, of the median time to write a segment into the memory."""
+        fold = self.fold
+        if fold is None:
             return 0.0
-        times = []
-        for _ in range(FOLDS + 1):
-            synchronize(device)
-            start = time.perf_counter()
-            self.fold()
-            synchronize(device)
-            times.append(time.perf_counter() - start)
+        times = [time_once(lambda copy: fold, 0, device)[0] for _ in range(FOLDS + 1)]
         # the first may compile
-        return statistics.median(times[1:]) * 1e3 / segment_len
+        return statistics.median(times[1:]) / segment_len
 
 
 def _error(found: object, expected: Tensor) -> float:
@@ -75,65 +89,102 @@ def _error(found: object, expected: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _buffer(x: Tensor, segment_len: int) -> Tensor:
-    return F.pad(x, (0, 0, 0, segment_len - x.shape[2]))
+def allowed_in_decoding(name: str, dtype: str) -> float:
+    """Return the largest relative error of a right step."""
+    return GATES[dtype].outputs * (1.0 if name.startswith("segattn") else TIMES)
 
 
-def ours(case: DecodeCase, device: torch.device) -> Decoder:
-    """`segment_decode` over a buffer of one segment."""
-    return _of_a_segment(case, device, eager=False)
+def draw_step(case: DecodeCase, device: torch.device, copies: int | None = None) -> list[Step]:
+    """Return copies of the inputs, by default enough to outrun the L2 cache."""
+    sizes = case.sizes()
+    if copies is None:
+        copies = copies_needed(sizes.keys_values + sizes.state, device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(heads: int, rows: int, dtype: torch.dtype = DTYPES[case.dtype]) -> Tensor:
+        return torch.randn((case.B, heads, rows, case.K), device=device, dtype=dtype, generator=generator)
+
+    # the size of a memory of all segments before the tail
+    written = case.context // case.L * case.L
+    return [
+        Step(
+            normal(case.H, 1),
+            normal(case.G, case.tail),
+            normal(case.G, case.tail),
+            torch.zeros(case.H, device=device),
+            normal(case.G, case.K, torch.float32) * written**0.5,
+            torch.rand(case.B, case.G, case.K, device=device, generator=generator) * written,
+        )
+        for _ in range(copies)
+    ]
 
 
-def eager(case: DecodeCase, device: torch.device) -> Decoder:
-    """The same in PyTorch's own operations."""
-    return _of_a_segment(case, device, eager=True)
+def step_by_reference(x: Step, segment_len: int) -> Tensor:
+    """Return the step's output [B, H, 1, K] by the reference, in the inputs' dtype."""
+    q, k, v, gate, *state = x
+    return segment_attention(
+        q, k, v, segment_len=segment_len, gate=gate, state=MemoryState(*state), backend="reference"
+    ).out
+
+
+def step_eager(x: Step) -> Tensor:
+    """Return the step's output [B, H, 1, K] by PyTorch's own operations."""
+    q, k, v, gate, memory, normalizer = x
+    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    features = (F.elu(q) + 1).float().unflatten(1, (k.shape[1], -1)).squeeze(3)
+    weight = features @ normalizer[..., None]
+    held = weight > 0
+    recalled = torch.where(held, features @ memory / weight, 0.0).flatten(1, 2).unsqueeze(2)
+    g = gate.sigmoid()[:, None, None] * held.flatten(1, 2).unsqueeze(2)
+    return (g * recalled + (1 - g) * out).to(q.dtype)
 
 
 def _of_a_segment(case: DecodeCase, device: torch.device, *, eager: bool) -> Decoder:
+    """Return a decoder over a buffer of one segment: `segment_decode`, or PyTorch's own operations."""
     steps = draw_step(case, device)
-    buffers = [tuple(_buffer(x, case.L) for x in (step.k, step.v)) for step in steps]
-    new = [tuple(x[:, :, -1:].clone() for x in (step.k, step.v)) for step in steps]
+    padding = (0, 0, 0, case.L - case.tail)
+    buffers = [(F.pad(step.k, padding), F.pad(step.v, padding)) for step in steps]
     lengths = torch.full((case.B,), case.tail, dtype=torch.int32, device=device)
     counters = torch.zeros(case.B * case.G, dtype=torch.int32, device=device)
-    seen = slice(case.tail - 1, case.tail)
     backend = "triton" if has_kernels(device) else "torch"
 
     def held(copy: int) -> Step:
-        return steps[copy]._replace(**{name: x[:, :, : case.tail] for name, x in zip("kv", buffers[copy], strict=True)})
+        k, v = (x[:, :, : case.tail] for x in buffers[copy])
+        return steps[copy]._replace(k=k, v=v)
 
     def run(copy: int) -> Tensor:
-        (keys, values), step = buffers[copy], steps[copy]
-        keys[:, :, seen], values[:, :, seen] = new[copy]
         if eager:
-            return step_eager(held(copy), case.L)
+            return step_eager(held(copy))
+        (keys, values), step = buffers[copy], steps[copy]
         state = MemoryState(step.memory, step.normalizer)
         return segment_decode(
             step.q, keys, values, lengths, gate=step.gate, state=state, counters=counters, backend=backend
         )
 
     def expected(copy: int) -> Tensor:
-        return step_ours(Step(*(x.double() for x in held(copy))), case.L, "reference")
+        return step_by_reference(Step(*(x.double() for x in held(copy))), case.L)
 
     def alter(copy: int) -> None:
-        for x in (buffers[copy][1], new[copy][1], steps[copy].memory):
+        for x in (buffers[copy][1], steps[copy].memory):
             x.neg_()
 
-    first = buffers[0][0], buffers[0][1], steps[0].memory, steps[0].normalizer
+    first = *buffers[0], steps[0].memory, steps[0].normalizer
 
     def fold() -> Sequence[Tensor]:
         if eager:
             return memory_after(*first)
-        return memory_write(first[0], first[1], MemoryState(*first[2:]), backend=backend)
+        return tuple(memory_write(first[0], first[1], MemoryState(*first[2:]), backend=backend))
 
     def folded() -> Sequence[Tensor]:
         keys, values, memory, normalizer = (x.double() for x in first)
         return memory_after(keys, values, memory, normalizer)
 
-    return Decoder(len(steps), run, expected, alter, sum(x.nbytes for x in first), fold, folded)
+    kept, work = sum(x.nbytes for x in first), floors.decode(case.sizes())
+    return Decoder(len(steps), run, expected, alter, kept, work, fold, folded)
 
 
 def growing_cache(case: DecodeCase, device: torch.device) -> Decoder:
-    """Attention to the whole text, whose keys and values lie in one buffer, at its best: nothing is copied."""
+    """Return attention to the whole text, whose keys and values lie in one buffer, at its best: nothing is copied."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(heads: int, tokens: int) -> Tensor:
@@ -141,34 +192,56 @@ def growing_cache(case: DecodeCase, device: torch.device) -> Decoder:
         return torch.randn(shape, device=device, dtype=DTYPES[case.dtype], generator=generator)
 
     def draw() -> tuple[Tensor, ...]:
-        q, keys, values = normal(case.H, 1), normal(case.G, case.context), normal(case.G, case.context)
-        return q, keys, values, keys[:, :, -1:].clone(), values[:, :, -1:].clone()
+        return normal(case.H, 1), normal(case.G, case.context), normal(case.G, case.context)
 
     drawn = [draw()]
     kept_bytes = drawn[0][1].nbytes + drawn[0][2].nbytes
     drawn += [draw() for _ in range(copies_needed(kept_bytes, device) - 1)]
-    attend = functools.partial(F.scaled_dot_product_attention, enable_gqa=case.H != case.G)
 
     def run(copy: int) -> Tensor:
-        q, keys, values, new_k, new_v = drawn[copy]
-        keys[:, :, -1:], values[:, :, -1:] = new_k, new_v
-        return attend(q, keys, values)
+        q, keys, values = drawn[copy]
+        return F.scaled_dot_product_attention(q, keys, values, enable_gqa=case.H != case.G)
 
     def expected(copy: int) -> Tensor:
-        asked, held, recalled = (x.double() for x in drawn[copy][:3])
-        weights = asked.unflatten(1, (case.G, -1)).squeeze(3) @ held.mT * case.K**-0.5
-        return (weights.softmax(-1) @ recalled).flatten(1, 2).unsqueeze(2)
+        q, keys, values = (x.double() for x in drawn[copy])
+        weights = q.unflatten(1, (case.G, -1)).squeeze(3) @ keys.mT * case.K**-0.5
+        return (weights.softmax(-1) @ values).flatten(1, 2).unsqueeze(2)
 
     def alter(copy: int) -> None:
-        for x in (drawn[copy][2], drawn[copy][4]):
-            x.neg_()
+        drawn[copy][2].neg_()
 
-    return Decoder(len(drawn), run, expected, alter, kept_bytes)
+    work = floors.decode(replace(case.sizes(), T=case.context), gated=False)
+    return Decoder(len(drawn), run, expected, alter, kept_bytes, work)
 
 
-BASELINE = "SDPA, growing cache"
+def in_graphs(decoder: Decoder, device: torch.device) -> Decoder:
+    """Return the decoder with its step replayed from CUDA graphs, one for each copy of the inputs.
+
+    Raises:
+        RuntimeError: Something in the step cannot be captured.
+    """
+    graphs = [captured(functools.partial(decoder.run, copy), device) for copy in range(decoder.copies)]
+
+    def run(copy: int) -> Tensor:
+        output = graphs[copy]()
+        assert isinstance(output, Tensor)
+        return output
+
+    return decoder._replace(run=run)
+
+
+GROWING_CACHE = "SDPA, growing cache"
+EAGER = "eager delta"
 DECODERS: Mapping[str, Callable[[DecodeCase, torch.device], Decoder]] = {
-    BASELINE: growing_cache,
-    "segattn delta": ours,
-    "eager delta": eager,
+    GROWING_CACHE: growing_cache,
+    EAGER: functools.partial(_of_a_segment, eager=True),
+    "segattn delta": functools.partial(_of_a_segment, eager=False),
 }
+# bytes of keys and values beyond which no cache grows; in float64 they are four times as many
+ROOM = 8 << 30
+
+
+def names_of(case: DecodeCase) -> tuple[str, ...]:
+    """Return the decoders that have room for a case, the baseline first."""
+    names = tuple(DECODERS)
+    return names if case.text_bytes <= ROOM else names[1:]

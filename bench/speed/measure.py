@@ -1,4 +1,4 @@
-"""Waiting for a device, and the memory of one function on it."""
+"""What every measurement on a device needs: to wait for it, and the memory that a function takes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -15,7 +16,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
-    """The most bytes of tensors allocated at once while `run` runs, beyond what was held before."""
+    """Return the most bytes of tensors allocated at once while `run` runs, beyond what was held before."""
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

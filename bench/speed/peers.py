@@ -1,4 +1,4 @@
-"""Who is timed, in `pytest bench/` and on a device: ours, attention alone, and the public ways to do the whole.
+"""What is timed beside ours, by name: attention alone, and the public ways to compute segment attention.
 
 Peers of segments take [B · S, heads, L, width], a view of the same memory where B = 1, so that none is timed copying.
 """
@@ -18,16 +18,19 @@ from . import attention_calls as calls
 from .attention_calls import Function
 from .workloads import DIRECTIONS
 
-# what ratios are taken to
+# the denominator of all ratios
 BASELINE = "SDPA flash local"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """update: the memory's rule; None: attention alone. `full`: over the whole text, not inside segments.
+    """One way to compute a case.
 
-    definition: what it computes where that is neither, a function of float64.
-    gpu_for: directions that need a GPU. package: that must be installed.
+    update: The memory's rule; None for attention alone.
+    full: Over the whole text, not inside segments.
+    definition: Its definition in float64, where it computes something else.
+    gpu_for: Directions that need a GPU.
+    package: The package that must be installed.
     """
 
     run: Function
@@ -42,7 +45,7 @@ class Peer:
     definition: Function | None = None
 
     def refusal(self, device: torch.device, grouped: bool, directions: Sequence[str] = DIRECTIONS) -> str | None:
-        """Why it cannot run here, if it cannot."""
+        """Return why the peer cannot run on a device; None where it can."""
         if device.type != "cuda" and set(self.gpu_for) & set(directions):
             return "needs a GPU"
         if self.package is not None and importlib.util.find_spec(self.package) is None:
@@ -53,12 +56,12 @@ class Peer:
 
 
 def to_segments(x: Tensor, segment_len: int) -> Tensor:
-    """[B, heads, T, width] → [B · S, heads, L, width], a view where B = 1."""
+    """Return [B, heads, T, width] as [B · S, heads, L, width], a view where B = 1."""
     return x.unflatten(2, (-1, segment_len)).transpose(1, 2).flatten(0, 1)
 
 
 def from_segments(x: Tensor, rows: int = 1) -> Tensor:
-    """The inverse, which may copy."""
+    """Return the inverse, which may copy."""
     return x.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
 
 
@@ -78,7 +81,7 @@ PEERS: dict[str, Peer] = {
     BASELINE: Peer(_FLASH, of_segments=True),
     "SDPA cuDNN local": Peer(_CUDNN, of_segments=True, gpu_for=DIRECTIONS),
     "SDPA efficient local": _of_equal_heads(_EFFICIENT, of_segments=True, gpu_for=DIRECTIONS),
-    # PyTorch has no backward of it for a CPU
+    # PyTorch has no backward pass of it for a CPU
     "FlexAttention local": Peer(calls.flex, compiled=True, gpu_for=DIRECTIONS[1:]),
     "segattn local": Peer(functools.partial(calls.ours, update=None), ours=True),
     **_by_rule("segattn", calls.ours, functools.partial(Peer, ours=True)),

@@ -24,7 +24,7 @@ class Drawn(NamedTuple):
 
 
 def draw(case: Case, device: torch.device, copies: int | None = None) -> list[Drawn]:
-    """Copies of the inputs, by default enough to outrun the L2 cache."""
+    """Return copies of the inputs, by default enough to outrun the L2 cache."""
     sizes = case.sizes()
     if copies is None:
         copies = copies_needed(sizes.queries + sizes.keys_values, device)
@@ -42,9 +42,9 @@ def draw(case: Case, device: torch.device, copies: int | None = None) -> list[Dr
 
 
 def preparation(peer: Peer, case: Case, drawn: list[Drawn], direction: str) -> Prepare:
-    """What is timed in one direction; for the backward alone, the forward is the preparation.
+    """Return what is timed in one direction; for the backward alone, the forward is the preparation.
 
-    Forward, it returns the output, else the gradients of q, k, v, and of the gate where the peer has a memory.
+    A run returns the output, else the gradients of q, k and v, and of the gate where the peer has a memory.
     """
     grad = direction != "forward"
 
@@ -56,7 +56,7 @@ def preparation(peer: Peer, case: Case, drawn: list[Drawn], direction: str) -> P
         used = (q, k, v) if peer.update is None else (q, k, v, gate)
 
         def gradients(out: Tensor) -> tuple[Tensor, ...]:
-            # a single segment reads no memory, so that the gate has no part in it
+            # a single segment reads no memory, and then the gate has no gradient
             return torch.autograd.grad(out, used, dout, allow_unused=True)
 
         if direction == "forward":

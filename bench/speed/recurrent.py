@@ -1,4 +1,4 @@
-"""Who is measured at reading segments with a memory: ours, `recurrent-memory-transformer-pytorch`, and plain loops.
+"""Ways to read segments with a memory: ours, `recurrent-memory-transformer-pytorch`, and plain loops.
 
 All that stands in one group has the same weights, and computes the same loss, gradients and memory as its definition, a
 plain loop over the same layers. One row differs: in the group "Llama", the peer runs its own layers, of the same sizes.
@@ -41,11 +41,11 @@ DIRECTIONS = ("reading", "training step")
 
 
 class Provider(NamedTuple):
-    """One way over weights of its own.
+    """One way to read and to train, with its weights.
 
-    loss: ids [B, T] → mean cross-entropy of each next token, differentiable.
-    read: ids [B, T] → what is kept after the last segment.
-    parameters: what is trained, the memory tokens first.
+    loss: From ids [B, T] to the mean cross-entropy of each next token, differentiable.
+    read: From ids [B, T] to the memory after the last segment.
+    parameters: The trained parameters, the memory tokens first.
     """
 
     loss: Callable[[Tensor], Tensor]
@@ -58,7 +58,11 @@ Make = Callable[[Sizes, torch.device], Provider]
 
 @dataclass(frozen=True)
 class Entry:
-    """definition: computes the same from the same weights. tolerance: of `check`, in float32."""
+    """One way to read and to train, beside its definition.
+
+    definition: Computes the same from the same weights.
+    tolerance: Of `check`, in float32.
+    """
 
     make: Make
     definition: Make
@@ -71,17 +75,19 @@ def _provider(way: Any, parameters: Sequence[Tensor]) -> Provider:
 
 
 def loop_llama(sizes: Sizes, device: torch.device) -> Provider:
+    """Return a plain loop over a Llama."""
     model, memory = llama(sizes, device), first_memory(sizes, device)
     return _provider(PlainLoop(llama_backbone(model), memory, sizes.L), [memory, *trained(model)])
 
 
 def loop_peer(sizes: Sizes, device: torch.device) -> Provider:
+    """Return a plain loop over the peer's layers."""
     transformer, memory = peer_transformer(sizes, device), first_memory(sizes, device)
     return _provider(PlainLoop(peer_backbone(transformer), memory, sizes.L), [memory, *trained(transformer)])
 
 
 def peer(sizes: Sizes, device: torch.device) -> Provider:
-    """The peer as it is."""
+    """Return the peer as it is."""
     from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper
 
     transformer, memory = peer_transformer(sizes, device), first_memory(sizes, device)
@@ -97,13 +103,14 @@ def _ours(module: RecurrentMemory, parameters: Sequence[Tensor], sizes: Sizes, d
     with torch.no_grad():
         module.memory.copy_(first_memory(sizes, device))
     return Provider(
-        lambda ids: _given(module(ids, labels=ids).loss),
+        lambda ids: _loss_of(module(ids, labels=ids).loss),
         lambda ids: [module(ids, output_logits=False).state.memory],
         [module.memory, *parameters],
     )
 
 
 def ours_llama(sizes: Sizes, device: torch.device, *, attention: str | None = None, compiled: bool = False) -> Provider:
+    """Return ours around a Llama."""
     model = llama(sizes, device)
     module = RecurrentMemory(model, sizes.m, sizes.L, attention=attention).to(device)
     if compiled:
@@ -112,7 +119,7 @@ def ours_llama(sizes: Sizes, device: torch.device, *, attention: str | None = No
 
 
 def ours_peer(sizes: Sizes, device: torch.device) -> Provider:
-    """Ours around the peer's own layers."""
+    """Return ours around the peer's layers."""
     transformer = peer_transformer(sizes, device)
     module = RecurrentMemory(
         PeerLayers(transformer),
@@ -126,28 +133,30 @@ def ours_peer(sizes: Sizes, device: torch.device) -> Provider:
 
 
 def ours_associative(sizes: Sizes, device: torch.device, *, schedule: str) -> Provider:
+    """Return our ARMT around a Llama."""
     module = associative(sizes, device, schedule)
     return Provider(
-        lambda ids: _given(module(ids, labels=ids).loss),
+        lambda ids: _loss_of(module(ids, labels=ids).loss),
         lambda ids: [x for memory in module(ids, output_logits=False).state.memories for x in memory],
         [module.memory_tokens, *(x for x in trained(module) if x is not module.memory_tokens)],
     )
 
 
 def loop_associative(sizes: Sizes, device: torch.device) -> Provider:
+    """Return the published loop of ARMT over the same weights."""
     module = associative(sizes, device, "vertical")
     parameters = [module.memory_tokens, *(x for x in trained(module) if x is not module.memory_tokens)]
     return _provider(AssociativeLoop(module), parameters)
 
 
-def _given(loss: Tensor | None) -> Tensor:
+def _loss_of(loss: Tensor | None) -> Tensor:
     if loss is None:
         raise RuntimeError("a call with labels returned no loss")
     return loss
 
 
 PEER = "recurrent-memory-transformer-pytorch"
-# of each group the first is what the others are measured against
+# the first of each group is the baseline of the others
 GROUPS: Mapping[str, Mapping[str, Entry]] = {
     "layers of the peer": {
         PEER: Entry(peer, loop_peer),
@@ -164,7 +173,7 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
     "Llama, associative": {
         "plain loop": Entry(loop_associative, loop_associative),
         **{
-            # which divides by what the memory has of a key, however little
+            # ARMT divides by what the memory holds of a key, however little
             f"segattn {schedule}": Entry(
                 functools.partial(ours_associative, schedule=schedule), loop_associative, tolerance=1e-4
             )
@@ -175,13 +184,13 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
 
 
 def check(entry: Entry, sizes: Sizes, device: torch.device) -> float:
-    """The worst relative error of the loss, its gradients, and what is kept, against the definition."""
+    """Return the worst relative error of the loss, its gradients, and the memory, against the definition."""
     ids = sizes.ids(device)
     found, expected = (_results(make(sizes, device), ids) for make in (entry.make, entry.definition))
     if [x.shape for x in found] != [x.shape for x in expected]:
         return math.inf
     errors = [(x - y).norm() / y.norm().clamp(min=1e-30) for x, y in zip(found, expected, strict=True)]
-    # a NaN stays one
+    # the maximum with a NaN is NaN
     return float(torch.stack(errors).max())
 
 
@@ -194,7 +203,7 @@ def _results(provider: Provider, ids: Tensor) -> list[Tensor]:
 
 
 def step(provider: Provider, ids: Tensor, direction: str) -> Callable[[], None]:
-    """The function to measure: reading without gradients, or the loss and the gradient of every parameter."""
+    """Return the function to measure: reading without gradients, or the loss and the gradient of every parameter."""
 
     def read() -> None:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Who writes text after a long one: ours, the peer, and a Llama that keeps all keys and values.
+"""Ways to write text behind a long one: ours, the peer, and a Llama that keeps all keys and values.
 
 Ours keeps one segment's keys and values; the peer keeps none, and runs the segment again for each token.
 
@@ -30,40 +30,45 @@ from .recurrent_models import (
     peer_transformer,
 )
 
-# of the peer's sampling: one token is left to choose from
+# the threshold of the peer's sampling that leaves one token to choose from
 GREEDY = 1 - 0.5 / VOCABULARY
 TOLERANCE = 1e-4
 
 
 class Writer(NamedTuple):
-    """What has read a text and goes on with it.
+    """A model that has read a text, and goes on with it.
 
-    write: the new tokens [B, n]; the same every time it is called.
-    kept_bytes: of what was kept of the text: memory, or keys and values.
+    write: Returns the new tokens [B, n], the same at every call.
+    kept_bytes: Of the text: memory, or keys and values.
     """
 
     write: Callable[[], Tensor]
     kept_bytes: int
 
 
-# (sizes, the text read before [B, S · L], the open segment [B, n], how many tokens to write)
+# from sizes, a text [B, S · L], the open segment behind it [B, n], and how many tokens to write
 Make = Callable[[Sizes, Tensor, Tensor, int], Writer]
 Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """definition: logits [B, T, vocabulary] of a text from the same weights, read at once."""
+    """One way to write, beside its definition.
+
+    definition: Returns the logits [B, T, vocabulary] of a text from the same weights, read at once.
+    """
 
     make: Make
     definition: Callable[[Sizes, torch.device], Logits]
 
 
 def total_bytes(*tensors: Tensor) -> int:
+    """Return the bytes of tensors."""
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def recurrent(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
+    """Return ours with RMT's memory."""
     module = RecurrentMemory(llama(sizes, text.device), sizes.m, sizes.L).to(text.device).eval()
     with torch.no_grad():
         module.memory.copy_(first_memory(sizes, text.device))
@@ -72,6 +77,7 @@ def recurrent(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
 
 
 def armt(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
+    """Return ours with ARMT's memories."""
     module = associative(sizes, text.device, "vertical").eval()
     with torch.no_grad():
         state = module(text, output_logits=False).state
@@ -80,6 +86,7 @@ def armt(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
 
 
 def peer(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
+    """Return the peer, which runs the segment again for each token."""
     from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper
 
     wrapper = RecurrentMemoryTransformerWrapper(peer_transformer(sizes, text.device)).eval()
@@ -95,7 +102,7 @@ def peer(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
 
 
 def full(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
-    """A Llama that attends to the whole text, its keys and values in transformers' `DynamicCache`."""
+    """Return a Llama that attends to the whole text, its keys and values in transformers' `DynamicCache`."""
     from transformers import DynamicCache
 
     length = text.shape[1]
@@ -109,7 +116,7 @@ def full(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
     @torch.no_grad()
     def write() -> Tensor:
         if added := cache.get_seq_length() - length:
-            # by an earlier call
+            # what an earlier call has added
             cache.crop(-added)
         ids, new = opened, []
         for _ in range(count):
@@ -152,7 +159,7 @@ WRITERS: Mapping[str, Entry] = {
 
 
 def texts(sizes: Sizes, segments: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """So many whole segments [B, S · L], and the half of another."""
+    """Return as many whole segments [B, S · L], and the half of another."""
     whole, half = segments * sizes.L, max(1, sizes.L // 2)
     text, opened = sizes.ids(device, whole + half).split([whole, half], 1)
     return text, opened
@@ -160,7 +167,7 @@ def texts(sizes: Sizes, segments: int, device: torch.device) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def check(definition: Logits, text: Tensor, opened: Tensor, new: Tensor) -> float:
-    """How far a chosen token's logit lies below the best one at its place, at most, in standard deviations of logits.
+    """Return how far a chosen token's logit lies below the best of its place, at most, in deviations of logits.
 
     The definition reads all that was written at once.
     """

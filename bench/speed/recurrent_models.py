@@ -18,13 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ...rmt.associative.memory import AssociativeMemory
 
 VOCABULARY = 256
-# of weights: memory then weighs enough for a wrong one to be found
+# of weights: the memory then weighs enough for a wrong one to show
 SPREAD = 0.08
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """B rows of S segments of L tokens, with m memory tokens; a model of so many layers, heads, and width."""
+    """B rows of S segments of L tokens, with m memory tokens, and the layers, heads and width of a model."""
 
     B: int
     S: int
@@ -36,7 +36,7 @@ class Sizes:
 
     @classmethod
     def parse(cls, sizes: str) -> Sizes:
-        """From "B,S,L,m,layers,heads,width".
+        """Return the sizes of "B,S,L,m,layers,heads,width".
 
         Raises:
             ValueError: anything but seven positive integers, L at least m, and width an even multiple of heads.
@@ -52,12 +52,13 @@ class Sizes:
 
     @property
     def name(self) -> str:
+        """Return the sizes in a word."""
         return "-".join(
             f"{name}{x}" for name, x in zip(("B", "S", "L", "m", "N", "H", "d"), astuple(self), strict=True)
         )
 
     def ids(self, device: torch.device, tokens: int | None = None) -> Tensor:
-        """Random tokens [B, S · L], or so many."""
+        """Return random tokens [B, S · L], or as many as `tokens`."""
         shape = self.B, self.S * self.L if tokens is None else tokens
         return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(1)).to(device)
 
@@ -66,11 +67,11 @@ SIZES = Sizes(B=1, S=8, L=128, m=16, layers=4, heads=2, width=128)
 
 
 class Backbone(NamedTuple):
-    """What a plain loop needs of a model.
+    """The parts of a model that a plain loop needs.
 
-    embed: a segment's ids [B, n] → [B, n, d].
-    layers: rows [B, T, d] and the mask, bool [1, 1, T, T] → the last layer's, normed.
-    logits: [B, n, d] → [B, n, vocabulary].
+    embed: From a segment's ids [B, n] to [B, n, d].
+    layers: From rows [B, T, d] and the mask, bool [1, 1, T, T], to the last layer's rows, normed.
+    logits: From [B, n, d] to [B, n, vocabulary].
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -79,7 +80,7 @@ class Backbone(NamedTuple):
 
 
 def llama(sizes: Sizes, device: torch.device, positions: int | None = None) -> Any:
-    """The same weights each time."""
+    """Return a Llama, the same weights each time."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=sizes.width,
@@ -97,7 +98,7 @@ def llama(sizes: Sizes, device: torch.device, positions: int | None = None) -> A
 
 
 def peer_transformer(sizes: Sizes, device: torch.device) -> Any:
-    """The peer's `RecurrentMemoryTransformer`, the same weights each time."""
+    """Return the peer's `RecurrentMemoryTransformer`, the same weights each time."""
     from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer
 
     with torch.random.fork_rng(devices=[]):
@@ -117,7 +118,7 @@ def peer_transformer(sizes: Sizes, device: torch.device) -> Any:
             next_write_mem_stop_grad=False,
             num_residual_streams=1,
         ).to(device)
-    # what it adds to the memory at either end; the memory itself is passed in
+    # the memory is passed in, and nothing added to it
     for added in (transformer.read_memory_emb, transformer.memory_tokens):
         nn.init.zeros_(added.requires_grad_(False))
     return transformer
@@ -131,6 +132,7 @@ class PeerLayers(nn.Module):
         self.transformer = transformer
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the last layer's rows [B, T, d], normed."""
         x, values = self.transformer.expand_streams(inputs_embeds), None
         for attention, feed_forward in self.transformer.layers:
             x, _, own = attention(x, mask=attention_mask, value_residual=values)
@@ -149,26 +151,29 @@ class PeerEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """Return the vectors of the vocabulary."""
         weight: Tensor = self.tokens.weight
         return weight
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return a segment's vectors [B, n, d]."""
         at: Tensor = self.positions.weight[: ids.shape[1]]
         return at + self.tokens(ids)
 
 
 def first_memory(sizes: Sizes, device: torch.device) -> Tensor:
-    """[m, d], the same each time."""
+    """Return the memory [m, d] before the first segment, the same each time."""
     memory = torch.randn(sizes.m, sizes.width, generator=torch.Generator().manual_seed(2))
     return (SPREAD * memory).to(device).requires_grad_()
 
 
 def trained(model: nn.Module) -> list[Tensor]:
+    """Return the parameters that are trained."""
     return [x for x in model.parameters() if x.requires_grad]
 
 
 def visible(time: int, memory: int, device: torch.device) -> Tensor:
-    """bool [1, 1, T, T]: causal; all see the read rows, and the write rows all (arXiv 2207.06881, figure 6d)."""
+    """Return bool [1, 1, T, T]: causal; all see the read rows, the write rows see all (arXiv 2207.06881, figure 6d)."""
     mask = torch.ones(time, time, dtype=torch.bool, device=device).tril()
     mask[:, :memory] = True
     mask[time - memory :] = True
@@ -176,10 +181,13 @@ def visible(time: int, memory: int, device: torch.device) -> Tensor:
 
 
 def peer_backbone(transformer: Any) -> Backbone:
+    """Return the parts of the peer that a plain loop needs."""
     return Backbone(PeerEmbedding(transformer), PeerLayers(transformer), transformer.to_logits)
 
 
 def llama_backbone(model: Any) -> Backbone:
+    """Return the parts of a Llama that a plain loop needs."""
+
     def layers(rows: Tensor, mask: Tensor) -> Tensor:
         hidden: Tensor = model.model(inputs_embeds=rows, attention_mask=mask).last_hidden_state
         return hidden
@@ -195,7 +203,7 @@ class PlainLoop:
         self.mask = functools.cache(visible)
 
     def segments(self, ids: Tensor, memory: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each segment its tokens' rows [B, n, d], and the memory after it [B, m, d]."""
+        """Return each segment's rows of its tokens [B, n, d], and the memory after it [B, m, d]."""
         memory = self.memory.expand(ids.shape[0], -1, -1) if memory is None else memory
         m = memory.shape[1]
         for segment in ids.split(self.segment_len, 1):
@@ -205,18 +213,20 @@ class PlainLoop:
             yield hidden[:, m:-m], memory
 
     def logits(self, ids: Tensor) -> Tensor:
-        """[B, T, vocabulary]"""
+        """Return the logits [B, T, vocabulary]."""
         return torch.cat([self.backbone.logits(rows) for rows, _ in self.segments(ids)], 1)
 
     def loss(self, ids: Tensor) -> Tensor:
+        """Return the mean cross-entropy of each next token."""
         return F.cross_entropy(self.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     def read(self, ids: Tensor) -> Sequence[Tensor]:
+        """Return the memory after the last segment."""
         return [memory for _, memory in self.segments(ids)][-1:]
 
 
 def associative(sizes: Sizes, device: torch.device, schedule: str) -> AssociativeMemory:
-    """ARMT whose memories return something, the same weights each time."""
+    """Return ARMT whose memories return something, the same weights each time."""
     model = llama(sizes, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

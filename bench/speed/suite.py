@@ -1,216 +1,217 @@
-"""What the tests of `pytest bench/` share: the gate, pairs of times, and the rows of the table."""
+"""What `pytest bench/` and `bench/on_device` both do with a case: the gate, the turns with a baseline, the rows.
+
+The clock is a library, and pytest-benchmark's fixture is handed what it has taken: a machine with a GPU may have no
+pytest, and a fixture that times one function at a time knows neither pairs nor a GPU's events. `bench/on_device` calls
+the same functions in a process that may die, and writes the same JSON.
+"""
 
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from ..device.cases import admit
-from .measure import synchronize
-from .peers import PEERS
-from .prepared import Drawn, draw
-from .timing import Prepare, Times
-from .workloads import BOTH, Case
+from ..planner import floors
+from ..planner.floors import Peak, Sizes, Work
+from .admission import Admission, is_out_of_memory
+from .correctness import WrongError, at_the_far_end, complaint, named
+from .decode_calls import Decoder, allowed_in_decoding
+from .peers import BASELINE, PEERS, Peer
+from .prepared import Drawn, preparation
+from .rows import Row
+from .timing import Prepare, take_turns
+from .workloads import BOTH, Case, DecodeCase
 
-LEAST_ROUNDS = 3
-# of ratios: the 20th to the 80th percentile, over the median
-WIDE = 0.25
-# what fails here is an error, not another's limit
-OURS = ("segattn", "torch backend", "compiled torch")
+# the turns of the baseline, the denominator of all ratios
+BESIDE = "beside"
 
 
-class Row(NamedTuple):
-    """Of the table.
+class Contender(NamedTuple):
+    """What takes turns with a baseline.
 
-    about: sizes, direction and the like, for the JSON.
-    ratio: of times to the baseline's, pair by pair; None where it was not timed, and `reason` says why.
-    memory: bytes that a call holds at most beyond its inputs; of a decoder, bytes that are kept.
-    noisy: why the times are not to be trusted, if so.
+    row: Without times yet.
+    alter: Changes a copy's inputs before the last round, so that a remembered result is seen.
+    wrong: From a copy and the last round's result to what is wrong with the result; nothing where it is right.
+    work: What a run must spend, for its share of the floor.
+    added: Milliseconds to add to every round.
     """
 
-    group: str
-    provider: str
-    baseline: str
-    status: str = "timed"
-    reason: str = ""
-    ratio: Times | None = None
-    milliseconds: Times | None = None
-    memory: int | None = None
-    about: Mapping[str, Any] = MappingProxyType({})
-    tokens_per_second: float | None = None
-    noisy: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        """What the benchmark's own figures lack; of one that was not timed, why."""
-        found = {"provider": self.provider, "baseline": self.baseline, **self.about}
-        if self.ratio is None or self.milliseconds is None:
-            return found | {"group": self.group, "status": self.status, "reason": self.reason}
-        if self.tokens_per_second is not None:
-            found["tokens_per_second"] = self.tokens_per_second
-        return found | {
-            "ratio": self.ratio.median,
-            "ratio_fifths": [self.ratio.low, self.ratio.high],
-            "ms": self.milliseconds.median,
-            "ms_fifths": [self.milliseconds.low, self.milliseconds.high],
-        }
-
-    @property
-    def line(self) -> str:
-        if self.ratio is None or self.milliseconds is None:
-            return f"{self.provider:34} {self.status}{': ' if self.reason else ''}{self.reason}"
-        parts = [
-            f"{self.provider:34} {_spread(self.ratio, 'ratio')} {_spread(self.milliseconds, 'ms')}",
-            f"{'-' if self.memory is None else _mebibytes(self.memory):>9} MiB",
-        ]
-        if self.tokens_per_second is not None:
-            parts.append(f"{self.tokens_per_second:9.0f} tokens/s")
-        if self.noisy:
-            parts.append(f"noisy: {self.noisy}")
-        return " ".join(parts)
+    row: Row
+    prepare: Prepare
+    alter: Callable[[int], object] = lambda copy: None
+    wrong: Callable[[int, object], str] = lambda copy, result: ""
+    work: Work | None = None
+    added: float = 0.0
 
 
-def _spread(times: Times, unit: str) -> str:
-    return f"{times.median:8.2f} {f'{times.low:.2f}-{times.high:.2f}':>17} {unit}"
+def by_turns(
+    contenders: Sequence[Contender], baseline: Prepare, device: torch.device, *, peak: Peak | None = None, **clock: Any
+) -> list[Row]:
+    """Return the contenders' rows with their times, by turns with the baseline's, or why they have none.
 
+    Args:
+        peak: The device's, for shares of the floor.
+        clock: `copies`, `seconds`, `rounds` and `warm_up` of `take_turns`.
+    """
+    known = {x.row.provider: x for x in contenders}
+    complaints: dict[str, str] = {}
 
-def _mebibytes(count: int) -> str:
-    size = count / 2**20
-    return f"{size:.2f}" if size >= 0.1 else f"{size:.2g}"
+    def alter(name: str, copy: int) -> None:
+        if name in known:
+            known[name].alter(copy)
 
+    def look(name: str, copy: int, result: object) -> None:
+        if name in known:
+            complaints[name] = known[name].wrong(copy, result)
 
-def marked(rows: Iterable[Row]) -> list[Row]:
-    """The same, and which are noisy."""
-    found = list(rows)
-    alone = {
-        (str(row.about["case"]), row.provider): row.milliseconds.median
-        for row in found
-        if row.milliseconds is not None and row.about.get("direction") == "backward"
-    }
-    for i, row in enumerate(found):
-        if row.ratio is None or row.milliseconds is None:
+    prepares = {BESIDE: baseline} | {name: x.prepare for name, x in known.items()}
+    try:
+        times = take_turns(prepares, device, before_last=alter, after_last=look, **clock)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return [x.row.refused("out of memory") for x in contenders]
+    rows = []
+    for name, contender in known.items():
+        if complaints[name]:
+            rows.append(contender.row.refused("wrong", f"in the last timed round: {complaints[name]}"))
             continue
-        reasons, wide = [], (row.ratio.high - row.ratio.low) / row.ratio.median
-        if wide > WIDE:
-            reasons.append(f"p20-p80 is {wide:.0%} of the ratio")
-        if row.about.get("direction") == BOTH and (
-            alone.get((str(row.about["case"]), row.provider), 0.0) > row.milliseconds.median
-        ):
-            reasons.append("the backward alone took longer")
-        found[i] = row._replace(noisy=", ".join(reasons))
-    return found
+        row = contender.row.timed([x + contender.added for x in times[name]], times[BESIDE])
+        rows.append(replace(row, facts={**row.facts, **floor_facts(contender.work, row, peak)}))
+    return rows
 
 
-def table(rows: Iterable[Row]) -> Iterator[tuple[str, list[str]]]:
-    """For each group its heading and lines."""
-    groups: dict[str, list[Row]] = {}
-    for row in marked(rows):
-        groups.setdefault(row.group, []).append(row)
-    for group, own in groups.items():
-        yield f"{group}: p50 and p20-p80, ratio to {own[0].baseline}", [row.line for row in own]
+def floor_facts(work: Work | None, row: Row, peak: Peak | None) -> dict[str, Any]:
+    """Return what a row's time comes to per second, and its share of the floor: 1 is as fast as the GPU can be."""
+    if work is None or row.ms is None:
+        return {}
+    ms = row.ms.median
+    facts = {
+        "operations": work.operations,
+        "bytes": work.bytes,
+        "tflops": _rounded(work.operations / ms / 1e9),
+        "gbytes_per_s": _rounded(work.bytes / ms / 1e6),
+    }
+    if peak is not None:
+        floor = floors.seconds(work, peak) * 1e3
+        facts |= {"floor_ms": _rounded(floor), "floor_share": _rounded(floor / ms)}
+    return facts
 
 
-def refuse(keep: Callable[[Row], None], row: Row) -> NoReturn:
-    """Not timed: wrong, or ours that fails, fails the test; what others cannot do here is their limit."""
-    keep(row)
-    if row.status == "wrong" or (row.status == "failed" and row.provider.startswith(OURS)):
-        pytest.fail(f"{row.provider} is {row.status}, and is not timed: {row.reason}", pytrace=False)
-    pytest.skip(row.reason or row.status)
+def _rounded(number: float) -> float:
+    return float(f"{number:.5g}")
 
 
-@functools.lru_cache(maxsize=1)
-def drawn_for(case: Case, device: torch.device) -> list[Drawn]:
-    return draw(case, device)
+def work_of(peer: Peer, sizes: Sizes, direction: str) -> Work | None:
+    """Return what a peer must spend; None where it computes something else."""
+    if peer.definition is not None:
+        return None
+    sizes = replace(sizes, L=sizes.T) if peer.full else sizes
+    forward, backward = floors.forward(sizes, peer.update), floors.backward(sizes, peer.update)
+    return {"forward": forward, "backward": backward, BOTH: forward + backward}[direction]
 
 
-@functools.cache
-def admitted(case: Case, name: str, device: torch.device, gradients: bool) -> dict[str, Any]:
-    """The gate: status "right" with errors and peaks, or why it is not timed."""
-    direction = BOTH if gradients else "forward"
-    return admit(PEERS[name], replace(case, directions=(direction,), counted=False), drawn_for(case, device), device)
+def admitted_row(row: Row, admission: Admission) -> Row:
+    """Return the row with what the gate says of it; refused, where the gate does not say that it is right."""
+    facts = dict(admission.measured.get(row.direction, {}))
+    memory = facts.pop("peak_bytes", row.memory)
+    row = replace(row, errors=admission.errors, facts={**row.facts, **facts}, memory=memory)
+    return row if admission.status == "right" else row.refused(admission.status, admission.reason)
 
 
-class Timed(NamedTuple):
-    """ratio: to `beside`. copy, result: of the last timed round."""
-
-    milliseconds: Times
-    ratio: Times
-    copy: int
-    result: object
+def baseline_of(admissions: Mapping[str, Admission], usual: str) -> str:
+    """Return the usual baseline; where the gate refuses it, the first provider that the gate does not refuse."""
+    right = [name for name, admission in admissions.items() if admission.status == "right"]
+    return right[0] if right and usual in admissions and usual not in right else usual
 
 
-def timed(
-    benchmark: BenchmarkFixture,
-    prepare: Prepare,
-    beside: Prepare,
+def call_row(case: Case, direction: str, name: str, baseline: str = BASELINE) -> Row:
+    """Return the row of a peer before anything is known of it."""
+    return Row(f"{case.name} {case.dtype}, {direction}", name, baseline, direction, case.as_json())
+
+
+def time_calls(
+    case: Case,
+    direction: str,
+    admissions: Mapping[str, Admission],
+    drawn: list[Drawn],
     device: torch.device,
-    *,
-    rounds: int,
-    seconds: float,
-    copies: int = 1,
-    added: float = 0.0,
-    alter: Callable[[int], object] = lambda copy: None,
-) -> Timed:
-    """Pairs of times with `beside`, which is run right before or right after, in turns, on the next copy of the inputs.
+    peers: Mapping[str, Peer] = PEERS,
+    **clock: Any,
+) -> list[Row]:
+    """Return a row for each peer in `admissions`: its times by turns with the baseline's, or why it has none.
 
-    What prepares either is not timed. rounds: at most, and fewer but `LEAST_ROUNDS` where they take longer than
-    `seconds`. added: milliseconds to each. alter: changes a copy's inputs before the last round, so that a result
-    which is remembered shows.
+    Args:
+        clock: `peak`, and all but the copies of what `by_turns` takes.
     """
-    # the first may compile, allocate, load
-    for warm_up in (beside, prepare):
-        warm_up(0)()
-    once = _by_clock(beside, 0, device) + _by_clock(prepare, 0, device)
-    count = max(min(rounds, LEAST_ROUNDS), int(min(rounds, seconds * 1e3 / once)))
-    baseline: list[float] = []
-    results: list[object] = []
-    begun = 0
 
-    def pair(number: int) -> None:
-        baseline.append(_by_clock(beside, (2 * number + number % 2) % copies, device))
+    def contender(row: Row) -> Contender:
+        peer = peers[row.provider]
 
-    def before() -> tuple[tuple[object], dict[str, object]]:
-        nonlocal begun
-        number, begun = begun, begun + 1
-        if number % 2 == 0:
-            # first that of the round before, which had its own turn first
-            for one in range(max(number - 1, 0), number + 1):
-                pair(one)
-        copy = (2 * number + 1 - number % 2) % copies
-        if begun == count:
-            alter(copy)
-        run = prepare(copy)
-        synchronize(device)
-        return (run,), {}
+        def wrong(copy: int, result: object) -> str:
+            try:
+                return complaint(at_the_far_end(peer, case, drawn[copy], named(peer, case, result)))
+            except WrongError as error:
+                return str(error)
 
-    def whole(run: Any) -> None:
-        found = run()
-        synchronize(device)
-        if begun == count:
-            results.append(found)
+        prepare, work = preparation(peer, case, drawn, direction), work_of(peer, case.sizes(), direction)
+        return Contender(row, prepare, lambda copy: drawn[copy].v.neg_(), wrong, work)
 
-    benchmark.pedantic(whole, setup=before, rounds=count)
-    if count % 2 == 0:
-        pair(count - 1)
-    assert benchmark.stats is not None
-    own = [1e3 * x + added for x in benchmark.stats.stats.data]
-    ratios = [mine / base for mine, base in zip(own, baseline, strict=True)]
-    last = count - 1
-    return Timed(Times.of(own), Times.of(ratios), (2 * last + 1 - last % 2) % copies, results[0])
+    baseline = baseline_of(admissions, BASELINE)
+    rows = [admitted_row(call_row(case, direction, name, baseline), x) for name, x in admissions.items()]
+    beside = preparation(peers[baseline], case, drawn, direction)
+    return _with_times(rows, contender, beside, device, copies=len(drawn), **clock)
 
 
-def _by_clock(prepare: Prepare, copy: int, device: torch.device) -> float:
-    """Milliseconds as the benchmark counts them, launches included; `bench/on_device` takes a GPU's own events."""
-    run = prepare(copy)
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return (time.perf_counter() - start) * 1e3
+def step_row(case: DecodeCase, name: str, baseline: str) -> Row:
+    """Return the row of a decoder before anything is known of it."""
+    return Row(f"{case.name} {case.dtype}", name, baseline, "decode", case.as_json())
+
+
+@torch.no_grad()
+def time_steps(
+    case: DecodeCase,
+    decoders: Mapping[str, Decoder],
+    admissions: Mapping[str, Admission],
+    baseline: str,
+    device: torch.device,
+    **clock: Any,
+) -> list[Row]:
+    """Return a row for each decoder in `admissions`, its part of writing a segment into the memory included.
+
+    Args:
+        decoders: The usual baseline, and at least those that are right.
+        clock: As of `time_calls`.
+    """
+
+    def prepare(decoder: Decoder) -> Prepare:
+        return lambda copy: functools.partial(decoder.run, copy % decoder.copies)
+
+    def contender(row: Row) -> Contender:
+        decoder, allowed = decoders[row.provider], allowed_in_decoding(row.provider, case.dtype)
+
+        def wrong(copy: int, result: object) -> str:
+            error = decoder.error(copy % decoder.copies, result)
+            return "" if error <= allowed else f"relative error of {error:.1e} (at most {allowed:.1e})"
+
+        fold = decoder.fold_ms(case.L, device)
+        row = replace(row, memory=decoder.kept_bytes, facts={**row.facts, "fold_ms": fold})
+        alter = lambda copy: decoder.alter(copy % decoder.copies)  # noqa: E731
+        return Contender(row, prepare(decoder), alter, wrong, decoder.work, fold)
+
+    baseline = baseline_of(admissions, baseline)
+    rows = [admitted_row(step_row(case, name, baseline), x) for name, x in admissions.items()]
+    copies = max(x.copies for x in decoders.values())
+    return _with_times(rows, contender, prepare(decoders[baseline]), device, copies=copies, **clock)
+
+
+def _with_times(
+    rows: Sequence[Row], contender: Callable[[Row], Contender], baseline: Prepare, device: torch.device, **clock: Any
+) -> list[Row]:
+    """Return the rows, those that are not refused with their times."""
+    refused = [row for row in rows if row.status != "timed"]
+    contenders = [contender(row) for row in rows if row.status == "timed"]
+    return refused + (by_turns(contenders, baseline, device, **clock) if contenders else [])

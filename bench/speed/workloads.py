@@ -1,4 +1,4 @@
-"""What is timed, in `pytest bench/` and on a device: sizes of calls, in the order of importance."""
+"""Sizes of the calls that are timed, in the order of importance."""
 
 from __future__ import annotations
 
@@ -14,14 +14,26 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 BOTH = "forward + backward"
 DIRECTIONS = ("forward", "backward", BOTH)
 
-# sizes given outright are "B,H,T,K,L"
-GIVEN = 5
+# of a workload "B,H,T,K,L"
+CALL_NUMBERS = 5
 OURS = ("segattn delta", "segattn linear", "segattn local")
 LOCAL = ("SDPA flash local", "SDPA cuDNN local")
 LOOPS = ("eager loop delta", "eager loop linear")
 SOME = (*OURS, *LOCAL)
 MOST = (*SOME, *LOOPS, "torch backend delta", "torch backend linear", "SDPA flash full")
 NOT_WRITTEN = ("peers", "seconds", "rounds", "limit", "counted")
+# which a machine without other packages skips
+PUBLISHED = (
+    "SDPA flash local",
+    "SDPA efficient local",
+    "segattn delta",
+    "infini-transformer-pytorch linear",
+    "infini-transformer-pytorch delta",
+    "compiled eager loop linear",
+    "compiled eager loop delta",
+    "fla linear attention",
+    "fla gated delta rule",
+)
 SLOW = ("segattn delta", "SDPA flash local", "FlexAttention local", "compiled torch delta", "compiled torch linear")
 
 
@@ -29,7 +41,9 @@ SLOW = ("segattn delta", "SDPA flash local", "FlexAttention local", "compiled to
 class Case:
     """B rows of text of T tokens, K = V.
 
-    seconds: of timing for each direction, within the bounds on rounds; limit: of the whole case; counted: launches too.
+    seconds: Of timing for each direction, within the bounds on rounds.
+    limit: Seconds of the whole case.
+    counted: Count launches too.
     """
 
     name: str
@@ -48,16 +62,18 @@ class Case:
     counted: bool = False
 
     def sizes(self) -> Sizes:
+        """Return the sizes that floors are counted by."""
         itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
         return Sizes(self.B, self.H, self.G, self.T, self.K, self.K, self.L, itemsize)
 
     def as_json(self) -> dict[str, Any]:
+        """Return what the JSON says of the case."""
         return {key: value for key, value in asdict(self).items() if key not in NOT_WRITTEN}
 
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """One new token for each of B rows, behind `context` tokens, of which the unfinished segment's are the tail."""
+    """One new token for each of B rows, behind `context` tokens; the unfinished segment's tokens are the tail."""
 
     name: str
     B: int
@@ -70,15 +86,23 @@ class DecodeCase:
     limit: float = 30.0
 
     @property
+    def text_bytes(self) -> int:
+        """Bytes of all keys and values of the text."""
+        itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
+        return 2 * self.B * self.G * self.context * self.K * itemsize
+
+    @property
     def tail(self) -> int:
-        """Tokens of the unfinished segment, the new one among them: the most there can be behind that context."""
+        """Tokens of the unfinished segment, with the new one: the most that there can be behind the context."""
         return min(self.context, self.L - 1)
 
     def sizes(self) -> Sizes:
+        """Return the sizes that floors are counted by."""
         itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
         return Sizes(self.B, self.H, self.G, self.tail, self.K, self.K, self.L, itemsize)
 
     def as_json(self) -> dict[str, Any]:
+        """Return what the JSON says of the case."""
         return {key: value for key, value in asdict(self).items() if key != "limit"} | {"tail": self.tail}
 
 
@@ -94,10 +118,21 @@ def _case(time: int, segment_len: int, width: int, peers: tuple[str, ...], note:
 
 
 def _sweep(time: int, width: int, segment_len: int) -> Case:
-    # full attention to one million tokens is minutes
+    # full attention to one million tokens takes minutes
     full = ("SDPA flash full",) if time <= 1 << 18 else ()
     local = SOME if time <= 1 << 18 else ("segattn delta", "segattn linear", "SDPA flash local")
     return _case(time, segment_len, width, (*local, *full), seconds=1.0)
+
+
+BY_LENGTH = ("SDPA flash local", "segattn delta", "eager loop delta", "SDPA flash full")
+
+
+def _by_length(longest: int, width: int, segment_len: int, **options: Any) -> tuple[Case, ...]:
+    """Return cases whose lengths double from 2048 tokens to `longest`."""
+    times = [2048 << i for i in range((longest // 2048).bit_length())]
+    return tuple(
+        _case(time, segment_len, width, BY_LENGTH, "by length", directions=(BOTH,), **options) for time in times
+    )
 
 
 MAIN = _case(32 << 10, 2048, 128, MOST, counted=True)
@@ -117,6 +152,8 @@ CASES: tuple[Case, ...] = (
     *(_sweep(time << 10, 64, 2048) for time in (2, 128, 1024)),
     *(_sweep(time << 10, 128, 512) for time in (2, 128, 1024)),
     _case(32 << 10, 512, 64, SLOW, "compiled", limit=120.0),
+    _case(32 << 10, 2048, 128, PUBLISHED, "published", limit=150.0),
+    *_by_length(1 << 20, 128, 2048, limit=300.0),
 )
 DECODES: tuple[DecodeCase, ...] = tuple(
     DecodeCase(f"B{rows} context {_size(context)}", rows, 32, 8, 128, 2048, context)
@@ -124,7 +161,7 @@ DECODES: tuple[DecodeCase, ...] = tuple(
     for context in (4 << 10, 64 << 10, 1 << 20, 1 << 10)
 )
 
-# of `pytest bench/`: every peer, but those that are the same as another on a CPU, or compile for minutes
+# peers on a CPU: all but those that are the same as another there, or compile for minutes
 ANYWHERE = (
     "SDPA flash local",
     "SDPA cuDNN local",
@@ -138,24 +175,6 @@ ANYWHERE = (
     "fla linear attention",
     "fla gated delta rule",
 )
-COMPILED_LOOP = (*ANYWHERE, "compiled eager loop delta")
-ON_GPU = (
-    *COMPILED_LOOP,
-    "compiled eager loop linear",
-    "torch backend linear",
-    "torch backend delta",
-    "compiled torch linear",
-    "compiled torch delta",
-)
-BY_LENGTH = ("SDPA flash local", "segattn delta", "eager loop delta", "SDPA flash full")
-
-
-def _by_length(longest: int, width: int, segment_len: int, **options: Any) -> tuple[Case, ...]:
-    """Doubling from 2048 tokens to `longest`."""
-    times = [2048 << i for i in range((longest // 2048).bit_length())]
-    return tuple(
-        _case(time, segment_len, width, BY_LENGTH, "by length", directions=(BOTH,), **options) for time in times
-    )
 
 
 def _decodes(
@@ -175,8 +194,8 @@ def _decodes(
     )
 
 
-def given(workloads: Iterable[str], dtype: str) -> tuple[tuple[Case, ...], tuple[DecodeCase, ...]]:
-    """Cases from "B,H,T,K,L", with as many key/value heads as query heads, and a token behind such texts.
+def parse_workloads(workloads: Iterable[str], dtype: str) -> tuple[tuple[Case, ...], tuple[DecodeCase, ...]]:
+    """Return the cases of "B,H,T,K,L", as many key/value heads as query heads, and one new token behind such texts.
 
     Raises:
         ValueError: anything but five positive integers, T a multiple of L.
@@ -184,7 +203,7 @@ def given(workloads: Iterable[str], dtype: str) -> tuple[tuple[Case, ...], tuple
     cases, decodes = [], []
     for sizes in workloads:
         numbers = [int(x) if x.isdecimal() else 0 for x in sizes.split(",")]
-        if len(numbers) != GIVEN or min(numbers) < 1 or numbers[2] % numbers[4]:
+        if len(numbers) != CALL_NUMBERS or min(numbers) < 1 or numbers[2] % numbers[4]:
             raise ValueError(f"workload must be five positive integers B,H,T,K,L, T a multiple of L, got {sizes!r}")
         rows, heads, time, width, segment_len = numbers
         cases.append(_case(time, segment_len, width, ANYWHERE, f"B{rows}", H=heads, B=rows, dtype=dtype))
@@ -194,23 +213,25 @@ def given(workloads: Iterable[str], dtype: str) -> tuple[tuple[Case, ...], tuple
 
 
 def suite(device: str, dtype: str | None = None) -> tuple[tuple[Case, ...], tuple[DecodeCase, ...]]:
-    """The cases of `pytest bench/` on a device: for "cuda" bfloat16 and large, else float32 and of a few minutes."""
-    if device == "cuda":
-        found = (
-            _case(32 << 10, 2048, 128, ON_GPU),
-            _case(32 << 10, 512, 64, ON_GPU),
-            *_by_length(1 << 20, 128, 2048, limit=300.0),
-        )
-        decodes = _decodes(32, 8, 128, 2048, (4 << 10, 64 << 10, 1 << 20))
-    else:
-        found = (
+    """Return the cases of a device: on "cuda" those of `bench/on_device`, else float32 and a few minutes' worth.
+
+    Args:
+        dtype: Of all cases, in place of their own.
+    """
+    cases, decodes = CASES, DECODES
+    if device != "cuda":
+        dtype = dtype or "float32"
+        cases = (
             _case(8 << 10, 1024, 64, ANYWHERE, H=4),
-            _case(8 << 10, 2048, 128, COMPILED_LOOP, H=2, directions=("forward", BOTH)),
+            _case(8 << 10, 2048, 128, (*ANYWHERE, "compiled eager loop delta"), H=2, directions=("forward", BOTH)),
             *_by_length(16 << 10, 64, 1024, H=2),
         )
         decodes = _decodes(8, 2, 64, 1024, (4 << 10, 64 << 10))
-    name = dtype or ("bfloat16" if device == "cuda" else "float32")
-    return tuple(replace(x, dtype=name) for x in found), tuple(replace(x, dtype=name) for x in decodes)
+    if dtype is None:
+        return cases, decodes
+    # the case that is there for its dtype would be another's double
+    others = [x for x in cases if "float16" not in x.name]
+    return tuple(replace(x, dtype=dtype) for x in others), tuple(replace(x, dtype=dtype) for x in decodes)
 
 
 def _tiny(name: str, time: int, segment_len: int, peers: tuple[str, ...], heads: int = 1, **options: Any) -> Case:

@@ -1,4 +1,4 @@
-"""A small decoder with `InfiniAttention`: what the demo trains, and an example of the module in a model."""
+"""A small decoder with `InfiniAttention`: the model that the demo trains, and an example of the module in use."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ..attention import InfiniAttention, InfiniState
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a `Decoder`; `attention` holds further arguments of `InfiniAttention`.
+    """Sizes of a `Decoder`.
 
-    With `neighbours`, a token's embedding takes in so many of the tokens before it, each by weights of its own (a short
-    convolution). Order within a phrase is then known before the first layer.
+    neighbours: tokens before each token that its embedding takes in by weights of their own (a short convolution), so
+        that the order within a phrase is known before the first layer.
+    attention: further arguments of `InfiniAttention`.
     """
 
     vocabulary: int
@@ -32,14 +33,14 @@ class DecoderConfig:
 
 
 class DecoderState(NamedTuple):
-    """What a `Decoder` keeps of the tokens it has read: a state per layer, and the last tokens [B, neighbours]."""
+    """What a `Decoder` keeps of the tokens that it has read: a state per layer, and the last tokens [B, neighbours]."""
 
     layers: list[InfiniState]
     tokens: Tensor
 
 
 class Block(nn.Module):
-    """Attention and a gated feed-forward layer, each behind its own norm."""
+    """Attention and a feed-forward layer, each behind a norm."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens in, logits out; the state is carried by the caller."""
+    """A language model whose caller carries its state from one piece of a text to the next."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -72,7 +73,15 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
 
     def forward(self, tokens: Tensor, state: DecoderState | None = None, last: int = 0) -> tuple[Tensor, DecoderState]:
-        """tokens [B, T] → logits [B, T, vocabulary], or those of the `last` positions; and the state to go on from."""
+        """Return the logits of the `last` positions, 0 for all, and the state to go on from.
+
+        Args:
+            tokens: [B, T], int64.
+            state: of the tokens before; None at a text's beginning.
+
+        Returns:
+            logits [B, last or T, vocabulary], and the state after the tokens.
+        """
         count = self.config.neighbours
         before = tokens.new_zeros(tokens.shape[0], count) if state is None else state.tokens
         tokens = torch.cat([before, tokens], dim=1)
@@ -87,6 +96,6 @@ class Decoder(nn.Module):
         return self.head(self.norm(x[:, -last:])), DecoderState(layers, tokens[:, tokens.shape[1] - count :])
 
     def gates(self) -> Tensor:
-        """sigmoid(β), [layers, heads]: each head's share of memory."""
+        """Return sigmoid(β) [layers, heads], the memory's share of each head."""
         blocks = cast(Iterable[Block], self.blocks)
         return torch.stack([block.attention.gate().detach().sigmoid() for block in blocks])

@@ -14,7 +14,11 @@ from .training import exact
 
 
 class Cell(NamedTuple):
-    """Figures of one length and depth: shares of passkeys recalled whole, and of their digits."""
+    """The figures of one length and depth.
+
+    exact: share of passkeys that are recalled whole.
+    digits: share of their digits.
+    """
 
     length: int
     depth: float
@@ -24,20 +28,20 @@ class Cell(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """One cell per length and depth; and per length, the bytes of one text's state when it has been read."""
+    """A cell for each length and depth, and for each length the bytes of one text's state once it has been read."""
 
     cells: list[Cell]
     state_bytes: dict[int, int]
 
 
 def state_bytes(state: DecoderState) -> int:
-    """Bytes of a state's tensors, per text of the batch."""
+    """Return the bytes of a state's tensors for one text of the batch."""
     layers = [x for s in state.layers for x in (*s.memory, s.keys, s.values)]
     return sum(x.numel() * x.element_size() for x in [*layers, state.tokens]) // state.tokens.shape[0]
 
 
 def stream(model: Decoder, tokens: Tensor, last: int, piece: int) -> tuple[Tensor, DecoderState]:
-    """Read tokens [B, T] in pieces; logits of the `last` positions, and the state after them."""
+    """Read tokens [B, T] in pieces, and return the logits of the `last` positions and the state after them."""
     device = next(model.parameters()).device
     state = None
     for part in tokens[:, :-last].split(piece, dim=1):
@@ -57,16 +61,16 @@ def evaluate(
     seed: int,
     on_cell: Callable[[Cell], None] = lambda cell: None,
 ) -> Evaluation:
-    """Recall of passkeys hidden in text that training did not read.
+    """Measure the recall of passkeys that are hidden in text which training did not read.
 
-    A passkey counts when each of its digits is the likeliest token after the true ones before it, which is when greedy
-    decoding gives it whole.
+    A passkey counts when each of its digits is the likeliest token after the true digits before it, that is when greedy
+    decoding says it whole.
 
     Args:
         lengths: tokens of a text, with question and answer.
-        depths: where the passkey stands, 0 at the beginning, 1 before the question, give or take half a segment.
+        depths: place of the passkey, 0 at the beginning, 1 before the question, give or take half a segment.
         samples: texts per length and depth.
-        seed: of the samples; each cell has its own, whatever the others.
+        seed: of the samples; those of a cell do not depend on the other cells.
         on_cell: called with each cell when it is done.
     """
     segment = model.config.segment_len

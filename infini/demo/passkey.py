@@ -20,11 +20,11 @@ QUESTION = f"what is the {MARKER} ? the {MARKER} is".split()
 
 
 class Samples(NamedTuple):
-    """A batch of texts.
+    """A batch of samples.
 
     tokens: [B, T], ending with the question and its answer.
     key: [B, digits], token ids of the passkeys.
-    start: [B], where each statement begins.
+    start: [B], position at which each statement begins.
     """
 
     tokens: Tensor
@@ -41,12 +41,13 @@ class PasskeyTask:
 
     Args:
         text: running text, read round and round.
-        vocabulary_size: most frequent words kept, besides those of the task; the others are one unknown word.
-        digits: of a passkey.
+        vocabulary_size: number of the most frequent words that are kept, besides those of the task; all others are one
+            unknown word.
+        digits: number of digits of a passkey.
         held_out: share of the text, at its end, that only `sample(..., held_out=True)` reads.
 
     Raises:
-        ValueError: a text too short to sample from, or sizes out of range.
+        ValueError: the text is too short to sample from, or a size is out of range.
     """
 
     def __init__(self, text: str, *, vocabulary_size: int = 1000, digits: int = 5, held_out: float = 0.2) -> None:
@@ -59,9 +60,9 @@ class PasskeyTask:
         tokens = tokenize(text)
         if len(tokens) < 1000:
             raise ValueError(f"text must hold at least 1000 words and marks, got {len(tokens)}")
-        own = [UNKNOWN, *DIGITS, *dict.fromkeys(BEFORE + BETWEEN + AFTER + QUESTION)]
-        common = [word for word, _ in Counter(tokens).most_common(vocabulary_size + len(own))]
-        self.words = [*own, *[word for word in common if word not in own][:vocabulary_size]]
+        of_task = [UNKNOWN, *DIGITS, *dict.fromkeys(BEFORE + BETWEEN + AFTER + QUESTION)]
+        common = [word for word, _ in Counter(tokens).most_common(vocabulary_size + len(of_task))]
+        self.words = [*of_task, *[word for word in common if word not in of_task][:vocabulary_size]]
         self.ids = {word: i for i, word in enumerate(self.words)}
         self.digits = digits
         ids = self.encode([UNKNOWN if word == MARKER else word for word in tokens])
@@ -73,11 +74,11 @@ class PasskeyTask:
         self.shortest = len(self._statement) + len(self._question)
 
     def encode(self, words: list[str]) -> Tensor:
-        """Token ids [len(words)]."""
+        """Return the token ids [len(words)] of words; 0 for unknown ones."""
         return torch.tensor([self.ids.get(word, 0) for word in words])
 
     def decode(self, tokens: Tensor) -> str:
-        """The words of tokens [T], between blanks."""
+        """Return the words of tokens [T], with blanks between them."""
         return " ".join(self.words[i] for i in tokens.tolist())
 
     def sample(
@@ -93,12 +94,12 @@ class PasskeyTask:
         """Draw `batch` samples of exactly `length` tokens.
 
         Args:
-            depth: where the statement stands, 0 at the beginning, 1 just before the question; None: anywhere, evenly.
-            jitter: the statement is moved by up to so many tokens either way, to meet every place in a segment.
+            depth: place of the statement, 0 at the beginning, 1 just before the question; None: anywhere, evenly.
+            jitter: tokens that the statement is moved by at most, either way, to meet every place in a segment.
             held_out: read the part of the text that training does not.
 
         Raises:
-            ValueError: a length too short for statement and question, a depth outside 0 to 1, or less than one sample.
+            ValueError: length is too short for statement and question, depth is not within 0 to 1, or batch is below 1.
         """
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
@@ -126,7 +127,7 @@ class PasskeyTask:
         return Samples(tokens, key, start)
 
     def filler(self, batch: int, length: int, generator: torch.Generator, *, held_out: bool = False) -> Tensor:
-        """Running text alone, tokens [batch, length], from random places."""
+        """Return running text alone, tokens [batch, length], from random places."""
         text = self._text[held_out]
         offset = torch.randint(len(text), (batch, 1), generator=generator)
         return text[(offset + torch.arange(length)) % len(text)]

@@ -1,11 +1,9 @@
-"""The main job: train a small decoder to recall a passkey, and see how far beyond the trained length it still does."""
+"""A run of the demo: train a small decoder to recall a passkey, evaluate it far beyond its length, write the files."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +13,8 @@ import torch
 
 from ...kernels.validation import UPDATES
 from ...runs.checkpoint import InterruptedRunError, SettingError, deferred_interrupt, read_checkpoint, save_checkpoint
-from ...runs.figures import make_folder
+from ...runs.device import usable_device
+from ...runs.figures import make_folder, read_text, versions, write_figures
 from ...runs.text import generate_text
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
@@ -29,7 +28,7 @@ GENERATED_WORDS = 60_000
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What a run can be asked for.
+    """The settings of a run.
 
     Args:
         text: file of running text; None: made-up words.
@@ -65,16 +64,10 @@ class DemoSettings:
             raise SettingError("seed", f"must be below 2**32, got {self.seed}")
         if self.update not in UPDATES:
             raise SettingError("update", f"must be one of {', '.join(map(repr, UPDATES))}, got {self.update!r}")
-        try:
-            torch.ones(1, device=self.device).item()
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise SettingError(
-                "device", f"must be one that PyTorch can use here, such as 'cpu', got {self.device!r} ({reason})"
-            ) from None
+        usable_device(self.device)
 
     def lengths(self) -> list[int]:
-        """Of the evaluation: the trained length, doubled as often as `reach` allows."""
+        """Return the lengths of the evaluation: the trained length, doubled as often as `reach` allows."""
         trained = self.segments * self.segment_len
         return [trained * 2**i for i in range(self.reach.bit_length())]
 
@@ -84,7 +77,7 @@ FIXED = ("steps", "segment_len", "segments", "update", "seed")
 
 
 class Outputs(NamedTuple):
-    """Where a run's files are."""
+    """The files of a run."""
 
     checkpoint: Path
     recall: Path
@@ -93,42 +86,46 @@ class Outputs(NamedTuple):
 
     @classmethod
     def of(cls, folder: Path) -> Outputs:
-        """The files of a run in `folder`."""
+        """Return the files of a run in `folder`."""
         return cls(folder / "checkpoint.pt", folder / "recall.png", folder / "gates.png", folder / "figures.json")
 
 
 class Listener(Protocol):
-    """Is told how far a run has come."""
+    """What a run reports its progress to."""
 
     def trained(self, step: int, steps: int, loss: float, accuracy: float) -> None:
-        """After each training step; accuracy over the last twenty."""
+        """Take note of a training step; the accuracy is that of the last twenty."""
 
     def evaluated(self, done: int, cells: int, cell: Cell) -> None:
-        """After each cell of the evaluation."""
-
-
-def read_text(settings: DemoSettings) -> str:
-    """The running text of a run."""
-    if settings.text is None:
-        return generate_text(GENERATED_WORDS, settings.seed)
-    try:
-        return Path(settings.text).read_text(encoding="utf-8")
-    except OSError as error:
-        raise SettingError(
-            "text", f"must be a file that can be read, got {settings.text!r} ({error.strerror})"
-        ) from None
-    except UnicodeDecodeError:
-        raise SettingError("text", f"must be a file of UTF-8 text, got {settings.text!r}") from None
+        """Take note of a cell of the evaluation."""
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run whose checkpoint is in `folder`."""
+    """Return the settings of the run whose checkpoint is in `folder`.
+
+    Raises:
+        SettingError: of `resume`, where there is none.
+    """
     return dict(_checkpoint(folder)["settings"])
 
 
+def finished_figures(settings: DemoSettings, folder: Path) -> dict[str, Any] | None:
+    """Return the figures of a finished run with these very settings and this text in `folder`; None without one."""
+    try:
+        figures: dict[str, Any] = json.loads(Outputs.of(folder).figures.read_text(encoding="utf-8"))
+        same = figures["settings"] == asdict(settings) and figures["text_sha256"] == _sha256(_text(settings))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return figures if same else None
+
+
 def build(settings: DemoSettings) -> tuple[Trainer, str]:
-    """A run before its first step, and the fingerprint of its text."""
-    text = read_text(settings)
+    """Return a run before its first step, and the fingerprint of its text.
+
+    Raises:
+        SettingError: of `text` or `segment_len`: no sample can be drawn from the text, or it has no room.
+    """
+    text = _text(settings)
     try:
         task = PasskeyTask(text)
     except ValueError as error:
@@ -149,21 +146,21 @@ def build(settings: DemoSettings) -> tuple[Trainer, str]:
     )
     model = Decoder(config).to(settings.device)
     recipe = Recipe(steps=settings.steps, segments=settings.segments)
-    return Trainer(model, task, recipe, settings.seed), hashlib.sha256(text.encode()).hexdigest()
+    return Trainer(model, task, recipe, settings.seed), _sha256(text)
 
 
 def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
     """Train, evaluate, and write checkpoint, pictures and figures to `folder`.
 
     Args:
-        resume: go on from the checkpoint in `folder`; the weights become those of a run that was never stopped.
+        resume: continue from the checkpoint in `folder`; the weights become those of a run that was never stopped.
 
     Returns:
         Every figure of the run, as in the JSON file.
 
     Raises:
-        SettingError: a setting that cannot be, or with `resume`, one that is not the checkpoint's.
-        InterruptedRunError: by Ctrl-C while training.
+        SettingError: a setting cannot be; with `resume`, it is not the checkpoint's; without, `folder` holds a run.
+        InterruptedRunError: Ctrl-C stopped the training, and its checkpoint is written.
     """
     begin = time.perf_counter()
     trainer, fingerprint = build(settings)
@@ -181,36 +178,26 @@ def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume
         done += 1
         listener.evaluated(done, len(lengths) * len(DEPTHS), cell)
 
-    trainer.model.eval()
-    evaluation = evaluate(
-        trainer.model,
-        trainer.task,
-        lengths=lengths,
-        depths=DEPTHS,
-        samples=settings.samples,
-        seed=settings.seed,
-        on_cell=on_cell,
-    )
+    model, task = trainer.model.eval(), trainer.task
+    drawn: dict[str, int] = {"samples": settings.samples, "seed": settings.seed}
+    evaluation = evaluate(model, task, lengths=lengths, depths=DEPTHS, **drawn, on_cell=on_cell)
     seconds = {"train": before + trained - begin, "evaluate": time.perf_counter() - trained}
-    figures = _figures(settings, trainer, evaluation, seconds)
+    figures = _figures(settings, fingerprint, trainer, evaluation, seconds)
     _write(figures, evaluation, trainer, Outputs.of(folder))
     return figures
 
 
 def _prepare(folder: Path, resume: bool) -> None:
-    """Make the folder, see that it can be written, and let no run's files stand beside another's."""
+    """Make the folder, check that it can be written, and keep the files of an earlier run from being overwritten."""
     make_folder(folder)
     outputs = Outputs.of(folder)
-    if resume:
-        return
-    if outputs.checkpoint.is_file() and not outputs.figures.is_file():
+    if not resume and (kept := [path.name for path in outputs if path.exists()]):
+        stopped = outputs.checkpoint.is_file() and not outputs.figures.is_file()
         raise SettingError(
             "out",
-            f"must not hold a run that was stopped, got {str(folder)!r}: go on with it by --resume, "
-            "choose another folder, or delete this one",
+            f"must not hold {'a run that was stopped' if stopped else 'an earlier run'}, got {str(folder)!r} with "
+            f"{kept[0]}: go on with it by --resume, choose another folder, or delete this one",
         )
-    for path in outputs:
-        path.unlink(missing_ok=True)
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
@@ -219,7 +206,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _restore(trainer: Trainer, settings: DemoSettings, fingerprint: str, folder: Path) -> float:
-    """Bring the trainer to the checkpoint; returns the seconds that were spent on it."""
+    """Bring the trainer to the checkpoint, and return the seconds that were spent on it."""
     saved = _checkpoint(folder)
     for name in FIXED:
         value = getattr(settings, name)
@@ -264,15 +251,15 @@ def _train(
 
 
 def _figures(
-    settings: DemoSettings, trainer: Trainer, evaluation: Evaluation, seconds: dict[str, float]
+    settings: DemoSettings, fingerprint: str, trainer: Trainer, evaluation: Evaluation, seconds: dict[str, float]
 ) -> dict[str, Any]:
     model = trainer.model
     return {
         "settings": asdict(settings),
+        "text_sha256": fingerprint,
         "recipe": asdict(trainer.recipe),
         "model": asdict(model.config) | {"parameters": sum(p.numel() for p in model.parameters())},
-        "versions": {name: importlib.metadata.version(name) for name in ("segattn", "torch")}
-        | {"python": platform.python_version(), "threads": torch.get_num_threads()},
+        "versions": versions(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "trained_length": settings.segments * settings.segment_len,
         "recall": [cell._asdict() for cell in evaluation.cells],
@@ -285,9 +272,19 @@ def _figures(
 
 def _write(figures: dict[str, Any], evaluation: Evaluation, trainer: Trainer, outputs: Outputs) -> None:
     # matplotlib takes a second to import, and only this needs it
-    from .plots import plot_gates, plot_recall
+    from ...runs.heat_maps import plot_gates, plot_recall
 
-    update = figures["settings"]["update"]
-    plot_recall(outputs.recall, evaluation.cells, figures["trained_length"], f"Passkey recall, {update} memory")
-    plot_gates(outputs.gates, trainer.model.gates(), "Share of memory per head")
-    outputs.figures.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    update, gates = figures["settings"]["update"], trainer.model.gates()
+    recall = {(cell.depth, cell.length): cell.exact for cell in evaluation.cells}
+    title, label = f"Passkey recall, {update} memory", "passkeys recalled whole, %"
+    plot_recall(outputs.recall, recall, title, label, figures["trained_length"])
+    plot_gates(outputs.gates, gates, range(len(gates)), "Share of memory per head")
+    write_figures(outputs.figures, figures)
+
+
+def _text(settings: DemoSettings) -> str:
+    return generate_text(GENERATED_WORDS, settings.seed) if settings.text is None else read_text(settings.text)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Training a `Decoder` on passkey retrieval by curriculum, to be stopped and gone on with at any step."""
+"""Training of a `Decoder` on passkey retrieval by a curriculum, which can be stopped and resumed at any step."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .passkey import PasskeyTask
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run trains.
+    """The hyperparameters of a training.
 
-    Each step has texts of one length, drawn evenly from the shortest possible to a longest one, which grows to
-    `segments` over the first `curriculum` of the steps. In `stretched` of the steps that follow the first quarter, what
-    the memory holds after the first segments counts up to `stretch` times: noise as of a text so many times as long,
-    for the price of a short one.
+    The texts of a step have one length, drawn evenly from the shortest possible to a longest one, which grows to
+    `segments` over the first `curriculum` (a share) of the steps. After the first quarter of the steps, a share
+    `stretched` of them multiplies the memory of the first segments by a factor of up to `stretch`: noise as of a text
+    so many times as long, for the price of a short one.
     """
 
     steps: int = 1500
@@ -40,7 +40,7 @@ class Recipe:
 
 
 def stretch(state: DecoderState, factor: float) -> DecoderState:
-    """The state as if what was read had been read `factor` times: the same recall, more weight beside new ones."""
+    """Multiply the memory by `factor`, as if its text had been read so often: it recalls the same, and weighs more."""
     layers = [
         s._replace(memory=MemoryState(s.memory.memory * factor, s.memory.normalizer * factor)) for s in state.layers
     ]
@@ -51,7 +51,7 @@ class Trainer:
     """A model, its optimiser and the random numbers of its samples: all that a step depends on, and nothing else.
 
     Raises:
-        ValueError: texts of `recipe.segments` too short for the task.
+        ValueError: texts of `recipe.segments` segments are too short for the task.
     """
 
     def __init__(self, model: Decoder, task: PasskeyTask, recipe: Recipe, seed: int) -> None:
@@ -69,11 +69,11 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Steps taken."""
+        """The number of steps that are done."""
         return len(self.losses)
 
     def advance(self) -> None:
-        """One step; appends the loss, and the share of passkeys recalled whole."""
+        """Take one step; append its loss, and its share of passkeys recalled whole."""
         self._schedule()
         tokens, state = self._batch()
         digits = self.task.digits
@@ -88,7 +88,7 @@ class Trainer:
         self.accuracies.append(exact(logits, key).float().mean().item())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, in plain types and tensors."""
+        """Return everything that the next step depends on, in plain types and tensors."""
         return {
             "recipe": asdict(self.recipe),
             "losses": list(self.losses),
@@ -99,21 +99,21 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Continue from a `state_dict`."""
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
         self.generator.set_state(saved["generator"])
         self.losses, self.accuracies = list(saved["losses"]), list(saved["accuracies"])
 
     def _schedule(self) -> None:
-        """Linear warm-up, then a cosine to zero."""
+        """Set the learning rates: a linear warm-up, then a cosine to zero."""
         done = self.step / self.recipe.steps
         factor = min((self.step + 1) / self.recipe.warm_up, 0.5 * (1 + math.cos(math.pi * done)))
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = factor * rate
 
     def _batch(self) -> tuple[Tensor, DecoderState | None]:
-        """Tokens of a step, and the state that they go on from."""
+        """Draw the tokens [B, T] of a step, and the state that they continue."""
         recipe, length = self.recipe, self.model.config.segment_len
         done = self.step / recipe.steps
         grown = min(1.0, done / recipe.curriculum) * (recipe.segments - self.shortest)
@@ -137,5 +137,13 @@ class Trainer:
 
 
 def exact(logits: Tensor, key: Tensor) -> Tensor:
-    """Where every digit is the likeliest token: logits [B, digits, vocabulary], key [B, digits] → bool [B]."""
+    """Say for each text whether every digit is the likeliest token.
+
+    Args:
+        logits: [B, digits, vocabulary].
+        key: [B, digits].
+
+    Returns:
+        bool [B].
+    """
     return logits.argmax(dim=-1).eq(key).all(dim=-1)

@@ -1,6 +1,6 @@
 """Converted models in EleutherAI's lm-evaluation-harness, so that RULER and BABILong run.
 
-The harness's own command loads models without their memory; this one is the same command, and knows `segattn` too:
+The harness's command loads models without their memory; this is the same command with one more kind of model, segattn:
 
     python -m segattn.infini.evaluate.harness --model segattn \\
         --model_args pretrained=FOLDER,max_length=131072,dtype=bfloat16 \\
@@ -8,8 +8,8 @@ The harness's own command loads models without their memory; this one is the sam
     python -m segattn.infini.evaluate.harness --model segattn --model_args pretrained=FOLDER,max_length=131072 \\
         --tasks babilong_qa1 --metadata '{"max_seq_lengths": "32k"}'
 
-`max_length` is needed: longer prompts are cut on the left, and the harness would cut where the positions ended that the
-model had before it was converted. In Python: `lm_eval.simple_evaluate(model=harness_class()(FOLDER, 131072), ...)`.
+`max_length` is needed: longer prompts are cut on the left, by default to the positions that the model had before it was
+converted. In Python: `lm_eval.simple_evaluate(model=harness_class()(FOLDER, 131072), ...)`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .loading import PretrainedTokenizer, Source, load
 
 
 def harness_class() -> Any:
-    """The harness's HFLM for what `segattn evaluate` can load, registered there as "segattn".
+    """Return the harness's HFLM for the models that `segattn evaluate` loads, and register it there as "segattn".
 
-    Its arguments: `pretrained`, `max_length` in tokens, those of `Source`, and any others of HFLM.
+    Its arguments are `pretrained`, `max_length` in tokens, those of `Source`, and all others of HFLM.
 
     Raises:
         ImportError: lm_eval is not installed.
@@ -41,8 +41,8 @@ def harness_class() -> Any:
 
     class SegattnLM(base):  # type: ignore[valid-type, misc]
         def __init__(self, pretrained: str, max_length: int, batch_size: int | str = 1, **options: Any) -> None:
-            own = {field.name for field in fields(Source)} & options.keys()
-            model, tokenizer, _ = load(Source(pretrained, **{name: options.pop(name) for name in own}))
+            of_source = {field.name for field in fields(Source)} & options.keys()
+            model, tokenizer, _ = load(Source(pretrained, **{name: options.pop(name) for name in of_source}))
             if not isinstance(tokenizer, PretrainedTokenizer):
                 raise ValueError("tokenizer must be one of transformers for lm_eval, got 'bytes'")
             super().__init__(
@@ -58,7 +58,7 @@ def harness_class() -> Any:
 
 
 def main() -> None:
-    """The harness's command line."""
+    """Run the harness's command line."""
     harness_class()
     import_module("lm_eval.__main__").cli_evaluate()
 

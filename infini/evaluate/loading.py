@@ -1,9 +1,8 @@
-"""A model and its tokenizer by name, for the evaluations: converted, to be converted, or plain."""
+"""A model and its tokenizer by name, as the evaluations load them: converted, to be converted, or plain."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ...runs.checkpoint import SettingError
+from ...runs.device import usable_device
 from ..huggingface.conversion import convert
 from ..huggingface.saving import from_pretrained, load_gates
 from ..huggingface.settings import ENTRY, conversion_of, is_converted
@@ -27,28 +27,28 @@ FINGERPRINT_VALUES = 1024
 
 
 class Tokenizer(Protocol):
-    """Text to tokens and back; `prefix` is what a text begins with."""
+    """A map from text to tokens and back; `prefix` holds the tokens that a text begins with."""
 
     prefix: list[int]
 
     def encode(self, text: str) -> list[int]:
-        """Without special tokens."""
+        """Return the tokens of a text, without special ones."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens; of any, also of such as are no whole characters."""
+        """Return the text of tokens, whole characters or not."""
 
 
 class ByteTokenizer:
-    """Tokens are the bytes of a text in UTF-8."""
+    """A tokenizer whose tokens are the bytes of a text in UTF-8."""
 
     prefix: list[int] = []  # noqa: RUF012
 
     def encode(self, text: str) -> list[int]:
-        """One token per byte."""
+        """Return a token for each byte."""
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Where they are no UTF-8, with replacement marks."""
+        """Return the text, with replacement marks where the bytes are no UTF-8."""
         return bytes(token if token < 256 else ord("?") for token in tokens).decode(errors="replace")
 
 
@@ -58,32 +58,32 @@ class PretrainedTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         begin = tokenizer.bos_token_id
-        # only those models begin with it whose tokenizer puts it there
+        # a text begins with it only where the tokenizer itself puts it there
         self.prefix = [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
 
     def encode(self, text: str) -> list[int]:
-        """Without special tokens, of any length."""
+        """Return the tokens of a text of any length, without special ones."""
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """As it stands, no blanks removed."""
+        """Return the text with all its blanks."""
         text: str = self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
         return text
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which model, and how it is to be loaded.
+    """A model, and how it is loaded.
 
     Args:
-        model: folder or name on the hub.
+        model: folder, or name on the hub.
         tokenizer: folder or name, or "bytes"; None: the model's.
         convert: give a plain model segments and a memory first.
         segment_len, update: as in `convert`; None: its defaults, or those of the gates.
-        gates: file that `save_gates` wrote; converts a plain model as it says.
+        gates: file that `save_gates` wrote; a plain model is converted as the file says.
         dtype: "auto", which is the checkpoint's, or a name of PyTorch.
-        device: default a GPU where one is.
+        device: None: a GPU where one is.
 
     Raises:
         SettingError: naming the option.
@@ -106,18 +106,11 @@ class Source:
             raise SettingError("dtype", f"must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.gates is not None and not Path(self.gates).is_file():
             raise SettingError("gates", f"must be a file of gates, got {self.gates!r}, which is none")
-        object.__setattr__(self, "device", self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
-            torch.ones(1, device=self.device).item()
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise SettingError(
-                "device", f"must be one that PyTorch can use here, such as 'cpu', got {self.device!r} ({reason})"
-            ) from None
+        object.__setattr__(self, "device", usable_device(self.device))
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode, its tokenizer, and what its figures should say of it."""
+    """A model in evaluation mode, its tokenizer, and the entries about it for a file of figures."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -125,15 +118,15 @@ class Loaded(NamedTuple):
 
 
 def load(source: Source, *, with_tokenizer: bool = True) -> Loaded:
-    """The model of `source` on its device.
+    """Load the model of `source` to its device.
 
     Args:
-        with_tokenizer: look for one; without, it is of bytes and must not be used.
+        with_tokenizer: load its tokenizer too; without, the one that is returned is of bytes and must not be used.
 
     Raises:
         SettingError: naming the option, and what it must be.
     """
-    # what is small first: it may be what is wrong
+    # first what is small: an error in it is known before the weights are read
     converted = _is_converted(source)
     tokenizer = _tokenizer(source) if with_tokenizer else ByteTokenizer()
     model = _model(source, converted).eval().to(source.device)
@@ -143,7 +136,7 @@ def load(source: Source, *, with_tokenizer: bool = True) -> Loaded:
 
 
 def about(model: nn.Module) -> dict[str, Any]:
-    """Kind, size, conversion and fingerprint of a model."""
+    """Return kind, size, conversion and fingerprint of a model, for a file of figures."""
     config: Any = model.config
     return {
         "class": type(model).__name__,
@@ -156,17 +149,17 @@ def about(model: nn.Module) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the weights, from a thousand values or so of each parameter."""
+    """Return a hash of about a thousand values of each parameter."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         values = parameter.detach().flatten()
-        some = values[:: max(1, len(values) // FINGERPRINT_VALUES)].float().cpu()
-        digest.update(name.encode() + some.numpy().tobytes())
+        sample = values[:: max(1, len(values) // FINGERPRINT_VALUES)].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def _is_converted(source: Source) -> bool:
-    """Whether the checkpoint is of a converted model."""
+    """Say whether the checkpoint is of a converted model."""
     with _loading(source):
         config = AutoConfig.from_pretrained(source.model).get_text_config(decoder=True)
     converted = getattr(config, ENTRY, None) is not None
@@ -189,10 +182,9 @@ def _model(source: Source, converted: bool) -> Any:
 
 @contextmanager
 def _loading(source: Source) -> Iterator[None]:
-    """Errors as of the model, and transformers' bars only where somebody watches them."""
+    """Turn errors of loading into those of `model`, and keep transformers' progress bars out of ours."""
     shown = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -205,14 +197,14 @@ def _loading(source: Source) -> Iterator[None]:
 
 
 def _converted(model: Any, source: Source) -> Any:
-    given: dict[str, Any] = {"segment_len": source.segment_len, "update": source.update}
+    options: dict[str, Any] = {"segment_len": source.segment_len, "update": source.update}
     try:
-        return convert(model, **{name: value for name, value in given.items() if value is not None}, quiet=True)
+        return convert(model, **{name: value for name, value in options.items() if value is not None}, quiet=True)
     except (TypeError, ValueError) as error:
         name, _, problem = str(error).partition(" ")
-        if name in given:
+        if name in options:
             raise SettingError(name, problem) from None
-        raise SettingError("convert", f"needs a model that can be: {error}") from None
+        raise SettingError("convert", f"needs a model that can be converted: {error}") from None
 
 
 def _with_gates(model: Any, source: Source) -> Any:
@@ -222,9 +214,9 @@ def _with_gates(model: Any, source: Source) -> Any:
         raise SettingError("gates", f"must be a file of this model's gates: {error}") from None
     settings = conversion_of(model).settings
     for name in ("segment_len", "update"):
-        given, held = getattr(source, name), getattr(settings, name)
-        if given not in (None, held):
-            raise SettingError(name, f"must be that of the gates, {held!r}, or left out, got {given!r}")
+        asked, of_gates = getattr(source, name), getattr(settings, name)
+        if asked not in (None, of_gates):
+            raise SettingError(name, f"must be that of the gates, {of_gates!r}, or left out, got {asked!r}")
     return model
 
 
@@ -243,12 +235,12 @@ def _tokenizer(source: Source) -> Tokenizer:
 
 
 def _check_vocabulary(source: Source, tokenizer: Tokenizer, vocabulary: int) -> None:
-    """That the model has embeddings for what the tokenizer gives."""
+    """Check that the model has embeddings for the tokenizer's tokens."""
     if source.tokenizer == BYTES:
         if vocabulary < 256:
             raise SettingError("tokenizer", f"must not be 'bytes' for a model of {vocabulary} tokens, fewer than 256")
         return
-    # some folders without a tokenizer give one that knows no words
+    # transformers makes a tokenizer without words of some folders that hold none
     tokens = tokenizer.encode("The pass key is 12345.")
     if not tokens or max(tokens) >= vocabulary:
         raise SettingError(

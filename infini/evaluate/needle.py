@@ -1,4 +1,4 @@
-"""A needle in a haystack: one sentence hidden in running text, and asked for at its end."""
+"""A needle in a haystack: one sentence is hidden in running text, and asked for at its end."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class NeedleText:
         tokenizer: of the model.
         text: the haystack.
         needle: the sentence that is hidden, in a paragraph of its own.
-        question: what the prompt ends with, as it may be continued by the answer.
-        answer: what is looked for.
-        score: "substring": the answer stands anywhere in what a model says, whatever the case and the blanks; "tokens":
-            its tokens come first.
+        question: the end of the prompt, which the answer continues.
+        answer: the right continuation.
+        score: "substring": a model's words hold the answer anywhere, whatever the case and the blanks; "tokens": its
+            first tokens are those of the answer.
         extra: tokens decoded beyond the answer's, for "substring".
 
     Raises:
-        ValueError: an empty text, needle, question or answer, or an unknown score.
+        ValueError: text, needle, question or answer is empty, or the score is unknown.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class NeedleText:
         score: str = "substring",
         extra: int = 16,
     ) -> None:
-        given = {"text": text, "needle": needle, "question": question, "answer": answer}
-        for name, value in given.items():
+        texts = {"text": text, "needle": needle, "question": question, "answer": answer}
+        for name, value in texts.items():
             if not value.strip():
                 raise ValueError(f"{name} must not be empty, got {value!r}")
         if score not in SCORES:
@@ -56,23 +56,23 @@ class NeedleText:
         self.extra = extra if score == "substring" else 0
         self.haystack = tokenizer.encode(text)
         self._hidden = tokenizer.encode(f"\n\n{needle}\n\n")
-        asked = f"\n\n{question}"
+        end = f"\n\n{question}"
         self._question, self._answer = split_answer(
-            tokenizer.encode(f"{asked} {answer}"),
-            tokenizer.encode(asked),
+            tokenizer.encode(f"{end} {answer}"),
+            tokenizer.encode(end),
             lambda token: not tokenizer.decode([token]).isspace(),
         )
 
     @property
     def shortest(self) -> int:
-        """Tokens of a prompt without running text."""
+        """The number of tokens of a prompt without running text."""
         return len(self.tokenizer.prefix) + len(self._hidden) + len(self._question)
 
     def prompt(self, length: int, depth: float, generator: torch.Generator) -> Prompt:
-        """Of exactly `length` tokens.
+        """Make a prompt of exactly `length` tokens.
 
         Raises:
-            ValueError: too short a length, or a depth outside 0 to 1.
+            ValueError: length is too short, or depth is not within 0 to 1.
         """
         check_prompt(length, depth, self.shortest)
         room = length - self.shortest
@@ -83,7 +83,7 @@ class NeedleText:
         return Prompt(tokens, self._answer, start)
 
     def right(self, prompt: Prompt, said: Sequence[int]) -> bool:
-        """Whether the answer was given, by the score that was asked for."""
+        """Say whether the tokens `said` are right by the score."""
         if self.score == "tokens":
             return list(said[: len(prompt.answer)]) == prompt.answer
         return _plain(self.answer) in _plain(self.tokenizer.decode(said))

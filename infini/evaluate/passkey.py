@@ -21,15 +21,15 @@ QUESTION = "What is the pass key? The pass key is"
 class PasskeyText:
     """Prompts of one tokenizer: the task, the filler again and again with the passkey in it, and the question.
 
-    Lengths are met to the token by cutting the filler where the statement stands, so that the text begins and ends with
-    whole sentences. A prompt's answer are the tokens of the key; a blank before it belongs to the question.
+    The filler is cut where the statement stands, so that a prompt is exactly as long as asked and begins and ends with
+    whole sentences. Its answer is the tokens of the key; a blank before the key belongs to the question.
 
     Args:
         tokenizer: of the model.
-        digits: of a passkey.
+        digits: number of digits of a passkey.
 
     Raises:
-        ValueError: less than one digit.
+        ValueError: digits is below 1.
     """
 
     extra = 0
@@ -43,15 +43,15 @@ class PasskeyText:
 
     @property
     def shortest(self) -> int:
-        """Tokens of a prompt without filler; numbers of equal length may take more or fewer tokens."""
+        """The number of tokens of a prompt without filler, for the passkey that takes most."""
         parts = (self._parts(digit * self.digits) for digit in "0123456789")
         return len(self._before) + max(len(hidden) + len(question) for hidden, question, _ in parts)
 
     def prompt(self, length: int, depth: float, generator: torch.Generator) -> Prompt:
-        """Of exactly `length` tokens, and a random key.
+        """Make a prompt of exactly `length` tokens, with a random key.
 
         Raises:
-            ValueError: too short a length, or a depth outside 0 to 1.
+            ValueError: length is too short, or depth is not within 0 to 1.
         """
         check_prompt(length, depth, self.shortest)
         low = 10 ** (self.digits - 1)
@@ -63,11 +63,11 @@ class PasskeyText:
         return Prompt(tokens, answer, start)
 
     def right(self, prompt: Prompt, said: Sequence[int]) -> bool:
-        """Whether the key's tokens were said first, all of them."""
+        """Say whether the tokens `said` begin with all of the key's."""
         return list(said[: len(prompt.answer)]) == prompt.answer
 
     def _parts(self, key: str) -> tuple[list[int], list[int], list[int]]:
-        """Statement, question, answer."""
+        """Return the tokens of statement, question and answer."""
         encode, decode = self.tokenizer.encode, self.tokenizer.decode
         question = "\n" + QUESTION
         asked, answer = split_answer(
@@ -76,9 +76,9 @@ class PasskeyText:
         return encode(f"\n{STATEMENT.format(key=key)}\n"), asked, answer
 
     def _sentences(self, room: int, depth: float) -> list[int]:
-        """Filler of `room` tokens that is cut where the statement will stand."""
+        """Return filler of `room` tokens, cut where the statement will stand."""
         while len(self._filler) < room:
-            # tokenized as one text: how sentences join is the tokenizer's affair
+            # tokenized as one text, since a tokenizer may join the end of a sentence to the next
             sentences = max(1, 2 * room // len(self.tokenizer.encode(FILLER)))
             self._filler = self.tokenizer.encode(" ".join([FILLER] * sentences))
         cut = round(depth * room)

@@ -17,9 +17,10 @@ SEGMENT_BUCKETS = 16
 
 
 class Bucket(NamedTuple):
-    """Tokens at positions [begin, end) that were predicted, and their mean loss.
+    """The predicted tokens at positions [begin, end), and their mean loss.
 
-    nats: mean of −log p; perplexity: its exponential.
+    nats: mean of −log p.
+    perplexity: exponential of nats.
     """
 
     begin: int
@@ -30,7 +31,7 @@ class Bucket(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """Positions per bucket: in the document, and inside a segment (of `segment_len`; None without segments)."""
+    """Positions per bucket, in the document and inside a segment; None without segments."""
 
     document: int
     segment: int | None
@@ -38,13 +39,13 @@ class Widths(NamedTuple):
 
 
 class Document(NamedTuple):
-    """Sums of one document, by bucket.
+    """The sums of one document, by bucket.
 
-    number: the how-manieth of the text.
+    number: of the document in the text, from 0 on.
     tokens: of the document; all but the first are predicted.
     nats, counts: by position in the document.
     segment_nats, segment_counts: by position inside the segment, empty without segments.
-    cache_bytes: when it was read.
+    cache_bytes: at the document's end.
     """
 
     number: int
@@ -58,7 +59,10 @@ class Document(NamedTuple):
 
 
 def widths(model: nn.Module, length: int, buckets: int) -> Widths:
-    """For about `buckets` of documents of `length` tokens; whole segments, so that the place in them averages out."""
+    """Return widths for about `buckets` buckets of documents of `length` tokens.
+
+    Those in the document are whole segments, so that the position inside the segment averages out.
+    """
     segment = segment_len_of(model)
     unit = segment or 1
     width = math.ceil(math.ceil(length / buckets) / unit) * unit
@@ -66,12 +70,12 @@ def widths(model: nn.Module, length: int, buckets: int) -> Widths:
 
 
 def documents_of(tokens: Sequence[int], prefix: Sequence[int], length: int | None) -> list[list[int]]:
-    """A text's tokens in documents of `length`, each begun with `prefix`, which counts; None: one document.
+    """Cut a text's tokens into documents of `length` tokens, each of which begins with `prefix`; None: one document.
 
-    A rest of less than two tokens is left out.
+    A last document of less than two tokens is left out.
 
     Raises:
-        ValueError: a length that holds no more than the prefix, or a text of less than two tokens.
+        ValueError: length has no room beside the prefix, or the text has less than two tokens.
     """
     size = len(tokens) if length is None else length - len(prefix)
     if length is not None and (size < 1 or length < 2):
@@ -94,13 +98,16 @@ def measure_documents(
     piece: int | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> list[Document]:
-    """Read every document, but for those that are done, each from an empty memory.
+    """Read every document that is not among `done`, each from an empty memory.
 
     Args:
-        on_documents: called with all there are whenever there are more.
+        on_documents: called with all that are measured, after each batch.
+        batch: documents read at once.
+        piece: tokens of each that are read at once; None: about 4096.
+        on_tokens: called with the number of tokens of each piece.
 
     Raises:
-        ValueError: the model has not so many positions, or `piece` is not whole segments.
+        ValueError: the model has too few positions, or `piece` is not whole segments.
     """
     check_positions(model, max(map(len, documents)))
     measured = {document.number: document for document in done}
@@ -118,25 +125,25 @@ def measure_documents(
 
 
 def by_position(documents: Sequence[Document], widths: Widths) -> list[Bucket]:
-    """Buckets over the positions of documents; position 0 is never predicted."""
+    """Return buckets over the positions in documents; position 0 is never predicted."""
     return _buckets([(d.nats, d.counts) for d in documents], widths.document, max(d.tokens for d in documents))
 
 
 def by_segment_position(documents: Sequence[Document], widths: Widths) -> list[Bucket]:
-    """Buckets over the positions inside segments; none without segments."""
+    """Return buckets over the positions inside segments; none without segments."""
     if widths.segment is None or widths.segment_len is None:
         return []
     return _buckets([(d.segment_nats, d.segment_counts) for d in documents], widths.segment, widths.segment_len)
 
 
 def whole(documents: Sequence[Document]) -> Bucket:
-    """Over all tokens."""
+    """Return one bucket of all tokens."""
     nats, count = sum(sum(d.nats) for d in documents), sum(sum(d.counts) for d in documents)
     return _bucket(0, max(d.tokens for d in documents), nats, count)
 
 
 def _groups(left: Sequence[int], documents: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
-    """Neighbours of equal length, at most `batch`."""
+    """Group neighbouring documents of equal length, at most `batch` together."""
     group: list[int] = []
     for number in left:
         if group and (len(group) == batch or len(documents[number]) != len(documents[group[0]])):

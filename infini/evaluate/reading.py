@@ -1,4 +1,4 @@
-"""Read a text of any length through a causal language model: piece after piece, with one cache."""
+"""Reading of a text of any length by a causal language model, piece after piece with one cache."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from ..huggingface.settings import conversion_of, is_converted
 
-# of a piece, where the caller asks for nothing else; and rows of logits that are widened to float32 at once
+# about so many tokens are a piece by default
 PIECE_TOKENS = 4096
+# rows of logits that are cast to float32 at once
 LOSS_ROWS = 512
 
 
 class Reading(NamedTuple):
-    """What a text leaves.
+    """What a model returns at the end of a text.
 
-    logits: [B, vocabulary], after its last token.
+    logits: [B, vocabulary], after the last token.
     cache: as the model returned it.
     """
 
@@ -29,22 +30,26 @@ class Reading(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """nats: [B, T - 1] float32 on the CPU, of every token but the first; cache: after the last but one."""
+    """The losses of a text.
+
+    nats: [B, T - 1] float32 on the CPU, of every token but the first.
+    cache: after the last token but one.
+    """
 
     nats: Tensor
     cache: Any
 
 
 def segment_len_of(model: nn.Module) -> int | None:
-    """Tokens per segment; None where the model is not converted."""
+    """Return the tokens per segment; None where the model is not converted."""
     return conversion_of(model).settings.segment_len if is_converted(model) else None
 
 
 def piece_len(model: nn.Module, piece: int | None = None) -> int:
-    """Tokens read at once: `piece`, or about 4096 in whole segments.
+    """Return the number of tokens to read at once: `piece`, or about 4096 in whole segments.
 
     Raises:
-        ValueError: `piece` is less than 1, or not a whole number of the model's segments.
+        ValueError: `piece` is below 1, or not a whole number of the model's segments.
     """
     segment = segment_len_of(model) or 1
     if piece is None:
@@ -56,7 +61,7 @@ def piece_len(model: nn.Module, piece: int | None = None) -> int:
 
 
 def longest_text(model: nn.Module) -> int | None:
-    """Tokens that a model has positions for; None where their number has no bound, as after `convert`."""
+    """Return the number of tokens that a model has positions for; None where it has no bound, as after `convert`."""
     if is_converted(model):
         return None
     config: Any = model.config
@@ -64,10 +69,10 @@ def longest_text(model: nn.Module) -> int | None:
 
 
 def cache_bytes(cache: Any) -> int:
-    """What the tensors of a cache take, ours with a whole segment, or one that grows as it is."""
-    own = getattr(cache, "max_bytes", None)
-    if own is not None:
-        return int(own)
+    """Return the bytes of a cache's tensors: of a converted model's with a whole segment, of a growing one as it is."""
+    bound = getattr(cache, "max_bytes", None)
+    if bound is not None:
+        return int(bound)
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
 
@@ -76,12 +81,12 @@ def cache_bytes(cache: Any) -> int:
 def read(
     model: nn.Module, tokens: Tensor, *, piece: int | None = None, on_tokens: Callable[[int], None] = lambda count: None
 ) -> Reading:
-    """Read tokens [B, T] from the beginning. Logits are made of a piece's last token alone where the model can.
+    """Read tokens [B, T] from the beginning; logits are computed for a piece's last token alone where a model can.
 
     Args:
         model: a causal language model that keeps a cache, converted or not; in evaluation mode.
-        piece: tokens read at once, whole segments; default about 4096.
-        on_tokens: called with the tokens of each piece when it has been read.
+        piece: tokens read at once, whole segments; None: about 4096.
+        on_tokens: called after each piece with the number of its tokens.
 
     Raises:
         ValueError: `piece` is not whole segments, the text is empty, or the model keeps no cache.
@@ -97,7 +102,7 @@ def read(
 
 @torch.no_grad()
 def decode(model: nn.Module, reading: Reading, steps: int) -> Tensor:
-    """The `steps` likeliest tokens, one after the other, int64 [B, steps] on the CPU. The cache goes on with them."""
+    """Decode `steps` tokens greedily: int64 [B, steps] on the CPU. All but the last are read into the cache."""
     logits, cache = reading
     keep = _last_only(model)
     tokens = [logits.argmax(dim=-1, keepdim=True)]
@@ -112,14 +117,14 @@ def decode(model: nn.Module, reading: Reading, steps: int) -> Tensor:
 def losses(
     model: nn.Module, tokens: Tensor, *, piece: int | None = None, on_tokens: Callable[[int], None] = lambda count: None
 ) -> Losses:
-    """−log p of every token of [B, T] after those before it. Only one piece's logits exist at a time.
+    """Return −log p of every token of [B, T], given those before it; only one piece's logits exist at a time.
 
     Arguments and errors as of `read`.
     """
     _check_text(tokens, 2)
     device, cache, nats = _device(model), None, []
     size = piece_len(model, piece)
-    # the last token is asked for, but never read
+    # the last token is a target, but never read
     for part, targets in zip(tokens[:, :-1].split(size, dim=1), tokens[:, 1:].split(size, dim=1), strict=True):
         output = _advance(model, part.to(device), cache, {})
         cache = output.past_key_values
@@ -129,7 +134,7 @@ def losses(
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """float32 [B, T] of logits [B, T, vocabulary]."""
+    """Return the loss, float32 [B, T], of logits [B, T, vocabulary] and targets [B, T]."""
     rows = zip(logits.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS), strict=True)
     return torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in rows]).view(targets.shape)
 

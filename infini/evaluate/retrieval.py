@@ -1,4 +1,4 @@
-"""What was hidden in a long text, asked for at its end: cells of length and depth, one after the other."""
+"""Retrieval: something is hidden in a long text and asked for at its end, measured by length and depth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LENGTHS = (32_768, 131_072, 1_048_576)
 
 
 class Prompt(NamedTuple):
-    """A text and what should follow it, as tokens; `start` is where the hidden statement begins."""
+    """A text and the answer that should follow it, as tokens; `start` is where the hidden statement begins."""
 
     tokens: list[int]
     answer: list[int]
@@ -24,7 +24,7 @@ class Prompt(NamedTuple):
 
 
 class RetrievalTask(Protocol):
-    """Makes prompts, and judges what a model says to them.
+    """A source of prompts that also judges the answers.
 
     extra: tokens that are decoded beyond the answer's.
     """
@@ -33,21 +33,21 @@ class RetrievalTask(Protocol):
 
     @property
     def shortest(self) -> int:
-        """Tokens of a prompt without filler, at most."""
+        """The number of tokens of a prompt without filler, at most."""
 
     def prompt(self, length: int, depth: float, generator: torch.Generator) -> Prompt:
-        """Of exactly `length` tokens; the statement stands at `depth` of the filler, 0 its beginning, 1 its end."""
+        """Make a prompt of `length` tokens, with the statement at `depth` of the filler: 0 its beginning, 1 its end."""
 
     def right(self, prompt: Prompt, said: Sequence[int]) -> bool:
-        """Whether the answer is in the tokens that a model gave."""
+        """Say whether the tokens `said` hold the answer."""
 
 
 class RetrievalCell(NamedTuple):
-    """Of one length and depth.
+    """The figures of one length and depth.
 
-    exact: share of prompts that were answered right.
-    tokens: share of the answers' tokens that were decoded in their place.
-    cache_bytes: of one prompt, when it was read.
+    exact: share of prompts that are answered right.
+    tokens: share of the answers' tokens that are decoded in their place.
+    cache_bytes: of one prompt at its end.
     """
 
     length: int
@@ -71,10 +71,18 @@ def measure(
     piece: int | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> RetrievalCell:
-    """One cell, by greedy decoding. Its prompts depend on seed, length and depth alone.
+    """Measure one cell by greedy decoding; its prompts depend on seed, length and depth alone.
+
+    Args:
+        length: tokens of a prompt, without the answer.
+        depth: place of the statement, 0 the beginning, 1 the end.
+        samples: number of prompts.
+        batch: prompts read at once.
+        piece: tokens of each that are read at once; None: about 4096.
+        on_tokens: called with the number of tokens of each piece.
 
     Raises:
-        ValueError: the model has not so many positions, or `piece` is not whole segments.
+        ValueError: the model has too few positions, or `piece` is not whole segments.
     """
     begin = time.perf_counter()
     generator = torch.Generator().manual_seed((seed * 1_000_003 + length) * 1009 + round(1000 * depth))
@@ -107,11 +115,11 @@ def measure_grid(
     piece: int | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> list[RetrievalCell]:
-    """Every cell of the grid, in order, but for those that are done.
+    """Measure every cell of the grid that is not among `done`, in order, and return all.
 
     Args:
         done: cells measured earlier, which are kept, those outside the grid too.
-        on_cell: called with each new cell, and all there are with it.
+        on_cell: called with each new cell, and all that are measured.
 
     Raises:
         ValueError: as of `measure`.
@@ -136,12 +144,12 @@ def measure_grid(
 
 
 def in_order(cells: Iterable[RetrievalCell]) -> list[RetrievalCell]:
-    """By length, then by depth."""
+    """Sort cells by length, then by depth."""
     return sorted(cells, key=lambda cell: (cell.length, cell.depth))
 
 
 def check_positions(model: nn.Module, length: int) -> None:
-    """That a model has positions for so many tokens.
+    """Check that a model has positions for `length` tokens.
 
     Raises:
         ValueError: it has fewer.
@@ -157,7 +165,7 @@ def check_positions(model: nn.Module, length: int) -> None:
 def place(
     before: list[int], filler: list[int], hidden: list[int], after: list[int], depth: float
 ) -> tuple[list[int], int]:
-    """The parts in one text, and where `hidden` begins: at `depth` of the filler."""
+    """Join the parts to one text with `hidden` at `depth` of the filler; return it, and where `hidden` begins."""
     cut = round(depth * len(filler))
     return [*before, *filler[:cut], *hidden, *filler[cut:], *after], len(before) + cut
 
@@ -165,9 +173,14 @@ def place(
 def split_answer(
     whole: list[int], question: list[int], is_answer: Callable[[int], bool]
 ) -> tuple[list[int], list[int]]:
-    """The tokens of a question with its answer, cut where the question's own end, and the answer's first one begins.
+    """Cut the tokens of a question with its answer into those of the question and those of the answer.
 
-    A tokenizer may join a question's last and an answer's first letters, or put a blank between them.
+    A tokenizer may join the last letters of a question to the first of an answer, or put a blank between them.
+
+    Args:
+        whole: tokens of question and answer.
+        question: tokens of the question alone.
+        is_answer: says whether a token can begin the answer.
     """
     pairs = zip(whole, question, strict=False)
     cut = next((i for i, (token, other) in enumerate(pairs) if token != other), min(len(whole), len(question)))
@@ -177,7 +190,7 @@ def split_answer(
 
 
 def check_prompt(length: int, depth: float, shortest: int) -> None:
-    """That there can be such a prompt.
+    """Check that there can be a prompt of that length and depth.
 
     Raises:
         ValueError: naming length or depth.
@@ -189,7 +202,7 @@ def check_prompt(length: int, depth: float, shortest: int) -> None:
 
 
 def random_integer(low: int, high: int, generator: torch.Generator) -> int:
-    """Evenly from [low, high)."""
+    """Draw an integer evenly from [low, high)."""
     drawn: Tensor = torch.randint(low, high, (1,), generator=generator)
     return int(drawn)
 

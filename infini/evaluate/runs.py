@@ -1,4 +1,4 @@
-"""The evaluations as they are run: options checked, cells gone through, JSON and picture written, and gone on with."""
+"""Runs of the evaluations: check the options, measure what is missing, write the JSON and the picture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ...runs.checkpoint import SettingError, named
-from ...runs.figures import earlier, prepare, read_text, versions, write_figures
+from ...runs.figures import earlier_figures, prepare, read_text, versions, write_figures
 from . import perplexity as ppl
 from .loading import Loaded, Source, load
 from .needle import ANSWER, NEEDLE, QUESTION, NeedleText
@@ -16,45 +16,46 @@ from .passkey import PasskeyText
 from .reading import piece_len
 from .retrieval import RetrievalCell, RetrievalTask, check_positions, check_prompt, measure_grid
 
-# may change between a run and its continuation: the weights, their dtype, the conversion, and the text are compared
+# may change between a run and its continuation, where weights, their dtype, the conversion and the text are compared
 FREE = ("model", "convert", "segment_len", "update", "gates", "dtype", "device", "text", "batch", "piece")
 
 
 class Listener(Protocol):
-    """Is told how far a run has come."""
+    """What a run reports its progress to."""
 
     def begin(self, tokens: int) -> None:
-        """So many are to be read."""
+        """Take note of the number of tokens that are to be read."""
 
     def read(self, tokens: int) -> None:
-        """So many more have been."""
+        """Take note of tokens that have been read since."""
 
     def finished(self, what: str) -> None:
-        """A cell or document, in words."""
+        """Take note of a cell or document, in words."""
 
 
 class Outputs(NamedTuple):
-    """Where an evaluation's files are."""
+    """The files of an evaluation."""
 
     figures: Path
     picture: Path
 
     @classmethod
     def of(cls, folder: Path, command: str) -> Outputs:
-        """Named after the command, so that one folder holds them all."""
+        """Return the files of a command, named after it, so that one folder holds those of all."""
         return cls(folder / f"{command}.json", folder / f"{command}.png")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Lengths and depths of a retrieval, and how it is measured.
+    """The lengths and depths of a retrieval, and how it is measured.
 
     Args:
         lengths: tokens of a prompt, without the answer.
-        depths: 0 the beginning, 1 the end.
+        depths: place of what is hidden, 0 the beginning, 1 the end.
         samples: prompts per cell.
+        seed: of the prompts.
         batch: prompts read at once.
-        piece: tokens read at once of each, whole segments; None: about 4096.
+        piece: tokens of each prompt that are read at once, whole segments; None: about 4096.
 
     Raises:
         SettingError: naming the option.
@@ -77,7 +78,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Needle:
-    """What is hidden where: arguments of `NeedleText`, the text by its file."""
+    """The arguments of `NeedleText`, with the text's file in place of the text."""
 
     text: str
     needle: str = NEEDLE
@@ -88,15 +89,15 @@ class Needle:
 
 @dataclass(frozen=True)
 class Positions:
-    """Perplexity by position.
+    """The settings of a perplexity by position.
 
     Args:
         text: file of running text.
-        length: tokens of a document; None: the text is one.
+        length: tokens of a document; None: the text is one document.
         limit: tokens of the text that are read; None: all.
-        buckets: of positions in a document, about so many.
+        buckets: approximate number of buckets that a document's positions are put into.
         batch: documents read at once.
-        piece: tokens read at once of each, whole segments; None: about 4096.
+        piece: tokens of each document that are read at once, whole segments; None: about 4096.
 
     Raises:
         SettingError: naming the option.
@@ -110,14 +111,14 @@ class Positions:
     piece: int | None = None
 
     def __post_init__(self) -> None:
-        given = {"length": self.length, "limit": self.limit, "buckets": self.buckets, "batch": self.batch}
-        _at_least(given, {"length": 2, "limit": 2})
+        sizes = {"length": self.length, "limit": self.limit, "buckets": self.buckets, "batch": self.batch}
+        _at_least(sizes, {"length": 2, "limit": 2})
 
 
 def run_passkey(
     source: Source, grid: Grid, folder: Path, listener: Listener, *, resume: bool = False
 ) -> dict[str, Any]:
-    """Passkeys by length and depth; writes passkey.json after every cell, and passkey.png.
+    """Measure passkeys by length and depth; write passkey.json after every cell, and passkey.png.
 
     Args:
         resume: keep the cells that the folder has, and measure the others.
@@ -126,7 +127,7 @@ def run_passkey(
         Every figure of the run, as in the JSON file.
 
     Raises:
-        SettingError: naming an option that cannot be, or, with `resume`, is not the earlier run's.
+        SettingError: naming an option that cannot be or, with `resume`, is not the earlier run's.
     """
     path = Outputs.of(folder, "passkey")
     prepare(path.figures, resume)
@@ -138,7 +139,7 @@ def run_passkey(
 def run_needle(
     source: Source, grid: Grid, needle: Needle, folder: Path, listener: Listener, *, resume: bool = False
 ) -> dict[str, Any]:
-    """A needle in running text by length and depth; needle.json and needle.png. Otherwise as `run_passkey`."""
+    """Measure a needle in running text as `run_passkey` measures passkeys; write needle.json and needle.png."""
     path = Outputs.of(folder, "needle")
     text = read_text(needle.text)
     prepare(path.figures, resume)
@@ -153,19 +154,24 @@ def run_needle(
 def run_perplexity(
     source: Source, positions: Positions, folder: Path, listener: Listener, *, resume: bool = False
 ) -> dict[str, Any]:
-    """Perplexity by position; perplexity.json, written after every document, and .png. Otherwise as `run_passkey`."""
+    """Measure perplexity by position; write perplexity.json after every document, and perplexity.png.
+
+    Otherwise as `run_passkey`.
+    """
     path = Outputs.of(folder, "perplexity")
     text = read_text(positions.text)
     prepare(path.figures, resume)
     model, tokenizer, about = load(source)
-    with named(text="text", length="length", piece="piece"):
+    # a text that is one document is as long as its limit
+    length = "limit" if positions.length is None and positions.limit is not None else "length"
+    with named(text="text", length=length, piece="piece"):
         documents = ppl.documents_of(tokenizer.encode(text)[: positions.limit], tokenizer.prefix, positions.length)
         check_positions(model, max(map(len, documents)))
         piece_len(model, positions.piece)
     widths = ppl.widths(model, max(map(len, documents)), positions.buckets)
     settings = asdict(source) | asdict(positions) | {"text_sha256": _sha256(text)}
-    before = earlier(path.figures, resume, settings, about, FREE)
-    done = [ppl.Document(**document) for document in before.get("documents", ())]
+    kept = earlier_figures(path.figures, resume, settings, about, FREE)
+    done = [ppl.Document(**document) for document in kept.get("documents", ())]
     figures = _figures("perplexity", settings, about)
 
     def keep(measured: list[ppl.Document]) -> None:
@@ -173,8 +179,8 @@ def run_perplexity(
         write_figures(path.figures, figures)
         listener.finished(f"document {measured[-1].number + 1}: perplexity {ppl.whole(measured).perplexity:.4g} so far")
 
-    there = {document.number for document in done}
-    listener.begin(sum(len(document) - 1 for number, document in enumerate(documents) if number not in there))
+    numbers = {document.number for document in done}
+    listener.begin(sum(len(document) - 1 for number, document in enumerate(documents) if number not in numbers))
     reading: dict[str, Any] = {"batch": positions.batch, "piece": positions.piece, "on_tokens": listener.read}
     try:
         measured = ppl.measure_documents(model, documents, widths, done=done, on_documents=keep, **reading)
@@ -187,12 +193,13 @@ def run_perplexity(
 
 
 def run_gates(source: Source, folder: Path) -> dict[str, Any]:
-    """The gates of a converted model; writes gates.json and gates.png, over earlier ones.
+    """Show the gates of a converted model; write gates.json and gates.png, over earlier ones.
 
     Raises:
         SettingError: the model is not converted, or an option cannot be.
     """
-    from .gate_map import gate_map, plot_gate_map
+    from ...runs.heat_maps import plot_gates
+    from .gate_map import gate_map
 
     path = Outputs.of(folder, "gates")
     prepare(path.figures, resume=True)
@@ -202,7 +209,7 @@ def run_gates(source: Source, folder: Path) -> dict[str, Any]:
     gates = gate_map(model)
     figures = _figures("gates", asdict(source), about) | {"layers": gates.rows()}
     write_figures(path.figures, figures)
-    plot_gate_map(path.picture, gates, "Share of memory per head")
+    plot_gates(path.picture, gates.share, gates.layers, "Share of memory per head")
     return figures
 
 
@@ -217,23 +224,23 @@ def _retrieve(
 ) -> dict[str, Any]:
     model, _, about = loaded
     names = {"length": "lengths", "depth": "depths", "piece": "piece", "model": "model"}
-    # before hours are spent on the first ones
+    # before hours are spent on the first lengths
     with named(**names):
         for depth in grid.depths:
             check_prompt(min(grid.lengths), depth, task.shortest)
         check_positions(model, max(grid.lengths) + task.extra)
         piece_len(model, grid.piece)
-    before = earlier(path.figures, resume, settings, about, (*FREE, "lengths", "depths"))
-    done = [RetrievalCell(**cell) for cell in before.get("cells", ())]
-    figures = _figures(path.figures.stem, settings, about) | {"cells": before.get("cells", [])}
+    kept = earlier_figures(path.figures, resume, settings, about, (*FREE, "lengths", "depths"))
+    done = [RetrievalCell(**cell) for cell in kept.get("cells", ())]
+    figures = _figures(path.figures.stem, settings, about) | {"cells": kept.get("cells", [])}
 
     def keep(cell: RetrievalCell, cells: list[RetrievalCell]) -> None:
         figures["cells"] = [cell._asdict() for cell in cells]
         write_figures(path.figures, figures)
         listener.finished(f"{cell.length} tokens, depth {100 * cell.depth:g} %: {100 * cell.exact:.1f} % right")
 
-    there = {(cell.length, cell.depth) for cell in done}
-    left = [length for length in grid.lengths for depth in grid.depths if (length, depth) not in there]
+    places = {(cell.length, cell.depth) for cell in done}
+    left = [length for length in grid.lengths for depth in grid.depths if (length, depth) not in places]
     listener.begin(sum(left) * grid.samples)
     options: dict[str, Any] = {"samples": grid.samples, "seed": grid.seed, "batch": grid.batch, "piece": grid.piece}
     try:
@@ -268,10 +275,11 @@ def _by_position(measured: list[ppl.Document], widths: ppl.Widths, documents: in
 
 def _draw_cells(path: Path, figures: dict[str, Any]) -> None:
     # matplotlib takes a second to import, and only this needs it
-    from .plots import plot_retrieval
+    from ...runs.heat_maps import plot_recall
 
-    cells = [RetrievalCell(**cell) for cell in figures["cells"]]
-    plot_retrieval(path, cells, {"passkey": "Passkey retrieval", "needle": "Needle in a haystack"}[figures["command"]])
+    shares = {(cell["depth"], cell["length"]): cell["exact"] for cell in figures["cells"]}
+    title = {"passkey": "Passkey retrieval", "needle": "Needle in a haystack"}[figures["command"]]
+    plot_recall(path, shares, title, "answered right, %")
 
 
 def _draw_perplexity(path: Path, figures: dict[str, Any]) -> None:
@@ -283,8 +291,8 @@ def _draw_perplexity(path: Path, figures: dict[str, Any]) -> None:
     plot_perplexity(path, document, segment, figures["mean"]["perplexity"], "Perplexity by position")
 
 
-def _at_least(given: dict[str, int | None], least: dict[str, int]) -> None:
-    for name, value in given.items():
+def _at_least(sizes: dict[str, int | None], least: dict[str, int]) -> None:
+    for name, value in sizes.items():
         low = least.get(name, 1)
         if value is not None and value < low:
             raise SettingError(name, f"must be at least {low}, got {value}")

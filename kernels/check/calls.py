@@ -1,4 +1,7 @@
-"""The calls that `segattn check` compares: one table in two sizes, and the tensors drawn for a call."""
+"""One call of the operation as a value: its sizes and options, the tensors drawn for it, its outputs and gradients.
+
+`segattn check`, the tests and the tuner of tiles describe calls by this class alone.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,23 @@ from ..state import MemoryState
 
 @dataclass(frozen=True)
 class Call:
-    """Sizes and options of a call."""
+    """Sizes and options of a call. The defaults are small and odd: five segments, the last one unfinished."""
 
-    B: int
-    H: int
-    G: int
-    T: int
-    K: int
-    V: int
-    L: int
-    remembered: int  # tokens in the incoming memory; 0: none is passed
-    asked: int | None = None  # the last positions only
+    B: int = 2
+    H: int = 4
+    G: int = 2
+    Tq: int = 23
+    Tk: int = 23
+    K: int = 6
+    V: int = 6
+    segment_len: int = 5
     gated: bool = True
+    with_state: bool = True
+    # tokens that `tensors` writes the incoming state from
+    remembered: int = 40
+    # memory_q and memory_k differ from q and k
     own_memory_inputs: bool = True
+    # q, k and v are transposed views of [B, T, heads, width]
     token_major: bool = False
     cu_seqlens: tuple[int, ...] | None = None
     spans: tuple[tuple[int, int], ...] | None = None
@@ -38,179 +45,123 @@ class Call:
     num_write: int = 0
     scale: float | None = None
     softcap: float | None = None
+    seed: int = 0
+
+    @property
+    def sequences(self) -> int:
+        """The number of sequences, each with a state of its own."""
+        return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
 
-# for a CPU, and for the interpreter, which takes 10 to 50 milliseconds for every tile of 16 x 16
-SMALL = Call(B=1, H=1, G=1, T=21, K=16, V=16, L=16, remembered=40)
-FULL = Call(B=2, H=4, G=2, T=1111, K=64, V=64, L=128, remembered=400)
+def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Draw the call's tensors: leaves that need gradients, by name, with the same values on every device.
 
-Changes = dict[str, Any]
-# a call's name: what it changes in both sizes, in the small one (None: it is not in it), in the full one
-TABLE: dict[str, tuple[Changes, Changes | None, Changes]] = {
-    "rows": ({}, {"H": 2}, {}),
-    "whole segments": ({}, None, {"T": 1024}),
-    "no state": ({"remembered": 0}, {"T": 32}, {}),
-    "gated when empty": ({"remembered": 0, "empty_memory": "gated"}, {}, {}),
-    "linear": ({"update": "linear"}, {}, {}),
-    "linear, no state": ({"update": "linear", "remembered": 0}, None, {"T": 1024}),
-    "shared memory inputs": ({"own_memory_inputs": False}, {"T": 16}, {}),
-    "shared, linear": ({"own_memory_inputs": False, "update": "linear"}, None, {}),
-    "token major": ({"token_major": True}, {"T": 9}, {}),
-    "scale 1": ({"scale": 1.0}, {"T": 9}, {}),
-    "capped": ({"scale": 1.0, "softcap": 5.0}, {"T": 17}, {}),
-    # the delta rule overshoots where a memory of few tokens meets a long segment
-    "young memory": ({}, {"remembered": 4, "T": 16}, {"remembered": 32}),
-    "equal heads": ({}, {"H": 2, "G": 2, "T": 9}, {"G": 4}),
-    "four heads to one": ({}, None, {"H": 8}),
-    "eight heads to one": ({}, None, {"H": 16, "G": 2, "B": 1}),
-    "prefill in pieces": ({}, {"asked": 9}, {"T": 1500, "asked": 777}),
-    "one token": ({"T": 1}, {}, {}),
-    "decode": ({"asked": 1}, {"T": 13}, {"T": 1531, "L": 2048, "H": 8}),
-    "decode over an edge": ({}, {"asked": 3, "T": 18}, {"asked": 5, "T": 131}),
-    "decode, linear": ({"asked": 1, "update": "linear"}, {"T": 9}, {"T": 127, "B": 3}),
-    "packed": (
-        {"B": 1},
-        {"T": 18, "cu_seqlens": (0, 1, 1, 18)},
-        {"T": 2100, "cu_seqlens": (0, 37, 37, 38, 900, 2100)},
-    ),
-    "packed, linear, no state": (
-        {"B": 1, "update": "linear", "remembered": 0},
-        {"T": 22, "cu_seqlens": (0, 17, 22)},
-        {"cu_seqlens": (0, 129, 512, 1111)},
-    ),
-    "packed, last queries": (
-        {"B": 1},
-        None,
-        {"asked": 300, "cu_seqlens": (0, 300, 900, 1111)},
-    ),
-    "packed, shorter than a segment": (
-        {"B": 1},
-        {"L": 30, "T": 12, "cu_seqlens": (0, 4, 4, 12)},
-        {"L": 700, "cu_seqlens": (0, 5, 600, 1111)},
-    ),
-    "padding": ({"B": 2}, {"T": 11, "L": 8, "spans": ((3, 11), (0, 5))}, {"spans": ((130, 1111), (0, 600))}),
-    "padding, last queries": (
-        {"B": 2},
-        None,
-        {"asked": 200, "spans": ((3, 1111), (999, 1111))},
-    ),
-    "bidirectional": ({"causal": False}, {"T": 16}, {}),
-    "bidirectional, packed": ({"B": 1, "causal": False}, None, {"cu_seqlens": (0, 333, 1111)}),
-    "local": ({"gated": False}, {}, {}),
-    "local, decode": ({"gated": False}, {"asked": 2, "T": 18}, {"asked": 1, "T": 1000}),
-    "local, bidirectional": ({"gated": False, "causal": False}, None, {}),
-    "block mask": (
-        {"gated": False},
-        {"L": 40, "T": 15, "num_read": 3, "num_write": 5},
-        {"T": 600, "L": 700, "num_read": 16, "num_write": 20},
-    ),
-    "block mask, padded": (
-        {"B": 2, "gated": False},
-        {"T": 12, "L": 12, "num_read": 2, "num_write": 3, "spans": ((0, 12), (3, 10))},
-        {"T": 600, "L": 600, "num_read": 16, "num_write": 16, "spans": ((0, 600), (100, 500))},
-    ),
-    "block mask, packed": (
-        {"B": 1, "gated": False},
-        None,
-        {"T": 1111, "L": 700, "num_read": 16, "num_write": 16, "cu_seqlens": (0, 600, 1111)},
-    ),
-    "odd segments": ({}, {"L": 11, "T": 11}, {"L": 37, "T": 500}),
-    "short segments": ({}, None, {"L": 16}),
-    "long segments": ({}, {"L": 20, "T": 20}, {"L": 2048, "T": 4099, "B": 1, "K": 128, "V": 128}),
-    "long rows": ({}, None, {"T": 8192, "L": 512, "B": 1, "K": 128, "V": 128}),
-    "uneven widths": ({"K": 24}, {"T": 8, "L": 8}, {"V": 80}),
-    "wide keys": ({"V": 16}, None, {"K": 96}),
-    "wide": ({}, None, {"K": 192, "V": 192}),
-    "widest": ({}, None, {"K": 256, "V": 256}),
-    "widest, linear": ({"update": "linear"}, None, {"K": 256, "V": 256}),
-    "widest, local": ({"gated": False}, None, {"K": 256, "V": 256}),
-    "narrowest": ({"K": 16, "V": 16}, None, {}),
-}
+    Args:
+        call: the sizes, and the seed.
+        dtype: of q, k, v, memory_q and memory_k; the gate and the state are at least float32.
+        device: where the tensors are put. They are drawn on the CPU.
 
-
-def calls_of(size: str) -> dict[str, Call]:
-    """The table in one size, "small" or "full"."""
-    chosen = {name: (both, small if size == "small" else full) for name, (both, small, full) in TABLE.items()}
-    base = SMALL if size == "small" else FULL
-    return {name: replace(base, **both, **own) for name, (both, own) in chosen.items() if own is not None}
-
-
-def tensors(call: Call, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """The call's tensors by name, in `dtype`: the same values on every device."""
-    generator = torch.Generator().manual_seed(0)
+    Returns:
+        q, k, v; with a gate also gate and, as the call has them, memory_q, memory_k, memory and normalizer.
+    """
+    generator = torch.Generator().manual_seed(call.seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     def tokens(heads: int, time: int, width: int) -> Tensor:
-        x = normal(call.B, time, heads, width).to(device, dtype).transpose(1, 2)
+        x = normal(call.B, time, heads, width).transpose(1, 2)
         return x if call.token_major else x.contiguous()
 
-    asked = call.T if call.asked is None else call.asked
-    made = {
-        "q": tokens(call.H, asked, call.K),
-        "k": tokens(call.G, call.T, call.K),
-        "v": tokens(call.G, call.T, call.V),
+    drawn = {
+        "q": tokens(call.H, call.Tq, call.K),
+        "k": tokens(call.G, call.Tk, call.K),
+        "v": tokens(call.G, call.Tk, call.V),
     }
-    if not call.gated:
-        return made
-    made["gate"] = normal(call.H).to(device)
-    if call.own_memory_inputs:
-        made |= {"memory_q": tokens(call.H, asked, call.K), "memory_k": tokens(call.G, call.T, call.K)}
-    if call.remembered:
-        sequences = call.B if call.cu_seqlens is None else len(call.cu_seqlens) - 1
-        features = feature_map(normal(sequences, call.G, call.remembered, call.K))
-        made["memory"] = (features.mT @ normal(sequences, call.G, call.remembered, call.V)).to(device)
-        made["normalizer"] = features.sum(2).to(device)
-    return made
+    wide = {}
+    if call.gated:
+        wide["gate"] = normal(call.H)
+        if call.own_memory_inputs:
+            drawn |= {"memory_q": tokens(call.H, call.Tq, call.K), "memory_k": tokens(call.G, call.Tk, call.K)}
+        if call.with_state:
+            n, G, K, V = call.sequences, call.G, call.K, call.V
+            keys = feature_map(normal(n, G, call.remembered, K))
+            wide |= {"memory": keys.mT @ normal(n, G, call.remembered, V), "normalizer": keys.sum(2)}
+    at_least_float32 = torch.promote_types(dtype, torch.float32)
+    # in the order in which the operation names them
+    made = {name: x.to(dtype) for name, x in drawn.items()} | {name: x.to(at_least_float32) for name, x in wide.items()}
+    return {name: x.to(device).detach().requires_grad_() for name, x in made.items()}
+
+
+def apply(call: Call, made: dict[str, Tensor], backend: str | None = None, **changed: Any) -> dict[str, Tensor]:
+    """Run the call on tensors of its shapes and return its outputs: out, and with a gate memory and normalizer.
+
+    Args:
+        call: the options.
+        made: as `tensors` returns them.
+        backend: as `segment_attention` takes it.
+        changed: options to pass in place of the call's.
+    """
+    tokens: dict[str, Any] = dict(made)
+    device = made["q"].device
+    state = MemoryState(tokens.pop("memory"), tokens.pop("normalizer")) if "memory" in tokens else None
+    options: dict[str, Any] = {
+        "segment_len": call.segment_len,
+        "update": call.update,
+        "empty_memory": call.empty_memory,
+        "causal": call.causal,
+        "num_read": call.num_read,
+        "num_write": call.num_write,
+        "scale": call.scale,
+        "softcap": call.softcap,
+        "cu_seqlens": _offsets(call.cu_seqlens, device),
+        "spans": _offsets(call.spans, device),
+        "backend": backend,
+    }
+    out, after = segment_attention(**tokens, state=state, **(options | changed))
+    return {"out": out} if after is None else {"out": out, "memory": after.memory, "normalizer": after.normalizer}
 
 
 def _offsets(values: tuple[Any, ...] | None, device: torch.device) -> Tensor | None:
     return None if values is None else torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def spread(call: Call, made: dict[str, Tensor], out: Tensor) -> float:
-    """The size of the gate's gradient but for the luck of signs: the root of the sum of its terms' squares.
-
-    It sums g (1 - g) do (A_mem - A_dot) = (1 - g) do (out - A_dot) over rows and values.
-    """
-    local = evaluate(replace(call, gated=False), {name: made[name] for name in ("q", "k", "v")}, "reference")["out"]
-    terms = _direction(out) * (out - local) * (1 - made["gate"].sigmoid())[:, None, None]
-    return float(terms.norm())
-
-
-def evaluate(call: Call, made: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    """Outputs by name, and the gradients, by input, of a random projection of all outputs."""
-    leaves = {name: x.detach().requires_grad_() for name, x in made.items()}
-    tokens: dict[str, Any] = dict(leaves)
-    device = made["q"].device
-    state = MemoryState(tokens.pop("memory"), tokens.pop("normalizer")) if "memory" in tokens else None
-    out, after = segment_attention(
-        **tokens,
-        segment_len=call.L,
-        state=state,
-        update=call.update,
-        cu_seqlens=_offsets(call.cu_seqlens, device),
-        spans=_offsets(call.spans, device),
-        causal=call.causal,
-        num_read=call.num_read,
-        num_write=call.num_write,
-        empty_memory=call.empty_memory,
-        scale=call.scale,
-        softcap=call.softcap,
-        backend=backend,
-    )
-    outputs = {"out": out} if after is None else {"out": out, "memory": after.memory, "normalizer": after.normalizer}
-    found = torch.autograd.grad(
-        list(outputs.values()), list(leaves.values()), [_direction(x) for x in outputs.values()], allow_unused=True
-    )
-    gradients = {
-        f"d{name}": torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), found, strict=True)
-    }
-    return {name: x.detach() for name, x in (outputs | gradients).items()}
+def directions(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Draw a tensor to project each output on, in its shape and dtype."""
+    return {name: _direction(x) for name, x in outputs.items()}
 
 
 def _direction(x: Tensor) -> Tensor:
-    """What x is projected on: in steps of 1/32, which every dtype holds exactly."""
     drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    # in steps of 1/32, which every dtype holds exactly
     return (32 * drawn).round().div(32).to(x.device, x.dtype)
+
+
+def gradients(outputs: dict[str, Tensor], made: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradients of a random projection of all outputs, as d and the input's name; 0 where there is none."""
+    loss = torch.zeros((), dtype=torch.float64, device=outputs["out"].device)
+    for name, direction in directions(outputs).items():
+        loss = loss + (outputs[name] * direction).sum(dtype=torch.float64)
+    grads = torch.autograd.grad(loss, list(made.values()), allow_unused=True)
+    return {
+        f"d{name}": torch.zeros_like(x) if grad is None else grad
+        for (name, x), grad in zip(made.items(), grads, strict=True)
+    }
+
+
+def evaluate(call: Call, made: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
+    """Return outputs and gradients of the call on the values of `made`, detached."""
+    leaves = {name: x.detach().requires_grad_() for name, x in made.items()}
+    outputs = apply(call, leaves, backend)
+    return {name: x.detach() for name, x in (outputs | gradients(outputs, leaves)).items()}
+
+
+def gate_gradient_size(call: Call, made: dict[str, Tensor], out: Tensor) -> float:
+    """Return the size that the gate's gradient has on average over projections: the root of its squared terms' sum.
+
+    It is the sum of g (1 - g) do (A_mem - A_dot) = (1 - g) do (out - A_dot) over rows and values, whose terms may
+    cancel where there are few heads: what is left is then no measure of an error.
+    """
+    local = evaluate(replace(call, gated=False), {name: made[name] for name in ("q", "k", "v")}, "reference")["out"]
+    terms = _direction(out) * (out - local) * (1 - made["gate"].detach().sigmoid())[:, None, None]
+    return float(terms.norm())

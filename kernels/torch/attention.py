@@ -17,10 +17,10 @@ from ..state import MemoryState, Options, SegmentOutput, empty_output
 from .memory import blend_into, fold_segments, read_and_blend
 
 
-def attend_capped(
+def attend_slots_capped(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, softcap: float
 ) -> Tensor:
-    """`attend` with capped scores, which no fused attention of PyTorch's own has: a slot's scores are made."""
+    """Attend as `attend_slots` with capped scores, which no fused attention of PyTorch has: the scores are stored."""
     dtype, groups = torch.promote_types(q.dtype, torch.float32), k.shape[1]
     q, k = q.to(dtype).unflatten(1, (groups, q.shape[1] // groups)), k.to(dtype).unsqueeze(2)
     scores = softcap * (q @ k.mT * (scale / softcap)).tanh()
@@ -33,14 +33,14 @@ def attend_capped(
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, options: Options) -> Tensor:
-    """Local attention of slots: q [F, H, Lq, K], k [F, G, Lk, K], v [F, G, Lk, V]; the fused kernels want K = V."""
+def attend_slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, options: Options) -> Tensor:
+    """Attend inside slots, q [F, H, Lq, K], k [F, G, Lk, K] and v [F, G, Lk, V], padded where K and V differ."""
     if options.softcap is not None:
         capped = (q, k, v, mask, is_causal, options.scale, options.softcap)
         if torch.is_grad_enabled():
-            # made again for the backward, rather than kept
-            return checkpoint(attend_capped, *capped, use_reentrant=False)
-        return attend_capped(*capped)
+            # the scores are computed again for the backward, rather than kept
+            return checkpoint(attend_slots_capped, *capped, use_reentrant=False)
+        return attend_slots_capped(*capped)
     key_width, value_width = q.shape[-1], v.shape[-1]
     if key_width < value_width:
         q, k = (F.pad(x, (0, value_width - key_width)) for x in (q, k))
@@ -53,43 +53,47 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
     return out[..., :value_width]
 
 
-def attend_causally(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
-    """Queries at the last of the keys' positions. A backward keeps no mask: those before them are zeros instead."""
-    asked, held = q.shape[2], k.shape[2]
-    if asked == held:
-        return attend(q, k, v, None, True, options)
+def attend_slots_causally(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """Attend causally by queries at the last of the keys' positions.
+
+    Under autograd no mask is kept: queries of zeros stand at the positions before them instead.
+    """
+    query_time, time = q.shape[2], k.shape[2]
+    if query_time == time:
+        return attend_slots(q, k, v, None, True, options)
     if torch.is_grad_enabled():
-        return attend(F.pad(q, (0, 0, held - asked, 0)), k, v, None, True, options)[:, :, held - asked :]
-    if asked == 1:
-        return attend(q, k, v, None, False, options)
-    mask = torch.ones(asked, held, dtype=torch.bool, device=q.device).tril(held - asked)
-    return attend(q, k, v, mask, False, options)
+        out = attend_slots(F.pad(q, (0, 0, time - query_time, 0)), k, v, None, True, options)
+        return out[:, :, time - query_time :]
+    if query_time == 1:
+        return attend_slots(q, k, v, None, False, options)
+    mask = torch.ones(query_time, time, dtype=torch.bool, device=q.device).tril(time - query_time)
+    return attend_slots(q, k, v, mask, False, options)
 
 
 def blend(local: Tensor, memory_q: Tensor, state: MemoryState, gate: Tensor, options: Options) -> Tensor:
-    """What the memory before each slot recalls, blended into local attention."""
-    always = options.empty_memory == "gated"
+    """Blend what the memory before each slot recalls into local attention."""
+    keep_gate = options.empty_memory == "gated"
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return read_and_blend(local, memory_q, *state, gate, always)
+        return read_and_blend(local, memory_q, *state, gate, keep_gate)
     # nothing is kept for a backward, so the result takes local attention's place
-    return blend_into(local, local, memory_q, *state, gate, always)
+    return blend_into(local, local, memory_q, state.memory, state.normalizer, gate, keep_gate)
 
 
 def to_slots(x: Tensor, first: int, last: int, segment_len: int) -> Tensor:
-    """Segments in [first, last) of x [B, heads, T, width] as [B · S, heads, L, width]; a view where strides allow."""
+    """Return segments in [first, last) of x [B, heads, T, width] as [B · S, heads, L, width], by a view if possible."""
     segments = (last - first) // segment_len
     return x[:, :, first:last].unflatten(2, (segments, segment_len)).transpose(1, 2).flatten(0, 1)
 
 
 def from_slots(x: Tensor, batch: int) -> Tensor:
-    """The inverse: [B · S, heads, L, width] → [B, heads, S · L, width]."""
+    """Undo `to_slots`: [B · S, heads, L, width] → [B, heads, S · L, width]."""
     return x.unflatten(0, (batch, x.shape[0] // batch)).transpose(1, 2).flatten(2, 3)
 
 
 def cuts(first: int, time: int, segment_len: int) -> Iterator[tuple[int, int, int, int]]:
-    """Runs of queries in [first, time): the rest of a segment, whole segments, an unfinished one.
+    """Yield the runs of queries in [first, time): the rest of a segment, whole segments, an unfinished one.
 
-    Each as first position, one past the last, first segment, one past the last.
+    Each is its first position, one past its last, its first segment, and one past its last.
     """
     start = -(-first // segment_len) * segment_len
     whole = time // segment_len * segment_len
@@ -111,7 +115,7 @@ def attend_rows(
     state: MemoryState | None,
     options: Options,
 ) -> SegmentOutput:
-    """Rows of equal length: slots are views of q, k and v where strides allow."""
+    """Attend in rows of equal length: slots are views of q, k and v where strides allow."""
     batch, _, time, _ = k.shape
     L, first_query = options.segment_len, time - q.shape[2]
     each = time // L
@@ -124,21 +128,21 @@ def attend_rows(
         before = [x.unflatten(0, (batch, each)) for x in (m_before, z_before)]
     outs = []
     for first, last, segment, stop in cuts(first_query, time, L):
-        held = min(L, last - segment * L)
-        asked = min(held, last - first)
-        mine = slice(first - first_query, last - first_query)
-        queries = to_slots(q[:, :, mine], 0, last - first, asked)
+        key_time = min(L, last - segment * L)
+        run_time = min(key_time, last - first)
+        run = slice(first - first_query, last - first_query)
+        queries = to_slots(q[:, :, run], 0, last - first, run_time)
         keys, values = k_slots, v_slots
         if (segment, stop) != (0, each):
-            keys, values = (to_slots(x, segment * L, last, held) for x in (k, v))
+            keys, values = (to_slots(x, segment * L, last, key_time) for x in (k, v))
         if options.causal:
-            out = attend_causally(queries, keys, values, options)
+            out = attend_slots_causally(queries, keys, values, options)
         else:
-            out = attend(queries, keys, values, None, False, options)
+            out = attend_slots(queries, keys, values, None, False, options)
         if gate is not None and state is not None:
             seen = state if segment == each else MemoryState(*(x[:, segment:stop].flatten(0, 1) for x in before))
-            asking = queries if memory_q is q else to_slots(memory_q[:, :, mine], 0, last - first, asked)
-            out = blend(out, asking, seen, gate, options)
+            reading = queries if memory_q is q else to_slots(memory_q[:, :, run], 0, last - first, run_time)
+            out = blend(out, reading, seen, gate, options)
         outs.append(from_slots(out, batch))
     if not outs:
         return SegmentOutput(empty_output(q, v), state)
@@ -146,15 +150,15 @@ def attend_rows(
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
-    """Rows of one segment under the RMT mask, block by block: no mask of T × T is needed."""
+    """Attend in rows of one segment under the RMT mask, block by block: no mask of T × T is needed."""
     time = k.shape[2]
     first, body = time - q.shape[2], time - options.num_write
     read, write = q[:, :, : max(options.num_read - first, 0)], q[:, :, max(body - first, 0) :]
     tokens = q[:, :, read.shape[2] : q.shape[2] - write.shape[2]]
     blocks = (
-        attend(read, k[:, :, : options.num_read], v[:, :, : options.num_read], None, False, options),
-        attend_causally(tokens, k[:, :, :body], v[:, :, :body], options),
-        attend(write, k, v, None, False, options),
+        attend_slots(read, k[:, :, : options.num_read], v[:, :, : options.num_read], None, False, options),
+        attend_slots_causally(tokens, k[:, :, :body], v[:, :, :body], options),
+        attend_slots(write, k, v, None, False, options),
     )
     return torch.cat(blocks, dim=2)
 
@@ -170,7 +174,7 @@ def attend_sequences(
     bounds: Tensor,
     options: Options,
 ) -> SegmentOutput:
-    """Sequences of any lengths: tokens are gathered into slots and scattered back."""
+    """Attend in sequences of any lengths: tokens are gathered into slots and scattered back."""
     batch, _, time, _ = k.shape
     query_time = q.shape[2]
     offset = time - query_time
@@ -190,40 +194,36 @@ def attend_sequences(
     if options.causal and few:
         i = first_query[:, None] + torch.arange(query_time, device=k.device)
         j = slots.begin[:, None] + torch.arange(width, device=k.device)
-        out = attend(queries, keys, values, (j[:, None] <= i[:, :, None]).unsqueeze(1) & held, False, options)
+        out = attend_slots(queries, keys, values, (j[:, None] <= i[:, :, None]).unsqueeze(1) & held, False, options)
     else:
-        out = attend(queries, keys, values, None if options.causal else held, options.causal, options)
+        out = attend_slots(queries, keys, values, None if options.causal else held, options.causal, options)
     if gate is not None and state is not None:
         owner = None if len(bounds) == batch else slots.sequence
         written = keys if memory_k is k else gather_tokens(memory_k, keys_at)
         complete = slots.end - slots.begin == options.segment_len
         m_before, z_before, m, z = fold_segments(written, values, *state, complete, owner, options.update == "delta")
         state = MemoryState(m, z)
-        asking = queries if memory_q is q else gather_tokens(memory_q, queries_at)
-        out = blend(out, asking, MemoryState(m_before, z_before), gate, options)
+        reading = queries if memory_q is q else gather_tokens(memory_q, queries_at)
+        out = blend(out, reading, MemoryState(m_before, z_before), gate, options)
     parts = [(out, queries_at)]
     if query_time and options.num_read and options.causal:
         at = window(slots, slots.begin, options.num_read, query_time, offset)
         read_k, read_v = (x[:, :, : options.num_read] for x in (keys, values))
-        parts.append((attend(gather_tokens(q, at), read_k, read_v, None, False, options), at))
+        parts.append((attend_slots(gather_tokens(q, at), read_k, read_v, None, False, options), at))
     if query_time and options.num_write and options.causal:
         at = window(slots, slots.end - options.num_write, options.num_write, query_time, offset)
-        parts.append((attend(gather_tokens(q, at), keys, values, held, False, options), at))
+        parts.append((attend_slots(gather_tokens(q, at), keys, values, held, False, options), at))
     return SegmentOutput(scatter_tokens(parts, batch, query_time), state)
 
 
-def segment_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor,
-    memory_k: Tensor,
-    gate: Tensor | None,
-    state: MemoryState | None,
-    bounds: Tensor | None,
-    options: Options,
-) -> SegmentOutput:
-    """bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows."""
+def torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
+    state: MemoryState | None, bounds: Tensor | None, options: Options,
+) -> SegmentOutput:  # fmt: skip
+    """Run a call of `segment_attention` on every segment at once.
+
+    bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows.
+    """
     if bounds is not None:
         return attend_sequences(q, k, v, memory_q, memory_k, gate, state, bounds, options)
     if options.causal and (options.num_read or options.num_write):
@@ -231,18 +231,11 @@ def segment_attention(
     return attend_rows(q, k, v, memory_q, memory_k, gate, state, options)
 
 
-def segment_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor,
-    gate: Tensor | None,
-    state: MemoryState | None,
-    lengths: Tensor | None,
-    counters: Tensor | None,
-    options: Options,
-) -> Tensor:
-    """lengths [B]: tokens in each row of k and v, the last of them q's; counters are the kernels' own affair."""
+def torch_decode(
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
+    lengths: Tensor | None, options: Options,
+) -> Tensor:  # fmt: skip
+    """Run a call of `segment_decode`. lengths [B]: tokens in each row of k and v, the last of them q's."""
     batch, _, query_time, _ = q.shape
     if lengths is not None and not torch.compiler.is_compiling() and lengths.device.type == "cpu":
         # nothing waits for their values there, and most of a buffer may be yet to come
@@ -250,7 +243,7 @@ def segment_decode(
         k, v = k[:, :, : max(1, longest)], v[:, :, : max(1, longest)]
         lengths = lengths if shortest < max(1, longest, query_time) else None
     if lengths is None and query_time == 1:
-        out = attend(q, k, v, None, False, options)
+        out = attend_slots(q, k, v, None, False, options)
         return out if gate is None or state is None else blend(out, memory_q, state, gate, options)
     time = k.shape[2]
     end = torch.full((batch,), time, device=q.device) if lengths is None else lengths.clamp(max=time)
@@ -260,7 +253,7 @@ def segment_decode(
     # tokens beyond a row's length may be anything, NaN too
     k, v = k.masked_fill(~held.mT, 0), v.masked_fill(~held.mT, 0)
     seen = held & (position >= 0) & ((j <= position) if options.causal else True)
-    out = attend(q, k, v, seen | (position < 0), False, options)
+    out = attend_slots(q, k, v, seen | (position < 0), False, options)
     if gate is not None and state is not None:
         out = blend(out, memory_q, state, gate, options)
     return out.masked_fill(position < 0, 0)

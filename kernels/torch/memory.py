@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..state import over_peak
 
 Step = tuple[slice | Tensor, slice | Tensor]
 
@@ -31,37 +32,29 @@ _BLOCK_ELSEWHERE = 2**24
 
 
 def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """σ(x) = ELU(x) + 1 in `dtype`, as exp(x) below zero so that small values keep their digits."""
+    """Return σ(x) = ELU(x) + 1 in `dtype`, as exp(x) below zero so that small values keep their digits."""
     x = x.to(dtype)
     return x.clamp(max=0).exp_().add_(x.clamp(min=0))
 
 
 def feature_map_grad(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """σ'(x) in `dtype`: exp(x) below zero, 1 above; that is min(σ(x), 1)."""
+    """Return σ'(x) in `dtype`: exp(x) below zero, 1 above; that is min(σ(x), 1)."""
     return x.to(dtype).clamp(max=0).exp_()
 
 
-def scaled(normalizer: Tensor) -> tuple[Tensor, Tensor]:
-    """z [..., K] over its peak, and 1 / peak [..., 1]; both 0 where the memory is empty or lost in underflow."""
-    limits = torch.finfo(normalizer.dtype)
-    peak = normalizer.abs().amax(-1, keepdim=True)
-    inverse = torch.where(peak >= limits.tiny / limits.eps, peak.reciprocal(), 0)
-    return normalizer * inverse, inverse
-
-
 def reciprocal(weight: Tensor) -> Tensor:
-    """1 / weight; 0 where there is none."""
-    found = weight.abs() >= torch.finfo(weight.dtype).tiny
-    return torch.where(found, weight.reciprocal(), 0)
+    """Return 1 / weight; 0 where the weight is 0 or has underflowed."""
+    normal = weight.abs() >= torch.finfo(weight.dtype).tiny
+    return torch.where(normal, weight.reciprocal(), 0)
 
 
 def _dot(rows: Tensor, vector: Tensor) -> Tensor:
-    """rows [..., L, K] · vector [..., K] → [..., L, 1]; faster than a product of matrices with one column."""
+    """Return rows [..., L, K] · vector [..., K] as [..., L, 1], faster than a product of matrices with one column."""
     return (rows * vector.unsqueeze(-2)).sum(-1, keepdim=True)
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Parts of x [F, G, ...] that one pass handles: runs of slots, or of one slot's heads."""
+    """Yield the parts of x [F, G, ...] that one pass handles: runs of slots, or of one slot's heads."""
     slots, heads = x.shape[:2]
     room = max(1, _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // max(1, x[:1, :1].numel()))
     many, wide = max(1, room // heads), min(room, heads)
@@ -71,7 +64,7 @@ def _blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _steps(slots: int, sequences: int, owner: Tensor | None) -> list[Step]:
-    """For s = 1, 2, …: the slots that hold the s-th segment of a sequence, and those sequences.
+    """Return, for s = 1, 2, …, the slots that hold the s-th segment of a sequence, and those sequences.
 
     owner [F]: the sequence of each slot, N for a spare one; None where every sequence has F / N slots.
     """
@@ -85,14 +78,14 @@ def _steps(slots: int, sequences: int, owner: Tensor | None) -> list[Step]:
             continue
         if seen[sequence] == len(steps):
             steps.append(([], []))
-        for found, value in zip(steps[seen[sequence]], (slot, sequence), strict=True):
-            found.append(value)
+        for column, value in zip(steps[seen[sequence]], (slot, sequence), strict=True):
+            column.append(value)
         seen[sequence] += 1
     return [tuple(torch.tensor(x, device=owner.device) for x in step) for step in steps]  # type: ignore[misc]
 
 
 def _scan(steps: Sequence[Step], initial: Tensor, added: Tensor, erased: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """X ← X + added_s − erased_s X: every X before its segment [F, ...], and the last [N, ...]."""
+    """Run X ← X + added_s − erased_s X; return X before every segment [F, ...], and the last X [N, ...]."""
     state = initial.clone()
     before = torch.zeros_like(added)
     for slots, rows in steps:
@@ -106,8 +99,8 @@ def _scan(steps: Sequence[Step], initial: Tensor, added: Tensor, erased: Tensor 
 
 
 def _erased(k: Tensor, normalizer: Tensor) -> Tensor:
-    """A = uᵀ σ(k) per segment, [F, G, K, K]."""
-    z, inverse_peak = scaled(normalizer)
+    """Return A = uᵀ σ(k) per segment, [F, G, K, K]."""
+    z, inverse_peak = over_peak(normalizer)
     erased = normalizer.new_empty(*normalizer.shape, normalizer.shape[-1])
     for block in _blocks(k):
         features = feature_map(k[block], normalizer.dtype)
@@ -116,7 +109,7 @@ def _erased(k: Tensor, normalizer: Tensor) -> Tensor:
     return erased.mul_(inverse_peak.unsqueeze(-1))
 
 
-def _only(complete: Tensor | None, *per_slot: Tensor) -> None:
+def _write_only(complete: Tensor | None, *per_slot: Tensor) -> None:
     """Let segments that are not complete write nothing."""
     if complete is not None:
         for x in per_slot:
@@ -145,11 +138,11 @@ def fold_segments(
         features = feature_map(k[block], memory.dtype)
         torch.sum(features, -2, out=sums[block])
         written[block] = features.mT @ v[block].to(memory.dtype)
-    _only(complete, written, sums)
+    _write_only(complete, written, sums)
     z_before, z = _scan(steps, normalizer, sums)
     erased = _erased(k, z_before) if delta else None
     if erased is not None:
-        _only(complete, erased)
+        _write_only(complete, erased)
     m_before, m = _scan(steps, memory, written, erased)
     return m_before, z_before, m, z
 
@@ -188,19 +181,19 @@ def fold_segments_backward(
     dm: Tensor,
     dz: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The adjoint: gradients of k, v, memory and normalizer."""
+    """Return the gradients of k, v, memory and normalizer: the adjoint of `fold_segments`."""
     steps = _steps(len(k), len(dm), owner)[::-1]
     dtype = dm.dtype
     erased = _erased(k, z_before) if delta else None
     if erased is not None:
-        _only(complete, erased)
+        _write_only(complete, erased)
     # the adjoint of M after each segment, then of z
     dm_after, dm_initial = _scan(steps, dm, dm_before, erased)
-    _only(complete, dm_after)
+    _write_only(complete, dm_after)
 
     dk, dv = torch.empty_like(k, dtype=dtype), torch.empty_like(v)
     from_weights = torch.zeros_like(dz_before)
-    z, inverse_peak = scaled(z_before)
+    z, inverse_peak = over_peak(z_before)
     for block in _blocks(k):
         features = feature_map(k[block], dtype)
         dv[block] = features @ dm_after[block]
@@ -216,7 +209,7 @@ def fold_segments_backward(
             dfeatures -= back.add_(u @ c.mT)
         dk[block] = dfeatures
     dz_after, dz_initial = _scan(steps, dz, dz_before + from_weights)
-    _only(complete, dz_after)
+    _write_only(complete, dz_after)
     for block in _blocks(k):
         dk[block] = (dk[block] + dz_after[block].unsqueeze(-2)).mul_(feature_map_grad(k[block], dtype))
     return dk.to(k.dtype), dv, dm_initial, dz_initial
@@ -264,77 +257,79 @@ fold_segments_backward.register_autograd(_no_second_derivative, setup_context=_n
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """[F, H, ...] → [F, G, H / G, ...]"""
+    """Split heads by group: [F, H, ...] → [F, G, H / G, ...]."""
     return x.unflatten(1, (groups, x.shape[1] // groups))
 
 
 def _queries(q: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """σ(q) [F, G, R, L, K], 1 / σ(q) z [F, G, R, L, 1] for a scaled z, and whether the memory held anything there."""
+    """Return σ(q) [F, G, R, L, K], 1 / σ(q) z [F, G, R, L, 1] for z over its peak, and where z is not 0."""
     features = feature_map(q, z.dtype)
     inverse = reciprocal(_dot(features, z.unsqueeze(2)))
     return features, inverse, inverse != 0
 
 
 def blend_into(
-    out: Tensor, local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool
+    out: Tensor, local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, keep_gate: bool
 ) -> Tensor:
-    """g A_mem + (1 − g) A_dot, written to `out`, which may be `local` itself."""
+    """Write g A_mem + (1 − g) A_dot to `out`, which may be `local` itself."""
     groups, dtype = memory.shape[1], memory.dtype
     g = _by_group(gate.to(dtype).sigmoid().view(1, -1, 1, 1), groups)
-    z, inverse_peak = scaled(normalizer)
+    z, inverse_peak = over_peak(normalizer)
     memory = memory * inverse_peak.unsqueeze(-1)
     q, local, blended = (_by_group(x, groups) for x in (q, local, out))
     for block in _blocks(q):
-        features, inverse, found = _queries(q[block], z[block])
+        features, inverse, filled = _queries(q[block], z[block])
         share = g[:, block[1]]
         recalled = features.mul_(inverse * share) @ memory[block].unsqueeze(2)
-        kept = 1 - (share if always else share * found)
-        blended[block] = torch.addcmul(recalled, local[block].to(dtype), kept)
+        local_share = 1 - (share if keep_gate else share * filled)
+        blended[block] = torch.addcmul(recalled, local[block].to(dtype), local_share)
     return out
 
 
 @torch.library.custom_op("segattn::read_and_blend", mutates_args=())
-def read_and_blend(local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool) -> Tensor:
+def read_and_blend(
+    local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, keep_gate: bool
+) -> Tensor:
     """Read memory [F, G, K, V], normalizer [F, G, K] for q [F, H, L, K]; blend with local [F, H, L, V] by gate [H].
 
-    always: keep the gate where the memory is empty (`empty_memory="gated"`).
+    keep_gate: keep the gate where the memory is empty, too (`empty_memory="gated"`).
     """
-    return blend_into(torch.empty_like(local), local, q, memory, normalizer, gate, always)
+    return blend_into(torch.empty_like(local), local, q, memory, normalizer, gate, keep_gate)
 
 
 @read_and_blend.register_fake
-def _(local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool) -> Tensor:
+def _(local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, keep_gate: bool) -> Tensor:
     return torch.empty_like(local)
 
 
 @torch.library.custom_op("segattn::read_and_blend_backward", mutates_args=())
 @without_autocast
 def read_and_blend_backward(
-    local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool, dout: Tensor
+    local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, keep_gate: bool, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The adjoint: gradients of local, q, memory, normalizer and gate."""
+    """Return the gradients of local, q, memory, normalizer and gate: the adjoint of `read_and_blend`."""
     groups, dtype = memory.shape[1], memory.dtype
     g = _by_group(gate.to(dtype).sigmoid().view(1, -1, 1, 1), groups)
-    z, inverse_peak = scaled(normalizer)
+    z, inverse_peak = over_peak(normalizer)
     memory = memory * inverse_peak.unsqueeze(-1)
     dlocal, dq = torch.empty_like(local), torch.empty_like(q)
     dmemory, dnormalizer = torch.empty_like(memory), torch.empty_like(normalizer)
     dweight = torch.zeros_like(g[0])
     q, local, dout, dlocal_out, dq_out = (_by_group(x, groups) for x in (q, local, dout, dlocal, dq))
     for block in _blocks(q):
-        features, inverse, found = _queries(q[block], z[block])
+        features, inverse, filled = _queries(q[block], z[block])
         do, share = dout[block].to(dtype), g[:, block[1]]
-        weight = share if always else share * found
+        weight = share if keep_gate else share * filled
         dlocal_out[block] = do * (1 - weight)
         slope = features.clamp(max=1).mul_(inverse).mul_(share)
         u = features.mul_(inverse)
         back = do @ memory[block].unsqueeze(2).mT
-        along_memory = (u * back).sum(-1, keepdim=True)
-        along_local = (do * local[block]).sum(-1, keepdim=True)
-        dweight[block[1]] += ((along_memory - along_local) * weight).sum((0, 3), keepdim=True)[0]
+        memory_delta = (u * back).sum(-1, keepdim=True)
+        row_delta = (do * local[block]).sum(-1, keepdim=True)
+        dweight[block[1]] += ((memory_delta - row_delta) * weight).sum((0, 3), keepdim=True)[0]
         dmemory[block] = (u.mT @ (do * share)).sum(2)
-        dnormalizer[block] = -(u * (along_memory * share)).sum((2, 3))
-        dq_out[block] = back.sub_(along_memory * z[block][:, :, None, None]).mul_(slope)
+        dnormalizer[block] = -(u * (memory_delta * share)).sum((2, 3))
+        dq_out[block] = back.sub_(memory_delta * z[block][:, :, None, None]).mul_(slope)
     dmemory *= inverse_peak.unsqueeze(-1)
     dnormalizer *= inverse_peak
     return dlocal, dq, dmemory, dnormalizer, (dweight * (1 - g[0])).flatten().to(gate.dtype)
@@ -342,19 +337,19 @@ def read_and_blend_backward(
 
 @read_and_blend_backward.register_fake
 def _(
-    local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, always: bool, dout: Tensor
+    local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor, keep_gate: bool, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return tuple(torch.empty_like(x) for x in (local, q, memory, normalizer, gate))  # type: ignore[return-value]
 
 
 def _read_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, always = inputs
+    *tensors, keep_gate = inputs
     ctx.save_for_backward(*tensors)
-    ctx.always = always
+    ctx.keep_gate = keep_gate
 
 
 def _read_backward(ctx, dout):  # type: ignore[no-untyped-def]
-    return *read_and_blend_backward(*ctx.saved_tensors, ctx.always, dout), None
+    return *read_and_blend_backward(*ctx.saved_tensors, ctx.keep_gate, dout), None
 
 
 read_and_blend.register_autograd(_read_backward, setup_context=_read_setup)

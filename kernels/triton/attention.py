@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,283 +11,185 @@ from torch import Tensor
 
 from ..sequences import Layout
 from ..state import Options
-from .launch import block, launch, new_tokens, tile_of, view
+from .launch import launch, new_tokens, segment_arguments, tile_of, view
 from .tiles import (
-    capped,
+    LENGTHS,
+    MemoryTokens,
+    block,
     dot,
     feature_map,
     head_of,
     keys_seen,
+    load_chunk,
     load_rows,
     memory_weight,
+    query_slot,
     reciprocal,
     rounded,
     row_operand,
     score_factor,
+    scores,
     segment_at,
     store_rows,
     visible,
 )
+from .write import SegmentMemory
+
+
+class SavedRows(NamedTuple):
+    """What the queries' backward needs of the forward."""
+
+    local: Any  # A_dot [B, H, Tq, V]; None where there is no memory, as the output is A_dot then
+    lse2: Any  # float32 [B, H, Tq] log2 Σ exp(score) − log2(1 − w), w being the weight of the memory
+
+    def view(self) -> SavedRows:
+        """Return these as an argument of a kernel."""
+        return SavedRows(view(self.local), self.lse2)
 
 
 @triton.jit
 def softmax_loop(
-    acc,
-    peak,
-    total,
-    q,
-    i,
-    k,
-    k_stride,
-    v,
-    v_stride,
-    first,
-    last,
-    begin,
-    end,
-    num_read,
-    num_write,
-    factor,
-    softcap,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_MASK: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Keys [first, last) into the online softmax, in powers of two: Σ p v, the peak of the scores, Σ p."""
+    state, queries, i, keys, values, first, last, segment, memory_tokens, factor, softcap,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Fold keys [first, last) into the online softmax in powers of two: Σ p v, the peak of the scores, Σ p."""
+    acc, peak, total = state
+    BLOCK_K: tl.constexpr = queries.shape[1]
+    BLOCK_V: tl.constexpr = acc.shape[1]
     for start in range(first, last, BLOCK_N):
-        keys = load_rows(k, k_stride, start, end, 0, BLOCK_N, BLOCK_K, K, MASKED)
-        scores = capped(dot(q, tl.trans(keys), None) * factor, softcap)
+        key = load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K, MASKED)
+        x = scores(queries, key, factor, softcap)
         if MASKED:
             j = start + tl.arange(0, BLOCK_N)
-            seen = visible(i[:, None], j[None, :], begin, end, num_read, num_write, CAUSAL, BLOCK_MASK)
-            scores = tl.where(seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        p = tl.exp2(scores - new_peak[:, None])
+            x = tl.where(visible(i[:, None], j[None, :], segment, memory_tokens, CAUSAL), x, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(x, 1))
+        p = tl.exp2(x - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(p, 1)
-        values = load_rows(v, v_stride, start, end, 0, BLOCK_N, BLOCK_V, V, MASKED)
-        acc = dot(rounded(p, values.dtype), values, acc * shrink[:, None])
+        value = load_rows(values, start, 0, BLOCK_N, BLOCK_V, V, MASKED)
+        acc = dot(rounded(p, value.dtype), value, acc * shrink[:, None])
         peak = new_peak
     return acc, peak, total
 
 
 @triton.jit
-def recall(
-    acc,
-    share,
-    x,
-    stride,
-    first,
-    stop,
-    memory,
-    ELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """acc + share · σ(x) M, rows scaled before they are rounded."""
+def recall(acc, share, x, first, matrix, ELU: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr):
+    """Return acc + share · σ(x) M for the rows of x from `first` on, scaled before they are rounded."""
+    ROWS: tl.constexpr = acc.shape[0]
     for c in tl.range(0, K, CHUNK, num_stages=1):
-        features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU) * share[:, None]
+        features = feature_map(load_rows(x, first, c, ROWS, CHUNK, K), ELU) * share[:, None]
         features = tl.where((c + tl.arange(0, CHUNK) < K)[None, :], features, 0.0)
-        recalled = load_rows(memory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
+        recalled = load_chunk(matrix, c, CHUNK, K, V)
         features, factor = row_operand(features, recalled.dtype)
         acc += dot(features, recalled, None) * factor
     return acc
 
 
-@triton.jit(
-    do_not_specialize=[
-        "time",
-        "query_time",
-        "segment_len",
-        "segments",
-        "first_segment",
-        "tiles",
-        "num_read",
-        "num_write",
-        "scale",
-        "softcap",
-    ]
-)
+@triton.jit(do_not_specialize=LENGTHS)
 def attend_kernel(
-    q,
-    k,
-    v,
-    memory_q,
-    out,
-    local,
-    statistic,
-    gate,
-    memory,
-    normalizer,
-    slots,
-    time,
-    query_time,
-    segment_len,
-    segments,
-    first_segment,
-    tiles,
-    num_read,
-    num_write,
-    scale,
-    softcap,
-    heads,
-    groups,
-    ALWAYS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_MASK: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One tile of one head's queries in one segment.
+    q, k, v, memory_q, out, saved, gate, memory,
+    slots, time, query_time, segment_len, segments, tiles, memory_tokens, scale, softcap,
+    KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Attend by one tile of the queries of one head in one segment.
 
-    statistic [B, H, Tq]: log2 Σ exp(score) − log2(1 − w), w being the memory's weight: what the backward needs.
-    local, statistic: None unless a backward follows.
+    saved: None unless a backward follows. KEEP_GATE: local attention is weighed by 1 − g where the memory is empty too.
     """
+    K: tl.constexpr = q.width
+    V: tl.constexpr = v.width
+    BLOCK_V: tl.constexpr = block(V)
     program = tl.program_id(0)
     # the longest rows of a segment first
     tile = tiles - 1 - program % tiles
-    head = program // tiles % heads
-    slot = program // tiles // heads
-    if slots is None:
-        asked = segments - first_segment
-        slot = slot // asked * segments + first_segment + slot % asked
-    group = head // (heads // groups)
-    row, begin, end = segment_at(slot, slots, segments, segment_len, time)
+    head = program // tiles % q.heads
+    group = head // (q.heads // k.heads)
     offset = time - query_time
-    first = tl.maximum(begin, offset) + tile * BLOCK_M
-    if first >= end:
+    slot = query_slot(program // tiles // q.heads, slots, segments, offset // segment_len)
+    segment = segment_at(slot, slots, segments, segment_len, time)
+    first = tl.maximum(segment.begin, offset) + tile * BLOCK_M
+    if first >= segment.end:
         return
+    at, stop = first - offset, segment.end - offset
     i = first + tl.arange(0, BLOCK_M)
-    queries = load_rows(head_of(q, row, head), q[3], first - offset, end - offset, 0, BLOCK_M, BLOCK_K, K)
-    keys, values = head_of(k, row, group), head_of(v, row, group)
-    full, last = keys_seen(first, begin, end, num_read, num_write, BLOCK_M, BLOCK_N, CAUSAL, BLOCK_MASK)
+    queries = load_rows(head_of(q, segment.row, head, stop), at, 0, BLOCK_M, block(K), K)
+    keys = head_of(k, segment.row, group, segment.end)
+    values = head_of(v, segment.row, group, segment.end)
+    full, last = keys_seen(first, segment, memory_tokens, BLOCK_M, BLOCK_N, CAUSAL)
 
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     factor = score_factor(scale, softcap)
-    # fmt: off
     acc, peak, total = softmax_loop(
-        acc, peak, total, queries, i, keys, k[3], values, v[3], begin, full, begin, end, num_read, num_write,
-        factor, softcap, False, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
-    )
+        (acc, peak, total), queries, i, keys, values, segment.begin, full, segment, memory_tokens, factor, softcap,
+        False, CAUSAL, K, V, BLOCK_N,
+    )  # fmt: skip
     acc, peak, total = softmax_loop(
-        acc, peak, total, queries, i, keys, k[3], values, v[3], full, last, begin, end, num_read, num_write,
-        factor, softcap, True, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
-    )
-    # fmt: on
-    row_statistic = peak + tl.log2(total)
+        (acc, peak, total), queries, i, keys, values, full, last, segment, memory_tokens, factor, softcap,
+        True, CAUSAL, K, V, BLOCK_N,
+    )  # fmt: skip
+    lse2 = peak + tl.log2(total)
     acc = acc / total[:, None]
     if memory is not None:
-        if local is not None:
-            store_rows(head_of(local, row, head), local[3], first - offset, end - offset, 0, acc, BLOCK_M, BLOCK_V, V)
+        if saved is not None:
+            store_rows(head_of(saved.local, segment.row, head, stop), at, 0, acc, V)
         g = tl.sigmoid(tl.load(gate + head))
-        at = tl.cast(slot, tl.int64) * groups + group
-        asking = head_of(memory_q, row, head)
-        # fmt: off
-        inverse = reciprocal(memory_weight(
-            asking, memory_q[3], first - offset, end - offset, normalizer + at * K, True, BLOCK_M, K, CHUNK,
-        ))
-        kept = tl.where((inverse != 0) | ALWAYS, 1 - g, 1.0)
-        acc = recall(
-            acc * kept[:, None], g * inverse, asking, memory_q[3], first - offset,
-            end - offset, memory + at * K * V, True, BLOCK_M, K, V, BLOCK_V, CHUNK,
-        )
-        # fmt: on
-        row_statistic -= tl.log2(kept)
-    if statistic is not None:
-        at_rows = (tl.cast(row, tl.int64) * heads + head) * query_time - offset + i
-        tl.store(statistic + at_rows, row_statistic, mask=i < end)
-    store_rows(head_of(out, row, head), out[3], first - offset, end - offset, 0, acc, BLOCK_M, BLOCK_V, V)
+        at_memory = tl.cast(slot, tl.int64) * k.heads + group
+        reading = head_of(memory_q, segment.row, head, stop)
+        inverse = reciprocal(memory_weight(reading, at, memory.normalizer.z + at_memory * K, True, BLOCK_M, K, CHUNK))
+        local_share = tl.where((inverse != 0) | KEEP_GATE, 1 - g, 1.0)
+        matrix = memory.matrix + at_memory * K * V
+        acc = recall(acc * local_share[:, None], g * inverse, reading, at, matrix, True, K, V, CHUNK)
+        lse2 -= tl.log2(local_share)
+    if saved is not None:
+        at_rows = (tl.cast(segment.row, tl.int64) * q.heads + head) * query_time - offset + i
+        tl.store(saved.lse2 + at_rows, lse2, mask=i < segment.end)
+    store_rows(head_of(out, segment.row, head, stop), at, 0, acc, V)
 
 
-def query_programs(layout: Layout, query_time: int, time: int, segment_len: int, rows: int) -> tuple[int, int, int]:
-    """Programs per head over all slots that hold queries, tiles of `rows` queries per slot, and the first such slot."""
-    tiles = triton.cdiv(min(segment_len, query_time), rows)
+def query_programs(q: Tensor, layout: Layout, rows: int) -> tuple[int, int]:
+    """Return how many slots may hold queries, and how many tiles of `rows` queries each of their heads has."""
+    tiles = triton.cdiv(min(layout.segment_len, q.shape[2]), rows)
     if layout.slots is not None:
-        return layout.total * tiles, tiles, 0
-    first = (time - query_time) // segment_len
-    return layout.total // layout.per_row * (layout.per_row - first) * tiles, tiles, first
+        return layout.total, tiles
+    return layout.sequences * (layout.per_row - (layout.time - q.shape[2]) // layout.segment_len), tiles
 
 
 def call_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options) -> dict[str, Any]:
-    """What every kernel over the scores is told of a call."""
+    """Return the arguments that every kernel over the scores takes."""
+    masked = options.num_read + options.num_write > 0
     return {
         "q": view(q),
         "k": view(k),
         "v": view(v),
-        "slots": layout.slots,
-        "time": k.shape[2],
+        **segment_arguments(layout),
         "query_time": q.shape[2],
-        "segment_len": options.segment_len,
-        "segments": layout.per_row,
-        "num_read": options.num_read,
-        "num_write": options.num_write,
+        "memory_tokens": MemoryTokens(options.num_read, options.num_write) if masked else None,
         "scale": options.scale,
         "softcap": options.softcap,
-        "heads": q.shape[1],
-        "groups": k.shape[1],
         "CAUSAL": options.causal,
-        "BLOCK_MASK": options.num_read + options.num_write > 0,
-        "K": q.shape[3],
-        "V": v.shape[3],
-        "BLOCK_K": block(q.shape[3]),
-        "BLOCK_V": block(v.shape[3]),
     }
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor,
-    gate: Tensor | None,
-    memory: Tensor | None,
-    normalizer: Tensor | None,
-    layout: Layout,
-    options: Options,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The output [B, H, Tq, V]; if `keep`, A_dot (None without a memory) and the row statistic for the backward.
-
-    memory [F, G, K, V] over z's peak, normalizer [F, G, K] likewise: as before each slot.
-    """
-    batch, heads, query_time, key_width = q.shape
-    time, value_width = v.shape[2:]
-    tile = tile_of(attend_kernel, q, key_width, value_width)
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, memory: SegmentMemory | None,
+    layout: Layout, options: Options, save: bool,
+) -> tuple[Tensor, SavedRows | None]:  # fmt: skip
+    """Return the output [B, H, Tq, V] and, if `save`, what a backward needs; without a memory, local attention."""
+    heads, query_time = q.shape[1:3]
+    value_width = v.shape[3]
     padded = layout.slots is not None
     out = new_tokens(q, heads, query_time, value_width, padded)
-    local = new_tokens(q, heads, query_time, value_width, padded) if keep and memory is not None else None
-    statistic = q.new_empty((batch, heads, query_time), dtype=torch.float32) if keep else None
-    programs, tiles, first = query_programs(layout, query_time, time, options.segment_len, tile.BLOCK_M)
+    saved = None
+    if save:
+        local = None if memory is None else new_tokens(q, heads, query_time, value_width, padded)
+        saved = SavedRows(local, q.new_empty(q.shape[:3], dtype=torch.float32))
+    tile = tile_of(attend_kernel, q, q.shape[3], value_width)
+    slots, tiles = query_programs(q, layout, tile.BLOCK_M)
     launch(
-        attend_kernel,
-        programs * heads,
-        tile,
-        q,
-        memory_q=view(memory_q),
-        out=view(out),
-        local=view(local),
-        statistic=statistic,
-        gate=gate,
-        memory=memory,
-        normalizer=normalizer,
-        first_segment=first,
-        tiles=tiles,
-        ALWAYS=options.empty_memory == "gated",
-        **call_arguments(q, k, v, layout, options),
-    )
-    return out, local, statistic
+        attend_kernel, slots * heads * tiles, tile, q,
+        **call_arguments(q, k, v, layout, options), memory_q=view(memory_q), out=view(out),
+        saved=None if saved is None else saved.view(), gate=gate, memory=memory, tiles=tiles,
+        KEEP_GATE=options.empty_memory == "gated",
+    )  # fmt: skip
+    return out, saved

@@ -1,10 +1,12 @@
 """The backward of `attention`: first the queries' gradients, which leave row sums; then those of the keys and values.
 
-Every score is computed again from q, k and the saved statistic. With w the memory's weight in a row, p' = (1 − w) p
-comes straight from that statistic, so the loops know nothing of the memory.
+Every score is computed again from q, k and the saved log-sum-exp. With w the memory's weight in a row, p' = (1 − w) p
+comes straight from that, so the loops know nothing of the memory.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,435 +15,281 @@ from torch import Tensor
 
 from ..sequences import Layout
 from ..state import Options
-from .attention import call_arguments, query_programs
+from .attention import SavedRows, call_arguments, query_programs
 from .launch import launch, new_tokens, tile_of, view
 from .tiles import (
-    capped,
+    LENGTHS,
+    block,
     capped_grad,
     dot,
     feature_map,
     feature_map_grad,
     head_of,
     keys_seen,
+    load_chunk,
     load_rows,
     load_vector,
+    query_slot,
     reciprocal,
     rounded,
     score_factor,
+    scores,
     segment_at,
     store_rows,
     visible,
 )
+from .write import SegmentMemory
 
 
 @triton.jit
 def query_loop(
-    acc,
-    q,
-    dout,
-    row_statistic,
-    row_sum,
-    i,
-    k,
-    k_stride,
-    v,
-    v_stride,
-    first,
-    last,
-    begin,
-    end,
-    num_read,
-    num_write,
-    factor,
-    softcap,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_MASK: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """acc + Σ over keys [first, last) of p' (do vᵀ − D) k."""
+    acc, queries, douts, lse2, row_delta, i, keys, values, first, last, segment, memory_tokens, factor, softcap,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return acc + Σ over keys [first, last) of p' (do vᵀ − D) k."""
+    BLOCK_K: tl.constexpr = queries.shape[1]
+    BLOCK_V: tl.constexpr = douts.shape[1]
     for start in range(first, last, BLOCK_N):
-        keys = load_rows(k, k_stride, start, end, 0, BLOCK_N, BLOCK_K, K, MASKED)
-        scores = capped(dot(q, tl.trans(keys), None) * factor, softcap)
-        p = tl.exp2(scores - row_statistic[:, None])
+        key = load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K, MASKED)
+        x = scores(queries, key, factor, softcap)
+        p = tl.exp2(x - lse2[:, None])
         if MASKED:
             j = start + tl.arange(0, BLOCK_N)
-            seen = visible(i[:, None], j[None, :], begin, end, num_read, num_write, CAUSAL, BLOCK_MASK)
-            p = tl.where(seen, p, 0.0)
-        values = load_rows(v, v_stride, start, end, 0, BLOCK_N, BLOCK_V, V, MASKED)
-        dscores = capped_grad(p * (dot(dout, tl.trans(values), None) - row_sum[:, None]), scores, softcap)
-        acc = dot(rounded(dscores, keys.dtype), keys, acc)
+            p = tl.where(visible(i[:, None], j[None, :], segment, memory_tokens, CAUSAL), p, 0.0)
+        value = load_rows(values, start, 0, BLOCK_N, BLOCK_V, V, MASKED)
+        dx = capped_grad(p * (dot(douts, tl.trans(value), None) - row_delta[:, None]), x, softcap)
+        acc = dot(rounded(dx, key.dtype), key, acc)
     return acc
 
 
 @triton.jit
-def sent_back(dout, memory, rest, c, K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns of do Mᵀ from c on, for M = memory + rest."""
-    columns = load_rows(memory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
-    acc = dot(dout, tl.trans(columns), None)
-    if rest is not None:
-        columns = load_rows(rest + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
-        acc = dot(dout, tl.trans(columns), acc)
+def dfeatures_of(dout, matrix, residual, c, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr):
+    """Return columns of do Mᵀ from c on, for M = matrix + residual."""
+    acc = dot(dout, tl.trans(load_chunk(matrix, c, CHUNK, K, V)), None)
+    if residual is not None:
+        acc = dot(dout, tl.trans(load_chunk(residual, c, CHUNK, K, V)), acc)
     return acc
 
 
 @triton.jit
 def recall_adjoint(
-    x,
-    stride,
-    first,
-    stop,
-    dout,
-    memory,
-    rest,
-    normalizer,
-    share,
-    dx,
-    dx_stride,
-    ELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    x, first, dout, memory, at_memory, share, dx, ELU: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     CHUNK: tl.constexpr,
-):
-    """Of A_mem = σ(x) M / σ(x) z, M and z over z's peak: do · A_mem of every row and 1 / σ(x) z; share · dx is stored.
+):  # fmt: skip
+    """Store share · dx for A_mem = σ(x) M / σ(x) z; return do · A_mem and 1 / σ(x) z of every row.
 
     do Mᵀ is computed twice, some columns at a time, rather than held; and with all of M's digits, as most of it may
     cancel against do · A_mem z.
     """
+    ROWS: tl.constexpr = dout.shape[0]
+    matrix = memory.matrix + at_memory * K * V
+    residual = None if memory.residual is None else memory.residual + at_memory * K * V
+    normalizer = memory.normalizer.z + at_memory * K
     weight = tl.zeros([ROWS], tl.float32)
-    along = tl.zeros([ROWS], tl.float32)
+    memory_delta = tl.zeros([ROWS], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
-        features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU)
+        features = feature_map(load_rows(x, first, c, ROWS, CHUNK, K), ELU)
         weight += tl.sum(features * load_vector(normalizer, c, CHUNK, K)[None, :], 1)
-        along += tl.sum(features * sent_back(dout, memory, rest, c, K, V, BLOCK_V, CHUNK), 1)
+        memory_delta += tl.sum(features * dfeatures_of(dout, matrix, residual, c, K, V, CHUNK), 1)
     inverse = reciprocal(weight)
-    along *= inverse
+    memory_delta *= inverse
     for c in tl.range(0, K, CHUNK, num_stages=1):
-        tokens = load_rows(x, stride, first, stop, c, ROWS, CHUNK, K)
-        back = sent_back(dout, memory, rest, c, K, V, BLOCK_V, CHUNK)
-        back -= along[:, None] * load_vector(normalizer, c, CHUNK, K)[None, :]
-        back *= (share * inverse)[:, None] * feature_map_grad(tokens, ELU)
-        store_rows(dx, dx_stride, first, stop, c, back, ROWS, CHUNK, K)
-    return along, inverse
+        tokens = load_rows(x, first, c, ROWS, CHUNK, K)
+        dfeatures = dfeatures_of(dout, matrix, residual, c, K, V, CHUNK)
+        dfeatures -= memory_delta[:, None] * load_vector(normalizer, c, CHUNK, K)[None, :]
+        dfeatures *= (share * inverse)[:, None] * feature_map_grad(tokens, ELU)
+        store_rows(dx, first, c, dfeatures, K)
+    return memory_delta, inverse
 
 
-@triton.jit(
-    do_not_specialize=[
-        "time",
-        "query_time",
-        "segment_len",
-        "segments",
-        "first_segment",
-        "tiles",
-        "num_read",
-        "num_write",
-        "scale",
-        "softcap",
-    ]
-)
+class RowDeltas(NamedTuple):
+    """The products of every query's output gradient with what it is blended from."""
+
+    local: Tensor  # float32 [B, H, Tq] do · A_dot, the row term D of the softmax's backward
+    memory: Tensor | None  # float32 [B, H, Tq] do · A_mem
+
+
+class QueryGrads(NamedTuple):
+    """The gradients of what stands at the queries, and row sums that later kernels take."""
+
+    q: Any
+    memory_q: Any  # None where the memory reads by q
+    gate: Tensor | None  # [H]; [slots, H, tiles] as a kernel leaves it
+    deltas: RowDeltas
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def query_grad_kernel(
-    q,
-    k,
-    v,
-    memory_q,
-    local,
-    statistic,
-    gate,
-    memory,
-    rest,
-    normalizer,
-    dout,
-    dq,
-    dmemory_q,
-    row_sum,
-    along_memory,
-    dgate,
-    slots,
-    time,
-    query_time,
-    segment_len,
-    segments,
-    first_segment,
-    tiles,
-    num_read,
-    num_write,
-    scale,
-    softcap,
-    heads,
-    groups,
-    ALWAYS: tl.constexpr,
-    SHARED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_MASK: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One tile of one head's queries: dq, and the memory's part in dmemory_q; SHARED: that is dq too, which sums both.
+    q, k, v, memory_q, saved, gate, memory, dout, grads,
+    slots, time, query_time, segment_len, segments, tiles, memory_tokens, scale, softcap,
+    KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Store in `grads` the gradients of one tile of one head's queries, and its row sums.
 
-    local: A_dot, which is the output where there is no memory.
-    Leaves row_sum = do · A_dot and along_memory = do · A_mem [B, H, Tq], and β's gradient per tile [slots · H · tiles].
+    grads.memory_q None: grads.q sums the memory's part too.
     """
+    K: tl.constexpr = q.width
+    V: tl.constexpr = v.width
+    BLOCK_K: tl.constexpr = block(K)
+    BLOCK_V: tl.constexpr = block(V)
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
-    head = program // tiles % heads
-    slot = program // tiles // heads
-    if slots is None:
-        asked = segments - first_segment
-        slot = slot // asked * segments + first_segment + slot % asked
-    group = head // (heads // groups)
-    row, begin, end = segment_at(slot, slots, segments, segment_len, time)
+    head = program // tiles % q.heads
+    group = head // (q.heads // k.heads)
     offset = time - query_time
-    first = tl.maximum(begin, offset) + tile * BLOCK_M
-    if first >= end:
+    slot = query_slot(program // tiles // q.heads, slots, segments, offset // segment_len)
+    segment = segment_at(slot, slots, segments, segment_len, time)
+    first = tl.maximum(segment.begin, offset) + tile * BLOCK_M
+    if first >= segment.end:
         if memory is not None:
-            tl.store(dgate + program, 0.0)
+            tl.store(grads.gate + program, 0.0)
         return
     i = first + tl.arange(0, BLOCK_M)
-    at, stop = first - offset, end - offset
-    at_rows = (tl.cast(row, tl.int64) * heads + head) * query_time - offset + i
-    doutputs = head_of(dout, row, head)
-    douts = load_rows(doutputs, dout[3], at, stop, 0, BLOCK_M, BLOCK_V, V)
-    locals_ = load_rows(head_of(local, row, head), local[3], at, stop, 0, BLOCK_M, BLOCK_V, V)
-    along_local = tl.sum(douts.to(tl.float32) * locals_.to(tl.float32), 1)
-    tl.store(row_sum + at_rows, along_local, mask=i < end)
+    inside = i < segment.end
+    at, stop = first - offset, segment.end - offset
+    at_rows = (tl.cast(segment.row, tl.int64) * q.heads + head) * query_time - offset + i
+    douts = load_rows(head_of(dout, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_V, V)
+    local = load_rows(head_of(saved.local, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_V, V)
+    row_delta = tl.sum(douts.to(tl.float32) * local.to(tl.float32), 1)
+    tl.store(grads.deltas.local + at_rows, row_delta, mask=inside)
 
     if memory is not None:
         g = tl.sigmoid(tl.load(gate + head))
-        at_group = tl.cast(slot, tl.int64) * groups + group
-        # fmt: off
-        along, inverse = recall_adjoint(
-            head_of(memory_q, row, head), memory_q[3], at, stop, douts, memory + at_group * K * V,
-            None if rest is None else rest + at_group * K * V, normalizer + at_group * K, g,
-            head_of(dmemory_q, row, head), dmemory_q[3], True, BLOCK_M, K, V, BLOCK_V, CHUNK,
-        )
-        # fmt: on
-        tl.store(along_memory + at_rows, along, mask=i < end)
-        counted = ((inverse != 0) | ALWAYS) & (i < end)
-        tl.store(dgate + program, g * (1 - g) * tl.sum(tl.where(counted, along - along_local, 0.0), 0))
-    queries = load_rows(head_of(q, row, head), q[3], at, stop, 0, BLOCK_M, BLOCK_K, K)
-    row_statistic = tl.load(statistic + at_rows, mask=i < end, other=float("inf"))
-    keys, values = head_of(k, row, group), head_of(v, row, group)
-    full, last = keys_seen(first, begin, end, num_read, num_write, BLOCK_M, BLOCK_N, CAUSAL, BLOCK_MASK)
+        x = head_of(memory_q, segment.row, head, stop)
+        dx = head_of(grads.q if grads.memory_q is None else grads.memory_q, segment.row, head, stop)
+        at_memory = tl.cast(slot, tl.int64) * k.heads + group
+        memory_delta, inverse = recall_adjoint(x, at, douts, memory, at_memory, g, dx, True, K, V, CHUNK)
+        tl.store(grads.deltas.memory + at_rows, memory_delta, mask=inside)
+        gated = ((inverse != 0) | KEEP_GATE) & inside
+        tl.store(grads.gate + program, g * (1 - g) * tl.sum(tl.where(gated, memory_delta - row_delta, 0.0), 0))
+    queries = load_rows(head_of(q, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_K, K)
+    lse2 = tl.load(saved.lse2 + at_rows, mask=inside, other=float("inf"))
+    keys = head_of(k, segment.row, group, segment.end)
+    values = head_of(v, segment.row, group, segment.end)
+    full, last = keys_seen(first, segment, memory_tokens, BLOCK_M, BLOCK_N, CAUSAL)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     factor = score_factor(scale, softcap)
-    # fmt: off
     acc = query_loop(
-        acc, queries, douts, row_statistic, along_local, i, keys, k[3], values, v[3], begin, full, begin, end,
-        num_read, num_write, factor, softcap, False, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
-    )
+        acc, queries, douts, lse2, row_delta, i, keys, values, segment.begin, full, segment, memory_tokens,
+        factor, softcap, False, CAUSAL, K, V, BLOCK_N,
+    )  # fmt: skip
     acc = query_loop(
-        acc, queries, douts, row_statistic, along_local, i, keys, k[3], values, v[3], full, last, begin, end,
-        num_read, num_write, factor, softcap, True, CAUSAL, BLOCK_MASK, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
-    )
-    # fmt: on
+        acc, queries, douts, lse2, row_delta, i, keys, values, full, last, segment, memory_tokens,
+        factor, softcap, True, CAUSAL, K, V, BLOCK_N,
+    )  # fmt: skip
     acc *= scale
+    dqueries = head_of(grads.q, segment.row, head, stop)
     if memory is not None:
-        if SHARED:
+        if grads.memory_q is None:
             # other threads of this program have stored the memory's part
             tl.debug_barrier()
-            acc += load_rows(head_of(dq, row, head), dq[3], at, stop, 0, BLOCK_M, BLOCK_K, K).to(tl.float32)
-    store_rows(head_of(dq, row, head), dq[3], at, stop, 0, acc, BLOCK_M, BLOCK_K, K)
+            acc += load_rows(dqueries, at, 0, BLOCK_M, BLOCK_K, K).to(tl.float32)
+    store_rows(dqueries, at, 0, acc, K)
 
 
 def query_grads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor | None,
-    local: Tensor,
-    statistic: Tensor,
-    gate: Tensor | None,
-    memory: Tensor | None,
-    rest: Tensor | None,
-    normalizer: Tensor | None,
-    dout: Tensor,
-    layout: Layout,
-    options: Options,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """dq, dmemory_q (None where memory_q is: it reads by q), do · A_dot, do · A_mem and the gate's gradient."""
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor | None, saved: SavedRows, gate: Tensor | None,
+    memory: SegmentMemory | None, dout: Tensor, layout: Layout, options: Options,
+) -> QueryGrads:  # fmt: skip
+    """Return the gradients of what stands at the queries. memory_q None: the memory reads by q."""
     heads, query_time, key_width = q.shape[1:]
-    time, value_width = v.shape[2:]
-    tile = tile_of(query_grad_kernel, q, key_width, value_width)
     padded = layout.slots is not None
-    programs, tiles, first = query_programs(layout, query_time, time, options.segment_len, tile.BLOCK_M)
+    tile = tile_of(query_grad_kernel, q, key_width, v.shape[3])
+    slots, tiles = query_programs(q, layout, tile.BLOCK_M)
     dq = new_tokens(q, heads, query_time, key_width, padded)
-    shared = memory_q is None
-    dmemory_q = dq if shared else new_tokens(q, heads, query_time, key_width, padded)
-    row_sum = torch.empty_like(statistic)
-    along_memory = None if memory is None else torch.empty_like(statistic)
-    dgate = None if memory is None else statistic.new_empty((programs // max(tiles, 1), heads, tiles))
+    dmemory_q = None if memory_q is None else new_tokens(q, heads, query_time, key_width, padded)
+    deltas = RowDeltas(torch.empty_like(saved.lse2), None if memory is None else torch.empty_like(saved.lse2))
+    dgate = None if memory is None else saved.lse2.new_empty((slots, heads, tiles))
     launch(
-        query_grad_kernel,
-        programs * heads,
-        tile,
-        q,
-        memory_q=view(q if shared else memory_q),
-        local=view(local),
-        statistic=statistic,
-        gate=gate,
-        memory=memory,
-        rest=rest,
-        normalizer=normalizer,
-        dout=view(dout),
-        dq=view(dq),
-        dmemory_q=view(dmemory_q),
-        row_sum=row_sum,
-        along_memory=along_memory,
-        dgate=dgate,
-        first_segment=first,
-        tiles=tiles,
-        ALWAYS=options.empty_memory == "gated",
-        SHARED=shared,
-        **call_arguments(q, k, v, layout, options),
-    )
-    return dq, None if shared else dmemory_q, row_sum, along_memory, None if dgate is None else dgate.sum((0, 2))
+        query_grad_kernel, slots * heads * tiles, tile, q,
+        **call_arguments(q, k, v, layout, options), memory_q=view(q if memory_q is None else memory_q),
+        saved=saved.view(), gate=gate, memory=memory, dout=view(dout), tiles=tiles,
+        grads=QueryGrads(view(dq), view(dmemory_q), dgate, deltas), KEEP_GATE=options.empty_memory == "gated",
+    )  # fmt: skip
+    return QueryGrads(dq, dmemory_q, None if dgate is None else dgate.sum((0, 2)), deltas)
+
+
+class Walk(NamedTuple):
+    """The tiles of queries that a loop visits: `tiles` of them from `first` on, those from number `turn` on later."""
+
+    first: Any
+    tiles: Any
+    turn: Any
+    skipped: Any  # by this many queries
 
 
 @triton.jit
 def key_loop(
-    dk,
-    dv,
-    keys,
-    values,
-    j,
-    q,
-    dout,
-    statistic,
-    row_sum,
-    row,
-    first_head,
-    members,
-    heads,
-    query_time,
-    first,
-    steps,
-    diagonal,
-    skipped,
-    offset,
-    begin,
-    end,
-    num_read,
-    num_write,
-    factor,
-    softcap,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_MASK: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
+    grads, keys, values, j, q, dout, lse2, row_delta, group, members, walk, offset, query_time, segment, memory_tokens,
+    factor, softcap, MASKED: tl.constexpr, CAUSAL: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """dv + Σ p' do and dk + Σ p' (do vᵀ − D) q over the group's heads, `steps` tiles of queries each from `first` on.
+):  # fmt: skip
+    """Return dk + Σ p' (do vᵀ − D) q and dv + Σ p' do, over the queries of the group's heads.
 
-    MASKED: the tiles on the diagonal and, `skipped` queries later, what is left at the end.
     Scores are transposed from the start: nothing that a product left in registers is transposed for the next.
     """
-    head = first_head
+    dk, dv = grads
+    BLOCK_K: tl.constexpr = keys.shape[1]
+    BLOCK_V: tl.constexpr = values.shape[1]
+    head = group * members
     step = 0
-    for _ in range(0, members * steps):
-        start = first + step * BLOCK_M
+    for _ in range(0, members * walk.tiles):
+        start = walk.first + step * BLOCK_M
         if MASKED:
-            start += tl.where(step >= diagonal, skipped, 0)
+            start += tl.where(step >= walk.turn, walk.skipped, 0)
         at = start - offset
         i = start + tl.arange(0, BLOCK_M)
-        at_rows = (tl.cast(row, tl.int64) * heads + head) * query_time + at
+        at_rows = (tl.cast(segment.row, tl.int64) * q.heads + head) * query_time + at
         rows = tl.arange(0, BLOCK_M)
-        queries = load_rows(head_of(q, row, head), q[3], at, end - offset, 0, BLOCK_M, BLOCK_K, K, MASKED)
-        scores = capped(dot(keys, tl.trans(queries), None) * factor, softcap)
+        stop = segment.end - offset
+        query = load_rows(head_of(q, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_K, K, MASKED)
+        x = scores(keys, query, factor, softcap)
         if MASKED:
-            p = tl.exp2(scores - tl.load(statistic + at_rows + rows, mask=i < end, other=float("inf"))[None, :])
-            seen = visible(i[None, :], j[:, None], begin, end, num_read, num_write, CAUSAL, BLOCK_MASK)
-            p = tl.where(seen, p, 0.0)
+            inside = i < segment.end
+            p = tl.exp2(x - tl.load(lse2 + at_rows + rows, mask=inside, other=float("inf"))[None, :])
+            p = tl.where(visible(i[None, :], j[:, None], segment, memory_tokens, CAUSAL), p, 0.0)
         else:
-            p = tl.exp2(scores - tl.load(statistic + at_rows + rows)[None, :])
-        douts = load_rows(head_of(dout, row, head), dout[3], at, end - offset, 0, BLOCK_M, BLOCK_V, V, MASKED)
-        dv = dot(rounded(p, douts.dtype), douts, dv)
-        dp = dot(values, tl.trans(douts), None)
+            p = tl.exp2(x - tl.load(lse2 + at_rows + rows)[None, :])
+        do = load_rows(head_of(dout, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_V, V, MASKED)
+        dv = dot(rounded(p, do.dtype), do, dv)
+        dp = dot(values, tl.trans(do), None)
         if MASKED:
-            sums = tl.load(row_sum + at_rows + rows, mask=i < end, other=0.0)
+            delta = tl.load(row_delta + at_rows + rows, mask=inside, other=0.0)
         else:
-            sums = tl.load(row_sum + at_rows + rows)
-        dscores = capped_grad(p * (dp - sums[None, :]), scores, softcap)
-        dk = dot(rounded(dscores, queries.dtype), queries, dk)
+            delta = tl.load(row_delta + at_rows + rows)
+        dx = capped_grad(p * (dp - delta[None, :]), x, softcap)
+        dk = dot(rounded(dx, query.dtype), query, dk)
         step += 1
-        head += tl.where(step == steps, 1, 0)
-        step = tl.where(step == steps, 0, step)
+        head += tl.where(step == walk.tiles, 1, 0)
+        step = tl.where(step == walk.tiles, 0, step)
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=[
-        "time",
-        "query_time",
-        "segment_len",
-        "segments",
-        "tiles",
-        "num_read",
-        "num_write",
-        "scale",
-        "softcap",
-    ]
-)
+@triton.jit(do_not_specialize=LENGTHS)
 def key_grad_kernel(
-    q,
-    k,
-    v,
-    statistic,
-    dout,
-    row_sum,
-    dk,
-    dv,
-    slots,
-    time,
-    query_time,
-    segment_len,
-    segments,
-    tiles,
-    num_read,
-    num_write,
-    scale,
-    softcap,
-    heads,
-    groups,
-    ADD_DK: tl.constexpr,
-    ADD_DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_MASK: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One tile of one key/value head: dk and dv over its group's queries. ADD_DK, ADD_DV: onto what is there."""
+    q, k, v, lse2, dout, row_delta, dk, dv,
+    slots, time, query_time, segment_len, segments, tiles, memory_tokens, scale, softcap,
+    ADD_DK: tl.constexpr, ADD_DV: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store dk and dv of one tile of one key/value head, over its group's queries; ADD_DK, ADD_DV: add them."""
+    K: tl.constexpr = k.width
+    V: tl.constexpr = v.width
+    BLOCK_K: tl.constexpr = block(K)
+    BLOCK_V: tl.constexpr = block(V)
     program = tl.program_id(0)
     tile = program % tiles
-    group = program // tiles % groups
-    slot = program // tiles // groups
-    row, begin, end = segment_at(slot, slots, segments, segment_len, time)
+    group = program // tiles % k.heads
+    segment = segment_at(program // tiles // k.heads, slots, segments, segment_len, time)
+    begin, end = segment.begin, segment.end
     offset = time - query_time
     first = begin + tile * BLOCK_N
     if first >= end:
         return
     j = first + tl.arange(0, BLOCK_N)
-    keys = load_rows(head_of(k, row, group), k[3], first, end, 0, BLOCK_N, BLOCK_K, K)
-    values = load_rows(head_of(v, row, group), v[3], first, end, 0, BLOCK_N, BLOCK_V, V)
-    dk_rows = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    dv_rows = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    keys = load_rows(head_of(k, segment.row, group, end), first, 0, BLOCK_N, BLOCK_K, K)
+    values = load_rows(head_of(v, segment.row, group, end), first, 0, BLOCK_N, BLOCK_V, V)
+    dkeys = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    dvalues = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
     # queries [first_seen, full) see some of these keys, later ones all; masks take registers: those tiles are smaller
     MASKED_M: tl.constexpr = BLOCK_M // 2 if BLOCK_M > 16 else BLOCK_M
@@ -449,71 +297,51 @@ def key_grad_kernel(
     some = 0
     if CAUSAL:
         least = first
-        if BLOCK_MASK:
-            least = tl.where(first < begin + num_read, begin, tl.minimum(first, end - num_write))
+        if memory_tokens is not None:
+            least = tl.where(first < begin + memory_tokens.read, begin, tl.minimum(first, end - memory_tokens.write))
         first_seen = tl.maximum(first_seen, least)
         some = tl.maximum(tl.minimum(first + BLOCK_N - 1, end) - first_seen, 0)
     diagonal = tl.cdiv(some, MASKED_M)
     full = first_seen + diagonal * MASKED_M
     whole = tl.maximum(end - full, 0) // BLOCK_M
-    rest = tl.cdiv(tl.maximum(end - full - whole * BLOCK_M, 0), MASKED_M)
-    members = heads // groups
+    left = tl.cdiv(tl.maximum(end - full - whole * BLOCK_M, 0), MASKED_M)
     factor = score_factor(scale, softcap)
-    # fmt: off
-    dk_rows, dv_rows = key_loop(
-        dk_rows, dv_rows, keys, values, j, q, dout, statistic, row_sum, row, group * members, members, heads,
-        query_time, first_seen, diagonal + rest, diagonal, whole * BLOCK_M, offset, begin, end,
-        num_read, num_write, factor, softcap, True, CAUSAL, BLOCK_MASK, K, V, MASKED_M, BLOCK_K, BLOCK_V,
-    )
-    dk_rows, dv_rows = key_loop(
-        dk_rows, dv_rows, keys, values, j, q, dout, statistic, row_sum, row, group * members, members, heads,
-        query_time, full, whole, 0, 0, offset, begin, end, num_read, num_write, factor, softcap,
-        False, CAUSAL, BLOCK_MASK, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
-    )
-    # fmt: on
-    dk_rows *= scale
+    members = q.heads // k.heads
+    dkeys, dvalues = key_loop(
+        (dkeys, dvalues), keys, values, j, q, dout, lse2, row_delta, group, members,
+        Walk(first_seen, diagonal + left, diagonal, whole * BLOCK_M), offset, query_time, segment, memory_tokens,
+        factor, softcap, True, CAUSAL, K, V, MASKED_M,
+    )  # fmt: skip
+    dkeys, dvalues = key_loop(
+        (dkeys, dvalues), keys, values, j, q, dout, lse2, row_delta, group, members,
+        Walk(full, whole, 0, 0), offset, query_time, segment, memory_tokens,
+        factor, softcap, False, CAUSAL, K, V, BLOCK_M,
+    )  # fmt: skip
+    dkeys *= scale
+    to_k, to_v = head_of(dk, segment.row, group, end), head_of(dv, segment.row, group, end)
     if ADD_DK:
-        dk_rows += load_rows(head_of(dk, row, group), dk[3], first, end, 0, BLOCK_N, BLOCK_K, K).to(tl.float32)
+        dkeys += load_rows(to_k, first, 0, BLOCK_N, BLOCK_K, K).to(tl.float32)
     if ADD_DV:
-        dv_rows += load_rows(head_of(dv, row, group), dv[3], first, end, 0, BLOCK_N, BLOCK_V, V).to(tl.float32)
-    store_rows(head_of(dk, row, group), dk[3], first, end, 0, dk_rows, BLOCK_N, BLOCK_K, K)
-    store_rows(head_of(dv, row, group), dv[3], first, end, 0, dv_rows, BLOCK_N, BLOCK_V, V)
+        dvalues += load_rows(to_v, first, 0, BLOCK_N, BLOCK_V, V).to(tl.float32)
+    store_rows(to_k, first, 0, dkeys, K)
+    store_rows(to_v, first, 0, dvalues, V)
 
 
 def key_grads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    statistic: Tensor,
-    dout: Tensor,
-    row_sum: Tensor,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    layout: Layout,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    """dk and dv, added to what is given of them."""
-    key_width = q.shape[3]
-    groups, time, value_width = v.shape[1:]
-    tile = tile_of(key_grad_kernel, q, key_width, value_width)
+    q: Tensor, k: Tensor, v: Tensor, lse2: Tensor, dout: Tensor, row_delta: Tensor, dk: Tensor | None,
+    dv: Tensor | None, layout: Layout, options: Options,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return dk and dv, added to the dk and dv that are passed, if they are."""
+    groups, time, key_width = k.shape[1:]
     padded = layout.slots is not None
-    tiles = triton.cdiv(min(options.segment_len, time), tile.BLOCK_N)
+    tile = tile_of(key_grad_kernel, q, key_width, v.shape[3])
+    tiles = triton.cdiv(min(layout.segment_len, time), tile.BLOCK_N)
     add_dk, add_dv = dk is not None, dv is not None
     dk = new_tokens(k, groups, time, key_width, padded) if dk is None else dk
-    dv = new_tokens(v, groups, time, value_width, padded) if dv is None else dv
+    dv = new_tokens(v, groups, time, v.shape[3], padded) if dv is None else dv
     launch(
-        key_grad_kernel,
-        layout.total * groups * tiles,
-        tile,
-        q,
-        statistic=statistic,
-        dout=view(dout),
-        row_sum=row_sum,
-        dk=view(dk),
-        dv=view(dv),
-        tiles=tiles,
-        ADD_DK=add_dk,
-        ADD_DV=add_dv,
-        **call_arguments(q, k, v, layout, options),
-    )
+        key_grad_kernel, layout.total * groups * tiles, tile, q,
+        **call_arguments(q, k, v, layout, options), lse2=lse2, dout=view(dout), row_delta=row_delta,
+        dk=view(dk), dv=view(dv), tiles=tiles, ADD_DK=add_dk, ADD_DV=add_dv,
+    )  # fmt: skip
     return dk, dv

@@ -182,7 +182,7 @@ _WIDTHS = {
 
 
 def family(target: str) -> str:
-    """The target whose rows `target` takes.
+    """Return the target whose rows of the table `target` takes.
 
     Raises:
         RuntimeError: the kernels are not written for it.
@@ -197,7 +197,7 @@ def family(target: str) -> str:
 
 
 def shared_bytes(kernel: str, tile: Tile, bits: int, key_width: int, value_width: int) -> int:
-    """About what a program of the larger kernels keeps in shared memory: rows that stay, and rows that stream by."""
+    """Return about what a program keeps in shared memory: rows that stay, and rows that stream by."""
     wide, size = key_width + value_width, bits // 8
     stay, stream = {
         "attend_kernel": (tile.BLOCK_M * key_width, tile.BLOCK_N * wide),
@@ -211,7 +211,7 @@ def shared_bytes(kernel: str, tile: Tile, bits: int, key_width: int, value_width
 
 @cache
 def tile_for(kernel: str, target: Target, dtype: torch.dtype, key_width: int, value_width: int) -> Tile:
-    """The table's tile; on a GPU of a family with less shared memory, the tile shrunk until it fits.
+    """Return the table's tile; on a GPU of a family with less shared memory, the tile shrunk until it fits.
 
     Raises:
         RuntimeError: a GPU that the kernels are not for.

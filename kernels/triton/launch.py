@@ -1,4 +1,4 @@
-"""How kernels are started: tensors as strided views, tiles by name, errors that say what to do."""
+"""The start of kernels: tensors as strided views, tiles by name, errors that say what to do."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
+from ..sequences import Layout
 from .configs import Target, Tile, tile_for
-from .tiles import INTERPRETED
-
-View = tuple[Tensor, int, int, int]
+from .tiles import INTERPRETED, Tokens, block
 
 
 class Launch(NamedTuple):
@@ -36,7 +36,7 @@ _tried: dict[str, Tile] = {}
 
 @contextmanager
 def recording(target: Target) -> Iterator[list[Launch]]:
-    """Launches inside are listed, as they would be on `target`, and not run: nothing is written."""
+    """List the launches inside, as they would be on `target`, instead of running them: nothing is written."""
     global _recorded
     before = _recorded
     launches: list[Launch] = []
@@ -49,7 +49,7 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 
 @contextmanager
 def trying(tiles: dict[str, Tile]) -> Iterator[None]:
-    """Kernels named in `tiles` take those tiles instead of the table's: for tuning, and for tests of every tile."""
+    """Let the kernels named in `tiles` take those instead of the table's: for tuning, and for tests of every tile."""
     global _tried
     before, _tried = _tried, tiles
     try:
@@ -58,31 +58,39 @@ def trying(tiles: dict[str, Tile]) -> Iterator[None]:
         _tried = before
 
 
-def view(x: Tensor | None) -> View | None:
-    """A tensor of tokens [B, heads, T, width] for a kernel; its last dimension must be contiguous."""
-    return None if x is None else (x, x.stride(0), x.stride(1), x.stride(2))
+def view(x: Tensor | None) -> Tokens | None:
+    """Return tokens [B, heads, T, width], whose last dimension must be contiguous, as an argument of a kernel."""
+    if x is None:
+        return None
+    row, head, time, _ = x.stride()
+    return Tokens(x, row, head, time, x.shape[1], tl.constexpr(x.shape[3]))
+
+
+def segment_arguments(layout: Layout) -> dict[str, Any]:
+    """Return the arguments by which a kernel finds the segment of a slot."""
+    return {
+        "slots": layout.slots,
+        "time": layout.time,
+        "segment_len": layout.segment_len,
+        "segments": layout.per_row,
+    }
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """x, copied only where its last dimension is strided, or where a tile's rows would be 2^31 elements apart."""
+    """Return x, copied where its last dimension is strided, or where a tile's rows would be 2^31 elements apart."""
     return x if x.stride(-1) == 1 and x.stride(-2) < 2**22 else x.contiguous()
 
 
 def new_tokens(like: Tensor, heads: int, time: int, width: int, padded: bool = False) -> Tensor:
-    """[B, heads, time, width] in the memory order of `like`; zeros where it may be padded."""
+    """Return a new [B, heads, time, width] in the memory order of `like`; zeros where it may be padded."""
     new = like.new_zeros if padded else like.new_empty
     if like.stride(1) < like.stride(2):
         return new((like.shape[0], time, heads, width)).transpose(1, 2)
     return new((like.shape[0], heads, time, width))
 
 
-def block(width: int) -> int:
-    """The power of two that holds a width, at least what a tensor core takes."""
-    return max(16, triton.next_power_of_2(width))
-
-
 def tile_of(kernel: Any, like: Tensor, key_width: int, value_width: int) -> Tile:
-    """The table's tile for `kernel` on like's device, in like's dtype."""
+    """Return the table's tile for `kernel` on the device of `like`, in its dtype."""
     target = target_of(like.device) if _recorded is None else _recorded[0]
     tile = _tried.get(kernel.__name__) or tile_for(kernel.__name__, target, like.dtype, key_width, value_width)
     widest_k, widest_v = block(key_width), block(value_width)
@@ -95,7 +103,7 @@ def tile_of(kernel: Any, like: Tensor, key_width: int, value_width: int) -> Tile
 
 
 def launch(kernel: Any, programs: int, tile: Tile, like: Tensor, **arguments: Any) -> None:
-    """Run `kernel` on like's device.
+    """Run `kernel` on the device of `like`.
 
     Raises:
         RuntimeError: the tile does not fit the GPU.
@@ -127,12 +135,12 @@ def _refusal(name: str, tile: Tile, target: str, error: Exception) -> str:
 
 
 def constants(kernel: Any, tile: Tile) -> dict[str, Any]:
-    """The fields of a tile that the kernel names."""
+    """Return the fields of a tile that the kernel names."""
     return {name: value for name, value in asdict(tile).items() if name in kernel.arg_names}
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU."""
+    """Return the number of the GPU's multiprocessors."""
     if INTERPRETED.value or _recorded is not None:
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -140,7 +148,7 @@ def processors(device: torch.device) -> int:
 
 @cache
 def target_of(device: torch.device) -> Target:
-    """What the kernels are compiled for on a device."""
+    """Return what the kernels are compiled for on a device."""
     if INTERPRETED.value:
         return Target("interpreter", 0)
     properties = torch.cuda.get_device_properties(device)

@@ -1,4 +1,4 @@
-"""The memory on its own as operations: reading and writing by the kernels, differentiable once."""
+"""`backend="triton"` for the memory on its own: reading and writing as operations, differentiable once."""
 
 from __future__ import annotations
 
@@ -9,149 +9,104 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..sequences import Layout
-from ..state import MemoryState
-from ..torch.memory import scaled
+from ..state import MemoryState, over_peak
 from .launch import dense_rows, new_tokens
-from .ops import LIBRARY, distinct, or_empty, or_none
+from .library import distinct, or_empty, or_none, register
+from .ops import SavedMemory
 from .read import read, read_grads
-from .write import products, write
+from .write import Normalizer, SegmentMemory, products, write
 from .write_backward import state_grads, write_grads
 
 
-def _rows(batch: int) -> Layout:
-    """Every row one segment, whatever its length."""
-    return Layout(batch, batch, 1, None, None)
+def _rows(x: Tensor) -> Layout:
+    """Return the layout where every row is one segment, whatever its length."""
+    batch, time = x.shape[0], x.shape[2]
+    return Layout(time, time, batch, batch, 1)
 
 
-LIBRARY.define("read(Tensor q, Tensor memory, Tensor normalizer, bool elu) -> Tensor")
-LIBRARY.define(
-    "read_backward(Tensor q, Tensor memory, Tensor normalizer, bool elu, Tensor dout) -> (Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    "write(Tensor k, Tensor v, Tensor? beta, Tensor memory, Tensor normalizer, bool delta, bool corrected, bool elu)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    "write_backward(Tensor k, Tensor v, Tensor? beta, Tensor before, Tensor rest, Tensor z_before, "
-    "Tensor inverse_peak, Tensor erased, Tensor gamma, bool elu, Tensor dmemory, Tensor dnormalizer) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _read(q: Tensor, memory: Tensor, normalizer: Tensor, elu: bool) -> Tensor:
-    z, inverse_peak = scaled(normalizer)
-    return read(q, (memory * inverse_peak.unsqueeze(-1)).to(q.dtype), z, elu)
-
-
-def _read_backward(
-    q: Tensor, memory: Tensor, normalizer: Tensor, elu: bool, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    z, inverse_peak = scaled(normalizer)
-    dout, groups, time = dense_rows(dout), memory.shape[1], q.shape[2]
+def _slots(memory: Tensor, normalizer: Tensor, dtype: torch.dtype) -> SegmentMemory:
+    """Return a state as the kernels read it, with one slot for each row."""
+    z, inverse_peak = over_peak(normalizer)
     exact = memory * inverse_peak.unsqueeze(-1)
-    rounded = exact.to(q.dtype)
-    rest = None if q.dtype == torch.float32 else (exact - rounded).to(q.dtype)
-    dq, along = read_grads(q, rounded, rest, z, dout, elu)
-    dmemory, dnormalizer = products(
-        *(q, dout, z, inverse_peak, None, None, along, groups, time, _rows(q.shape[0]), time),
-        elu=elu,
-        whole=False,
-        summed=True,
-    )
-    return dq, dmemory, dnormalizer
+    matrix = exact.to(dtype)
+    residual = None if dtype == torch.float32 else (exact - matrix).to(dtype)
+    return SegmentMemory(matrix, residual, Normalizer(z, inverse_peak))
 
 
-def _write(
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    memory: Tensor,
-    normalizer: Tensor,
-    delta: bool,
-    corrected: bool,
-    elu: bool,
-) -> tuple[Tensor, ...]:
-    """The state after, and what the backward needs: M / peak and z / peak before, 1 / peak, A and γ."""
-    layout = _rows(k.shape[0])
-    done = write(k, v, memory, normalizer, layout, k.shape[2], delta, beta=beta, corrected=corrected, elu=elu)
-    return (
-        done.memory,
-        done.normalizer,
-        *or_empty(k, done.before, done.rest, done.z_before, done.inverse_peak, done.erased, done.gamma),
-    )
+def read_forward(q: Tensor, memory: Tensor, normalizer: Tensor, elu: bool) -> Tensor:
+    """Return A_mem [B, H, T, V]."""
+    return read(q, _slots(memory, normalizer, q.dtype), elu)
 
 
-def _write_backward(
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    before: Tensor,
-    rest: Tensor,
-    z_before: Tensor,
-    inverse_peak: Tensor,
-    erased: Tensor,
-    gamma: Tensor,
-    elu: bool,
-    dmemory: Tensor,
-    dnormalizer: Tensor,
-) -> tuple[Tensor, ...]:
-    read_nothing = torch.zeros_like(dmemory), torch.zeros_like(dnormalizer)
-    layout, time = _rows(k.shape[0]), k.shape[2]
-    grads = state_grads(
-        k, before, or_none(rest), z_before, inverse_peak, or_none(erased), dmemory, dnormalizer, *read_nothing, layout,
-        time, beta=beta, elu=elu,
-    )  # fmt: skip
-    dk, dv, dbeta = write_grads(k, v, beta, or_none(gamma), z_before, grads, layout, time, elu=elu)
-    return dk, dv, *or_empty(k, dbeta), grads.memory, grads.normalizer
-
-
-@torch.library.register_fake("segattn::read", lib=LIBRARY)
-def _(q: Tensor, memory: Tensor, normalizer: Tensor, elu: bool) -> Tensor:
+def _read_shapes(q: Tensor, memory: Tensor, normalizer: Tensor, elu: bool) -> Tensor:
     return new_tokens(q, q.shape[1], q.shape[2], memory.shape[3])
 
 
-@torch.library.register_fake("segattn::read_backward", lib=LIBRARY)
-def _(q: Tensor, memory: Tensor, normalizer: Tensor, elu: bool, dout: Tensor) -> tuple[Tensor, ...]:
-    return new_tokens(q, *q.shape[1:]), memory.new_empty(memory.shape), normalizer.new_empty(normalizer.shape)
+register("read", read_forward, _read_shapes)
 
 
-@torch.library.register_fake("segattn::write", lib=LIBRARY)
-def _(
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    memory: Tensor,
-    normalizer: Tensor,
-    delta: bool,
-    corrected: bool,
+def read_backward(q: Tensor, memory: Tensor, normalizer: Tensor, elu: bool, dout: Tensor) -> list[Tensor]:
+    """Return the gradients of q, memory and normalizer."""
+    slots, dout = _slots(memory, normalizer, q.dtype), dense_rows(dout)
+    dq, memory_delta = read_grads(q, slots, dout, elu)
+    return [dq, *products(
+        q, dout, memory.shape[1], _rows(q), normalizer=slots.normalizer, memory_delta=memory_delta, elu=elu,
+        whole=False, summed=True,
+    )]  # fmt: skip
+
+
+def _read_backward_shapes(q: Tensor, memory: Tensor, normalizer: Tensor, elu: bool, dout: Tensor) -> list[Tensor]:
+    return [new_tokens(q, *q.shape[1:]), memory.new_empty(memory.shape), normalizer.new_empty(normalizer.shape)]
+
+
+register("read_backward", read_backward, _read_backward_shapes)
+
+
+def write_forward(
+    k: Tensor, v: Tensor, beta: Tensor | None, memory: Tensor, normalizer: Tensor, update: str, corrected: bool,
     elu: bool,
-) -> tuple[Tensor, ...]:
-    batch, groups, time, width = k.shape
-    return (
-        memory.new_empty(memory.shape),
-        normalizer.new_empty(normalizer.shape),
-        k.new_empty(memory.shape),
-        k.new_empty(0 if k.dtype == torch.float32 else memory.shape),
-        normalizer.new_empty(normalizer.shape),
-        normalizer.new_empty((batch, groups)),
-        normalizer.new_empty((batch, groups, width, width)) if delta else k.new_empty(0),
-        normalizer.new_empty((batch, groups, time)) if corrected else k.new_empty(0),
+) -> list[Tensor]:  # fmt: skip
+    """Return the memory and normalizer after, and the fields of `SavedMemory`."""
+    written = write(k, v, memory, normalizer, _rows(k), update, beta=beta, corrected=corrected, elu=elu)
+    return [written.memory, written.normalizer, *SavedMemory.of(written)]
+
+
+def _write_shapes(
+    k: Tensor, v: Tensor, beta: Tensor | None, memory: Tensor, normalizer: Tensor, update: str, corrected: bool,
+    elu: bool,
+) -> list[Tensor]:  # fmt: skip
+    state = memory.new_empty(memory.shape), normalizer.new_empty(normalizer.shape)
+    return [*state, *SavedMemory.shapes(k, v, k.shape[0], update, corrected)]
+
+
+register("write", write_forward, _write_shapes)
+
+
+def write_backward(
+    k: Tensor, v: Tensor, beta: Tensor | None, saved: list[Tensor], elu: bool, dstate: list[Tensor]
+) -> list[Tensor]:
+    """Return the gradients of k, v, beta (empty where there is none), memory and normalizer."""
+    saved_memory, layout = SavedMemory(*saved), _rows(k)
+    before, (dmemory, dnormalizer) = saved_memory.before(), dstate
+    reads = torch.zeros_like(dmemory), torch.zeros_like(dnormalizer)
+    grads, dm, dz = state_grads(
+        k, before, or_none(saved_memory.erased), dmemory, dnormalizer, *reads, layout, beta=beta, elu=elu,
+    )  # fmt: skip
+    dk, dv, dbeta = write_grads(
+        k, v, before.normalizer, grads, layout, beta=beta, gamma=or_none(saved_memory.gamma), elu=elu
     )
+    return [dk, dv, *or_empty(k, dbeta), dm, dz]
 
 
-@torch.library.register_fake("segattn::write_backward", lib=LIBRARY)
-def _(k: Tensor, v: Tensor, beta: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    *_, dmemory, dnormalizer = rest
+def _write_backward_shapes(
+    k: Tensor, v: Tensor, beta: Tensor | None, saved: list[Tensor], elu: bool, dstate: list[Tensor]
+) -> list[Tensor]:
     dbeta = k.new_empty(0) if beta is None else beta.new_empty(beta.shape)
-    dstate = dmemory.new_empty(dmemory.shape), dnormalizer.new_empty(dnormalizer.shape)
-    return new_tokens(k, *k.shape[1:]), new_tokens(v, *v.shape[1:]), dbeta, *dstate
+    tokens = [new_tokens(x, *x.shape[1:]) for x in (k, v)]
+    return [*tokens, dbeta, *(x.new_empty(x.shape) for x in dstate)]
 
 
-for device in ("CPU", "CUDA"):
-    LIBRARY.impl("read", _read, device)
-    LIBRARY.impl("read_backward", _read_backward, device)
-    LIBRARY.impl("write", _write, device)
-    LIBRARY.impl("write_backward", _write_backward, device)
+register("write_backward", write_backward, _write_backward_shapes)
 
 
 class Read(torch.autograd.Function):
@@ -170,44 +125,38 @@ class Read(torch.autograd.Function):
 
 
 class Write(torch.autograd.Function):
-    """The state after one segment."""
+    """The memory and normalizer after one segment."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor | None,
-        memory: Tensor,
-        normalizer: Tensor,
-        delta: bool,
-        corrected: bool,
-        elu: bool,
-    ) -> tuple[Tensor, Tensor]:
-        m, z, *kept = torch.ops.segattn.write(k, v, beta, memory, normalizer, delta, corrected, elu)
-        ctx.save_for_backward(k, v, beta, *kept)
+        ctx: Any, k: Tensor, v: Tensor, beta: Tensor | None, memory: Tensor, normalizer: Tensor, update: str,
+        corrected: bool, elu: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        m, z, *saved = torch.ops.segattn.write(k, v, beta, memory, normalizer, update, corrected, elu)
+        ctx.save_for_backward(k, v, beta, *saved)
         ctx.elu = elu
         return m, z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dmemory: Tensor, dnormalizer: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, beta, *kept = ctx.saved_tensors
-        dk, dv, dbeta, *dstate = torch.ops.segattn.write_backward(
-            k, v, beta, *kept, ctx.elu, dmemory.contiguous(), dnormalizer.contiguous()
-        )
-        return dk, dv, None if beta is None else dbeta, *dstate, None, None, None
+    def backward(ctx: Any, *dstate: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, beta, *saved = ctx.saved_tensors
+        contiguous = [x.contiguous() for x in dstate]
+        dk, dv, dbeta, dm, dz = torch.ops.segattn.write_backward(k, v, beta, saved, ctx.elu, contiguous)
+        return dk, dv, None if beta is None else dbeta, dm, dz, None, None, None
 
 
-def memory_read(q: Tensor, state: MemoryState, elu: bool) -> Tensor:
+def triton_memory_read(q: Tensor, state: MemoryState, elu: bool) -> Tensor:
+    """Run a call of `memory_read` by the kernels; elu: σ = ELU + 1 is applied to q."""
     memory, normalizer = (x.contiguous() for x in state)
     return Read.apply(dense_rows(q), memory, normalizer, elu)
 
 
-def memory_write(
+def triton_memory_write(
     k: Tensor, v: Tensor, state: MemoryState, update: str, beta: Tensor | None, corrected: bool, elu: bool
 ) -> MemoryState:
+    """Run a call of `memory_write` by the kernels; elu: σ = ELU + 1 is applied to k."""
     beta = None if beta is None else beta.float().contiguous()
     memory, normalizer = (x.contiguous() for x in state)
     tensors = distinct(dense_rows(k), dense_rows(v), beta, memory, normalizer)
-    return MemoryState(*Write.apply(*tensors, update == "delta", corrected, elu))
+    return MemoryState(*Write.apply(*tensors, update, corrected, elu))

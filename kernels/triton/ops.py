@@ -1,4 +1,4 @@
-"""The kernels as operations that PyTorch knows: opaque to the compiler, with shapes for it, and one backward."""
+"""`backend="triton"`: segment attention and decoding by the kernels, as operations with one backward."""
 
 from __future__ import annotations
 
@@ -9,306 +9,256 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..sequences import layout_of, slot_count
-from ..state import Options
-from .attention import attend
+from ..state import MemoryState, Options, SegmentOutput
+from .attention import SavedRows, attend
 from .attention_backward import key_grads, query_grads
 from .decode import decode
 from .launch import dense_rows, new_tokens
-from .write import products, write
+from .library import distinct, or_empty, or_none, register, with_flat_options
+from .write import Normalizer, SegmentMemory, Written, products, write
 from .write_backward import state_grads, write_grads
 
-LIBRARY = torch.library.Library("segattn", "FRAGMENT")
-_TOKENS = "Tensor q, Tensor k, Tensor v, Tensor? memory_q, Tensor? memory_k, Tensor? gate"
-_OPTIONS = (
-    "SymInt segment_len, bool delta, bool causal, SymInt num_read, SymInt num_write, bool always, "
-    "float scale, float? softcap"
-)
+# queries of a group that one tile of the decoding kernel holds
+DECODED_ROWS = 64
 
 
-class Kept(NamedTuple):
-    """What a backward needs beside the inputs. Fields that do not exist in a call are empty tensors."""
+class Inputs(NamedTuple):
+    """The tensors of a call."""
 
-    local: Tensor  # A_dot [B, H, Tq, V] where there is a memory
-    statistic: Tensor  # float32 [B, H, Tq]
-    before: Tensor  # M / peak, the inputs' dtype [F, G, K, V]
-    rest: Tensor  # what that rounding lost, where it is not float32
-    z_before: Tensor  # z / peak, float32 [F, G, K]
-    inverse_peak: Tensor  # float32 [F, G]
-    erased: Tensor  # A, float32 [F, G, K, K], by the delta rule
-
-
-def _options(
-    segment_len: int,
-    delta: bool,
-    causal: bool,
-    num_read: int,
-    num_write: int,
-    always: bool,
-    scale: float,
-    softcap: float | None,
-) -> Options:
-    update, empty_memory = "delta" if delta else "linear", "gated" if always else "local"
-    return Options(segment_len, update, causal, num_read, num_write, empty_memory, scale, softcap)
+    q: Tensor  # [B, H, Tq, K]
+    k: Tensor  # [B, G, Tk, K]
+    v: Tensor  # [B, G, Tk, V]
+    memory_q: Tensor | None  # None: q
+    memory_k: Tensor | None  # None: k
+    gate: Tensor | None  # float32 [H]; None: no memory
+    memory: Tensor | None  # float32 [N, G, K, V], contiguous
+    normalizer: Tensor | None  # float32 [N, G, K], contiguous
+    bounds: Tensor | None  # int64 [N, 2]: spans of rows, or sequences packed into one row; None: whole rows
 
 
-def or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Operations return tensors only: an empty one stands for None."""
-    return tuple(like.new_empty(0) if x is None else x for x in tensors)
+class SavedMemory(NamedTuple):
+    """What a backward needs of a write. What a call does not have is an empty tensor."""
+
+    matrix: Tensor  # as `SegmentMemory` and its normalizer
+    residual: Tensor
+    z: Tensor
+    inverse_peak: Tensor
+    erased: Tensor  # as `Written`
+    gamma: Tensor
+
+    @classmethod
+    def of(cls, written: Written) -> SavedMemory:
+        """Return the tensors of a write that its backward needs."""
+        matrix, residual, normalizer = written.before
+        return cls(*or_empty(matrix, matrix, residual, *normalizer, written.erased, written.gamma))
+
+    @classmethod
+    def shapes(cls, k: Tensor, v: Tensor, slots: int, update: str, corrected: bool = False) -> SavedMemory:
+        """Return what `of` returns for a write of k and v into `slots` slots, without data."""
+        batch, groups, time, width = k.shape
+        matrix = k.new_empty((slots, groups, width, v.shape[3]))
+        residual = None if k.dtype == torch.float32 else matrix.new_empty(matrix.shape)
+        z = k.new_empty((slots, groups, width), dtype=torch.float32)
+        erased = z.new_empty((slots, groups, width, width)) if update == "delta" else None
+        gamma = z.new_empty((batch, groups, time)) if corrected else None
+        return cls(*or_empty(matrix, matrix, residual, z, z.new_empty((slots, groups)), erased, gamma))
+
+    def before(self) -> SegmentMemory:
+        """Return the memory before every slot."""
+        return SegmentMemory(self.matrix, or_none(self.residual), Normalizer(self.z, self.inverse_peak))
 
 
-def or_none(x: Tensor) -> Tensor | None:
-    """The inverse."""
-    return x if x.numel() else None
+# in place of the tensors of a `SavedMemory`
+NOTHING = (None,) * len(SavedMemory._fields)
 
 
-def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The same, but none of them twice: a compiled graph takes a function's inputs one by one."""
-    seen: list[Tensor | None] = []
-    for x in tensors:
-        again = x is not None and any(x is other for other in seen)
-        seen.append(x.view_as(x) if x is not None and again else x)
-    return tuple(seen)
+@with_flat_options
+def attention_forward(inputs: list[Tensor | None], options: Options, save: bool) -> list[Tensor]:
+    """Return the output, the state after, and, if `save`, the fields of `SavedRows` and `SavedMemory`.
 
-
-LIBRARY.define(
-    f"attend({_TOKENS}, Tensor? memory, Tensor? normalizer, Tensor? bounds, {_OPTIONS}, bool keep) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor | None,
-    memory_k: Tensor | None,
-    gate: Tensor | None,
-    memory: Tensor | None,
-    normalizer: Tensor | None,
-    bounds: Tensor | None,
-    segment_len: int,
-    delta: bool,
-    causal: bool,
-    num_read: int,
-    num_write: int,
-    always: bool,
-    scale: float,
-    softcap: float | None,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    """The output, the state after, and what is kept; memory_q, memory_k None: q and k."""
-    options = _options(segment_len, delta, causal, num_read, num_write, always, scale, softcap)
-    layout = layout_of(bounds, q.shape[0], k.shape[2], segment_len)
+    What a call does not have is an empty tensor: the state without a gate, for one.
+    """
+    q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds = Inputs(*inputs)  # type: ignore[arg-type]
+    layout = layout_of(bounds, q.shape[0], k.shape[2], options.segment_len)
     if gate is None or memory is None or normalizer is None:
-        out, _, statistic = attend(q, k, v, q, None, None, None, layout, options, keep)
-        return out, *or_empty(q, None, None, None, statistic, None, None, None, None, None)
-    written = write(k if memory_k is None else memory_k, v, memory, normalizer, layout, segment_len, delta, keep=keep)
-    asking = q if memory_q is None else memory_q
-    out, local, statistic = attend(q, k, v, asking, gate, written.before, written.z_before, layout, options, keep)
-    kept = Kept(
-        *or_empty(
-            q, local, statistic, written.before, written.rest, written.z_before, written.inverse_peak, written.erased
-        )
-    )
-    if not keep:
-        kept = Kept(*or_empty(q, *(None for _ in kept)))
-    return out, written.memory, written.normalizer, *kept
+        out, rows = attend(q, k, v, q, None, None, layout, options, save)
+        return [out, *or_empty(q, None, None, *(rows or (None, None)), *NOTHING)]
+    written = write(k if memory_k is None else memory_k, v, memory, normalizer, layout, options.update, save=save)
+    reading = q if memory_q is None else memory_q
+    out, rows = attend(q, k, v, reading, gate, written.before, layout, options, save)
+    saved = SavedMemory.of(written) if save else NOTHING
+    return [out, written.memory, written.normalizer, *or_empty(q, *(rows or (None, None)), *saved)]
 
 
-@torch.library.register_fake("segattn::attend", lib=LIBRARY)
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor | None,
-    memory_k: Tensor | None,
-    gate: Tensor | None,
-    memory: Tensor | None,
-    normalizer: Tensor | None,
-    bounds: Tensor | None,
-    segment_len: int,
-    delta: bool,
-    causal: bool,
-    num_read: int,
-    num_write: int,
-    always: bool,
-    scale: float,
-    softcap: float | None,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    batch, heads, query_time, key_width = q.shape
-    groups, time, value_width = v.shape[1:]
-    count = slot_count(None if bounds is None else bounds.shape[0], batch, time, segment_len)
-    out = new_tokens(q, heads, query_time, value_width)
-    statistic = q.new_empty((batch, heads, query_time), dtype=torch.float32) if keep else None
-    if memory is None or normalizer is None:
-        return out, *or_empty(q, None, None, None, statistic, None, None, None, None, None)
+@with_flat_options
+def _forward_shapes(inputs: list[Tensor | None], options: Options, save: bool) -> list[Tensor]:
+    q, k, v, _, _, gate, memory, normalizer, bounds = Inputs(*inputs)  # type: ignore[arg-type]
+    out, local = (new_tokens(q, q.shape[1], q.shape[2], v.shape[3]) for _ in range(2))
+    lse2 = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if gate is None or memory is None or normalizer is None:
+        return [out, *or_empty(q, None, None, None, lse2 if save else None, *NOTHING)]
     state = memory.new_empty(memory.shape), normalizer.new_empty(normalizer.shape)
-    if not keep:
-        return out, *state, *or_empty(q, *(None for _ in Kept._fields))
-    kept = Kept(
-        new_tokens(q, heads, query_time, value_width),
-        q.new_empty((batch, heads, query_time), dtype=torch.float32),
-        q.new_empty((count, groups, key_width, value_width)),
-        q.new_empty(0 if q.dtype == torch.float32 else (count, groups, key_width, value_width)),
-        q.new_empty((count, groups, key_width), dtype=torch.float32),
-        q.new_empty((count, groups), dtype=torch.float32),
-        q.new_empty((count, groups, key_width, key_width), dtype=torch.float32) if delta else q.new_empty(0),
-    )
-    return out, *state, *kept
+    if not save:
+        return [out, *state, *or_empty(q, None, None, *NOTHING)]
+    slots = slot_count(None if bounds is None else len(bounds), q.shape[0], k.shape[2], options.segment_len)
+    return [out, *state, local, lse2, *SavedMemory.shapes(k, v, slots, options.update)]
 
 
-LIBRARY.define(
-    f"attend_backward({_TOKENS}, Tensor local, Tensor statistic, Tensor before, Tensor rest, Tensor z_before, "
-    f"Tensor inverse_peak, Tensor erased, Tensor? bounds, {_OPTIONS}, Tensor dout, Tensor? dmemory, "
-    "Tensor? dnormalizer) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+register("attend", attention_forward, _forward_shapes)
 
 
-def _attend_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor | None,
-    memory_k: Tensor | None,
-    gate: Tensor | None,
-    local: Tensor,
-    statistic: Tensor,
-    before: Tensor,
-    rest: Tensor,
-    z_before: Tensor,
-    inverse_peak: Tensor,
-    erased: Tensor,
-    bounds: Tensor | None,
-    segment_len: int,
-    delta: bool,
-    causal: bool,
-    num_read: int,
-    num_write: int,
-    always: bool,
-    scale: float,
-    softcap: float | None,
-    dout: Tensor,
-    dmemory: Tensor | None,
-    dnormalizer: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, memory_q, memory_k, gate, memory and normalizer; local is the output without a memory."""
-    options = _options(segment_len, delta, causal, num_read, num_write, always, scale, softcap)
-    groups, time = k.shape[1:3]
-    layout = layout_of(bounds, q.shape[0], time, segment_len)
+@with_flat_options
+def attention_backward(
+    inputs: list[Tensor | None], saved: list[Tensor], options: Options, dout: Tensor, dstate: list[Tensor]
+) -> list[Tensor]:
+    """Return the gradients of q, k, v, memory_q, memory_k, gate, memory and normalizer, empty where there is none.
+
+    saved: the fields of `SavedRows`, with the output as A_dot where there is no memory, and of `SavedMemory`.
+    dstate: of the memory and normalizer after; nothing where there is no memory.
+    """
+    q, k, v, memory_q, memory_k, gate, _, _, bounds = Inputs(*inputs)  # type: ignore[arg-type]
+    layout = layout_of(bounds, q.shape[0], k.shape[2], options.segment_len)
+    rows, saved_memory = SavedRows(*saved[:2]), SavedMemory(*saved[2:])
     dout = dense_rows(dout)
-    if gate is None or dmemory is None or dnormalizer is None:
-        dq, _, row_sum, _, _ = query_grads(
-            q, k, v, None, local, statistic, None, None, None, None, dout, layout, options
-        )
-        dk, dv = key_grads(q, k, v, statistic, dout, row_sum, None, None, layout, options)
-        return dq, dk, dv, *or_empty(q, None, None, None, None, None)
-    dmemory, dnormalizer = dmemory.contiguous(), dnormalizer.contiguous()
-    dq, dmemory_q, row_sum, along, dgate = query_grads(
-        q, k, v, memory_q, local, statistic, gate, before, or_none(rest), z_before, dout, layout, options
-    )
-    asking = q if memory_q is None else memory_q
-    read, read_sums = products(
-        *(asking, dout, z_before, inverse_peak, gate, None, along, groups, time, layout, segment_len),
-        elu=True,
-        whole=False,
-        summed=True,
-    )
-    written = k if memory_k is None else memory_k
-    grads = state_grads(
-        written, before, or_none(rest), z_before, inverse_peak, or_none(erased), dmemory, dnormalizer, read,
-        read_sums, layout, segment_len,
+    if gate is None:
+        query = query_grads(q, k, v, None, rows, None, None, dout, layout, options)
+        dk, dv = key_grads(q, k, v, rows.lse2, dout, query.deltas.local, None, None, layout, options)
+        return [query.q, dk, dv, *or_empty(q, None, None, None, None, None)]
+    before, groups = saved_memory.before(), k.shape[1]
+    query = query_grads(q, k, v, memory_q, rows, gate, before, dout, layout, options)
+    from_reads = products(
+        q if memory_q is None else memory_q, dout, groups, layout, normalizer=before.normalizer, gate=gate,
+        memory_delta=query.deltas.memory, whole=False, summed=True,
     )  # fmt: skip
-    dwritten, dv, _ = write_grads(written, v, None, None, z_before, grads, layout, segment_len)
+    written = k if memory_k is None else memory_k
+    dmemory, dnormalizer = (x.contiguous() for x in dstate)
+    grads, dm, dz = state_grads(
+        written, before, or_none(saved_memory.erased), dmemory, dnormalizer, *from_reads, layout
+    )
+    dwritten, dv, _ = write_grads(written, v, before.normalizer, grads, layout)
     shared = memory_k is None
-    dk, dv = key_grads(q, k, v, statistic, dout, row_sum, dwritten if shared else None, dv, layout, options)
-    dmemory_k = None if shared else dwritten
-    return dq, dk, dv, *or_empty(q, dmemory_q, dmemory_k, dgate), grads.memory, grads.normalizer
+    dk, dv = key_grads(q, k, v, rows.lse2, dout, query.deltas.local, dwritten if shared else None, dv, layout, options)
+    return [query.q, dk, dv, *or_empty(q, query.memory_q, None if shared else dwritten, query.gate), dm, dz]
 
 
-@torch.library.register_fake("segattn::attend_backward", lib=LIBRARY)
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor | None,
-    memory_k: Tensor | None,
-    gate: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    *_, dmemory, dnormalizer = rest
-    grads = tuple(new_tokens(x, *x.shape[1:]) for x in (q, k, v))
-    if gate is None or dmemory is None or dnormalizer is None:
-        return *grads, *or_empty(q, None, None, None, None, None)
+@with_flat_options
+def _backward_shapes(
+    inputs: list[Tensor | None], saved: list[Tensor], options: Options, dout: Tensor, dstate: list[Tensor]
+) -> list[Tensor]:
+    q, k, v, memory_q, memory_k, gate, *_ = Inputs(*inputs)  # type: ignore[arg-type]
+    tokens = [new_tokens(x, *x.shape[1:]) for x in (q, k, v)]
+    if gate is None:
+        return [*tokens, *or_empty(q, None, None, None, None, None)]
     dmemory_q = None if memory_q is None else new_tokens(q, *q.shape[1:])
     dmemory_k = None if memory_k is None else new_tokens(memory_k, *memory_k.shape[1:])
-    return (
-        *grads,
-        *or_empty(q, dmemory_q, dmemory_k),
-        gate.new_empty(gate.shape),
-        dmemory.new_empty(dmemory.shape),
-        dnormalizer.new_empty(dnormalizer.shape),
-    )
+    others = [x.new_empty(x.shape) for x in (gate, *dstate)]
+    return [*tokens, *or_empty(q, dmemory_q, dmemory_k), *others]
 
 
-LIBRARY.define(
-    "decode(Tensor q, Tensor k, Tensor v, Tensor? memory_q, Tensor? gate, Tensor? memory, Tensor? normalizer, "
-    "Tensor? lengths, Tensor(a!)? counters, bool causal, bool always, float scale, float? softcap) -> Tensor"
-)
+register("attend_backward", attention_backward, _backward_shapes)
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor | None, gate: Tensor | None, *rest: Any) -> Tensor:
-    return decode(q, k, v, q if memory_q is None else memory_q, gate, *rest)
+@with_flat_options
+def attention_decode(
+    inputs: list[Tensor | None], options: Options, lengths: Tensor | None, counters: Tensor | None
+) -> Tensor:
+    """Return the output of the last queries of one unfinished segment; see `decode`."""
+    q, k, v, memory_q, _, gate, memory, normalizer, _ = Inputs(*inputs)  # type: ignore[arg-type]
+    state = None if memory is None or normalizer is None else MemoryState(memory, normalizer)
+    return decode(q, k, v, q if memory_q is None else memory_q, gate, state, lengths, counters, options)
 
 
-@torch.library.register_fake("segattn::decode", lib=LIBRARY)
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+@with_flat_options
+def _decode_shapes(
+    inputs: list[Tensor | None], options: Options, lengths: Tensor | None, counters: Tensor | None
+) -> Tensor:
+    q, _, v, *_ = Inputs(*inputs)  # type: ignore[arg-type]
     return new_tokens(q, q.shape[1], q.shape[2], v.shape[3])
 
 
-for device in ("CPU", "CUDA"):
-    LIBRARY.impl("attend", _attend, device)
-    LIBRARY.impl("attend_backward", _attend_backward, device)
-    LIBRARY.impl("decode", _decode, device)
+register("decode", attention_decode, _decode_shapes, mutates=["counters"])
 
 
-class Attend(torch.autograd.Function):
-    """(out, memory, normalizer) of a call, differentiable once; memory and normalizer are empty without a gate."""
+class SegmentAttention(torch.autograd.Function):
+    """The output, memory and normalizer of a call, differentiable once; without a gate the state is empty."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        memory_q: Tensor | None,
-        memory_k: Tensor | None,
-        gate: Tensor | None,
-        memory: Tensor | None,
-        normalizer: Tensor | None,
-        bounds: Tensor | None,
-        *options: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out, *state_and_kept = torch.ops.segattn.attend(
-            q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds, *options, True
-        )
-        memory_after, normalizer_after, *kept = state_and_kept
-        if gate is None:
-            kept[0] = out
-        ctx.save_for_backward(q, k, v, memory_q, memory_k, gate, bounds, *kept)
+    def forward(ctx: Any, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = Inputs(*tensors)  # type: ignore[arg-type]
+        out, memory, normalizer, *saved = torch.ops.segattn.attend(inputs, *options, True)
+        if inputs.gate is None:
+            saved[0] = out
+        # the backward starts from the memory before every slot, and does not need the initial one
+        ctx.save_for_backward(*inputs._replace(memory=None, normalizer=None), *saved)
         ctx.options = options
-        return out, memory_after, normalizer_after
+        return out, memory, normalizer
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dmemory: Tensor, dnormalizer: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, memory_q, memory_k, gate, bounds, *kept = ctx.saved_tensors
-        without = gate is None
-        grads = torch.ops.segattn.attend_backward(
-            *(q, k, v, memory_q, memory_k, gate, *kept, bounds, *ctx.options, dout),
-            None if without else dmemory,
-            None if without else dnormalizer,
+    def backward(ctx: Any, dout: Tensor, *dstate: Tensor) -> tuple[Tensor | None, ...]:
+        # read once: a checkpoint computes them at each look
+        tensors, count = ctx.saved_tensors, len(Inputs._fields)
+        inputs, saved = Inputs(*tensors[:count]), tensors[count:]
+        dstate = () if inputs.gate is None else dstate
+        grads = torch.ops.segattn.attend_backward(inputs, saved, *ctx.options, dout, dstate)
+        # a memory and normalizer come with a gate
+        present = inputs._replace(memory=inputs.gate, normalizer=inputs.gate)[:-1]
+        return None, *(None if x is None else grad for x, grad in zip(present, grads, strict=True)), None
+
+
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
+    state: MemoryState | None, bounds: Tensor | None, options: Options,
+) -> SegmentOutput:  # fmt: skip
+    """Run a call of `segment_attention` by the kernels.
+
+    bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows.
+    """
+    inputs = _inputs(q, k, v, memory_q, memory_k, gate, state, bounds)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        out, memory, normalizer = SegmentAttention.apply(options, *distinct(*inputs))
+    elif bounds is None and _is_tail(q, k, options):
+        return SegmentOutput(torch.ops.segattn.decode(inputs, *options, None, None), state)
+    else:
+        out, memory, normalizer, *_ = torch.ops.segattn.attend(inputs, *options, False)
+    return SegmentOutput(out, None if state is None else MemoryState(memory, normalizer))
+
+
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
+    state: MemoryState | None, bounds: Tensor | None,
+) -> Inputs:  # fmt: skip
+    """Return a call's tensors as the kernels take them: copied where a kernel could not step through them."""
+    reading = None if memory_q is q or gate is None else dense_rows(memory_q)
+    written = None if memory_k is k or gate is None else dense_rows(memory_k)
+    memory, normalizer = (None, None) if state is None else (x.contiguous() for x in state)
+    gate = None if gate is None else gate.contiguous()
+    return Inputs(dense_rows(q), dense_rows(k), dense_rows(v), reading, written, gate, memory, normalizer, bounds)
+
+
+def _is_tail(q: Tensor, k: Tensor, options: Options) -> bool:
+    """Return whether these are a few queries of one unfinished segment: what the decoding kernel is for."""
+    rows = q.shape[1] // k.shape[1] * q.shape[2]
+    masked = options.causal and options.num_read + options.num_write > 0
+    return 0 < rows <= DECODED_ROWS and k.shape[2] < options.segment_len and q.shape[2] < k.shape[2] and not masked
+
+
+def triton_decode(
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
+    lengths: Tensor | None, counters: Tensor | None, options: Options,
+) -> Tensor:  # fmt: skip
+    """Run a call of `segment_decode` by the kernels.
+
+    lengths [B]: tokens in each row of k and v, the last of them q's.
+
+    Raises:
+        ValueError: more queries than a tile holds.
+    """
+    rows = q.shape[1] // k.shape[1] * q.shape[2]
+    if rows > DECODED_ROWS:
+        raise ValueError(
+            f"q must have at most {DECODED_ROWS} rows per key/value head, H / G · Tq, for the kernels, got {rows}: "
+            f"use segment_attention, or pass backend='torch'"
         )
-        given = (q, k, v, memory_q, memory_k, gate, None if without else dmemory, None if without else dnormalizer)
-        found = (None if x is None else grad for x, grad in zip(given, grads, strict=True))
-        return *found, None, *(None for _ in ctx.options)
+    lengths = None if lengths is None else lengths.contiguous()
+    return torch.ops.segattn.decode(_inputs(q, k, v, memory_q, k, gate, state, None), *options, lengths, counters)

@@ -1,10 +1,11 @@
 """The tile vocabulary of every kernel: where a segment lies, loading, features, visibility, products.
 
 Arithmetic is in float32; a tile takes its tensor's dtype again only as the operand of a product.
-A tensor of tokens [B, heads, T, width] is passed as the tuple (pointer, batch stride, head stride, time stride).
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,11 +15,67 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1.1754943508222875e-38)
 # a normalizer below this has lost its digits to underflow: TINY over float32's epsilon
 LEAST_PEAK = tl.constexpr(9.860761315262648e-32)
+# arguments that vary from call to call: no variant of a kernel is compiled for their values
+LENGTHS = ("time", "query_time", "segment_len", "segments", "tiles", "splits", "split_len")
+
+
+class Tokens(NamedTuple):
+    """A tensor [B, heads, T, width] whose last dimension is contiguous, as an argument of a kernel."""
+
+    pointer: Any
+    row_stride: Any
+    head_stride: Any
+    time_stride: Any
+    heads: Any
+    width: Any  # tl.constexpr
+
+
+class Rows(NamedTuple):
+    """A matrix with contiguous rows, of which only those before `stop` are loaded and stored."""
+
+    pointer: Any
+    stride: Any
+    stop: Any
+
+
+class Segment(NamedTuple):
+    """A segment: its batch row, its first position, and one past its last."""
+
+    row: Any
+    begin: Any
+    end: Any
+
+
+class MemoryTokens(NamedTuple):
+    """The memory tokens of RMT at the ends of a sequence; None where a call has none, so that no kernel masks them."""
+
+    read: Any
+    write: Any
+
+
+@triton.constexpr_function
+def block(width):
+    """Return the power of two that holds a width, at least what a tensor core takes."""
+    return max(16, triton.next_power_of_2(width))
+
+
+@triton.constexpr_function
+def ragged(width, columns):
+    """Return whether tiles of `columns` columns reach beyond a width."""
+    return width % columns != 0
+
+
+@triton.jit
+def query_slot(nth, slots, segments, first):
+    """Return the nth of the slots that may hold queries: of every row, those from segment number `first` on."""
+    if slots is None:
+        nth = nth // (segments - first) * segments + first + nth % (segments - first)
+    return nth
 
 
 @triton.jit
 def segment_at(slot, slots, segments, segment_len, time):
-    """Row, first position and one past the last; from slots [F, 3], or `segments` slots in each row of `time`."""
+    """Return the segment of a slot: from slots [F, 3], or among the `segments` of each row of `time` tokens."""
     if slots is None:
         row = slot // segments
         begin = slot % segments * segment_len
@@ -27,54 +84,47 @@ def segment_at(slot, slots, segments, segment_len, time):
         row = tl.load(slots + slot * 3).to(tl.int32)
         begin = tl.load(slots + slot * 3 + 1).to(tl.int32)
         end = tl.load(slots + slot * 3 + 2).to(tl.int32)
-    return row, begin, end
+    return Segment(row, begin, end)
 
 
 @triton.jit
-def head_of(x, row, head):
-    """Where the tokens of one head begin."""
-    return x[0] + tl.cast(row, tl.int64) * x[1] + tl.cast(head, tl.int64) * x[2]
+def head_of(x, row, head, stop):
+    """Return the tokens of one head, up to position `stop`."""
+    pointer = x.pointer + tl.cast(row, tl.int64) * x.row_stride + tl.cast(head, tl.int64) * x.head_stride
+    return Rows(pointer, x.time_stride, stop)
 
 
 @triton.jit
-def pointers(x, stride, first, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """To x[first : first + ROWS, column : column + COLUMNS]. Only the first row's offset needs 64 bits."""
+def pointers(x, first, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return pointers to a tile of `Rows`. Only the offset of its first row needs 64 bits."""
     r = tl.arange(0, ROWS)
     c = column + tl.arange(0, COLUMNS)
-    return x + tl.cast(first, tl.int64) * stride + (r[:, None] * stride + c[None, :])
+    return x.pointer + tl.cast(first, tl.int64) * x.stride + (r[:, None] * x.stride + c[None, :])
 
 
 @triton.jit
 def load_rows(
-    x,
-    stride,
-    first,
-    stop,
-    column,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MASKED: tl.constexpr = True,
-):
-    """x[first : first + ROWS, column : column + COLUMNS]; 0 from row `stop` (if MASKED) and from column WIDTH on.
+    x, first, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr = True
+):  # fmt: skip
+    """Load x[first : first + ROWS, column : column + COLUMNS]; 0 from x.stop (if MASKED) and from column WIDTH on.
 
     column: a multiple of COLUMNS.
     """
-    at = pointers(x, stride, first, column, ROWS, COLUMNS)
-    inside_rows = (first + tl.arange(0, ROWS) < stop)[:, None]
+    at = pointers(x, first, column, ROWS, COLUMNS)
+    inside_rows = (first + tl.arange(0, ROWS) < x.stop)[:, None]
     inside_columns = (column + tl.arange(0, COLUMNS) < WIDTH)[None, :]
     if MASKED:
-        if WIDTH % COLUMNS:
+        if ragged(WIDTH, COLUMNS):
             return tl.load(at, mask=inside_rows & inside_columns, other=0.0)
         return tl.load(at, mask=inside_rows, other=0.0)
-    if WIDTH % COLUMNS:
+    if ragged(WIDTH, COLUMNS):
         return tl.load(at, mask=inside_columns, other=0.0)
     return tl.load(at)
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 x to the nearest of `dtype`."""
+    """Round float32 x to the nearest of `dtype`."""
     if INTERPRETED:
         if dtype == tl.bfloat16:
             # the interpreter would cut the last bits off
@@ -84,24 +134,32 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_rows(x, stride, first, stop, column, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """The inverse of `load_rows`, in x's dtype."""
-    at = pointers(x, stride, first, column, ROWS, COLUMNS)
-    inside_rows = (first + tl.arange(0, ROWS) < stop)[:, None]
+def store_rows(x, first, column, values, WIDTH: tl.constexpr):
+    """Store a tile where `load_rows` loads it from, in the dtype of x."""
+    ROWS: tl.constexpr = values.shape[0]
+    COLUMNS: tl.constexpr = values.shape[1]
+    at = pointers(x, first, column, ROWS, COLUMNS)
+    inside_rows = (first + tl.arange(0, ROWS) < x.stop)[:, None]
     inside_columns = (column + tl.arange(0, COLUMNS) < WIDTH)[None, :]
-    tl.store(at, rounded(values, x.dtype.element_ty), mask=inside_rows & inside_columns)
+    tl.store(at, rounded(values, x.pointer.dtype.element_ty), mask=inside_rows & inside_columns)
+
+
+@triton.jit
+def load_chunk(matrix, c, CHUNK: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+    """Load rows [c, c + CHUNK) of a dense matrix [K, V]; 0 from row K and from column V on."""
+    return load_rows(Rows(matrix + c * V, V, K - c), 0, 0, CHUNK, block(V), V, ragged(K, CHUNK))
 
 
 @triton.jit
 def load_vector(x, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """x[column : column + COLUMNS], 0 from WIDTH on."""
+    """Load x[column : column + COLUMNS]; 0 from WIDTH on."""
     c = column + tl.arange(0, COLUMNS)
     return tl.load(x + c, mask=c < WIDTH, other=0.0)
 
 
 @triton.jit
 def feature_map(x, ELU: tl.constexpr):
-    """σ(x) = ELU(x) + 1 in float32, as exp(x) below zero; x itself where it is mapped already (ELU False)."""
+    """Return σ(x) = ELU(x) + 1 in float32, as exp(x) below zero; x itself where it is mapped already (ELU False)."""
     x = x.to(tl.float32)
     if ELU:
         return tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
@@ -110,7 +168,7 @@ def feature_map(x, ELU: tl.constexpr):
 
 @triton.jit
 def feature_map_grad(x, ELU: tl.constexpr):
-    """σ'(x) in float32."""
+    """Return σ'(x) in float32."""
     x = x.to(tl.float32)
     if ELU:
         return tl.exp(tl.minimum(x, 0.0))
@@ -118,27 +176,27 @@ def feature_map_grad(x, ELU: tl.constexpr):
 
 
 @triton.jit
-def capped(scores, softcap):
-    """softcap · tanh(scores) in powers of two, of scores over softcap; scores as they are where it is None."""
+def capped(x, softcap):
+    """Return softcap · tanh(x) for powers of two, x being scores over softcap; x itself where softcap is None."""
     if softcap is not None:
-        shrunk = tl.exp2(tl.abs(scores) * (-2 * LOG2_E))
+        shrunk = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
         size = (1.0 - shrunk) / (1.0 + shrunk)
-        scores = tl.where(scores < 0, -size, size) * (softcap * LOG2_E)
-    return scores
+        x = tl.where(x < 0, -size, size) * (softcap * LOG2_E)
+    return x
 
 
 @triton.jit
-def capped_grad(dscores, scores, softcap):
-    """dscores · (1 − tanh²), of the scores that `capped` returned."""
+def capped_grad(dx, x, softcap):
+    """Return dx · (1 − tanh²) for the x that `capped` returned."""
     if softcap is not None:
-        share = scores * (1.0 / (softcap * LOG2_E))
-        dscores = dscores * (1.0 - share * share)
-    return dscores
+        share = x * (1.0 / (softcap * LOG2_E))
+        dx = dx * (1.0 - share * share)
+    return dx
 
 
 @triton.jit
 def score_factor(scale, softcap):
-    """What products of queries and keys are multiplied by, before `capped`."""
+    """Return what turns products of queries and keys into scores, before `capped`."""
     factor = scale * LOG2_E
     if softcap is not None:
         factor = scale / softcap
@@ -147,34 +205,31 @@ def score_factor(scale, softcap):
 
 @triton.jit
 def reciprocal(weight):
-    """1 / weight; 0 where there is none."""
-    found = tl.abs(weight) >= TINY
-    return tl.where(found, 1.0 / tl.where(found, weight, 1.0), 0.0)
+    """Return 1 / weight; 0 where the weight is 0 or has underflowed."""
+    normal = tl.abs(weight) >= TINY
+    return tl.where(normal, 1.0 / tl.where(normal, weight, 1.0), 0.0)
 
 
 @triton.jit
-def memory_weight(
-    x,
-    stride,
-    first,
-    stop,
-    normalizer,
-    ELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """σ(x) z of every row, z over its peak."""
+def peak_reciprocal(z, axis: tl.constexpr):
+    """Return 1 / max |z|; 0 where z is 0 or has lost its digits to underflow."""
+    peak = tl.max(tl.abs(z), axis)
+    return tl.where(peak >= LEAST_PEAK, 1.0 / tl.where(peak >= LEAST_PEAK, peak, 1.0), 0.0)
+
+
+@triton.jit
+def memory_weight(x, first, normalizer, ELU: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
+    """Return σ(x) z of every row, z over its peak."""
     weight = tl.zeros([ROWS], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
-        features = feature_map(load_rows(x, stride, first, stop, c, ROWS, CHUNK, K), ELU)
+        features = feature_map(load_rows(x, first, c, ROWS, CHUNK, K), ELU)
         weight += tl.sum(features * load_vector(normalizer, c, CHUNK, K)[None, :], 1)
     return weight
 
 
 @triton.jit
 def dot(a, b, acc):
-    """a b + acc in float32, the products of float32 tiles in full precision."""
+    """Return a b + acc in float32; products of float32 tiles are in full precision."""
     if INTERPRETED:
         # the interpreter would multiply the bits of bfloat16
         a = a.to(tl.float32)
@@ -183,8 +238,14 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def scores(a, b, factor, softcap):
+    """Return the scores a bᵀ · factor of two tiles of rows, capped, for powers of two."""
+    return capped(dot(a, tl.trans(b), None) * factor, softcap)
+
+
+@triton.jit
 def operand(x, dtype: tl.constexpr):
-    """float32 x as `dtype`, and the factor that restores it: x / max |x| for float16, which loses what is small."""
+    """Return float32 x in `dtype` and the factor to restore it: x / max |x| for float16, which loses small values."""
     if dtype == tl.float16:
         factor = tl.max(tl.max(tl.abs(x), 1), 0)
         x = x * reciprocal(factor)
@@ -195,7 +256,7 @@ def operand(x, dtype: tl.constexpr):
 
 @triton.jit
 def row_operand(x, dtype: tl.constexpr):
-    """As `operand`, each row by itself: factors [rows, 1]."""
+    """Do as `operand`, row by row: factors [rows, 1]."""
     if dtype == tl.float16:
         factor = tl.max(tl.abs(x), 1)[:, None]
         x = x * reciprocal(factor)
@@ -206,42 +267,33 @@ def row_operand(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot_float32(a, b, acc):
-    """a b + acc for float32 b, rounded to a's dtype."""
+    """Return a b + acc for float32 b, rounded to the dtype of a."""
     b, scale = operand(b, a.dtype)
     return acc + dot(a, b, None) * scale
 
 
 @triton.jit
-def visible(i, j, begin, end, num_read, num_write, CAUSAL: tl.constexpr, BLOCK_MASK: tl.constexpr):
-    """May the query at i see the key at j? BLOCK_MASK lets all see the first num_read, the last num_write see all."""
-    inside = j < end
+def visible(i, j, segment, memory_tokens, CAUSAL: tl.constexpr):
+    """Return whether the query at i sees the key at j: all see the memory read, the memory to write sees all."""
+    inside = j < segment.end
     if CAUSAL:
         seen = j <= i
-        if BLOCK_MASK:
-            seen = seen | (j < begin + num_read) | (i >= end - num_write)
+        if memory_tokens is not None:
+            seen = seen | (j < segment.begin + memory_tokens.read) | (i >= segment.end - memory_tokens.write)
         return inside & seen
-    return inside & (i >= begin)
+    return inside & (i >= segment.begin)
 
 
 @triton.jit
-def keys_seen(
-    first,
-    begin,
-    end,
-    num_read,
-    num_write,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_MASK: tl.constexpr,
-):
-    """For queries from `first` on: whole blocks of keys up to `full` are seen by all, none from `last` on by any."""
+def keys_seen(first, segment, memory_tokens, ROWS: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Return, for queries from `first` on, where the blocks of keys that all see end, and where those that any does."""
+    begin, end = segment.begin, segment.end
     full = end
     last = end
     if CAUSAL:
         full = first + 1
         last = tl.minimum(first + ROWS, end)
-        if BLOCK_MASK:
-            last = tl.maximum(last, tl.minimum(begin + num_read, end))
-            last = tl.where(first + ROWS > end - num_write, end, last)
+        if memory_tokens is not None:
+            last = tl.maximum(last, tl.minimum(begin + memory_tokens.read, end))
+            last = tl.where(first + ROWS > end - memory_tokens.write, end, last)
     return begin + (full - begin) // BLOCK * BLOCK, last

@@ -5,7 +5,7 @@ With dM of that state and C = dM Mᵀ, the curvature C + Cᵀ is what the erased
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,12 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sequences import Layout
-from .launch import block, launch, new_tokens, tile_of, view
+from .launch import launch, new_tokens, segment_arguments, tile_of, view
 from .tiles import (
+    LENGTHS,
+    Rows,
+    block,
     dot_float32,
     feature_map,
     feature_map_grad,
     head_of,
+    load_chunk,
     load_rows,
     load_vector,
     memory_weight,
@@ -28,370 +32,238 @@ from .tiles import (
     segment_at,
     store_rows,
 )
-from .write import exact_dot, scan, sum_normalizers
+from .write import Normalizer, SegmentMemory, exact_dot, scan, sum_normalizer_grads
 
 
-@triton.jit(do_not_specialize=["time", "segment_len", "segments"])
+@triton.jit(do_not_specialize=LENGTHS)
 def curvature_kernel(
-    memory,
-    rest,
-    dmemory,
-    curvature,
-    slots,
-    time,
-    segment_len,
-    segments,
-    groups,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile of dM Mᵀ + M dMᵀ per complete segment, M before it over z's peak, in two parts, dM after it."""
+    memory, dmemory, curvature, slots, time, segment_len, segments, groups, K: tl.constexpr, V: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store one tile of dM Mᵀ + M dMᵀ per complete segment, M before it over z's peak, in two parts, dM after it."""
     across = tl.cdiv(K, COLUMNS)
     tiles = tl.cdiv(K, ROWS) * across
     tile = tl.program_id(0) % tiles
     group = tl.program_id(0) // tiles % groups
     slot = tl.program_id(0) // tiles // groups
-    _, begin, end = segment_at(slot, slots, segments, segment_len, time)
-    if end - begin < segment_len:
+    segment = segment_at(slot, slots, segments, segment_len, time)
+    if segment.end - segment.begin < segment_len:
         return
     at = tl.cast(slot, tl.int64) * groups + group
-    m = memory + at * K * V
-    dm = dmemory + at * K * V
+    m = Rows(memory.matrix + at * K * V, V, K)
+    dm = Rows(dmemory + at * K * V, V, K)
     i, j = tile // across * ROWS, tile % across * COLUMNS
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for c in tl.range(0, V, CHUNK, num_stages=1):
-        m_rows = load_rows(m, V, i, K, c, ROWS, CHUNK, V).to(tl.float32)
-        m_columns = load_rows(m, V, j, K, c, COLUMNS, CHUNK, V).to(tl.float32)
-        if rest is not None:
-            m_rows += load_rows(rest + at * K * V, V, i, K, c, ROWS, CHUNK, V).to(tl.float32)
-            m_columns += load_rows(rest + at * K * V, V, j, K, c, COLUMNS, CHUNK, V).to(tl.float32)
-        dm_rows = load_rows(dm, V, i, K, c, ROWS, CHUNK, V)
-        dm_columns = load_rows(dm, V, j, K, c, COLUMNS, CHUNK, V)
+        m_rows = load_rows(m, i, c, ROWS, CHUNK, V).to(tl.float32)
+        m_columns = load_rows(m, j, c, COLUMNS, CHUNK, V).to(tl.float32)
+        if memory.residual is not None:
+            residual = Rows(memory.residual + at * K * V, V, K)
+            m_rows += load_rows(residual, i, c, ROWS, CHUNK, V).to(tl.float32)
+            m_columns += load_rows(residual, j, c, COLUMNS, CHUNK, V).to(tl.float32)
+        dm_rows = load_rows(dm, i, c, ROWS, CHUNK, V)
+        dm_columns = load_rows(dm, j, c, COLUMNS, CHUNK, V)
         acc = exact_dot(dm_rows, tl.trans(m_columns), acc, PRECISION)
         acc = exact_dot(m_rows, tl.trans(dm_columns), acc, PRECISION)
-    store_rows(curvature + at * K * K, K, i, K, j, acc, ROWS, COLUMNS, K)
+    store_rows(Rows(curvature + at * K * K, K, K), i, j, acc, K)
 
 
 @triton.jit
-def bend(u, factor, curvature, c, K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr):
-    """factor · u (C + Cᵀ), its columns from c on."""
-    rows = load_rows(curvature + c * K, K, 0, K - c, 0, CHUNK, BLOCK_K, K, K % CHUNK != 0)
+def bend(u, factor, curvature, c, K: tl.constexpr, CHUNK: tl.constexpr):
+    """Return factor · u (C + Cᵀ), its columns from c on."""
+    rows = load_chunk(curvature, c, CHUNK, K, K)
     return dot_float32(u, tl.trans(rows), tl.zeros([u.shape[0], CHUNK], tl.float32)) * factor
 
 
 @triton.jit
 def erasure(
-    k,
-    stride,
-    first,
-    stop,
-    normalizer,
-    curvature,
-    ELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """u = σ(k) / σ(k) z in k's dtype, the factor it takes, 1 / σ(k) z, and σ(k) C uᵀ of every row."""
-    inverse = reciprocal(memory_weight(k, stride, first, stop, normalizer, ELU, ROWS, K, CHUNK))
-    u = feature_map(load_rows(k, stride, first, stop, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
+    k, first, normalizer, curvature, ELU: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Return u = σ(k) / σ(k) z in k's dtype, the factor it takes, 1 / σ(k) z, and σ(k) C uᵀ of every row."""
+    BLOCK_K: tl.constexpr = block(K)
+    inverse = reciprocal(memory_weight(k, first, normalizer, ELU, ROWS, K, CHUNK))
+    u = feature_map(load_rows(k, first, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
     u = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], u, 0.0)
-    u, factor = row_operand(u, k.dtype.element_ty)
+    u, factor = row_operand(u, k.pointer.dtype.element_ty)
     erased = tl.zeros([ROWS], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
-        features = feature_map(load_rows(k, stride, first, stop, c, ROWS, CHUNK, K), ELU)
-        erased += tl.sum(bend(u, factor, curvature, c, K, BLOCK_K, CHUNK) * features, 1)
+        features = feature_map(load_rows(k, first, c, ROWS, CHUNK, K), ELU)
+        erased += tl.sum(bend(u, factor, curvature, c, K, CHUNK) * features, 1)
     return u, factor, inverse, erased * 0.5
+
+
+class StateAfter(NamedTuple):
+    """Where the gradients of one segment's state lie: of M and z after it, C + Cᵀ, and z before it."""
+
+    dmemory: Any
+    dnormalizer: Any
+    curvature: Any  # None by the linear rule
+    normalizer: Any
 
 
 @triton.jit
 def write_adjoint(
-    k,
-    k_stride,
-    values,
-    beta,
-    gamma,
-    first,
-    stop,
-    normalizer,
-    dmemory,
-    dnormalizer,
-    curvature,
-    dk,
-    dk_stride,
-    ELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """What the state after a segment sends back to its tokens: dk is stored; dv, and the gradient of beta.
+    keys, values, beta, gamma, first, state, dkeys,
+    ELU: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Store what the state after a segment sends back to its keys; return dv, and the gradient of beta.
 
-    curvature None: the linear rule. Nothing as wide as a token is held but dv and u.
+    beta, gamma: pointers to those of the first row, or None. Nothing as wide as a token is held but dv and u.
     """
-    rows = first + tl.arange(0, ROWS)
+    ROWS: tl.constexpr = values.shape[0]
+    BLOCK_V: tl.constexpr = values.shape[1]
+    rows = tl.arange(0, ROWS)
+    inside = first + rows < keys.stop
     erased = tl.zeros([ROWS], tl.float32)
-    if curvature is not None:
-        u, factor, inverse, erased = erasure(
-            k, k_stride, first, stop, normalizer, curvature, ELU, ROWS, K, BLOCK_K, CHUNK
-        )
+    if state.curvature is not None:
+        u, factor, inverse, erased = erasure(keys, first, state.normalizer, state.curvature, ELU, ROWS, K, CHUNK)
     dv = tl.zeros([ROWS, BLOCK_V], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
-        tokens = load_rows(k, k_stride, first, stop, c, ROWS, CHUNK, K)
-        received = load_rows(dmemory + c * V, V, 0, K - c, 0, CHUNK, BLOCK_V, V, K % CHUNK != 0)
-        dv = dot_float32(rounded(feature_map(tokens, ELU), tokens.dtype), received, dv)
-        dfeatures = dot_float32(values, tl.trans(received), tl.zeros([ROWS, CHUNK], tl.float32))
-        if curvature is not None:
-            z = load_vector(normalizer, c, CHUNK, K)[None, :]
-            dfeatures += (erased * inverse)[:, None] * z - bend(u, factor, curvature, c, K, BLOCK_K, CHUNK)
+        tokens = load_rows(keys, first, c, ROWS, CHUNK, K)
+        dm = load_chunk(state.dmemory, c, CHUNK, K, V)
+        dv = dot_float32(rounded(feature_map(tokens, ELU), tokens.dtype), dm, dv)
+        dfeatures = dot_float32(values, tl.trans(dm), tl.zeros([ROWS, CHUNK], tl.float32))
+        if state.curvature is not None:
+            z = load_vector(state.normalizer, c, CHUNK, K)[None, :]
+            dfeatures += (erased * inverse)[:, None] * z - bend(u, factor, state.curvature, c, K, CHUNK)
         if beta is not None:
-            dfeatures *= tl.load(beta + rows, mask=rows < stop, other=0.0)[:, None]
-        dz = load_vector(dnormalizer, c, CHUNK, K)[None, :]
+            dfeatures *= tl.load(beta + rows, mask=inside, other=0.0)[:, None]
+        dz = load_vector(state.dnormalizer, c, CHUNK, K)[None, :]
         if gamma is not None:
-            dz = dz * tl.load(gamma + rows, mask=rows < stop, other=0.0)[:, None]
-        store_rows(dk, dk_stride, first, stop, c, (dfeatures + dz) * feature_map_grad(tokens, ELU), ROWS, CHUNK, K)
+            dz = dz * tl.load(gamma + rows, mask=inside, other=0.0)[:, None]
+        store_rows(dkeys, first, c, (dfeatures + dz) * feature_map_grad(tokens, ELU), K)
     dbeta = erased
     if beta is not None:
         dbeta = tl.sum(dv * values.to(tl.float32), 1) - erased
-        dv *= tl.load(beta + rows, mask=rows < stop, other=0.0)[:, None]
+        dv *= tl.load(beta + rows, mask=inside, other=0.0)[:, None]
     return dv, dbeta
 
 
-@triton.jit(do_not_specialize=["time", "segment_len", "segments"])
+@triton.jit(do_not_specialize=LENGTHS)
 def weight_sums_kernel(
-    k,
-    beta,
-    normalizer,
-    inverse_peak,
-    curvature,
-    sums,
-    slots,
-    time,
-    segment_len,
-    segments,
-    groups,
-    ELU: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Onto sums, the gradient of z that the delta rule's weights 1 / σ(k) z send back over one complete segment."""
-    slot, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    row, begin, end = segment_at(slot, slots, segments, segment_len, time)
+    k, beta, normalizer, curvature, sums, slots, time, segment_len, segments,
+    ELU: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Add to sums the gradient of z that the delta rule's weights 1 / σ(k) z send back over one complete segment."""
+    K: tl.constexpr = k.width
+    BLOCK_K: tl.constexpr = block(K)
+    slot, group = tl.program_id(0) // k.heads, tl.program_id(0) % k.heads
+    segment = segment_at(slot, slots, segments, segment_len, time)
+    begin, end = segment.begin, segment.end
     if end - begin < segment_len:
         return
-    at = tl.cast(slot, tl.int64) * groups + group
-    keys = head_of(k, row, group)
+    at = tl.cast(slot, tl.int64) * k.heads + group
+    keys = head_of(k, segment.row, group, end)
+    z, c_of_segment = normalizer.z + at * K, curvature + at * K * K
     total = tl.zeros([BLOCK_K], tl.float32)
     for start in range(begin, end, BLOCK_N):
-        # fmt: off
-        _, _, inverse, erased = erasure(
-            keys, k[3], start, end, normalizer + at * K, curvature + at * K * K, ELU, BLOCK_N, K, BLOCK_K, CHUNK
-        )
-        # fmt: on
+        _, _, inverse, erased = erasure(keys, start, z, c_of_segment, ELU, BLOCK_N, K, CHUNK)
         dweight = erased * inverse
         i = start + tl.arange(0, BLOCK_N)
         if beta is not None:
-            at_rows = (tl.cast(row, tl.int64) * groups + group) * time
+            at_rows = (tl.cast(segment.row, tl.int64) * k.heads + group) * time
             dweight *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
-        features = feature_map(load_rows(keys, k[3], start, end, 0, BLOCK_N, BLOCK_K, K), ELU)
+        features = feature_map(load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K), ELU)
         total += tl.sum(tl.where(i < end, dweight, 0.0)[:, None] * features, 0)
     c = tl.arange(0, BLOCK_K)
     target = sums + at * K + c
-    tl.store(target, tl.load(target, mask=c < K, other=0.0) + total * tl.load(inverse_peak + at), mask=c < K)
+    before = tl.load(target, mask=c < K, other=0.0)
+    tl.store(target, before + total * tl.load(normalizer.inverse_peak + at), mask=c < K)
 
 
-@triton.jit(do_not_specialize=["time", "segment_len", "segments", "tiles"])
+@triton.jit(do_not_specialize=LENGTHS)
 def write_grad_kernel(
-    k,
-    v,
-    beta,
-    gamma,
-    normalizer,
-    dmemory,
-    dnormalizer,
-    curvature,
-    dk,
-    dv,
-    dbeta,
-    slots,
-    time,
-    segment_len,
-    segments,
-    tiles,
-    groups,
-    ELU: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """dk, dv and dbeta of one tile of one head's tokens: zeros where they were not written."""
+    k, v, beta, gamma, normalizer, grads, dk, dv, dbeta, slots, time, segment_len, segments, tiles,
+    ELU: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Store dk, dv and dbeta of one tile of one head's tokens: zeros where they were not written."""
+    K: tl.constexpr = k.width
+    V: tl.constexpr = v.width
+    BLOCK_V: tl.constexpr = block(V)
     tile = tl.program_id(0) % tiles
-    group = tl.program_id(0) // tiles % groups
-    slot = tl.program_id(0) // tiles // groups
-    row, begin, end = segment_at(slot, slots, segments, segment_len, time)
+    group = tl.program_id(0) // tiles % k.heads
+    slot = tl.program_id(0) // tiles // k.heads
+    segment = segment_at(slot, slots, segments, segment_len, time)
+    begin, end = segment.begin, segment.end
     first = begin + tile * BLOCK_N
     if first >= end:
         return
-    dkeys, dvalues = head_of(dk, row, group), head_of(dv, row, group)
+    dkeys, dvalues = head_of(dk, segment.row, group, end), head_of(dv, segment.row, group, end)
     if end - begin < segment_len:
-        store_rows(dkeys, dk[3], first, end, 0, tl.zeros([BLOCK_N, BLOCK_K], tl.float32), BLOCK_N, BLOCK_K, K)
-        store_rows(dvalues, dv[3], first, end, 0, tl.zeros([BLOCK_N, BLOCK_V], tl.float32), BLOCK_N, BLOCK_V, V)
+        store_rows(dkeys, first, 0, tl.zeros([BLOCK_N, block(K)], tl.float32), K)
+        store_rows(dvalues, first, 0, tl.zeros([BLOCK_N, BLOCK_V], tl.float32), V)
         return
-    at = tl.cast(slot, tl.int64) * groups + group
-    at_rows = (tl.cast(row, tl.int64) * groups + group) * time
-    values = load_rows(head_of(v, row, group), v[3], first, end, 0, BLOCK_N, BLOCK_V, V)
-    # fmt: off
-    dwritten, dstrength = write_adjoint(
-        head_of(k, row, group), k[3], values, None if beta is None else beta + at_rows,
-        None if gamma is None else gamma + at_rows, first, end, normalizer + at * K, dmemory + at * K * V,
-        dnormalizer + at * K, None if curvature is None else curvature + at * K * K, dkeys, dk[3],
-        ELU, BLOCK_N, K, V, BLOCK_K, BLOCK_V, CHUNK,
+    at = tl.cast(slot, tl.int64) * k.heads + group
+    at_rows = (tl.cast(segment.row, tl.int64) * k.heads + group) * time + first
+    values = load_rows(head_of(v, segment.row, group, end), first, 0, BLOCK_N, BLOCK_V, V)
+    state = StateAfter(
+        grads.after + at * K * V,
+        grads.z_after + at * K,
+        None if grads.curvature is None else grads.curvature + at * K * K,
+        normalizer.z + at * K,
     )
-    # fmt: on
-    store_rows(dvalues, dv[3], first, end, 0, dwritten, BLOCK_N, BLOCK_V, V)
+    dvalue, dstrength = write_adjoint(
+        head_of(k, segment.row, group, end), values, None if beta is None else beta + at_rows,
+        None if gamma is None else gamma + at_rows, first, state, dkeys, ELU, K, V, CHUNK,
+    )  # fmt: skip
+    store_rows(dvalues, first, 0, dvalue, V)
     if dbeta is not None:
-        i = first + tl.arange(0, BLOCK_N)
-        tl.store(dbeta + at_rows + i, dstrength, mask=i < end)
+        rows = tl.arange(0, BLOCK_N)
+        tl.store(dbeta + at_rows + rows, dstrength, mask=first + rows < end)
 
 
-class StateGrads(NamedTuple):
-    """Gradients of the state: after every slot, as its tokens take them, and of the one to begin with."""
+class SlotGrads(NamedTuple):
+    """Gradients of the state after every slot, as its tokens take them."""
 
     after: Tensor  # float32 [F, G, K, V]
     z_after: Tensor  # float32 [F, G, K]
     curvature: Tensor | None  # float32 [F, G, K, K] C + Cᵀ; None by the linear rule
-    memory: Tensor  # float32 [N, G, K, V]
-    normalizer: Tensor  # float32 [N, G, K]
 
 
 def state_grads(
-    k: Tensor,
-    before: Tensor,
-    rest: Tensor | None,
-    z_before: Tensor,
-    inverse_peak: Tensor,
-    erased: Tensor | None,
-    dmemory: Tensor,
-    dnormalizer: Tensor,
-    read: Tensor,
-    read_sums: Tensor,
-    layout: Layout,
-    segment_len: int,
-    *,
-    beta: Tensor | None = None,
-    elu: bool = True,
-) -> StateGrads:
-    """From the last state's gradients and what every slot's reads send back, read [F, G, K, V], read_sums [F, G, K].
+    k: Tensor, before: SegmentMemory, erased: Tensor | None, dmemory: Tensor, dnormalizer: Tensor, read: Tensor,
+    read_sums: Tensor, layout: Layout, *, beta: Tensor | None = None, elu: bool = True,
+) -> tuple[SlotGrads, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of the state after every slot, and of the initial memory and normalizer.
 
-    read_sums is overwritten.
+    They come from those of the final state, and from what the reads of every slot send back: read [F, G, K, V], and
+    read_sums [F, G, K], which is overwritten.
     """
-    _, groups, time, key_width = k.shape
-    value_width = read.shape[3]
-    after, _, dm = scan(dmemory, read, erased, None, torch.float32, layout, time, segment_len, False)
+    groups, _, key_width = k.shape[1:]
+    after, _, dm = scan(dmemory, read, erased, None, torch.float32, layout, save=False)
+    where = segment_arguments(layout)
     curvature = None
     if erased is not None:
-        tile = tile_of(curvature_kernel, before, key_width, key_width)
         curvature = torch.empty_like(erased)
-        places = {
-            "slots": layout.slots,
-            "time": time,
-            "segment_len": segment_len,
-            "segments": layout.per_row,
-            "groups": groups,
-        }
+        tile = tile_of(curvature_kernel, before.matrix, key_width, key_width)
+        tiles = triton.cdiv(key_width, tile.ROWS) * triton.cdiv(key_width, tile.COLUMNS)
         launch(
-            curvature_kernel,
-            layout.total * groups * triton.cdiv(key_width, tile.ROWS) * triton.cdiv(key_width, tile.COLUMNS),
-            tile,
-            k,
-            memory=before,
-            rest=rest,
-            dmemory=after,
-            curvature=curvature,
-            **places,
-            K=key_width,
-            V=value_width,
-        )
-        tile = tile_of(weight_sums_kernel, k, key_width, value_width)
+            curvature_kernel, layout.total * groups * tiles, tile, k,
+            memory=before, dmemory=after, curvature=curvature, **where, groups=groups, K=key_width, V=read.shape[3],
+        )  # fmt: skip
         launch(
-            weight_sums_kernel,
-            layout.total * groups,
-            tile,
-            k,
-            k=view(k),
-            beta=beta,
-            normalizer=z_before,
-            inverse_peak=inverse_peak,
-            curvature=curvature,
-            sums=read_sums,
-            **places,
-            ELU=elu,
-            K=key_width,
-            BLOCK_K=block(key_width),
-        )
-    z_after, _, dz = sum_normalizers(dnormalizer, read_sums, layout, time, segment_len, True)
-    return StateGrads(after, z_after, curvature, dm, dz)
+            weight_sums_kernel, layout.total * groups, tile_of(weight_sums_kernel, k, key_width, read.shape[3]), k,
+            k=view(k), beta=beta, normalizer=before.normalizer, curvature=curvature, sums=read_sums, **where, ELU=elu,
+        )  # fmt: skip
+    z_after, dz = sum_normalizer_grads(dnormalizer, read_sums, layout)
+    return SlotGrads(after, z_after, curvature), dm, dz
 
 
 def write_grads(
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    gamma: Tensor | None,
-    z_before: Tensor,
-    grads: StateGrads,
-    layout: Layout,
-    segment_len: int,
-    *,
-    elu: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dk, dv and dbeta of every token; z_before [F, G, K] over its peak."""
-    _, groups, time, key_width = k.shape
-    value_width = v.shape[3]
-    tile = tile_of(write_grad_kernel, k, key_width, value_width)
+    k: Tensor, v: Tensor, normalizer: Normalizer, grads: SlotGrads, layout: Layout, *,
+    beta: Tensor | None = None, gamma: Tensor | None = None, elu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Return dk, dv and dbeta of every token."""
+    groups, time, key_width = k.shape[1:]
     padded = layout.slots is not None
-    tiles = triton.cdiv(min(segment_len, time), tile.BLOCK_N)
+    tile = tile_of(write_grad_kernel, k, key_width, v.shape[3])
+    tiles = triton.cdiv(min(layout.segment_len, time), tile.BLOCK_N)
     dk = new_tokens(k, groups, time, key_width, padded)
-    dv = new_tokens(v, groups, time, value_width, padded)
+    dv = new_tokens(v, groups, time, v.shape[3], padded)
     dbeta = None if beta is None else torch.empty_like(beta)
     launch(
-        write_grad_kernel,
-        layout.total * groups * tiles,
-        tile,
-        k,
-        k=view(k),
-        v=view(v),
-        beta=beta,
-        gamma=gamma,
-        normalizer=z_before,
-        dmemory=grads.after,
-        dnormalizer=grads.z_after,
-        curvature=grads.curvature,
-        dk=view(dk),
-        dv=view(dv),
-        dbeta=dbeta,
-        slots=layout.slots,
-        time=time,
-        segment_len=segment_len,
-        segments=layout.per_row,
-        tiles=tiles,
-        groups=groups,
-        ELU=elu,
-        K=key_width,
-        V=value_width,
-        BLOCK_K=block(key_width),
-        BLOCK_V=block(value_width),
-    )
+        write_grad_kernel, layout.total * groups * tiles, tile, k,
+        k=view(k), v=view(v), beta=beta, gamma=gamma, normalizer=normalizer, grads=grads, dk=view(dk), dv=view(dv),
+        dbeta=dbeta, **segment_arguments(layout), tiles=tiles, ELU=elu,
+    )  # fmt: skip
     return dk, dv, dbeta

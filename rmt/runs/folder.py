@@ -138,7 +138,10 @@ def settings_of(folder: Path, option: str = "folder") -> dict[str, Any]:
         SettingError: of `option`: the folder holds no run.
     """
     with _reading(folder, option):
-        return dict(_figures(folder)["settings"])
+        settings = dict(_figures(folder)["settings"])
+        if settings.keys() != TrainSettings.__dataclass_fields__.keys():
+            raise ValueError("its figures.json is of another command, or of another version")
+        return settings
 
 
 def trained_tokens(folder: Path) -> int:

@@ -12,12 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from ...runs.heat_map import DPI
+from ...runs.pictures import BLUE, DPI, GREY, SEQUENTIAL, VERMILION, plain, save_picture
 from . import published
 
 # begin and end of rows
 Span = tuple[int, int]
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 # labels that fit side by side on an axis of a picture's width
 MOST_LABELS = 14
 
@@ -73,7 +72,7 @@ def plot_accuracy(path: Path, figures: dict[str, Any]) -> None:
         at = [segments * published.SEGMENT_LEN for segments in paper]
         percent = [100 * x for x in paper.values()]
         # dashed, so that both are seen where they lie on each other
-        look: dict[str, Any] = {"color": ORANGE, "linestyle": "--", "marker": "s", "markersize": 3}
+        look: dict[str, Any] = {"color": VERMILION, "linestyle": "--", "marker": "s", "markersize": 3}
         handles += axes.plot(at, percent, label=published.SHORT_SOURCE, **look)
     trained = figures["trained_segments"] * segment_len
     label = f"trained up to {trained:,} tokens"
@@ -84,11 +83,9 @@ def plot_accuracy(path: Path, figures: dict[str, Any]) -> None:
     axes.set_ylim(0, 103)
     axes.set_ylabel("answered right, %")
     axes.set_title(figures["task"], loc="left")
-    axes.grid(axis="y", color="#dddddd")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes, grid="y")
     figure.legend(handles=handles, fontsize=8, frameon=False, loc="outside lower center", ncols=4)
-    figure.savefig(path)
+    save_picture(figure, path)
 
 
 def _label_lengths(axes: Axes, lengths: Sequence[tuple[int, int]], segment_len: int) -> None:
@@ -148,14 +145,14 @@ def plot_attention(path: Path, panels: Sequence[Panel], title: str) -> None:
     bar = figure.colorbar(grid[0, 0].images[0], ax=grid, **place)
     bar.set_label("attention of a row (down)\nto a column (across)", fontsize=7)
     bar.set_ticks([0, 0.1**0.5, 0.5**0.5, 1], labels=["0", "0.1", "0.5", "1"], fontsize=7)
-    figure.savefig(path)
+    save_picture(figure, path)
 
 
 def _draw_map(axes: Axes, panel: Panel, layer: int, head: int) -> None:
     # small weights matter, and most are small
-    axes.imshow(panel.maps[layer, head] ** 0.5, cmap="cividis", vmin=0, vmax=1)
+    axes.imshow(panel.maps[layer, head] ** 0.5, cmap=SEQUENTIAL, vmin=0, vmax=1)
     for begin, end in panel.memory:
         axes.axhspan(begin - 0.5, end - 0.5, fill=False, edgecolor="white", linewidth=0.8)
         axes.axvspan(begin - 0.5, end - 0.5, fill=False, edgecolor="white", linewidth=0.8)
     for begin, end in panel.marked:
-        axes.axvspan(begin - 0.5, end - 0.5, fill=False, edgecolor=ORANGE, linewidth=0.8)
+        axes.axvspan(begin - 0.5, end - 0.5, fill=False, edgecolor=VERMILION, linewidth=0.8)

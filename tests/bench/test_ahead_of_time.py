@@ -15,6 +15,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton.language as tl
+
 from segattn.bench.compiled import jobs as compile_jobs
 from segattn.bench.compiled import rules as compile_rules
 from segattn.bench.compiled import table as compile_table
@@ -23,6 +25,7 @@ from segattn.bench.compiled.jobs import Job, Row
 from segattn.bench.compiled.machine_code import Loop, amdgcn, blocks, loops, sass, tensor_core
 from segattn.kernels.triton.configs import TARGETS, Tile
 from segattn.kernels.triton.launch import Launch
+from segattn.kernels.triton.tiles import MemoryTokens
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,6 +123,7 @@ def test_a_signature_is_what_the_compiler_specialises() -> None:
         "large": 2**40,
         "scale": 1.0,
         "K": 64,
+        "named": MemoryTokens(tl.constexpr(3), 4),
     }
     made = kernel(*arguments, "BLOCK_M", constants=("K", "BLOCK_M"), plain=("time", "plain_one"))
     types, known, attributes = signature(Launch(made, 1, Tile(BLOCK_M=32), arguments))
@@ -132,9 +136,12 @@ def test_a_signature_is_what_the_compiler_specialises() -> None:
         "large": "i64",
         "scale": "fp32",
         "K": "constexpr",
+        "named": ("constexpr", "i32"),
         "BLOCK_M": "constexpr",
     }
-    assert known == {(0, 2): 1, (1,): None, (3,): 1, (7,): 64, (8,): 32}
+    # by whose names the kernel calls its members
+    assert isinstance(types["named"], MemoryTokens)
+    assert known == {(0, 2): 1, (1,): None, (3,): 1, (7,): 64, (8, 0): 3, (9,): 32}
     assert set(attributes) == {(0, 0), (0, 1), (5,)}
 
 
@@ -288,6 +295,20 @@ def test_the_command_compiles_and_judges(tmp_path: Path) -> None:
         assert line in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (None, ("read_kernel", "read_grad_kernel", "decode_kernel")),
+        ("decode", ("decode_kernel",)),
+        ("read", ("read_kernel",)),
+        ("read_g,decode_kernel,read_", ("read_grad_kernel", "decode_kernel", "read_kernel")),
+    ],
+)
+def test_kernels_are_named_in_short(given: str | None, named: tuple[str, ...]) -> None:
+    compile_report = pytest.importorskip("segattn.bench.compiled.report")
+    assert compile_report._kernels(given, ("read_kernel", "read_grad_kernel", "decode_kernel")) == named
+
+
 def test_the_command_refuses_the_interpreter() -> None:
     done = command(TRITON_INTERPRET="1")
     assert (done.returncode, done.stdout) == (2, "")
@@ -301,6 +322,7 @@ def test_the_command_refuses_the_interpreter() -> None:
         ("--dtypes=float64", "--dtypes must be from bfloat16,float16,float32, got float64"),
         ("--widths=128,80", "--widths must be from 64,128,256, got 80"),
         ("--kernels=mine", "--kernels must be from attend_kernel"),
+        ("--kernels=attend,", "--kernels must be from attend_kernel"),
         ("--jobs=0", "--jobs must be positive, got 0"),
     ],
 )

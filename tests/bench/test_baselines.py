@@ -14,7 +14,6 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from segattn.bench.experiments import book_experiment
 from segattn.bench.experiments.baselines import experiment as harness
 from segattn.bench.experiments.baselines import speed
 from segattn.bench.experiments.baselines.counting import (
@@ -29,6 +28,7 @@ from segattn.bench.experiments.baselines.memorizing import Memorizing, Memorizin
 from segattn.bench.experiments.baselines.models import BASELINES, BaselineSetup, build
 from segattn.bench.experiments.baselines.replacing import Tokens
 from segattn.bench.experiments.baselines.transformer_xl import TransformerXL
+from segattn.bench.experiments.book import experiment as book
 from segattn.runs.text import generate_text
 
 NAMES = tuple(BASELINES)
@@ -97,7 +97,7 @@ def test_a_transformer_xl_that_caches_everything_is_full_attention() -> None:
     full, cached, local = (sharp(setup, name)(rows).logits for name in ("full", "transformer-xl", "local"))
     torch.testing.assert_close(cached, full, rtol=1e-4, atol=1e-5)
     assert (local - full)[:, L:].abs().max() > 0.1
-    plain = book_experiment.build(setup, "full", 0).eval()
+    plain = book.build(setup, "full", 0).eval()
     plain.load_state_dict(sharp(setup, "full").state_dict())
     torch.testing.assert_close(full, plain(rows).logits, rtol=1e-4, atol=1e-5)
 
@@ -238,7 +238,7 @@ def test_the_papers_table_is_counted() -> None:
 
 
 def test_models_have_the_same_weights_and_few_of_their_own() -> None:
-    wanted = book_experiment.build(SETUP, "full", 3).state_dict()
+    wanted = book.build(SETUP, "full", 3).state_dict()
     count = sum(x.numel() for x in wanted.values())
     own = {"memorizing": 2 + 2, "rmt": 3 * 16, "linear": 2 * 2, "delta": 2 * 2}
     for name in NAMES:
@@ -250,18 +250,23 @@ def test_models_have_the_same_weights_and_few_of_their_own() -> None:
 
 def test_local_is_that_of_the_book() -> None:
     text = torch.tensor(list(generate_text(400, 0).encode()), dtype=torch.uint8)
-    losses = [book_experiment.train(make(SETUP, "local", 0), text, SETUP, 0) for make in (build, book_experiment.build)]
+    losses = [book.train(make(SETUP, "local", 0), text, SETUP, 0) for make in (build, book.build)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_speeds_are_medians_of_ratios_within_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = speed._medians([{"local": 1.0, "full": 2.0}, {"local": 4.0, "full": 4.0}, {"local": 2.0, "full": 8.0}], 8)
+    found = speed._medians({"local": [1.0, 4.0, 2.0], "full": [2.0, 4.0, 8.0]}, 8)
     assert found["full"] == {"tokens_per_second": 2, "ratio": 0.5}
     assert found["local"] == {"tokens_per_second": 4, "ratio": 1.0}
     order: list[str] = []
-    monkeypatch.setattr(speed, "_seconds", lambda act, model, rows: order.append(type(model).__name__) or 1.0)
+    for name in ("_train", "_evaluate"):
+        monkeypatch.setattr(speed, name, lambda model, rows: order.append(type(model).__name__))
+    clock = iter(range(1000))
+    monkeypatch.setattr("segattn.bench.speed.timing.time.perf_counter", lambda: next(clock))
     measured = speed.speeds(SETUP, ("local", "rmt"), rounds=1)
-    assert order == ["LlamaForCausalLM", "RecurrentMemory"] * 6
+    names = ["LlamaForCausalLM", "RecurrentMemory"]
+    # by turns, each round from the next one on
+    assert order == (names + names[::-1] + names) * 2
     assert measured["train"] == {name: {"tokens_per_second": 80, "ratio": 1.0} for name in ("local", "rmt")}
 
 
@@ -301,7 +306,7 @@ def test_the_experiment_is_kept_and_gone_on_with(
     assert harness.main(command) == 0
     assert json.loads((out / "baselines.json").read_text()) == first
     assert harness.main([*command, "--stored", "24"]) == 2
-    said = f"--stored must be 20 as in {out / 'baselines.json'}, got 24: or choose another folder\n"
+    said = f"--stored must be 20 as in {out / 'baselines.json'}, got 24: or choose another --out\n"
     assert capsys.readouterr().err == f"baselines: {said}"
 
 

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from segattn.bench.experiments.book_experiment import (
+from segattn.bench.experiments.book.experiment import (
     VARIANTS,
     build,
     by_position,
@@ -26,7 +26,8 @@ from segattn.bench.experiments.book_experiment import (
     summary,
     train,
 )
-from segattn.bench.experiments.book_setup import Setup, earlier, text_of
+from segattn.bench.experiments.book.setup import Setup, text_of
+from segattn.bench.experiments.harness import earlier
 from segattn.runs.checkpoint import SettingError
 from segattn.runs.text import generate_text
 
@@ -93,7 +94,7 @@ def test_a_run_averages_over_segments_and_places(text: torch.Tensor, monkeypatch
         lengths.append((len(held), row))
         return torch.arange(row).double()
 
-    monkeypatch.setattr("segattn.bench.experiments.book_experiment.by_position", positions)
+    monkeypatch.setattr("segattn.bench.experiments.book.experiment.by_position", positions)
     found = run(SETUP, "delta", 0, text, lambda loss: None)
     assert lengths == [(len(text) - round(0.9 * len(text)), 32), (len(text) - round(0.9 * len(text)), 64)]
     assert found["nats"] == 15.5
@@ -133,8 +134,8 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(set(x) == {"commit", "dirty", "name", "threads", "processor", "capability"} for x in made)
     assert {x["threads"] for x in made} == {torch.get_num_threads()}
     assert main([*command, "--steps", "4"]) == 2
-    said = f"--steps must be 3 as in {out / 'book.json'}, got 4: or choose another folder\n"
-    assert capsys.readouterr().err == f"book_experiment: {said}"
+    said = f"--steps must be 3 as in {out / 'book.json'}, got 4: or choose another --out\n"
+    assert capsys.readouterr().err == f"book: {said}"
     book.write_text(generate_text(400, 1))
     assert main(command) == 2
     assert "--text must be the one of" in capsys.readouterr().err
@@ -180,7 +181,7 @@ def test_what_cannot_be_is_said_in_a_line(
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
     assert main([*command, *sizes, options]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"book_experiment: {said}")
+    assert err.startswith(f"book: {said}")
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -190,10 +191,10 @@ def test_figures_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
     for content in ("{", "[]", '{"setup": 1}', '{"setup": {}, "text": {}}'):
         path.write_text(content)
         with pytest.raises(SettingError, match=r"out must hold figures of this command or none; .* is damaged"):
-            earlier(path, about)
+            earlier(path, about, "runs", ("seeds",))
     path.write_text(json.dumps({"setup": {"seeds": 2}, "text": {"bytes": 5}, "runs": []}))
-    with pytest.raises(SettingError, match=r"out must be another folder: .* is of another version"):
-        earlier(path, about)
+    with pytest.raises(SettingError, match=r"out must be another: .* is of another version"):
+        earlier(path, about, "runs", ("seeds",))
 
 
 def test_the_committed_figures_are_gone_on_with() -> None:
@@ -201,7 +202,7 @@ def test_the_committed_figures_are_gone_on_with() -> None:
     path = Path(__file__).resolve().parents[2] / "bench" / "results" / "book" / "book.json"
     figures = json.loads(path.read_text(encoding="utf-8"))
     about = {"setup": figures["setup"] | {"seeds": 9}, "text": figures["text"]}
-    assert earlier(path, about) == figures | about
+    assert earlier(path, about, "runs", ("seeds",)) == figures | about
 
 
 def test_a_text_is_told_by_its_bytes(tmp_path: Path) -> None:

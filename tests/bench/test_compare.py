@@ -12,20 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from segattn.bench.report.compare import Change, away, changes, changes_of_times, main, unlike
+from segattn.bench.report.compare import Change, away, change_of_time, changes, changes_of_times, main, unlike
 from segattn.bench.report.compare_commits import error_of
-from segattn.bench.report.records import Key, Record, Result, ResultError
+from segattn.bench.report.records import Result
+from segattn.bench.speed.rows import ResultError, Row
+from segattn.bench.speed.timing import Times
 
 BASE = "SDPA flash local"
 
 
-def record(provider: str, ratio: tuple[float, float, float] | None, memory: int = 1000, group: str = "g") -> Record:
-    status = "timed" if ratio else "wrong"
-    return Record(Key("cpu", group, provider), "forward", BASE, status, ratio=ratio, memory=memory)
+def record(provider: str, ratio: tuple[float, float, float] | None, memory: int = 1000, group: str = "g") -> Row:
+    row = Row(group, provider, BASE, "forward", memory=memory, device="cpu")
+    return row.refused("wrong") if ratio is None else dataclasses.replace(row, ratio=Times(*ratio))
 
 
-def result(name: str, *records: Record) -> Result:
-    return Result(name, records, "")
+def result(name: str, *rows: Row) -> Result:
+    return Result(name, rows, "")
 
 
 def verdicts(found: list[Change]) -> dict[str, str]:
@@ -45,7 +47,7 @@ def test_noise_is_of_both_baselines_or_of_the_provider() -> None:
 
 
 def ours(times: float, noise: float, ms: tuple[float, float] | None = None) -> Change:
-    return Change("segattn delta: g", times, noise, True, ms)
+    return change_of_time("segattn delta: g", times, noise, True, ms)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_what_is_no_longer_timed_and_memory_are_regressions() -> None:
     before = result("a", record(BASE, quiet), record("segattn", quiet), record(wide, quiet, 1000))
     after = result("b", record(BASE, quiet), record("segattn", None), record(wide, quiet, 1100))
     found = list(changes(before, after))
-    assert math.isnan(found[0].times)
+    assert found[0].times is None
     said = {"segattn: g, now wrong ": "lost", f"{wide}: g": "same", f"memory of {wide}: g": "MORE MEMORY"}
     assert verdicts(found) == said
     assert [x.is_regression for x in found] == [True, False, True]
@@ -224,17 +226,21 @@ def test_unclear_commands_are_refused(arguments: list[str]) -> None:
     assert stopped.value.code == 2
 
 
-# a stand-in for the package, which sleeps
+# a stand-in for the package, whose calls take time by a clock of its own
 STAND_IN = """
 import time
 from typing import NamedTuple
 import torch
 
+now = 0.0
+time.perf_counter = lambda: now
+
 class Output(NamedTuple):
     out: torch.Tensor
 
 def segment_attention(q, k, v, *, segment_len, gate=None, update="delta"):
-    time.sleep({seconds} if gate is None else 0.002)
+    global now
+    now += {seconds} if gate is None else 0.002
     return Output(q + k + {weight} * v)
 """
 
@@ -251,7 +257,7 @@ def repository(tmp_path: Path) -> Path:
         subprocess.run(["git", "-C", str(root), *own, *arguments], check=True, capture_output=True)
 
     git("init", "--quiet")
-    for name, seconds, weight in (("fast", 0.005, 1), ("slow", 0.05, 1), ("wrong", 0, 1.01)):
+    for name, seconds, weight in (("fast", 0.005, 1), ("slow", 0.05, 1), ("wrong", 0.001, 1.01)):
         (package / "__init__.py").write_text(STAND_IN.format(seconds=seconds, weight=weight))
         git("add", ".")
         git("commit", "--quiet", "--no-verify", "-m", name)
@@ -262,8 +268,10 @@ def repository(tmp_path: Path) -> Path:
 def test_commits_take_turns(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--root", str(repository), "--rounds", "3", "--commits", "fast", "slow"]) == 1
     out = capsys.readouterr().out
-    slower = {line.rpartition(")  ")[2] for line in out.splitlines() if line.startswith("SLOWER")}
-    assert {"local, forward", "local, forward + backward"} <= slower
+    found = {line.rpartition(")  ")[2]: line[:35] for line in out.splitlines() if " × " in line}
+    slower = {name for name, line in found.items() if line.startswith("SLOWER        10.000 × (noise 1.000")}
+    assert slower == {"local, forward", "local, forward + backward"}
+    assert {line.split()[0] for name, line in found.items() if name not in slower} == {"same"}
     # the stand-in has no decoding
     assert "decode" not in out
     listed = subprocess.run(["git", "-C", str(repository), "worktree", "list"], capture_output=True, text=True)

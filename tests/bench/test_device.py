@@ -18,13 +18,12 @@ import torch
 from segattn.bench.device import goals, tune
 from segattn.bench.device import run as device_run
 from segattn.bench.device.cases import measure_case
-from segattn.bench.device.decode import draw_step, step_eager, step_ours
 from segattn.bench.device.worker import Outcome, Worker
 from segattn.bench.planner import floors
+from segattn.bench.report.records import read
 from segattn.bench.speed.correctness import at_reduced_length
-from segattn.bench.speed.peers import PEERS, from_segments, to_segments
-from segattn.bench.speed.timing import Times, interleaved
-from segattn.bench.speed.workloads import CASES, DECODES, TINY_CASES, TINY_MAIN
+from segattn.bench.speed.peers import BASELINE, PEERS, from_segments, to_segments
+from segattn.bench.speed.workloads import CASES, DECODES, TINY_CASES, TINY_DECODES, TINY_MAIN
 from segattn.kernels.triton.configs import Tile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,17 +55,30 @@ def document(finished: tuple[subprocess.CompletedProcess[str], str]) -> dict[str
     return json.loads(finished[1])
 
 
-def case_record(document: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(record for record in document["timings"] if record["name"] == name)
+def cases_in(document: dict[str, Any]) -> list[str]:
+    """The names of its cases, in their order."""
+    rows = [*(x["extra_info"] for x in document["benchmarks"]), *document["not_timed"]]
+    return list(dict.fromkeys(row["case"]["name"] for row in rows))
+
+
+def timed_in(document: dict[str, Any], name: str, direction: str) -> dict[str, dict[str, Any]]:
+    """What is known of the timed rows of a case, by provider."""
+    rows = [x["extra_info"] for x in document["benchmarks"]]
+    return {x["provider"]: x for x in rows if (x["case"]["name"], x["direction"]) == (name, direction)}
+
+
+def refused_in(document: dict[str, Any], name: str, direction: str) -> dict[str, tuple[str, str]]:
+    rows = [x for x in document["not_timed"] if (x["case"]["name"], x["direction"]) == (name, direction)]
+    return {x["provider"]: (x["status"], x["reason"]) for x in rows}
 
 
 def test_the_whole_path(finished: tuple[subprocess.CompletedProcess[str], str], document: dict[str, Any]) -> None:
     done, _ = finished
     assert done.returncode == 0, done.stdout + done.stderr
     assert document["skipped"] == []
-    assert [record["name"] for record in document["timings"]] == [case.name for case in TINY_CASES]
+    assert set(cases_in(document)) == {x.name for x in (*TINY_CASES, *TINY_DECODES)}
     assert 0 < document["spent_s"] < document["budget_s"]
-    for line in ("tiny float32", "segattn delta", "goals", "decode tiny context 4096", "profile of segattn delta"):
+    for line in ("tiny float32", "segattn delta", "goals", "tiny context 4096 float32", "profile of segattn delta"):
         assert line in done.stdout
 
 
@@ -75,11 +87,11 @@ def test_it_says_what_it_ran_on_and_not_where(
 ) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if head.returncode == 0:
-        assert document["commit"] == head.stdout.strip()
-        assert isinstance(document["dirty"], bool)
-    assert document["versions"]["torch"] == torch.__version__
-    assert document["versions"]["python"] == platform.python_version()
-    assert document["device"]["name"].startswith("cpu ")
+        assert document["commit_info"]["id"] == head.stdout.strip()
+        assert isinstance(document["commit_info"]["dirty"], bool)
+    assert document["machine_info"]["torch"] == torch.__version__
+    assert document["machine_info"]["python"] == platform.python_version()
+    assert document["machine_info"]["device"].startswith("cpu ")
     assert str(ROOT) not in finished[1]
     # a host may be called by a word
     if len(socket.gethostname()) > 5:
@@ -97,53 +109,81 @@ def test_kernels_are_checked_twice_and_under_every_tile(document: dict[str, Any]
 
 
 def test_right_peers_are_timed_beside_their_floors(document: dict[str, Any]) -> None:
-    found = case_record(document, "tiny")["peers"]
-    assert {name for name, x in found.items() if x["status"] == "timed"} == {
-        "segattn delta",
-        "segattn local",
-        "SDPA flash local",
-        "eager loop delta",
-    }
-    for name in ("SDPA cuDNN local", "FlexAttention local"):
-        assert found[name] == {"status": "skipped", "reason": "needs a GPU"}
     sizes = TINY_MAIN.sizes()
-    for name, peer in found.items():
-        if peer["status"] != "timed":
-            continue
-        assert max(peer["errors"].values()) < 1e-5
-        for direction in TINY_MAIN.directions:
-            times = peer[direction]
-            assert 0 < times["low_ms"] <= times["median_ms"] <= times["high_ms"]
+    right = {"segattn delta", "segattn local", "SDPA flash local", "eager loop delta"}
+    for direction in TINY_MAIN.directions:
+        found = timed_in(document, "tiny", direction)
+        assert set(found) == right
+        refused = dict.fromkeys(("SDPA cuDNN local", "FlexAttention local"), ("skipped", "needs a GPU"))
+        assert refused_in(document, "tiny", direction) == refused
+        for name, row in found.items():
+            assert max(row["errors"].values()) < 1e-5
+            assert row["baseline"] == BASELINE
+            assert 0 < row["ms_fifths"][0] <= row["ms"] <= row["ms_fifths"][1]
+            assert row["ratio"] > 0
             work = floors.forward(sizes, PEERS[name].update)
             if direction == "forward":
-                assert (times["operations"], times["bytes"]) == (work.operations, work.bytes)
-            assert times["operations"] > 0
-            assert times["tflops"] == pytest.approx(times["operations"] / times["median_ms"] / 1e9, rel=1e-3)
+                assert (row["operations"], row["bytes"]) == (work.operations, work.bytes)
+            assert row["operations"] > 0
+            assert row["tflops"] == pytest.approx(row["operations"] / row["ms"] / 1e9, rel=1e-3)
+    both = timed_in(document, "tiny", "forward + backward")
     # out and the three gradients are 32 rows of 16 float32 each, by whoever makes them
-    assert found["SDPA flash local"]["forward + backward"]["peak_bytes"] >= 4 * 32 * 16 * 4
-    assert found["segattn local"]["forward"]["launches"] == 1
-    assert found["segattn delta"]["forward + backward"]["launches"] > 5
-    grouped = case_record(document, "tiny grouped")["peers"]
-    assert grouped["eager loop delta"] == {"status": "skipped", "reason": "takes no grouped heads"}
-    assert grouped["torch backend delta"]["status"] == "timed"
+    assert both["SDPA flash local"]["peak_bytes"] >= 4 * 32 * 16 * 4
+    assert timed_in(document, "tiny", "forward")["segattn local"]["launches"] == 1
+    assert both["segattn delta"]["launches"] > 5
+    for direction in TINY_CASES[2].directions:
+        assert refused_in(document, "tiny grouped", direction) == {
+            "eager loop delta": ("skipped", "takes no grouped heads")
+        }
+        assert set(timed_in(document, "tiny grouped", direction)) == {"torch backend delta"}
 
 
 def test_decode_is_measured_and_holds_the_same_at_every_context(document: dict[str, Any]) -> None:
-    first, second = document["decode"]
-    # 31 keys and values of width 16; a memory of 16 by 16 and a normalizer
-    assert first["held_bytes"] == second["held_bytes"] == (2 * 31 * 16 + 16 * 17) * 4
-    for record in (first, second):
-        assert record["decoders"]["segattn"]["median_ms"] > 0
-        assert record["decoders"]["segattn"]["error"] < 2e-6
-        assert record["decoders"]["segattn graph"]["status"] == "skipped"
+    for case in TINY_DECODES:
+        found = timed_in(document, case.name, "decode")
+        assert set(found) == {"SDPA, growing cache", "segattn delta", "eager delta"}
+        assert refused_in(document, case.name, "decode")["segattn delta graph"] == ("skipped", "no GPU")
+        # a segment of 32 keys and values of width 16; a memory of 16 by 16 and a normaliser
+        kept = {name: x["kept_bytes"] for name, x in found.items()}
+        assert kept["segattn delta"] == kept["eager delta"] == (2 * 32 * 16 + 16 * 17) * 4
+        assert kept["SDPA, growing cache"] == 2 * case.context * 16 * 4
+        assert {x["baseline"] for x in found.values()} == {"SDPA, growing cache"}
+        ours = found["segattn delta"]
+        assert ours["ms"] > ours["fold_ms"] > 0
+        assert ours["errors"]["out"] < 2e-6
+        assert ours["launches"] == 1
+
+
+def test_the_report_and_pytest_benchmark_read_it(finished: tuple[Any, str], tmp_path: Path) -> None:
+    path = tmp_path / "device.json"
+    path.write_text(finished[1], encoding="utf-8")
+    result = read(path)
+    groups = {row.group for row in result.rows}
+    assert {"tiny float32, forward", "tiny context 64 float32"} <= groups
+    assert "PyTorch" in result.conditions
+    pytest.importorskip("pytest_benchmark")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", "compare", str(path)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tiny float32, forward, segattn delta" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["run", "jobs", "tune"])
+def test_it_needs_nothing_but_the_checkout_torch_triton_and_numpy(module: str) -> None:
+    extras = ("pytest", "pytest_benchmark", "transformers", "safetensors", "rich", "typer", "matplotlib", "tqdm")
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({extras!r}))"
+    command = f"{blocked}; import segattn.bench.device.{module}"
+    done = subprocess.run([sys.executable, "-c", command], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_goals_are_computed_from_the_timings(document: dict[str, Any]) -> None:
     found = {goal["goal"]: goal for goal in document["goals"]}
-    peers = case_record(document, "tiny")["peers"]
 
     def ratio(above: str, below: str, direction: str) -> float:
-        return peers[above][direction]["median_ms"] / peers[below][direction]["median_ms"]
+        rows = timed_in(document, "tiny", direction)
+        return rows[above]["ms"] / rows[below]["ms"]
 
     slower = found["tiny: segattn delta ÷ SDPA flash local, forward"]
     assert slower["measured"] == pytest.approx(ratio("segattn delta", "SDPA flash local", "forward"), rel=1e-3)
@@ -154,6 +194,8 @@ def test_goals_are_computed_from_the_timings(document: dict[str, Any]) -> None:
     assert eager["measured"] == pytest.approx(expected, rel=1e-3)
     streaming = found["streaming: bytes held at the longest context ÷ at the shortest"]
     assert (streaming["measured"], streaming["met"]) == (1.0, True)
+    launches = found["decode: launches per token and layer"]
+    assert (launches["measured"], launches["met"]) == (1, True)
     assert all(goal["measured"] is not None for goal in document["goals"])
     for record in document["profile"]:
         assert record["total_ms"] > 0
@@ -162,8 +204,11 @@ def test_goals_are_computed_from_the_timings(document: dict[str, Any]) -> None:
 
 def test_a_goal_met_and_a_goal_missed() -> None:
     def with_ms(ours: float) -> dict[str, Any]:
-        times = {"SDPA flash local": {"forward": {"median_ms": 2.0}}, "segattn delta": {"forward": {"median_ms": ours}}}
-        return {"timings": [{"name": "tiny", "peers": times}]}
+        rows = [
+            {"provider": name, "direction": "forward", "case": {"name": "tiny"}, "ms": ms}
+            for name, ms in (("SDPA flash local", 2.0), ("segattn delta", ours))
+        ]
+        return {"benchmarks": [{"extra_info": row} for row in rows]}
 
     for ours, met in ((1.9, True), (2.1, False)):
         judged = goals.judge(with_ms(ours), tiny=True)
@@ -196,16 +241,37 @@ def test_wrong_peers_are_flagged_and_not_timed() -> None:
     case = dataclasses.replace(TINY_MAIN, T=64, peers=names)
     notes: list[dict[str, Any]] = []
     excluded = {"segattn delta": "its process ended with status 1"}
-    found = measure_case(case, CPU, floors.Peak(1e12, 1e11), notes.append, excluded, peers)["peers"]
-    assert found["wrong rule"]["status"] == "wrong"
-    assert max(found["wrong rule"]["errors"].values()) > 1e-2
-    assert found["not a number"] == {"status": "wrong", "reason": "out is not finite"}
-    assert found["broken"]["status"] == "failed"
-    assert found["segattn delta"] == {"status": "failed", "reason": excluded["segattn delta"]}
-    assert all("median_ms" not in x.get("forward", {}) for name, x in found.items() if name != "right")
-    timed = found["right"]["forward"]
-    assert timed["floor_share"] == pytest.approx(timed["floor_ms"] / timed["median_ms"], rel=1e-3)
+    document = measure_case(case, CPU, floors.Peak(1e12, 1e11), notes.append, excluded, peers)
+    for direction in case.directions:
+        assert set(timed_in(document, case.name, direction)) == {"right"}
+        refused = refused_in(document, case.name, direction)
+        assert {name: status for name, (status, _) in refused.items()} == {
+            "wrong rule": "wrong", "not a number": "wrong", "broken": "failed", "segattn delta": "failed",
+        }  # fmt: skip
+        assert refused["not a number"][1] == "out is not finite"
+        assert refused["segattn delta"][1] == excluded["segattn delta"]
+    wrong = next(row for row in document["not_timed"] if row["provider"] == "wrong rule")
+    assert max(wrong["errors"].values()) > 1e-2
+    timed = timed_in(document, case.name, "forward")["right"]
+    assert timed["floor_share"] == pytest.approx(timed["floor_ms"] / timed["ms"], rel=1e-3)
     assert [note["at"] for note in notes] == [*case.peers, None]
+
+
+def test_a_baseline_that_fails_gives_way_to_another() -> None:
+    def broken(*inputs: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel for this device")
+
+    peers = PEERS | {BASELINE: dataclasses.replace(PEERS[BASELINE], run=broken)}
+    case = dataclasses.replace(
+        TINY_MAIN, peers=(BASELINE, "eager loop delta", "eager loop linear"), directions=("forward",)
+    )
+    document = measure_case(case, CPU, None, lambda line: None, peers=peers)
+    assert refused_in(document, case.name, "forward") == {
+        BASELINE: ("failed", "RuntimeError: no kernel for this device")
+    }
+    timed = timed_in(document, case.name, "forward")
+    assert set(timed) == {"eager loop delta", "eager loop linear"}
+    assert {x["baseline"] for x in timed.values()} == {"eager loop delta"}
 
 
 @pytest.mark.parametrize(
@@ -217,13 +283,6 @@ def test_peers_agree_with_the_reference(name: str) -> None:
     assert max(x.error for x in at_reduced_length(PEERS[name], case, CPU, True).values()) < 1e-5
 
 
-def test_eager_decode_agrees_with_the_reference() -> None:
-    for context in (16, 4096):
-        case = dataclasses.replace(DECODES[0], B=2, H=4, G=2, K=16, L=32, context=context, dtype="float32")
-        step = draw_step(case, CPU)[0]
-        torch.testing.assert_close(step_eager(step, 32), step_ours(step, 32, "reference"), rtol=1e-4, atol=1e-5)
-
-
 def test_segments_are_views() -> None:
     x = torch.randn(1, 3, 12, 5)
     segments = to_segments(x, 4)
@@ -232,20 +291,11 @@ def test_segments_are_views() -> None:
     assert torch.equal(from_segments(segments), x)
 
 
-def test_functions_take_turns() -> None:
-    order: list[str] = []
-    runs = {name: (lambda i, name=name: lambda: order.append(f"{name}{i}")) for name in "ab"}
-    times = interleaved(runs, CPU, copies=2, seconds=0.0, rounds=(3, 9))
-    assert order == ["a0", "b0", "a0", "b0", "b1", "a1", "a0", "b0"]
-    assert times["a"].rounds == 3
-    assert Times.of([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == Times(3.5, 2.0, 5.0, 6)
-
-
 def test_what_the_budget_does_not_reach_is_named(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = command("--tiny", "--budget=5", f"--out={out}")
     found = json.loads(out.read_text())
-    assert found["timings"] == found["decode"] == []
+    assert found["benchmarks"] == found["not_timed"] == []
     skipped = {(row["part"], row["job"]): row["reason"] for row in found["skipped"]}
     for case in TINY_CASES:
         assert skipped["timings", case.name] == "the budget is spent"
@@ -264,7 +314,7 @@ def test_an_interruption_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert device_run.main(["--tiny", f"--out={out}", "--commit=abc"]) == 130
     found = json.loads(out.read_text())
     assert found["interrupted"]
-    assert found["commit"] == "abc"
+    assert found["commit_info"]["id"] == "abc"
     assert len(found["tiles"]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
@@ -298,12 +348,12 @@ def test_peers_that_end_the_process_are_left_out(tmp_path: Path) -> None:
         def do(self, job: dict[str, Any], seconds: float) -> Outcome:
             if "bad" not in job["excluded"]:
                 return Outcome(reason="its process ended with status 3", at="bad")
-            return Outcome(record={"excluded": dict(job["excluded"])})
+            return Outcome(record={"not_timed": [dict(job["excluded"])]})
 
     run = device_run.Run(device_run.Settings(tmp_path / "result.json", 60.0, True, 1, None))
     (job,) = device_run.jobs_of("timings", True, [{"name": "tiny"}], 30)
     run.do(Stub({}), job, 30)
-    assert run.document["timings"] == [{"excluded": {"bad": "its process ended with status 3"}}]
+    assert run.document["not_timed"] == [{"bad": "its process ended with status 3"}]
 
 
 class TestTune:

@@ -36,14 +36,14 @@ from segattn.bench.planner.memory_tokens import Associative, Recurrent
 from segattn.bench.planner.report import SCHEMES, SLOWER_PRODUCTS, estimates, exchanges
 from segattn.bench.planner.schemes import Full, Infini, Local
 from segattn.bench.planner.settings import PlanSettings, gpu_of
-from segattn.bench.planner.shapes import SHAPES, shape_of
+from segattn.bench.planner.shapes import MODEL_TYPES, SHAPES, shape_of
 from segattn.bench.planner.units import in_bytes, in_seconds, in_units
-from segattn.cli.demo import app
+from segattn.cli.main import app
 from segattn.rmt.associative.memory import AssociativeMemory
 from segattn.rmt.recurrent.layout import block_mask
 from segattn.rmt.recurrent.memory import RecurrentMemory
 from segattn.runs.checkpoint import SettingError
-from segattn.runs.figures import spoken
+from segattn.runs.figures import format_length
 
 # those of tests/helpers/models.py
 LLAMA = shape_of("layers=2,width=32,heads=4,kv_heads=2,ff=48,vocabulary=61,gated=1,rotary=1")
@@ -542,6 +542,42 @@ def test_shapes_that_cannot_be(given: str, said: str) -> None:
         shape_of(given)
 
 
+@pytest.mark.parametrize("name", sorted(MODEL_TYPES))
+def test_a_models_folder_has_the_sizes_of_its_matrices(name: str, tmp_path: Path) -> None:
+    model: Any = models.make(name)
+    model.config.save_pretrained(tmp_path / "tiny")
+    shape = shape_of(str(tmp_path / "tiny"))
+    assert shape == shape_of(str(tmp_path / "tiny" / "config.json"))
+    assert shape.name == "tiny"
+    tables = {id(x.weight) for x in model.modules() if isinstance(x, torch.nn.Embedding)}
+    head = model.get_output_embeddings().weight
+    matrices = [x for x in model.parameters() if x.ndim == 2 and (id(x) not in tables or x is head)]
+    assert shape.matrices == sum(x.numel() for x in matrices)
+    assert shape.rotary == any("rotary" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": None}, "a configuration with hidden_size; got"),
+        ({"num_key_value_heads": None, "intermediate_size": None}, "num_key_value_heads, intermediate_size; got"),
+        ({"vocab_size": "many"}, "a configuration with vocab_size; got"),
+        ({"num_attention_heads": 5, "head_dim": None}, "sizes with width a multiple of heads"),
+        ({"model_type": "mamba"}, r"of one of the types llama, .*, or numbers such as layers=.*; got .* of mamba"),
+        ({"model_type": None}, "a model's config.json, with its model_type; got"),
+    ],
+)
+def test_configurations_that_cannot_be(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    entries = models.make("llama").config.to_dict() | changes
+    path.write_text(json.dumps({name: value for name, value in entries.items() if value is not None}))
+    with pytest.raises(SettingError, match=f"shape must be .*{said}"):
+        shape_of(str(tmp_path))
+    path.write_text("{")
+    with pytest.raises(SettingError, match=r"shape must be a model's config\.json"):
+        shape_of(str(path))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -599,6 +635,12 @@ def test_the_models_name_is_all_that_is_needed() -> None:
     assert "llama-3-8b" in run("--length", "4096")
     assert "llama-3-8b" in run()
     assert "exchange" in run("--help")
+
+
+@pytest.mark.parametrize(("suffix", "begin"), [("pdf", b"%PDF"), ("svg", b"<?xml"), ("jpg", b"\xff\xd8")])
+def test_pictures_are_of_their_names_format(suffix: str, begin: bytes, tmp_path: Path) -> None:
+    run(*SMALL, "--length", "64", "--png", str(tmp_path / f"plan.{suffix}"))
+    assert (tmp_path / f"plan.{suffix}").read_bytes().startswith(begin)
 
 
 def test_exchanges_are_written_and_drawn(tmp_path: Path) -> None:
@@ -674,7 +716,14 @@ def test_published_figures_are_shown(tmp_path: Path) -> None:
         (["exchange", "--dtype", "int8"], "--dtype must be"),
         (["published", "--json", "/nowhere/at/all.json"], "--json must be a file in a folder that exists"),
         (["--png", "."], "--png must be a file"),
-        (["--json", "x" * 300], "cannot be written (File name too long)"),
+        (["--json", "x" * 300], f"--json must be a file that can be written, got '{'x' * 300}' (File name too long)"),
+        (["--png", "x" * 300 + ".png"], "--png must be a file that can be written, got 'xxx"),
+        (["--png", "plan.xyz"], "--png must end in one of ."),
+        (["/nowhere/at/all"], "SHAPE must be one of"),
+        (
+            ["."],
+            "SHAPE must be a model's folder, with a config.json that can be read (No such file or directory); got '.'",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(arguments: list[str], said: str) -> None:
@@ -724,7 +773,7 @@ def test_the_exchange_picture_leaves_out_what_cannot_be() -> None:
 
 
 def test_units() -> None:
-    assert [spoken(n) for n in (2**15, 3 * 2**20, 1000, 2**20 + 1)] == ["32K", "3M", "1,000", "1,048,577"]
+    assert [format_length(n) for n in (2**15, 3 * 2**20, 1000, 2**20 + 1)] == ["32K", "3M", "1,000", "1,048,577"]
     assert [in_bytes(x) for x in (0, 999, 1000, 1536, 2**41, None)] == [
         "0 B",
         "999 B",

@@ -1,10 +1,11 @@
-"""What `recurrent_lengths` cannot measure it says in a line, and a profiler says nothing in between."""
+"""What the experiment on lengths cannot measure it says in a line, and a profiler says nothing in between."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from segattn.bench.experiments.recurrent_lengths import main
+from segattn.bench.experiments.harness import earlier
+from segattn.bench.experiments.lengths.experiment import Setup, main
 
 TINY = ["--sizes", "1,1,8,2,1,1,8", "--least", "1", "--rounds", "1", "--lengths", "1", "--full-up-to", "1"]
 
 
 def test_progress_is_of_readings(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "segattn.bench.experiments.recurrent_lengths", "--out", str(tmp_path / "a.json"), *TINY],
+        [sys.executable, "-m", "segattn.bench.experiments.lengths", "--out", str(tmp_path / "a.json"), *TINY],
         capture_output=True,
         text=True,
     )
@@ -40,7 +42,7 @@ def test_devices_that_cannot_be_are_named(tmp_path: Path, capsys: pytest.Capture
         pytest.skip("there is a GPU")
     assert main(["--out", str(tmp_path / "a.json"), *TINY, "--device", device]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("recurrent_lengths: device must be cpu")
+    assert err.startswith("lengths: --device must be cpu")
     assert err.endswith(f"got {device!r}\n")
 
 
@@ -48,8 +50,18 @@ def test_what_differs_from_before_is_named(tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "a.json"
     assert main(["--out", str(out), *TINY]) == 0
     assert main(["--out", str(out), *TINY, "--least", "2"]) == 2
-    assert capsys.readouterr().err == f"recurrent_lengths: least must be 1 as in {out}, got 2: or choose another file\n"
-    for content in ("{", "[]", json.dumps({"setup": {}, "readings": []})):
+    assert capsys.readouterr().err == f"lengths: --least must be 1 as in {out}, got 2: or choose another --out\n"
+    for content in ("{", "[]", json.dumps({"setup": {}, "runs": []})):
         out.write_text(content)
         assert main(["--out", str(out), *TINY]) == 2
         assert "out must hold figures of this command or none" in capsys.readouterr().err
+    out.write_text(json.dumps({"setup": {}, "readings": []}))
+    assert main(["--out", str(out), *TINY]) == 2
+    assert capsys.readouterr().err.startswith(f"lengths: --out must be another: {out} is of another version")
+
+
+def test_the_committed_figures_are_gone_on_with() -> None:
+    path = Path(__file__).resolve().parents[2] / "bench" / "results" / "rmt" / "lengths.json"
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    setup = {name: value for name, value in json.loads(json.dumps(asdict(Setup()))).items() if name != "rounds"}
+    assert earlier(path, {"setup": setup}, "readings") == figures

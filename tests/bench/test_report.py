@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs segattn[cli]")
 
 from segattn.bench.report import plots as report_plots
-from segattn.bench.report.main import differences, made_of, main, rewritten
-from segattn.bench.report.records import ResultError, read, read_all
+from segattn.bench.report.main import check_required, differences, made_of, main, rewritten
+from segattn.bench.report.records import read, read_all
+from segattn.bench.speed.rows import ResultError
 
 ROOT = Path(__file__).resolve().parents[2]
 README = """# A text
@@ -30,6 +31,9 @@ Words.
 old
 <!-- /report -->
 """
+
+
+DOCUMENT = Path("README.md")
 
 
 def case(time: int, name: str = "small", dtype: str = "float32") -> dict[str, Any]:
@@ -88,23 +92,29 @@ def suite() -> dict[str, Any]:
 
 
 def device() -> dict[str, Any]:
-    def times(ms: float, share: float) -> dict[str, Any]:
-        return {"median_ms": ms, "low_ms": 0.9 * ms, "high_ms": 1.2 * ms, "rounds": 9, "peak_bytes": 1 << 20} | {
-            "floor_share": share
-        }
+    """As `bench/on_device` writes it."""
 
-    peers = {
-        "SDPA flash local": {"status": "timed", "errors": {"out": 1e-3}, "forward": times(2.0, 0.6)},
-        "segattn delta": {"status": "timed", "errors": {"out": 2e-3, "dq": 3e-3}, "forward": times(3.0, 0.4)},
-        "SDPA flash full": {"status": "out of memory"},
-    }
-    main = case(4096, "main", "bfloat16") | {"directions": ["forward"], "peers": peers}
+    def row(provider: str, ms: float, share: float, errors: dict[str, float]) -> dict[str, Any]:
+        about = {"floor_share": share, "errors": errors, "peak_bytes": 1 << 20, "case": long}
+        found = benchmark("main bfloat16", provider, "forward", ms / 2.0, ms, **about)
+        found["extra_info"] |= {"ratio_fifths": [0.45 * ms, 0.6 * ms], "ms_fifths": [0.9 * ms, 1.2 * ms]}
+        found["stats"] |= {"rounds": 9, "data": [ms / 1e3] * 9}
+        return found
+
+    long = case(4096, "main", "bfloat16")
+    full = {"provider": "SDPA flash full", "status": "out of memory", "reason": "", "direction": "forward"}
+    limits = {"power.limit": "700 W", "driver_version": "1.2"}
     return {
-        "device": {"name": "NVIDIA H100", "limits": {"power.limit": "700 W", "driver_version": "1.2"}},
-        "versions": {"torch": "2.13.0", "hip": None},
-        "commit": "fedcba9876543210",
-        "dirty": True,
-        "timings": [main],
+        "machine_info": {"device": "NVIDIA H100", "limits": limits, "torch": "2.13.0", "python": "3.12.1"},
+        "commit_info": {"id": "fedcba9876543210", "dirty": True},
+        "benchmarks": [
+            row("SDPA flash local", 2.0, 0.6, {"out": 1e-3}),
+            row("segattn delta", 3.0, 0.4, {"out": 2e-3, "dq": 3e-3}),
+        ],
+        "not_timed": [
+            full | {"group": "main bfloat16, forward", "baseline": "SDPA flash local", "case": long},
+        ],
+        "goals": [],
     }
 
 
@@ -154,7 +164,8 @@ def test_the_speed_table(results: Path) -> None:
         "commit 0123456789ab;",
     ):
         assert condition in text
-    assert "NVIDIA H100, 700 W, driver 1.2, torch 2.13.0, commit fedcba987654 with changes" in text
+    assert "NVIDIA H100, 700 W, driver 1.2, PyTorch 2.13.0, Python 3.12.1, median (and p20-p80) of 9 rounds" in text
+    assert "commit fedcba987654 with changes" in text
 
 
 def test_what_is_noisy_is_marked_and_who_was_wrong_is_shown(results: Path) -> None:
@@ -219,7 +230,7 @@ def test_lengths_are_drawn_on_logarithmic_axes_with_what_did_not_fit(results: Pa
 
 
 def test_written_once_it_is_in_line(results: Path, readme: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [f"--readme={readme}", f"--results={results}"]
+    command = [f"--document={readme}", f"--results={results}"]
     assert main([*command, "--check"]) == 1
     out = capsys.readouterr().out
     for what in ("the table speed", "the table lengths", "lengths.png", "floor-shares.png", "errors.png"):
@@ -238,25 +249,27 @@ def test_written_once_it_is_in_line(results: Path, readme: Path, capsys: pytest.
 
 
 def test_a_changed_figure_is_found(results: Path, readme: Path) -> None:
-    main([f"--readme={readme}", f"--results={results}"])
+    main([f"--document={readme}", f"--results={results}"])
     text = readme.read_text(encoding="utf-8")
     readme.write_text(text.replace("1.25 (1.12", "1.05 (1.12"), encoding="utf-8")
-    assert list(differences(readme, results)) == [f"{readme}: the table speed is not what the results say"]
+    assert list(differences([readme], results)) == [f"{readme}: the table speed is not what the results say"]
     readme.write_text(text, encoding="utf-8")
     other = suite()
     other["benchmarks"][0]["extra_info"]["errors"]["dk"] = 5e-6
     (results / "cpu.json").write_text(json.dumps(other), encoding="utf-8")
     plot = results / "plots" / "errors.png"
-    assert list(differences(readme, results)) == [f"{plot} is not what the results say"]
+    assert list(differences([readme], results)) == [f"{plot} is not what the results say"]
     # nor is a plot of what was measured once
     (results / "gpu.json").unlink()
-    assert f"{results / 'plots' / 'floor-shares.png'} is not what the results say" in list(differences(readme, results))
-    main([f"--readme={readme}", f"--results={results}"])
+    assert f"{results / 'plots' / 'floor-shares.png'} is not what the results say" in list(
+        differences([readme], results)
+    )
+    main([f"--document={readme}", f"--results={results}"])
     assert {path.name for path in (results / "plots").iterdir()} == {"errors.png", "lengths.png"}
 
 
 def test_a_table_of_one_file(results: Path) -> None:
-    text = rewritten("<!-- report: speed gpu.json -->\n<!-- /report -->\n", read_all(results), results)
+    text = rewritten("<!-- report: speed gpu.json -->\n<!-- /report -->\n", read_all(results), results, DOCUMENT)
     assert "NVIDIA H100" in text
     assert "cpu.json" not in text
 
@@ -264,18 +277,40 @@ def test_a_table_of_one_file(results: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("<!-- report: fast -->\n<!-- /report -->\n", "report must name one of speed, lengths, .* got 'fast'"),
+        (
+            "<!-- report: fast -->\n<!-- /report -->\n",
+            "report must name one of headline, speed, lengths, .* got 'fast'",
+        ),
         ("<!-- report: recurrent -->\n<!-- /report -->\n", "report 'recurrent' must have results, got none"),
         ("<!-- report: decode gpu.json -->\n<!-- /report -->\n", "report 'decode gpu.json' must have results"),
         ("<!-- report: book cpu.json -->\n<!-- /report -->\n", "report 'book' must name no file, got 'cpu.json'"),
-        ("Words.\n", "README must have <!-- report: speed --> and <!-- /report -->: there are results of it"),
         ("<!-- report: speed -->\n", "each <!-- report: NAME --> must have its <!-- /report -->"),
         ("<!-- report: speed -->\n<!-- report: decode -->\n<!-- /report -->\n", "each <!-- report: NAME -->"),
     ],
 )
 def test_bad_markers_are_named(results: Path, text: str, problem: str) -> None:
+    with pytest.raises(ResultError, match=rf"^README\.md: {problem}"):
+        rewritten(text, read_all(results), results, DOCUMENT)
+
+
+def test_a_required_table_stands_in_one_of_the_documents(results: Path) -> None:
+    words, table = "Words.\n", "<!-- report: speed -->\n<!-- /report -->\n"
+    other = Path("docs/results.md")
+    problem = r"one of README\.md, docs/results\.md must have <!-- report: speed --> .*: there are results of it"
     with pytest.raises(ResultError, match=problem):
-        rewritten(text, read_all(results), results)
+        check_required({DOCUMENT: words, other: words}, read_all(results), results)
+    check_required({DOCUMENT: words, other: table}, read_all(results), results)
+
+
+def test_links_lead_from_the_document_to_the_results(results: Path, readme: Path, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    other = tmp_path / "docs" / "results.md"
+    other.write_text("<!-- report: decode -->\n<!-- /report -->\n", encoding="utf-8")
+    assert main([f"--document={readme}", f"--document={other}", f"--results={results}"]) == 0
+    assert "[cpu.json](results/cpu.json)" in readme.read_text(encoding="utf-8")
+    assert "[cpu.json](../results/cpu.json)" in other.read_text(encoding="utf-8")
+    other.write_text(other.read_text(encoding="utf-8").replace("0.25", "0.15"), encoding="utf-8")
+    assert list(differences([readme, other], results)) == [f"{other}: the table decode is not what the results say"]
 
 
 def test_bad_results_are_named(results: Path, readme: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,7 +320,7 @@ def test_bad_results_are_named(results: Path, readme: Path, capsys: pytest.Captu
     (results / "copy.json").write_text("{", encoding="utf-8")
     with pytest.raises(ResultError, match=r"copy\.json must be a result of"):
         read(results / "copy.json")
-    assert main([f"--readme={readme}", f"--results={results}", "--check"]) == 2
+    assert main([f"--document={readme}", f"--results={results}", "--check"]) == 2
     assert "copy.json must be a result of" in capsys.readouterr().err
 
 
@@ -313,7 +348,7 @@ def test_figures_that_cannot_be_are_named(
     (results / "cpu.json").write_text(json.dumps(document), encoding="utf-8")
     before = readme.read_text(encoding="utf-8")
     for arguments in ([], ["--check"]):
-        assert main([f"--readme={readme}", f"--results={results}", *arguments]) == 2
+        assert main([f"--document={readme}", f"--results={results}", *arguments]) == 2
         assert re.search(said.replace("(", r"\("), capsys.readouterr().err)
     assert readme.read_text(encoding="utf-8") == before
 
@@ -341,7 +376,7 @@ def keep_experiments(folder: Path) -> None:
     estimates = [row | {"scheme": name, "length": n} for n in (64, 8) for name in ("full", "rmt", "infini", "armt")]
     keep(folder / "plan" / "llama-3-8b.json", {"update": "linear", "estimates": estimates})
     for task, right in (("reasoning", 3), ("memorize", 4)):
-        cells = [{"segments": n, "samples": 4, "right": right} for n in (2, 64)]
+        cells = [{"segments": n, "tokens": 499 * n, "samples": 4, "right": right} for n in (2, 64)]
         keep(folder / "rmt" / task / "evaluation.json", {"lengths": cells, "published": {"2": 1.0, "64": 0.982}})
         keep(folder / "rmt" / task / "figures.json", {})
     keep(folder / "rmt" / "detect" / "figures.json", {})
@@ -373,25 +408,58 @@ def test_tables_of_trainings_and_plans(tmp_path: Path) -> None:
     ]
 
 
+def test_the_headline_has_a_row_for_each_result_that_is_there(tmp_path: Path, results: Path) -> None:
+    assert table("headline", tmp_path) is None
+    assert table("headline", results) is None
+    document = suite()
+    document["benchmarks"] += [
+        benchmark("small", name, "forward + backward", ratio, 7.0)
+        for name, ratio in (
+            ("eager loop delta", 1.5),
+            ("infini-transformer-pytorch delta", 2.5),
+            ("SDPA flash full", 5.0),
+        )
+    ]
+    for name, kept in (("segattn delta", 1 << 20), ("SDPA, growing cache", 64 << 20)):
+        behind = {"context": 4096, "dtype": "float32"}
+        document["benchmarks"].append(
+            benchmark("decode, 4K behind", name, "decode", 0.5, 0.1, kept_bytes=kept, case=behind)
+        )
+    keep(results / "cpu.json", document)
+    keep_experiments(results)
+    recall = [{"length": n, "exact": share} for n, share in ((64, 0.0), (128, 1.0), (128, 0.5))]
+    keep(results / "demo" / "figures.json", {"recall": recall, "trained_length": 64})
+    rows = [row[1:] for row in cells(table("headline", results) or "")[2:]]
+    assert rows == [
+        ["1.40", "eager loop over segments 1.50, infini-transformer-pytorch 2.50, full attention 5.00"],
+        ["1 MiB", "keys and values 64 MiB"],
+        ["75 %", "trained on 64 tokens"],
+        ["100.0 % of 4", "the paper's 98.2 %"],
+        ["75.0 % of 4", "the paper's 98.2 %"],
+        ["8.00 ± 0.25", "segments alone 5.00 ± 0.25, full attention 6.00 ± 0.25"],
+    ]
+
+
 def test_tables_of_trainings_and_plans_are_held(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keep_experiments(tmp_path)
-    names = ("baselines", "book", "plan", "memory-tasks")
+    names = ("baselines", "book", "plan", "memory-tasks", "headline")
     marked = [f"<!-- report: {name} -->\n<!-- /report -->\n" for name in names]
     path = tmp_path / "README.md"
     path.write_text("".join(marked), encoding="utf-8")
-    command = [f"--readme={path}", f"--results={tmp_path}"]
+    command = [f"--document={path}", f"--results={tmp_path}"]
     assert main(command) == main([*command, "--check"]) == 0
     text = path.read_text(encoding="utf-8")
     figures = {"baselines": "8.000 ±", "book": "8.00 ±", "plan": "306 s", "memory-tasks": "98.2"}
+    figures["headline"] = "8.00 ± 0.25 | segments"
     for name, figure in figures.items():
         path.write_text(text.replace(figure, figure.replace("8", "7").replace("3", "4"), 1), encoding="utf-8")
-        assert list(differences(path, tmp_path)) == [f"{path}: the table {name} is not what the results say"]
+        assert list(differences([path], tmp_path)) == [f"{path}: the table {name} is not what the results say"]
     for name, markers in zip(names, marked, strict=True):
         # neither may the markers be left out, nor the table with them
         path.write_text("".join(x for x in marked if x != markers), encoding="utf-8")
         capsys.readouterr()
         assert main(command) == main([*command, "--check"]) == 2
-        assert capsys.readouterr().err.count(f"README must have <!-- report: {name} -->") == 2
+        assert capsys.readouterr().err.count(f"one of {path} must have <!-- report: {name} -->") == 2
 
 
 def test_pairs_held_are_those_up_to_the_first_loss(tmp_path: Path) -> None:
@@ -438,8 +506,8 @@ def test_experiments_that_are_none_are_named(tmp_path: Path) -> None:
         table("memory-tasks", tmp_path)
 
 
-def test_the_script() -> None:
+def test_the_command() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "report"), "--check"], cwd="/", capture_output=True, text=True
+        [sys.executable, "-m", "segattn.bench.report", "--check"], cwd="/", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr

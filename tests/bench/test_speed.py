@@ -10,10 +10,8 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,14 +21,26 @@ pytest.importorskip("pytest_benchmark", reason="needs segattn[bench]")
 pytest.importorskip("infini_transformer_pytorch", reason="needs segattn[bench]")
 
 from segattn.bench import conftest
-from segattn.bench.speed import attention_calls, bench_segment_attention, decode_calls, suite, workloads
+from segattn.bench.planner import floors
+from segattn.bench.speed import attention_calls, bench_segment_attention, decode_calls, fixture, workloads
+from segattn.bench.speed.admission import Admission
+from segattn.bench.speed.bench_segment_attention import admitted, drawn_for
 from segattn.bench.speed.correctness import at_reduced_length, at_the_far_end, complaint, gated, results
-from segattn.bench.speed.decode_calls import DECODERS
+from segattn.bench.speed.decode_calls import (
+    DECODERS,
+    EAGER,
+    GROWING_CACHE,
+    draw_step,
+    names_of,
+    step_by_reference,
+    step_eager,
+)
 from segattn.bench.speed.measure import peak_bytes
 from segattn.bench.speed.peers import BASELINE, PEERS, Peer, from_segments, to_segments
 from segattn.bench.speed.prepared import draw, preparation
-from segattn.bench.speed.suite import Row, admitted, marked, table, timed
-from segattn.bench.speed.timing import Times
+from segattn.bench.speed.rows import Row, as_json, from_json, marked, stats_of, table
+from segattn.bench.speed.suite import Contender, by_turns
+from segattn.bench.speed.timing import Times, take_turns
 from segattn.bench.speed.workloads import BOTH, DIRECTIONS, Case, DecodeCase
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,11 +205,11 @@ def test_wrong_providers_are_not_admitted(name: str, gradients: bool, monkeypatc
     try:
         found = admitted(LONG, name, CPU, gradients)
     finally:
-        suite.admitted.cache_clear()
+        admitted.cache_clear()
     # its gradient is not asked for
     right = name == "gate without gradient" and not gradients
-    assert found["status"] == ("right" if right else "wrong"), found
-    assert right or found["reason"]
+    assert found.status == ("right" if right else "wrong"), found
+    assert right or found.reason
 
 
 def test_half_precision_is_no_licence() -> None:
@@ -218,21 +228,21 @@ def test_a_worthless_memory_in_half_precision_is_no_measure() -> None:
 
 
 class Benchmark:
-    """What `timed` uses of pytest-benchmark's fixture."""
+    """What `finish` uses of pytest-benchmark's fixture, by its timer."""
 
     def __init__(self) -> None:
         self.extra_info: dict[str, Any] = {}
-        self.group, self.has_error, self.stats = "", False, SimpleNamespace(stats=SimpleNamespace(data=[]))
+        self.group = ""
+        self.seconds: list[float] = []
 
-    def pedantic(self, target: Callable[..., object], setup: Callable[[], Any], rounds: int) -> None:
+    def pedantic(self, target: Callable[[], object], rounds: int) -> None:
         for _ in range(rounds):
-            args, _ = setup()
-            start = time.perf_counter()
-            target(*args)
-            self.stats.stats.data.append(time.perf_counter() - start)
+            start = fixture.replayed()
+            target()
+            self.seconds.append(fixture.replayed() - start)
 
 
-REQUEST: Any = SimpleNamespace(config=SimpleNamespace(getoption={"--rounds": 3, "--seconds": 1.0}.__getitem__))
+CLOCK = (3, 1.0)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -255,19 +265,20 @@ def test_the_last_timed_result_is_looked_at(direction: str, monkeypatch: pytest.
     try:
         for name in ("idle", "honest"):
             timing = False
-            assert admitted(case, name, CPU, direction != "forward")["status"] == "right"
+            assert admitted(case, name, CPU, direction != "forward").status == "right"
             timing = True
             benchmark: Any = Benchmark()
-            arguments = (case, direction, name, benchmark, CPU, rows.append, REQUEST)
+            arguments = (case, direction, name, benchmark, CPU, rows.append, *CLOCK)
             if name == "honest":
                 bench_segment_attention.test_speed(*arguments)
+                assert benchmark.seconds == rows[-1].seconds
                 continue
             with pytest.raises(pytest.fail.Exception, match="idle is wrong, and is not timed: in the last timed round"):
                 bench_segment_attention.test_speed(*arguments)
-            assert benchmark.has_error
+            assert benchmark.seconds == []
     finally:
-        suite.admitted.cache_clear()
-        suite.drawn_for.cache_clear()
+        admitted.cache_clear()
+        drawn_for.cache_clear()
     assert [(row.provider, row.status) for row in rows] == [("idle", "wrong"), ("honest", "timed")]
 
 
@@ -283,32 +294,91 @@ def test_decoders_that_are_wrong_are_not_timed(wrong: str, monkeypatch: pytest.M
     rows: list[Row] = []
     benchmark: Any = Benchmark()
     with pytest.raises(pytest.fail.Exception, match="wrong is wrong, and is not timed"):
-        bench_segment_attention.test_decode(STEP, "wrong", benchmark, CPU, rows.append, REQUEST)
+        bench_segment_attention.test_decode(STEP, "wrong", benchmark, CPU, rows.append, *CLOCK)
     assert ("last timed round" in rows[0].reason) == (wrong == "remembered")
 
 
-def test_rounds_alternate_and_go_on_to_the_next_copy() -> None:
+def test_functions_take_turns_and_every_run_takes_the_next_copy() -> None:
     calls: list[str] = []
 
     def prepare(name: str) -> Callable[[int], Callable[[], str]]:
         return lambda copy: lambda: (calls.append(f"{name}{copy}"), f"{name}{copy}")[1]
 
-    benchmark: Any = Benchmark()
-    found = timed(
-        benchmark,
-        prepare("own"),
-        prepare("base"),
+    seen: list[tuple[str, int, object]] = []
+    times = take_turns(
+        {name: prepare(name) for name in ("base", "own")},
         CPU,
-        rounds=4,
+        rounds=(4, 4),
         seconds=math.inf,
         copies=3,
-        alter=lambda copy: calls.append(f"alter{copy}"),
+        before_last=lambda name, copy: calls.append(f"alter {name}{copy}"),
+        after_last=lambda *x: seen.append(x),
     )
-    # warm, and once for how long it takes
-    assert calls[:4] == ["base0", "own0", "base0", "own0"]
-    assert calls[4:] == ["base0", "own1", "own2", "base0", "base1", "own2", "alter0", "own0", "base1"]
-    assert (found.copy, found.result) == (0, "own0")
-    assert found.ratio.rounds == found.milliseconds.rounds == 4
+    # warm
+    assert calls[:2] == ["base0", "own0"]
+    assert calls[2:8] == ["base0", "own1", "own2", "base0", "base1", "own2"]
+    assert calls[8:] == ["alter own0", "own0", "alter base1", "base1"]
+    assert seen == [("own", 0, "own0"), ("base", 1, "base1")]
+    assert {name: len(x) for name, x in times.items()} == {"base": 4, "own": 4}
+    assert Times.of([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == Times(3.5, 2.0, 5.0)
+
+
+def test_the_last_round_begins_when_the_time_is_over() -> None:
+    runs = {"own": lambda copy: lambda: None}
+    for seconds, rounds, count in ((-1.0, (3, 9), 3), (math.inf, (3, 9), 9), (-1.0, (1, 9), 1)):
+        assert len(take_turns(runs, CPU, seconds=seconds, rounds=rounds)["own"]) == count
+
+
+def test_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"beside": [1.0, 2.0, 4.0], "ours": [2.0, 4.0, 12.0], "theirs": [1.0, 1.0, 1.0]}
+
+    def turns(prepares: Any, device: Any, *, after_last: Any, **clock: Any) -> dict[str, list[float]]:
+        for name in prepares:
+            after_last(name, 0, name)
+        return times
+
+    monkeypatch.setattr("segattn.bench.speed.suite.take_turns", turns)
+    ours, theirs = (
+        Contender(
+            Row("g", name, "base", "forward"),
+            lambda copy: lambda: None,
+            wrong=lambda copy, result: "another" if result == "theirs" else "",
+            work=floors.Work(6_000_000, 12_000),
+            added=1.0,
+        )
+        for name in ("ours", "theirs")
+    )
+    timed, refused = by_turns([ours, theirs], lambda copy: lambda: None, CPU, peak=floors.Peak(1e10, 1e10))
+    assert timed.ratio == Times.of([3.0, 2.5, 13 / 4])
+    assert timed.seconds == [0.003, 0.005, 0.013]
+    assert timed.facts["tflops"] == pytest.approx(6e6 / 5e-3 / 1e12)
+    assert timed.facts["floor_share"] == pytest.approx(0.6 / 5)
+    assert (refused.status, refused.reason, refused.ratio) == ("wrong", "in the last timed round: another", None)
+
+
+def test_rows_are_read_as_they_were_written() -> None:
+    case = {"name": "small", "T": 8, "dtype": "bfloat16"}
+    row = Row("g, forward", "ours", "base", "forward", case, errors={"out": 1e-3}, facts={"launches": 3}, memory=5)
+    rows = [row.timed([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]), row.refused("wrong", "out"), row.refused("skipped")]
+    document = {"machine_info": {"device": "cpu"}} | json.loads(json.dumps(as_json(rows)))
+    written = [dataclasses.replace(x, device="cpu") for x in rows]
+    # of what was not timed there is no memory
+    written[1:] = [dataclasses.replace(x, memory=None, facts=x.facts) for x in written[1:]]
+    assert list(from_json(document)) == written
+
+
+def test_statistics_are_those_of_pytest_benchmark() -> None:
+    from pytest_benchmark.stats import Stats
+
+    for data in ([0.3], [0.2, 0.1], [1.0, 2.0, 1.5, 1.25, 9.0, 1.125]):
+        stats = Stats()
+        for value in data:
+            stats.update(value)
+        expected = {name: getattr(stats, name) for name in stats.fields} | {"data": data, "iterations": 1}
+        found = stats_of(data)
+        assert set(found) >= set(expected)
+        for name in ("min", "max", "mean", "stddev", "rounds", "median", "ops", "total", "stddev_outliers"):
+            assert found[name] == pytest.approx(expected[name]), name
 
 
 def test_the_published_layer_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,10 +409,10 @@ def test_the_gate_says_why(monkeypatch: pytest.MonkeyPatch, gradients: bool) -> 
         monkeypatch.setitem(PEERS, name, dataclasses.replace(loop, run=run))
     monkeypatch.setitem(PEERS, "absent", dataclasses.replace(loop, package="no_such_package"))
     found = {name: admitted(SMALL, name, CPU, gradients) for name in ("too large", "only forward", "absent")}
-    suite.admitted.cache_clear()
-    assert found["too large"]["status"] == "out of memory"
-    assert found["only forward"]["status"] == ("wrong" if gradients else "right")
-    assert found["absent"] == {"status": "skipped", "reason": "no_such_package is not installed"}
+    admitted.cache_clear()
+    assert found["too large"].status == "out of memory"
+    assert found["only forward"].status == ("wrong" if gradients else "right")
+    assert found["absent"] == Admission("skipped", "no_such_package is not installed")
 
 
 def test_providers_of_gpus_are_refused_here() -> None:
@@ -369,6 +439,13 @@ def test_decoders_agree_with_their_definitions(name: str, monkeypatch: pytest.Mo
             assert found.error(copy, found.run(copy)[:1]) == math.inf
     assert found.fold_error() < 1e-5
     assert (found.fold_ms(STEP.L, CPU) > 0) == (found.fold is not None)
+
+
+@pytest.mark.parametrize("context", [16, 4096])
+def test_eager_decode_agrees_with_the_reference(context: int) -> None:
+    case = dataclasses.replace(STEP, L=32, context=context)
+    step = draw_step(case, CPU)[0]
+    torch.testing.assert_close(step_eager(step), step_by_reference(step, 32), rtol=1e-4, atol=1e-5)
 
 
 def test_what_decoders_keep() -> None:
@@ -411,29 +488,31 @@ def test_ours_holds_less_than_the_loop() -> None:
 
 
 def test_the_table_has_who_was_not_timed() -> None:
+    row = Row("g", "ours", "base", "forward", ratio=Times(2.0, 1.9, 2.1), ms=Times(8.0, 7.0, 9.0), memory=3 << 20)
     rows = [
-        Row("g", "ours", "base", ratio=Times(2.0, 1.9, 2.1, 5), milliseconds=Times(8.0, 7.0, 9.0, 5), memory=3 << 20),
-        Row("g", "theirs", "base", "wrong", "errors beyond the gate"),
-        Row("h", "ours", "base", "skipped", "needs a GPU"),
+        row,
+        Row("g", "theirs", "base", "forward", status="wrong", reason="errors beyond the gate"),
+        Row("h", "ours", "base", "forward", status="skipped", reason="needs a GPU"),
+        dataclasses.replace(row, group="h", facts={"floor_share": 0.5, "launches": 4}),
     ]
     (first, lines), (second, others) = table(rows)
     assert (first, second) == ("g: p50 and p20-p80, ratio to base", "h: p50 and p20-p80, ratio to base")
     assert lines[0].split() == "ours 2.00 1.90-2.10 ratio 8.00 7.00-9.00 ms 3.00 MiB".split()
     assert lines[1].split() == "theirs wrong: errors beyond the gate".split()
     assert others[0].split() == "ours skipped: needs a GPU".split()
+    assert others[1].split()[9:] == "50% of the floor 4 launches".split()
 
 
 def test_noise_is_marked() -> None:
     def row(provider: str, direction: str, ms: float, *, low: float = 0.95) -> Row:
-        times = Times(ms, ms, ms, 5)
-        about = {"case": {"T": 8}, "direction": direction}
-        return Row(direction, provider, "base", ratio=Times(1.0, low, 1.05, 5), milliseconds=times, about=about)
+        times = Times(ms, ms, ms)
+        return Row(direction, provider, "base", direction, {"T": 8}, ratio=Times(1.0, low, 1.05), ms=times)
 
     rows = [row("a", "backward", 3.0), row("a", BOTH, 2.0), row("b", "backward", 1.0), row("b", BOTH, 2.0)]
     rows.append(row("b", "forward", 1.0, low=0.7))
     reasons = ["", "the backward alone took longer", "", "", "p20-p80 is 35% of the ratio"]
     assert [x.noisy for x in marked(rows)] == reasons
-    lines = [line for _, group in table(rows) for line in group]
+    lines = [line for _, group in table(marked(rows)) for line in group]
     assert [line.partition("noisy")[1] for line in lines] == ["", "", "noisy", "", "noisy"]
 
 
@@ -466,18 +545,22 @@ def test_the_whole_path(tmp_path: Path) -> None:
         assert info["ratio_fifths"][0] <= info["ratio"] <= info["ratio_fifths"][1]
         assert 0 < info["ms_fifths"][0] <= info["ms"] <= info["ms_fifths"][1]
         assert info.get("peak_bytes", info.get("kept_bytes")) > 0
-        assert info["error"] < 1e-5
+        assert max(info["errors"].values()) < 1e-5
+        assert benchmark["stats"]["median"] * 1e3 == pytest.approx(info["ms"], rel=0.5)
     baselines = {b["extra_info"]["baseline"] for b in result["benchmarks"]}
     assert baselines == {BASELINE, "SDPA, growing cache"}
     assert "node" not in result["machine_info"]
     for name in (*own, "skipped: needs a GPU"):
         assert name in done.stdout
+    # one table, and not pytest-benchmark's beneath it
+    assert "OPS" not in done.stdout
+    assert done.stdout.count("segattn delta") == len(DIRECTIONS) + 1
 
 
 @pytest.mark.parametrize("sizes", ["1,2,3", "1,2,32,8,0", "1,2,33,8,8", "1,2,x,8,8", ""])
 def test_bad_workloads_are_named(sizes: str) -> None:
     with pytest.raises(ValueError, match=f"five positive integers B,H,T,K,L, T a multiple of L, got '{sizes}'"):
-        workloads.given([sizes], "float32")
+        workloads.parse_workloads([sizes], "float32")
 
 
 @pytest.mark.parametrize(
@@ -527,9 +610,22 @@ def test_suites_name_providers_that_there_are(device: str) -> None:
     calls, steps = workloads.suite(device)
     assert all(set(case.peers) <= set(PEERS) and case.T % case.L == 0 for case in calls)
     assert len({case.name for case in calls}) == len(calls)
-    assert {case.dtype for case in (*calls, *steps)} == {"bfloat16" if device == "cuda" else "float32"}
-    assert {x.dtype for x in workloads.suite(device, "float16")[0]} == {"float16"}
+    assert {case.dtype for case in (*calls, *steps)} == ({"bfloat16", "float16"} if device == "cuda" else {"float32"})
+    chosen = workloads.suite(device, "float16")[0]
+    assert {x.dtype for x in chosen} == {"float16"}
+    assert len({case.name for case in chosen}) == len(chosen)
     # of the sweep, its lengths double
     lengths = [case.T for case in calls if case.name.endswith("by length")]
     assert len(lengths) >= 4
     assert all(y == 2 * x for x, y in itertools.pairwise(lengths))
+    if device == "cuda":
+        assert (calls, steps) == (workloads.CASES, workloads.DECODES)
+
+
+def test_a_cache_that_has_no_room_does_not_grow() -> None:
+    names = {case: names_of(case) for case in workloads.DECODES}
+    assert {case.context for case, found in names.items() if case.B == 1 and found[0] == GROWING_CACHE} == {
+        1 << 10, 4 << 10, 64 << 10, 1 << 20,
+    }  # fmt: skip
+    assert {case.context for case, found in names.items() if case.B == 64 and found[0] == EAGER} == {64 << 10, 1 << 20}
+    assert all(found[-2:] == (EAGER, "segattn delta") for found in names.values())

@@ -20,8 +20,8 @@ pytest.importorskip("rich")
 pytest.importorskip("pytest_benchmark", reason="needs segattn[bench]")
 pytest.importorskip("recurrent_memory_transformer_pytorch", reason="needs segattn[bench]")
 
-from segattn.bench.experiments import recurrent_lengths
-from segattn.bench.experiments.recurrent_lengths import READERS, Setup, kept_bytes, main, read_text, summary
+from segattn.bench.experiments.lengths import experiment as lengths
+from segattn.bench.experiments.lengths.experiment import READERS, Setup, kept_bytes, main, read_text, summary
 from segattn.bench.report.records import read
 from segattn.bench.speed import bench_recurrent_memory
 from segattn.bench.speed import recurrent_generation as generation
@@ -51,7 +51,7 @@ from segattn.bench.speed.recurrent_models import (
     trained,
     visible,
 )
-from segattn.bench.speed.suite import Row
+from segattn.bench.speed.rows import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -174,13 +174,13 @@ def test_an_associative_memory_that_returns_nothing_is_found(monkeypatch: pytest
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"Llama": {"wrong": Entry(changed_loop(forgets), loop_llama)}}
     monkeypatch.setattr(bench_recurrent_memory, "GROUPS", wrong)
-    benchmark: Any = SimpleNamespace(group=None)
+    benchmark: Any = SimpleNamespace(group=None, extra_info={})
     nothing: Any = None
     rows: list[Row] = []
     with pytest.raises(pytest.fail.Exception, match="wrong is wrong, and is not timed: relative error"):
         bench_recurrent_memory.test_step(SMALL, DIRECTIONS[0], "Llama", "wrong", benchmark, CPU, rows.append, nothing)
     (row,) = rows
-    assert row.as_json() == {
+    assert row.extra_info() == {
         "provider": "wrong",
         "baseline": "wrong",
         "case": dataclasses.asdict(SMALL) | {"dtype": "float32"},
@@ -258,7 +258,7 @@ def test_the_whole_path(tmp_path: Path) -> None:
     document = json.loads(out.read_text())
     results = document["benchmarks"]
     # the report reads it
-    skipped = {(x.key.provider, x.status, x.reason) for x in read(out).records if x.ratio is None}
+    skipped = {(x.provider, x.status, x.reason) for x in read(out).rows if x.ratio is None}
     assert skipped == {("segattn, compiled", "skipped", "needs a GPU")}
     found = {(x["group"].split(", ", 1)[1], x["extra_info"]["provider"]) for x in results}
     assert found >= {(f"{group}, reading", name) for group, name in CASES}
@@ -267,7 +267,7 @@ def test_the_whole_path(tmp_path: Path) -> None:
         low, high = result["extra_info"]["ratio_fifths"]
         assert 0 < low <= result["extra_info"]["ratio"] <= high
         assert result["extra_info"]["tokens_per_second"] > 0
-        assert result["extra_info"]["error"] <= 1e-4
+        assert result["extra_info"]["errors"]["out"] <= 1e-4
     assert f"ratio to {generation.BASELINE}" in done.stdout
 
 
@@ -287,8 +287,8 @@ def test_texts_are_read_from_their_beginning_in_pieces(monkeypatch: pytest.Monke
         return (kept or 0) + ids.shape[1] // SMALL.L
 
     clock = iter(range(100))
-    monkeypatch.setattr(recurrent_lengths, "PIECE", 2)
-    monkeypatch.setattr(recurrent_lengths.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(lengths, "PIECE", 2)
+    monkeypatch.setattr("segattn.bench.speed.timing.time.perf_counter", lambda: next(clock))
     setup = Setup(SMALL, "cpu", lengths=(5,), least=10)
     found = read_text(reader, setup, 5, progress.append)
     # twice, and a piece more for the peak
@@ -362,7 +362,7 @@ def test_lengths_are_measured_once_and_gone_on_with(tmp_path: Path, capsys: pyte
     assert second["readings"][:8] == first["readings"]
     assert [x["rounds"] for x in second["summary"]] == [2] * 8
     assert main(["--out", str(out), *sizes, "--lengths", "1", "9"]) == 2
-    assert "choose another file" in capsys.readouterr().err
+    assert "choose another --out" in capsys.readouterr().err
 
 
 def test_what_was_read_outlives_an_interruption(
@@ -383,7 +383,7 @@ def test_what_was_read_outlives_an_interruption(
     with monkeypatch.context() as patch:
         patch.setitem(READERS, "ARMT", stops)
         assert main(command) == 130
-    assert "goes on after the last whole reading" in capsys.readouterr().err
+    assert "goes on after the last whole run" in capsys.readouterr().err
     assert [x["reader"] for x in json.loads(out.read_text())["readings"]] == ["RMT"]
     assert main(command) == 0
     assert len(json.loads(out.read_text())["readings"]) == 6

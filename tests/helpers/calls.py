@@ -1,51 +1,27 @@
-"""Calls of every kind, for tests: what to pass, and how a backend's results and gradients are gathered."""
+"""Calls of every kind, for tests, and how far a backend's results are from the reference's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from segattn import MemoryState, segment_attention
+from segattn.kernels.check import gates
+from segattn.kernels.check.calls import Call, apply, evaluate, gradients
+from segattn.kernels.check.gates import relative_error as error
 
+__all__ = [
+    "GATES", "KINDS", "Call", "apply", "check_gates", "error", "everything", "for_kernels", "golden", "gradients",
+    "random_calls", "tensors", "worst",
+]  # fmt: skip
 
-@dataclass(frozen=True)
-class Call:
-    """Sizes and options of a call; tensors are drawn from `seed`."""
-
-    B: int = 2
-    H: int = 4
-    G: int = 2
-    Tq: int = 23
-    Tk: int = 23
-    K: int = 6
-    V: int = 6
-    segment_len: int = 5
-    gated: bool = True
-    with_state: bool = True
-    own_memory_inputs: bool = True
-    token_major: bool = False
-    cu_seqlens: tuple[int, ...] | None = None
-    spans: tuple[tuple[int, int], ...] | None = None
-    update: str = "delta"
-    empty_memory: str = "local"
-    causal: bool = True
-    num_read: int = 0
-    num_write: int = 0
-    scale: float | None = None
-    softcap: float | None = None
-    seed: int = 0
-
-    @property
-    def sequences(self) -> int:
-        return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+GATES = {gates.DTYPES[name]: gate for name, gate in gates.GATES.items()}
 
 
 def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The call's tensors by name, as leaves that need gradients, drawn in `dtype` from the call's seed."""
+    """Draw the call's tensors in float64 and round them; the state is of random numbers, which no text need write."""
     generator = torch.Generator().manual_seed(call.seed)
 
     def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
@@ -56,115 +32,51 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
             return normal(call.B, time, heads, width).transpose(1, 2)
         return normal(call.B, heads, time, width)
 
-    state_dtype = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
     made = {
         "q": tokens(call.H, call.Tq, call.K),
         "k": tokens(call.G, call.Tk, call.K),
         "v": tokens(call.G, call.Tk, call.V),
     }
     if call.gated:
-        made["gate"] = normal(call.H, to=state_dtype)
+        made["gate"] = normal(call.H, to=wide)
         if call.own_memory_inputs:
             made |= {"memory_q": tokens(call.H, call.Tq, call.K), "memory_k": tokens(call.G, call.Tk, call.K)}
         if call.with_state:
-            n = call.sequences
-            made["memory"] = normal(n, call.G, call.K, call.V, to=state_dtype)
-            made["normalizer"] = normal(n, call.G, call.K, to=state_dtype).abs() + 0.5
+            made["memory"] = normal(call.sequences, call.G, call.K, call.V, to=wide)
+            made["normalizer"] = normal(call.sequences, call.G, call.K, to=wide).abs() + 0.5
     return {name: x.detach().requires_grad_() for name, x in made.items()}
-
-
-def apply(call: Call, made: dict[str, Tensor], backend: str | None = None, **changed: Any) -> dict[str, Tensor]:
-    """Outputs by name."""
-    made = dict(made)
-    device = made["q"].device
-    state = MemoryState(made.pop("memory"), made.pop("normalizer")) if "memory" in made else None
-    options: dict[str, Any] = {
-        "segment_len": call.segment_len,
-        "update": call.update,
-        "empty_memory": call.empty_memory,
-        "causal": call.causal,
-        "num_read": call.num_read,
-        "num_write": call.num_write,
-        "scale": call.scale,
-        "softcap": call.softcap,
-        "cu_seqlens": None
-        if call.cu_seqlens is None
-        else torch.tensor(call.cu_seqlens, dtype=torch.int32, device=device),
-        "spans": None if call.spans is None else torch.tensor(call.spans, dtype=torch.int32, device=device),
-        "backend": backend,
-    }
-    out, after = segment_attention(**made, state=state, **(options | changed))
-    return {"out": out} if after is None else {"out": out, "memory": after.memory, "normalizer": after.normalizer}
-
-
-def gradients(outputs: dict[str, Tensor], made: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
-    """Gradients of a random projection of every output, by name of the input."""
-    generator = torch.Generator().manual_seed(seed)
-    loss = torch.zeros((), dtype=torch.float64, device=outputs["out"].device)
-    for x in outputs.values():
-        # in steps of 1/32, which every dtype holds exactly
-        direction = (32 * torch.randn(x.shape, generator=generator)).round().div(32).to(x.dtype).to(x.device)
-        loss = loss + (x * direction).sum(dtype=torch.float64)
-    found = torch.autograd.grad(loss, list(made.values()), allow_unused=True)
-    return {
-        f"d{name}": torch.zeros_like(x) if g is None else g for (name, x), g in zip(made.items(), found, strict=True)
-    }
 
 
 def everything(
     call: Call, backend: str | None, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Outputs and gradients."""
-    made = tensors(call, dtype, device)
-    outputs = apply(call, made, backend)
-    return outputs | gradients(outputs, made)
+    """Return outputs and gradients."""
+    return evaluate(call, tensors(call, dtype, device), backend)
 
 
 def golden(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The reference in float64 on the values that `dtype` holds."""
-    made = {name: x.detach().double().requires_grad_() for name, x in tensors(call, dtype, device).items()}
-    outputs = apply(call, made, "reference")
-    return outputs | gradients(outputs, made)
-
-
-def error(value: Tensor, expected: Tensor) -> float:
-    """Relative RMS error; absolute where nothing is expected."""
-    value, expected = value.detach().double(), expected.detach().double()
-    if value.shape != expected.shape:
-        raise AssertionError(f"shape {list(value.shape)}, expected {list(expected.shape)}")
-    distance, size = (value - expected).norm(), expected.norm()
-    return float(distance / size if size > 1e-12 else distance)
+    """Return those of the reference in float64, on the values that `dtype` holds."""
+    exact = {name: x.detach().double() for name, x in tensors(call, dtype, device).items()}
+    return evaluate(call, exact, "reference")
 
 
 def worst(values: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest error and the name it belongs to."""
+    """Return the largest error, and the name of its tensor."""
     assert values.keys() == expected.keys()
     return max((error(values[name], expected[name]), name) for name in expected)
 
 
-# relative RMS error against the float64 reference: outputs, gradients, gradients through the delta memory
-GATES = {
-    torch.float32: (2e-6, 1e-5, 1e-5),
-    torch.float16: (6e-4, 8e-4, 8e-4),
-    torch.bfloat16: (4e-3, 6e-3, 1e-2),
-}
-
-
 def check_gates(call: Call, values: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Every output and gradient within the gates of `dtype`."""
-    forward, backward, through_delta = GATES[dtype]
-    outputs = {"out", "memory", "normalizer"} & expected.keys()
-    for names, gate in (
-        (outputs, forward),
-        (expected.keys() - outputs, through_delta if call.gated and call.update == "delta" else backward),
-    ):
-        worst_error, where = worst({n: values[n] for n in names}, {n: expected[n] for n in names})
-        assert worst_error < gate, where
+    """Check that every output and gradient is within the gates of `dtype`."""
+    assert values.keys() == expected.keys()
+    for name, x in expected.items():
+        assert error(values[name], x) < GATES[dtype].of(name, call), name
     assert values["out"].dtype == dtype
 
 
 def for_kernels(call: Call, most: int | None = None) -> Call:
-    """The call in widths that the kernels take: K and V of up to 6 become 16, up to 9 become 24.
+    """Return the call in widths that the kernels take: K and V of up to 6 become 16, up to 9 become 24.
 
     most: segments over all rows and key/value heads, which is what an interpreted call's time goes by; above it rows,
     then groups are dropped, then segments made longer.
@@ -228,7 +140,7 @@ KINDS = {
 
 @st.composite
 def random_calls(draw: st.DrawFn) -> Call:
-    """Any valid call of small, odd sizes."""
+    """Draw any valid call of small, odd sizes."""
     integers, booleans = st.integers, st.booleans()
     G = draw(integers(1, 3))
     Tk = draw(integers(1, 26))

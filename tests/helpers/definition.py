@@ -1,4 +1,4 @@
-"""A second definition of the operation, token by token in numpy, written apart from the reference."""
+"""Define the operation a second time, token by token in numpy, independently of the reference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one_head(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[Array, Array, Array]:
-    """One head of one sequence: q [Tq, K] are the last positions; returns out [Tq, V], M [K, V], z [K]."""
+    """Return out [Tq, V], M [K, V] and z [K] of one head of one sequence; q [Tq, K] are its last positions."""
     time, width = k.shape
     first = time - len(q)
     scale = 1 / math.sqrt(width) if scale is None else scale

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from segattn.cli import finetune as command
-from segattn.cli.demo import app
+from segattn.cli.main import app
 from segattn.infini.train.trainer import Trainer
 
 # "step" or "save", the rank, the step, the signal
@@ -23,7 +23,7 @@ def perhaps(place: str, step: int) -> None:
         os.kill(os.getpid(), signal)
 
 
-class Listener(command._Lines):
+class Listener(command.Steps):
     def trained(self, step: int, steps: int, figures: Mapping[str, Any]) -> None:
         super().trained(step, steps, figures)
         perhaps("step", step)
@@ -39,7 +39,7 @@ whole_state_dict = Trainer.state_dict
 
 def main(rank: int, *arguments: str) -> None:
     torch.set_num_threads(1)
-    command._Lines, Trainer.state_dict = Listener, state_dict
+    command.Steps, Trainer.state_dict = Listener, state_dict
     app(["finetune", *arguments])
 
 

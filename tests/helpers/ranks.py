@@ -1,6 +1,5 @@
 """Training of a converted model by two processes, for tests."""
 
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -73,7 +72,3 @@ def train(rank: int, world: int, folder: str) -> None:
         torch.save(results, Path(folder) / "results.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    train(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

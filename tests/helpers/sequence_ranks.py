@@ -1,4 +1,4 @@
-"""What four processes that share sequences do together, for tests: every rank writes what it saw."""
+"""Run everything that four processes do together on shared sequences; every rank writes its results to a file."""
 
 import os
 import signal
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from calls import Call, tensors
+from calls import tensors
 from torch import Tensor
 
 from segattn import InfiniAttention, MemoryState, mean_loss, sequence_parallel_attention, shard_batch
+from segattn.kernels.check.calls import Call, directions
 
 SIZE = 4
 PATIENCE = 4
@@ -45,28 +46,19 @@ LENGTH = 57
 
 
 def spread(call: Call, runs: tuple[int, ...]) -> Call:
-    """The call over all ranks' tokens."""
+    """Return the call over the tokens of all ranks."""
     return replace(call, segment_len=L, Tq=sum(runs), Tk=sum(runs))
 
 
 def mine(x: Tensor, runs: tuple[int, ...], rank: int, dim: int = 2) -> Tensor:
-    """A rank's part of a whole."""
+    """Return a rank's part of a tensor that spans all of them."""
     return x.narrow(dim, sum(runs[:rank]), runs[rank])
-
-
-def projections(outputs: dict[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
-    """What to project every output upon, the whole of it, in steps that every dtype holds exactly."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(x.shape, generator=generator).mul(32).round().div(32).to(x.dtype)
-        for name, x in outputs.items()
-    }
 
 
 def attend(
     call: Call, runs: tuple[int, ...], group: Any, rank: int, dtype: torch.dtype, **changed: Any
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of a rank's run; the states' projections are shared out among the ranks."""
+    """Return outputs and gradients of a rank's run; each rank projects its share of the states."""
     whole = tensors(spread(call, runs), dtype)
     made = {name: mine(x, runs, rank) if name in TOKENS else x for name, x in whole.items()}
     frozen = "frozen" in changed and rank == 1
@@ -84,7 +76,7 @@ def attend(
         name: x.new_empty(*x.shape[:2], sum(runs), x.shape[3]) if name == "out" else x for name, x in outputs.items()
     }
     loss = out.new_zeros(())
-    for name, direction in projections(shapes).items():
+    for name, direction in directions(shapes).items():
         share = (rank + 1) / sum(range(1, len(runs) + 1))
         part = mine(direction, runs, rank) if name == "out" else direction * share
         loss = loss + (outputs[name] * part).sum(dtype=torch.float64)
@@ -95,7 +87,7 @@ def attend(
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """What a call is refused with."""
+    """Return the error that a call raises, as text."""
     try:
         call()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -104,7 +96,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 def refusals(group: Any, rank: int) -> dict[str, str]:
-    """Of calls that one rank or all of them get wrong. None of them may wait for ever, or leave a rank behind."""
+    """Return the errors of calls that one rank or all get wrong; none may wait for ever, or leave a rank behind."""
 
     def call(time: int = 10, width: int = 4, **changed: Any) -> Callable[[], object]:
         x = torch.randn(1, 2, time, width, dtype=changed.pop("dtype", torch.float64))
@@ -146,7 +138,7 @@ def text(time: int, seed: int) -> Tensor:
 
 
 def infini(group: Any, rank: int, rope: str) -> dict[str, Tensor]:
-    """Two pieces of a text through the module, the second from the state that the first one left."""
+    """Pass two pieces of a text through the module, the second from the state that the first one left."""
     layer, runs = module(rope=rope), RUNS[SIZE]
     even = (10, 5, 15, 10)
     first, second = text(sum(even), 5), text(sum(runs), 6)
@@ -164,7 +156,7 @@ def infini(group: Any, rank: int, rope: str) -> dict[str, Tensor]:
 
 
 def unwritten(group: Any, rank: int) -> dict[str, Tensor]:
-    """Gradients that DDP averages over two steps, the last rank with less than the one segment that others write."""
+    """Return the gradients that DDP averages over two steps, where the last rank has no whole segment to write."""
     from torch.nn.parallel import DistributedDataParallel
 
     runs = (5, 5, 5, 3)
@@ -176,7 +168,7 @@ def unwritten(group: Any, rank: int) -> dict[str, Tensor]:
 
 
 def compiled(group: Any, rank: int) -> dict[str, Tensor]:
-    """A run in one graph, and without compiling: outputs and gradients."""
+    """Return outputs and gradients of a run in one graph, and of the same without compiling."""
 
     def call(x: Tensor) -> Tensor:
         options = {"group": group, "segment_len": L, "gate": x.new_zeros(2), "want_state": False, "check_ranks": False}
@@ -192,7 +184,7 @@ def compiled(group: Any, rank: int) -> dict[str, Tensor]:
 
 
 def loss_refusals(group: Any, rank: int) -> dict[str, str]:
-    """Of losses that rank 2 gets wrong, and no other."""
+    """Return the errors of losses that rank 2 alone gets wrong."""
     logits, labels = torch.randn(2, 5, 9), torch.zeros(2, 5, dtype=torch.int64)
     odd = {
         "shapes": (logits, labels[:, 1:]),
@@ -210,7 +202,7 @@ def loss_refusals(group: Any, rank: int) -> dict[str, str]:
 
 
 def state_refusals(group: Any, rank: int) -> dict[str, str]:
-    """Of modules and states that rank 2 has otherwise than the others."""
+    """Return the errors of modules and states that differ on rank 2."""
     x, odd = text(10, 0), rank == 2
     layer = module()
     _, state = layer(x)
@@ -234,7 +226,7 @@ def state_refusals(group: Any, rank: int) -> dict[str, str]:
 
 
 def module_refusals(group: Any, rank: int) -> dict[str, str]:
-    """Of the module, of batches and of losses."""
+    """Return the errors of bad calls of the module, of `shard_batch` and of `mean_loss`."""
     layer = module()
     x = text(10, 0)
     _, tail = layer(x[:, :7])
@@ -263,7 +255,7 @@ def module_refusals(group: Any, rank: int) -> dict[str, str]:
 
 
 def labelled() -> dict[str, Tensor]:
-    """A batch with labels of its own."""
+    """Return a batch that brings labels."""
     ids, mask = torch.arange(2 * LENGTH).view(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.int64)
     mask[0, 30:] = 0
     return {"input_ids": ids, "labels": ids.masked_fill(ids % 3 == 0, -100), "attention_mask": mask}
@@ -279,7 +271,7 @@ def texts(step: int, batch: int = 2) -> Tensor:
 
 
 def padded() -> dict[str, Tensor]:
-    """Texts that end on different ranks."""
+    """Return texts that end on different ranks."""
     mask = torch.ones(3, LENGTH, dtype=torch.int64)
     mask[1, 20:], mask[2, 41:] = 0, 0
     return {"input_ids": texts(0, 3), "attention_mask": mask}
@@ -296,7 +288,7 @@ def converted(dtype: torch.dtype = torch.float64, **changed: Any) -> Any:
 
 
 def trained(group: Any) -> Tensor:
-    """Losses of twenty steps."""
+    """Return the losses of twenty steps."""
     from torch.nn.parallel import DistributedDataParallel
 
     import segattn
@@ -317,7 +309,7 @@ def trained(group: Any) -> Tensor:
 
 
 def model_gradients(group: Any, kind: str) -> dict[str, Tensor]:
-    """Of padded texts; the last rank's share in each parameter's, which the test adds up."""
+    """Return the gradients of padded texts: this rank's share of each parameter's, which the test adds up."""
     import segattn
 
     model = converted(update="linear" if kind == "linear" else "delta")
@@ -332,7 +324,7 @@ def model_gradients(group: Any, kind: str) -> dict[str, Tensor]:
 
 
 def sharded_gradients(mesh: Any) -> dict[str, Tensor]:
-    """FSDP2 over a mesh of two batches by two runs; every rank's gradients, whole."""
+    """Return whole gradients under FSDP2, over a mesh of two batches by two runs."""
     from torch.distributed.fsdp import fully_shard
 
     import segattn
@@ -351,7 +343,7 @@ def sharded_gradients(mesh: Any) -> dict[str, Tensor]:
 
 
 def model_refusals(group: Any, mesh: Any, rank: int) -> dict[str, str]:
-    """Of converted models."""
+    """Return the errors of bad calls of converted models."""
     from torch.distributed.tensor.experimental import context_parallel
 
     import segattn
@@ -397,7 +389,7 @@ def model_refusals(group: Any, mesh: Any, rank: int) -> dict[str, str]:
 
 
 def faults(stopped: Any, killed: Any, rank: int) -> dict[str, Any]:
-    """What the others are told, and after how many seconds, when the last rank does not answer, and when it dies."""
+    """Return the errors, and the seconds until them, where the last rank does not answer, and where it dies."""
     x = torch.randn(1, 2, 10, 4, dtype=torch.float64)
     found = {}
     for name, group in (("stopped", stopped), ("killed", killed)):

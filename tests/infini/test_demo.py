@@ -19,18 +19,19 @@ from torch import Tensor
 from segattn.infini.demo.decoder import Decoder, DecoderConfig
 from segattn.infini.demo.evaluation import Cell, evaluate, state_bytes, stream
 from segattn.infini.demo.passkey import MARKER, PasskeyTask
-from segattn.infini.demo.runs import DEPTHS, FIXED, DemoSettings, Outputs, build, run_demo
+from segattn.infini.demo.runs import DEPTHS, FIXED, DemoSettings, Outputs, build, finished_figures, run_demo
 from segattn.infini.demo.training import Recipe, Trainer, stretch
 from segattn.runs.checkpoint import InterruptedRunError, SettingError, load_checkpoint, save_checkpoint
 from segattn.runs.text import generate_text
 
 pytest.importorskip("matplotlib")
-commands = pytest.importorskip("segattn.cli.demo")
+commands = pytest.importorskip("segattn.cli.main")
 from matplotlib.axes import Axes
 from rich.console import Console
 from typer.testing import CliRunner
 
-from segattn.infini.demo.plots import plot_recall
+from segattn.cli import demo
+from segattn.runs.heat_maps import plot_recall
 
 SMALL = DemoSettings(steps=6, segments=3, reach=2, samples=3)
 
@@ -172,8 +173,9 @@ def test_stretched_memory_recalls_the_same_and_outweighs(task: PasskeyTask) -> N
 
 
 def test_a_short_run_learns() -> None:
-    settings = DemoSettings(steps=250, segments=3, seed=1)
+    settings = DemoSettings(steps=300, segments=3, seed=1)
     trainer, _ = build(settings)
+    trainer.recipe = replace(trainer.recipe, batch_tokens=2048)
     while trainer.step < settings.steps:
         trainer.advance()
     assert trainer.losses[0] > 6
@@ -205,6 +207,45 @@ def test_training_goes_on_exactly(task: PasskeyTask, tmp_path: Path) -> None:
     assert resumed.losses == whole.losses
     assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
+    arguments = ["demo", "--steps", "2", "--segments", "2", "--reach", "2", "--samples", "3", "--out", str(tmp_path)]
+    first = CliRunner().invoke(commands.app, arguments)
+    assert first.exit_code == 0, first.output
+    before = files(tmp_path)
+    for again in (arguments, [*arguments, "--resume"], ["demo", "--resume", "--out", str(tmp_path)]):
+        result = CliRunner().invoke(commands.app, again)
+        assert result.exit_code == 0, result.output
+        line, _, rest = result.stdout.partition("\n")
+        assert line == f"already done, in {tmp_path}; to train anew, choose another --out or delete it"
+        # the same table and files
+        assert first.stdout.endswith(rest)
+        assert "recalled whole" in rest
+        assert files(tmp_path) == before
+    other = CliRunner().invoke(commands.app, [*arguments, "--seed", "7"])
+    assert other.exit_code == 2
+    assert other.stderr.startswith(f"segattn demo: --out must not hold an earlier run, got '{tmp_path}' with check")
+    assert other.stderr.endswith("go on with it by --resume, choose another folder, or delete this one\n")
+    assert files(tmp_path) == before
+
+
+def test_a_finished_run_of_another_text_is_another_run(tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(generate_text(2000, 5), encoding="utf-8")
+    settings = replace(SMALL, text=str(text))
+    figures = run_demo(settings, out, Quiet())
+    assert finished_figures(settings, out) == figures
+    text.write_text(generate_text(2000, 6), encoding="utf-8")
+    assert finished_figures(settings, out) is None
+    with pytest.raises(SettingError, match="out must not hold an earlier run"):
+        run_demo(settings, out, Quiet())
+    Outputs.of(out).figures.write_text("[]", encoding="utf-8")
+    assert finished_figures(settings, out) is None
 
 
 def test_interrupted_run_goes_on_to_the_same_figures(tmp_path: Path) -> None:
@@ -294,7 +335,7 @@ def distinct_cells() -> list[Cell]:
 def test_table_and_picture_show_each_cell_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = distinct_cells()
     console = Console(file=io.StringIO(), width=80)
-    console.print(commands._table({"trained_length": 96, "recall": [cell._asdict() for cell in cells]}))
+    console.print(demo._table({"trained_length": 96, "recall": [cell._asdict() for cell in cells]}))
     lines = [
         line.replace("│", " ").split() for line in console.file.getvalue().splitlines() if " % " in line and "│" in line
     ]
@@ -302,17 +343,17 @@ def test_table_and_picture_show_each_cell_in_its_place(tmp_path: Path, monkeypat
     drawn = []
     text = Axes.text
     monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **k: (drawn.append((x, y, s)), text(self, x, y, s, **k))[1])
-    plot_recall(tmp_path / "recall.png", cells, 96, "title")
+    plot_recall(tmp_path / "recall.png", {(x.depth, x.length): x.exact for x in cells}, "title", "recalled, %", 96)
     assert drawn == [(x, y, str(30 * x + 10 * y)) for y in range(3) for x in range(2)]
 
 
 def test_bars_follow_a_run(tmp_path: Path) -> None:
     """What a terminal shows: both bars, to their ends."""
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with commands._Bars(console) as bars:
+    with demo.Training(console) as bars:
         run_demo(SMALL, tmp_path, bars)
-        assert all(task.finished for task in bars.progress.tasks)
-        assert [task.description for task in bars.progress.tasks] == ["train", "evaluate"]
+        assert all(task.finished for task in bars.bars.tasks)
+        assert [task.description for task in bars.bars.tasks] == ["train", "evaluate"]
     assert "recall" in console.file.getvalue()
 
 
@@ -361,7 +402,7 @@ def test_command_names_what_is_wrong(tmp_path: Path, arguments: list[str], messa
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "segattn.cli.main", "demo", "--steps", "60", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "segattn", "demo", "--steps", "60", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
@@ -384,7 +425,7 @@ def test_config_command() -> None:
 
 
 def test_entry_point_says_what_to_install() -> None:
-    hide = "import sys; sys.modules['typer'] = None; from segattn.cli.main import app; app()"
+    hide = "import sys; sys.modules['typer'] = None; from segattn.__main__ import main; main()"
     result = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == "segattn: the commands need typer: pip install 'segattn[cli]'\n"

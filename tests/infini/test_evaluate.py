@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-commands = pytest.importorskip("segattn.cli.demo")
+commands = pytest.importorskip("segattn.cli.main")
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner, Result
 
 import segattn
 from segattn.cli import evaluate
+from segattn.cli.progress import Reading
 from segattn.infini.evaluate import retrieval
-from segattn.infini.evaluate.gate_map import GateMap, gate_map, plot_gate_map
+from segattn.infini.evaluate.gate_map import gate_map
 from segattn.infini.evaluate.harness import harness_class
 from segattn.infini.evaluate.loading import ByteTokenizer, PretrainedTokenizer, Source, fingerprint, load
 from segattn.infini.evaluate.needle import NeedleText
@@ -39,13 +40,14 @@ from segattn.infini.evaluate.perplexity import (
     whole,
     widths,
 )
-from segattn.infini.evaluate.plots import plot_perplexity, plot_retrieval
+from segattn.infini.evaluate.plots import plot_perplexity
 from segattn.infini.evaluate.reading import cache_bytes, decode, losses, piece_len, read
 from segattn.infini.evaluate.retrieval import RetrievalCell, measure, measure_grid
 from segattn.infini.evaluate.runs import Grid, Outputs, run_passkey
 from segattn.infini.huggingface.saving import save_gates, save_pretrained
 from segattn.runs.checkpoint import SettingError
-from segattn.runs.figures import spoken
+from segattn.runs.figures import format_length
+from segattn.runs.heat_maps import plot_gates, plot_recall
 from segattn.runs.text import generate_text
 
 L = 24
@@ -426,6 +428,10 @@ def test_passkey_command_and_its_continuation(folder: Path, tmp_path: Path, monk
     stop_after = 99
     resumed = invoke(*options, "--resume", "--out", part)
     assert resumed.exit_code == 0, resumed.output
+    assert "already done" not in resumed.stdout
+    again = invoke(*options, "--resume", "--out", part)
+    assert again.exit_code == 0, again.output
+    assert again.stdout.startswith("already done: nothing is left to do\n")
     assert asked == [(cell["length"], cell["depth"]) for cell in complete["cells"]]
     untimed = [[cell | {"seconds": 0} for cell in x["cells"]] for x in (complete, figures(part, "passkey"))]
     assert untimed[0] == untimed[1]
@@ -529,6 +535,9 @@ def test_plain_models_are_read_to_their_positions(folder: Path, tmp_path: Path) 
     assert result.exit_code == 2
     assert "--length must be at most the 700 positions of a model that is not converted" in result.stderr
     assert not (tmp_path / "perplexity.json").exists()
+    result = invoke(*options, "--limit", 1000)
+    assert result.exit_code == 2
+    assert "--limit must be at most the 700 positions of a model that is not converted" in result.stderr
     result = invoke(*options, "--length", 700, "--limit", 1400)
     assert result.exit_code == 0, result.output
     assert figures(tmp_path, "perplexity")["by_segment_position"] == []
@@ -568,18 +577,22 @@ def test_pictures_follow_the_data(tmp_path: Path) -> None:
         plot(tmp_path / "picture.png", *arguments, "title")
         return (tmp_path / "picture.png").read_bytes()
 
-    cells = [RetrievalCell(length, depth, 10, 0.25, 0.5, 1, 0.0) for length in (300, 1024) for depth in (0.0, 1.0)]
-    other = [*cells[:3], cells[3]._replace(exact=0.75)]
-    missing = cells[:3]
-    assert len({drawn(plot_retrieval, some) for some in (cells, other, missing)}) == 3
-    assert drawn(plot_retrieval, cells) == drawn(plot_retrieval, cells)
+    def recalled(shares: dict[tuple[float, int], float], trained_length: int | None = None) -> bytes:
+        plot_recall(tmp_path / "picture.png", shares, "title", "right, %", trained_length)
+        return (tmp_path / "picture.png").read_bytes()
+
+    shares = {(depth, length): 0.25 for length in (300, 1024) for depth in (0.0, 1.0)}
+    other = shares | {(1.0, 1024): 0.75}
+    missing = {place: share for place, share in shares.items() if place != (1.0, 1024)}
+    assert len({recalled(some) for some in (shares, other, missing)} | {recalled(shares, 300)}) == 4
+    assert recalled(shares) == recalled(shares)
     buckets = [Bucket(10 * i, 10 * i + 10, 10, 1.0, 2.0 + i) for i in range(3)]
     changed = [*buckets[:2], buckets[2]._replace(perplexity=9.0)]
     pictures = {drawn(plot_perplexity, a, b, 3.0) for a in (buckets, changed) for b in (buckets, changed, [])}
     assert len(pictures) == 6
-    maps = {drawn(plot_gate_map, GateMap([0, 1], torch.full((2, heads), x))) for heads in (4, 20) for x in (0.2, 0.9)}
+    maps = {drawn(plot_gates, torch.full((2, heads), x), [0, 1]) for heads in (4, 20) for x in (0.2, 0.9)}
     assert len(maps) == 4
-    assert [spoken(n) for n in (300, 1024, 32768, 2**20, 1500)] == ["300", "1K", "32K", "1M", "1,500"]
+    assert [format_length(n) for n in (300, 1024, 32768, 2**20, 1500)] == ["300", "1K", "32K", "1M", "1,500"]
 
 
 def test_a_tokenizer_is_never_guessed(folder: Path, tmp_path: Path, pretrained: PretrainedTokenizer) -> None:
@@ -638,8 +651,11 @@ def test_models_are_loaded_as_asked(folder: Path) -> None:
         ),
         (["passkey", "{plain}", *BYTES, "--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16"),
         (["passkey", "{plain}", "--device", "abacus"], "--device must be one that PyTorch can use here"),
-        (["passkey", "{plain}", *BYTES, "--lengths", "1K,x"], "--lengths must be numbers of tokens with commas"),
-        (["passkey", "{plain}", *BYTES, "--lengths", ","], "--lengths must name at least one, got none"),
+        (["passkey", "{plain}", *BYTES, "--lengths", "1K,x"], "--lengths must be numbers from 1 on with commas"),
+        (
+            ["passkey", "{plain}", *BYTES, "--lengths", ","],
+            "--lengths must be numbers from 1 on with commas, as 4096,32K,1M, got ','",
+        ),
         (["passkey", "{plain}", *BYTES, "--lengths", "100"], "--lengths must be at least 2"),
         (["passkey", "{plain}", *BYTES, "--lengths", "699"], "--lengths must be at most the 700 positions of a model"),
         (["passkey", "{plain}", *BYTES, "--depths", "0,1.5"], "--depths must be start, middle, end or shares from 0"),
@@ -686,9 +702,9 @@ def test_bar_follows_a_run(folder: Path, tmp_path: Path) -> None:
     """What a terminal shows: all tokens, to the end."""
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     source = Source(str(folder / "converted"), "bytes", device="cpu")
-    with evaluate._Bar(console, "passkey") as bar:
+    with Reading(console, "passkey") as bar:
         run_passkey(source, Grid((300,), (0.0, 1.0), samples=2), tmp_path, bar)
-        task = bar.progress.tasks[0]
+        task = bar.bars.tasks[0]
     assert (task.completed, task.total) == (1200, 1200)
     assert "% right" in console.file.getvalue()
     listener = Quiet()

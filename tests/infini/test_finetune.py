@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
-commands = pytest.importorskip("segattn.cli.demo")
+commands = pytest.importorskip("segattn.cli.main")
 
 from models import make
 from rich.console import Console
@@ -478,9 +478,9 @@ def test_rows_that_read_no_memory_are_warned_of(settings: TrainSettings, tmp_pat
 
 def test_bar_follows_a_run(settings: TrainSettings, tmp_path: Path, alone: None) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with command._Bar(console) as bar:
+    with command.Steps(console) as bar:
         run(settings, tmp_path, bar)
-        assert bar.progress.tasks[0].finished
+        assert bar.bars.tasks[0].finished
     assert "gates 0." in console.file.getvalue()
 
 
@@ -496,14 +496,14 @@ def test_command_writes_a_model_and_goes_on(folder: Path, tmp_path: Path, monkey
     for path in Outputs.of(tmp_path / "whole"):
         assert str(path) in result.stdout
         assert path.exists()
-    trained = command._Lines.trained
+    trained = command.Steps.trained
 
     def interrupt(self: Any, step: int, steps: int, figures: Mapping[str, Any]) -> None:
         trained(self, step, steps, figures)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command._Lines, "trained", interrupt)
+        patch.setattr(command.Steps, "trained", interrupt)
         result = CliRunner().invoke(commands.app, arguments(folder, tmp_path / "part"))
     again = f"segattn finetune --resume --out {tmp_path / 'part'}"
     assert result.exit_code == 130

@@ -29,8 +29,8 @@ from forks import fork
 from models import make, open_gates, tokens
 
 import segattn
-from segattn.cli.demo import app
 from segattn.cli.finetune import finetune
+from segattn.cli.main import app
 from segattn.infini.evaluate.loading import ByteTokenizer
 from segattn.infini.sharding import shard_batch
 from segattn.infini.train import checkpoints, stream

@@ -225,7 +225,7 @@ def test_a_cache_is_read_and_written_in_any_mode(kind: str, made: int) -> None:
             model(ids[:, :2], past_key_values=cache)
         for time in range(2, ids.shape[1]):
             # three tokens in each mode, so that each writes where another has been
-            with MODES[time // 3 % len(MODES)]():
+            with MODES[(made + time // 3) % len(MODES)]():
                 parts.append(model(ids[:, time : time + 1], past_key_values=cache).logits.float())
     # that of autocast
     assert error(torch.cat(parts, 1), whole[:, 2:]) < 0.02

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,14 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
+import ranks
+from forks import fork
 from models import NAMES, converted, make, tokens
 from sharding import HALF
 
 import segattn
 
 L = 16
-HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 def training(name: str = "llama") -> Any:
@@ -140,11 +139,8 @@ def test_accelerate_trains_the_gates() -> None:
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     """Train with DDP on texts of one segment, and with FSDP2 on longer ones, whose gates the first rank then saves."""
-    command = [sys.executable, str(HELPERS / "ranks.py")]
-    ranks = [subprocess.Popen([*command, str(rank), "2", str(tmp_path)], stderr=subprocess.PIPE) for rank in range(2)]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=240)
-        assert rank.returncode == 0, errors.decode()[-3000:]
+    for rank in fork(2, ranks.train, 2, str(tmp_path), folder=tmp_path, timeout=600):
+        assert rank.code == 0, rank.said[-3000:]
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     for step in range(3):
         assert_equal_gradients(results[f"ddp {step}"], gradients(training(), tokens(2, L - 3, step)))

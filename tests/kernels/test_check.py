@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from segattn.kernels.backends import BACKENDS
+from segattn.kernels import attention
 from segattn.kernels.check import check
-from segattn.kernels.check.calls import TABLE, Call, calls_of, evaluate, spread, tensors
-from segattn.kernels.check.check import GATES, CheckReport, OptionError, Row, run_check
+from segattn.kernels.check.calls import Call, evaluate, gate_gradient_size, tensors
+from segattn.kernels.check.check import OptionError, run_check
+from segattn.kernels.check.gates import GATES, judge
+from segattn.kernels.check.report import CheckReport, Row
+from segattn.kernels.check.table import TABLE, calls_of
 from segattn.kernels.state import MemoryState, SegmentOutput
 
-commands = pytest.importorskip("segattn.cli.demo")
+commands = pytest.importorskip("segattn.cli.main")
 from rich.console import Console
 from typer.testing import CliRunner, Result
+
+from segattn.cli.check import Comparisons
 
 CPU = torch.device("cpu")
 FEW = {name: call for name, call in calls_of("small").items() if name in ("rows", "packed", "local")}
@@ -31,8 +33,8 @@ FEW = {name: call for name, call in calls_of("small").items() if name in ("rows"
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[SegmentOutput], SegmentOutput]) -> None:
     """A torch backend whose results pass through `change`, and a table of few calls."""
-    right = BACKENDS["torch"]
-    monkeypatch.setitem(BACKENDS, "torch", lambda *arguments: change(right(*arguments)))
+    right = attention.torch_attention
+    monkeypatch.setattr(attention, "torch_attention", lambda *arguments: change(right(*arguments)))
     monkeypatch.setattr(check, "calls_of", lambda size: FEW)
 
 
@@ -167,7 +169,7 @@ def test_missing_and_misshapen_outputs_fail(monkeypatch: pytest.MonkeyPatch) -> 
 def test_errors_are_judged_by_gate_and_baseline(
     output: str, error: float, baseline: float | None, expected: list[str]
 ) -> None:
-    assert check.judge(output, error, "bfloat16", FEW["rows"], baseline) == expected
+    assert judge(output, error, "bfloat16", FEW["rows"], baseline) == expected
 
 
 def test_gates_depend_on_the_rule() -> None:
@@ -192,27 +194,29 @@ def test_both_sizes_hold_calls_of_every_kind() -> None:
             "softcap": {None, 5.0},
         }.items():
             assert {getattr(call, option) for call in calls.values()} == values
-        for option in ("cu_seqlens", "spans", "num_read", "num_write", "asked", "remembered"):
+        for option in ("cu_seqlens", "spans", "num_read", "num_write", "with_state"):
             assert len({bool(getattr(call, option)) for call in calls.values()}) == 2
-        assert any(call.T % call.L for call in calls.values())
-        assert any(call.T % call.L == 0 for call in calls.values())
+        assert {call.Tq < call.Tk for call in calls.values()} == {True, False}
+        assert len({call.remembered for call in calls.values()}) == 2
+        assert any(call.Tk % call.segment_len for call in calls.values())
+        assert any(call.Tk % call.segment_len == 0 for call in calls.values())
         assert len({call.H // call.G for call in calls.values()}) > 1
     assert {16, 24, 64, 80, 96, 128, 192, 256} <= {width for call in full.values() for width in (call.K, call.V)}
     assert {call.H // call.G for call in full.values()} == {1, 2, 4, 8}
 
 
-def test_the_spread_is_what_the_gates_gradient_has_on_average() -> None:
+def test_the_size_of_the_gates_gradient_is_what_it_is_on_average() -> None:
     """Over random directions, the square of the gate's gradient is the sum of its terms' squares."""
-    call = Call(B=1, H=64, G=64, T=40, K=16, V=16, L=8, remembered=40)
+    call = Call(B=1, H=64, G=64, Tq=40, Tk=40, K=16, V=16, segment_len=8, remembered=40)
     made = {name: x.double() for name, x in tensors(call, torch.float32, CPU).items()}
     expected = evaluate(call, made, "reference")
-    assert spread(call, made, expected["out"]) == pytest.approx(float(expected["dgate"].norm()), rel=0.2)
+    assert gate_gradient_size(call, made, expected["out"]) == pytest.approx(float(expected["dgate"].norm()), rel=0.2)
 
 
 def test_tensors_are_those_of_the_call() -> None:
     call = calls_of("small")["token major"]
     made = tensors(call, torch.float16, CPU)
-    assert made["q"].stride() == (call.T * call.H * call.K, call.K, call.H * call.K, 1)
+    assert made["q"].stride() == (call.Tk * call.H * call.K, call.K, call.H * call.K, 1)
     assert made["q"].dtype == torch.float16
     assert made["normalizer"].dtype == torch.float32
     plain = tensors(calls_of("small")["rows"], torch.float16, CPU)
@@ -269,21 +273,16 @@ def test_ctrl_c_stops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_bar_follows_a_check() -> None:
     console = Console(force_terminal=True, width=120, quiet=True)
-    with commands._Bar(console) as bar:
+    with Comparisons(console) as bar:
         run_check("cpu", ["torch"], ["float32"], FEW, bar.compared)
-        (task,) = bar.progress.tasks
+        (task,) = bar.bars.tasks
         assert (task.completed, task.total) == (len(FEW), len(FEW))
         assert task.fields["note"] == "float32, local"
 
 
-def test_the_kernels_are_checked_where_they_are_interpreted() -> None:
+def test_the_kernels_are_checked_where_they_run(device: torch.device) -> None:
+    """On a GPU, or interpreted."""
     pytest.importorskip("triton")
-    code = (
-        "from segattn.kernels.check.check import run_check; from segattn.kernels.check.calls import calls_of;"
-        "report = run_check('cpu', dtypes=['float32'], calls={'one token': calls_of('small')['one token']});"
-        "assert {row.backend for row in report.rows} == {'torch', 'triton'}, report;"
-        "assert not report.failures, report.failures"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    report = run_check(device, dtypes=["float32"], calls={"one token": calls_of("small")["one token"]})
+    assert {row.backend for row in report.rows} == {"torch", "triton"}
+    assert report.failures == []

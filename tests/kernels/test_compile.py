@@ -9,11 +9,12 @@ import pytest
 import torch
 from calls import KINDS, Call, apply, error, for_kernels, gradients, tensors, worst
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 from segattn import MemoryState, memory_read, memory_write, segment_attention
 from segattn.kernels.sequences import checked_bounds
+from segattn.kernels.state import Options
 from segattn.kernels.torch.memory import fold_segments, fold_segments_backward, read_and_blend, read_and_blend_backward
+from segattn.kernels.triton.ops import Inputs
 
 F, G, H, L, K, V, N = 3, 2, 4, 5, 4, 6, 2
 
@@ -67,65 +68,63 @@ def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, .
     Where A is kept, every segment is whole: A of an unfinished one is never read nor written, and NaN equals nothing.
     """
     ops = torch.ops.segattn
-    options = (4, True, True, 0, 0, False, 0.25, None)
+    options = Options(4, "delta", True, 0, 0, "local", 0.25)
 
     def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
-    def arguments(gated: bool, dtype: torch.dtype = torch.float32, packed: bool = False, own: bool = True) -> list[Any]:
+    def inputs(gated: bool, dtype: torch.dtype = torch.float32, packed: bool = False, own: bool = True) -> Inputs:
         q, k, v = drawn(1, 2, 8, 16, dtype=dtype), drawn(1, 1, 8, 16, dtype=dtype), drawn(1, 1, 8, 24, dtype=dtype)
         bounds = torch.tensor([[0, 5], [5, 8]], device=device) if packed else None
         n = 2 if packed else 1
         if not gated:
-            return [q, k, v, None, None, None, None, None, bounds]
+            return Inputs(q, k, v, None, None, None, None, None, bounds)
         asked = (q.clone(), k.clone()) if own else (None, None)
-        return [q, k, v, *asked, drawn(2), drawn(n, 1, 16, 24), drawn(n, 1, 16).abs(), bounds]
+        return Inputs(q, k, v, *asked, drawn(2), drawn(n, 1, 16, 24), drawn(n, 1, 16).abs(), bounds)
 
-    def backward(given: list[Any], chosen: tuple[Any, ...] = options) -> tuple[Any, ...]:
-        *tokens, gate, _, _, bounds = given
-        out, memory, normalizer, *kept = ops.attend(*given, *chosen, True)
-        if gate is None:
-            return (*tokens, gate, out, *kept[1:], bounds, *chosen, drawn(*out.shape, dtype=out.dtype), None, None)
-        return (*tokens, gate, *kept, bounds, *chosen, drawn(*out.shape, dtype=out.dtype), memory, normalizer)
+    def backward(given: Inputs, chosen: Options = options) -> tuple[Any, ...]:
+        out, memory, normalizer, *saved = ops.attend(given, *chosen, True)
+        dout = drawn(*out.shape, dtype=out.dtype)
+        if given.gate is None:
+            return given, [out, *saved[1:]], *chosen, dout, []
+        return given, saved, *chosen, dout, [memory, normalizer]
 
-    major = arguments(True)
-    major[:5] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in major[:5]]
-    linear = (*options[:1], False, *options[2:])
-    q, k, v, memory_q, _, gate, memory, normalizer, _ = arguments(True)
+    major = inputs(True)
+    major = Inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in major[:5]), *major[5:])
+    linear = options._replace(update="linear")
+    q, k, v, memory_q, _, gate, memory, normalizer, _ = inputs(True)
     half = [x.bfloat16() for x in (q, k, v)]
     beta = torch.rand(1, 1, 8, device=device)
     lengths, counters = (torch.full((1,), n, dtype=torch.int32, device=device) for n in (5, 0))
-    _, _, *written = ops.write(k, v, beta, memory, normalizer, True, True, False)
-    _, _, *plain = ops.write(half[1], half[2], None, memory, normalizer, False, False, True)
     state = memory, normalizer
+    _, _, *written = ops.write(k, v, beta, *state, "delta", True, False)
+    _, _, *plain = ops.write(half[1], half[2], None, *state, "linear", False, True)
+    step = Inputs(q[:, :, :1], k, v, None, None, gate, *state, None)
+    asked = step._replace(memory_q=memory_q[:, :, :1])
+    local = Inputs(half[0][:, :, :2], *half[1:], *[None] * 6)
+    gated, seen_by_all = options._replace(empty_memory="gated", softcap=1.5), options._replace(causal=False)
     return {
-        "attend": (ops.attend, (*arguments(True), *options, True)),
-        "attend without a backward": (ops.attend, (*arguments(True, own=False), *options, False)),
-        "attend linear half": (ops.attend, (*arguments(True, torch.bfloat16), *linear, True)),
-        "attend packed": (ops.attend, (*arguments(True, packed=True), *options, False)),
-        "attend local": (ops.attend, (*arguments(False), *options, True)),
-        "attend token major": (ops.attend, (*major, *options, True)),
-        "attend backward": (ops.attend_backward, backward(arguments(True))),
-        "attend backward half": (ops.attend_backward, backward(arguments(True, torch.float16, own=False), linear)),
-        "attend backward packed": (ops.attend_backward, backward(arguments(True, packed=True))),
-        "attend backward local": (ops.attend_backward, backward(arguments(False))),
+        "attend": (ops.attend, (inputs(True), *options, True)),
+        "attend without a backward": (ops.attend, (inputs(True, own=False), *options, False)),
+        "attend linear half": (ops.attend, (inputs(True, torch.bfloat16), *linear, True)),
+        "attend packed": (ops.attend, (inputs(True, packed=True), *options, False)),
+        "attend local": (ops.attend, (inputs(False), *options, True)),
+        "attend token major": (ops.attend, (major, *options, True)),
+        "attend backward": (ops.attend_backward, backward(inputs(True))),
+        "attend backward half": (ops.attend_backward, backward(inputs(True, torch.float16, own=False), linear)),
+        "attend backward packed": (ops.attend_backward, backward(inputs(True, packed=True))),
+        "attend backward local": (ops.attend_backward, backward(inputs(False))),
         "attend backward token major": (ops.attend_backward, backward(major)),
-        "decode": (ops.decode, (q[:, :, :1], k, v, None, gate, *state, None, None, True, False, 0.25, None)),
-        "decode into counters": (
-            ops.decode,
-            (q[:, :, :1], k, v, memory_q[:, :, :1], gate, *state, lengths, counters, True, True, 0.25, 1.5),
-        ),
-        "decode local half": (
-            ops.decode,
-            (half[0][:, :, :2], *half[1:], None, None, None, None, lengths, None, False, False, 0.25, None),
-        ),
-        "read": (ops.read, (q, memory, normalizer, True)),
-        "read mapped half": (ops.read, (half[0], memory, normalizer, False)),
-        "read backward": (ops.read_backward, (q, memory, normalizer, True, drawn(1, 2, 8, 24))),
-        "write": (ops.write, (k, v, beta, memory, normalizer, True, True, False)),
-        "write half linear": (ops.write, (*half[1:], None, memory, normalizer, False, False, True)),
-        "write backward": (ops.write_backward, (k, v, beta, *written, False, *state)),
-        "write backward half linear": (ops.write_backward, (*half[1:], None, *plain, True, *state)),
+        "decode": (ops.decode, (step, *options, None, None)),
+        "decode into counters": (ops.decode, (asked, *gated, lengths, counters)),
+        "decode local half": (ops.decode, (local, *seen_by_all, lengths, None)),
+        "read": (ops.read, (q, *state, True)),
+        "read mapped half": (ops.read, (half[0], *state, False)),
+        "read backward": (ops.read_backward, (q, *state, True, drawn(1, 2, 8, 24))),
+        "write": (ops.write, (k, v, beta, *state, "delta", True, False)),
+        "write half linear": (ops.write, (*half[1:], None, *state, "linear", False, True)),
+        "write backward": (ops.write_backward, (k, v, beta, written, False, [*state])),
+        "write backward half linear": (ops.write_backward, (*half[1:], None, plain, True, [*state])),
     }
 
 
@@ -197,30 +196,6 @@ def test_memory_functions_compile() -> None:
 
     q, k, v = torch.randn(1, 4, 3, 6), torch.randn(1, 2, 3, 6), torch.randn(1, 2, 3, 5)
     assert error(torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v), run(q, k, v)) < 1e-6
-
-
-def test_autocast_computes_in_its_dtype_and_keeps_the_state(device: torch.device) -> None:
-    call = Call(Tq=20, Tk=20, own_memory_inputs=False)
-    made = tensors(call, torch.float32, device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        outputs = apply(call, made, "torch")
-        grads = gradients(outputs, made)
-    low = {key: x.detach().bfloat16().requires_grad_() if key in "qkv" else x for key, x in made.items()}
-    expected = apply(call, low, "torch")
-    assert outputs["out"].dtype == torch.bfloat16
-    assert outputs["memory"].dtype == torch.float32
-    for key, value in (expected | gradients(expected, low)).items():
-        assert torch.equal((outputs | grads)[key], value.to((outputs | grads)[key].dtype)), key
-
-
-@pytest.mark.parametrize("name", ["rows", "local"])
-def test_a_second_derivative_is_refused(name: str) -> None:
-    call = KINDS[name]
-    made = tensors(call, torch.float64)
-    out = apply(call, made)["out"]
-    (first,) = torch.autograd.grad(out.square().sum(), made["memory_k" if call.gated else "k"], create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative" if call.gated else "derivative for aten"):
-        first.square().sum().backward()
 
 
 def test_inference_reuses_no_input() -> None:
@@ -332,45 +307,6 @@ def test_the_kernels_compile_with_one_tensor_for_all(device: torch.device) -> No
     assert torch.equal(out, expected)
     (found,), (wanted,) = (torch.autograd.grad(y.square().sum(), x) for y in (out, expected))
     assert error(found, wanted) < 1e-6
-
-
-def test_the_kernels_under_autocast(device: torch.device) -> None:
-    call = Call(B=1, H=2, G=1, Tq=10, Tk=10, K=16, V=16, own_memory_inputs=False)
-    made = tensors(call, torch.float32, device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        outputs = apply(call, made, "triton")
-        grads = gradients(outputs, made)
-    low = {key: x.detach().bfloat16().requires_grad_() if key in "qkv" else x for key, x in made.items()}
-    expected = apply(call, low, "triton")
-    assert outputs["out"].dtype == torch.bfloat16
-    assert outputs["memory"].dtype == torch.float32
-    for key, value in (expected | gradients(expected, low)).items():
-        assert torch.equal((outputs | grads)[key], value.to((outputs | grads)[key].dtype)), key
-
-
-@pytest.mark.parametrize("gated", [True, False])
-def test_a_second_derivative_of_the_kernels_is_refused(gated: bool, device: torch.device) -> None:
-    call = Call(B=1, H=2, G=1, Tq=6, Tk=6, K=16, V=16, gated=gated)
-    made = tensors(call, torch.float32, device)
-    out = apply(call, made, "triton")["out"]
-    (first,) = torch.autograd.grad(out.square().sum(), made["k"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|second derivative"):
-        first.square().sum().backward()
-
-
-def test_checkpointing_the_kernels_changes_nothing(device: torch.device) -> None:
-    call = Call(B=1, H=2, G=1, Tq=12, Tk=12, K=16, V=16)
-    made = tensors(call, torch.float32, device)
-
-    def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(apply(call, dict(zip(made, values, strict=True)), "triton").values())
-
-    names = ("out", "memory", "normalizer")
-    plain = dict(zip(names, run(*made.values()), strict=True))
-    replayed = dict(zip(names, checkpoint(run, *made.values(), use_reentrant=False), strict=True))
-    expected = gradients(plain, made)
-    for name, value in gradients(replayed, made).items():
-        assert torch.equal(value, expected[name]), name
 
 
 def test_states_of_the_kernels_carry_gradients(device: torch.device) -> None:

@@ -9,7 +9,7 @@ import pytest
 import sequence_ranks as ranks
 import torch
 import torch.nn.functional as F
-from calls import GATES, apply, error, tensors, worst
+from calls import GATES, apply, error, everything, golden, tensors, worst
 from forks import fork
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,20 +36,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks.SIZE)]
 
 
-def outputs_and_gradients(call: Any, made: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of one process."""
-    outputs = apply(call, made)
-    directions = ranks.projections(outputs).values()
-    loss = sum((x * direction).sum() for x, direction in zip(outputs.values(), directions, strict=True))
-    found = torch.autograd.grad(loss, list(made.values()), allow_unused=True)
-    grads = {f"d{n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(made.items(), found, strict=True)}
-    return {name: x.detach() for name, x in outputs.items()} | grads
-
-
 def whole(call: Any, runs: tuple[int, ...]) -> dict[str, Tensor]:
     """Of all runs, in float64."""
     call = ranks.spread(call, runs)
-    return outputs_and_gradients(call, tensors(call, torch.float64))
+    return everything(call, None, torch.float64)
 
 
 def together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -87,7 +77,7 @@ def test_the_state_after_may_be_left_out(seen, update, size):
     call = ranks.spread(ranks.CASES[update], runs)
     made = tensors(call, torch.float64)
     out = apply(call, made)["out"]
-    found = torch.autograd.grad((out * ranks.projections({"out": out})["out"]).sum(), list(made.values()))
+    found = torch.autograd.grad((out * ranks.directions({"out": out})["out"]).sum(), list(made.values()))
     expected = {f"d{name}": grad for name, grad in zip(made, found, strict=True)} | {"out": out.detach()}
     parts = [seen[rank][f"no state after, {update}, {size}"] for rank in range(size)]
     close(together(parts), expected)
@@ -145,9 +135,7 @@ def test_ranks_are_as_exact_in_every_dtype(seen, name):
     dtype = getattr(torch, name)
     call = ranks.spread(ranks.CASES["delta"], ranks.RUNS[4])
     values = together([seen[rank][name] for rank in range(4)])
-    # the reference on the values that the dtype holds
-    made = {n: x.detach().double().requires_grad_() for n, x in tensors(call, dtype).items()}
-    expected = outputs_and_gradients(call, made)
+    expected = golden(call, dtype)
     forward, _, gradients = GATES[dtype]
     for key in values:
         assert error(values[key], expected[key]) < (gradients if key.startswith("d") else forward), key
@@ -481,12 +469,11 @@ def test_accelerates_own_parallelism_is_refused(monkeypatch, name):
 
 def test_a_rank_that_does_not_answer_or_dies_ends_the_others(seen):
     for rank in range(ranks.SIZE - 1):
-        said, seconds = seen[rank]["faults"]["stopped"]
-        assert said.startswith("RuntimeError")
-        assert seconds < 2 * ranks.PATIENCE
-        said, seconds = seen[rank]["faults"]["killed"]
-        assert said.startswith("RuntimeError")
-        assert seconds < 2 * ranks.PATIENCE
+        for fault in ("stopped", "killed"):
+            said, seconds = seen[rank]["faults"][fault]
+            assert said.startswith("RuntimeError")
+            # by the groups' own patience of seconds, also on a busy machine; the process group's is 120
+            assert seconds < 60
 
 
 def test_runs_are_whole_segments_as_even_as_they_come():

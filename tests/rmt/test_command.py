@@ -1,4 +1,4 @@
-"""Tests of what `segattn rmt` shows of a run, on a terminal and in a file, and says when Ctrl-C comes early."""
+"""What `segattn rmt` shows of a run, on a terminal and in a file, and what it says when Ctrl-C comes early."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-commands = pytest.importorskip("segattn.cli.demo")
+commands = pytest.importorskip("segattn.cli.main")
 from rich.console import Console
 from typer.testing import CliRunner
 
-from segattn.cli import rmt as recurrence
-from segattn.cli import rmt_progress as recurrence_screen
+from segattn.cli import rmt as command
+from segattn.cli import shell
 from segattn.rmt.runs import attention_maps, evaluation, plots, training
 from segattn.rmt.runs.curriculum import Stage, Step
 from segattn.rmt.runs.plots import Panel
@@ -31,7 +31,7 @@ TRAIN = ["detect", *SMALL, "--test-samples", "7", "--steps", "50", "--threshold"
 
 @pytest.fixture(scope="module", autouse=True)
 def little_text() -> Iterator[None]:
-    """Generate less text, since every run generates it again."""
+    """Less generated text, since every run makes it again."""
     with pytest.MonkeyPatch.context() as patch:
         text = generate_text(6000, seed=0)
         patch.setattr(tasks, "generate_text", lambda words, seed: text)
@@ -40,7 +40,7 @@ def little_text() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Return the folder of a run with short segments, and the lines that it printed."""
+    """The folder of a run with short segments, and the lines that it showed."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     stages = ["--short", "17", "--short-segments", "2", "--segments", "1,2", "--anneal", "50"]
     result = invoke("train", *TRAIN, *stages, "--out", str(folder))
@@ -61,7 +61,7 @@ def terminal() -> Console:
 
 
 def shown(call: Callable[[Console], None], width: int = 80) -> list[str]:
-    """Return the lines that a command prints into a file."""
+    """Lines in a file, as the commands print them."""
     console = Console(file=io.StringIO(), width=width, soft_wrap=True, highlight=False)
     call(console)
     written: Any = console.file
@@ -74,18 +74,18 @@ def test_a_run_killed_in_a_stages_test_goes_on_on_a_terminal(tmp_path: Path, mon
         # the checkpoint of step 50 is written, and the stage's test is not done
         patch.setattr(training, "count_right", pressed)
         assert invoke(*given).exit_code == 130
-    made: list[recurrence_screen.Stages] = []
+    made: list[command.Stages] = []
 
-    class Seen(recurrence_screen.Stages):
+    class Seen(command.Stages):
         def __init__(self, console: Console) -> None:
             super().__init__(console)
             made.append(self)
 
-    monkeypatch.setattr(recurrence, "Stages", Seen)
-    monkeypatch.setattr(recurrence, "Console", lambda **options: terminal())
+    monkeypatch.setattr(command, "Stages", Seen)
+    monkeypatch.setattr(shell, "Console", lambda **options: terminal())
     result = invoke("train", "--resume", "--out", str(tmp_path))
     assert result.exit_code == 0, result.exception
-    bars = [(task.description, task.completed, task.total, task.fields["note"]) for task in made[0].progress.tasks]
+    bars = [(task.description, task.completed, task.total, task.fields["note"]) for task in made[0].bars.tasks]
     stages = json.loads((tmp_path / "figures.json").read_text())["stages"]
     notes = [f"test {100 * stage['test_accuracy']:.1f} %" for stage in stages]
     assert bars == [("19 tokens", 50, 50, notes[0]), ("2 × 19 tokens", 50, 50, notes[1])]
@@ -94,30 +94,31 @@ def test_a_run_killed_in_a_stages_test_goes_on_on_a_terminal(tmp_path: Path, mon
 def test_a_stage_closes_no_other_stages_bar() -> None:
     step = Step(34, 0.5, 0.25, 0.25)
     stage = Stage(34, 2, 17, 40, 1e-3, 0.9)
-    figures = {"segments": 2, "tokens": 34, "segment_len": 17, "annealed": False, "steps": 11, "test_accuracy": 0.5}
-    with recurrence_screen.Stages(terminal()) as bars:
+    figures = {"segments": 2, "tokens": 34, "segment_len": 17, "annealed": False, "steps": 11}
+    figures |= {"seconds": 1.0, "test_accuracy": 0.5}
+    with command.Stages(terminal()) as bars:
         bars.trained(stage, 11, step)
         # killed in the test of another one
         bars.finished(figures | {"segment_len": 19, "tokens": 38, "steps": 7})
-        assert [(task.completed, task.total) for task in bars.progress.tasks] == [(11, 40), (7, 7)]
+        assert [(task.completed, task.total) for task in bars.bars.tasks] == [(11, 40), (7, 7)]
         bars.finished(figures)
-        assert [(task.completed, task.total) for task in bars.progress.tasks] == [(11, 11), (7, 7)]
+        assert [(task.completed, task.total) for task in bars.bars.tasks] == [(11, 11), (7, 7)]
         # one just like it has a bar of its own
         bars.trained(stage, 3, step)
-        assert [(task.completed, task.total) for task in bars.progress.tasks] == [(11, 11), (7, 7), (3, 40)]
+        assert [(task.completed, task.total) for task in bars.bars.tasks] == [(11, 11), (7, 7), (3, 40)]
 
 
 def test_losses_shown_are_of_batches_as_long_as_the_stage_says() -> None:
     stage = Stage(34, 2, 17, 100, 1e-3, 0.9)
     steps = [Step(34, 0.25, 1.0, 1.0) if done % 2 else Step(17, 0.125, 1.0, 1.0) for done in range(1, 51)]
-    with recurrence_screen.Stages(terminal()) as bars:
+    with command.Stages(terminal()) as bars:
         for done, step in enumerate(steps, 1):
             bars.trained(stage, done, step)
-        assert bars.progress.tasks[0].completed == 50
-        assert bars.progress.tasks[0].fields["note"] == "loss 0.250  right 100.0 %"
+        assert bars.bars.tasks[0].completed == 50
+        assert bars.bars.tasks[0].fields["note"] == "loss 0.250  right 100.0 %"
 
     def printed(console: Console) -> None:
-        lines = recurrence_screen.StageLines(console)
+        lines = command.Stages(console)
         for done, step in enumerate(steps, 1):
             lines.trained(stage, done, step)
 
@@ -137,24 +138,22 @@ def test_a_stage_has_one_name(trained: tuple[Path, list[str]]) -> None:
 def test_attention_tables_keep_every_digit(heads: int) -> None:
     shares = [[(layer * heads + head) / (6 * heads - 1) for head in range(heads)] for layer in range(6)]
     part = {"segment": 1, "what": "attention of the written memory that falls on facts", "share": shares, "even": 0.1}
-    lines = shown(lambda console: console.print(recurrence_screen.attention_tables({"parts": [part]})[0]))
+    lines = shown(lambda console: console.print(command.attention_tables({"parts": [part]})[0]))
     rows = [line.strip("│").replace("│", " ").split() for line in lines if line.startswith("│")]
-    assert rows == [[str(n + 1), *(f"{100 * share:.1f}" for share in row)] for n, row in enumerate(shares)]
+    assert rows == [[str(n), *(f"{100 * share:.1f}" for share in row)] for n, row in enumerate(shares)]
     assert rows[-1][-1] == "100.0"
     assert heads > 12 or max(map(len, lines)) <= 80
     assert "…" not in "".join(lines)
 
 
-def test_attention_pictures_of_many_heads_are_as_wide_as_a_screen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_pictures_of_many_heads_are_as_wide_as_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(plots.Figure, "savefig", lambda self, path, **options: drawn.append(self))
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path: drawn.append(figure))
 
     def size(layers: int, heads: int) -> list[float]:
         maps = np.full((layers, heads, 9, 9), 1 / 9)
         panels = [Panel(f"segment {n}", maps, [(1, 3)], [(4, 6)]) for n in (1, 3)]
-        plots.plot_attention(tmp_path / "picture.png", panels, "detect")
+        plots.plot_attention(Path("picture.png"), panels, "detect")
         return list(drawn[-1].bbox.size)
 
     width, height = size(6, 12)

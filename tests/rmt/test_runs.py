@@ -18,14 +18,15 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-commands = pytest.importorskip("segattn.cli.demo")
+commands = pytest.importorskip("segattn.cli.main")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from segattn.cli import rmt_progress as recurrence_screen
+from segattn.cli import rmt as command
+from segattn.cli.progress import Reading
 from segattn.rmt.runs import attention_maps, published
 from segattn.rmt.runs.attention_maps import Sample, attention_of, find_facts, run_attention, sentences_of
 from segattn.rmt.runs.curriculum import WINDOW, Recipe, Stage, Step, Trainer
@@ -697,7 +698,7 @@ def test_commands_show_what_they_write(tmp_path: Path, monkeypatch: pytest.Monke
     figures = json.loads((tmp_path / "run" / "attention.json").read_text())
     shown = [line.replace("│", " ").split() for line in result.stdout.splitlines() if line.startswith("│")]
     assert shown == [
-        [str(layer + 1), *(f"{100 * share:.1f}" for share in heads)]
+        [str(layer), *(f"{100 * share:.1f}" for share in heads)]
         for part in figures["parts"]
         for layer, heads in enumerate(part["share"])
     ]
@@ -795,6 +796,19 @@ def test_attention_is_of_runs_with_facts_and_a_memory_that_is_seen(tmp_path: Pat
         run_attention(tmp_path, Sample())
 
 
+@pytest.mark.parametrize("arguments", [["evaluate", "DEMO"], ["attention", "DEMO"], ["train", "--start", "DEMO"]])
+def test_the_folder_of_another_command_is_named(arguments: list[str], tmp_path: Path) -> None:
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    (demo / "figures.json").write_text(json.dumps({"settings": {"text": None, "steps": 2, "update": "delta"}}))
+    result = invoke(*(str(demo) if x == "DEMO" else x for x in arguments), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    name = "--start" if arguments[0] == "train" else "FOLDER"
+    problem = f"must be one that segattn rmt train wrote, got '{demo}' (its figures.json is of another command, or of"
+    assert result.stderr.startswith(f"segattn rmt {arguments[0]}: {name} {problem}")
+    assert result.stderr.count("\n") == 1
+
+
 def test_weights_of_another_run_are_not_loaded(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(tiny, folder)
@@ -808,14 +822,14 @@ def test_weights_of_another_run_are_not_loaded(tiny: Path, tmp_path: Path) -> No
 def test_bars_follow_a_run(tmp_path: Path) -> None:
     """Check that a terminal shows a bar for each stage, and one for all that is read, to their ends."""
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with recurrence_screen.Stages(console) as bars:
+    with command.Stages(console) as bars:
         figures = run_training(replace(TINY, anneal=3), tmp_path, bars)
-        described = [(task.description, task.total) for task in bars.progress.tasks]
+        described = [(task.description, task.total) for task in bars.bars.tasks]
         assert described == [("19 tokens", 5), ("2 × 19 tokens", 5), ("2 × 19 tokens annealed", 3)]
-        assert all(task.finished for task in bars.progress.tasks)
+        assert all(task.finished for task in bars.bars.tasks)
         notes = [f"test {100 * stage['test_accuracy']:.1f} %" for stage in figures["stages"]]
-        assert [task.fields["note"] for task in bars.progress.tasks] == notes
-    with recurrence_screen.Lengths(console) as bar:
+        assert [task.fields["note"] for task in bars.bars.tasks] == notes
+    with Reading(console, "evaluate", command.describe_length) as bar:
         run_evaluation(tmp_path, Grid((1, 4), (5,), (2,)), bar, device="cpu")
-        (task,) = bar.progress.tasks
+        (task,) = bar.bars.tasks
         assert task.total == task.completed == 5 * (19 + 4 * 19)

@@ -1,8 +1,16 @@
-"""`python -m segattn.bench.baselines`."""
+"""`python -m segattn.bench.experiments.baselines`: the baselines of the papers in one harness."""
 
 import sys
 
-from .experiment import main
+from ...requirements import require
 
-if __name__ == "__main__":
-    sys.exit(main())
+
+def run() -> int:
+    """Check what is installed, and run the command."""
+    require("segattn.bench.experiments.baselines", "cli,hf", "rich", "matplotlib", "transformers")
+    from .experiment import main
+
+    return main()
+
+
+sys.exit(run())

@@ -34,7 +34,7 @@ PAPER = BaselineSetup(
 
 
 def formula_bytes(setup: BaselineSetup, name: str, length: int) -> int:
-    """Bytes in float32 kept of `length` tokens, whole segments: table 1 of arXiv 2404.07143.
+    """Return the float32 bytes kept of `length` tokens, whole segments: table 1 of arXiv 2404.07143.
 
     It counts for RMT 2 d p l, keys and values of p vectors in each layer, where p d are handed on.
     """
@@ -53,7 +53,7 @@ def formula_bytes(setup: BaselineSetup, name: str, length: int) -> int:
 
 
 def bytes_of(state: Any) -> int:
-    """Of a state's tensors, all of what is kept alive where a tensor is a part of something."""
+    """Return the bytes of a state's tensors; of a part of a tensor, the bytes of the whole that it keeps alive."""
     if isinstance(state, InfiniCache):
         tensors = [x for kept in state.states.values() if kept is not None for x in kept.tensors()]
     else:
@@ -69,7 +69,7 @@ def _tensors_in(state: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def counted_bytes(model: nn.Module, name: str, setup: BaselineSetup, lengths: Sequence[int]) -> dict[int, int]:
-    """Bytes of the state by length, as a model reads one text in pieces of a training row, or less at its end."""
+    """Return the bytes of the state by length, as a model reads one text in pieces of a training row, or less."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
     state, before, found = None, 0, {}
@@ -83,7 +83,7 @@ def counted_bytes(model: nn.Module, name: str, setup: BaselineSetup, lengths: Se
 
 
 def at_the_papers_sizes() -> list[dict[str, Any]]:
-    """Table 2 of arXiv 2404.07143: numbers kept by the formulas of its table 1, and counted in tensors of those shapes.
+    """Return table 2 of arXiv 2404.07143: by the formulas of its table 1, and counted in tensors of those shapes.
 
     fewer: how many times fewer than Memorizing Transformers'. printed, printed_fewer: in the paper, in millions.
     """
@@ -105,7 +105,7 @@ def at_the_papers_sizes() -> list[dict[str, Any]]:
 
 
 def _numbers_at(setup: BaselineSetup, name: str) -> int:
-    """In the state after a row, its tensors without content."""
+    """Return how many numbers the state holds after a row; its tensors have no content."""
     K, device = setup.width // setup.heads, "meta"
     state: Any
     if name == "linear":
@@ -124,5 +124,5 @@ def _numbers_at(setup: BaselineSetup, name: str) -> int:
 
 
 def parameters(model: nn.Module) -> int:
-    """Numbers that are trained."""
+    """Return how many numbers are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,9 +1,9 @@
 """The baselines of the papers in one harness: what each keeps of a text, and the perplexity that this buys.
 
-Seven small Llamas of bytes, trained from the same weights on the same windows, as in `book_experiment`. Each run is
-kept in the JSON as it ends, and is not run again:
+Seven small Llamas of bytes, trained from the same weights on the same windows, as in the experiment on a book. Each run
+is kept in the JSON as it ends, and is not run again:
 
-    python -m segattn.bench.baselines --text book.txt --out results
+    python -m segattn.bench.experiments.baselines --text book.txt --out results
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rich.table import Table
 
 from ....runs.figures import write_figures
 from ...report.experiments import spread
-from ..book_experiment import all_runs
-from ..book_setup import command
+from ..book.experiment import all_runs
+from ..harness import command
 from .counting import FORMULAS, at_the_papers_sizes, counted_bytes, formula_bytes, parameters
 from .models import BASELINES, BaselineSetup, build
-from .plots import plot_baselines
+from .plot import plot_baselines
 from .speed import speeds
 
 # a training row, and lengths that show what grows
@@ -34,14 +34,14 @@ NOTE = (
 )
 
 
-def experiment(setup: BaselineSetup, path: Path, out: Path) -> dict[str, Any]:
-    """Every run, count and time that `out` does not hold yet; a table of them is printed, and a picture drawn.
+def experiment(setup: BaselineSetup, text: Path, out: Path) -> dict[str, Any]:
+    """Perform every run, count and time that `out` does not hold yet, print a table of them, and draw a picture.
 
     Raises:
-        SettingError: the runs there are of another setup, or of another text, or the text is too short.
+        SettingError: The runs there are of another setup, or of another text, or the text is too short.
     """
     kept = out / "baselines.json"
-    figures = all_runs(setup, path, kept, tuple(BASELINES), build)
+    figures = all_runs(setup, text, kept, tuple(BASELINES), build)
     parts = {
         "kept": lambda: kept_by_all(setup),
         "papers": at_the_papers_sizes,
@@ -61,7 +61,7 @@ def experiment(setup: BaselineSetup, path: Path, out: Path) -> dict[str, Any]:
 
 
 def kept_by_all(setup: BaselineSetup) -> dict[str, Any]:
-    """By model: its parameters, and the bytes that it keeps of one text, by length."""
+    """Return, for each model, its parameters, and the bytes that it keeps of one text, by length."""
     found = {}
     for name in BASELINES:
         model = build(setup, name, 0)
@@ -76,7 +76,7 @@ def kept_by_all(setup: BaselineSetup) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> Table:
-    """A row for each model."""
+    """Return a table with a row for each model."""
     drawn = Table(title="Small models, equal steps")
     for column in ("", "parameters", *(f"kept at {n}, bytes" for n in LENGTHS)):
         drawn.add_column(column, justify="right" if column else "left")
@@ -93,7 +93,7 @@ def table(figures: dict[str, Any]) -> Table:
 
 
 def papers_table(figures: dict[str, Any]) -> Table:
-    """A row for each row of the paper's table 2."""
+    """Return a table with a row for each row of the paper's table 2."""
     drawn = Table(title="Numbers kept at the sizes of arXiv 2404.07143, millions (times fewer)", caption=NOTE)
     for column in ("", "table 1's formula", "by it", "counted", "printed"):
         drawn.add_column(column, justify="right" if column else "left")
@@ -109,5 +109,8 @@ def papers_table(figures: dict[str, Any]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status, as of `book_experiment`."""
-    return command(BaselineSetup, experiment, "baselines", (__doc__ or "").splitlines()[0], arguments)
+    """Run the command; return the exit status, as of `command`."""
+    about, book = (__doc__ or "").splitlines()[0], "a book, any encoding: it is read as bytes"
+    return command(
+        BaselineSetup, experiment, "baselines", about, arguments, text=book, out="folder of the figures and the picture"
+    )

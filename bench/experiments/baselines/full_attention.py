@@ -14,12 +14,12 @@ class FullAttention(Attention):
     """Causal softmax over the whole sequence: `segment_attention` with one segment as long as that is."""
 
     def attend(self, tokens: Tokens, state: Kept | None) -> Tensor:
-        """Of any number of tokens."""
+        """Return the attention [B, H, T, V] of any number of tokens."""
         q, k, v = tokens[:3]
         if state is not None:
             k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
         return segment_attention(q, k, v, segment_len=k.shape[2], scale=tokens.scale).out
 
     def keep(self, tokens: Tokens, state: Kept | None) -> Kept:
-        """All of them."""
+        """Return the keys and values of all tokens."""
         return (state or Kept.nothing(tokens.k, tokens.v)).after(tokens.k, tokens.v)

@@ -17,11 +17,11 @@ class Kept(NamedTuple):
 
     @classmethod
     def nothing(cls, k: Tensor, v: Tensor) -> Kept:
-        """Of no tokens, for keys and values like these."""
+        """Return the state of no tokens, for keys and values like these."""
         return cls(k[:, :, :0].detach(), v[:, :, :0].detach())
 
     def after(self, k: Tensor, v: Tensor, limit: int | None = None) -> Kept:
-        """With new tokens behind; of more than `limit` the oldest are dropped."""
+        """Return the state with new tokens behind; beyond `limit` the oldest are dropped."""
         joined = [torch.cat([held, new.detach()], 2) for held, new in zip(self, (k, v), strict=True)]
         length = joined[0].shape[2]
         first = 0 if limit is None else max(0, length - limit)
@@ -30,7 +30,7 @@ class Kept(NamedTuple):
 
 
 def before_segments(kept: Tensor, new: Tensor, width: int, segment_len: int) -> Tensor:
-    """[B, H, S, width, ·]: what stood in the `width` places before each segment of `new`, detached; 0 where nothing.
+    """Return the `width` places before each segment of `new`, [B, H, S, width, ·], detached; 0 where nothing stands.
 
     Args:
         kept: [B, H, C, ·] of the tokens before, C ≤ width.
@@ -41,5 +41,5 @@ def before_segments(kept: Tensor, new: Tensor, width: int, segment_len: int) -> 
 
 
 def numbers_before(kept: int, time: int, width: int, segment_len: int) -> Tensor:
-    """int64 [S]: how many of the `width` places before each segment hold a token."""
+    """Return how many of the `width` places before each segment hold a token, int64 [S]."""
     return (kept + torch.arange(0, time, segment_len)).clamp(max=width)

@@ -19,7 +19,7 @@ SCALE = 10.0
 
 
 class MemorizingState(NamedTuple):
-    """cache: as of Transformer-XL. stored: keys of length 1, not turned, and values, of the segments read."""
+    """The cache of Transformer-XL, and the store: keys of length 1, before rotary embedding, and values."""
 
     cache: Kept
     stored: Kept
@@ -49,7 +49,7 @@ class Memorizing(TransformerXL):
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(SCALE)))
 
     def attend(self, tokens: Tokens, state: Any) -> Tensor:
-        """[B, H, T, V], T a multiple of L."""
+        """Return the attention [B, H, T, V], T a multiple of L."""
         local = super().attend(tokens, None if state is None else state.cache)
         stored = Kept.nothing(tokens.k, tokens.v) if state is None else state.stored
         keys, values = (
@@ -64,7 +64,7 @@ class Memorizing(TransformerXL):
         return local + share * (recalled - local)
 
     def retrieve(self, queries: Tensor, keys: Tensor, values: Tensor, held: Tensor) -> Tensor:
-        """[B, H, S, L, V]: softmax over the nearest of the last held [S] of keys [B, H, S, M, K]."""
+        """Return [B, H, S, L, V]: softmax over the nearest of the last `held` [S] of keys [B, H, S, M, K]."""
         places = keys.shape[3]
         scores = queries @ keys.mT * self.log_scale.exp()[:, None, None, None]
         empty = torch.arange(places, device=held.device) < places - held[:, None]
@@ -74,7 +74,7 @@ class Memorizing(TransformerXL):
         return torch.zeros_like(scores).scatter(-1, indices, nearest.softmax(-1)) @ values
 
     def keep(self, tokens: Tokens, state: Any) -> Any:
-        """The last of both."""
+        """Return the last keys and values of the cache, and of the store."""
         cache = super().keep(tokens, None if state is None else state.cache)
         stored = Kept.nothing(tokens.k, tokens.v) if state is None else state.stored
         return MemorizingState(cache, stored.after(F.normalize(tokens.plain_k, dim=-1), tokens.v, self.stored))

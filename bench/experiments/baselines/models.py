@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 from ....infini.huggingface.cache import InfiniCache
 from ....infini.huggingface.conversion import convert
 from ....rmt.recurrent.memory import RecurrentMemory
-from ..book_experiment import build as build_llama
-from ..book_setup import Setup
+from ..book.experiment import build as build_llama
+from ..book.setup import Setup
 from .full_attention import FullAttention
 from .memorizing import Memorizing
 from .replacing import Attention, read, replace
@@ -23,7 +23,7 @@ from .transformer_xl import TransformerXL
 
 @dataclass(frozen=True)
 class BaselineSetup(Setup):
-    """Sizes and recipe of all, and what is particular to one.
+    """The sizes and the recipe of all models, and the sizes of some.
 
     cached: tokens in the caches of Transformer-XL and Memorizing Transformers.
     memory_tokens: of RMT.
@@ -46,14 +46,18 @@ class BaselineSetup(Setup):
 
 
 class Baseline(NamedTuple):
-    """build: an untrained model, given a seed. read: rows, and the state before → logits, and the state after."""
+    """One model that is compared.
+
+    build: From a setup and a seed to an untrained model.
+    read: From rows and the state before them to the logits and the state after.
+    """
 
     build: Callable[[BaselineSetup, int], nn.Module]
     read: Callable[[Any, Tensor, Any], tuple[Tensor, Any]]
 
 
 def build(setup: BaselineSetup, name: str, seed: int) -> nn.Module:
-    """An untrained model; of one seed all have the same weights where they have the same parameters."""
+    """Return an untrained model; of one seed all have the same weights where they have the same parameters."""
     return BASELINES[name].build(setup, seed)
 
 

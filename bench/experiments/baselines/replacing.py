@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
-from ....infini.huggingface.forward import bring_rotary
+from ....infini.huggingface.forward import begin_attention
 from ....infini.rotary import unrotate
 from ....rmt.recurrent.block_attention import no_mask
 
@@ -22,7 +22,7 @@ PASS = "segattn_pass"
 
 
 class Tokens(NamedTuple):
-    """Of one layer: q and k [B, H, T, K] turned by their positions in the sequence, v [B, H, T, V]."""
+    """The tokens of one layer: q and k [B, H, T, K] turned by their positions in the sequence, v [B, H, T, V]."""
 
     q: Tensor
     k: Tensor
@@ -32,29 +32,32 @@ class Tokens(NamedTuple):
 
     @property
     def plain_q(self) -> Tensor:
-        """Before rotary embedding."""
+        """Return q before rotary embedding."""
         return unrotate(self.q, *self.rotary)
 
     @property
     def plain_k(self) -> Tensor:
-        """Before rotary embedding."""
+        """Return k before rotary embedding."""
         return unrotate(self.k, *self.rotary)
 
 
 class Attention(nn.Module, ABC):
-    """What stands in for a layer's softmax over the whole sequence. Its state is a value; None: nothing was read."""
+    """A layer's attention in place of softmax over the whole sequence.
+
+    Its state is a value; None before the first token.
+    """
 
     @abstractmethod
     def attend(self, tokens: Tokens, state: Any) -> Tensor:
-        """[B, H, T, V] of whole segments."""
+        """Return the attention [B, H, T, V] of whole segments."""
 
     @abstractmethod
     def keep(self, tokens: Tokens, state: Any) -> Any:
-        """The state after them."""
+        """Return the state after the tokens."""
 
 
 class ReadState(NamedTuple):
-    """What was read: how many tokens, and the state of every layer."""
+    """The number of tokens read, and the state of every layer."""
 
     tokens: int
     layers: tuple[Any, ...]
@@ -62,7 +65,7 @@ class ReadState(NamedTuple):
 
 @dataclass(eq=False)
 class Pass:
-    """One pass over the layers: the states that they begin with, and those that they leave, by layer."""
+    """One pass over the layers, with the states before and after it, by layer."""
 
     before: tuple[Any, ...]
     after: dict[int, Any] = field(default_factory=dict)
@@ -80,7 +83,7 @@ def replaced_attention(
     segattn_pass: Pass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls attention: query, key and value [B, H, T, ·] → [B, T, H, V]."""
+    """Return a layer's attention as transformers calls it: query, key and value [B, H, T, ·] → [B, T, H, V]."""
     attention: Any = getattr(module, ATTRIBUTE)
     tokens = Tokens(query, key, value, scaling, segattn_rotary)
     state = None
@@ -98,12 +101,12 @@ def replace(model: LlamaForCausalLM, make: Callable[[int], Attention]) -> LlamaF
     model.set_attn_implementation(IMPLEMENTATION)
     for number, layer in enumerate(model.model.layers):
         setattr(layer.self_attn, ATTRIBUTE, make(number))
-        layer.self_attn.register_forward_pre_hook(bring_rotary, with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(begin_attention, with_kwargs=True)
     return model
 
 
 def read(model: nn.Module, rows: Tensor, state: ReadState | None) -> tuple[Tensor, ReadState]:
-    """Logits of rows int64 [B, T], whole segments that follow what the state has read, and the state after them."""
+    """Return the logits of rows int64 [B, T], whole segments behind those of the state, and the state after them."""
     layers: Any = model.model.layers  # type: ignore[union-attr]
     state = ReadState(0, (None,) * len(layers)) if state is None else state
     end = state.tokens + rows.shape[1]

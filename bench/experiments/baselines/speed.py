@@ -2,50 +2,54 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..book_experiment import nats
-from ..book_setup import made_by
+from ...speed.timing import Prepare, take_turns
+from ..book.experiment import nats
+from ..harness import made_by
 from .models import BaselineSetup, build
 
 ROUNDS = 15
+# rounds that are not counted
 WARM_UP = 2
 REFERENCE = "local"
 
 
 def speeds(setup: BaselineSetup, names: Iterable[str], rounds: int = ROUNDS) -> dict[str, Any]:
-    """Of a training step's forward and backward pass, and of reading without gradients: medians over the rounds."""
+    """Return the speeds of a training step's two passes, and of reading without gradients: medians over the rounds."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(256, (setup.batch, setup.row + 1), generator=generator)
     models = {name: build(setup, name, 0) for name in names}
+    count = WARM_UP + rounds
     found = {}
     for kind, act in (("train", _train), ("evaluate", _evaluate)):
-        turns = [{name: _seconds(act, model, rows) for name, model in models.items()} for _ in range(WARM_UP + rounds)]
-        found[kind] = _medians(turns[WARM_UP:], setup.batch * setup.row)
+        prepares = {name: _prepared(act, model, rows) for name, model in models.items()}
+        times = take_turns(prepares, torch.device("cpu"), seconds=math.inf, rounds=(count, count), warm_up=False)
+        counted = {name: [x / 1e3 for x in milliseconds[WARM_UP:]] for name, milliseconds in times.items()}
+        found[kind] = _medians(counted, setup.batch * setup.row)
     about = {"rounds": rounds, "rows": [setup.batch, setup.row], "reference": REFERENCE}
     return about | found | {"made": made_by()}
 
 
-def _medians(turns: list[dict[str, float]], tokens: int) -> dict[str, dict[str, float]]:
+def _medians(seconds: Mapping[str, Sequence[float]], tokens: int) -> dict[str, dict[str, float]]:
     return {
         name: {
-            "tokens_per_second": round(statistics.median(tokens / turn[name] for turn in turns)),
-            "ratio": round(statistics.median(turn[REFERENCE] / turn[name] for turn in turns), 3),
+            "tokens_per_second": round(statistics.median(tokens / x for x in turns)),
+            "ratio": round(statistics.median(y / x for x, y in zip(turns, seconds[REFERENCE], strict=True)), 3),
         }
-        for name in turns[0]
+        for name, turns in seconds.items()
     }
 
 
-def _seconds(act: Callable[[nn.Module, Tensor], None], model: nn.Module, rows: Tensor) -> float:
-    begin = time.perf_counter()
-    act(model, rows)
-    return time.perf_counter() - begin
+def _prepared(act: Callable[[nn.Module, Tensor], None], model: nn.Module, rows: Tensor) -> Prepare:
+    return lambda copy: functools.partial(act, model, rows)
 
 
 def _train(model: nn.Module, rows: Tensor) -> None:

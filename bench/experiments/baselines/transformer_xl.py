@@ -29,7 +29,7 @@ class TransformerXL(Attention):
         self.cached = check_integer("cached", cached, 0)
 
     def attend(self, tokens: Tokens, state: Kept | None) -> Tensor:
-        """[B, H, T, V], T a multiple of L.
+        """Return the attention [B, H, T, V], T a multiple of L.
 
         Raises:
             ValueError: it is not.
@@ -57,9 +57,9 @@ class TransformerXL(Attention):
         return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
 
     def keep(self, tokens: Tokens, state: Kept | None) -> Kept:
-        """The last M."""
+        """Return the last M keys and values."""
         return (state or Kept.nothing(tokens.k, tokens.v)).after(tokens.k, tokens.v, self.cached)
 
     def _in_segments(self, x: Tensor) -> Tensor:
-        """[B, H, T, ·] → [B, H, S, L, ·]."""
+        """Return [B, H, T, ·] as [B, H, S, L, ·]."""
         return x.unflatten(2, (-1, self.segment_len))

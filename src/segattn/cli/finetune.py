@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch.distributed as dist
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import OutOfMemoryError
 
 from ..infini.train.settings import TrainSettings, UntrainedMemoryWarning
-from ..runs.checkpoint import InterruptedRunError, SettingError
 from .options import options_of
-from .progress import Bars, Lines
+from .progress import Progress, is_due
+from .shell import Command, quiet_transformers
 
 FOLDER = Path("segattn-finetune")
-OUT_OF_MEMORY = (
-    "out of memory: try more processes and --sequence-ranks, --gradient-checkpointing, --lora, or a smaller --batch, "
-    "--length, --piece or --truncate"
+SMALLER = (
+    "more processes and --sequence-ranks, --gradient-checkpointing, --lora, or a smaller --batch, --length, --piece or "
+    "--truncate"
 )
 
 
@@ -55,23 +56,24 @@ def finetune(
     A process that is given a wrong option says so in one line, and ends with 2.
     torchrun adds a report of its own, ChildFailedError, and ends with 1.
     """
-    with _errors(out):
-        from transformers.utils.logging import disable_progress_bar
-
+    several = "go on, with as many processes as you like:" if "RANK" in os.environ else "go on with:"
+    command = Command(
+        "finetune",
+        {"model": "MODEL"},
+        f"{several} segattn finetune --resume --out {shlex.quote(str(out))}",
+        partial(_is_saved, out),
+        SMALLER,
+    )
+    with command.run():
+        quiet_transformers()
         from ..infini.train.processes import agreed, is_first, joined
         from ..infini.train.run import Outputs, resumed, run_training
 
-        # twice: errors before the processes have met, and after
-        with joined(device, timeout) as place, _errors(out), _lost_processes(out), _warnings_in_a_line():
+        with joined(device, timeout) as place, _together(command), _warnings_in_a_line(command):
             settings, steps = agreed(lambda: resumed(out, given) if resume else (TrainSettings(**given), 0))
             console = Console(soft_wrap=True, highlight=False, quiet=not is_first())
-            has_bar = console.is_terminal and is_first()
-            if not has_bar:
-                disable_progress_bar()
-            with _Bar(console) if has_bar else _Lines(console) as listener:
+            with Steps(console, f"already done: {steps} steps; --steps goes on to more") as listener:
                 figures = run_training(settings, out, listener, place, keep=keep, resume=resume)
-            if steps == settings.steps:
-                console.print(f"already done: {steps} steps; --steps goes on to more")
             if figures:
                 console.print(_summary(figures))
             for name, path in Outputs.of(out)._asdict().items():
@@ -86,86 +88,53 @@ def _summary(figures: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _errors(out: Path) -> Iterator[None]:
-    """End the command with one line, which the first process prints, or each one before they have met."""
+def _together(command: Command) -> Iterator[None]:
+    """End several processes together, with the first one's line; an error of some of them keeps its traceback."""
     try:
         yield
-    except SettingError as error:
-        option = "MODEL" if error.name == "model" else f"--{error.name.replace('_', '-')}"
-        _end(f"{option} {error.problem}", 2)
-    except ImportError as error:
-        if error.name not in ("transformers", "safetensors"):
+    except BaseException as error:
+        ending = command.ending(error)
+        if not _several():
             raise
-        _end(f"needs {error.name}: pip install 'segattn[hf]'", 1)
-    except InterruptedRunError:
-        _end(f"stopped, checkpoint written{_again(out)}", 130)
-    except KeyboardInterrupt:
-        _say(f"stopped{_again(out)}")
-        raise SystemExit(130) from None
-    except OutOfMemoryError:
-        if _several():
-            raise
-        _end(f"{OUT_OF_MEMORY}{_again(out)}", 1)
-
-
-@contextmanager
-def _lost_processes(out: Path) -> Iterator[None]:
-    """Say on each of several processes why it ends, beside its traceback."""
-    try:
-        yield
-    except RuntimeError as error:
-        if _several():
-            reason = (
-                OUT_OF_MEMORY
-                if isinstance(error, OutOfMemoryError)
-                else (
-                    f"process {dist.get_rank()} of {dist.get_world_size()} ends: unless the error below is its own, "
-                    "another process has ended, or did not answer within --timeout"
-                )
+        if ending is None or isinstance(error, OutOfMemoryError | KeyboardInterrupt):
+            lost = (
+                f"process {dist.get_rank()} of {dist.get_world_size()} ends: unless the error below is its own, "
+                "another process has ended, or did not answer within --timeout"
             )
-            _say(f"{reason}{_again(out)}")
-        raise
-
-
-def _end(message: str, status: int) -> NoReturn:
-    if not _several() or dist.get_rank() == 0:
-        _say(message)
-    if _several():
+            if ending is not None or isinstance(error, RuntimeError):
+                command.say(lost + command.way_on() if ending is None else ending.message)
+            if isinstance(error, KeyboardInterrupt):
+                raise SystemExit(130) from None
+            raise
+        if dist.get_rank() == 0:
+            command.say(ending.message)
         # torchrun ends all when one has ended
         dist.barrier()
-    raise SystemExit(status) from None
+        raise SystemExit(ending.status) from None
 
 
-def _again(out: Path) -> str:
-    """Return how to go on, where there is a checkpoint."""
+def _is_saved(out: Path) -> bool:
     from ..infini.train.checkpoints import whole
     from ..infini.train.run import Outputs
 
-    if not whole(Outputs.of(out).checkpoints):
-        return ""
-    how = "go on, with as many processes as you like:" if _several() else "go on with:"
-    return f"; {how} segattn finetune --resume --out {shlex.quote(str(out))}"
+    return bool(whole(Outputs.of(out).checkpoints))
 
 
 @contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
+def _warnings_in_a_line(command: Command) -> Iterator[None]:
     """Print the warnings of a run in one line, as its errors, and leave others alone."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if category is UntrainedMemoryWarning:
-                _say(str(message))
+                command.say(str(message))
             else:
                 show(message, category, *where, **more)
 
         warnings.showwarning = line
         warnings.simplefilter("always", UntrainedMemoryWarning)
         yield
-
-
-def _say(message: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"segattn finetune: {message}", markup=False)
 
 
 def _several() -> bool:
@@ -178,21 +147,11 @@ def _note(figures: Mapping[str, Any]) -> str:
     return f"loss {figures['loss']:.4f}{held_out}, {gates}, {figures['tokens_per_second']:.0f} tokens/s"
 
 
-class _Bar(Bars):
-    """A bar of the steps, on a terminal."""
-
-    def __init__(self, console: Console) -> None:
-        note = TextColumn("{task.fields[note]}")
-        super().__init__(console, TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
-        self.task = self.progress.add_task("train", total=None, note="")
+class Steps(Progress):
+    """The steps of a training; the lines are one for each evaluation, and for about every twentieth of the steps."""
 
     def trained(self, step: int, steps: int, figures: Mapping[str, Any]) -> None:
-        self.progress.update(self.task, completed=step, total=steps, note=_note(figures))
-
-
-class _Lines(Lines):
-    """A few plain lines, for a file or a pipe."""
-
-    def trained(self, step: int, steps: int, figures: Mapping[str, Any]) -> None:
-        if step % max(1, steps // 20) == 0 or step == steps or "eval_loss" in figures:
-            self.console.print(f"step {step} of {steps}: {_note(figures)}")
+        """Show a step."""
+        self.bar("train", step, steps, _note(figures))
+        if is_due(step, steps, 20) or "eval_loss" in figures:
+            self.line(f"step {step} of {steps}: {_note(figures)}")

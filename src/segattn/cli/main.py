@@ -1,22 +1,41 @@
-"""The `segattn` command's entry point, which says what to install where its own requirements are missing."""
+"""The `segattn` command: its sub-commands, and the options of all."""
 
 from __future__ import annotations
 
-import sys
-from importlib.util import find_spec
+from typing import Annotated
 
-REQUIREMENTS = ("typer", "rich", "matplotlib")
+import typer
+
+from . import evaluate, plan, rmt
+from .check import check, config
+from .demo import demo
+from .finetune import finetune
+
+HELP = "Segment attention with a compressive memory, for PyTorch."
+# a fault of the program keeps Python's own traceback, without the values of variables
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
+
+app.command()(demo)
+app.command()(check)
+app.command()(config)
+app.command()(finetune)
+app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(rmt.app, name="rmt")
+app.add_typer(plan.app, name="plan")
 
 
-def app() -> None:
-    """Run the command line."""
-    missing = [name for name in REQUIREMENTS if find_spec(name) is None]
-    if missing:
-        sys.exit(f"segattn: the commands need {', '.join(missing)}: pip install 'segattn[cli]'")
-    from .demo import app as commands
+def _show_version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
 
-    commands()
+        typer.echo(f"segattn {__version__}")
+        raise typer.Exit
 
 
-if __name__ == "__main__":
-    app()
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Segment attention with a compressive memory, for PyTorch."""

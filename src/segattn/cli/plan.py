@@ -1,4 +1,4 @@
-"""The command `segattn plan`: what attention, segments and memories cost, before anything is run."""
+"""The command `segattn plan`: what attention, segments and memories cost, before anything runs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from .shell import Command, check_file, counts, write_json
+
 if TYPE_CHECKING:
     from ..bench.planner.shapes import Shape
 
 DEFAULT = "model"
-# columns where no terminal says
+# columns of a page that is no terminal
 PAGE = 160
-MOST_DIGITS = 15
-# of options that take several
-EXAMPLES = {"length": "4096,32K,1M", "ranks": "2,8,64"}
-# heading → figure, and its unit
+# heading → figure, and the function of `bench.planner.units` that writes it
 COSTS = {
     "FLOPs": ("forward_flops", "in_flops"),
     "full ÷": ("flops_saving", "in_times"),
@@ -33,7 +32,7 @@ KEPT = {name: (f"{name}_bytes", "in_bytes") for name in ("state", "cache", "acti
 
 
 class _Group(TyperGroup):
-    """Without a command's name, `model`."""
+    """A group whose command is `model` where no other is named."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         named = bool(args) and (args[0] in self.commands or args[0] in ctx.help_option_names)
@@ -46,22 +45,26 @@ app = typer.Typer(
 )
 
 Shaped = Annotated[
-    str, typer.Argument(help="opt-125m … opt-175b, llama-3.2-1b … llama-3.1-405b, or layers=12,width=768,…")
+    str,
+    typer.Argument(
+        help="opt-125m … opt-175b, llama-3.2-1b … llama-3.1-405b, "
+        "or a model's folder or config.json, or layers=12,width=768,…"
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="Of weights and activations: bfloat16, float16 or float32.")]
 Json = Annotated[Path | None, typer.Option(help="File to write every figure to.")]
-Png = Annotated[Path | None, typer.Option(help="File to draw them in.")]
+Png = Annotated[Path | None, typer.Option(help="File to draw them in, such as plan.png, plan.pdf or plan.svg.")]
 SegmentLen = Annotated[int, typer.Option(help="Tokens per segment.")]
 
 
 @app.command(DEFAULT)
 def model(
     shape: Shaped = "llama-3-8b",
-    length: Annotated[str, typer.Option(help="Tokens of text, as 4096,32K,1M.")] = "8K,128K,1M",
+    length: Annotated[str, typer.Option(help="Tokens of text, such as 4096,32K,1M.")] = "8K,128K,1M",
     segment_len: SegmentLen = 2048,
     memory: Annotated[int, typer.Option(help="Memory tokens of rmt and armt.")] = 16,
-    d_mem: Annotated[int, typer.Option(help="Of armt: width of keys before their features.")] = 64,
-    nu: Annotated[int, typer.Option(help="Of armt: features a key, over twice its width.")] = 3,
+    d_mem: Annotated[int, typer.Option(help="Of armt: width of keys before their feature map.")] = 64,
+    nu: Annotated[int, typer.Option(help="Of armt: features of a key divided by twice its width.")] = 3,
     update: Annotated[str, typer.Option(help="Of infini: delta or linear.")] = "delta",
     bptt: Annotated[int | None, typer.Option(help="Segments that gradients reach back. Default: all.")] = None,
     gpu: Annotated[str, typer.Option(help="Such as H100, H200, B200, A100 SXM 80GB, RTX 5090, MI300X.")] = "H100",
@@ -70,15 +73,14 @@ def model(
     json: Json = None,
     png: Png = None,
 ) -> None:
-    """FLOPs, memory and floor times of full attention, separate segments, RMT, Infini-attention and ARMT."""
-    with _command("model") as console:
+    """Show FLOPs, memory and floor times of full attention, separate segments, RMT, Infini-attention and ARMT."""
+    with _command("model", json, png) as console:
         from ..bench.planner.report import PLAN_NOTES, SLOWER_PRODUCTS, estimates
         from ..bench.planner.settings import PlanSettings, gpu_of
         from ..bench.planner.shapes import shape_of
 
         sizes = shape_of(shape)
         row, peak = gpu_of(gpu)
-        _check_files(json=json, png=png)
         options = {"segment_len": segment_len, "memory": memory, "d_mem": d_mem, "nu": nu, "update": update}
         options |= {"bptt": bptt, "batch": batch, "dtype": dtype}
         plans = [PlanSettings(sizes, tokens, **options) for tokens in _counts("length", length)]  # type: ignore[arg-type]
@@ -100,9 +102,9 @@ def model(
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> Table:
-    """A section for each length, a line for each scheme."""
+    """Return a table with a section for each length and a line for each scheme."""
     from ..bench.planner import units
-    from ..runs.figures import spoken
+    from ..runs.figures import format_length
 
     table = Table(title=title, title_justify="left")
     table.add_column("tokens", justify="right", overflow="fold")
@@ -114,7 +116,7 @@ def _table(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, tuple[
         if length not in (None, row["length"]):
             table.add_section()
         cells = (getattr(units, unit)(row[name]) for name, unit in columns.values())
-        table.add_row("" if row["length"] == length else spoken(row["length"]), row["scheme"], *cells)
+        table.add_row("" if row["length"] == length else format_length(row["length"]), row["scheme"], *cells)
         length = row["length"]
     return table
 
@@ -122,27 +124,26 @@ def _table(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, tuple[
 @app.command()
 def exchange(
     shape: Shaped = "llama-3-8b",
-    length: Annotated[str, typer.Option(help="Tokens of a sequence, as 32K,1M.")] = "32K,256K,2M,16M",
-    ranks: Annotated[str, typer.Option(help="That share it, as 2,8,64.")] = "2,8,32,128,1024,4096",
+    length: Annotated[str, typer.Option(help="Tokens of a sequence, such as 32K,1M.")] = "32K,256K,2M,16M",
+    ranks: Annotated[str, typer.Option(help="Ranks that share it, such as 2,8,64.")] = "2,8,32,128,1024,4096",
     segment_len: SegmentLen = 2048,
     node_ranks: Annotated[int, typer.Option(help="Ranks of a node.")] = 8,
-    node_bandwidth: Annotated[float, typer.Option(help="Of a rank's link inside a node, GB/s one way.")] = 450,
-    bandwidth: Annotated[float, typer.Option(help="Of a rank's link between nodes, GB/s one way.")] = 50,
-    latency: Annotated[float, typer.Option(help="Of a message, microseconds.")] = 10,
+    node_bandwidth: Annotated[float, typer.Option(help="GB/s of a rank's link inside a node, one way.")] = 450,
+    bandwidth: Annotated[float, typer.Option(help="GB/s of a rank's link between nodes, one way.")] = 50,
+    latency: Annotated[float, typer.Option(help="Latency of a message, microseconds.")] = 10,
     dtype: Dtype = "bfloat16",
     json: Json = None,
     png: Png = None,
 ) -> None:
-    """What ranks that share a sequence send: ring attention, Ulysses, and a memory's state."""
-    with _command("exchange") as console:
+    """Show what ranks that share a sequence send: ring attention, Ulysses, and a memory's state."""
+    with _command("exchange", json, png) as console:
         from ..bench.planner.exchange import EXCHANGES, Links
         from ..bench.planner.report import EXCHANGE_NOTES, exchanges
         from ..bench.planner.shapes import shape_of
         from ..bench.planner.units import in_bytes, in_seconds
-        from ..runs.figures import spoken
+        from ..runs.figures import format_length
 
         sizes = shape_of(shape)
-        _check_files(json=json, png=png)
         links = Links(node_ranks, node_bandwidth * 1e9, bandwidth * 1e9, latency / 1e6)
         rows = exchanges(sizes, _counts("length", length), _counts("ranks", ranks), segment_len, dtype, links)
         title = f"{sizes.name}, segments of {segment_len}, {dtype}, {node_bandwidth:g} GB/s in nodes of {node_ranks}, "
@@ -155,7 +156,7 @@ def exchange(
                 "–" if row["bytes"][x] is None else f"{in_bytes(row['bytes'][x])}\n{in_seconds(row['seconds'][x])}"
                 for x in EXCHANGES
             ]
-            table.add_row(spoken(row["length"]), f"{row['ranks']:,}", *cells)
+            table.add_row(format_length(row["length"]), f"{row['ranks']:,}", *cells)
         console.print(table)
         _notes(console, EXCHANGE_NOTES)
         document = {"shape": _shape(sizes), "segment_len": segment_len, "dtype": dtype, "links": vars(links)}
@@ -169,11 +170,10 @@ def exchange(
 
 @app.command()
 def published(json: Json = None, png: Png = None) -> None:
-    """The papers' own figures by their own formulas: FLOPs of RMT over OPT models, numbers kept by each memory."""
-    with _command("published") as console:
+    """Show published figures by their papers' formulas: FLOPs of RMT over OPT models, numbers kept by each memory."""
+    with _command("published", json, png) as console:
         from ..bench.planner import published as papers
 
-        _check_files(json=json, png=png)
         rows, kept = papers.savings(), papers.memories()
         tokens = papers.SEGMENTS[-1] * papers.SEGMENT_LEN
         table = Table(
@@ -207,50 +207,28 @@ def _memory_table(kept: Sequence[Any]) -> Table:
 
 
 @contextmanager
-def _command(name: str) -> Iterator[Console]:
-    """What it prints to, and what becomes of its errors."""
-    from ..runs.checkpoint import SettingError
+def _command(name: str, json: Path | None, png: Path | None) -> Iterator[Console]:
+    """Check before any work that the files can be written, and print whole cells where there is no terminal."""
+    from ..runs.checkpoint import SettingError, named
+    from ..runs.pictures import picture_format
 
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    try:
-        console = Console(soft_wrap=True, highlight=False)
+    with Command(f"plan {name}", {"shape": "SHAPE"}).run() as console, named(path="png"):
+        check_file("json", json)
+        check_file("png", png)
+        if png is not None:
+            picture_format(png)
         if not console.is_terminal:
-            # no cell is cut in a file or a pipe
             console.width = PAGE
-        yield console
-    except SettingError as error:
-        option = "SHAPE" if error.name == "shape" else f"--{error.name.replace('_', '-')}"
-        errors.print(f"segattn plan {name}: {option} {error.problem}", markup=False)
-        raise typer.Exit(2) from None
-    except OSError as error:
-        errors.print(f"segattn plan {name}: {error.filename} cannot be written ({error.strerror})", markup=False)
-        raise typer.Exit(2) from None
+        try:
+            yield console
+        except OSError as error:
+            problem = f"must be a file that can be written, got {str(png)!r} ({error.strerror})"
+            raise SettingError("png", problem) from None
 
 
-def _counts(name: str, given: str) -> list[int]:
-    """From "4096,32K,1M", in order, each once."""
-    from ..runs.checkpoint import SettingError
-
-    counts = set()
-    for part in given.split(","):
-        digits, unit = part.strip().upper(), 1
-        if digits[-1:] in ("K", "M"):
-            digits, unit = digits[:-1], 2 ** {"K": 10, "M": 20}[digits[-1]]
-        if not (digits.isascii() and digits.isdecimal() and digits.strip("0")):
-            raise SettingError(name, f"must be numbers from 1 on with commas, as {EXAMPLES[name]}, got {given!r}")
-        # so many digits are not even read
-        if len(digits) > MOST_DIGITS:
-            raise SettingError(name, f"must be numbers of at most {MOST_DIGITS} digits, got one of {len(digits)}")
-        counts.add(int(digits) * unit)
-    return sorted(counts)
-
-
-def _check_files(**files: Path | None) -> None:
-    from ..runs.checkpoint import SettingError
-
-    for name, path in files.items():
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise SettingError(name, f"must be a file in a folder that exists, got {str(path)!r}")
+def _counts(name: str, text: str) -> list[int]:
+    """Read numbers, in order, each once."""
+    return sorted(set(counts(name, text, {"length": "4096,32K,1M", "ranks": "2,8,64"}[name])))
 
 
 def _shape(shape: Shape) -> dict[str, Any]:
@@ -263,8 +241,6 @@ def _notes(console: Console, notes: Sequence[str]) -> None:
 
 
 def _write(console: Console, path: Path | None, document: dict[str, Any]) -> None:
-    from ..runs.figures import write_figures
-
     if path is not None:
-        write_figures(path, document)
+        write_json("json", path, document)
         console.print(f"figures in {path}", markup=False)

@@ -1,20 +1,20 @@
-"""The command `segattn rmt`: memory tasks for the recurrent memory transformer, trained, extrapolated, looked into."""
+"""The command `segattn rmt`: train a memory task, measure it on longer texts, and show what its memory attends to."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from .rmt_progress import LengthLines, Lengths, StageLines, Stages, attention_tables, held, length_table, stage_table
+from .progress import Progress, Reading
+from .shell import Command, absolute, counts, quiet_transformers
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
+    from ..rmt.runs.curriculum import Stage, Step
 
 app = typer.Typer(no_args_is_help=True, help="Recurrent memory: train a memory task, extrapolate it, look into it.")
 
@@ -93,43 +93,43 @@ def train(
     test_samples: Annotated[int | None, typer.Option(help="After each stage. Default: 200.")] = None,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = FOLDER,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
+    ] = False,
 ) -> None:
     """Train a small model with a memory by curriculum: on one segment first, on more once those are learnt.
 
     Ctrl-C leaves a checkpoint, from which --resume goes on to what the run would have come to.
     """
-    given = {name: value for name, value in locals().items() if value is not None and name not in ("out", "resume")}
-    given |= {name: str(path.resolve()) for name, path in given.items() if isinstance(path, Path)}
-    with _Command("train", out, "checkpoint.pt") as command:
+    options = {name: value for name, value in locals().items() if value is not None and name not in ("out", "resume")}
+    options |= {name: absolute(path) for name, path in options.items() if isinstance(path, Path)}
+    again = f"go on with: segattn rmt train --resume --out {shlex.quote(str(out))}"
+    saved = (out / "checkpoint.pt").is_file
+    with Command("rmt train", {"task": "TASK"}, again, saved, "a smaller --batch").run() as console:
         from ..rmt.runs.folder import settings_of
         from ..rmt.runs.settings import OF_MODEL, OF_TASK, TrainSettings, up_to
         from ..rmt.runs.training import run_training, saved_settings
         from ..runs.checkpoint import SettingError
 
+        quiet_transformers()
         if resume:
-            given = saved_settings(out) | given
+            options = saved_settings(out) | options
         elif start is not None:
             earlier = settings_of(start, "start")
-            given = {name: earlier[name] for name in (*OF_MODEL, *OF_TASK)} | given
-        if "task" not in given:
+            options = {name: earlier[name] for name in (*OF_MODEL, *OF_TASK)} | options
+        if "task" not in options:
             raise SettingError("task", "must be given, such as detect; --resume goes on with an earlier run's")
-        if not command.console.is_terminal:
-            from transformers.utils.logging import disable_progress_bar
-
-            disable_progress_bar()
         if segments is not None:
-            stages = _numbers("segments", segments.removesuffix(","))
+            stages = counts("segments", segments.removesuffix(","), "2,8,64")
             every = len(stages) == 1 and not segments.endswith(",")
-            given["segments"] = up_to(stages[0], given["task"]) if every else stages
-        if short is not None:
-            given["short"] = () if short == "none" else _numbers("short", short)
-        if short_segments is not None:
-            given["short_segments"] = () if short_segments == "none" else _numbers("short-segments", short_segments)
-        settings = TrainSettings(**given)
-        with Stages(command.console) if command.console.is_terminal else StageLines(command.console) as listener:
-            figures = run_training(settings, out, listener, resume=resume)
-        command.show(stage_table(figures))
+            options["segments"] = up_to(stages[0], options["task"]) if every else tuple(stages)
+        for name, text in {"short": short, "short_segments": short_segments}.items():
+            if text is not None:
+                options[name] = () if text == "none" else tuple(counts(name, text, "64,128"))
+        with Stages(console) as listener:
+            figures = run_training(TrainSettings(**options), out, listener, resume=resume)
+        console.print(stage_table(figures))
+        console.print(f"written to {out}", markup=False)
 
 
 @app.command()
@@ -148,21 +148,24 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for what is written. Default: the run's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what is measured, and measure the rest.")] = False,
 ) -> None:
-    """Accuracy of a trained run against length, on facts and text that it was not trained on.
+    """Measure the accuracy of a trained run by length, on facts and text that it was not trained on.
 
-    Ctrl-C leaves the batches that are done.
+    Ctrl-C leaves the batches that are measured.
     """
-    with _Command("evaluate", folder if out is None else out, "evaluation.json") as command:
+    written = folder if out is None else out
+    again, saved = "go on with the same command and --resume", (written / "evaluation.json").is_file
+    with Command("rmt evaluate", {"folder": "FOLDER"}, again, saved, "a smaller --batch").run() as console:
         from ..rmt.runs.evaluation import Grid, run_evaluation, usual_samples
 
-        lengths = _numbers("segments", segments)
-        number = tuple(map(usual_samples, lengths)) if samples is None else _numbers("samples", samples)
-        grid = Grid(lengths, number, _numbers("batch", batch), seed)
-        with Lengths(command.console) if command.console.is_terminal else LengthLines(command.console) as listener:
-            figures = run_evaluation(
-                folder, grid, listener, out=out, babi=_path(babi), book=_path(book), device=device, resume=resume
-            )
-        command.show(length_table(figures), held(figures))
+        lengths = tuple(counts("segments", segments, "2,8,64"))
+        number = tuple(map(usual_samples, lengths)) if samples is None else tuple(counts("samples", samples, "200"))
+        grid = Grid(lengths, number, tuple(counts("batch", batch, "25")), seed)
+        files = {"babi": absolute(babi), "book": absolute(book)}
+        with Reading(console, "evaluate", describe_length) as listener:
+            figures = run_evaluation(folder, grid, listener, out=out, device=device, resume=resume, **files)
+        console.print(length_table(figures))
+        console.print(memory_line(figures))
+        console.print(f"written to {written}", markup=False)
 
 
 @app.command()
@@ -178,77 +181,139 @@ def attention(
     device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Folder for what is written. Default: the run's.")] = None,
 ) -> None:
-    """Attention maps of the segment that holds the first fact, and of the last one, where the question is."""
-    with _Command("attention", folder if out is None else out) as command:
+    """Show the attention maps of the segment with the first fact, and of the last one, where the question is."""
+    written = folder if out is None else out
+    with Command("rmt attention", {"folder": "FOLDER"}).run() as console:
         from ..rmt.runs.attention_maps import Sample, run_attention
 
         chosen = Sample(segments, sample, seed)
-        figures = run_attention(folder, chosen, out=out, babi=_path(babi), book=_path(book), device=device)
-        command.show(*attention_tables(figures))
+        files = {"babi": absolute(babi), "book": absolute(book)}
+        figures = run_attention(folder, chosen, out=out, device=device, **files)
+        console.print(*attention_tables(figures), sep="\n")
+        console.print(f"written to {written}", markup=False)
 
 
-def _path(path: Path | None) -> str | None:
-    return None if path is None else str(path.resolve())
+def stage_table(figures: dict[str, Any]) -> Table:
+    """Return steps, time and accuracy by stage."""
+    table = Table(
+        title=f"{figures['settings']['task']}, {figures['parameters']:,} parameters, right in %", title_justify="left"
+    )
+    for column in ("segments", "tokens", "steps", "seconds", "training", "test", "95 %"):
+        table.add_column(column, justify="right")
+    for stage in figures["stages"]:
+        low, high = stage["test_interval"]
+        table.add_row(
+            _cut(stage["segments"], stage["segment_len"]) + " annealed" * stage["annealed"],
+            f"{stage['tokens']:,}",
+            f"{stage['steps']:,}",
+            f"{stage['seconds']:.0f}",
+            f"{100 * stage['training_accuracy']:.1f}",
+            f"{100 * stage['test_accuracy']:.1f}",
+            f"{100 * low:.1f}–{100 * high:.1f}",
+        )
+    return table
 
 
-def _numbers(name: str, given: str) -> tuple[int, ...]:
-    from ..runs.checkpoint import SettingError
+def length_table(figures: dict[str, Any]) -> Table:
+    """Return accuracy by length, beside the paper's."""
+    trained = figures["trained_segments"]
+    table = Table(title=f"{figures['task']}, trained on up to {trained} segments, right in %", title_justify="left")
+    for column in ("segments", "tokens", "samples", "right", "95 %", "paper", "µs/token"):
+        table.add_column(column, justify="right")
+    for cell in figures["lengths"]:
+        low, high = cell["interval"]
+        paper = figures["published"].get(str(cell["segments"]))
+        table.add_row(
+            f"{cell['segments']:,}",
+            f"{cell['tokens']:,}",
+            f"{cell['samples']:,}",
+            f"{100 * cell['accuracy']:.1f}",
+            f"{100 * low:.1f}–{100 * high:.1f}",
+            "" if paper is None else f"{100 * paper:.1f}",
+            f"{1e6 * cell['seconds_per_token']:.2f}",
+        )
+    return table
 
-    parts = [part.strip() for part in given.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise SettingError(name, f"must be numbers from 1 on with commas, as 2,8,64, got {given!r}")
-    return tuple(map(int, parts))
+
+def memory_line(figures: dict[str, Any]) -> str:
+    """Say how many bytes a text takes besides its tokens."""
+    states = sorted({cell["state_bytes"] for cell in figures["lengths"]})
+    peaks = sorted(cell["peak_bytes"] / 2**20 for cell in figures["lengths"] if cell["peak_bytes"] is not None)
+    state = f"state of a text: {' to '.join(f'{size:,}' for size in dict.fromkeys([states[0], states[-1]]))} bytes"
+    return state + (f"; most memory held: {peaks[0]:,.0f} to {peaks[-1]:,.0f} MiB" if peaks else "")
 
 
-class _Command:
-    """One command: what it prints, and what becomes of its errors.
+def attention_tables(figures: dict[str, Any]) -> list[Table]:
+    """Return the attention of memory rows to facts, and of the answering row to memory, by layer and head."""
+    tables = []
+    for part in figures["parts"]:
+        heads = len(part["share"][0])
+        space = int(heads <= 8)
+        # up to 12 heads fit into 80 characters; wider tables than the terminal would have numbers cut
+        table = Table(
+            title=f"segment {part['segment']}: {part['what']}, %",
+            title_justify="left",
+            padding=(0, space),
+            width=(heads + 1) * (6 + 2 * space) + 1,
+        )
+        table.add_column("layer", justify="right", width=5)
+        for head in range(heads):
+            table.add_column(f"head\n{head}", justify="right", width=5)
+        for layer, shares in enumerate(part["share"]):
+            table.add_row(str(layer), *(f"{100 * share:.1f}" for share in shares))
+        table.caption = f"spread evenly, it would be {100 * part['even']:.1f} %"
+        tables.append(table)
+    return tables
 
-    resumed: the file in `out` that it goes on from with --resume, where it has that.
-    """
 
-    def __init__(self, name: str, out: Path, resumed: str | None = None) -> None:
-        self.name, self.out, self.resumed = name, out, resumed
-        self.console = Console(soft_wrap=True, highlight=False)
-        self.errors = Console(stderr=True, soft_wrap=True, highlight=False)
+class Stages(Progress):
+    """The stages of a training: a bar for each on a terminal, a line every 50 steps elsewhere."""
 
-    def show(self, *shown: Any) -> None:
-        """Tables, and where the files are."""
-        for table in shown:
-            self.console.print(table)
-        self.console.print(f"written to {self.out}", markup=False)
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.loss: float | None = None
 
-    def __enter__(self) -> Self:
-        return self
+    def trained(self, stage: Stage, done: int, step: Step) -> None:
+        """Show a step; its loss and accuracy are those of batches as long as the stage."""
+        name, right = _of_stage(stage), f"{100 * step.running:.1f} %"
+        note = None
+        if step.length == stage.length or self.loss is None:
+            self.loss = step.loss
+        if step.length == stage.length:
+            note = f"loss {step.loss:.3f}  right {right}"
+        self.bar(name, done, stage.steps, note)
+        if done % 50 == 0:
+            self.line(f"{name}, step {done}: loss {self.loss:.4f}, {right} right")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        from torch import OutOfMemoryError
+    def finished(self, figures: dict[str, Any]) -> None:
+        """Show the test of a stage; a run that was killed in the test has no step before it."""
+        name, steps, test = _of_figures(figures), figures["steps"], f"test {100 * figures['test_accuracy']:.1f} %"
+        self.bar(name, steps, steps, test)
+        # another stage may have the same name
+        self.close(name)
+        self.line(f"{name} done after {steps} steps, {figures['seconds']:.0f} s: {test}")
 
-        from ..runs.checkpoint import InterruptedRunError, SettingError
 
-        if isinstance(error, SettingError):
-            option = error.name.upper() if error.name in ("task", "folder") else f"--{error.name.replace('_', '-')}"
-            self._stop(f"{option} {error.problem}", 2)
-        if isinstance(error, ImportError) and error.name in ("transformers", "safetensors"):
-            self._stop(f"needs {error.name}: pip install 'segattn[hf]'", 1)
-        if isinstance(error, OutOfMemoryError):
-            self._stop("out of memory: try a smaller --batch", 1)
-        if isinstance(error, InterruptedRunError):
-            self._stop(f"stopped, checkpoint written{self._again()}", 130)
-        if isinstance(error, KeyboardInterrupt):
-            self._stop(f"stopped{self._again()}", 130)
+def describe_length(figures: dict[str, Any]) -> str:
+    """Say what is measured at a length."""
+    segments = figures["segments"]
+    return f"{segments} segment{'s' * (segments > 1)}: {100 * figures['accuracy']:.1f} % right"
 
-    def _again(self) -> str:
-        """How to go on, where there is something to go on from."""
-        if self.resumed is None:
-            return ""
-        if not (self.out / self.resumed).is_file():
-            return "; there is nothing to go on from yet"
-        if self.name == "train":
-            return f"; go on with: segattn rmt train --resume --out {shlex.quote(str(self.out))}"
-        return "; go on with the same command and --resume"
 
-    def _stop(self, message: str, status: int) -> None:
-        self.errors.print(f"segattn rmt {self.name}: {message}", markup=False)
-        raise typer.Exit(status) from None
+def _of_stage(stage: Stage) -> str:
+    return _name(stage.segments, stage.length, stage.segment_len, stage.annealed)
+
+
+def _of_figures(stage: dict[str, Any]) -> str:
+    return _name(stage["segments"], stage["tokens"], stage["segment_len"], stage["annealed"])
+
+
+def _name(segments: int, tokens: int, segment_len: int, annealed: bool) -> str:
+    """Name a stage, the same while it is trained and when it is done."""
+    text = tokens if segments == 1 else _cut(segments, segment_len)
+    return f"{text} tokens" + " annealed" * annealed
+
+
+def _cut(segments: int, segment_len: int) -> str:
+    """Write the number of segments, and where there are several, times their tokens."""
+    return "1" if segments == 1 else f"{segments} × {segment_len}"

@@ -1,7 +1,8 @@
-"""What commands that run long share: errors that name a setting, checkpoints, and Ctrl-C between two steps."""
+"""What long runs share: errors that name a setting, checkpoints, files written whole, and Ctrl-C between two steps."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ class SettingError(ValueError):
 
 @contextmanager
 def named(**options: str) -> Iterator[None]:
-    """What is wrong with an argument of these names is wrong with the option."""
+    """Turn a `ValueError` that begins with an argument's name into a `SettingError` of the option: argument=option."""
     try:
         yield
     except SettingError:
@@ -37,12 +38,12 @@ def named(**options: str) -> Iterator[None]:
 
 
 class InterruptedRunError(Exception):
-    """Training was stopped by Ctrl-C, and its checkpoint is written."""
+    """A run that Ctrl-C stopped, once its checkpoint is written."""
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[list[int]]:
-    """Ctrl-C appends to the list instead of breaking into a step; a second one breaks in all the same."""
+    """Yield a list that Ctrl-C appends to, instead of breaking into a step; a second one breaks in all the same."""
     caught: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -56,7 +57,7 @@ def deferred_interrupt() -> Iterator[list[int]]:
 
 @contextmanager
 def handled(number: int, handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let `handle` have a signal; in another thread than the main one, to which signals belong, nothing changes."""
+    """Let `handle` receive a signal. Outside the main thread, to which signals belong, nothing changes."""
     try:
         previous = signal.signal(number, handle)
     except ValueError:
@@ -70,11 +71,11 @@ def handled(number: int, handle: Callable[[int, FrameType | None], None]) -> Ite
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place once whole: a process that dies before leaves the old one.
+    """Yield a file beside `path` to write, which then takes its place: a process that dies before leaves the old one.
 
-    Who may read it is what the umask says, as of other files.
+    Each process writes a file of its own. Who may read it is what the umask says, as of other files.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)
         temporary.touch()
@@ -88,13 +89,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write whole or not at all: a process that dies while writing leaves the checkpoint before."""
+    """Write a checkpoint whole, or leave the one before."""
     with replacing(path) as temporary:
         torch.save(content, temporary)
 
 
 def whole(x: Tensor) -> Tensor:
-    """What `fully_shard` has cut into parts, put together: every process must call this. Others as they are."""
+    """Put together a tensor that `fully_shard` has cut into parts, which every process must call; return others."""
     # slow to import, and of no use to one process alone
     from torch.distributed.tensor import DTensor
 
@@ -102,7 +103,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Write a module's weights, shared ones once, as safetensors: whole or not at all, as a checkpoint."""
+    """Write a module's weights as safetensors, shared ones once; whole, or leave the file before."""
     from safetensors.torch import save_model
 
     with replacing(path) as temporary:
@@ -110,7 +111,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU; tensors and plain types only, so that no file can run code.
+    """Read a checkpoint to the CPU; tensors and plain types only, so that no file can run code.
 
     Args:
         mapped: leave tensors on the disk until they are read.
@@ -122,14 +123,17 @@ def load_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
 def read_checkpoint(
     path: Path, command: str, parts: Collection[str], settings: Collection[str], *, mapped: bool = False
 ) -> dict[str, Any]:
-    """The checkpoint that a command goes on from.
+    """Read the checkpoint that a command resumes.
 
     Args:
-        parts: what it must hold, besides "settings".
-        settings: their names, all of them.
+        path: of the checkpoint.
+        command: whose checkpoint it must be, for messages.
+        parts: the entries that it must hold, besides "settings".
+        settings: the names of all settings.
+        mapped: leave tensors on the disk until they are read.
 
     Raises:
-        SettingError: of `resume`: there is none, it is another file, damaged, or of another version.
+        SettingError: of `resume`: there is no file, or it is another one, damaged, or of another version.
     """
     if not path.is_file():
         raise SettingError("resume", f"needs a checkpoint in the output folder, and there is no {str(path)!r}")

@@ -1,4 +1,4 @@
-"""The JSON of an evaluation: written whole or not at all, and gone on with when it is of the same run."""
+"""The figures of a run: a JSON that is written whole or not at all, and resumed where it is of the same run."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
-from .checkpoint import SettingError
+from .checkpoint import SettingError, replacing
 
 
 def versions() -> dict[str, Any]:
-    """Of what the figures come from."""
+    """Return the versions of the software that figures come from, and the number of CPU threads."""
     names = ("segattn", "torch", "transformers")
-    own = {name: importlib.metadata.version(name) for name in names}
-    return own | {"python": platform.python_version(), "threads": torch.get_num_threads()}
+    installed = {name: importlib.metadata.version(name) for name in names if find_spec(name)}
+    return installed | {"python": platform.python_version(), "threads": torch.get_num_threads()}
 
 
-def spoken(tokens: int) -> str:
-    """A length as it is spoken of: 32K, 1M."""
+def format_length(tokens: int) -> str:
+    """Write a length as short as it can be exactly: 32K for 32 · 1024, 1M for 1024², otherwise 1,500."""
     for size, letter in ((2**20, "M"), (2**10, "K")):
         if tokens >= size and tokens % size == 0:
             return f"{tokens // size}{letter}"
@@ -31,14 +32,13 @@ def spoken(tokens: int) -> str:
 
 
 def write_figures(path: Path, figures: Mapping[str, Any]) -> None:
-    """Replace the file by the new figures; what was there stays if this is cut short."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    """Replace the file by new figures; what was there stays if this is cut short."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def make_folder(folder: Path) -> None:
-    """Make it, and see that it can be written.
+    """Make a folder, and check that it can be written.
 
     Raises:
         SettingError: of `out`.
@@ -54,7 +54,7 @@ def make_folder(folder: Path) -> None:
 
 
 def prepare(path: Path, resume: bool) -> None:
-    """Make the folder of the file, see that it can be written, and that earlier figures are not lost.
+    """Make the folder of a file, and check that it can be written and that no earlier figures would be lost.
 
     Raises:
         SettingError: of `out`.
@@ -68,13 +68,13 @@ def prepare(path: Path, resume: bool) -> None:
         )
 
 
-def earlier(
+def earlier_figures(
     path: Path, resume: bool, settings: Mapping[str, Any], model: Mapping[str, Any], free: Sequence[str]
 ) -> dict[str, Any]:
-    """The figures to go on with; without `resume`, or where there are none yet, nothing.
+    """Read the figures to go on with; without `resume`, or where there are none yet, return none.
 
     Args:
-        settings, model: of this run; the same as of the earlier one, but for the settings that are `free`.
+        settings, model: of this run, which must be the earlier run's, save the settings that are `free`.
 
     Raises:
         SettingError: naming what differs.
@@ -83,27 +83,27 @@ def earlier(
         return {}
     try:
         figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        before, its_model = figures["settings"], figures["model"]
-        before.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        earlier_settings, earlier_model = dict(figures["settings"]), dict(figures["model"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise SettingError(
             "resume", f"needs figures of this command; {str(path)!r} is another file, or damaged"
         ) from None
     for name, value in settings.items():
-        if name not in free and before.get(name) != value:
+        earlier = earlier_settings.get(name)
+        if name not in free and earlier != value:
             option = name.removesuffix("_sha256")
-            raise SettingError(option, f"must be the earlier run's with --resume, {before.get(name)!r}, got {value!r}")
+            raise SettingError(option, f"must be the earlier run's with --resume, {earlier!r}, got {value!r}")
     for name in ("conversion", "dtype", "fingerprint"):
-        if its_model.get(name) != model[name]:
+        earlier = earlier_model.get(name)
+        if earlier != model[name]:
             raise SettingError(
-                "model",
-                f"must be the earlier run's with --resume, of {name} {its_model.get(name)}, got one of {model[name]}",
+                "model", f"must be the earlier run's with --resume, of {name} {earlier}, got one of {model[name]}"
             )
     return figures
 
 
 def read_text(path: str | Path) -> str:
-    """A file of running text.
+    """Read a file of running text.
 
     Raises:
         SettingError: of `text`.

@@ -1,4 +1,4 @@
-"""Running text: its words, and sentences made up for where there is no book."""
+"""Running text: its words, and generated sentences where there is no book."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ TOKEN = re.compile(r"\d|[^\W\d_]+(?:['’][^\W\d_]+)*|[^\w\s]")
 
 
 def tokenize(text: str) -> list[str]:
-    """Words in lower case, punctuation marks, and single digits."""
+    """Split a text into words in lower case, punctuation marks, and single digits."""
     return TOKEN.findall(text.lower())
 
 
 def generate_text(words: int, seed: int) -> str:
-    """Sentences of made-up words, as unevenly frequent as in a language, and numbers of up to five digits."""
+    """Generate sentences of made-up words, as unevenly frequent as in a language, and numbers of up to five digits."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int, count: int) -> list[int]:
@@ -26,11 +26,11 @@ def generate_text(words: int, seed: int) -> str:
     frequency = 1 / torch.arange(10.0, 10 + len(lexicon))
     chosen = torch.multinomial(frequency, words, replacement=True, generator=generator).tolist()
     numbers = torch.rand(words, generator=generator).lt(0.03).tolist()
-    pieces, rest = [], 0
+    pieces, left = [], 0
     for word, number in zip(chosen, numbers, strict=True):
-        if rest == 0:
-            rest = 4 + draw(11, 1)[0]
-        rest -= 1
+        if left == 0:
+            left = 4 + draw(11, 1)[0]
+        left -= 1
         piece = "".join(map(str, draw(10, 1 + draw(5, 1)[0]))) if number else lexicon[word]
-        pieces.append(piece + (".,;?"[draw(4, 1)[0]] if rest == 0 else ""))
+        pieces.append(piece + (".,;?"[draw(4, 1)[0]] if left == 0 else ""))
     return " ".join(pieces)

@@ -6,28 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-DPI = 160
-# colours that colour-blind readers tell apart too
-LOOKS = {"RMT": ("#0072B2", "o"), "ARMT": ("#D55E00", "s"), "full attention": ("#000000", "^")}
+from ....runs.pictures import BLACK, BLUE, DPI, VERMILION, logarithmic, plain, save_picture
+
+LOOKS = {"RMT": (BLUE, "o"), "ARMT": (VERMILION, "s"), "full attention": (BLACK, "^")}
 
 
 def plot_lengths(path: Path, figures: dict[str, Any]) -> None:
-    """Every round is a faint dot, medians are joined."""
+    """Draw every round as a faint dot, and lines between the medians; bytes kept of the text have open markers."""
     figure = Figure(figsize=(10, 4.0), dpi=DPI, layout="constrained")
     times, memory = figure.subplots(1, 2)
     _lines(times, figures, "seconds_per_token", 1e6, "-")
     times.set_ylabel("µs per token")
     times.set_ylim(bottom=0)
     times.legend(frameon=False)
-    memory.set_yscale("log")
     _lines(memory, figures, "peak_bytes", 2**-20, "-")
     _lines(memory, figures, "kept_bytes", 2**-20, ":")
+    logarithmic(memory)
     memory.set_ylabel("MiB: at most (solid), kept of the text (dotted)")
-    FigureCanvasAgg(figure).print_png(path)
+    save_picture(figure, path)
 
 
 def _lines(axes: Axes, figures: dict[str, Any], key: str, scale: float, style: str) -> None:
@@ -35,13 +34,14 @@ def _lines(axes: Axes, figures: dict[str, Any], key: str, scale: float, style: s
     for name, (colour, marker) in LOOKS.items():
         rows = [x for x in figures["summary"] if x["reader"] == name]
         values = [scale * x[key] for x in rows]
-        axes.plot([x["segments"] for x in rows], values, style, color=colour, marker=marker, label=name)
+        # markers of lines that meet are seen through each other
+        fill = colour if style == "-" else "none"
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markerfacecolor": fill, "label": name}
+        axes.plot([x["segments"] for x in rows], values, style, **look)
         single = [x for x in figures["readings"] if x["reader"] == name]
         axes.scatter([x["segments"] for x in single], [scale * x[key] for x in single], color=colour, s=6, alpha=0.4)
     ticks = {x["segments"]: x["tokens"] for x in figures["summary"]}
     axes.set_xticks(list(ticks), [f"{segments:,}\n{tokens:,}" for segments, tokens in ticks.items()], fontsize=8)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("segments, and tokens")
-    axes.grid(axis="y", color="#dddddd")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes, grid="y")

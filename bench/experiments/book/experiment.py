@@ -4,36 +4,35 @@ Llama models of bytes, trained from scratch on the same windows, from the same w
 The others are converted before their first step: `local` has its gates held at β = -30, which leaves the memory a share
 of 1e-13; `linear` and `delta` learn theirs. Each run is kept in the JSON as it ends, and is not run again:
 
-    python -m segattn.bench.experiments.book_experiment --text book.txt --out results
+    python -m segattn.bench.experiments.book --text book.txt --out results
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ...infini.gate import Gate, parameter_groups
-from ...infini.huggingface.conversion import convert
-from ...runs.figures import versions, write_figures
-from .book_plot import plot_book
-from .book_setup import AnySetup, Setup, command, earlier, made_by, text_of
+from ....infini.gate import Gate, parameter_groups
+from ....infini.huggingface.conversion import convert
+from ....runs.figures import versions
+from ..harness import Advance, Figures, Job, Runs, command, earlier, made_by, run_all
+from .plot import plot_book
+from .setup import Setup, text_of
 
+AnySetup = TypeVar("AnySetup", bound=Setup)
 VARIANTS = ("full", "local", "linear", "delta")
 BYTES = 256
-# of sigmoid(β) nothing is left in float32
+# the memory's share is then 1e-13, nothing beside 1 in float32
 SHUT = -30.0
 EVALUATED_TOKENS = 16384
 
@@ -41,7 +40,7 @@ Run = dict[str, Any]
 
 
 def build(setup: Setup, variant: str, seed: int) -> LlamaForCausalLM:
-    """An untrained model; of one seed all variants have the same weights."""
+    """Return an untrained model; of one seed all variants have the same weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=BYTES,
@@ -63,12 +62,12 @@ def build(setup: Setup, variant: str, seed: int) -> LlamaForCausalLM:
 
 
 def gates_of(model: nn.Module) -> list[Gate]:
-    """By layer; none of a model that is not converted."""
+    """Return the gates by layer; none of a model that is not converted."""
     return [module for module in model.modules() if isinstance(module, Gate)]
 
 
 def nats(model: nn.Module, rows: Tensor) -> Tensor:
-    """[B, T] of every byte but the first of rows [B, T + 1]."""
+    """Return the nats [B, T] of every byte but the first of rows [B, T + 1]."""
     logits = model(rows[:, :-1]).logits
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(len(rows), -1)
 
@@ -76,7 +75,7 @@ def nats(model: nn.Module, rows: Tensor) -> Tensor:
 def train(
     model: nn.Module, text: Tensor, setup: Setup, seed: int, on_step: Callable[[float], None] = lambda loss: None
 ) -> list[float]:
-    """All steps; the losses. The windows depend on the seed alone."""
+    """Train for all steps, and return the losses. The windows depend on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     groups = parameter_groups(model, setup.lr, setup.gate_lr, setup.weight_decay)
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95))
@@ -100,7 +99,7 @@ def train(
 
 @torch.no_grad()
 def by_position(model: nn.Module, text: Tensor, row: int) -> Tensor:
-    """[row] mean nats of the bytes at each position of rows; two begin in the length of one."""
+    """Return the mean nats [row] of the bytes at each position of rows; two rows begin in the length of one."""
     model.eval()
     # no divisor of a row, so that no two positions have the same text
     rows = text.long().unfold(0, row + 1, row // 2 + 1)
@@ -116,20 +115,18 @@ def run(
     on_step: Callable[[float], None],
     make: Callable[[AnySetup, str, int], nn.Module] = build,
 ) -> Run:
-    """Train and evaluate one model, the one that `make` builds."""
+    """Train and evaluate the model that `make` builds, and return its figures."""
     begin = time.perf_counter()
     cut = setup.cut(text)
     model = make(setup, variant, seed)
     losses = train(model, text[:cut], setup, seed, on_step)
     trained = time.perf_counter()
-    found = by_position(model, text[cut:], setup.row)
+    positions = by_position(model, text[cut:], setup.row)
     longer = by_position(model, text[cut:], setup.row * setup.reach)
-    in_segments = found.view(-1, setup.segment_len)
+    in_segments = positions.view(-1, setup.segment_len)
     every = max(1, setup.steps // 20)
     return {
-        "variant": variant,
-        "seed": seed,
-        "nats": rounded(found.mean()),
+        "nats": rounded(positions.mean()),
         "by_segment": rounded(in_segments.mean(1)),
         "by_place_in_segment": rounded(in_segments[1:].mean(0)),
         "longer_by_position": rounded(longer.view(len(in_segments), -1).mean(1)),
@@ -140,21 +137,21 @@ def run(
 
 
 def rounded(x: Tensor) -> Any:
-    """For a JSON."""
+    """Return numbers as they stand in the JSON."""
     values = x.tolist()
     return [round(value, 5) for value in values] if isinstance(values, list) else round(values, 5)
 
 
 def summary(runs: Iterable[Run], variants: Iterable[str] = VARIANTS) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds, of the perplexity, and of the nats less those of `local`."""
-    found = {(run["variant"], run["seed"]): run["nats"] for run in runs}
+    """Return mean and standard deviation over the seeds, of the perplexity, and of the nats less those of `local`."""
+    known = {(run["variant"], run["seed"]): run["nats"] for run in runs}
     table = {}
     for variant in variants:
-        values = [value for (name, _), value in found.items() if name == variant]
+        values = [value for (name, _), value in known.items() if name == variant]
         less = [
-            value - found["local", seed]
-            for (name, seed), value in found.items()
-            if name == variant and ("local", seed) in found
+            value - known["local", seed]
+            for (name, seed), value in known.items()
+            if name == variant and ("local", seed) in known
         ]
         if values:
             table[variant] = {
@@ -166,19 +163,19 @@ def summary(runs: Iterable[Run], variants: Iterable[str] = VARIANTS) -> dict[str
 
 
 def spread(values: Sequence[float]) -> list[float] | None:
-    """Mean and standard deviation."""
+    """Return mean and standard deviation; None of no values."""
     if not values:
         return None
     return [round(statistics.fmean(values), 5), round(statistics.stdev(values), 5) if len(values) > 1 else 0.0]
 
 
-def experiment(setup: Setup, path: Path, out: Path) -> dict[str, Any]:
-    """Every run that `out` does not hold yet.
+def experiment(setup: Setup, text: Path, out: Path) -> Figures:
+    """Perform every run that `out` does not hold yet, and draw the picture.
 
     Raises:
-        SettingError: the runs there are of another setup, or of another text, or the text is too short.
+        SettingError: The runs there are of another setup, or of another text, or the text is too short.
     """
-    figures = all_runs(setup, path, out / "book.json", VARIANTS, build)
+    figures = all_runs(setup, text, out / "book.json", VARIANTS, build)
     plot_book(out / "book.png", figures)
     return figures
 
@@ -189,42 +186,33 @@ def all_runs(
     kept: Path,
     variants: Sequence[str],
     make: Callable[[AnySetup, str, int], nn.Module],
-) -> dict[str, Any]:
-    """Every run of the text at `path` that the figures in `kept` do not hold yet; they are written as each ends.
+) -> Figures:
+    """Return all runs over the text at `path`; those that the figures in `kept` lack are performed.
 
     Raises:
-        SettingError: the runs there are of another setup, or of another text, or the text is too short.
+        SettingError: The runs there are of another setup, or of another text, or the text is too short.
     """
     text, about = text_of(path)
     setup.check(text)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    figures = earlier(kept, {"setup": asdict(setup), "text": about})
-    done = {(run["variant"], run["seed"]) for run in figures["runs"]}
-    jobs = [(variant, seed) for seed in range(setup.seeds) for variant in variants if (variant, seed) not in done]
+    figures = earlier(kept, {"setup": asdict(setup), "text": about}, "runs", free=("seeds",))
     width, made = max(map(len, variants)), made_by()
-    console = Console(soft_wrap=True, highlight=False)
-    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(jobs) * setup.steps)
-        for variant, seed in jobs:
 
-            def on_step(loss: float, name: str = f"{variant}, seed {seed}") -> None:
-                progress.update(task, advance=1, description=f"{name}: loss {loss:.3f}")
+    def perform(job: Job, advance: Advance) -> Figures:
+        variant, seed = job
+        return run(setup, variant, seed, text, lambda loss: advance(1, f": loss {loss:.3f}"), make) | {"made": made}
 
-            found = run(setup, variant, seed, text, on_step, make)
-            figures["runs"].append(found | {"made": made})
-            figures |= {"versions": versions(), "summary": summary(figures["runs"], variants)}
-            write_figures(kept, figures)
-            perplexity, seconds = math.exp(found["nats"]), sum(found["seconds"].values())
-            console.print(f"{variant:{width}} seed {seed}: perplexity {perplexity:.3f} per byte, {seconds:.0f} s")
-            console.file.flush()
-    return figures
+    def line(one: Run) -> str:
+        perplexity, seconds = math.exp(one["nats"]), sum(one["seconds"].values())
+        return f"{one['variant']:{width}} seed {one['seed']}: perplexity {perplexity:.3f} per byte, {seconds:.0f} s"
+
+    def summarise(figures: Figures) -> Figures:
+        return {"versions": versions(), "summary": summary(figures["runs"], variants)}
+
+    jobs = {(variant, seed): setup.steps for seed in range(setup.seeds) for variant in variants}
+    return run_all(kept, figures, Runs("runs", ("variant", "seed"), jobs, perform, line, summarise))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status, as of `command`."""
-    return command(Setup, experiment, "book_experiment", (__doc__ or "").splitlines()[0], arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Run the command; return the exit status, as of `command`."""
+    about, book = (__doc__ or "").splitlines()[0], "a book, any encoding: it is read as bytes"
+    return command(Setup, experiment, "book", about, arguments, text=book, out="folder of the figures and the picture")

@@ -1,9 +1,10 @@
-"""Which model type has a test of what: the README's table, printed by `python tests/helpers/support.py`."""
+"""Print which model type has a test of what, as the documents show it: `python tests/helpers/feature_table.py`."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 TESTS = Path(__file__).parents[1]
 # column → the test that every type with a mark passes
@@ -35,11 +36,22 @@ NAMES = {
 }
 
 
+class Collected:
+    """A plugin that keeps the names of the tests."""
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.names = [item.name for item in session.items]
+
+
 def table() -> str:
-    """Markdown; a mark where a test of that name is collected for that type."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *(str(TESTS / file) for file in FILES)]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TESTS.parent).stdout
-    found = {(name, kind) for name, ids in re.findall(r"::(\w+)\[([^\]]+)\]", listed) for kind in ids.split("-")}
+    """Return the table in Markdown, with a mark where a test of that name is collected for that type."""
+    collected = Collected()
+    options = ["--collect-only", f"--rootdir={TESTS.parent}"]
+    options += [f"-pno:{plugin}" for plugin in ("terminal", "cacheprovider", "xdist")]
+    status = pytest.main([*options, *(str(TESTS / file) for file in FILES)], [collected])
+    assert status == pytest.ExitCode.OK
+    tests = [re.fullmatch(r"(\w+)\[([^\]]+)\]", name) for name in collected.names]
+    found = {(test[1], kind) for test in tests if test for kind in test[2].split("-")}
     rows = [["", *FEATURES], ["---"] * (1 + len(FEATURES))]
     rows += [
         [title, *("✓" if (test, kind) in found else "" for test in FEATURES.values())] for kind, title in NAMES.items()

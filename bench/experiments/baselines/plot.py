@@ -7,35 +7,47 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..book_plot import DPI
+from ....runs.figures import format_length
+from ....runs.pictures import (
+    BLACK,
+    BLUE,
+    DPI,
+    GREEN,
+    LIGHT_GREY,
+    ORANGE,
+    PINK,
+    VERMILION,
+    logarithmic,
+    plain,
+    save_picture,
+)
+from ...planner.units import in_bytes
 
-# colours that colour-blind readers tell apart too, and a mark for each
+# variant → colour, marker, line
 LOOKS = {
-    "local": ("#999999", "s", "-"),
-    "full": ("#000000", "o", ":"),
-    "transformer-xl": ("#009E73", "^", "-"),
-    "memorizing": ("#CC79A7", "v", "-"),
-    "rmt": ("#E69F00", "P", "-"),
-    "linear": ("#0072B2", "D", "-"),
-    "delta": ("#D55E00", "X", "--"),
+    "local": (LIGHT_GREY, "s", "-"),
+    "full": (BLACK, "o", ":"),
+    "transformer-xl": (GREEN, "^", "-"),
+    "memorizing": (PINK, "v", "-"),
+    "rmt": (ORANGE, "P", "-"),
+    "linear": (BLUE, "D", "-"),
+    "delta": (VERMILION, "X", "--"),
 }
 ON_THE_LEFT = ("linear", "transformer-xl")
 
 
 def plot_baselines(path: Path, figures: dict[str, Any]) -> None:
-    """Three pictures in one file, of the figures that `experiment` keeps."""
+    """Draw three pictures into one file, of the figures that `experiment` keeps."""
     figure = Figure(figsize=(14, 4.4), dpi=DPI, layout="constrained")
     first, second, third = figure.subplots(1, 3)
     _against_bytes(first, figures)
     _along_the_row(second, figures)
     _against_length(third, figures)
     for axes in (first, second, third):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3, linewidth=0.5)
-    FigureCanvasAgg(figure).print_png(path)
+        plain(axes)
+    save_picture(figure, path)
 
 
 def _against_bytes(axes: Axes, figures: dict[str, Any]) -> None:
@@ -71,12 +83,16 @@ def _along_the_row(axes: Axes, figures: dict[str, Any]) -> None:
 
 
 def _against_length(axes: Axes, figures: dict[str, Any]) -> None:
-    for name, (color, mark, style) in LOOKS.items():
+    for number, (name, (color, mark, style)) in enumerate(LOOKS.items()):
         kept = figures["kept"][name]["bytes"]
+        lengths = list(map(int, kept))
         if any(kept.values()):
-            axes.plot(list(map(int, kept)), list(kept.values()), color=color, marker=mark, linestyle=style, label=name)
+            # three keep about as much: the next lines are thinner, and one that they lie on is seen
+            look: dict[str, Any] = {"color": color, "marker": mark, "linestyle": style, "linewidth": 4 - 0.4 * number}
+            axes.plot(lengths, list(kept.values()), **look, label=name)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_xticks(lengths, [format_length(length) for length in lengths])
+    logarithmic(axes, in_bytes, base=2)
     axes.legend(frameon=False)
-    axes.set_title("kept of one text, bytes (local: 0)", loc="left")
+    axes.set_title("kept of one text (local: 0)", loc="left")
     axes.set_xlabel("length of the text, bytes")

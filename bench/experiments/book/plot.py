@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-DPI = 160
-# colours that colour-blind readers tell apart too
-LOOKS = {"full": ("#000000", ":"), "local": ("#999999", "-"), "linear": ("#0072B2", "-"), "delta": ("#D55E00", "-")}
+from ....runs.pictures import BLACK, BLUE, DPI, LIGHT_GREY, VERMILION, plain, save_picture
+
+LOOKS = {"full": (BLACK, ":"), "local": (LIGHT_GREY, "-"), "linear": (BLUE, "-"), "delta": (VERMILION, "--")}
 
 
 def plot_book(path: Path, figures: dict[str, Any]) -> None:
-    """By position in rows as long as in training, by place in the segment, and by position in longer rows."""
+    """Draw it by position in rows as long as in training, by place in the segment, and by position in longer rows."""
     setup = figures["setup"]
     row, longer, segment_len = setup["row"], setup["row"] * setup["reach"], setup["segment_len"]
     figure = Figure(figsize=(13, 4.2), dpi=DPI, layout="constrained")
@@ -42,9 +41,8 @@ def plot_book(path: Path, figures: dict[str, Any]) -> None:
     # what a model does that was never trained so far out may leave the picture
     third.set_ylim(first.get_ylim())
     for axes in (first, second, third):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3, linewidth=0.5)
-    FigureCanvasAgg(figure).print_png(path)
+        plain(axes)
+    save_picture(figure, path)
 
 
 def _lines(axes: Axes, runs: Sequence[dict[str, Any]], name: str, length: int) -> None:

@@ -1,0 +1,96 @@
+"""Make the README's one table: a line for each thing that the package is for, from the results that the others show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..planner.units import in_bytes
+from ..speed.rows import Row
+from ..speed.workloads import BOTH
+from .experiments import markdown, spread
+from .records import Result
+
+OURS = "segattn delta"
+CACHE = "SDPA, growing cache"
+OTHERS = {
+    "eager loop delta": "eager loop over segments",
+    "infini-transformer-pytorch delta": "infini-transformer-pytorch",
+    "SDPA flash full": "full attention",
+}
+TASKS = {"memorize": "one fact", "reasoning": "two facts"}
+
+
+def headline(results: Sequence[Result], folder: Path) -> str | None:
+    """Return a row for each result that is there: what was measured, what came out, and what stands beside it."""
+    rows = [*_speed(results), *_decoding(results), *_demo(folder), *_memory_tasks(folder), *_book(folder)]
+    return markdown(["", "segattn", "for comparison"], rows) if rows else None
+
+
+def _speed(results: Sequence[Result]) -> list[list[str]]:
+    """Return the time of training on the CPU, at the first case that all were timed at."""
+    groups: dict[str, dict[str, Row]] = {}
+    for row in (x for result in results for x in result.rows):
+        if row.device.startswith("cpu") and row.direction == BOTH and row.ratio:
+            groups.setdefault(row.group, {})[row.provider] = row
+    for cells in groups.values():
+        if {OURS, *OTHERS} <= cells.keys():
+            ours = cells[OURS]
+            what = f"forward + backward of {ours.case['T']:,} tokens on a CPU, ÷ attention inside segments alone"
+            beside = ", ".join(f"{words} {_ratio(cells[name])}" for name, words in OTHERS.items())
+            return [[what, _ratio(ours), beside]]
+    return []
+
+
+def _decoding(results: Sequence[Result]) -> list[list[str]]:
+    """Return the bytes that decoding keeps, behind the longest text."""
+    lengths: dict[int, dict[str, int]] = {}
+    for row in (x for result in results for x in result.rows):
+        if row.memory and "context" in row.case and row.provider in (OURS, CACHE):
+            lengths.setdefault(row.case["context"], {})[row.provider] = row.memory
+    both = {tokens: kept for tokens, kept in lengths.items() if len(kept) == 2}
+    if not both:
+        return []
+    kept = both[max(both)]
+    what = f"kept of {max(both):,} tokens in a layer, to decode the next"
+    return [[what, in_bytes(kept[OURS]), f"keys and values {in_bytes(kept[CACHE])}"]]
+
+
+def _demo(folder: Path) -> list[list[str]]:
+    figures = _figures(folder / "demo" / "figures.json")
+    if figures is None:
+        return []
+    longest = max(cell["length"] for cell in figures["recall"])
+    shares = [cell["exact"] for cell in figures["recall"] if cell["length"] == longest]
+    recalled = f"{100 * sum(shares) / len(shares):.0f} %"
+    return [[f"passkeys recalled from {longest:,} tokens", recalled, f"trained on {figures['trained_length']} tokens"]]
+
+
+def _memory_tasks(folder: Path) -> list[list[str]]:
+    rows = []
+    for task, facts in TASKS.items():
+        evaluation = _figures(folder / "rmt" / task / "evaluation.json")
+        if evaluation is not None:
+            cell = evaluation["lengths"][-1]
+            share = f"{100 * cell['right'] / cell['samples']:.1f} % of {cell['samples']}"
+            paper = f"the paper's {100 * evaluation['published'][str(cell['segments'])]:.1f} %"
+            rows.append([f"questions about {facts} in {cell['tokens']:,} tokens, RMT", share, paper])
+    return rows
+
+
+def _book(folder: Path) -> list[list[str]]:
+    figures = _figures(folder / "book" / "book.json")
+    if figures is None:
+        return []
+    local, full, delta = (spread(figures["summary"][name]["perplexity"], ".2f") for name in ("local", "full", "delta"))
+    return [["perplexity per byte of a book, small models", delta, f"segments alone {local}, full attention {full}"]]
+
+
+def _ratio(row: Row) -> str:
+    return f"{row.ratio[0]:.2f}" if row.ratio else row.status
+
+
+def _figures(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

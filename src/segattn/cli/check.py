@@ -1,0 +1,79 @@
+"""The commands `segattn check` and `segattn config`: are the backends right here, and which of them run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .progress import Progress
+from .shell import Command, check_file, write_json
+
+if TYPE_CHECKING:
+    from ..kernels.check.report import CheckReport
+
+
+def config() -> None:
+    """Show which backend runs here, and why."""
+    from ..kernels.backends import show_config
+
+    with Command("config").run() as console:
+        console.print(show_config())
+
+
+def check(
+    device: Annotated[str | None, typer.Option(help="Where to run: cuda or cpu. Default: a GPU where one is.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="What to check: torch or triton; may be repeated. Default: all that run.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, float16 or bfloat16; may be repeated. Default: all three.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File to write every error to.")] = None,
+) -> None:
+    """Compare every backend that runs here with the float64 reference, over calls of every kind, each run twice.
+
+    Seconds on a CPU, a minute with TRITON_INTERPRET=1, minutes on a GPU. Exit status 1 if anything fails.
+    """
+    with Command("check").run() as console:
+        from ..kernels.check.check import OptionError, run_check
+        from ..runs.checkpoint import SettingError
+
+        check_file("json", json)
+        try:
+            with Comparisons(console) as listener:
+                report = run_check(device, backend, dtype, listener=listener.compared)
+        except OptionError as error:
+            raise SettingError(error.name, error.problem) from None
+        _show(console, report)
+        if json is not None:
+            write_json("json", json, report.as_json())
+        if report.failures:
+            raise typer.Exit(1)
+
+
+class Comparisons(Progress):
+    """The calls that a check has compared, on a terminal; it takes seconds, and says nothing elsewhere."""
+
+    def compared(self, done: int, total: int, call: str) -> None:
+        """Move the bar."""
+        self.bar("check", done, total, call)
+
+
+def _show(console: Console, report: CheckReport) -> None:
+    """Print the largest error of every output, what failed, and how much was compared."""
+    table = Table(title=f"Largest relative RMS errors, {report.device}", title_justify="left")
+    for column in ("backend", "dtype", "output", "error", "gate", "worst in call"):
+        table.add_column(column, justify="right" if column in ("error", "gate") else "left")
+    group = None
+    for row in report.worst():
+        if (row.backend, row.dtype) != group and group is not None:
+            table.add_section()
+        group = (row.backend, row.dtype)
+        table.add_row(row.backend, row.dtype, row.output, f"{row.error:.1e}", f"{row.gate:.0e}", row.call)
+    console.print(table)
+    for line in report.lines():
+        console.print(line, markup=False)

@@ -1,0 +1,173 @@
+"""What all commands share: where they print, what they say of an error, and how they read lists of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import typer
+from rich.console import Console
+
+# module that is missing → what brings it
+INSTALL = {
+    "transformers": "'segattn[hf]'",
+    "safetensors": "'segattn[hf]'",
+    "datasets": "'segattn[data]'",
+    "matplotlib": "'segattn[cli]'",
+    "peft": "peft",
+}
+UNITS = {"K": 2**10, "M": 2**20}
+MOST_DIGITS = 15
+
+
+class Ending(NamedTuple):
+    """The line that a command ends with, and its exit status."""
+
+    message: str
+    status: int
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, and what its user is told when it cannot go on.
+
+        with Command("demo", again=f"go on with: segattn demo --resume --out {out}").run() as console:
+            console.print(...)
+
+    An error that the user can mend becomes one line on stderr and an exit status: 2 for a `SettingError`, 1 for a
+    missing package and for memory that does not suffice, 130 after Ctrl-C. Every other error is a fault of the program
+    and keeps its traceback. Where several processes fail together, `ending` and `say` are the parts of this.
+
+    Args:
+        name: of the command, without `segattn`: "demo", "rmt train".
+        typed: setting → what the user types for it, where that is not `--` and the setting's name with dashes: an
+            argument ({"model": "MODEL"}), or an option of another name ({"gates_only": "--freeze-but-gates"}).
+        again: how to go on after a stop; "" where a command cannot.
+        saved: says whether a stopped run could go on already, such as `checkpoint.is_file`; by default it can.
+        smaller: what needs less memory, such as "a smaller --batch".
+    """
+
+    name: str
+    typed: Mapping[str, str] = field(default_factory=dict)
+    again: str = ""
+    saved: Callable[[], object] = lambda: True
+    smaller: str = "smaller sizes"
+
+    @contextmanager
+    def run(self) -> Iterator[Console]:
+        """Yield the console to print to, and end the process with one line where `ending` knows one."""
+        try:
+            yield Console(soft_wrap=True, highlight=False)
+        except BaseException as error:
+            ending = self.ending(error)
+            if ending is None:
+                raise
+            self.say(ending.message)
+            raise typer.Exit(ending.status) from None
+
+    def ending(self, error: BaseException) -> Ending | None:
+        """Return the line for an error that the user can mend and the exit status; None for any other error."""
+        # slow to import, and loaded by whatever raises its errors
+        from torch import OutOfMemoryError
+
+        from ..runs.checkpoint import InterruptedRunError, SettingError
+
+        match error:
+            case SettingError():
+                typed = self.typed.get(error.name, f"--{error.name.replace('_', '-')}")
+                return Ending(f"{typed} {error.problem}", 2)
+            case ImportError() if error.name in INSTALL:
+                return Ending(f"needs {error.name}: pip install {INSTALL[error.name]}", 1)
+            case OutOfMemoryError():
+                return Ending(f"out of memory: try {self.smaller}{self.way_on()}", 1)
+            case InterruptedRunError():
+                return Ending(f"stopped, checkpoint written{self.way_on()}", 130)
+            case KeyboardInterrupt():
+                return Ending(f"stopped{self.way_on() or self._nothing_saved()}", 130)
+        return None
+
+    def say(self, message: str) -> None:
+        """Print a line to stderr, after the command's name."""
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"segattn {self.name}: {message}", markup=False)
+
+    def way_on(self) -> str:
+        """Return how to go on, to be put behind a message; nothing where there is no way yet."""
+        return f"; {self.again}" if self.again and self.saved() else ""
+
+    def _nothing_saved(self) -> str:
+        return "; there is nothing to go on from yet" if self.again else ""
+
+
+def counts(name: str, text: str, example: str) -> list[int]:
+    """Read numbers from 1 on, such as "4096,32K,1M", in the order in which they stand; K is 1024, M is 1024².
+
+    Raises:
+        SettingError: of `name`, with `example` for what it must be.
+    """
+    from ..runs.checkpoint import SettingError
+
+    numbers = []
+    for part in text.split(","):
+        digits = part.strip().upper()
+        unit = UNITS.get(digits[-1:], 1)
+        digits = digits if unit == 1 else digits[:-1]
+        if not (digits.isascii() and digits.isdecimal() and digits.strip("0")):
+            raise SettingError(name, f"must be numbers from 1 on with commas, as {example}, got {text!r}")
+        # longer ones are not even read
+        if len(digits) > MOST_DIGITS:
+            raise SettingError(name, f"must be numbers of at most {MOST_DIGITS} digits, got one of {len(digits)}")
+        numbers.append(int(digits) * unit)
+    return numbers
+
+
+def check_file(name: str, path: Path | None) -> None:
+    """Check before any work that a file could be written there.
+
+    Raises:
+        SettingError: of `name`: `path` is a folder, is in none, or is no path here.
+    """
+    from ..runs.checkpoint import SettingError
+
+    if path is None:
+        return
+    try:
+        possible = path.parent.is_dir() and not path.is_dir()
+    except OSError as error:
+        raise _cannot_write(name, path, error) from None
+    if not possible:
+        raise SettingError(name, f"must be a file in a folder that exists, got {str(path)!r}")
+
+
+def write_json(name: str, path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document whole, or leave what was there.
+
+    Raises:
+        SettingError: of `name`: it cannot be written.
+    """
+    from ..runs.figures import write_figures
+
+    try:
+        write_figures(path, document)
+    except OSError as error:
+        raise _cannot_write(name, path, error) from None
+
+
+def _cannot_write(name: str, path: Path, error: OSError) -> Exception:
+    from ..runs.checkpoint import SettingError
+
+    return SettingError(name, f"must be a file that can be written, got {str(path)!r} ({error.strerror})")
+
+
+def absolute(path: Path | None) -> str | None:
+    """Return the absolute path as text, which stays right when a run is resumed from another folder."""
+    return None if path is None else str(path.resolve())
+
+
+def quiet_transformers() -> None:
+    """Keep the progress bars of transformers, as of a model's loading, from breaking into ours."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()

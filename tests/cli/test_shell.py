@@ -1,0 +1,177 @@
+"""What all commands share: one way to end, one display of progress, files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+main = pytest.importorskip("segattn.cli.main")
+from matplotlib.figure import Figure
+from rich.console import Console
+from typer import Exit
+from typer.testing import CliRunner
+
+import segattn
+from segattn.cli.progress import Progress, Reading, is_due
+from segattn.cli.shell import Command, Ending, counts
+from segattn.runs.checkpoint import InterruptedRunError, SettingError, replacing
+from segattn.runs.pictures import save_picture
+
+TRAIN = Command(
+    "rmt train",
+    {"task": "TASK", "gates_only": "--freeze-but-gates"},
+    "go on with: --resume",
+    smaller="a smaller --batch",
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "status"),
+    [
+        (SettingError("segment_len", "must be at least 1, got 0"), "--segment-len must be at least 1, got 0", 2),
+        (SettingError("task", "must be given"), "TASK must be given", 2),
+        (SettingError("gates_only", "must be left out"), "--freeze-but-gates must be left out", 2),
+        (ModuleNotFoundError("no", name="transformers"), "needs transformers: pip install 'segattn[hf]'", 1),
+        (ImportError("no", name="datasets"), "needs datasets: pip install 'segattn[data]'", 1),
+        (ModuleNotFoundError("no", name="peft"), "needs peft: pip install peft", 1),
+        (torch.OutOfMemoryError("no"), "out of memory: try a smaller --batch; go on with: --resume", 1),
+        (InterruptedRunError(), "stopped, checkpoint written; go on with: --resume", 130),
+        (KeyboardInterrupt(), "stopped; go on with: --resume", 130),
+    ],
+)
+def test_errors_that_a_user_can_mend_end_in_a_line(
+    error: BaseException, message: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert TRAIN.ending(error) == Ending(message, status)
+    with pytest.raises(Exit) as ended, TRAIN.run():
+        raise error
+    assert ended.value.exit_code == status
+    assert capsys.readouterr().err == f"segattn rmt train: {message}\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault"), ImportError("no", name="segattn.nowhere"), OSError(5, "x")])
+def test_faults_of_the_program_keep_their_traceback(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(type(error)), TRAIN.run():
+        raise error
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stop_promises_nothing_where_nothing_is(tmp_path: Path) -> None:
+    saved = tmp_path / "checkpoint.pt"
+    command = Command("demo", again="go on with: --resume", saved=saved.is_file)
+    assert command.ending(KeyboardInterrupt()) == Ending("stopped; there is nothing to go on from yet", 130)
+    assert command.ending(torch.OutOfMemoryError()) == Ending("out of memory: try smaller sizes", 1)
+    saved.touch()
+    assert command.ending(KeyboardInterrupt()) == Ending("stopped; go on with: --resume", 130)
+    assert Command("check").ending(KeyboardInterrupt()) == Ending("stopped", 130)
+
+
+def test_counts() -> None:
+    assert counts("length", "4096, 32K,1m,4096", "8") == [4096, 2**15, 2**20, 4096]
+    for text in ("", "1,", "0", "-1", "1.5", "K", "²"):
+        with pytest.raises(SettingError, match="length must be numbers from 1 on with commas, as 2,8, got "):
+            counts("length", text, "2,8")
+
+
+def shown(terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=100)
+
+
+def text_of(console: Console) -> str:
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_bars_on_a_terminal_and_lines_elsewhere(terminal: bool) -> None:
+    console = shown(terminal)
+    with Progress(console) as progress:
+        for step in (1, 2, 3):
+            progress.bar("train", step, 3, f"loss {step}")
+            progress.line(f"step {step}")
+        progress.close("train")
+        progress.bar("train", 1, 2)
+    tasks = [(task.completed, task.total, task.fields["note"]) for task in progress.bars.tasks]
+    assert tasks == [(3, 3, "loss 3"), (1, 2, "")]
+    if terminal:
+        assert "loss 3" in text_of(console)
+        assert "step" not in text_of(console)
+    else:
+        assert text_of(console) == "step 1\nstep 2\nstep 3\n"
+
+
+def test_what_is_complete_is_said_to_be_done() -> None:
+    console = shown(False)
+    with Reading(console, "passkey") as reading:
+        reading.begin(0)
+    assert text_of(console) == "already done: nothing is left to do\n"
+    console = shown(False)
+    with pytest.raises(KeyboardInterrupt), Progress(console):
+        raise KeyboardInterrupt
+    assert text_of(console) == ""
+
+
+def test_due_lines_are_spread_evenly() -> None:
+    assert [step for step in range(1, 101) if is_due(step, 100, 6)] == [16, 32, 48, 64, 80, 96, 100]
+    assert [step for step in range(1, 4) if is_due(step, 3, 20)] == [1, 2, 3]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    path.write_text("before")
+    with suppress(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("half of the")
+        raise KeyboardInterrupt
+    assert path.read_text() == "before"
+    mask = os.umask(0o027)
+    try:
+        with replacing(path) as temporary, replacing(tmp_path / "other") as other:
+            temporary.write_text("after")
+            temporary.chmod(0o600)
+            other.touch()
+    finally:
+        os.umask(mask)
+    assert path.read_text() == "after"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert sorted(os.listdir(tmp_path)) == ["figures.json", "other"]
+
+
+def test_a_picture_has_the_format_of_its_name(tmp_path: Path) -> None:
+    for suffix, begin in (("png", b"\x89PNG"), ("PDF", b"%PDF"), ("svg", b"<?xml")):
+        save_picture(Figure(figsize=(1, 1)), tmp_path / f"picture.{suffix}")
+        assert (tmp_path / f"picture.{suffix}").read_bytes().startswith(begin)
+    for name in ("picture", "picture.json"):
+        with pytest.raises(ValueError, match=rf"path must end in one of .*\.png, .*, got .*{name}'"):
+            save_picture(Figure(figsize=(1, 1)), tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
+def test_the_version_is_shown() -> None:
+    result = CliRunner().invoke(main.app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"segattn {segattn.__version__}\n")
+
+
+def test_python_m_segattn_is_the_command() -> None:
+    def run(*arguments: str, **environment: str) -> str:
+        command = [sys.executable, "-m", "segattn", *arguments]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    text = run("--help")
+    assert "Usage: segattn [OPTIONS] COMMAND" in text
+    for command in ("demo", "check", "config", "finetune", "evaluate", "rmt", "plan", "--install-completion"):
+        assert command in text
+    # what a shell asks when Tab is pressed
+    offered = run(_SEGATTN_COMPLETE="complete_bash", COMP_WORDS="segattn ev", COMP_CWORD="1")
+    assert offered.split() == ["evaluate"]
