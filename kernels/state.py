@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import register_pytree_node
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 
 class MemoryState:
@@ -67,6 +67,10 @@ register_pytree_node(
     lambda state: (list(state), None),
     lambda tensors, _: MemoryState(*tensors),
     serialized_type_name="segattn.MemoryState",
+    flatten_with_keys_fn=lambda state: (
+        [(GetAttrKey("memory"), state.memory), (GetAttrKey("normalizer"), state.normalizer)],
+        None,
+    ),
 )
 
 
