@@ -64,7 +64,7 @@ def test_attention_is_the_definition_on_the_models_own_queries_keys_and_values(
         state = MemoryState.zeros(2, k.shape[1], k.shape[3], v.shape[3], dtype=torch.float64)
         options = Options(L, update, True, 0, 0, "local", scale, softcap)
         gate = module.segattn_gate().double()
-        wanted, _ = reference.segment_attention(q, k, v, memory_q, memory_k, gate, state, None, options)
+        wanted, _ = reference.reference_attention(q, k, v, memory_q, memory_k, gate, state, None, options)
         torch.testing.assert_close(out.transpose(1, 2), wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
 
 
