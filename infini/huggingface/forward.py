@@ -111,7 +111,7 @@ def finish(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 def begin_attention(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pass the rotary angles on to a layer's attention function: the pre-hook of its attention, which would not.
+    """Begin a layer's attention: its pre-hook.
 
     Raises:
         ValueError: the layer runs without gradients inside a pass with them, whose state would lose its own.
@@ -123,4 +123,11 @@ def begin_attention(
             "loses the state's gradient: call gradient_checkpointing_enable(gradient_checkpointing_kwargs="
             "{'use_reentrant': False}), wrap layers with CheckpointImpl.NO_REENTRANT, or pass use_cache=False"
         )
+    return bring_rotary(attention, args, kwargs)
+
+
+def bring_rotary(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pass the rotary angles on to a layer's attention function: a pre-hook of its attention, which would not."""
     return args, {**kwargs, ROTARY: kwargs.get("position_embeddings")}

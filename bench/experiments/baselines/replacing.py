@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
-from ....infini.huggingface.forward import begin_attention
+from ....infini.huggingface.forward import bring_rotary
 from ....infini.rotary import unrotate
 from ....rmt.recurrent.block_attention import no_mask
 
@@ -101,7 +101,7 @@ def replace(model: LlamaForCausalLM, make: Callable[[int], Attention]) -> LlamaF
     model.set_attn_implementation(IMPLEMENTATION)
     for number, layer in enumerate(model.model.layers):
         setattr(layer.self_attn, ATTRIBUTE, make(number))
-        layer.self_attn.register_forward_pre_hook(begin_attention, with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(bring_rotary, with_kwargs=True)
     return model
 
 
