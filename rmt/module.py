@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,3 +53,25 @@ def draw_memory_tokens(embeddings: Tensor, count: int) -> nn.Parameter:
     # of the CPU's generator in float32, whatever the defaults, so that a seed gives the same memory everywhere
     drawn = torch.randn(count, embeddings.shape[1], device="cpu", dtype=torch.float32)
     return nn.Parameter(drawn.to(embeddings) * spread)
+
+
+def with_zero_gradients(x: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """Return x, whose backward pass gives `others` gradients too, of zeros.
+
+    Data parallelism waits for a gradient of every parameter, also of one that a short text has no use for.
+    """
+    if not torch.is_grad_enabled():
+        return x
+    result: Tensor = _ZeroGradients.apply(x, *others)
+    return result
+
+
+class _ZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = [(other.shape, {"dtype": other.dtype, "device": other.device}) for other in others]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros(shape, **kind) for shape, kind in ctx.others)

@@ -168,7 +168,7 @@ def _of_a_segment(case: DecodeCase, device: torch.device, *, eager: bool) -> Dec
     def fold() -> Sequence[Tensor]:
         if eager:
             return memory_after(*first)
-        return memory_write(keys, values, MemoryState(memory, normalizer), backend=backend)
+        return tuple(memory_write(keys, values, MemoryState(memory, normalizer), backend=backend))
 
     def folded() -> Sequence[Tensor]:
         k, v, m, z = (x.double() for x in first)

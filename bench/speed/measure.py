@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.state import MemoryState
+
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done its work."""
@@ -39,7 +41,7 @@ def tensors_in(state: Any) -> Iterator[Tensor]:
     """Yield the tensors of a state, or of transformers' cache of keys and values."""
     if isinstance(state, Tensor):
         yield state
-    elif isinstance(state, tuple):
+    elif isinstance(state, (tuple, MemoryState)):
         for part in state:
             yield from tensors_in(part)
     elif hasattr(state, "layers"):

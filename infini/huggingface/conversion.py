@@ -107,7 +107,7 @@ def convert(
     keep(trunk.register_forward_pre_hook(forward.begin, with_kwargs=True))
     keep(trunk.register_forward_hook(forward.finish, with_kwargs=True))
     for attention in attentions:
-        keep(attention.register_forward_pre_hook(forward.bring_rotary, with_kwargs=True))
+        keep(attention.register_forward_pre_hook(forward.begin_attention, with_kwargs=True))
     for layer in chosen:
         setattr(attentions[layer], GATE, _gate(attentions[layer], config.num_attention_heads, settings))
     for name, instead in ((_PREPARE_CACHE, partial(_prepare_cache, model)), (_PAGED, _refuse_paged)):

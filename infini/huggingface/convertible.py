@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...kernels.validation import check_integer
@@ -103,8 +103,7 @@ def check_attention(attention: Any, config: Any, segment_len: int) -> None:
             undone.
     """
     family = FAMILIES[config.model_type]
-    if any(parameter.is_meta for parameter in attention.parameters()):
-        raise ValueError("model must have its weights, got layers on the meta device: load them, then convert")
+    check_weights(attention.parameters())
     if family.positions is not None and segment_len > getattr(config, family.positions):
         raise ValueError(
             f"segment_len must be at most the {getattr(config, family.positions)} learnt positions of the model "
@@ -114,6 +113,19 @@ def check_attention(attention: Any, config: Any, segment_len: int) -> None:
         raise ValueError(
             f"the rotary embedding of {type(attention).__name__} is not the one in halves that can be undone: the "
             "memory must be free of positions"
+        )
+
+
+def check_weights(parameters: Iterable[Tensor]) -> None:
+    """Check that parameters have values.
+
+    Raises:
+        ValueError: one is on the meta device, as before it is loaded, or while it is offloaded.
+    """
+    if any(parameter.is_meta for parameter in parameters):
+        raise ValueError(
+            "model must have its weights, got layers on the meta device: load them, or, of a model that accelerate "
+            "offloads, call accelerate.hooks.remove_hook_from_submodules(model) first and offload it again after"
         )
 
 

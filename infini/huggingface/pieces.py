@@ -223,28 +223,17 @@ def _check_tensors(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None
 
 
 def check_checkpointing(model: nn.Module) -> None:
-    """Refuse gradient checkpointing that would silently give wrong gradients to a text in pieces.
+    """Refuse gradient checkpointing that would drop keys and values between the pieces of a text.
 
     Raises:
-        ValueError: the model is in training and checkpoints gradients with `use_reentrant`, or has layers that were not
-            converted.
+        ValueError: the model is in training, checkpoints gradients, and has layers that were not converted.
     """
     native = conversion_of(model).native
-    if not (model.training and torch.is_grad_enabled()):
+    if not native or not (model.training and torch.is_grad_enabled()):
         return
-    functions = [
-        module._gradient_checkpointing_func
-        for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
-    ]
-    if functions and native:
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
             f"model must not checkpoint gradients while layers {list(native)} are not converted, whose keys and values "
             "transformers then drops between pieces: convert with convert_sliding=True, or call "
             "gradient_checkpointing_disable()"
-        )
-    if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions):
-        raise ValueError(
-            "model must checkpoint gradients with use_reentrant=False, as the other way loses the state's gradient: "
-            "call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
         )

@@ -16,7 +16,7 @@ from ...kernels.state import MemoryState
 from ..backbone import check_positions, check_widths, embedding_of, huggingface_of
 from ..growing_segment import Extension
 from ..inputs import check_inputs, normal_tensor
-from ..module import MemoryModule, draw_memory_tokens
+from ..module import MemoryModule, draw_memory_tokens, with_zero_gradients
 from ..segments import IGNORED, bounds, next_tokens
 from . import cells
 from .decoder import Decoder, Layer
@@ -183,6 +183,8 @@ class AssociativeMemory(MemoryModule):
             labels = check.check_ids("labels", labels).long()
             check.check_shape("labels", labels, "[B, T]", (batch, time))
         hidden, state = self._read_text(x if input_ids is None else self.embed(x), rows, self._state(state, batch))
+        # no token reads what the last segment writes
+        hidden = with_zero_gradients(hidden, (part for memory in state.memories for part in memory))
         loss = None if labels is None else self._loss(hidden, next_tokens(labels, rows))
         wanted = labels is None if output_logits is None else output_logits
         return AssociativeOutput(loss, self.logits(hidden) if wanted else None, state)

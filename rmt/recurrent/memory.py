@@ -14,7 +14,7 @@ from ...kernels import validation as check
 from ..backbone import Outputs, check_model, embedding_of, kind_of
 from ..growing_segment import Extension
 from ..inputs import check_inputs, normal_tensor
-from ..module import MemoryModule, draw_memory_tokens
+from ..module import MemoryModule, draw_memory_tokens, with_zero_gradients
 from ..segments import Segment, bounds, cut
 from ..twins import Shown
 from .caller import Caller
@@ -209,9 +209,11 @@ class RecurrentMemory(MemoryModule):
             if targets is not None and scored and logits is not None:
                 own, number = summed_loss(logits, targets, segment, settings.loss == "last")
                 loss, count = loss + own, count + number
+        logits = gather(kept, batch, time)
+        # gradients do not reach the trainable memory behind a state, or more than `bptt` segments back
         return RecurrentOutput(
-            None if targets is None else loss / count.clamp(min=1),
-            gather(kept, batch, time),
+            None if targets is None else with_zero_gradients(loss / count.clamp(min=1), [self.memory]),
+            None if logits is None else with_zero_gradients(logits, [self.memory]),
             # by itself, so that it does not keep the last segment's other rows
             RecurrentState(memory.clone()),
         )

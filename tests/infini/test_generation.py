@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 transformers = pytest.importorskip("transformers")
 
+from calls import error
 from models import NAMES, converted, make, open_gates, tokens
 
 import segattn
@@ -232,6 +233,50 @@ def test_an_interrupted_pass_leaves_the_cache_as_it_was() -> None:
         assert torch.equal(model(ids[:, 21:], past_key_values=cache).logits, wanted)
 
 
+MODES = (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16))
+
+
+@pytest.mark.parametrize("made", range(len(MODES)))
+@pytest.mark.parametrize("kind", ["of any size", "static"])
+def test_a_cache_is_read_and_written_in_any_mode(kind: str, made: int) -> None:
+    model, ids, parts = converted(), tokens(2, 2 * L + 5), []
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        with MODES[made]():
+            cache = segattn.StaticInfiniCache(model, 2) if kind == "static" else segattn.InfiniCache(model)
+            model(ids[:, :2], past_key_values=cache)
+        for time in range(2, ids.shape[1]):
+            # three tokens in each mode, so that each writes where another has been
+            with MODES[(made + time // 3) % len(MODES)]():
+                parts.append(model(ids[:, time : time + 1], past_key_values=cache).logits.float())
+    # that of autocast
+    assert error(torch.cat(parts, 1), whole[:, 2:]) < 0.02
+
+
+def test_generate_goes_on_from_a_cache_of_inference_mode() -> None:
+    model, ids = converted(), tokens(1, 20)
+    wanted, cache = greedy(model, ids), segattn.InfiniCache(model)
+    with torch.inference_mode():
+        model(ids[:, :16], past_key_values=cache)
+        for time in range(16, 19):
+            model(ids[:, time : time + 1], past_key_values=cache)
+    assert torch.equal(greedy(model, ids, past_key_values=cache), wanted)
+
+
+@pytest.mark.parametrize("trained", ["q_proj", "segattn_gate", "o_proj"])
+def test_a_token_at_a_time_has_the_gradient_of_the_whole(trained: str) -> None:
+    """Train what leaves the first layer's keys and values without gradients, as LoRA on the queries alone does."""
+    model, ids, grads = converted(), tokens(1, 2 * L + 3), []
+    model.requires_grad_(False)
+    parameters = [parameter.requires_grad_() for name, parameter in model.named_parameters() if trained in name]
+    for pieces in ([ids], ids.split(1, dim=1)):
+        cache = segattn.InfiniCache(model)
+        logits = torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], 1)
+        grads.append(torch.autograd.grad(logits.square().mean(), parameters))
+    for found, wanted in zip(*grads, strict=True):
+        assert error(found, wanted) < 1e-4
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_static_cache_equals_the_whole_eager_and_compiled(name: str) -> None:
     if name == "opt" and not ROLLBACK:
@@ -311,6 +356,11 @@ def test_bad_static_caches() -> None:
     mask[0, -1] = 0
     with pytest.raises(ValueError, match="padding on the right"):
         model(tokens(1, 5), attention_mask=mask, past_key_values=segattn.StaticInfiniCache(model, 1))
+    cache = segattn.StaticInfiniCache(model, 1)
+    for time in (1, 5):
+        with pytest.raises(RuntimeError, match="gradients"):
+            model(tokens(1, time), past_key_values=cache)
+    assert cache.get_seq_length() == 0
 
 
 def test_caches_that_cannot_be_used() -> None:

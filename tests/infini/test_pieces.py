@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 transformers = pytest.importorskip("transformers")
 
 import models
 from models import make, tokens
 
+import segattn
 from segattn.bench.speed.measure import peak_bytes
 from segattn.infini.huggingface.pieces import backward_in_pieces, loss_in_pieces, read_in_pieces
 
@@ -204,6 +207,51 @@ def test_checkpointing_that_would_lose_gradients_is_refused() -> None:
     mixed.gradient_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(ValueError, match=r"must not checkpoint gradients while layers \[0\] are not converted"):
         read_in_pieces(mixed, ids, L)
+
+
+def checkpointed(model: Any, way: str) -> Any:
+    """Return the model with gradient checkpointing that runs layers without gradients first."""
+    if way == "transformers":
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    else:
+        wrap = partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT)
+        layers = model.model.layers
+        for index, layer in enumerate(layers):
+            layers[index] = wrap(layer)
+    return model
+
+
+@pytest.mark.parametrize("way", ["transformers", "torch"])
+def test_reentrant_checkpointing_is_refused_wherever_a_state_is_kept(way: str) -> None:
+    model, ids = checkpointed(converted(), way), tokens(1, 40)
+    message = "model must checkpoint gradients with use_reentrant=False where past_key_values is kept"
+    with pytest.raises(ValueError, match=message):
+        backward_in_pieces(model, ids, L)
+    with pytest.raises(ValueError, match=message):
+        model(ids, use_cache=True)
+    cache = segattn.InfiniCache(model)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+    before = cache.states
+    with pytest.raises(ValueError, match=message):
+        model(ids[:, 20:], past_key_values=cache)
+    assert cache.get_seq_length() == 20
+    assert all(x is y for layer in before for x, y in zip(cache.states[layer], before[layer], strict=True))
+    # a text by itself leaves no state
+    wanted = whole_gradient(converted(), ids)
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    assert share(whole_gradient(model, ids) - wanted, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_checkpointing_that_drops_the_keys_of_other_layers_is_refused(name: str) -> None:
+    model, ids = segattn.convert(make(name), L, layers=[1], quiet=True).train(), tokens(1, 40)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    cache = segattn.InfiniCache(model)
+    with pytest.raises(RuntimeError, match=r"layers \[0\], which are not converted, left no keys"):
+        model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 0
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from segattn import RecurrentMemory
 from segattn.infini.huggingface.conversion import convert, revert
 from segattn.infini.huggingface.saving import from_pretrained, load_gates, save_gates, save_pretrained
 from segattn.infini.huggingface.settings import conversion_of, is_converted
+from segattn.infini.huggingface.static_cache import StaticInfiniCache
 
 L = 7
 # three layers of three heads, whatever a type calls them
@@ -554,6 +555,26 @@ def test_partitioned_gates(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model must not be sharded or partitioned yet"):
         load_gates(model, tmp_path / "gates")
     assert_unchanged(model, before)
+
+
+def test_offloaded_gates(tmp_path: Path, ids: Tensor) -> None:
+    """accelerate leaves parameters without values outside of their modules' forward."""
+    accelerate = pytest.importorskip("accelerate")
+    model, want = converted(), converted()
+    save_gates(want, tmp_path / "gates")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    before = logits(model, ids)
+    for refused in (
+        lambda: save_gates(model, tmp_path / "none"),
+        lambda: load_gates(model, tmp_path / "gates"),
+        lambda: StaticInfiniCache(model),
+    ):
+        with pytest.raises(ValueError, match=r"model must have its weights.*remove_hook_from_submodules\(model\)"):
+            refused()
+    assert not (tmp_path / "none").exists()
+    assert torch.equal(logits(model, ids), before)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert_same(load_gates(model, tmp_path / "gates"), want, ids)
 
 
 @pytest.fixture
