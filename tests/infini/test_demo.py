@@ -275,8 +275,6 @@ def test_resume_holds_to_the_checkpoint(tmp_path: Path) -> None:
         run_demo(SMALL, tmp_path, Quiet(), resume=True)
     with pytest.raises(InterruptedRunError):
         run_demo(SMALL, tmp_path, Quiet(interrupt_after=1))
-    with pytest.raises(SettingError, match="update must be the checkpoint's with --resume, 'delta', got 'linear'"):
-        run_demo(replace(SMALL, update="linear"), tmp_path, Quiet(), resume=True)
     text = tmp_path / "text.txt"
     text.write_text(generate_text(2000, 5), encoding="utf-8")
     with pytest.raises(SettingError, match="text must be a file of the checkpoint's text with --resume"):
@@ -288,7 +286,8 @@ def test_resume_refuses_another_run(name: str, tmp_path: Path) -> None:
     with pytest.raises(InterruptedRunError):
         run_demo(SMALL, tmp_path, Quiet(interrupt_after=1))
     changed = "linear" if name == "update" else getattr(SMALL, name) + 1
-    with pytest.raises(SettingError, match=f"{name} must be the checkpoint's with --resume"):
+    problem = f"{name} must be the checkpoint's with --resume, {getattr(SMALL, name)!r}, got {changed!r}"
+    with pytest.raises(SettingError, match=problem):
         run_demo(replace(SMALL, **{name: changed}), tmp_path, Quiet(), resume=True)
 
 
@@ -394,7 +393,7 @@ def test_command_shows_what_it_writes(tmp_path: Path) -> None:
         (["--segment-len", "0"], "--segment-len must be at least 1, got 0"),
         (["--segment-len", "4"], "--segment-len must be at least 5, so that 8 segments hold a sample, got 4"),
         (["--device", "abacus"], "--device must be one that PyTorch can use here, such as 'cpu', got 'abacus'"),
-        (["--text", "no-such-file"], f"--text must be a file that can be read, got '{Path('no-such-file').resolve()}'"),
+        (["--text", "no-such-file"], "--text must be a file that can be read, got 'no-such-file'"),
         (["--seed", str(2**64)], f"--seed must be below 2**32, got {2**64}"),
         (["--device", "meta"], "--device must be one that PyTorch can use here, such as 'cpu', got 'meta'"),
         (["--resume"], "--resume needs a checkpoint in the output folder, and there is no"),

@@ -116,10 +116,8 @@ def _together(command: Command) -> Iterator[None]:
 
 
 def _is_saved(out: Path) -> bool:
-    from ..infini.train.checkpoints import whole
-    from ..infini.train.run import Outputs
-
-    return bool(whole(Outputs.of(out).checkpoints))
+    # without `checkpoints.whole`: Ctrl-C may have broken into the import of PyTorch
+    return any(out.glob("checkpoints/step-*/.metadata"))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ..runs.errors import SettingError
+from ..runs.interrupts import InterruptedRunError
 
 # module that is missing → what brings it
 INSTALL = {
@@ -72,23 +73,18 @@ class Command:
 
     def ending(self, error: BaseException) -> Ending | None:
         """Return the line for an error that the user can mend and the exit status; None for any other error."""
-        # slow to import, and loaded by whatever raises its errors
-        from torch import OutOfMemoryError
-
-        from ..runs.interrupts import InterruptedRunError
-
         match error:
             case SettingError():
                 typed = self.typed.get(error.name, f"--{error.name.replace('_', '-')}")
                 return Ending(f"{typed} {error.problem}", 2)
             case ImportError() if error.name in INSTALL:
                 return Ending(f"needs {error.name}: pip install {INSTALL[error.name]}", 1)
-            case OutOfMemoryError():
-                return Ending(f"out of memory: try {self.smaller}{self.way_on()}", 1)
             case InterruptedRunError():
                 return Ending(f"stopped, checkpoint written{self.way_on()}", 130)
             case KeyboardInterrupt():
                 return Ending(f"stopped{self.way_on() or self._nothing_saved()}", 130)
+            case RuntimeError() if _is_out_of_memory(error):
+                return Ending(f"out of memory: try {self.smaller}{self.way_on()}", 1)
         return None
 
     def say(self, message: str) -> None:
@@ -101,6 +97,13 @@ class Command:
 
     def _nothing_saved(self) -> str:
         return "; there is nothing to go on from yet" if self.again else ""
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # slow to import, and loaded by whatever raises it; Ctrl-C may have broken into its import, so nothing else asks
+    from torch import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError)
 
 
 def counts(name: str, text: str, example: str) -> list[int]:
