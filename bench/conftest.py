@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+import re
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 
+from segattn.bench.speed.fixture import Bench
 from segattn.bench.speed.machine import machine_info
 from segattn.bench.speed.rows import Row, as_json, marked, table
 from segattn.bench.speed.workloads import CALL_NUMBERS, DTYPES, parse_workloads
@@ -25,18 +26,11 @@ FORMS = {CALL_NUMBERS: "B,H,T,K,L", 7: "B,S,L,m,layers,heads,width"}
 
 def a_device(name: str) -> str:
     """Return the name of a device that is here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:N or mps, got {name!r}") from None
-    here = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    if device.type not in here:
+    match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", name)
+    if match is None:
         raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:N or mps, got {name!r}")
-    if (device.index or 0) >= here[device.type]:
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if int(match[2] or 0) >= here[match[1]]:
         raise argparse.ArgumentTypeError(f"must be a device that PyTorch finds here, got {name!r}")
     return name
 
@@ -113,30 +107,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [*noisy, *(f"{name} is left out: it needs segattn[hf]" for name in collect_ignore)]
 
 
-@pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Return the device to measure on."""
-    return torch.device(request.config.getoption("--device"))
-
-
-@pytest.fixture(scope="session")
-def rounds(request: pytest.FixtureRequest) -> int:
-    """Return the most timed rounds."""
-    count: int = request.config.getoption("--rounds")
-    return count
-
-
-@pytest.fixture(scope="session")
-def seconds(request: pytest.FixtureRequest) -> float:
-    """Return the time after which the last round begins."""
-    limit: float = request.config.getoption("--seconds")
-    return limit
-
-
 @pytest.fixture
-def keep(request: pytest.FixtureRequest) -> Callable[[Row], None]:
-    """Return a function that takes a row of the table."""
-    return request.config.stash[ROWS].append
+def bench(benchmark: Any, request: pytest.FixtureRequest) -> Bench:
+    """Return what a benchmark needs."""
+    option, keep = request.config.getoption, request.config.stash[ROWS].append
+    return Bench(benchmark, keep, torch.device(option("--device")), option("--rounds"), option("--seconds"))
 
 
 @pytest.hookimpl(optionalhook=True)

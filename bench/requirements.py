@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 
 
-def require(command: str, extras: str, *names: str) -> None:
-    """End the process where a package is not installed, with one line that says what to install.
+def start(package: str, module: str, extras: str, *names: str) -> None:
+    """Run the `main` of a package's module as a command, and end the process with its status.
+
+    Where an installed package is missing, one line says what to install.
 
     Args:
-        command: The module that needs the packages, as it is run by `python -m`.
-        extras: The package's extras that bring them.
-        names: The packages.
+        package: As it is run by `python -m`.
+        module: Relative to the package; imported once its needs are there.
+        extras: The extras of segattn that bring the names.
+        names: The packages that the module needs.
     """
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        sys.exit(f"python -m {command} needs {', '.join(missing)}: pip install 'segattn[{extras}]'")
+        sys.exit(f"python -m {package} needs {', '.join(missing)}: pip install 'segattn[{extras}]'")
+    sys.exit(import_module(module, package).main())

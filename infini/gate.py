@@ -13,8 +13,9 @@ from torch import Tensor, nn
 class Gate(nn.Module):
     """The gate β, one number per query head; sigmoid(β) weighs the memory (arXiv 2404.07143, equation 10).
 
-    Calling it returns β, float32 [H]: a call, unlike a read of the parameter, runs hooks that gather sharded
-    parameters. β stays float32 when the model is cast. The parameter is named `bias` because trainers apply no weight
+    Calling it returns β, float32 [H], as a new tensor: a call, unlike a read of the parameter, runs hooks that gather
+    sharded parameters, which may free the parameter's memory as soon as it ends. β stays float32 when the model is
+    cast. The parameter is named `bias` because trainers apply no weight
     decay to that name: decay would pull β to 0, and every head to half memory.
 
     Args:
@@ -27,19 +28,21 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.full((heads,), float(init), dtype=torch.float32))
 
     def forward(self) -> Tensor:
-        """Return β, float32 [H]."""
-        # a checkpoint in half precision may have been assigned
-        return self.bias.float()
+        """Return a copy of β, float32 [H]."""
+        # FSDP and ZeRO free the parameter when this call has ended, while β is still needed
+        return self.bias.to(torch.float32, copy=True)
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the gate."""
         return f"heads={self.bias.numel()}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
-        before = self.bias.detach()
-        super()._apply(fn, recurse)
-        if self.bias.dtype != torch.float32:
-            self.bias.data = before.to(device=self.bias.device, dtype=torch.float32)
+        def in_float32(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == torch.float32 else x.to(moved.device, torch.float32)
+
+        # of the parameter and of its gradient alike
+        super()._apply(in_float32, recurse)
         return self
 
 
@@ -60,9 +63,17 @@ def parameter_groups(
         The groups of matrices, vectors and gates in that order, empty ones left out; each is a dictionary of "params",
         "lr" and "weight_decay", as `torch.optim` takes them.
 
+    Raises:
+        TypeError: `model` is not a module.
+
     Warns:
         UserWarning: the model has gates, and none of them requires a gradient.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, whose gates are looked for, got {type(model).__name__}: pass the model, "
+            "not its parameters"
+        )
     biases = [gate.bias for gate in model.modules() if isinstance(gate, Gate)]
     if biases and not any(bias.requires_grad for bias in biases):
         warnings.warn("no gate is trained: with PEFT, name them by modules_to_save=['segattn_gate']", stacklevel=2)

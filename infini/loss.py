@@ -27,10 +27,10 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: [B, T, vocabulary]; computed in float32 or wider.
-        targets: int64 [B, T].
+        targets: int32 or int64 [B, T].
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    return F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(wide, targets.flatten().long(), ignore_index=IGNORED, reduction="sum")
 
 
 def mean_loss(logits: Tensor, shift_labels: Tensor, group: Any, *, gradients: str = "averaged") -> Tensor:
@@ -55,15 +55,15 @@ def mean_loss(logits: Tensor, shift_labels: Tensor, group: Any, *, gradients: st
     """
     ranks = Ranks.of(group)
     problem: Exception | None = None
-    total, count = torch.zeros(()), 0
+    total, count = torch.zeros((), device="cpu"), 0
     try:
         check.check_choice("gradients", gradients, GRADIENTS)
         total, count = _checked_sum(logits, shift_labels)
     except (TypeError, ValueError) as error:
         problem = error
     summed = gradients == "summed"
-    local = torch.tensor([total.item(), count, summed, problem is not None], dtype=torch.float64)
-    sums = local.to(quick_device(ranks))
+    numbers = [total.item(), count, summed, problem is not None]
+    sums = torch.tensor(numbers, dtype=torch.float64, device=quick_device(ranks))
     dist.all_reduce(sums, group=ranks.group)
     nats, tokens, summing, problems = sums.tolist()
     if problems or summing not in (0, ranks.size):
@@ -90,4 +90,4 @@ def _checked_sum(logits: Tensor, shift_labels: Tensor) -> tuple[Tensor, int]:
             f"shift_labels must be {IGNORED} or below the vocabulary of {logits.shape[2]}, got {predicted.min()} to "
             f"{predicted.max()}"
         )
-    return cross_entropy_sum(logits, shift_labels.long()), predicted.numel()
+    return cross_entropy_sum(logits, shift_labels), predicted.numel()

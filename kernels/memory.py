@@ -51,7 +51,8 @@ def memory_read(
         TypeError, ValueError: naming the argument, what it must be, and what it was.
     """
     _check_tokens("q", q, feature_map)
-    if not isinstance(state, tuple) or len(state) != 2 or not all(isinstance(x, Tensor) and x.ndim >= 3 for x in state):
+    pair = isinstance(state, (MemoryState, tuple)) and len(state) == 2
+    if not pair or not all(isinstance(x, Tensor) and x.ndim >= 3 for x in state):
         raise TypeError(f"state must be a MemoryState(memory, normalizer), got {type(state).__name__}")
     groups = state[0].shape[1]
     if groups == 0 or q.shape[1] % groups:

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 
-class MemoryState(NamedTuple):
+class MemoryState:
     """A compressive memory as a value: passed in, returned, never mutated.
 
     memory: [B, G, K, V], the sum of σ(k)ᵀ v that the update rule has kept.
     normalizer: [B, G, K], the sum of σ(k).
 
     Both are float32 (float64 when the call's inputs are). With packed sequences, B is their number N.
+
+    It unpacks like a pair, `memory, normalizer = state`, but is not a tuple: wrappers for mixed precision, such as
+    FSDP2, rebuild the tuples, dictionaries and dataclasses among a module's arguments and results with every tensor
+    cast. They pass an object of any other class as it is, so the memory stays float32.
     """
 
-    memory: Tensor
-    normalizer: Tensor
+    __slots__ = ("memory", "normalizer")
+
+    def __init__(self, memory: Tensor, normalizer: Tensor) -> None:
+        self.memory = memory
+        self.normalizer = normalizer
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.memory, self.normalizer))
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.memory, self.normalizer)[index]
+
+    def __repr__(self) -> str:
+        return f"MemoryState(memory={self.memory}, normalizer={self.normalizer})"
 
     @classmethod
     def zeros(
@@ -38,6 +59,19 @@ class MemoryState(NamedTuple):
     def detach(self) -> MemoryState:
         """Return the same state, cut from the graph: where truncated back-propagation ends."""
         return MemoryState(self.memory.detach(), self.normalizer.detach())
+
+
+# hooks, transforms and torch.export look for tensors in registered classes
+register_pytree_node(
+    MemoryState,
+    lambda state: (list(state), None),
+    lambda tensors, _: MemoryState(*tensors),
+    serialized_type_name="segattn.MemoryState",
+    flatten_with_keys_fn=lambda state: (
+        [(GetAttrKey("memory"), state.memory), (GetAttrKey("normalizer"), state.normalizer)],
+        None,
+    ),
+)
 
 
 class SegmentOutput(NamedTuple):
@@ -79,7 +113,8 @@ def least_weight(features: Tensor, inverse_peak: Tensor) -> Tensor:
     """
     limits = torch.finfo(features.dtype)
     least = limits.tiny / limits.eps * inverse_peak.clamp(min=1)
-    return (features.detach().abs().amax(-1, keepdim=True) * least).clamp(min=limits.tiny)
+    largest = torch.linalg.vector_norm(features.detach(), torch.inf, dim=-1, keepdim=True)
+    return (largest * least).clamp(min=limits.tiny)
 
 
 def empty_output(q: Tensor, v: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def check_gate(gate: Tensor, q: Tensor) -> None:
 
 def check_state(state: object, sequences: int, k: Tensor, v: Tensor) -> MemoryState:
     """Return the state of `sequences` sequences whose keys and values are k and v, once it is checked."""
-    if not isinstance(state, tuple) or len(state) != 2:
+    if not isinstance(state, (MemoryState, tuple)) or len(state) != 2:
         raise TypeError(f"state must be a MemoryState(memory, normalizer), got {type(state).__name__}")
     dtype = state_dtype(k)
     groups, width = k.shape[1], k.shape[3]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .twins import HIDDEN_STATES, evaluating, is_huggingface
+
+# what rounding may change of a row, relative to its largest number
+ROUNDING = 1e-6
 
 
 class Outputs(NamedTuple):
@@ -26,11 +29,7 @@ class Outputs(NamedTuple):
 
 def huggingface_of(model: nn.Module) -> Any:
     """Return the Hugging Face model that `model` is, or wraps (compiled, with adapters); None where there is none."""
-    for module in model.modules():
-        # recognised by name, so that other modules need no transformers
-        if any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__):
-            return module
-    return None
+    return next(filter(is_huggingface, model.modules()), None)
 
 
 def kind_of(model: nn.Module) -> str:
@@ -63,23 +62,25 @@ def _sees_ahead(model: Any) -> bool:
     weight = getattr(model.get_input_embeddings(), "weight", None)
     if weight is None or weight.is_meta:
         return False
-    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    other = torch.cat((x[:3], -x[3:]))
-    with evaluating(model):
-        first, second = (run(model, rows[None], {}, True).hidden[0, 0] for rows in (x, other))
-    return bool((first != second).any())
+    x = random_rows(weight, 4)
+    texts = torch.stack((x, torch.cat((x[:3], -x[3:]))))
+    hidden = run(evaluating(model), texts, HIDDEN_STATES).hidden
+    return bool(distances(hidden)[0, 0] > ROUNDING)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the block, and each of its modules back into its mode after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def random_rows(embeddings: Tensor, count: int) -> Tensor:
+    """Return random rows [count, d] as far from zero as embeddings [vocabulary, d], the same in every call."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows = torch.randn(count, embeddings.shape[1], generator=generator, device="cpu", dtype=torch.float32)
+    # some of a large vocabulary say as much as all of it
+    spread = embeddings[:1024].float().std().item()
+    return (rows * (spread or 1.0)).to(embeddings)
+
+
+def distances(hidden: Tensor) -> Tensor:
+    """Return how far rows [N, T, d] are from those of the first text, relative to the largest of each: [N - 1, T]."""
+    first, others = hidden[:1].float(), hidden[1:].float()
+    return (others - first).abs().amax(-1) / first.abs().amax(-1)
 
 
 def embedding_of(model: nn.Module) -> Any:
@@ -109,7 +110,7 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         TypeError: it is not a module.
-        ValueError: it is an encoder and a decoder, or `segattn.convert` has changed it.
+        ValueError: it is an encoder and a decoder, or runs on the attention of `segattn.convert`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -119,9 +120,15 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             f"model must be an encoder or a decoder, got {type(inner).__name__}, which is both: pass one of them"
         )
-    if hasattr(getattr(inner, "config", None), "segment_attention"):
+    # a plain model of a converted one's folder has its configuration's entry, but neither gates nor its attention
+    if any(name.endswith("segattn_gate") for name, _ in model.named_modules()):
         raise ValueError(
             "model must keep its own attention, got one that segattn.convert changed: segattn.revert first"
+        )
+    if getattr(getattr(inner, "config", None), "_attn_implementation", None) == "segattn":
+        raise ValueError(
+            "model must keep its own attention, got one made from a converted model's configuration: make it from "
+            "type(config).from_dict(config.to_dict())"
         )
 
 
@@ -209,18 +216,16 @@ def check_widths(model: nn.Module) -> None:
         )
 
 
-def run(model: nn.Module, x: Tensor, arguments: dict[str, Any], huggingface: bool) -> Outputs:
+def run(model: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Outputs:
     """Run a model over embeddings [B, T, d].
 
     Args:
-        arguments: of the call, besides the embeddings.
-        huggingface: whether to ask for hidden states as from a Hugging Face model.
+        arguments: of the call, besides the embeddings; those that ask for hidden states among them.
 
     Raises:
         TypeError: the model returns neither hidden rows nor a tensor of them.
     """
-    hidden_states = {"output_hidden_states": True, "return_dict": True} if huggingface else {}
-    out = model(inputs_embeds=x, **arguments, **hidden_states)
+    out = model(inputs_embeds=x, **arguments)
     if isinstance(out, Tensor):
         return Outputs(out, None, None)
     states = getattr(out, "hidden_states", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .checkpointing import Checkpointing
 from .generation import TextGeneration
+from .trainer import no_config
 
 
 class MemoryModule(TextGeneration, Checkpointing, nn.Module):
@@ -27,6 +29,15 @@ class MemoryModule(TextGeneration, Checkpointing, nn.Module):
             self._fit(value)
         super().__setattr__(name, value)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "config":
+            raise no_config(type(self).__name__)
+        return super().__getattr__(name)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that embeds tokens, on which Hugging Face's Trainer sets the noise of NEFTune."""
+        raise NotImplementedError
+
     def _fit(self, model: nn.Module) -> None:
         """Check that `model` can take the present one's place, and note how it is called.
 
@@ -39,4 +50,28 @@ class MemoryModule(TextGeneration, Checkpointing, nn.Module):
 def draw_memory_tokens(embeddings: Tensor, count: int) -> nn.Parameter:
     """Return `count` random vectors [m, d], as far from zero as embeddings [vocabulary, d], among which they stand."""
     spread = embeddings.detach().float().std()
-    return nn.Parameter(torch.randn(count, embeddings.shape[1]).to(embeddings) * spread)
+    # of the CPU's generator in float32, whatever the defaults, so that a seed gives the same memory everywhere
+    drawn = torch.randn(count, embeddings.shape[1], device="cpu", dtype=torch.float32)
+    return nn.Parameter(drawn.to(embeddings) * spread)
+
+
+def with_zero_gradients(x: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """Return x, whose backward pass gives `others` gradients too, of zeros.
+
+    Data parallelism waits for a gradient of every parameter, also of one that a short text has no use for.
+    """
+    if not torch.is_grad_enabled():
+        return x
+    result: Tensor = _ZeroGradients.apply(x, *others)
+    return result
+
+
+class _ZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = [(other.shape, {"dtype": other.dtype, "device": other.device}) for other in others]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros(shape, **kind) for shape, kind in ctx.others)

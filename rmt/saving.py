@@ -20,6 +20,8 @@ from ..runs.checkpoint import replacing, whole
 
 # key in the file's metadata
 ENTRY = "segattn"
+# of settings that a file may lack, since they are younger
+_BEFORE = {"epsilon": 0.0}
 # settings that may differ from those that the weights were trained with
 _FREE = ("segment_len", "bptt", "alignment", "loss", "attention", "schedule")
 
@@ -116,7 +118,7 @@ def _check(saved: Mapping[str, Any], own: Mapping[str, Any], path: str) -> None:
         ValueError: naming one that differs.
     """
     for name, value in own.items():
-        before = saved.get(name)
+        before = saved.get(name, _BEFORE.get(name))
         value = list(value) if isinstance(value, tuple) else value
         if name not in _FREE and before != value:
             raise ValueError(

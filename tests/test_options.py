@@ -10,7 +10,7 @@ import pytest
 typer = pytest.importorskip("typer")
 typer_testing = pytest.importorskip("typer.testing")
 
-from segattn.cli.options import options_of
+from segattn.cli.options import help_of, options_of, settings_from
 
 
 @dataclass(frozen=True)
@@ -69,3 +69,38 @@ def test_values_are_of_the_fields_types() -> None:
     called, said = invoke("--steps", "many")
     assert not called
     assert "Invalid value for '--steps'" in said
+
+
+@dataclass(frozen=True)
+class Text:
+    text: Annotated[str, "What to read."]
+    length: Annotated[tuple[int, ...], "Tokens of it."] = (8,)
+    depth: Annotated[float, "How far in."] = 0.5
+
+
+def test_options_of_several_settings() -> None:
+    """One after the other; a parameter stands in its field's place, and a field without a default must be given."""
+    called: dict[str, Any] = {}
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    @options_of(Text, Settings, arguments=("folder",))
+    def command(
+        out: Annotated[str | None, typer.Option()] = None,
+        length: Annotated[str, typer.Option(help=help_of(Text, "length"))] = "8",
+        **given: Any,
+    ) -> None:
+        called.update(given, out=out, length=length)
+
+    def invoke(*arguments: str) -> str:
+        return str(typer_testing.CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"}).output)
+
+    assert "Missing option '--text'" in invoke("here")
+    assert not called
+    invoke("here", "--text", "a", "--depth", "1", "--length", "4,5", "--steps", "3")
+    assert called == {"folder": "here", "text": "a", "depth": 1.0, "length": "4,5", "steps": 3, "out": None}
+    assert settings_from(Text, called | {"length": (4, 5)}) == Text("a", (4, 5), 1.0)
+    assert settings_from(Settings, called) == Settings(steps=3, folder="here")
+    said = invoke("--help")
+    names = ("folder", "--text", "--length", "Tokens of it.", "--depth", "--steps", "--rate", "--out")
+    assert sorted(names, key=said.index) == list(names)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import segattn
@@ -124,13 +125,19 @@ def test_public_names() -> None:
     assert (Path(segattn.__file__).parent / "py.typed").exists()
 
 
-def test_importing_stays_light() -> None:
-    """Neither what draws nor what talks to a terminal is loaded by `import segattn`."""
-    heavy = ("matplotlib", "rich", "typer", "pytest")
-    code = f"import sys, segattn; print([m for m in {heavy} if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("segattn", ("torch", "numpy", "matplotlib", "rich", "typer", "pytest")),
+        ("segattn.segment_attention", ("transformers", "matplotlib", "rich", "typer", "pytest")),
+        ("segattn.cli.main", ("torch", "numpy", "transformers", "matplotlib")),
+    ],
+)
+def test_importing_stays_light(module: str, heavy: tuple[str, ...]) -> None:
+    """`import segattn` loads no library, an operation none that draws, and the command line's help not even PyTorch."""
+    code = f"import pkgutil, sys; pkgutil.resolve_name('{module}'); print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_show_config_says_what_would_run_and_why() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import tempfile
@@ -53,15 +54,6 @@ class Row:
         return {**self.job._asdict(), "tile": asdict(self.tile), "compiled": compiled, "error": self.error}
 
 
-class Wanted(NamedTuple):
-    """A part of the whole."""
-
-    targets: Sequence[str]
-    dtypes: Sequence[str]
-    widths: Sequence[int]
-    kernels: Sequence[str]
-
-
 @cache
 def _launches(target: str, dtype: str, width: int, case: str) -> list[Launch]:
     return launches_of(case, TARGETS[target], DTYPES[dtype], width)
@@ -71,14 +63,10 @@ def launch_of(job: Job) -> Launch:
     return _launches(job.target, job.dtype, job.width, job.case)[job.place]
 
 
-def plan(wanted: Wanted) -> list[Job]:
-    """Launches that differ for the compiler, each once: every kernel for every target, dtype and width."""
-    jobs = []
-    for target in wanted.targets:
-        for dtype in wanted.dtypes:
-            for width in wanted.widths:
-                jobs += _plan_one(target, dtype, width)
-    return [job for job in jobs if job.kernel in wanted.kernels]
+def plan(targets: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], kernels: Sequence[str]) -> list[Job]:
+    """Return launches that differ for the compiler, each once: every kernel for every target, dtype and width."""
+    parts = itertools.product(targets, dtypes, widths)
+    return [job for part in parts for job in _plan_one(*part) if job.kernel in kernels]
 
 
 def _plan_one(target: str, dtype: str, width: int) -> list[Job]:

@@ -101,26 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if interpreted():
         return _refused("TRITON_INTERPRET is set, by which kernels are not compiled: unset it")
     # these need Triton
-    from .jobs import KERNELS, Row, Wanted, compile_all, plan
+    from .jobs import KERNELS, Row, compile_all, plan
     from .rules import failures
     from .table import costs, table
 
     dtypes, widths = QUICK if given.quick else (tuple(DTYPES), WIDTHS)
+    begin = time.monotonic()
     try:
-        wanted = Wanted(
-            _choices("targets", given.targets, tuple(TARGETS), tuple(TARGETS)),
-            _choices("dtypes", given.dtypes, dtypes, tuple(DTYPES)),
-            [int(x) for x in _choices("widths", given.widths, widths, KNOWN_WIDTHS)],
-            _kernels(given.kernels, KERNELS),
-        )
         if given.jobs < 1:
             raise ValueError(f"--jobs must be positive, got {given.jobs}")
+        targets = _choices("targets", given.targets, tuple(TARGETS), tuple(TARGETS))
+        dtypes = _choices("dtypes", given.dtypes, dtypes, tuple(DTYPES))
+        kernels = _kernels(given.kernels, KERNELS)
+        sizes = [int(x) for x in _choices("widths", given.widths, widths, KNOWN_WIDTHS)]
+        jobs = plan(targets, dtypes, sizes, kernels)
+        if given.widths is None and not given.quick and EDGES_DTYPE in dtypes:
+            jobs += plan(targets, [EDGES_DTYPE], [int(x) for x in EDGES], kernels)
     except ValueError as error:
         return _refused(str(error))
-    begin = time.monotonic()
-    jobs = plan(wanted)
-    if given.widths is None and not given.quick and EDGES_DTYPE in wanted.dtypes:
-        jobs += plan(wanted._replace(dtypes=(EDGES_DTYPE,), widths=[int(x) for x in EDGES]))
     console = Console(stderr=True)
     rows: list[Row] = list(
         track(compile_all(jobs, given.jobs), "compiling", len(jobs), console=console, disable=not console.is_terminal)

@@ -9,10 +9,10 @@ import torch
 
 from ..planner.floors import Peak
 from ..speed.admission import NOTHING, Admission, admit, admit_step, check_device
-from ..speed.attention_calls import has_kernels
-from ..speed.decode_calls import DECODERS, Decoder, allowed_in_decoding, in_graphs, names_of
+from ..speed.attention_calls import backend_here
+from ..speed.decode_calls import DECODERS, Decoder, in_graphs, names_of
 from ..speed.machine import plain
-from ..speed.peers import PEERS, Peer
+from ..speed.peers import PEERS
 from ..speed.prepared import draw
 from ..speed.rows import Row, as_json, marked
 from ..speed.suite import call_row, time_calls, time_steps
@@ -32,7 +32,6 @@ def measure_case(
     peak: Peak | None,
     note: Note,
     excluded: Mapping[str, str] = NOTHING,
-    peers: Mapping[str, Peer] = PEERS,
 ) -> Rows:
     """Return the rows of every peer in every direction.
 
@@ -47,7 +46,10 @@ def measure_case(
     admissions = {}
     for name in case.peers:
         note({"at": name})
-        admissions[name] = admit(peers[name], case, drawn, device, excluded.get(name))
+        if name in excluded:
+            admissions[name] = Admission("failed", excluded[name])
+        else:
+            admissions[name] = admit(PEERS[name], case, drawn, device)
     note({"at": None})
     timed: list[Row] = []
     for direction in case.directions:
@@ -58,7 +60,6 @@ def measure_case(
             drawn,
             device,
             peak=peak,
-            peers=peers,
             seconds=case.seconds,
             rounds=case.rounds,
             # the gate has run them
@@ -76,11 +77,12 @@ def measure_decode(
     admissions: dict[str, Admission] = {}
     for name in names:
         note({"at": name})
-        allowed = allowed_in_decoding(name, case.dtype)
-        if name.startswith("segattn") and not has_kernels(device):
+        if name.startswith("segattn") and backend_here(device) != "triton":
             admissions[name] = Admission("skipped", NO_KERNELS)
-            continue
-        admissions[name] = admit_step(decoders[name], allowed, device, counted=True, excluded=excluded.get(name))
+        elif name in excluded:
+            admissions[name] = Admission("failed", excluded[name])
+        else:
+            admissions[name] = admit_step(decoders[name], device, counted=True)
         if admissions[name].status == "right":
             graph, admissions[f"{name} graph"] = _graphs(decoders[name], device, admissions[name])
             decoders |= {f"{name} graph": graph} if graph else {}

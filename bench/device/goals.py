@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..speed.decode_calls import EAGER
@@ -14,29 +14,14 @@ FLASH = "SDPA flash local"
 DECODER = "segattn delta"
 
 
-@dataclass(frozen=True)
-class Goal:
-    """One figure to reach.
-
-    value: From a run's document to the figure, None where it was not measured.
-    reach: The figure must be at least the bound; otherwise at most.
-    """
-
-    what: str
-    bound: float
-    value: Callable[[Document], float | None]
-    reach: bool = False
-
-    def judge(self, document: Document) -> dict[str, Any]:
-        """Return the goal, its bound, and whether the document's figure meets it."""
-        value = self.value(document)
-        met = None if value is None else (value >= self.bound if self.reach else value <= self.bound)
-        return {
-            "goal": self.what,
-            "bound": f"{'≥' if self.reach else '≤'} {self.bound:g}",
-            "measured": None if value is None else float(f"{value:.4g}"),
-            "met": met,
-        }
+def judged(what: str, value: float | None, *, least: float = -math.inf, most: float = math.inf) -> dict[str, Any]:
+    """Return a goal, its one bound, and whether the figure meets it; a figure of None was not measured."""
+    return {
+        "goal": what,
+        "bound": f"≤ {most:g}" if most < math.inf else f"≥ {least:g}",
+        "measured": None if value is None else float(f"{value:.4g}"),
+        "met": None if value is None else least <= value <= most,
+    }
 
 
 def _timed(document: Document, provider: str, direction: str) -> Iterator[dict[str, Any]]:
@@ -52,14 +37,10 @@ def find(document: Document, case: str, provider: str, direction: str, key: str)
     return next((x[key] for x in _timed(document, provider, direction) if x["case"]["name"] == case), None)
 
 
-def ratio(case: str, direction: str, above: str, below: str) -> Callable[[Document], float | None]:
-    """Return the figure of a goal: one provider's time ÷ another's."""
-
-    def value(document: Document) -> float | None:
-        first, second = (find(document, case, provider, direction, "ms") for provider in (above, below))
-        return None if first is None or second is None else first / second
-
-    return value
+def ratio(document: Document, case: str, direction: str, above: str, below: str) -> float | None:
+    """Return one provider's time ÷ another's."""
+    first, second = (find(document, case, provider, direction, "ms") for provider in (above, below))
+    return None if first is None or second is None else first / second
 
 
 def _extra_bytes(document: Document, case: str, provider: str) -> float | None:
@@ -69,14 +50,10 @@ def _extra_bytes(document: Document, case: str, provider: str) -> float | None:
     return None if peak is None else peak - sizes.outputs - sizes.queries - sizes.keys_values
 
 
-def growth(long: str, short: str, provider: str) -> Callable[[Document], float | None]:
-    """Return the figure of a goal: the extra bytes of one case ÷ those of another."""
-
-    def value(document: Document) -> float | None:
-        first, second = (_extra_bytes(document, case, provider) for case in (long, short))
-        return None if first is None or second is None or second <= 0 else first / second
-
-    return value
+def growth(document: Document, long: str, short: str, provider: str) -> float | None:
+    """Return the extra bytes of one case ÷ those of another."""
+    first, second = (_extra_bytes(document, case, provider) for case in (long, short))
+    return None if first is None or second is None or second <= 0 else first / second
 
 
 def _steps(document: Document) -> list[dict[str, Any]]:
@@ -84,19 +61,15 @@ def _steps(document: Document) -> list[dict[str, Any]]:
     return list(_timed(document, f"{DECODER} graph", "decode")) or list(_timed(document, DECODER, "decode"))
 
 
-def decode_share(rows: int) -> Callable[[Document], float | None]:
-    """Return the figure of a goal: the slowest step of `rows` rows over the time that its bytes need.
+def decode_share(document: Document, rows: int) -> float | None:
+    """Return the slowest step of `rows` rows over the time that its bytes need.
 
     The rate is the data sheet's, or else that of a measured copy.
     """
-
-    def value(document: Document) -> float | None:
-        rate = document.get("machine_info", {}).get("peak_bytes_per_s")
-        rate = rate or (document.get("ceilings") or {}).get("copy_bytes_per_s")
-        steps = [x for x in _steps(document) if rate and x["case"]["B"] == rows]
-        return max((x["ms"] * 1e-3 / (x["bytes"] / rate) for x in steps), default=None)
-
-    return value
+    rate = document.get("machine_info", {}).get("peak_bytes_per_s")
+    rate = rate or (document.get("ceilings") or {}).get("copy_bytes_per_s")
+    steps = [x for x in _steps(document) if rate and x["case"]["B"] == rows]
+    return max((x["ms"] * 1e-3 / (x["bytes"] / rate) for x in steps), default=None)
 
 
 def decode_flatness(document: Document) -> float | None:
@@ -128,39 +101,34 @@ def held_growth(document: Document) -> float | None:
     return float(kept[last] / kept[first])
 
 
-def goals_of(tiny: bool) -> list[Goal]:
-    """Return the goals, by both rules where there are two."""
+def judge(document: Document, tiny: bool) -> list[dict[str, Any]]:
+    """Return every goal, judged by a run's document; by both rules where there are two."""
     main = TINY_MAIN if tiny else MAIN
     short = TINY_CASES[1].name if tiny else next(c.name for c in CASES if (c.T, c.K, c.L) == (main.T, main.K, 512))
     # a tiny run has its full attention beside short segments
     long = short if tiny else LONG.name
-    goals = []
+    found = []
+
+    def time(case: str, direction: str, above: str, below: str, **bound: float) -> None:
+        figure = ratio(document, case, direction, above, below)
+        found.append(judged(f"{case}: {above} ÷ {below}, {direction}", figure, **bound))
+
     for update in ("delta",) if tiny else ("delta", "linear"):
-        ours, loop = f"segattn {update}", f"eager loop {update}"
+        ours = f"segattn {update}"
         for case in (main.name,) if tiny else (main.name, long):
-            goals += [
-                Goal(f"{case}: {ours} ÷ {FLASH}, forward", 1.0, ratio(case, "forward", ours, FLASH)),
-                Goal(f"{case}: {ours} ÷ segattn local, forward", 1.15, ratio(case, "forward", ours, "segattn local")),
-                Goal(f"{case}: {ours} ÷ {FLASH}, {BOTH}", 1.0, ratio(case, BOTH, ours, FLASH)),
-            ]
-        goals.append(Goal(f"{main.name}: {loop} ÷ {ours}, {BOTH}", 3.0, ratio(main.name, BOTH, loop, ours), True))
+            time(case, "forward", ours, FLASH, most=1.0)
+            time(case, "forward", ours, "segattn local", most=1.15)
+            time(case, BOTH, ours, FLASH, most=1.0)
+        time(main.name, BOTH, f"eager loop {update}", ours, least=3.0)
         for direction in ("forward", BOTH):
-            name = f"{long}: SDPA flash full ÷ {ours}, {direction}"
-            goals.append(Goal(name, 20.0, ratio(long, direction, "SDPA flash full", ours), True))
-        name = f"{ours}: bytes beyond q, k, v, o and gradients, L {main.L} ÷ short L, same T"
-        goals.append(Goal(name, 1.0, growth(main.name, short, ours)))
-    return [
-        *goals,
-        *(
-            Goal(f"decode, {rows} rows: slowest step ÷ the time that its bytes need", 1.2, decode_share(rows))
-            for rows in ((1,) if tiny else (64, 1))
-        ),
-        Goal("decode: slowest ÷ fastest context with the same tail", 1.2, decode_flatness),
-        Goal("decode: launches per token and layer", 1.0, decode_launches),
-        Goal("streaming: bytes held at the longest context ÷ at the shortest", 1.0, held_growth),
-    ]
-
-
-def judge(document: Document, tiny: bool) -> list[dict[str, Any]]:
-    """Return every goal, judged by a run's document."""
-    return [goal.judge(document) for goal in goals_of(tiny)]
+            time(long, direction, "SDPA flash full", ours, least=20.0)
+        what = f"{ours}: bytes beyond q, k, v, o and gradients, L {main.L} ÷ short L, same T"
+        found.append(judged(what, growth(document, main.name, short, ours), most=1.0))
+    for rows in (1,) if tiny else (64, 1):
+        what = f"decode, {rows} rows: slowest step ÷ the time that its bytes need"
+        found.append(judged(what, decode_share(document, rows), most=1.2))
+    flatness, launches = decode_flatness(document), decode_launches(document)
+    found.append(judged("decode: slowest ÷ fastest context with the same tail", flatness, most=1.2))
+    found.append(judged("decode: launches per token and layer", launches, most=1.0))
+    held = "streaming: bytes held at the longest context ÷ at the shortest"
+    return [*found, judged(held, held_growth(document), most=1.0)]

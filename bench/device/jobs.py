@@ -5,18 +5,19 @@ A fault of the device ends it, and nothing else: `run` starts another and goes o
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from typing import Any, TextIO
 
 import torch
 
 from ...kernels.check.calls import Call, evaluate, tensors
-from ...kernels.check.check import compare, run_check
+from ...kernels.check.check import default_device, run_check
 from ...kernels.check.table import calls_of
 from ..speed import workloads
 from ..speed.admission import DeviceLostError, admit, check_device
@@ -30,11 +31,6 @@ from .cases import Note, measure_case, measure_decode
 
 LOST = 3
 TINY_CALL = "shared memory inputs"
-
-
-def device_here() -> torch.device:
-    """Return the first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def ceilings(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
@@ -59,42 +55,33 @@ def check(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
     table = calls_of("small" if job["tiny"] else "full")
     names = [TINY_CALL] if job["tiny"] else list(table)[job["share"] :: job["shares"]]
     calls = {name: table[name] for name in names}
-    report = run_check(device, backends=["triton"], dtypes=[job["dtype"]], calls=calls)
-    found = report.as_json()
-    return {"dtype": job["dtype"], "number": job["number"], "share": job["share"]} | {
-        key: found[key] for key in ("size", "calls", "compared", "passed", "failures", "worst", "errors")
+    found = run_check(device, backends=["triton"], dtypes=[job["dtype"]], calls=calls).as_json()
+    return {name: job[name] for name in ("dtype", "number", "share")} | {
+        name: found[name] for name in ("size", "calls", "compared", "passed", "failures", "worst", "errors")
     }
 
 
 def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
     """Check every kernel under the table's tiles for one dtype and width, by both rules."""
-    from ...kernels.triton.configs import Tile
     from ...kernels.triton.launch import trying
 
     width, dtype = job["width"], job["dtype"]
     heads, time, segment_len = (2, 20, 16) if job["tiny"] else (4, 1111, 256)
     sizes = {"H": heads, "G": heads // 2, "Tq": time, "Tk": time, "K": width, "V": width, "segment_len": segment_len}
-    call = Call(B=1, remembered=3 * segment_len, **sizes)
-    forced: dict[str, dict[str, Any]] = {}
-    rows: dict[str, Any] = {}
-    for update, own in product(("delta", "linear"), (False,) if job["tiny"] else (False, True)):
-        this = replace(call, update=update, own_memory_inputs=own)
-        made = tensors(this, DTYPES[dtype], device)
-        listed = dict(recorded(lambda c=this, m=made: evaluate(c, m, "triton"), device))  # type: ignore[misc]
-        forced |= listed
-        named = {name: Tile(**tile) for name, tile in listed.items()}
-        with torch.autograd.set_multithreading_enabled(False), trying(named):
-            found = compare(f"{update}{', own inputs' if own else ''}", this, dtype, device, ["triton"])
-        rows |= {f"{row.call}: {row.output}": (row.error, row.problem) for row in found}
-    failures = {name: problem for name, (_, problem) in rows.items() if problem is not None}
-    worst = {name: float(f"{error:.3g}") if error == error else None for name, (error, _) in rows.items()}
-    return {
-        "dtype": dtype,
-        "width": width,
-        "passed": not failures,
-        "failures": failures,
-        "errors": worst,
-        "tiles": forced,
+    base = Call(B=1, remembered=3 * segment_len, **sizes)
+    calls = {
+        f"{update}{', own inputs' if own else ''}": replace(base, update=update, own_memory_inputs=own)
+        for update, own in product(("delta", "linear"), (False,) if job["tiny"] else (False, True))
+    }
+    forced: dict[str, Any] = {}
+    for call in calls.values():
+        made = tensors(call, DTYPES[dtype], device)
+        listed = recorded(functools.partial(evaluate, call, made, "triton"), device)
+        forced |= {launch.kernel.__name__: launch.tile for launch in listed}
+    with torch.autograd.set_multithreading_enabled(False), trying(forced):
+        found = run_check(device, backends=["triton"], dtypes=[dtype], calls=calls).as_json()
+    return {"dtype": dtype, "width": width, "tiles": {name: asdict(tile) for name, tile in forced.items()}} | {
+        name: found[name] for name in ("passed", "failures", "errors")
     }
 
 
@@ -114,7 +101,8 @@ def warm(job: dict[str, Any], device: torch.device, note: Note) -> None:
     drawn = draw(case, device, copies=1)
     for name in case.peers:
         note({"at": name})
-        admit(PEERS[name], case, drawn, device, job["excluded"].get(name))
+        if name not in job["excluded"]:
+            admit(PEERS[name], case, drawn, device)
 
 
 def time_case(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
@@ -176,7 +164,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         answers.write(json.dumps(line) + "\n")
         answers.flush()
 
-    device = device_here()
+    device = default_device()
     for line in requests:
         answer = answer_to(json.loads(line), device, note)
         note(answer)

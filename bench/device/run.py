@@ -12,17 +12,16 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...kernels.check.check import default_device
 from ...runs.figures import write_figures
 from ..speed.machine import ROOT, commit, device_facts, gpu_limits, machine_info
-from ..speed.workloads import CASES, DECODES, DTYPES, MAIN, TINY_CASES, TINY_DECODES, TINY_MAIN
+from ..speed.workloads import BOTH, CASES, DECODES, DTYPES, MAIN, TINY_CASES, TINY_DECODES, TINY_MAIN
 from .goals import judge
-from .jobs import device_here
 from .table import table
 from .worker import Outcome, Worker
 
@@ -62,7 +61,7 @@ class Run:
         self.lock = threading.Lock()
         known = commit()
         self.document: dict[str, Any] = {
-            "machine_info": machine_info(device_here()),
+            "machine_info": machine_info(default_device()),
             "commit_info": {"id": settings.commit or known["commit"], "dirty": known["dirty"]},
             "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "version": FORMAT,
@@ -136,28 +135,28 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def jobs_of(part: str, tiny: bool, rows: Iterable[dict[str, Any]], limit: float) -> list[Job]:
-    """Return a part's jobs; limit: seconds for each."""
-    return [{"part": part, "tiny": tiny, "excluded": {}, "limit": limit} | row for row in rows]
+def make_job(part: str, tiny: bool, limit: float, **about: Any) -> Job:
+    """Return a job of a part; limit: seconds."""
+    return {"part": part, "tiny": tiny, "excluded": {}, "limit": limit} | about
 
 
 def check_jobs(tiny: bool) -> list[Job]:
     """Return the checks, each twice, the tiles, and the jobs that fill the compilers' caches beside them."""
     if tiny:
-        once = {"dtype": "float32"}
-        return [
-            *jobs_of("check", True, [once | {"number": n, "share": 0} for n in (1, 2)], 60),
-            *jobs_of("tiles", True, [once | {"width": 16}], 60),
-        ]
-    shares = list(product(DTYPES, range(SHARES)))
+        checks = [make_job("check", True, 60, dtype="float32", number=n, share=0) for n in (1, 2)]
+        return [*checks, make_job("tiles", True, 60, dtype="float32", width=16)]
     first, second = (
-        jobs_of("check", False, ({"dtype": d, "number": n, "share": i, "shares": SHARES} for d, i in shares), 200)
+        [
+            make_job("check", False, 200, dtype=d, number=n, share=i, shares=SHARES)
+            for d in DTYPES
+            for i in range(SHARES)
+        ]
         for n in (1, 2)
     )
-    tiles = jobs_of("tiles", False, ({"width": w, "dtype": d} for w in WIDTHS for d in DTYPES), 120)
+    tiles = [make_job("tiles", False, 120, width=width, dtype=dtype) for width in WIDTHS for dtype in DTYPES]
     slow = [c.name for c in CASES if set(c.peers) & set(COMPILED)]
     others = [c.name for c in CASES if c.T == MAIN.T and (c.K == 64 or c.dtype == "float16" or c.G != c.H)]
-    warm = jobs_of("warm", False, ({"name": name} for name in dict.fromkeys((*slow, MAIN.name, *others))), 150)
+    warm = [make_job("warm", False, 150, name=name) for name in dict.fromkeys((*slow, MAIN.name, *others))]
     soon, common = len(slow) + 1, 2 * len(DTYPES)
     return [*warm[:soon], *first, *tiles[:common], *warm[soon:], *second, *tiles[common:]]
 
@@ -165,9 +164,9 @@ def check_jobs(tiny: bool) -> list[Job]:
 def timing_jobs(tiny: bool) -> list[Job]:
     """Return the cases in their order, decoding behind the first two of them."""
     cases, decodes = (TINY_CASES, TINY_DECODES) if tiny else (CASES, DECODES)
-    timings = [job for c in cases for job in jobs_of("timings", tiny, [{"name": c.name}], c.limit)]
-    steps = [job for c in decodes for job in jobs_of("decode", tiny, [{"name": c.name}], c.limit)]
-    return [*jobs_of("ceilings", tiny, [{}], 30), *timings[:2], *steps, *timings[2:]]
+    timings = [make_job("timings", tiny, case.limit, name=case.name) for case in cases]
+    steps = [make_job("decode", tiny, case.limit, name=case.name) for case in decodes]
+    return [make_job("ceilings", tiny, 30), *timings[:2], *steps, *timings[2:]]
 
 
 def profile_jobs(document: dict[str, Any], tiny: bool) -> list[Job]:
@@ -177,12 +176,11 @@ def profile_jobs(document: dict[str, Any], tiny: bool) -> list[Job]:
         c.name for c in CASES for g in document["goals"] if g["met"] is False and g["goal"].startswith(f"{c.name}:")
     ]
     peers = ("segattn delta",) if tiny else ("segattn delta", "segattn linear", "SDPA flash local")
-    rows = [
-        {"name": name, "peer": peer, "direction": "forward + backward"}
+    return [
+        make_job("profile", tiny, 20, name=name, peer=peer, direction=BOTH)
         for name in dict.fromkeys((main, *behind))
         for peer in peers
     ]
-    return jobs_of("profile", tiny, rows, 20)
 
 
 def side_by_side(run: Run, jobs: Sequence[Job], seconds: float, environment: dict[str, str]) -> None:
@@ -263,7 +261,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument("--workers", type=int, help="processes that check side by side; default 12 on a GPU, else 1")
     parser.add_argument("--commit", help="to be written into the JSON where there is no git")
     given = parser.parse_args(arguments)
-    device = device_here()
+    device = default_device()
     if device.type != "cuda" and not given.tiny:
         parser.error("there is no GPU here; --tiny runs the whole path on small shapes")
     name = "-".join(device_facts(device)["name"].replace("/", " ").split())

@@ -36,8 +36,8 @@ def _checks(document: Document) -> Iterator[str]:
     bad = [record for record in document["tiles"] if not record["passed"]]
     yield f"tiles: {len(document['tiles'])} rows of dtype and width, {len(bad)} with failures"
     for record in bad:
-        for name, problem in list(record["failures"].items())[:4]:
-            yield f"  {record['dtype']} {record['width']}, {name}: {problem}"
+        for row in record["failures"][:4]:
+            yield f"  {record['dtype']} {record['width']}, {row['call']}: {row['output']} {row['problem']}"
 
 
 def _timings(document: Document) -> Iterator[str]:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ...kernels.check.calls import Call, evaluate, tensors
-from ...kernels.check.gates import GATES
+from ...kernels.check.gates import GATES, relative_error
 from ...kernels.triton.configs import Tile, tile_for
-from ..speed.counts import kernel_times
+from ..speed.counts import kernel_times, recorded
 from ..speed.machine import ROOT
 from ..speed.timing import time_once
 from ..speed.workloads import DTYPES
@@ -67,7 +67,7 @@ def attempt(job: Values, device: torch.device) -> Values:
     with torch.autograd.set_multithreading_enabled(False), trying(tiles):
         found = evaluate(call, made, "triton")
         shares = {
-            name: float((found[name] - x).norm() / x.norm()) / GATES[job["dtype"]].of(name, call)
+            name: relative_error(found[name], x) / GATES[job["dtype"]].of(name, call)
             for name, x in expected.items()
             if bool(x.any())
         }
@@ -87,13 +87,11 @@ def _kernel_ms(kernel: str, call: Call, made: dict[str, Tensor], device: torch.d
 
 def describe(job: Values, device: torch.device) -> Values:
     """Return the kernel's tile in the table, the fields that it takes, and the names of all kernels of the call."""
-    from ...kernels.triton.launch import constants, recording, target_of
+    from ...kernels.triton.launch import constants, target_of
 
-    call = call_of(job)
+    call, target = call_of(job), target_of(device)
     made = tensors(call, DTYPES[job["dtype"]], device)
-    target = target_of(device)
-    with torch.autograd.set_multithreading_enabled(False), recording(target) as listed:
-        evaluate(call, made, "triton")
+    listed = recorded(lambda: evaluate(call, made, "triton"), device)
     names = sorted({launch.kernel.__name__ for launch in listed})
     found = next((x for x in listed if x.kernel.__name__ == job["kernel"]), None)
     if found is None:
@@ -142,7 +140,7 @@ def as_row(job: Values, target: str, taken: Sequence[str], tile: Values, note: s
     """Return one row of the table, as Python source."""
     shown = [f.name for f in fields(Tile) if f.name in taken]
     inside = ", ".join(f"{name}={tile[name]!r}" for name in shown)
-    bits = torch.empty((), dtype=DTYPES[job["dtype"]]).element_size() * 8
+    bits = 8 * DTYPES[job["dtype"]].itemsize
     return f'("{job["kernel"]}", "{target}", {bits}, {max(job["K"], job["V"])}): Tile({inside}),  # {note}'
 
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 from ...runs.figures import write_figures
 from ..speed.machine import commit, device_facts
 
@@ -99,11 +99,10 @@ def earlier(path: Path, about: Mapping[str, Any], key: str, free: Sequence[str] 
     return figures
 
 
-def made_by(device: torch.device | None = None) -> dict[str, Any]:
-    """Return the commit, whether files differ from it, the device and the processor."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    machine = device_facts(device or torch.device("cpu"))
-    return commit() | machine | {"processor": processor(), "capability": capability}
+def made_by() -> dict[str, Any]:
+    """Return the commit, whether files differ from it, and the processor."""
+    machine = {"processor": processor(), "capability": torch.backends.cpu.get_cpu_capability()}
+    return commit() | device_facts(torch.device("cpu")) | machine
 
 
 def processor() -> str | None:

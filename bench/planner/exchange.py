@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 from .floors import FLOAT32
 from .settings import ITEMSIZE, check_choice, check_size
 from .shapes import Shape
@@ -48,8 +48,7 @@ class Links:
     latency: float = 10e-6
 
     def __post_init__(self) -> None:
-        if self.node_ranks < 1:
-            raise SettingError("node_ranks", f"must be at least 1, got {self.node_ranks}")
+        check_size("node_ranks", self.node_ranks)
         for name in ("node_bandwidth", "bandwidth"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise SettingError(name, f"must be positive and finite, got {getattr(self, name)}")

@@ -114,17 +114,6 @@ def write_backward(s: Sizes, update: str) -> Work:
     return Work(2 * write(s, update).operations, s.state)
 
 
-def scan(s: Sizes, update: str) -> Work:
-    """Count the parallel form's scan, which not every implementation needs: by the delta rule A M, 2 K K V a segment.
-
-    It reads B (and A) and writes M per complete segment, all float32, and the state at both ends.
-    """
-    count = s.B * s.G * s.whole
-    delta = update == "delta"
-    moved = count * s.K * (2 * s.V + (s.K if delta else 0)) * FLOAT32
-    return Work(count * 2 * s.K * s.K * s.V if delta else 0, moved + 2 * s.B * s.G * s.K * s.V * FLOAT32)
-
-
 def forward(s: Sizes, update: str | None) -> Work:
     """Count attention, and the memory's read and write; with update None attention alone."""
     work = local_forward(s)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 from . import floors
 from .floors import FLOAT32, Work
 from .schemes import Local
@@ -17,16 +15,9 @@ class Recurrent(Local):
 
     name = "rmt"
 
-    @cached_property
-    def rows(self) -> int:
-        return self.inputs_of(self.plan.length)
-
     @property
     def extra_rows(self) -> int:
         return 2 * self.plan.memory
-
-    def inputs_of(self, tokens: int) -> int:
-        return tokens + self.segments_of(tokens) * self.extra_rows
 
     @property
     def passes(self) -> int:
@@ -56,10 +47,6 @@ class Recurrent(Local):
 
     def state_bytes(self) -> int:
         return self.plan.memory * self.shape.width * self.plan.itemsize
-
-    @property
-    def cached(self) -> int:
-        return super().cached + self.extra_rows
 
     @property
     def recomputed(self) -> int:
@@ -124,7 +111,6 @@ class Associative(Recurrent):
         return Work(2 * tokens * operations, count * tokens * d * self.plan.itemsize)
 
     def layer_state(self) -> int:
-        """Return the bytes of one layer's state, float32."""
         return self.features * (self.shape.width + 1) * FLOAT32
 
     def state_bytes(self) -> int:

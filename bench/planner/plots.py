@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from ...runs.figures import format_length
 from ...runs.pictures import (
@@ -23,9 +21,9 @@ from ...runs.pictures import (
     SEQUENTIAL,
     SKY,
     VERMILION,
+    doubling,
     logarithmic,
     plain,
-    save_picture,
 )
 from .published import SEGMENT_LEN
 from .units import in_bytes, in_flops, in_seconds
@@ -59,13 +57,8 @@ EXCHANGE_PANELS: tuple[tuple[str, str, Callable[[float], str], int], ...] = (
 )
 
 
-def plot_plan(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Draw every cost against the length of the text, a line for each scheme."""
-    save_picture(plan_figure(rows, title), path)
-
-
 def plan_figure(rows: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Return the figure of `plot_plan`."""
+    """Draw every cost against the length of the text, a line for each scheme."""
     figure = Figure(figsize=(3.5 * len(PANELS), 3.9), dpi=DPI, layout="constrained")
     rows = [row | {"kept_bytes": row["state_bytes"] + row["cache_bytes"]} for row in rows]
     panels = figure.subplots(1, len(PANELS), squeeze=False)[0]
@@ -81,13 +74,8 @@ def plan_figure(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
-def plot_savings(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw FLOPs of full attention over those of segments, by length of the text (arXiv 2304.11062, figure 3)."""
-    save_picture(savings_figure(rows), path)
-
-
 def savings_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Return the figure of `plot_savings`."""
+    """Draw FLOPs of full attention over those of segments, by length of the text (arXiv 2304.11062, figure 3)."""
     figure = Figure(figsize=(6.8, 4.4), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     for number, row in enumerate(rows):
@@ -105,13 +93,8 @@ def savings_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def plot_exchange(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Draw bytes and seconds against ranks, a line for each scheme and length."""
-    save_picture(exchange_figure(rows, title), path)
-
-
 def exchange_figure(rows: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Return the figure of `plot_exchange`."""
+    """Draw bytes and seconds against ranks, a line for each scheme and length."""
     figure = Figure(figsize=(11, 4.6), dpi=DPI, layout="constrained")
     lengths = sorted({row["length"] for row in rows})
     ranks = sorted({row["ranks"] for row in rows})
@@ -129,10 +112,8 @@ def exchange_figure(rows: Sequence[dict[str, Any]], title: str) -> Figure:
                 axes.plot(*zip(*points, strict=True), **look, alpha=shade, markersize=4, label=name)
                 if scheme == "ring":
                     axes.annotate(format_length(length), points[0], (-4, 4), textcoords="offset points", fontsize=7)
-        axes.set_xscale("log", base=2)
         logarithmic(axes, unit, base)
-        axes.set_xticks(ranks, [f"{n:,}" for n in ranks], fontsize=7)
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        doubling(axes, {n: f"{n:,}" for n in ranks}, fontsize=7)
         axes.set_xlabel("ranks")
         axes.set_title(label, loc="left", fontsize=9)
         plain(axes)
@@ -145,8 +126,6 @@ def _over_tokens(axes: Axes, lengths: Sequence[int]) -> None:
     ticks = sorted(set(lengths))
     # as many as can be read
     ticks = ticks[:: -(-len(ticks) // 8)]
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [format_length(n) for n in ticks], fontsize=7)
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    doubling(axes, {n: format_length(n) for n in ticks}, fontsize=7)
     axes.set_xlabel("tokens of text")
     plain(axes)

@@ -40,7 +40,7 @@ class Full:
     @cached_property
     def rows(self) -> int:
         """The number of rows of one sequence that go through the layers."""
-        return self.plan.length
+        return self.inputs_of(self.plan.length)
 
     @property
     def passes(self) -> int:
@@ -103,6 +103,10 @@ class Full:
 
     def state_bytes(self) -> int:
         """Return the bytes of the state that segments pass on, constant in the text's length."""
+        return self.shape.layers * self.layer_state()
+
+    def layer_state(self) -> int:
+        """Return the bytes of one layer's state, float32."""
         return 0
 
     def cache_bytes(self) -> int:
@@ -163,9 +167,12 @@ class Local(Full):
     def mixing_one_by_one(self) -> Work:
         return self._tokens(1, self.decoded, gated=False)
 
+    def inputs_of(self, tokens: int) -> int:
+        return tokens + self.segments_of(tokens) * self.extra_rows
+
     @property
     def cached(self) -> int:
-        return min(self.plan.length, self.plan.segment_len)
+        return self.decoded + self.extra_rows
 
     @property
     def trained(self) -> int:
@@ -205,12 +212,8 @@ class Infini(Local):
         return super().cache_bytes() + unrotated
 
     def layer_state(self) -> int:
-        """Return the bytes of one layer's state, float32."""
         s = self.shape
         return s.kv_heads * s.head_width * (s.head_width + 1) * FLOAT32
-
-    def state_bytes(self) -> int:
-        return self.shape.layers * self.layer_state()
 
     def layer_bytes(self, tokens: int) -> int:
         s = self.shape

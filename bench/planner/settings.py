@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 from .floors import PEAKS, Peak, peak_of
 from .shapes import LARGEST, Shape
 

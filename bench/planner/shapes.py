@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 
 # the largest that any size may be: products of all sizes stay within the range of a float
 LARGEST = 10**15

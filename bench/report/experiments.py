@@ -23,7 +23,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in lines)
 
 
-def _figures(path: Path) -> Any:
+def figures_in(path: Path) -> Any:
     """Return a JSON's figures; None where there are none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -33,11 +33,8 @@ def spread(values: Sequence[float], how: str) -> str:
     return f"{values[0]:{how}} ± {values[1]:{how.removeprefix('+')}}"
 
 
-def baselines(folder: Path) -> str | None:
+def baselines(figures: Any) -> str:
     """Return a row for each model of `python -m segattn.bench.experiments.baselines`."""
-    figures = _figures(folder / "baselines" / "baselines.json")
-    if figures is None:
-        return None
     head = ["", "bytes kept of 512", "of 65,536", "perplexity per byte", "nats, against local"]
     rows = []
     for name, kept in figures["kept"].items():
@@ -49,11 +46,8 @@ def baselines(folder: Path) -> str | None:
     return markdown([*head, "training speed", "reading speed"], rows)
 
 
-def book(folder: Path) -> str | None:
+def book(figures: Any) -> str:
     """Return a column for each model of `python -m segattn.bench.experiments.book`."""
-    figures = _figures(folder / "book" / "book.json")
-    if figures is None:
-        return None
     found = [figures["summary"][name] for name in VARIANTS]
     less = ["0" if x["nats_less_local"][0] == 0 else spread(x["nats_less_local"], "+.3f") for x in found]
     rows = [
@@ -63,11 +57,8 @@ def book(folder: Path) -> str | None:
     return markdown(["", *VARIANTS.values()], rows)
 
 
-def plan(folder: Path) -> str | None:
+def plan(figures: Any) -> str:
     """Return a row for each scheme of `segattn plan llama-3-8b`, at the longest of its lengths."""
-    figures = _figures(folder / "plan" / "llama-3-8b.json")
-    if figures is None:
-        return None
     longest = max(row["length"] for row in figures["estimates"])
     found = {row["scheme"]: row for row in figures["estimates"] if row["length"] == longest}
     rows = []
@@ -92,7 +83,7 @@ def memory_tasks(folder: Path) -> str | None:
         files = [folder / "rmt" / task / f"{name}.json" for name in ("figures", "evaluation")]
         if not all(path.is_file() for path in files):
             continue
-        evaluation = _figures(files[1])
+        evaluation = figures_in(files[1])
         cells, paper = evaluation["lengths"], evaluation["published"]
         segments = [cell["segments"] for cell in cells]
         lengths = lengths or segments
@@ -108,7 +99,7 @@ def memory_tasks(folder: Path) -> str | None:
 
 def retrieval(folder: Path) -> str | None:
     """Return a row for each size of ARMT's memory: the share of values that are recalled, and the pairs held."""
-    found = [_figures(path) for path in (folder / "rmt" / "retrieval").glob("*/evaluation.json")]
+    found = [figures_in(path) for path in (folder / "rmt" / "retrieval").glob("*/evaluation.json")]
     if not found:
         return None
     found.sort(key=lambda evaluation: evaluation["lengths"][0]["state_bytes"])
@@ -124,11 +115,8 @@ def retrieval(folder: Path) -> str | None:
     return markdown(["state, bytes", f"{first} pairs", *others, "held at 95 %"], rows)
 
 
-def recurrent_lengths(folder: Path) -> str | None:
+def recurrent_lengths(figures: Any) -> str:
     """Return a row for each reader of `python -m segattn.bench.experiments.lengths`: a token's time, the bytes kept."""
-    figures = _figures(folder / "rmt" / "lengths.json")
-    if figures is None:
-        return None
     lengths = sorted({row["segments"] for row in figures["summary"]})
     found = {(row["reader"], row["segments"]): row for row in figures["summary"]}
     rows = []

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..planner.units import in_bytes
 from ..speed.rows import Row
 from ..speed.workloads import BOTH
-from .experiments import markdown, spread
+from .experiments import figures_in, markdown, spread
 from .records import Result
 
 OURS = "segattn delta"
@@ -59,7 +57,7 @@ def _decoding(results: Sequence[Result]) -> list[list[str]]:
 
 
 def _demo(folder: Path) -> list[list[str]]:
-    figures = _figures(folder / "demo" / "figures.json")
+    figures = figures_in(folder / "demo" / "figures.json")
     if figures is None:
         return []
     longest = max(cell["length"] for cell in figures["recall"])
@@ -71,7 +69,7 @@ def _demo(folder: Path) -> list[list[str]]:
 def _memory_tasks(folder: Path) -> list[list[str]]:
     rows = []
     for task, facts in TASKS.items():
-        evaluation = _figures(folder / "rmt" / task / "evaluation.json")
+        evaluation = figures_in(folder / "rmt" / task / "evaluation.json")
         if evaluation is not None:
             cell = evaluation["lengths"][-1]
             share = f"{100 * cell['right'] / cell['samples']:.1f} % of {cell['samples']}"
@@ -81,7 +79,7 @@ def _memory_tasks(folder: Path) -> list[list[str]]:
 
 
 def _book(folder: Path) -> list[list[str]]:
-    figures = _figures(folder / "book" / "book.json")
+    figures = figures_in(folder / "book" / "book.json")
     if figures is None:
         return []
     local, full, delta = (spread(figures["summary"][name]["perplexity"], ".2f") for name in ("local", "full", "delta"))
@@ -90,7 +88,3 @@ def _book(folder: Path) -> list[list[str]]:
 
 def _ratio(row: Row) -> str:
     return f"{row.ratio[0]:.2f}" if row.ratio else row.status
-
-
-def _figures(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

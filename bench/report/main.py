@@ -161,7 +161,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check and lines:
         sys.stdout.write("python -m segattn.bench.report brings them in line\n")
     return int(options.check and bool(lines))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

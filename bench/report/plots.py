@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 from ...kernels.check.gates import GATES
-from ...runs.pictures import DPI, LINES, logarithmic, plain, save_picture
+from ...runs.figures import format_length
+from ...runs.pictures import DPI, LINES, doubling, logarithmic, plain, save_picture
 from ..speed.rows import Row
 from .records import Result
 from .tables import BY_LENGTH
@@ -75,7 +75,6 @@ def draw_lengths(data: Data) -> Figure:
     panels = figure.subplots(len(data), 2, squeeze=False)
     for (title, lines), (times, memory) in zip(data.items(), panels, strict=True):
         for column, axes, label, scale in ((1, times, "milliseconds", 1.0), (2, memory, "peak, MiB", 2**-20)):
-            axes.set_xscale("log", base=2)
             for (name, line), (colour, marker) in zip(lines.items(), _looks(len(lines)), strict=True):
                 points = [(x[0], scale * x[column]) for x in line["points"] if x[column]]
                 # the next lines are thinner, and one that they lie on is seen
@@ -87,10 +86,10 @@ def draw_lengths(data: Data) -> Figure:
                     axes.plot(time, 1.0, "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
             logarithmic(axes)
             ticks = sorted({x[0] for line in lines.values() for x in line["points"]} | _outs(lines))
-            axes.set_xticks(ticks, [f"{x >> 10}K" if x >= 1024 else str(x) for x in ticks])
+            doubling(axes, {x: format_length(x) for x in ticks})
             axes.set_xlabel("tokens")
             axes.set_ylabel(label)
-            _plain(axes)
+            plain(axes)
         times.set_title(title, loc="left", fontsize=9)
         out = " ✕: out of memory" if _outs(lines) else ""
         times.legend(frameon=False, fontsize=8, title=out or None)
@@ -114,7 +113,7 @@ def draw_floor_shares(data: Data) -> Figure:
         axes.set_ylabel("share of the floor")
         axes.set_title(title, loc="left", fontsize=9)
         axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-        _plain(axes)
+        plain(axes)
     return figure
 
 
@@ -130,10 +129,11 @@ def draw_errors(data: Data) -> Figure:
             gate = GATES[dtype].outputs if kind == "output" else GATES[dtype].gradients
             axes.axvline(gate, color=colour, linestyle=":", linewidth=1)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("relative RMS error; dotted: allowed to ours", fontsize=8)
         axes.set_title(dtype, loc="left", fontsize=9)
         axes.set_yticks(range(len(names)), names, fontsize=8)
-        _plain(axes)
+        plain(axes)
     panels[0].invert_yaxis()
     panels[0].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
@@ -145,11 +145,6 @@ def _looks(count: int) -> list[tuple[str, str]]:
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _plain(axes: Axes) -> None:
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    plain(axes)
 
 
 PLOTS: Mapping[str, tuple[Callable[[Sequence[Result]], Data | None], Callable[[Data], Figure]]] = {

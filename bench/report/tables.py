@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..speed.rows import Row
 from ..speed.timing import Times
 from ..speed.workloads import BOTH
-from .experiments import baselines, book, markdown, memory_tasks, plan, recurrent_lengths, retrieval
+from .experiments import baselines, book, figures_in, markdown, memory_tasks, plan, recurrent_lengths, retrieval
 from .headline import headline
 from .records import Result
 
@@ -141,6 +141,14 @@ def _of_results(make: Callable[[Sequence[Result]], str | None], is_required: boo
     return Entry(lambda results, folder: make(results), is_required, has_files=True)
 
 
+def _of_file(path: str, make: Callable[[Any], str]) -> Entry:
+    def table(results: Sequence[Result], folder: Path) -> str | None:
+        figures = figures_in(folder / path)
+        return None if figures is None else make(figures)
+
+    return Entry(table, is_required=True)
+
+
 def _of_folder(make: Callable[[Path], str | None]) -> Entry:
     return Entry(lambda results, folder: make(folder), is_required=True)
 
@@ -151,10 +159,10 @@ TABLES: Mapping[str, Entry] = {
     "lengths": _of_results(lengths),
     "decode": _of_results(decode),
     "recurrent": _of_results(recurrent),
-    "baselines": _of_folder(baselines),
-    "book": _of_folder(book),
-    "plan": _of_folder(plan),
+    "baselines": _of_file("baselines/baselines.json", baselines),
+    "book": _of_file("book/book.json", book),
+    "plan": _of_file("plan/llama-3-8b.json", plan),
     "memory-tasks": _of_folder(memory_tasks),
     "retrieval": _of_folder(retrieval),
-    "recurrent-lengths": _of_folder(recurrent_lengths),
+    "recurrent-lengths": _of_file("rmt/lengths.json", recurrent_lengths),
 }

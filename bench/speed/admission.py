@@ -71,17 +71,12 @@ def _admitting(measure: Callable[[], Admission], device: torch.device) -> Admiss
     return admission
 
 
-def admit(peer: Peer, case: Case, drawn: list[Drawn], device: torch.device, excluded: str | None = None) -> Admission:
+def admit(peer: Peer, case: Case, drawn: list[Drawn], device: torch.device) -> Admission:
     """Return whether a peer may be timed in the case's directions.
-
-    Args:
-        excluded: Why it must not even be tried, if so: it ended a process.
 
     Raises:
         DeviceLostError: The device did not outlive it.
     """
-    if excluded is not None:
-        return Admission("failed", excluded)
     refusal = peer.refusal(device, case.H != case.G, case.directions)
     if refusal is not None:
         return Admission("skipped", refusal)
@@ -106,29 +101,22 @@ def _admission_of(peer: Peer, case: Case, drawn: list[Drawn], device: torch.devi
     return Admission("wrong" if wrong else "right", wrong, errors_in(deviations), measured)
 
 
-def admit_step(
-    decoder: Decoder, allowed: float, device: torch.device, counted: bool = False, excluded: str | None = None
-) -> Admission:
-    """Return whether a decoder may be timed.
+def admit_step(decoder: Decoder, device: torch.device, counted: bool = False) -> Admission:
+    """Return whether a decoder may be timed; its errors are those of a step, and of a segment's fold into the memory.
 
     Args:
-        allowed: The largest relative error of a step, and of a segment's fold into the memory.
         counted: Count the launches of a step too.
-        excluded: Why it must not even be tried, if so.
 
     Raises:
         DeviceLostError: The device did not outlive it.
     """
-    if excluded is not None:
-        return Admission("failed", excluded)
 
     def measure() -> Admission:
         error = max(decoder.error(0, decoder.run(0)), decoder.fold_error())
-        errors = {"out": error}
-        if not error <= allowed:
-            return Admission("wrong", f"relative error of {error:.1e} (at most {allowed:.1e})", errors)
+        if wrong := decoder.complaint(error):
+            return Admission("wrong", wrong, {"out": error})
         count = {"launches": launches(functools.partial(decoder.run, 0), device)} if counted else {}
-        return Admission("right", "", errors, {"decode": count})
+        return Admission("right", "", {"out": error}, {"decode": count})
 
     with torch.no_grad():
         return _admitting(measure, device)

@@ -10,17 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...rmt.associative.memory import AssociativeMemory
+from .recurrent_models import Loop, trained
 
 # a query or key may have no feature in common with the earlier ones
 TINY = 1e-30
 
 
-class AssociativeLoop:
+def memory_first(module: AssociativeMemory) -> list[Tensor]:
+    """Return the trained parameters, the memory tokens first."""
+    return [module.memory_tokens, *(x for x in trained(module) if x is not module.memory_tokens)]
+
+
+class AssociativeLoop(Loop):
     """The mechanism of arXiv 2407.04841 over the weights of a module around a Llama, which is not called."""
 
     def __init__(self, module: AssociativeMemory) -> None:
         self.module = module
         self.llama = cast(Any, module.model)
+        self.parameters = memory_first(module)
         self.memory: dict[str, tuple[Tensor, Tensor]] = {}
         for name, weights in module.memories.items():
             layer: nn.Module = self.llama.model.layers[int(name)]
@@ -73,12 +80,7 @@ class AssociativeLoop:
             yield hidden[:, : segment.shape[1]]
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Return the logits [B, T, vocabulary]."""
         return torch.cat([self.llama.lm_head(rows) for rows in self.segments(ids)], 1)
-
-    def loss(self, ids: Tensor) -> Tensor:
-        """Return the mean cross-entropy of each next token."""
-        return F.cross_entropy(self.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     def read(self, ids: Tensor) -> Sequence[Tensor]:
         """Return each layer's memory [B, 1, K, d] and normalizer [B, 1, K], as `AssociativeState` has them."""

@@ -15,23 +15,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...kernels.attention import segment_attention
-from ...kernels.backends import HAS_TRITON
-from ...kernels.check.check import interpreted
+from ...kernels.check.check import available
 
 Function = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Return whether the kernels run on a device, interpreted or not."""
-    return HAS_TRITON and (device.type == "cuda" or interpreted())
+def backend_here(device: torch.device) -> str:
+    """Return "triton" where the kernels run on a device, interpreted or not, else "torch"."""
+    return available(device)[-1]
 
 
 def ours(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segment_len: int, *, update: str | None, backend: str | None = None
 ) -> Tensor:
     """Return `segment_attention`, by default from the kernels where they run, the interpreter included."""
-    if backend is None:
-        backend = "triton" if has_kernels(q.device) else "torch"
+    backend = backend or backend_here(q.device)
     if update is None:
         return segment_attention(q, k, v, segment_len=segment_len, backend=backend).out
     return segment_attention(q, k, v, segment_len=segment_len, gate=gate, update=update, backend=backend).out
@@ -125,20 +123,13 @@ class _Unrotated(nn.Module):
         return q, k
 
 
-class _Unchanged(nn.Module):
-    """A module that returns its input."""
-
-    def forward(self, x: Any) -> Any:
-        return x
-
-
 @functools.cache
 def _published_layer(heads: int, width: int, update: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Return the package's layer without what surrounds its attention: norm, projections, their split, and rotary."""
     from infini_transformer_pytorch.infini_transformer import CausalAttention
 
     layer = CausalAttention(1, dim_head=width, heads=heads, use_mem_delta_rule=update == "delta").to(device, dtype)
-    layer.norm = layer.to_qkv = layer.split_heads = layer.merge_heads = layer.to_out = _Unchanged()
+    layer.norm = layer.to_qkv = layer.split_heads = layer.merge_heads = layer.to_out = nn.Identity()
     layer.rotary_emb = _Unrotated()
     del layer.fastweight_mem.head_gates
     return layer

@@ -8,15 +8,15 @@ provider that differs from its definition fails, and is not timed; the table nam
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from segattn.bench.speed import fixture
 from segattn.bench.speed import recurrent_generation as generation
-from segattn.bench.speed.fixture import Keep, bounds
+from segattn.bench.speed.fixture import Bench
 from segattn.bench.speed.measure import peak_bytes
 from segattn.bench.speed.recurrent import DIRECTIONS, GROUPS, check, step
 from segattn.bench.speed.recurrent_models import SIZES, Sizes
@@ -46,45 +46,28 @@ def row_of(sizes: Sizes, group: str, provider: str, baseline: str, direction: st
     ("group", "provider"), [(group, name) for group, entries in GROUPS.items() for name in entries]
 )
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_step(
-    sizes: Sizes,
-    direction: str,
-    group: str,
-    provider: str,
-    benchmark: BenchmarkFixture,
-    device: torch.device,
-    keep: Keep,
-    rounds: int,
-) -> None:
+def test_step(sizes: Sizes, direction: str, group: str, provider: str, bench: Bench) -> None:
     """Time one provider at reading, or at a training step."""
+    device = bench.device
     entry, baseline = GROUPS[group][provider], next(iter(GROUPS[group]))
     row = row_of(sizes, f"{sizes.name}, {group}, {direction}", provider, baseline, direction)
     if entry.needs_gpu and device.type != "cuda":
-        fixture.finish(row.refused("skipped", "needs a GPU"), benchmark, keep)
+        bench.finish(row.refused("skipped", "needs a GPU"))
     error = check(entry, sizes, device)
     if not error <= entry.tolerance:
-        fixture.finish(row.refused("wrong", f"relative error {error:.1e}"), benchmark, keep)
+        bench.finish(row.refused("wrong", f"relative error {error:.1e}"))
     ids = sizes.ids(device)
     run = step(entry.make(sizes, device), ids, direction)
     beside = step(GROUPS[group][baseline].make(sizes, device), ids, direction)
     row = replace(row, memory=peak_bytes(run, device), errors={"out": error})
-    contender = Contender(row, lambda copy: run)
-    (row,) = by_turns([contender], lambda copy: beside, device, rounds=bounds(rounds), seconds=math.inf)
-    fixture.finish(with_speed(row, ids.numel()), benchmark, keep)
+    finish(bench, Contender(row, lambda copy: run), beside, ids.numel(), bench.rounds())
 
 
 @pytest.mark.parametrize("provider", generation.WRITERS)
 @pytest.mark.parametrize("segments", LENGTHS)
-def test_generation(
-    sizes: Sizes,
-    segments: int,
-    provider: str,
-    benchmark: BenchmarkFixture,
-    device: torch.device,
-    keep: Keep,
-    rounds: int,
-) -> None:
+def test_generation(sizes: Sizes, segments: int, provider: str, bench: Bench) -> None:
     """Time one provider at writing behind a text."""
+    device = bench.device
     entry, baseline = generation.WRITERS[provider], generation.BASELINE
     text, opened = generation.texts(sizes, segments, device)
     group = f"{sizes.name}, generation after {segments} segments ({text.shape[1]} tokens)"
@@ -93,22 +76,23 @@ def test_generation(
     new = writer.write()
     error = generation.check(entry.definition(sizes, device), text, opened, new)
     if not error <= generation.TOLERANCE:
-        fixture.finish(row.refused("wrong", f"{error:.1e} below the likeliest"), benchmark, keep)
+        bench.finish(row.refused("wrong", f"{error:.1e} below the likeliest"))
     beside = generation.WRITERS[baseline].make(sizes, text, opened, sizes.L).write
-    facts = {"segments": segments}
-    row = replace(row, memory=writer.kept_bytes, errors={"out": error}, facts=facts)
+    row = replace(row, memory=writer.kept_bytes, errors={"out": error}, facts={"segments": segments})
 
     def wrong(copy: int, result: object) -> str:
         return "" if isinstance(result, torch.Tensor) and torch.equal(result, new) else "other tokens"
 
     contender = Contender(row, lambda copy: writer.write, wrong=wrong)
-    most = bounds(min(GENERATION_ROUNDS, rounds))
-    (row,) = by_turns([contender], lambda copy: beside, device, rounds=most, seconds=math.inf)
-    fixture.finish(with_speed(row, new.numel()), benchmark, keep)
+    most = min(GENERATION_ROUNDS, bench.most_rounds)
+    finish(bench, contender, beside, new.numel(), (most, most))
 
 
-def with_speed(row: Row, tokens: int) -> Row:
-    """Return a timed row with the tokens of a second."""
-    return (
-        row if row.ms is None else replace(row, facts={**row.facts, "tokens_per_second": tokens / row.ms.median * 1e3})
-    )
+def finish(
+    bench: Bench, contender: Contender, beside: Callable[[], object], tokens: int, rounds: tuple[int, int]
+) -> None:
+    """Time the contender by turns with the baseline, and keep its row, with the tokens of a second."""
+    (row,) = by_turns([contender], lambda copy: beside, bench.device, rounds=rounds, seconds=math.inf)
+    if row.ms is not None:
+        row = replace(row, facts={**row.facts, "tokens_per_second": tokens / row.ms.median * 1e3})
+    bench.finish(row)

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from segattn.bench.speed import fixture
 from segattn.bench.speed.admission import Admission, admit, admit_step
-from segattn.bench.speed.decode_calls import DECODERS, allowed_in_decoding, names_of
-from segattn.bench.speed.fixture import Keep, bounds
+from segattn.bench.speed.decode_calls import DECODERS, names_of
+from segattn.bench.speed.fixture import Bench
 from segattn.bench.speed.machine import peak_here
 from segattn.bench.speed.peers import PEERS
 from segattn.bench.speed.prepared import Drawn, draw
@@ -59,49 +59,24 @@ def admitted(case: Case, name: str, device: torch.device, gradients: bool) -> Ad
     return admit(PEERS[name], replace(case, directions=directions, counted=False), drawn_for(case, device), device)
 
 
-def test_speed(
-    case: Case,
-    direction: str,
-    provider: str,
-    benchmark: BenchmarkFixture,
-    device: torch.device,
-    keep: Keep,
-    rounds: int,
-    seconds: float,
-) -> None:
+def test_speed(case: Case, direction: str, provider: str, bench: Bench) -> None:
     """Time one provider in one direction."""
-    with fixture.enough_memory(call_row(case, direction, provider), benchmark, keep):
+    device = bench.device
+    with bench.enough_memory(call_row(case, direction, provider)):
         gate = admitted(case, provider, device, direction != "forward")
-        drawn, peak = drawn_for(case, device), peak_here(device)
-    (row,) = time_calls(
-        case, direction, {provider: gate}, drawn, device, peak=peak, rounds=bounds(rounds), seconds=seconds
-    )
-    fixture.finish(row, benchmark, keep)
+        drawn = drawn_for(case, device)
+    clock: dict[str, Any] = {"peak": peak_here(device), "rounds": bench.rounds(), "seconds": bench.seconds}
+    (row,) = time_calls(case, direction, {provider: gate}, drawn, device, **clock)
+    bench.finish(row)
 
 
-def test_decode(
-    decode: DecodeCase,
-    provider: str,
-    benchmark: BenchmarkFixture,
-    device: torch.device,
-    keep: Keep,
-    rounds: int,
-    seconds: float,
-) -> None:
+def test_decode(decode: DecodeCase, provider: str, bench: Bench) -> None:
     """Time one token's step, and for ours its part of writing a segment into the memory."""
-    baseline = names_of(decode)[0]
-    with fixture.enough_memory(step_row(decode, provider, baseline), benchmark, keep):
+    device, baseline = bench.device, names_of(decode)[0]
+    with bench.enough_memory(step_row(decode, provider, baseline)):
         decoders = {name: DECODERS[name](decode, device) for name in {baseline, provider}}
-        gate = admit_step(decoders[provider], allowed_in_decoding(provider, decode.dtype), device)
-    (row,) = time_steps(
-        decode,
-        decoders,
-        {provider: gate},
-        baseline,
-        device,
-        peak=peak_here(device),
-        # a step is short
-        rounds=bounds(10 * rounds),
-        seconds=seconds,
-    )
-    fixture.finish(row, benchmark, keep)
+        gate = admit_step(decoders[provider], device)
+    # a step is short
+    clock: dict[str, Any] = {"peak": peak_here(device), "rounds": bench.rounds(10), "seconds": bench.seconds}
+    (row,) = time_steps(decode, decoders, {provider: gate}, baseline, device, **clock)
+    bench.finish(row)

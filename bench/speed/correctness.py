@@ -18,8 +18,8 @@ from torch import Tensor
 from ...kernels.check.gates import GATES, RATIO_FROM
 from . import attention_calls as calls
 from .attention_calls import Function
-from .peers import Peer, from_segments, to_segments
-from .prepared import Drawn, draw
+from .peers import Peer, from_segments
+from .prepared import Drawn, draw, gradients_of, inputs_of
 from .workloads import DTYPES, Case
 
 # a peer's error may be so many times that of PyTorch's operations in the inputs' dtype
@@ -51,6 +51,21 @@ class Rule(NamedTuple):
 
 
 Results = Mapping[str, Tensor]
+
+
+class Reference(NamedTuple):
+    """What a case's results are held to, by output.
+
+    expected: The results of the reference in float64.
+    sizes: The norms that errors are relative to.
+    usual: The errors of PyTorch's operations in the inputs' dtype.
+    """
+
+    expected: Results
+    sizes: Results
+    usual: Mapping[str, float]
+
+
 Deviations = Mapping[str, Deviation]
 
 
@@ -116,15 +131,11 @@ def _check_output(peer: Peer, case: Case, out: Tensor) -> None:
 
 def results(peer: Peer, case: Case, drawn: Drawn, gradients: bool) -> dict[str, Tensor]:
     """Return output and gradients of one run."""
-    q, k, v, gate, dout = drawn
-    if peer.of_segments:
-        q, k, v, dout = (to_segments(x, case.L) for x in (q, k, v, dout))
-    q, k, v, gate = (x.detach().requires_grad_(gradients) for x in (q, k, v, gate))
-    out = peer.run(q, k, v, gate, case.L)
+    inputs = inputs_of(peer, case, drawn, gradients)
+    out = peer.run(*inputs[:4], case.L)
     found = named(peer, case, out)
     if gradients:
-        used = (q, k, v) if peer.update is None else (q, k, v, gate)
-        found |= named(peer, case, torch.autograd.grad(out, used, dout, allow_unused=True))
+        found |= named(peer, case, gradients_of(peer, inputs, out))
     return found
 
 
@@ -147,8 +158,7 @@ def at_reduced_length(peer: Peer, case: Case, device: torch.device, gradients: b
     """
     small, rule = reduced(peer, case), Rule(peer.update, peer.full, peer.definition)
     found = results(peer, small, _drawn(small, device), gradients)
-    expected = _expected(rule, small, device, gradients)
-    sizes, usual = _sizes(rule, small, device, gradients), _usual(rule, small, device, gradients)
+    expected, sizes, usual = _reference(rule, small, device, gradients)
     return {
         name: Deviation(
             _error(found.get(name, torch.zeros_like(x)), x, sizes[name]), _allowed(peer, case.dtype, name, usual[name])
@@ -188,36 +198,21 @@ def _drawn(case: Case, device: torch.device) -> Drawn:
 
 
 @functools.lru_cache(maxsize=6)
-def _expected(rule: Rule, case: Case, device: torch.device, gradients: bool) -> Results:
-    """Return the results of the reference in float64."""
-    function = rule.definition or functools.partial(calls.ours, update=rule.update, backend="reference")
-    length = case.T if rule.full else case.L
-    return _by_heads(function, length, _drawn(case, device), gradients, torch.float64)
-
-
-@functools.lru_cache(maxsize=6)
-def _sizes(rule: Rule, case: Case, device: torch.device, gradients: bool) -> Results:
-    """Return what errors are relative to: norms; for the gate's gradient, a sum that may cancel, its terms' norm."""
-    expected = _expected(rule, case, device, gradients)
-    found = {name: _norms(x) for name, x in expected.items()}
-    if "dgate" in found:
-        drawn = _drawn(case, device)
-        local = _expected(Rule(None, False, None), case, device, False)["out"]
+def _reference(rule: Rule, case: Case, device: torch.device, gradients: bool) -> Reference:
+    exact = rule.definition or functools.partial(calls.ours, update=rule.update, backend="reference")
+    plain = rule.definition or functools.partial(calls.eager_loop, update=rule.update)
+    length, drawn = case.T if rule.full else case.L, _drawn(case, device)
+    expected = _by_heads(exact, length, drawn, gradients, torch.float64)
+    sizes = {name: _norms(x) for name, x in expected.items()}
+    if "dgate" in sizes:
+        # a sum that may cancel: its terms' norm
+        attention = functools.partial(calls.ours, update=None, backend="reference")
+        local = _by_heads(attention, case.L, drawn, False, torch.float64)["out"]
         weight = (1 - drawn.gate.double().sigmoid())[:, None, None]
         terms = drawn.dout.double() * weight * (expected["out"] - local)
-        found["dgate"] = found["dgate"].maximum(terms.square().sum((0, 2, 3)).sqrt())
-    return found
-
-
-@functools.lru_cache(maxsize=6)
-def _usual(rule: Rule, case: Case, device: torch.device, gradients: bool) -> Mapping[str, float]:
-    """Return the errors of PyTorch's operations in the inputs' dtype."""
-    function = rule.definition or functools.partial(calls.eager_loop, update=rule.update)
-    length = case.T if rule.full else case.L
-    found = _by_heads(function, length, _drawn(case, device), gradients, DTYPES[case.dtype])
-    sizes = _sizes(rule, case, device, gradients)
-    expected = _expected(rule, case, device, gradients)
-    return {name: _error(found[name], x, sizes[name]) for name, x in expected.items()}
+        sizes["dgate"] = sizes["dgate"].maximum(terms.square().sum((0, 2, 3)).sqrt())
+    found = _by_heads(plain, length, drawn, gradients, DTYPES[case.dtype])
+    return Reference(expected, sizes, {name: _error(found[name], x, sizes[name]) for name, x in expected.items()})
 
 
 def _by_heads(

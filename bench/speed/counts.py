@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ...kernels.check.check import interpreted
 from .measure import synchronize
+
+if TYPE_CHECKING:
+    # which needs Triton
+    from ...kernels.triton.launch import Launch
 
 
 def kernel_times(run: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
@@ -29,14 +33,14 @@ def kernel_times(run: Callable[[], object], device: torch.device) -> list[dict[s
     return sorted(found, key=lambda x: -x["ms"])
 
 
-def recorded(run: Callable[[], object], device: torch.device) -> list[tuple[str, dict[str, Any]]]:
-    """Return our kernels in the order that one call would start them, with their tiles; nothing runs."""
+def recorded(run: Callable[[], object], device: torch.device) -> list[Launch]:
+    """Return our kernels' launches in the order that one call would start them; nothing runs."""
     from ...kernels.triton.launch import recording, target_of
 
     # a GPU's backward would run in another thread, which does not see what is set in this one
     with torch.autograd.set_multithreading_enabled(False), recording(target_of(device)) as listed:
         run()
-    return [(launch.kernel.__name__, asdict(launch.tile)) for launch in listed]
+    return listed
 
 
 def launches(run: Callable[[], object], device: torch.device) -> int | None:
@@ -57,6 +61,6 @@ def profile_of(run: Callable[[], object], device: torch.device, ours: bool) -> d
         kernel["share"] = round(kernel["ms"] / total, 4) if total else None
     if ours:
         listed = recorded(run, device)
-        counts = Counter(name for name, _ in listed)
-        record["tiles"] = {name: {"launches": counts[name], **tile} for name, tile in listed}
+        counts = Counter(x.kernel.__name__ for x in listed)
+        record["tiles"] = {x.kernel.__name__: {"launches": counts[x.kernel.__name__], **asdict(x.tile)} for x in listed}
     return record

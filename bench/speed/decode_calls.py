@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.attention import segment_attention
-from ...kernels.check.gates import GATES
+from ...kernels.check.gates import GATES, relative_error
 from ...kernels.decoding import segment_decode
 from ...kernels.memory import memory_write
 from ...kernels.state import MemoryState
 from ..planner import floors
 from ..planner.floors import Work
-from .attention_calls import has_kernels, memory_after
+from .attention_calls import backend_here, memory_after
 from .correctness import TIMES
 from .timing import captured, copies_needed, time_once
 from .workloads import DTYPES, DecodeCase
@@ -32,7 +32,7 @@ FOLDS = 5
 
 
 class Step(NamedTuple):
-    """The inputs of one step: q [B, H, 1, K], keys and values [B, G, tail, K], the gate [H], and the memory."""
+    """The inputs of one step: q [B, H, 1, K], keys and values [B, G, ·, K], the gate [H], and the memory."""
 
     q: Tensor
     k: Tensor
@@ -50,6 +50,7 @@ class Decoder(NamedTuple):
     alter: Changes a copy's inputs, so that the expected output changes its sign.
     kept_bytes: Keys, values and memory of the text.
     work: Operations and bytes that a step must spend.
+    allowed: The largest relative error of a right step, and of a right fold.
     fold: Writes a finished segment of the first copy into the memory; folded: what the memory should be.
     """
 
@@ -59,12 +60,17 @@ class Decoder(NamedTuple):
     alter: Callable[[int], None]
     kept_bytes: int
     work: Work
+    allowed: float
     fold: Callable[[], Sequence[Tensor]] | None = None
     folded: Callable[[], Sequence[Tensor]] | None = None
 
     def error(self, copy: int, found: object) -> float:
         """Return the relative error of an output for the inputs as they are now; infinite for another shape."""
         return _error(found, self.expected(copy))
+
+    def complaint(self, error: float) -> str:
+        """Return what is wrong with a relative error; nothing where it is allowed."""
+        return "" if error <= self.allowed else f"relative error of {error:.1e} (at most {self.allowed:.1e})"
 
     def fold_error(self) -> float:
         """Return the relative error of a fold; 0 for a decoder without one."""
@@ -85,20 +91,14 @@ class Decoder(NamedTuple):
 def _error(found: object, expected: Tensor) -> float:
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return math.inf
-    error = float((found.double() - expected).norm() / expected.norm())
+    error = relative_error(found, expected)
     return math.inf if math.isnan(error) else error
 
 
-def allowed_in_decoding(name: str, dtype: str) -> float:
-    """Return the largest relative error of a right step."""
-    return GATES[dtype].outputs * (1.0 if name.startswith("segattn") else TIMES)
-
-
-def draw_step(case: DecodeCase, device: torch.device, copies: int | None = None) -> list[Step]:
-    """Return copies of the inputs, by default enough to outrun the L2 cache."""
+def draw_step(case: DecodeCase, device: torch.device) -> list[Step]:
+    """Return copies of the inputs, enough to outrun the L2 cache, with keys and values of a whole segment."""
     sizes = case.sizes()
-    if copies is None:
-        copies = copies_needed(sizes.keys_values + sizes.state, device)
+    copies = copies_needed(sizes.keys_values + sizes.state, device)
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(heads: int, rows: int, dtype: torch.dtype = DTYPES[case.dtype]) -> Tensor:
@@ -109,8 +109,8 @@ def draw_step(case: DecodeCase, device: torch.device, copies: int | None = None)
     return [
         Step(
             normal(case.H, 1),
-            normal(case.G, case.tail),
-            normal(case.G, case.tail),
+            normal(case.G, case.L),
+            normal(case.G, case.L),
             torch.zeros(case.H, device=device),
             normal(case.G, case.K, torch.float32) * written**0.5,
             torch.rand(case.B, case.G, case.K, device=device, generator=generator) * written,
@@ -141,46 +141,42 @@ def step_eager(x: Step) -> Tensor:
 
 def _of_a_segment(case: DecodeCase, device: torch.device, *, eager: bool) -> Decoder:
     """Return a decoder over a buffer of one segment: `segment_decode`, or PyTorch's own operations."""
-    steps = draw_step(case, device)
-    padding = (0, 0, 0, case.L - case.tail)
-    buffers = [(F.pad(step.k, padding), F.pad(step.v, padding)) for step in steps]
+    buffers = draw_step(case, device)
+    steps = [x._replace(k=x.k[:, :, : case.tail], v=x.v[:, :, : case.tail]) for x in buffers]
     lengths = torch.full((case.B,), case.tail, dtype=torch.int32, device=device)
     counters = torch.zeros(case.B * case.G, dtype=torch.int32, device=device)
-    backend = "triton" if has_kernels(device) else "torch"
-
-    def held(copy: int) -> Step:
-        k, v = (x[:, :, : case.tail] for x in buffers[copy])
-        return steps[copy]._replace(k=k, v=v)
+    backend = backend_here(device)
 
     def run(copy: int) -> Tensor:
         if eager:
-            return step_eager(held(copy))
-        (keys, values), step = buffers[copy], steps[copy]
-        state = MemoryState(step.memory, step.normalizer)
+            return step_eager(steps[copy])
+        q, k, v, gate, *state = buffers[copy]
         return segment_decode(
-            step.q, keys, values, lengths, gate=step.gate, state=state, counters=counters, backend=backend
+            q, k, v, lengths, gate=gate, state=MemoryState(*state), counters=counters, backend=backend
         )
 
     def expected(copy: int) -> Tensor:
-        return step_by_reference(Step(*(x.double() for x in held(copy))), case.L)
+        return step_by_reference(Step(*(x.double() for x in steps[copy])), case.L)
 
     def alter(copy: int) -> None:
-        for x in (buffers[copy][1], steps[copy].memory):
+        for x in (buffers[copy].v, buffers[copy].memory):
             x.neg_()
 
-    first = *buffers[0], steps[0].memory, steps[0].normalizer
+    _, keys, values, _, memory, normalizer = buffers[0]
+    first = keys, values, memory, normalizer
 
     def fold() -> Sequence[Tensor]:
         if eager:
             return memory_after(*first)
-        return memory_write(first[0], first[1], MemoryState(*first[2:]), backend=backend)
+        return tuple(memory_write(keys, values, MemoryState(memory, normalizer), backend=backend))
 
     def folded() -> Sequence[Tensor]:
-        keys, values, memory, normalizer = (x.double() for x in first)
-        return memory_after(keys, values, memory, normalizer)
+        k, v, m, z = (x.double() for x in first)
+        return memory_after(k, v, m, z)
 
     kept, work = sum(x.nbytes for x in first), floors.decode(case.sizes())
-    return Decoder(len(steps), run, expected, alter, kept, work, fold, folded)
+    allowed = GATES[case.dtype].outputs * (TIMES if eager else 1)
+    return Decoder(len(steps), run, expected, alter, kept, work, allowed, fold, folded)
 
 
 def growing_cache(case: DecodeCase, device: torch.device) -> Decoder:
@@ -211,7 +207,7 @@ def growing_cache(case: DecodeCase, device: torch.device) -> Decoder:
         drawn[copy][2].neg_()
 
     work = floors.decode(replace(case.sizes(), T=case.context), gated=False)
-    return Decoder(len(drawn), run, expected, alter, kept_bytes, work)
+    return Decoder(len(drawn), run, expected, alter, kept_bytes, work, TIMES * GATES[case.dtype].outputs)
 
 
 def in_graphs(decoder: Decoder, device: torch.device) -> Decoder:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from .admission import is_out_of_memory
 from .rows import Row
 
-Keep = Callable[[Row], None]
 LEAST_ROUNDS = 3
-
 
 _readings: deque[float] = deque()
 
@@ -24,31 +24,45 @@ def replayed() -> float:
     return _readings.popleft()
 
 
-def bounds(rounds: int) -> tuple[int, int]:
-    """Return the least and the most rounds."""
-    return min(LEAST_ROUNDS, rounds), rounds
+@dataclass(frozen=True)
+class Bench:
+    """What every benchmark needs: pytest-benchmark's fixture, and the options of the command line.
 
+    keep: Takes a row of the table.
+    most_rounds: Timed rounds at most.
+    seconds: The time after which the last round begins.
+    """
 
-@contextmanager
-def enough_memory(row: Row, benchmark: BenchmarkFixture, keep: Keep) -> Iterator[None]:
-    """Skip the test where the device's memory does not suffice for the block."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        finish(row.refused("out of memory"), benchmark, keep)
+    benchmark: BenchmarkFixture
+    keep: Callable[[Row], None]
+    device: torch.device
+    most_rounds: int
+    seconds: float
 
+    def rounds(self, times: int = 1) -> tuple[int, int]:
+        """Return the least and the most rounds, so many times as many for what is short."""
+        most = times * self.most_rounds
+        return min(LEAST_ROUNDS, most), most
 
-def finish(row: Row, benchmark: BenchmarkFixture, keep: Keep) -> None:
-    """Keep the row; skip the test where the provider cannot run here, and fail it where it is wrong, or ours fails."""
-    keep(row)
-    benchmark.group = row.group
-    benchmark.extra_info |= row.extra_info()
-    if row.status == "wrong" or (row.status == "failed" and row.is_ours):
-        pytest.fail(f"{row.provider} is {row.status}, and is not timed: {row.reason}", pytrace=False)
-    if row.status != "timed":
-        pytest.skip(row.reason or row.status)
-    _readings.clear()
-    _readings.extend(x for seconds in row.seconds for x in (0.0, seconds))
-    benchmark.pedantic(lambda: None, rounds=len(row.seconds))
+    @contextmanager
+    def enough_memory(self, row: Row) -> Iterator[None]:
+        """Skip the test where the device's memory does not suffice for the block."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.finish(row.refused("out of memory"))
+
+    def finish(self, row: Row) -> None:
+        """Keep the row; skip the test where the provider cannot run, and fail it where it is wrong, or ours fails."""
+        self.keep(row)
+        self.benchmark.group = row.group
+        self.benchmark.extra_info |= row.extra_info()
+        if row.status == "wrong" or (row.status == "failed" and row.is_ours):
+            pytest.fail(f"{row.provider} is {row.status}, and is not timed: {row.reason}", pytrace=False)
+        if row.status != "timed":
+            pytest.skip(row.reason or row.status)
+        _readings.clear()
+        _readings.extend(x for seconds in row.seconds for x in (0.0, seconds))
+        self.benchmark.pedantic(lambda: None, rounds=len(row.seconds))

@@ -63,18 +63,16 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 def machine_info(device: torch.device) -> dict[str, Any]:
     """Return what figures on a device depend on, as `machine_info` of a result."""
+    facts, peak = device_facts(device), peak_here(device)
+    peaks = {} if peak is None else {"peak_operations_per_s": peak.operations, "peak_bytes_per_s": peak.bytes}
     info: dict[str, Any] = {
-        "device": f"{device.type} {platform.machine()}",
+        "device": facts.pop("name"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         **{name: version for name, version in versions().items() if version is not None},
     }
-    if device.type != "cuda":
-        return info
-    facts, peak = device_facts(device), peak_here(device)
-    peaks = {} if peak is None else {"peak_operations_per_s": peak.operations, "peak_bytes_per_s": peak.bytes}
-    return info | {"device": facts.pop("name")} | facts | peaks
+    return info | facts | peaks
 
 
 def peak_here(device: torch.device) -> Peak | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from ...kernels.state import MemoryState
 
 
 def synchronize(device: torch.device) -> None:
@@ -31,3 +35,20 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def tensors_in(state: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a state, or of transformers' cache of keys and values."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, (tuple, MemoryState)):
+        for part in state:
+            yield from tensors_in(part)
+    elif hasattr(state, "layers"):
+        for layer in state.layers:
+            yield from (layer.keys, layer.values)
+
+
+def kept_bytes(state: Any) -> int:
+    """Return the bytes of the numbers in a state or a cache."""
+    return sum(x.nbytes for x in tensors_in(state))

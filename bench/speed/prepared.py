@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,29 +42,37 @@ def draw(case: Case, device: torch.device, copies: int | None = None) -> list[Dr
     return found
 
 
-def preparation(peer: Peer, case: Case, drawn: list[Drawn], direction: str) -> Prepare:
-    """Return what is timed in one direction; for the backward alone, the forward is the preparation.
+def inputs_of(peer: Peer, case: Case, drawn: Drawn, gradients: bool) -> Drawn:
+    """Return the inputs as a peer takes them, leaves of a graph of their own."""
+    q, k, v, gate, dout = drawn
+    if peer.of_segments:
+        q, k, v, dout = (to_segments(x, case.L) for x in (q, k, v, dout))
+    q, k, v, gate = (x.detach().requires_grad_(gradients) for x in (q, k, v, gate))
+    return Drawn(q, k, v, gate, dout)
 
-    A run returns the output, else the gradients of q, k and v, and of the gate where the peer has a memory.
+
+def gradients_of(peer: Peer, inputs: Drawn, out: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of q, k and v, and of the gate where the peer has a memory.
+
+    A single segment reads no memory, and then the gate has no gradient.
     """
-    grad = direction != "forward"
+    used = inputs[:3] if peer.update is None else inputs[:4]
+    return torch.autograd.grad(out, used, inputs.dout, allow_unused=True)
+
+
+def preparation(peer: Peer, case: Case, drawn: list[Drawn], direction: str) -> Prepare:
+    """Return what is timed in one direction, a run to the output or to `gradients_of` it.
+
+    For the backward alone, the forward is the preparation.
+    """
 
     def prepare(copy: int) -> Callable[[], object]:
-        q, k, v, gate, dout = drawn[copy]
-        if peer.of_segments:
-            q, k, v, dout = (to_segments(x, case.L) for x in (q, k, v, dout))
-        q, k, v, gate = (x.detach().requires_grad_(grad) for x in (q, k, v, gate))
-        used = (q, k, v) if peer.update is None else (q, k, v, gate)
-
-        def gradients(out: Tensor) -> tuple[Tensor, ...]:
-            # a single segment reads no memory, and then the gate has no gradient
-            return torch.autograd.grad(out, used, dout, allow_unused=True)
-
+        inputs = inputs_of(peer, case, drawn[copy], direction != "forward")
+        forward = functools.partial(peer.run, *inputs[:4], case.L)
         if direction == "forward":
-            return lambda: peer.run(q, k, v, gate, case.L)
+            return forward
         if direction == "backward":
-            out = peer.run(q, k, v, gate, case.L)
-            return lambda: gradients(out)
-        return lambda: gradients(peer.run(q, k, v, gate, case.L))
+            return functools.partial(gradients_of, peer, inputs, forward())
+        return lambda: gradients_of(peer, inputs, forward())
 
     return prepare

@@ -21,19 +21,20 @@ import torch
 from torch import Tensor
 
 from ...rmt.recurrent.memory import RecurrentMemory
-from .associative_loop import AssociativeLoop
+from .associative_loop import AssociativeLoop, memory_first
 from .measure import synchronize
 from .recurrent_models import (
+    Loop,
     PeerEmbedding,
     PeerLayers,
-    PlainLoop,
     Sizes,
     associative,
     first_memory,
     llama,
-    llama_backbone,
-    peer_backbone,
     peer_transformer,
+    plain_llama,
+    plain_peer,
+    recurrent,
     trained,
 )
 
@@ -70,20 +71,14 @@ class Entry:
     needs_gpu: bool = False
 
 
-def _provider(way: Any, parameters: Sequence[Tensor]) -> Provider:
-    return Provider(way.loss, way.read, parameters)
+def of_loop(make: Callable[[Sizes, torch.device], Loop]) -> Make:
+    """Return a maker of a loop's provider."""
 
+    def provider(sizes: Sizes, device: torch.device) -> Provider:
+        loop = make(sizes, device)
+        return Provider(loop.loss, loop.read, loop.parameters)
 
-def loop_llama(sizes: Sizes, device: torch.device) -> Provider:
-    """Return a plain loop over a Llama."""
-    model, memory = llama(sizes, device), first_memory(sizes, device)
-    return _provider(PlainLoop(llama_backbone(model), memory, sizes.L), [memory, *trained(model)])
-
-
-def loop_peer(sizes: Sizes, device: torch.device) -> Provider:
-    """Return a plain loop over the peer's layers."""
-    transformer, memory = peer_transformer(sizes, device), first_memory(sizes, device)
-    return _provider(PlainLoop(peer_backbone(transformer), memory, sizes.L), [memory, *trained(transformer)])
+    return provider
 
 
 def peer(sizes: Sizes, device: torch.device) -> Provider:
@@ -99,37 +94,29 @@ def peer(sizes: Sizes, device: torch.device) -> Provider:
     )
 
 
-def _ours(module: RecurrentMemory, parameters: Sequence[Tensor], sizes: Sizes, device: torch.device) -> Provider:
-    with torch.no_grad():
-        module.memory.copy_(first_memory(sizes, device))
+def _ours(module: RecurrentMemory, trained_too: Sequence[Tensor]) -> Provider:
     return Provider(
         lambda ids: _loss_of(module(ids, labels=ids).loss),
         lambda ids: [module(ids, output_logits=False).state.memory],
-        [module.memory, *parameters],
+        [module.memory, *trained_too],
     )
 
 
 def ours_llama(sizes: Sizes, device: torch.device, *, attention: str | None = None, compiled: bool = False) -> Provider:
     """Return ours around a Llama."""
     model = llama(sizes, device)
-    module = RecurrentMemory(model, sizes.m, sizes.L, attention=attention).to(device)
+    module = recurrent(sizes, device, model, attention=attention)
     if compiled:
         module.compile(dynamic=False)
-    return _ours(module, trained(model), sizes, device)
+    return _ours(module, trained(model))
 
 
 def ours_peer(sizes: Sizes, device: torch.device) -> Provider:
     """Return ours around the peer's layers."""
     transformer = peer_transformer(sizes, device)
-    module = RecurrentMemory(
-        PeerLayers(transformer),
-        sizes.m,
-        sizes.L,
-        kind="decoder",
-        embedding=PeerEmbedding(transformer),
-        head=transformer.to_logits,
-    ).to(device)
-    return _ours(module, trained(transformer), sizes, device)
+    parts: dict[str, Any] = {"embedding": PeerEmbedding(transformer), "head": transformer.to_logits}
+    module = recurrent(sizes, device, PeerLayers(transformer), kind="decoder", **parts)
+    return _ours(module, trained(transformer))
 
 
 def ours_associative(sizes: Sizes, device: torch.device, *, schedule: str) -> Provider:
@@ -138,15 +125,8 @@ def ours_associative(sizes: Sizes, device: torch.device, *, schedule: str) -> Pr
     return Provider(
         lambda ids: _loss_of(module(ids, labels=ids).loss),
         lambda ids: [x for memory in module(ids, output_logits=False).state.memories for x in memory],
-        [module.memory_tokens, *(x for x in trained(module) if x is not module.memory_tokens)],
+        memory_first(module),
     )
-
-
-def loop_associative(sizes: Sizes, device: torch.device) -> Provider:
-    """Return the published loop of ARMT over the same weights."""
-    module = associative(sizes, device, "vertical")
-    parameters = [module.memory_tokens, *(x for x in trained(module) if x is not module.memory_tokens)]
-    return _provider(AssociativeLoop(module), parameters)
 
 
 def _loss_of(loss: Tensor | None) -> Tensor:
@@ -155,6 +135,8 @@ def _loss_of(loss: Tensor | None) -> Tensor:
     return loss
 
 
+loop_llama, loop_peer = of_loop(plain_llama), of_loop(plain_peer)
+loop_associative = of_loop(lambda sizes, device: AssociativeLoop(associative(sizes, device)))
 PEER = "recurrent-memory-transformer-pytorch"
 # the first of each group is the baseline of the others
 GROUPS: Mapping[str, Mapping[str, Entry]] = {

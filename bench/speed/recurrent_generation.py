@@ -8,26 +8,27 @@ worth of new tokens, the likeliest each time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ...rmt.recurrent.memory import RecurrentMemory
 from .associative_loop import AssociativeLoop
+from .measure import kept_bytes
 from .recurrent import PEER
 from .recurrent_models import (
     VOCABULARY,
-    PlainLoop,
     Sizes,
     associative,
     first_memory,
     llama,
-    llama_backbone,
-    peer_backbone,
     peer_transformer,
+    plain_llama,
+    plain_peer,
+    recurrent,
 )
 
 # the threshold of the peer's sampling that leaves one token to choose from
@@ -62,27 +63,12 @@ class Entry:
     definition: Callable[[Sizes, torch.device], Logits]
 
 
-def total_bytes(*tensors: Tensor) -> int:
-    """Return the bytes of tensors."""
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
-def recurrent(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
-    """Return ours with RMT's memory."""
-    module = RecurrentMemory(llama(sizes, text.device), sizes.m, sizes.L).to(text.device).eval()
-    with torch.no_grad():
-        module.memory.copy_(first_memory(sizes, text.device))
-        state = module(text, output_logits=False).state
-    return Writer(lambda: module.generate(opened, max_new_tokens=count, state=state), total_bytes(state.memory))
-
-
-def armt(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
-    """Return ours with ARMT's memories."""
-    module = associative(sizes, text.device, "vertical").eval()
+def ours(make: Callable[[Sizes, torch.device], Any], sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
+    """Return ours with a memory, which `make` builds."""
+    module = make(sizes, text.device).eval()
     with torch.no_grad():
         state = module(text, output_logits=False).state
-    kept = total_bytes(*(x for memory in state.memories for x in memory))
-    return Writer(lambda: module.generate(opened, max_new_tokens=count, state=state), kept)
+    return Writer(lambda: module.generate(opened, max_new_tokens=count, state=state), kept_bytes(state))
 
 
 def peer(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
@@ -98,7 +84,7 @@ def peer(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
         new: Tensor = wrapper.generate(opened, length=length, memories=memory, filter_thres=GREEDY)
         return new
 
-    return Writer(write, total_bytes(memory))
+    return Writer(write, kept_bytes(memory))
 
 
 def full(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
@@ -106,12 +92,12 @@ def full(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
     from transformers import DynamicCache
 
     length = text.shape[1]
-    model: Any = llama(sizes, text.device, positions=length + opened.shape[1] + count).eval()
+    model: Any = llama(sizes, text.device).eval()
     cache: Any = DynamicCache(config=model.config)
     with torch.no_grad():
         for piece in text.split(8 * sizes.L, 1):
             model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    kept = total_bytes(*(x for layer in cache.layers for x in (layer.keys, layer.values)))
+    kept = kept_bytes(cache)
 
     @torch.no_grad()
     def write() -> Tensor:
@@ -128,33 +114,20 @@ def full(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:
     return Writer(write, kept)
 
 
-def _full_logits(sizes: Sizes, device: torch.device) -> Logits:
-    def logits(ids: Tensor) -> Tensor:
-        found: Tensor = llama(sizes, device, positions=ids.shape[1]).eval()(ids).logits
-        return found
-
-    return logits
-
-
-def _recurrent_logits(sizes: Sizes, device: torch.device) -> Logits:
-    return PlainLoop(llama_backbone(llama(sizes, device)), first_memory(sizes, device), sizes.L).logits
-
-
-def _peer_logits(sizes: Sizes, device: torch.device) -> Logits:
-    backbone = peer_backbone(peer_transformer(sizes, device).eval())
-    return PlainLoop(backbone, first_memory(sizes, device), sizes.L).logits
-
-
-def _associative_logits(sizes: Sizes, device: torch.device) -> Logits:
-    return AssociativeLoop(associative(sizes, device, "vertical").eval()).logits
+def full_logits(sizes: Sizes, device: torch.device) -> Logits:
+    """Return the logits of a Llama that reads a text at once."""
+    model = llama(sizes, device).eval()
+    return lambda ids: cast(Tensor, model(ids).logits)
 
 
 BASELINE = "Llama, all keys and values"
 WRITERS: Mapping[str, Entry] = {
-    BASELINE: Entry(full, _full_logits),
-    "segattn": Entry(recurrent, _recurrent_logits),
-    "segattn, associative": Entry(armt, _associative_logits),
-    PEER: Entry(peer, _peer_logits),
+    BASELINE: Entry(full, full_logits),
+    "segattn": Entry(functools.partial(ours, recurrent), lambda sizes, device: plain_llama(sizes, device).logits),
+    "segattn, associative": Entry(
+        functools.partial(ours, associative), lambda sizes, device: AssociativeLoop(associative(sizes, device)).logits
+    ),
+    PEER: Entry(peer, lambda sizes, device: plain_peer(sizes, device).logits),
 }
 
 

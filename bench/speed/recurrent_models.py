@@ -6,6 +6,7 @@ The peer's layers are not quite Llama's: learnt positions for rotated ones, a nu
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...rmt.associative.memory import AssociativeMemory
+from ...rmt.recurrent.memory import RecurrentMemory
 
 VOCABULARY = 256
+# more than any text that is read; the weights do not depend on them
+POSITIONS = 1 << 20
 # of weights: the memory then weighs enough for a wrong one to show
 SPREAD = 0.08
 
@@ -72,14 +76,16 @@ class Backbone(NamedTuple):
     embed: From a segment's ids [B, n] to [B, n, d].
     layers: From rows [B, T, d] and the mask, bool [1, 1, T, T], to the last layer's rows, normed.
     logits: From [B, n, d] to [B, n, vocabulary].
+    parameters: The trained parameters.
     """
 
     embed: Callable[[Tensor], Tensor]
     layers: Callable[[Tensor, Tensor], Tensor]
     logits: Callable[[Tensor], Tensor]
+    parameters: Sequence[Tensor]
 
 
-def llama(sizes: Sizes, device: torch.device, positions: int | None = None) -> Any:
+def llama(sizes: Sizes, device: torch.device) -> Any:
     """Return a Llama, the same weights each time."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -87,7 +93,7 @@ def llama(sizes: Sizes, device: torch.device, positions: int | None = None) -> A
         intermediate_size=8 * sizes.width // 3,
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
-        max_position_embeddings=positions or sizes.L + 2 * sizes.m,
+        max_position_embeddings=POSITIONS,
         initializer_range=SPREAD,
         use_cache=False,
     )
@@ -182,7 +188,7 @@ def visible(time: int, memory: int, device: torch.device) -> Tensor:
 
 def peer_backbone(transformer: Any) -> Backbone:
     """Return the parts of the peer that a plain loop needs."""
-    return Backbone(PeerEmbedding(transformer), PeerLayers(transformer), transformer.to_logits)
+    return Backbone(PeerEmbedding(transformer), PeerLayers(transformer), transformer.to_logits, trained(transformer))
 
 
 def llama_backbone(model: Any) -> Backbone:
@@ -192,19 +198,41 @@ def llama_backbone(model: Any) -> Backbone:
         hidden: Tensor = model.model(inputs_embeds=rows, attention_mask=mask).last_hidden_state
         return hidden
 
-    return Backbone(model.get_input_embeddings(), layers, model.lm_head)
+    return Backbone(model.get_input_embeddings(), layers, model.lm_head, trained(model))
 
 
-class PlainLoop:
-    """The mechanism in a few lines, as the definition and as what others are measured against."""
+class Loop(ABC):
+    """A mechanism in a few lines, as the definition and as what others are measured against.
+
+    parameters: The trained parameters, the memory tokens first.
+    """
+
+    parameters: Sequence[Tensor]
+
+    @abstractmethod
+    def logits(self, ids: Tensor) -> Tensor:
+        """Return the logits [B, T, vocabulary]."""
+
+    @abstractmethod
+    def read(self, ids: Tensor) -> Sequence[Tensor]:
+        """Return the memory after the last segment."""
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Return the mean cross-entropy of each next token."""
+        return F.cross_entropy(self.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+class PlainLoop(Loop):
+    """RMT (arXiv 2207.06881) over the parts of a model."""
 
     def __init__(self, backbone: Backbone, memory: Tensor, segment_len: int) -> None:
         self.backbone, self.memory, self.segment_len = backbone, memory, segment_len
+        self.parameters = [memory, *backbone.parameters]
         self.mask = functools.cache(visible)
 
-    def segments(self, ids: Tensor, memory: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def segments(self, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Return each segment's rows of its tokens [B, n, d], and the memory after it [B, m, d]."""
-        memory = self.memory.expand(ids.shape[0], -1, -1) if memory is None else memory
+        memory = self.memory.expand(ids.shape[0], -1, -1)
         m = memory.shape[1]
         for segment in ids.split(self.segment_len, 1):
             rows = torch.cat((memory, self.backbone.embed(segment), memory), 1)
@@ -213,20 +241,33 @@ class PlainLoop:
             yield hidden[:, m:-m], memory
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Return the logits [B, T, vocabulary]."""
         return torch.cat([self.backbone.logits(rows) for rows, _ in self.segments(ids)], 1)
 
-    def loss(self, ids: Tensor) -> Tensor:
-        """Return the mean cross-entropy of each next token."""
-        return F.cross_entropy(self.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
     def read(self, ids: Tensor) -> Sequence[Tensor]:
-        """Return the memory after the last segment."""
         return [memory for _, memory in self.segments(ids)][-1:]
 
 
-def associative(sizes: Sizes, device: torch.device, schedule: str) -> AssociativeMemory:
-    """Return ARMT whose memories return something, the same weights each time."""
+def plain_llama(sizes: Sizes, device: torch.device) -> PlainLoop:
+    """Return a plain loop over a Llama."""
+    return PlainLoop(llama_backbone(llama(sizes, device)), first_memory(sizes, device), sizes.L)
+
+
+def plain_peer(sizes: Sizes, device: torch.device) -> PlainLoop:
+    """Return a plain loop over the peer's layers."""
+    return PlainLoop(peer_backbone(peer_transformer(sizes, device)), first_memory(sizes, device), sizes.L)
+
+
+def recurrent(sizes: Sizes, device: torch.device, backbone: nn.Module | None = None, **options: Any) -> RecurrentMemory:
+    """Return RMT around a backbone, by default a Llama, with `first_memory`."""
+    model = llama(sizes, device) if backbone is None else backbone
+    module = RecurrentMemory(model, sizes.m, sizes.L, **options).to(device)
+    with torch.no_grad():
+        module.memory.copy_(first_memory(sizes, device))
+    return module
+
+
+def associative(sizes: Sizes, device: torch.device, schedule: str = "vertical") -> AssociativeMemory:
+    """Return ARMT around a Llama whose memories return something, the same weights each time."""
     model = llama(sizes, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

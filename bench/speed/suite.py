@@ -18,7 +18,7 @@ from ..planner import floors
 from ..planner.floors import Peak, Sizes, Work
 from .admission import Admission, is_out_of_memory
 from .correctness import WrongError, at_the_far_end, complaint, named
-from .decode_calls import Decoder, allowed_in_decoding
+from .decode_calls import Decoder
 from .peers import BASELINE, PEERS, Peer
 from .prepared import Drawn, preparation
 from .rows import Row
@@ -139,7 +139,6 @@ def time_calls(
     admissions: Mapping[str, Admission],
     drawn: list[Drawn],
     device: torch.device,
-    peers: Mapping[str, Peer] = PEERS,
     **clock: Any,
 ) -> list[Row]:
     """Return a row for each peer in `admissions`: its times by turns with the baseline's, or why it has none.
@@ -149,7 +148,7 @@ def time_calls(
     """
 
     def contender(row: Row) -> Contender:
-        peer = peers[row.provider]
+        peer = PEERS[row.provider]
 
         def wrong(copy: int, result: object) -> str:
             try:
@@ -162,7 +161,7 @@ def time_calls(
 
     baseline = baseline_of(admissions, BASELINE)
     rows = [admitted_row(call_row(case, direction, name, baseline), x) for name, x in admissions.items()]
-    beside = preparation(peers[baseline], case, drawn, direction)
+    beside = preparation(PEERS[baseline], case, drawn, direction)
     return _with_times(rows, contender, beside, device, copies=len(drawn), **clock)
 
 
@@ -191,11 +190,10 @@ def time_steps(
         return lambda copy: functools.partial(decoder.run, copy % decoder.copies)
 
     def contender(row: Row) -> Contender:
-        decoder, allowed = decoders[row.provider], allowed_in_decoding(row.provider, case.dtype)
+        decoder = decoders[row.provider]
 
         def wrong(copy: int, result: object) -> str:
-            error = decoder.error(copy % decoder.copies, result)
-            return "" if error <= allowed else f"relative error of {error:.1e} (at most {allowed:.1e})"
+            return decoder.complaint(decoder.error(copy % decoder.copies, result))
 
         fold = decoder.fold_ms(case.L, device)
         row = replace(row, memory=decoder.kept_bytes, facts={**row.facts, "fold_ms": fold})

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...runs.figures import format_length
 from ..planner.floors import Sizes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -63,8 +64,7 @@ class Case:
 
     def sizes(self) -> Sizes:
         """Return the sizes that floors are counted by."""
-        itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
-        return Sizes(self.B, self.H, self.G, self.T, self.K, self.K, self.L, itemsize)
+        return Sizes(self.B, self.H, self.G, self.T, self.K, self.K, self.L, DTYPES[self.dtype].itemsize)
 
     def as_json(self) -> dict[str, Any]:
         """Return what the JSON says of the case."""
@@ -88,8 +88,7 @@ class DecodeCase:
     @property
     def text_bytes(self) -> int:
         """Bytes of all keys and values of the text."""
-        itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
-        return 2 * self.B * self.G * self.context * self.K * itemsize
+        return 2 * self.B * self.G * self.context * self.K * DTYPES[self.dtype].itemsize
 
     @property
     def tail(self) -> int:
@@ -98,22 +97,17 @@ class DecodeCase:
 
     def sizes(self) -> Sizes:
         """Return the sizes that floors are counted by."""
-        itemsize = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
-        return Sizes(self.B, self.H, self.G, self.tail, self.K, self.K, self.L, itemsize)
+        return Sizes(self.B, self.H, self.G, self.tail, self.K, self.K, self.L, DTYPES[self.dtype].itemsize)
 
     def as_json(self) -> dict[str, Any]:
         """Return what the JSON says of the case."""
         return {key: value for key, value in asdict(self).items() if key != "limit"} | {"tail": self.tail}
 
 
-def _size(time: int) -> str:
-    return f"{time >> 20}M" if time >= 1 << 20 else f"{time >> 10}K" if time >= 1 << 10 else str(time)
-
-
 def _case(time: int, segment_len: int, width: int, peers: tuple[str, ...], note: str = "", **options: Any) -> Case:
     heads = options.pop("H", 2048 // width)
     groups = options.pop("G", heads)
-    name = f"T{_size(time)} L{segment_len} K{width} H{heads}/{groups}{' ' if note else ''}{note}"
+    name = f"T{format_length(time)} L{segment_len} K{width} H{heads}/{groups}{' ' if note else ''}{note}"
     return Case(name, time, segment_len, width, heads, groups, peers, **options)
 
 
@@ -156,7 +150,7 @@ CASES: tuple[Case, ...] = (
     *_by_length(1 << 20, 128, 2048, limit=300.0),
 )
 DECODES: tuple[DecodeCase, ...] = tuple(
-    DecodeCase(f"B{rows} context {_size(context)}", rows, 32, 8, 128, 2048, context)
+    DecodeCase(f"B{rows} context {format_length(context)}", rows, 32, 8, 128, 2048, context)
     for rows in (64, 1)
     for context in (4 << 10, 64 << 10, 1 << 20, 1 << 10)
 )
@@ -182,7 +176,7 @@ def _decodes(
 ) -> tuple[DecodeCase, ...]:
     return tuple(
         DecodeCase(
-            f"decode H{heads}/{groups} K{width} L{segment_len}, {_size(n)} behind",
+            f"decode H{heads}/{groups} K{width} L{segment_len}, {format_length(n)} behind",
             1,
             heads,
             groups,

@@ -2,78 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ...kernels.validation import UPDATES
-from ...runs.checkpoint import InterruptedRunError, SettingError, deferred_interrupt, read_checkpoint, save_checkpoint
-from ...runs.device import usable_device
-from ...runs.figures import make_folder, read_text, versions, write_figures
-from ...runs.text import generate_text
+from ...runs.checkpoint import read_checkpoint, save_checkpoint
+from ...runs.errors import SettingError
+from ...runs.figures import prepare, read_text, versions, write_figures
+from ...runs.interrupts import InterruptedRunError, deferred_interrupt
+from ...runs.settings import check_same
+from ...runs.text import generate_text, text_sha256
 from .decoder import Decoder, DecoderConfig
 from .evaluation import Cell, Evaluation, evaluate
 from .passkey import PasskeyTask
+from .settings import FREE, DemoSettings
 from .training import Recipe, Trainer
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CHECKPOINT_EVERY = 50
 GENERATED_WORDS = 60_000
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """The settings of a run.
-
-    Args:
-        text: file of running text; None: made-up words.
-        steps: of training.
-        segment_len: tokens per segment.
-        segments: longest text in training.
-        update: how the memory is written, "delta" or "linear".
-        seed: of weights, samples and made-up text.
-        reach: longest text in the evaluation, as a multiple of the longest in training.
-        samples: texts per length and depth in the evaluation.
-        device: where to run.
-
-    Raises:
-        SettingError: naming the setting, what it must be, and what it was.
-    """
-
-    text: str | None = None
-    steps: int = 1500
-    segment_len: int = 32
-    segments: int = 8
-    update: str = "delta"
-    seed: int = 0
-    reach: int = 64
-    samples: int = 40
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        least = {"steps": 1, "segment_len": 1, "segments": 1, "seed": 0, "reach": 1, "samples": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise SettingError(name, f"must be at least {low}, got {getattr(self, name)}")
-        if self.seed >= 2**32:
-            raise SettingError("seed", f"must be below 2**32, got {self.seed}")
-        if self.update not in UPDATES:
-            raise SettingError("update", f"must be one of {', '.join(map(repr, UPDATES))}, got {self.update!r}")
-        usable_device(self.device)
-
-    def lengths(self) -> list[int]:
-        """Return the lengths of the evaluation: the trained length, doubled as often as `reach` allows."""
-        trained = self.segments * self.segment_len
-        return [trained * 2**i for i in range(self.reach.bit_length())]
-
-
-# what a checkpoint's weights depend on besides the text; the rest may change between a run and its continuation
-FIXED = ("steps", "segment_len", "segments", "update", "seed")
 
 
 class Outputs(NamedTuple):
@@ -113,7 +64,7 @@ def finished_figures(settings: DemoSettings, folder: Path) -> dict[str, Any] | N
     """Return the figures of a finished run with these very settings and this text in `folder`; None without one."""
     try:
         figures: dict[str, Any] = json.loads(Outputs.of(folder).figures.read_text(encoding="utf-8"))
-        same = figures["settings"] == asdict(settings) and figures["text_sha256"] == _sha256(_text(settings))
+        same = figures["settings"] == asdict(settings) and figures["text_sha256"] == text_sha256(_text(settings))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return figures if same else None
@@ -146,7 +97,7 @@ def build(settings: DemoSettings) -> tuple[Trainer, str]:
     )
     model = Decoder(config).to(settings.device)
     recipe = Recipe(steps=settings.steps, segments=settings.segments)
-    return Trainer(model, task, recipe, settings.seed), _sha256(text)
+    return Trainer(model, task, recipe, settings.seed), text_sha256(text)
 
 
 def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
@@ -167,7 +118,7 @@ def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume
     before = 0.0
     if resume:
         before = _restore(trainer, settings, fingerprint, folder)
-    _prepare(folder, resume)
+    prepare(*Outputs.of(folder), resume=resume)
     _train(trainer, settings, fingerprint, folder, listener, before)
     trained = time.perf_counter()
     lengths = settings.lengths()
@@ -187,19 +138,6 @@ def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume
     return figures
 
 
-def _prepare(folder: Path, resume: bool) -> None:
-    """Make the folder, check that it can be written, and keep the files of an earlier run from being overwritten."""
-    make_folder(folder)
-    outputs = Outputs.of(folder)
-    if not resume and (kept := [path.name for path in outputs if path.exists()]):
-        stopped = outputs.checkpoint.is_file() and not outputs.figures.is_file()
-        raise SettingError(
-            "out",
-            f"must not hold {'a run that was stopped' if stopped else 'an earlier run'}, got {str(folder)!r} with "
-            f"{kept[0]}: go on with it by --resume, choose another folder, or delete this one",
-        )
-
-
 def _checkpoint(folder: Path) -> dict[str, Any]:
     path, settings = Outputs.of(folder).checkpoint, DemoSettings.__dataclass_fields__
     return read_checkpoint(path, "segattn demo", ("text", "seconds", "trainer"), settings)
@@ -208,17 +146,12 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 def _restore(trainer: Trainer, settings: DemoSettings, fingerprint: str, folder: Path) -> float:
     """Bring the trainer to the checkpoint, and return the seconds that were spent on it."""
     saved = _checkpoint(folder)
-    for name in FIXED:
-        value = getattr(settings, name)
-        if saved["settings"][name] != value:
-            raise SettingError(
-                name, f"must be the checkpoint's with resume, {saved['settings'][name]!r}, got {value!r}"
-            )
+    check_same(asdict(settings), saved["settings"], FREE)
     if saved["trainer"]["recipe"] != asdict(trainer.recipe):
         raise SettingError("resume", "needs a checkpoint of this version: the recipe of training has changed since")
     if saved["text"] != fingerprint:
         raise SettingError(
-            "text", f"must be a file of the checkpoint's text with resume, got {settings.text!r}, which holds another"
+            "text", f"must be a file of the checkpoint's text with --resume, got {settings.text!r}, which holds another"
         )
     trainer.load_state_dict(saved["trainer"])
     return float(saved["seconds"])
@@ -284,7 +217,3 @@ def _write(figures: dict[str, Any], evaluation: Evaluation, trainer: Trainer, ou
 
 def _text(settings: DemoSettings) -> str:
     return generate_text(GENERATED_WORDS, settings.seed) if settings.text is None else read_text(settings.text)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -18,7 +18,8 @@ from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
-from .loading import PretrainedTokenizer, Source, load
+from .loading import PretrainedTokenizer, load
+from .settings import Source
 
 
 def harness_class() -> Any:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,13 +13,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from ...runs.checkpoint import SettingError
-from ...runs.device import usable_device
+from ...runs.errors import SettingError, first_line
 from ..huggingface.conversion import convert
 from ..huggingface.saving import from_pretrained, load_gates
 from ..huggingface.settings import ENTRY, conversion_of, is_converted
+from .settings import Source
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 BYTES = "bytes"
 FINGERPRINT_VALUES = 1024
 
@@ -70,43 +67,6 @@ class PretrainedTokenizer:
         """Return the text with all its blanks."""
         text: str = self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
         return text
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model, and how it is loaded.
-
-    Args:
-        model: folder, or name on the hub.
-        tokenizer: folder or name, or "bytes"; None: the model's.
-        convert: give a plain model segments and a memory first.
-        segment_len, update: as in `convert`; None: its defaults, or those of the gates.
-        gates: file that `save_gates` wrote; a plain model is converted as the file says.
-        dtype: "auto", which is the checkpoint's, or a name of PyTorch.
-        device: None: a GPU where one is.
-
-    Raises:
-        SettingError: naming the option.
-    """
-
-    model: str
-    tokenizer: str | None = None
-    convert: bool = False
-    segment_len: int | None = None
-    update: str | None = None
-    gates: str | None = None
-    dtype: str = "auto"
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("segment_len", "update"):
-            if getattr(self, name) is not None and not self.convert:
-                raise SettingError(name, f"must come with --convert, got {getattr(self, name)!r} without")
-        if self.dtype not in DTYPES:
-            raise SettingError("dtype", f"must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.gates is not None and not Path(self.gates).is_file():
-            raise SettingError("gates", f"must be a file of gates, got {self.gates!r}, which is none")
-        object.__setattr__(self, "device", usable_device(self.device))
 
 
 class Loaded(NamedTuple):
@@ -189,7 +149,7 @@ def _loading(source: Source) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise SettingError(
-            "model", f"must be a folder or name of a causal language model, got {source.model!r}: {_line(error)}"
+            "model", f"must be a folder or name of a causal language model, got {source.model!r}: {first_line(error)}"
         ) from None
     finally:
         if shown:
@@ -229,8 +189,8 @@ def _tokenizer(source: Source) -> Tokenizer:
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise SettingError(
             "tokenizer",
-            f"must lead to a tokenizer, got {name!r}: {_line(error)}; give its folder or name, or 'bytes' for a model "
-            "of bytes",
+            f"must lead to a tokenizer, got {name!r}: {first_line(error)}; give its folder or name, or 'bytes' for a "
+            "model of bytes",
         ) from None
 
 
@@ -246,8 +206,3 @@ def _check_vocabulary(source: Source, tokenizer: Tokenizer, vocabulary: int) -> 
         raise SettingError(
             "tokenizer", f"must be of the model's {vocabulary} tokens, got {source.tokenizer!r}, which gives {tokens}"
         )
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

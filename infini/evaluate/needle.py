@@ -9,10 +9,8 @@ import torch
 
 from .loading import Tokenizer
 from .retrieval import Prompt, check_prompt, place, random_integer, split_answer
+from .settings import NEEDLE
 
-NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
-QUESTION = "What is the best thing to do in San Francisco? The best thing to do in San Francisco is"
-ANSWER = "eat a sandwich and sit in Dolores Park on a sunny day"
 SCORES = ("substring", "tokens")
 
 
@@ -38,9 +36,9 @@ class NeedleText:
         tokenizer: Tokenizer,
         text: str,
         *,
-        needle: str = NEEDLE,
-        question: str = QUESTION,
-        answer: str = ANSWER,
+        needle: str = NEEDLE["needle"],
+        question: str = NEEDLE["question"],
+        answer: str = NEEDLE["answer"],
         score: str = "substring",
         extra: int = 16,
     ) -> None:

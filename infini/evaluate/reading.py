@@ -136,7 +136,7 @@ def losses(
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the loss, float32 [B, T], of logits [B, T, vocabulary] and targets [B, T]."""
     rows = zip(logits.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS), strict=True)
-    return torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in rows]).view(targets.shape)
+    return torch.cat([F.cross_entropy(x.float(), y.long(), reduction="none") for x, y in rows]).view(targets.shape)
 
 
 def _advance(model: nn.Module, part: Tensor, cache: Any, keep: dict[str, int]) -> Any:

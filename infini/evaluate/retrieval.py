@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from .reading import cache_bytes, decode, longest_text, read
 
-DEPTHS = {"start": 0.0, "middle": 0.5, "end": 1.0}
-LENGTHS = (32_768, 131_072, 1_048_576)
-
 
 class Prompt(NamedTuple):
     """A text and the answer that should follow it, as tokens; `start` is where the hidden statement begins."""
@@ -203,7 +200,7 @@ def check_prompt(length: int, depth: float, shortest: int) -> None:
 
 def random_integer(low: int, high: int, generator: torch.Generator) -> int:
     """Draw an integer evenly from [low, high)."""
-    drawn: Tensor = torch.randint(low, high, (1,), generator=generator)
+    drawn: Tensor = torch.randint(low, high, (1,), generator=generator, device="cpu")
     return int(drawn)
 
 

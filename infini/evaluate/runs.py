@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ...runs.checkpoint import SettingError, named
+from ...runs.errors import SettingError, named
 from ...runs.figures import earlier_figures, prepare, read_text, versions, write_figures
+from ...runs.settings import check_same
+from ...runs.text import text_sha256
 from . import perplexity as ppl
-from .loading import Loaded, Source, load
-from .needle import ANSWER, NEEDLE, QUESTION, NeedleText
+from .loading import Loaded, load
+from .needle import NeedleText
 from .passkey import PasskeyText
 from .reading import piece_len
 from .retrieval import RetrievalCell, RetrievalTask, check_positions, check_prompt, measure_grid
+from .settings import Grid, Needle, Positions, Source
 
 # may change between a run and its continuation, where weights, their dtype, the conversion and the text are compared
-FREE = ("model", "convert", "segment_len", "update", "gates", "dtype", "device", "text", "batch", "piece")
+FREE = (
+    *("model", "convert", "segment_len", "update", "gates", "dtype", "device", "text", "batch", "piece"),
+    *("lengths", "depths"),
+)
 
 
 class Listener(Protocol):
@@ -45,76 +50,6 @@ class Outputs(NamedTuple):
         return cls(folder / f"{command}.json", folder / f"{command}.png")
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The lengths and depths of a retrieval, and how it is measured.
-
-    Args:
-        lengths: tokens of a prompt, without the answer.
-        depths: place of what is hidden, 0 the beginning, 1 the end.
-        samples: prompts per cell.
-        seed: of the prompts.
-        batch: prompts read at once.
-        piece: tokens of each prompt that are read at once, whole segments; None: about 4096.
-
-    Raises:
-        SettingError: naming the option.
-    """
-
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    samples: int = 10
-    seed: int = 0
-    batch: int = 1
-    piece: int | None = None
-
-    def __post_init__(self) -> None:
-        _at_least({"samples": self.samples, "batch": self.batch, "seed": self.seed}, {"seed": 0})
-        if self.seed >= 2**32:
-            raise SettingError("seed", f"must be below 2**32, got {self.seed}")
-        if not self.lengths or not self.depths:
-            raise SettingError("depths" if self.lengths else "lengths", "must name at least one, got none")
-
-
-@dataclass(frozen=True)
-class Needle:
-    """The arguments of `NeedleText`, with the text's file in place of the text."""
-
-    text: str
-    needle: str = NEEDLE
-    question: str = QUESTION
-    answer: str = ANSWER
-    score: str = "substring"
-
-
-@dataclass(frozen=True)
-class Positions:
-    """The settings of a perplexity by position.
-
-    Args:
-        text: file of running text.
-        length: tokens of a document; None: the text is one document.
-        limit: tokens of the text that are read; None: all.
-        buckets: approximate number of buckets that a document's positions are put into.
-        batch: documents read at once.
-        piece: tokens of each document that are read at once, whole segments; None: about 4096.
-
-    Raises:
-        SettingError: naming the option.
-    """
-
-    text: str
-    length: int | None = None
-    limit: int | None = None
-    buckets: int = 16
-    batch: int = 1
-    piece: int | None = None
-
-    def __post_init__(self) -> None:
-        sizes = {"length": self.length, "limit": self.limit, "buckets": self.buckets, "batch": self.batch}
-        _at_least(sizes, {"length": 2, "limit": 2})
-
-
 def run_passkey(
     source: Source, grid: Grid, folder: Path, listener: Listener, *, resume: bool = False
 ) -> dict[str, Any]:
@@ -130,7 +65,7 @@ def run_passkey(
         SettingError: naming an option that cannot be or, with `resume`, is not the earlier run's.
     """
     path = Outputs.of(folder, "passkey")
-    prepare(path.figures, resume)
+    prepare(path.figures, resume=resume)
     loaded = load(source)
     settings = asdict(source) | asdict(grid)
     return _retrieve(PasskeyText(loaded.tokenizer), loaded, grid, settings, path, listener, resume)
@@ -142,12 +77,12 @@ def run_needle(
     """Measure a needle in running text as `run_passkey` measures passkeys; write needle.json and needle.png."""
     path = Outputs.of(folder, "needle")
     text = read_text(needle.text)
-    prepare(path.figures, resume)
+    prepare(path.figures, resume=resume)
     loaded = load(source)
     options = asdict(needle) | {"text": text}
     with named(**{name: name for name in options}):
         task = NeedleText(loaded.tokenizer, **options)
-    settings = asdict(source) | asdict(grid) | asdict(needle) | {"text_sha256": _sha256(text)}
+    settings = asdict(source) | asdict(grid) | asdict(needle) | {"text_sha256": text_sha256(text)}
     return _retrieve(task, loaded, grid, settings, path, listener, resume)
 
 
@@ -160,7 +95,7 @@ def run_perplexity(
     """
     path = Outputs.of(folder, "perplexity")
     text = read_text(positions.text)
-    prepare(path.figures, resume)
+    prepare(path.figures, resume=resume)
     model, tokenizer, about = load(source)
     # a text that is one document is as long as its limit
     length = "limit" if positions.length is None and positions.limit is not None else "length"
@@ -169,8 +104,8 @@ def run_perplexity(
         check_positions(model, max(map(len, documents)))
         piece_len(model, positions.piece)
     widths = ppl.widths(model, max(map(len, documents)), positions.buckets)
-    settings = asdict(source) | asdict(positions) | {"text_sha256": _sha256(text)}
-    kept = earlier_figures(path.figures, resume, settings, about, FREE)
+    settings = asdict(source) | asdict(positions) | {"text_sha256": text_sha256(text)}
+    kept = _earlier(path.figures, resume, settings, about)
     done = [ppl.Document(**document) for document in kept.get("documents", ())]
     figures = _figures("perplexity", settings, about)
 
@@ -230,7 +165,7 @@ def _retrieve(
             check_prompt(min(grid.lengths), depth, task.shortest)
         check_positions(model, max(grid.lengths) + task.extra)
         piece_len(model, grid.piece)
-    kept = earlier_figures(path.figures, resume, settings, about, (*FREE, "lengths", "depths"))
+    kept = _earlier(path.figures, resume, settings, about)
     done = [RetrievalCell(**cell) for cell in kept.get("cells", ())]
     figures = _figures(path.figures.stem, settings, about) | {"cells": kept.get("cells", [])}
 
@@ -252,6 +187,24 @@ def _retrieve(
         if figures["cells"]:
             write_figures(path.figures, figures)
             _draw_cells(path.picture, figures)
+    return figures
+
+
+def _earlier(path: Path, resume: bool, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Read the figures to go on with; without `resume`, or where there are none yet, return none.
+
+    Raises:
+        SettingError: naming what is not the earlier run's.
+    """
+    if not resume or not path.is_file():
+        return {}
+    with earlier_figures(path) as figures:
+        earlier, model = dict(figures["settings"]), dict(figures["model"])
+    check_same(settings, earlier, FREE, "the earlier run's")
+    for name in ("conversion", "dtype", "fingerprint"):
+        if model.get(name) != about[name]:
+            problem = f"must be the earlier run's with --resume, of {name} {model.get(name)}, got one of {about[name]}"
+            raise SettingError("model", problem)
     return figures
 
 
@@ -289,14 +242,3 @@ def _draw_perplexity(path: Path, figures: dict[str, Any]) -> None:
         [ppl.Bucket(**bucket) for bucket in figures[name]] for name in ("by_position", "by_segment_position")
     )
     plot_perplexity(path, document, segment, figures["mean"]["perplexity"], "Perplexity by position")
-
-
-def _at_least(sizes: dict[str, int | None], least: dict[str, int]) -> None:
-    for name, value in sizes.items():
-        low = least.get(name, 1)
-        if value is not None and value < low:
-            raise SettingError(name, f"must be at least {low}, got {value}")
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

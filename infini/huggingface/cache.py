@@ -43,16 +43,23 @@ class InfiniLayer(ConvertedLayer):
     def joined(self, state: LayerState, new: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         """Return the tail's keys, memory keys and values, each followed by the new ones [B, G, T, ·].
 
-        A single token is written into spare room behind the tail, without copying the tail.
+        Without gradients, a single token is written into spare room behind the tail, which is not copied. With them,
+        attention may save what is returned for its backward pass, and the room could not be written again.
         """
-        old = (state.keys, state.memory_keys, state.values)
-        in_graph = torch.is_grad_enabled() and any(x.requires_grad for x in (*old, *new))
-        if in_graph or new[0].shape[2] > 1 or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or new[0].shape[2] > 1 or torch.compiler.is_compiling():
             return super().joined(state, new)
+        old = (state.keys, state.memory_keys, state.values)
         batch, _, length, _ = old[0].shape
-        if not self.room or self.room[0].shape[0] != batch or self.room[0].shape[2] <= length:
+        dtypes = [torch.promote_types(tail.dtype, token.dtype) for tail, token in zip(old, new, strict=True)]
+        fits = self.room and self.room[0].shape[0] == batch and self.room[0].shape[2] > length
+        if not fits or dtypes != [room.dtype for room in self.room]:
             places = max(length + 1, min(self.segment_len, 2 * length + 64))
-            self.room = [x.new_empty(batch, x.shape[1], places, x.shape[3]) for x in new]
+            # a tensor made in inference mode could not be written outside of it
+            with torch.inference_mode(False):
+                self.room = [
+                    torch.empty(batch, x.shape[1], places, x.shape[3], dtype=dtype, device=x.device)
+                    for x, dtype in zip(new, dtypes, strict=True)
+                ]
         for room, tail, token in zip(self.room, old, new, strict=True):
             if tail.data_ptr() != room.data_ptr():
                 room[:, :, :length] = tail
@@ -100,7 +107,7 @@ class InfiniLayer(ConvertedLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, the copies next to each other."""
         batch = len(self.rows.lengths)
-        self.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(batch, device="cpu").repeat_interleave(repeats))
 
 
 class InfiniCache(Cache):

@@ -24,6 +24,7 @@ from .settings import ENTRY, GATE, Conversion, Settings, attentions_of, conversi
 
 Model = TypeVar("Model", bound=nn.Module)
 _PREPARE_CACHE = "_prepare_cache_for_generation"
+_PAGED = "init_continuous_batching"
 
 
 class LayerGate(Gate):
@@ -92,7 +93,11 @@ def convert(
     if restart:
         check_rotary_length(config, segment_len)
     inputs = tuple(inspect.signature(trunk.forward).parameters)
-    conversion = Conversion(settings, len(attentions), config._attn_implementation, restart, inputs)
+    original = config._attn_implementation
+    if original == IMPLEMENTATION:
+        # the model was made from the configuration of a converted one
+        original = trunk.get_correct_attn_implementation(None)
+    conversion = Conversion(settings, len(attentions), original, restart, inputs)
 
     config = _own_config(model, config)
     setattr(config, ENTRY, conversion.as_entry())
@@ -102,11 +107,12 @@ def convert(
     keep(trunk.register_forward_pre_hook(forward.begin, with_kwargs=True))
     keep(trunk.register_forward_hook(forward.finish, with_kwargs=True))
     for attention in attentions:
-        keep(attention.register_forward_pre_hook(forward.bring_rotary, with_kwargs=True))
+        keep(attention.register_forward_pre_hook(forward.begin_attention, with_kwargs=True))
     for layer in chosen:
         setattr(attentions[layer], GATE, _gate(attentions[layer], config.num_attention_heads, settings))
-    if hasattr(model, _PREPARE_CACHE):
-        setattr(model, _PREPARE_CACHE, partial(_prepare_cache, model))
+    for name, instead in ((_PREPARE_CACHE, partial(_prepare_cache, model)), (_PAGED, _refuse_paged)):
+        if hasattr(model, name):
+            setattr(model, name, instead)
     if not quiet:
         print(f"converted {len(chosen)}/{len(attentions)} attention layers of {type(model).__name__}", file=sys.stderr)  # noqa: T201
     return model
@@ -133,15 +139,16 @@ def revert(model: Model) -> Model:
     trunk.config._attn_implementation = conversion.original
     delattr(trunk.config, ENTRY)
     for module in model.modules():
-        module.__dict__.pop(_PREPARE_CACHE, None)
+        for name in (_PREPARE_CACHE, _PAGED):
+            module.__dict__.pop(name, None)
     forget(trunk)
     return model
 
 
 def _gate(attention: nn.Module, heads: int, settings: Settings) -> Gate:
     # a parameter made in inference mode could never be trained
-    with torch.inference_mode(False):
-        return LayerGate(heads, settings).to(next(attention.parameters()).device)
+    with torch.inference_mode(False), next(attention.parameters()).device:
+        return LayerGate(heads, settings)
 
 
 def _own_config(model: nn.Module, shared: Any) -> Any:
@@ -156,8 +163,24 @@ def _own_config(model: nn.Module, shared: Any) -> Any:
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
     """Make the cache of `generate`: an `InfiniCache` where transformers would make one that grows."""
     getattr(type(model), _PREPARE_CACHE)(model, generation_config, model_kwargs, *args, **kwargs)
+    if generation_config.is_assistant and model_kwargs.get("attention_mask") is not None:
+        # transformers drops a mask of ones, and for an assistant takes every pad_token_id in the prompt for padding
+        mask = model_kwargs["attention_mask"].cummax(dim=1).values
+        model_kwargs["attention_mask"], model_kwargs["position_ids"] = mask, (mask.cumsum(1) - 1).clamp(min=0)
     if type(model_kwargs.get("past_key_values")) is DynamicCache:
         cache = InfiniCache(model)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+
+def _refuse_paged(*args: Any, **kwargs: Any) -> None:
+    """Refuse continuous batching, whose paged cache cannot hold a memory.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "a converted model must not generate with a paged cache (generate_batch, continuous batching), which cannot "
+        "hold a memory: call generate with prompts padded on the left"
+    )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...kernels.validation import check_integer
@@ -21,7 +22,7 @@ def checked_trunk(model: nn.Module) -> Any:
 
     Raises:
         TypeError: the model is not a Hugging Face model.
-        ValueError: it is converted already, of another type, or not a text model.
+        ValueError: it is converted already, of another type, not a text model, or has cross-attention.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -41,6 +42,11 @@ def checked_trunk(model: nn.Module) -> Any:
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"model must be of a type that can be converted ({known}), got {config.model_type!r}")
+    if getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            "model must attend to its own text alone, got one with cross-attention: load it with "
+            "add_cross_attention=False"
+        )
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -97,8 +103,7 @@ def check_attention(attention: Any, config: Any, segment_len: int) -> None:
             undone.
     """
     family = FAMILIES[config.model_type]
-    if any(parameter.is_meta for parameter in attention.parameters()):
-        raise ValueError("model must have its weights, got layers on the meta device: load them, then convert")
+    check_weights(attention.parameters())
     if family.positions is not None and segment_len > getattr(config, family.positions):
         raise ValueError(
             f"segment_len must be at most the {getattr(config, family.positions)} learnt positions of the model "
@@ -108,6 +113,19 @@ def check_attention(attention: Any, config: Any, segment_len: int) -> None:
         raise ValueError(
             f"the rotary embedding of {type(attention).__name__} is not the one in halves that can be undone: the "
             "memory must be free of positions"
+        )
+
+
+def check_weights(parameters: Iterable[Tensor]) -> None:
+    """Check that parameters have values.
+
+    Raises:
+        ValueError: one is on the meta device, as before it is loaded, or while it is offloaded.
+    """
+    if any(parameter.is_meta for parameter in parameters):
+        raise ValueError(
+            "model must have its weights, got layers on the meta device: load them, or, of a model that accelerate "
+            "offloads, call accelerate.hooks.remove_hook_from_submodules(model) first and offload it again after"
         )
 
 
@@ -135,7 +153,9 @@ def _rotates_in_halves(attention: nn.Module) -> bool:
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if rotate is None:
         return False
-    x = torch.linspace(-1, 1, 2 * 3 * 8).view(1, 2, 3, 8)
-    angle = torch.linspace(0, 5, 3 * 4).view(1, 3, 4).repeat(1, 1, 2)
+    # whatever the default device and dtype are
+    line = partial(torch.linspace, device="cpu", dtype=torch.float32)
+    x = line(-1, 1, 2 * 3 * 8).view(1, 2, 3, 8)
+    angle = line(0, 5, 3 * 4).view(1, 3, 4).repeat(1, 1, 2)
     rotated, _ = rotate(x, x, angle.cos(), angle.sin())
     return torch.allclose(unrotate(rotated, angle.cos(), angle.sin()), x, atol=1e-5)

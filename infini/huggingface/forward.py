@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .cache import InfiniCache
 from .forward_pass import ARGUMENT, ROTARY, ForwardPass
-from .inputs import cache_of, is_on, packed_sequences, positions_in_sequences, token_columns
+from .inputs import cache_of, check_tokens, is_on, packed_sequences, set_positions, token_columns
 from .interface import IMPLEMENTATION
 from .parallel import begin_on_ranks, ranks_of, refuse_other_schemes
 from .rows import Rows
@@ -40,8 +41,9 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     refuse_other_schemes()
     if (ranks := ranks_of(trunk)) is not None:
         begin_on_ranks(trunk, conversion, ranks, inputs, tokens)
-        inputs[ARGUMENT] = ForwardPass(conversion, states=dict.fromkeys(conversion.settings.layers), ranks=ranks)
+        inputs[ARGUMENT] = ForwardPass(conversion, ranks=ranks)
         return (), inputs
+    check_tokens(inputs)
     cache = cache_of(trunk, conversion, inputs, tokens.shape[0])
     if isinstance(cache, StaticInfiniCache) and tokens.shape[1] == 1:
         inputs["position_ids"] = cache.lengths[:, None] % conversion.settings.segment_len
@@ -58,7 +60,7 @@ def _begin_columns(
     (batch, time), segment_len = tokens.shape[:2], conversion.settings.segment_len
     rows = Rows.fresh(batch) if cache is None or cache.is_empty() else cache.rows
     columns = token_columns(inputs.get("attention_mask"), rows, time)
-    packed = None if rows.columns else packed_sequences(inputs, columns, batch, time)
+    packed = packed_sequences(inputs, rows, columns, time, tokens.device)
     if packed is not None and cache is not None:
         if inputs.get("past_key_values") is not None:
             raise ValueError(
@@ -66,13 +68,8 @@ def _begin_columns(
             )
         cache, inputs["use_cache"] = None, False
     after = rows.after(columns, time, segment_len, keep_last=cache is not None and cache.recording)
-    if conversion.restart:
-        if packed is None:
-            positions = rows.positions(columns, time, segment_len, tokens.device)
-        else:
-            positions = positions_in_sequences(packed, batch, time) % segment_len
-        inputs["position_ids"] = positions.expand(batch, -1)
     inputs["past_key_values"] = cache
+    set_positions(inputs, conversion, rows, columns, packed, tokens)
     return ForwardPass(
         conversion,
         cache=cache,
@@ -80,7 +77,7 @@ def _begin_columns(
         after=after,
         spans=None if packed is not None else rows.spans(columns, time, tokens.device),
         cu_seqlens=packed,
-        states=dict.fromkeys(conversion.settings.layers) if cache is None else cache.states,
+        states=None if cache is None else cache.states,
     )
 
 
@@ -88,7 +85,7 @@ def finish(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     """Write what the layers have left into the cache: the forward hook of the same module.
 
     Raises:
-        RuntimeError: a converted layer did not run.
+        RuntimeError: a converted layer did not run, or another one has not written into the cache.
     """
     forward = kwargs.get(ARGUMENT)
     if forward is None:
@@ -98,11 +95,35 @@ def finish(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     elif forward.cache is not None:
         if missing := sorted(set(forward.states) - set(forward.left)):
             raise RuntimeError(f"layers {missing} did not run, so the cache cannot go on: turn layer dropping off")
+        layers = forward.cache.layers
+        if short := [i for i in forward.conversion.native if layers[i].get_seq_length() != forward.after.columns]:
+            raise RuntimeError(
+                f"layers {short}, which are not converted, left no keys and values in past_key_values, so it cannot go "
+                "on: turn gradient checkpointing off, with which transformers keeps none, or convert these layers too"
+            )
         forward.cache.commit(forward.after, forward.left)
+
+
+def begin_attention(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Begin a layer's attention: its pre-hook.
+
+    Raises:
+        ValueError: the layer runs without gradients inside a pass with them, whose state would lose its own.
+    """
+    forward = kwargs.get(ARGUMENT)
+    if forward is not None and forward.in_graph and not torch.is_grad_enabled():
+        raise ValueError(
+            "model must checkpoint gradients with use_reentrant=False where past_key_values is kept, as the other way "
+            "loses the state's gradient: call gradient_checkpointing_enable(gradient_checkpointing_kwargs="
+            "{'use_reentrant': False}), wrap layers with CheckpointImpl.NO_REENTRANT, or pass use_cache=False"
+        )
+    return bring_rotary(attention, args, kwargs)
 
 
 def bring_rotary(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pass the rotary angles on to a layer's attention function: the pre-hook of its attention, which would not."""
+    """Pass the rotary angles on to a layer's attention function: a pre-hook of its attention, which would not."""
     return args, {**kwargs, ROTARY: kwargs.get("position_embeddings")}

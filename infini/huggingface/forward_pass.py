@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+import torch
 from torch import Tensor
 
 from ...kernels.exchange import Ranks
@@ -19,9 +18,11 @@ ROTARY = "segattn_rotary"
 EMPTY = Rows.fresh(0)
 
 
-@dataclass(eq=False)
 class ForwardPass:
     """One forward pass: what its attention starts from, and the states that the layers leave.
+
+    It is not a dataclass, since FSDP2 would hand a copy of it to each layer, with every float tensor cast, and what the
+    layer leaves in a copy is lost. FSDP2 passes objects of other classes as they are.
 
     conversion: how the model was converted.
     cache: the cache to read from and write to, except in a static step; None: no cache is kept.
@@ -32,15 +33,27 @@ class ForwardPass:
     states: states before the pass, by layer; None where nothing has been read.
     left: states after the pass, by layer, added as the layers run.
     ranks: the processes over which the texts are spread, which have been checked to agree.
+    in_graph: whether the states after the pass are to have gradients.
     """
 
-    conversion: Conversion
-    cache: InfiniCache | StaticInfiniCache | None = None
-    static: StaticInfiniCache | None = None
-    rows: Rows = EMPTY
-    after: Rows = EMPTY
-    spans: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    states: dict[int, LayerState | None] = field(default_factory=dict)
-    left: dict[int, LayerState] = field(default_factory=dict)
-    ranks: Ranks | None = None
+    def __init__(
+        self,
+        conversion: Conversion,
+        *,
+        cache: InfiniCache | StaticInfiniCache | None = None,
+        static: StaticInfiniCache | None = None,
+        rows: Rows = EMPTY,
+        after: Rows = EMPTY,
+        spans: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        states: dict[int, LayerState | None] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.conversion = conversion
+        self.cache, self.static = cache, static
+        self.rows, self.after = rows, after
+        self.spans, self.cu_seqlens = spans, cu_seqlens
+        self.states = dict.fromkeys(conversion.settings.layers) if states is None else states
+        self.left: dict[int, LayerState] = {}
+        self.ranks = ranks
+        self.in_graph = cache is not None and torch.is_grad_enabled()

@@ -16,6 +16,7 @@ from ...kernels.attention import segment_attention
 from ...kernels.memory import memory_write
 from ...kernels.sequence_parallel import sequence_parallel_attention
 from ...kernels.state import MemoryState, SegmentOutput
+from ...kernels.validation import state_dtype
 from ..rotary import unrotate
 from .cache_layer import LayerState
 from .families import FAMILIES
@@ -24,6 +25,11 @@ from .settings import ENTRY, GATE
 
 # the name of attention in a converted model's configuration
 IMPLEMENTATION = "segattn"
+NOT_CONVERTED = (
+    f"a model whose configuration has the attention {IMPLEMENTATION!r} must be converted, got one that is not, such as "
+    "one made from a converted model's configuration: call segattn.convert, or make a plain model from "
+    "type(config).from_dict(config.to_dict())"
+)
 
 
 class NativeMask(NamedTuple):
@@ -40,8 +46,14 @@ def segment_mask(*args: Any, **kwargs: Any) -> Any:
     """Return the padding mask [B, T] of the new columns, or None; converted layers get their bounds with the pass.
 
     `generate` makes masks ahead of a compiled step, whose inputs must keep their shape.
+
+    Raises:
+        RuntimeError: the model was not converted.
     """
-    if kwargs["config"].__dict__[ENTRY]["native"]:
+    entry = getattr(kwargs["config"], ENTRY, None)
+    if entry is None:
+        raise RuntimeError(NOT_CONVERTED)
+    if entry["native"]:
         return NativeMask(kwargs)
     mask = kwargs.get("attention_mask")
     # transformers before version 5 passes the positions of the new columns
@@ -81,14 +93,11 @@ def segment_attention_forward(
         The output [B, T, H, V], and attention weights, which are None for a converted layer.
 
     Raises:
-        RuntimeError: the model was not converted, or does not pass arguments on to its attention.
+        RuntimeError: the model was not converted.
         ValueError: there is a paged cache, or dropout in training.
     """
     if segattn_pass is None:
-        raise RuntimeError(
-            f"{type(module).__name__} must be called with segattn_pass, got none: convert the model with "
-            "segattn.convert; it must pass arguments on to its attention"
-        )
+        raise RuntimeError(NOT_CONVERTED)
     if cache is not None:
         raise ValueError(
             "cache must be None: a paged cache (continuous batching) cannot hold a memory; use InfiniCache"
@@ -149,7 +158,7 @@ def _converted(
         memory_q=memory_q,
         memory_k=memory_k,
         state=None if state is None else state.memory,
-        cu_seqlens=forward.cu_seqlens,
+        cu_seqlens=None if forward.cu_seqlens is None else forward.cu_seqlens.to(q.device),
         spans=None if forward.spans is None else forward.spans.to(q.device),
         empty_memory=settings.empty_memory,
         scale=scale,
@@ -204,10 +213,11 @@ def _left(memory: MemoryState | None, k: Tensor, memory_k: Tensor, v: Tensor, ta
 
 def _folded(forward: ForwardPass, state: LayerState | None, memory_k: Tensor, v: Tensor) -> MemoryState:
     """Return the memory with only those segments written that the pass folds: not the last completed one."""
-    length, update = forward.conversion.settings.segment_len, forward.conversion.settings.update
+    settings = forward.conversion.settings
+    length, update, backend = settings.segment_len, settings.update, settings.backend
     if state is None:
         batch, groups, _, width = memory_k.shape
-        memory = MemoryState.zeros(batch, groups, width, v.shape[3], device=v.device)
+        memory = MemoryState.zeros(batch, groups, width, v.shape[3], device=v.device, dtype=state_dtype(v))
     else:
         memory = state.memory
     before, after = forward.rows.folded, forward.after.folded
@@ -216,7 +226,7 @@ def _folded(forward: ForwardPass, state: LayerState | None, memory_k: Tensor, v:
         raise ValueError("assisted decoding must be of rows of one length, got padded ones: generate each by itself")
     for segment in range(segments.pop()):
         columns = slice(segment * length, (segment + 1) * length)
-        memory = memory_write(memory_k[:, :, columns], v[:, :, columns], memory, update=update)
+        memory = memory_write(memory_k[:, :, columns], v[:, :, columns], memory, update=update, backend=backend)
     return memory
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...kernels.exchange import Ranks, agree_on_runs, modes
 from ...kernels.sequence_parallel import under_context_parallel
 from ..sharding import resumes_after_padding
+from .inputs import check_tokens
 from .settings import Conversion, conversion_of, trunk_of
 
 _ON_TRUNK = "segattn_ranks"
@@ -98,8 +99,9 @@ def begin_on_ranks(
     Raises:
         ValueError: on every rank, if the inputs of any rank are refused, or those of all do not fit together.
     """
-    (batch, time), mask = tokens.shape[:2], inputs.get("attention_mask")
-    segment_len = conversion.settings.segment_len
+    problem = _problem(trunk, inputs, tokens)
+    batch, time = (0, 0) if problem else tokens.shape[:2]
+    mask, segment_len = inputs.get("attention_mask"), conversion.settings.segment_len
     settings = {
         "conversion": conversion.settings,
         "the batch size": batch,
@@ -107,12 +109,6 @@ def begin_on_ranks(
         "whether there is an attention_mask": mask is not None,
         **modes(tokens.device.type),
     }
-    problem = _problem(inputs, mask, batch, time)
-    if trunk.__dict__.pop(_LABELS, False):
-        problem = ValueError(
-            "labels must be left out in sequence_parallel, as each rank would see its own alone: give the logits and "
-            "shard_batch's shift_labels to segattn.mean_loss"
-        )
     times = agree_on_runs(ranks, settings, time, segment_len, problem)
     first = sum(times[: ranks.rank])
     positions = torch.arange(first, first + time, device=tokens.device)
@@ -123,8 +119,17 @@ def begin_on_ranks(
     inputs["position_ids"] = (positions % segment_len).expand(batch, -1)
 
 
-def _problem(inputs: dict[str, Any], mask: Any, batch: int, time: int) -> Exception | None:
+def _problem(trunk: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Exception | None:
     """Return why this rank's inputs are refused, or None."""
+    if trunk.__dict__.pop(_LABELS, False):
+        return ValueError(
+            "labels must be left out in sequence_parallel, as each rank would see its own alone: give the logits and "
+            "shard_batch's shift_labels to segattn.mean_loss"
+        )
+    try:
+        check_tokens(inputs)
+    except (TypeError, ValueError) as error:
+        return error
     if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
         return ValueError("past_key_values and use_cache must be left out in sequence_parallel, which keeps no cache")
     if inputs.get("cu_seq_lens_q") is not None:
@@ -132,11 +137,12 @@ def _problem(inputs: dict[str, Any], mask: Any, batch: int, time: int) -> Except
     positions = inputs.get("position_ids")
     if positions is not None and bool((positions.diff(dim=-1) != 1).any()):
         return ValueError("position_ids must count by ones in sequence_parallel: each row is one text")
+    mask = inputs.get("attention_mask")
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.shape != (batch, time):
+    if not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2]:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        return ValueError(f"attention_mask must be that of this rank's run, {[batch, time]}, got {got}")
+        return ValueError(f"attention_mask must be that of this rank's run, {list(tokens.shape[:2])}, got {got}")
     if resumes_after_padding(mask):
         return ValueError(
             "attention_mask must have zeros after a text's end only in sequence_parallel: pad on the right"

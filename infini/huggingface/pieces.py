@@ -162,7 +162,7 @@ def backward_in_pieces(
         detach_every=truncate,
     )
     tokens = _counted(int((_targets(input_ids, labels, attention_mask) != IGNORED).sum()))
-    total = torch.zeros((), device=input_ids.device)
+    total = torch.zeros((), device=input_ids.device, dtype=torch.float32)
     window: list[Tensor] = []
     for index, piece in enumerate(pieces):
         window.append(piece.loss_sum)
@@ -177,7 +177,7 @@ def backward_in_pieces(
 def _backward(window: list[Tensor], scale: float) -> Tensor:
     """Run the backward pass of a window, empty the list of its losses, and return their sum."""
     if not window:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     loss = torch.stack(window).sum()
     window.clear()
     if loss.requires_grad:
@@ -216,35 +216,24 @@ def _check_tensors(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None
             f"input_ids must be integers [B, T], of at least one token, got {input_ids.dtype} {list(input_ids.shape)}"
         )
     batch, time = input_ids.shape
-    if labels is not None and labels.shape != input_ids.shape:
+    if labels is not None and check.check_ids("labels", labels).shape != input_ids.shape:
         raise ValueError(f"labels must be of the shape of input_ids, {[batch, time]}, got {list(labels.shape)}")
     if mask is not None and mask.shape != (batch, before + time):
         raise ValueError(f"attention_mask must be {[batch, before + time]}, got {list(mask.shape)}")
 
 
 def check_checkpointing(model: nn.Module) -> None:
-    """Refuse gradient checkpointing that would silently give wrong gradients to a text in pieces.
+    """Refuse gradient checkpointing that would drop keys and values between the pieces of a text.
 
     Raises:
-        ValueError: the model is in training and checkpoints gradients with `use_reentrant`, or has layers that were not
-            converted.
+        ValueError: the model is in training, checkpoints gradients, and has layers that were not converted.
     """
     native = conversion_of(model).native
-    if not (model.training and torch.is_grad_enabled()):
+    if not native or not (model.training and torch.is_grad_enabled()):
         return
-    functions = [
-        module._gradient_checkpointing_func
-        for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
-    ]
-    if functions and native:
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
             f"model must not checkpoint gradients while layers {list(native)} are not converted, whose keys and values "
             "transformers then drops between pieces: convert with convert_sliding=True, or call "
             "gradient_checkpointing_disable()"
-        )
-    if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions):
-        raise ValueError(
-            "model must checkpoint gradients with use_reentrant=False, as the other way loses the state's gradient: "
-            "call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
         )

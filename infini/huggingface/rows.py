@@ -127,6 +127,7 @@ class TokenColumns(NamedTuple):
             if tokens and end - begin != tokens:
                 raise ValueError(
                     f"attention_mask must hold one run of ones in each row, with padding only around it: row {row} has "
-                    f"{tokens} ones between {begin} and {end}"
+                    f"{tokens} ones between {begin} and {end}. generate makes such a mask of a prompt that holds "
+                    "pad_token_id: pass it attention_mask=torch.ones_like(input_ids)"
                 )
         return cls(tuple(first if n else 0 for first, n in zip(firsts, counts, strict=True)), tuple(counts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ...runs.checkpoint import replacing, whole
 from .conversion import convert
+from .convertible import check_weights
 from .gate_files import check_gate, checked_gates, files_with_gates, gate_keys, opened, read_gates
 from .settings import ENTRY, GATE, Settings, attentions_of, conversion_of, is_converted, read_entry, trunk_of
 
@@ -81,10 +83,15 @@ def from_pretrained(
         The model, in evaluation mode; its gates hold the bits that were saved.
 
     Raises:
-        ValueError: the checkpoint is not of a converted model, its settings or gates are damaged, or an argument asks
-            for pickled weights or for loading info.
+        ValueError: the checkpoint is not of a converted model, its settings or gates are damaged, or an argument is one
+            of `convert`'s others, or asks for pickled weights or for loading info.
         OSError: there is no such checkpoint.
     """
+    if fixed := sorted(set(kwargs) & set(inspect.signature(convert).parameters)):
+        raise ValueError(
+            f"{', '.join(fixed)} must be left out: the model is converted as it was when it was saved. To change that, "
+            "segattn.revert the loaded model and convert it anew"
+        )
     if kwargs.get("output_loading_info") or not kwargs.setdefault("use_safetensors", True):
         raise ValueError(
             "output_loading_info must be False, as the model alone is returned, and use_safetensors True, as pickled "
@@ -123,7 +130,8 @@ def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: file to write; an existing one is replaced only once the new one is whole.
 
     Raises:
-        ValueError: the model is not converted, or its gates are partitioned (DeepSpeed) or not finite.
+        ValueError: the model is not converted, or its gates are partitioned (DeepSpeed), offloaded (accelerate) or not
+            finite.
     """
     conversion, heads = conversion_of(model), trunk_of(model).config.num_attention_heads
     biases, tensors = _biases(model), {}
@@ -152,8 +160,8 @@ def load_gates(model: Model, path: str | os.PathLike[str], *, quiet: bool = Fals
         The same model.
 
     Raises:
-        TypeError, ValueError: the file is damaged or not of `save_gates`, or does not fit the model, which is left
-            unchanged.
+        TypeError, ValueError: the file is damaged or not of `save_gates`, or does not fit the model, or the model is
+            sharded or offloaded; it is left unchanged.
         OSError: there is no such file.
     """
     where = str(path)
@@ -181,7 +189,9 @@ def load_gates(model: Model, path: str | os.PathLike[str], *, quiet: bool = Fals
 def _biases(model: nn.Module) -> dict[int, Any]:
     """Return the parameters of the gates by layer; of a gate that PEFT wraps, that of the active adapter."""
     attentions = attentions_of(trunk_of(model))
-    return {layer: getattr(attentions[layer], GATE).bias for layer in conversion_of(model).settings.layers}
+    biases = {layer: getattr(attentions[layer], GATE).bias for layer in conversion_of(model).settings.layers}
+    check_weights(biases.values())
+    return biases
 
 
 def _fill(model: nn.Module, gates: dict[int, Tensor]) -> None:

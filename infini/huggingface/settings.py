@@ -107,26 +107,43 @@ def read_entry(entry: object, where: str) -> tuple[Settings, int]:
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Return whether `model`, or a model that it wraps, has converted layers."""
-    return any(_ON_TRUNK in module.__dict__ for module in model.modules())
+    """Return whether `model`, or a model that it wraps, has converted layers.
+
+    Raises:
+        TypeError: the model is not a module.
+    """
+    return _find_trunk(model) is not None
 
 
 def trunk_of(model: nn.Module) -> Any:
     """Return the module inside `model`, or inside a model that it wraps, that runs the converted layers.
 
     Raises:
+        TypeError: the model is not a module.
         ValueError: the model is not converted.
     """
-    for module in model.modules():
-        if _ON_TRUNK in module.__dict__:
-            return module
-    raise ValueError(f"model must be converted, got a {type(model).__name__} that is not: call segattn.convert first")
+    if (trunk := _find_trunk(model)) is not None:
+        return trunk
+    got = f"model must be converted, got a {type(model).__name__} that is not"
+    if hasattr(getattr(model, "config", None), ENTRY):
+        raise ValueError(
+            f"{got}, though its configuration has the settings of one that is: transformers makes plain models of such "
+            "a configuration or checkpoint. Load the checkpoint with segattn.from_pretrained, or call segattn.convert"
+        )
+    raise ValueError(f"{got}: call segattn.convert first")
+
+
+def _find_trunk(model: nn.Module) -> Any:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return next((module for module in model.modules() if _ON_TRUNK in module.__dict__), None)
 
 
 def conversion_of(model: nn.Module) -> Conversion:
     """Return how `model`, or a model that it wraps, was converted.
 
     Raises:
+        TypeError: the model is not a module.
         ValueError: the model is not converted.
     """
     return trunk_of(model).__dict__[_ON_TRUNK]

@@ -13,6 +13,7 @@ from ...kernels.memory import memory_read, memory_write
 from ...kernels.state import MemoryState
 from ...kernels.validation import check_integer, state_dtype
 from .cache_layer import ConvertedLayer, LayerState, new_columns
+from .convertible import check_weights
 from .rows import Rows
 from .settings import GATE, Settings, attentions_of, conversion_of, trunk_of
 
@@ -102,7 +103,8 @@ class StaticInfiniLayer(ConvertedLayer):
         rows = torch.arange(q.shape[0], device=q.device)
         place = self.lengths.to(q.device) % self.settings.segment_len
         for buffer, new in zip(self.tail(), (k, memory_k, v), strict=True):
-            buffer[rows, :, place] = new[:, :, 0]
+            # autocast may have narrowed them
+            buffer[rows, :, place] = new[:, :, 0].to(buffer.dtype)
         out = segment_decode(
             q,
             self.keys,
@@ -170,7 +172,8 @@ class StaticInfiniCache(Cache):
 
     Raises:
         TypeError: `batch_size` is not an integer.
-        ValueError: the model is not converted, or not in every layer; or `batch_size` is below 1.
+        ValueError: the model is not converted, not in every layer, or without weights, as when accelerate offloads it;
+            or `batch_size` is below 1.
     """
 
     def __init__(self, model: nn.Module, batch_size: int = 1) -> None:
@@ -181,19 +184,22 @@ class StaticInfiniCache(Cache):
                 f"model must have every layer converted for a static cache, got {list(conversion.native)} that are "
                 "not: use InfiniCache"
             )
+        check_weights(trunk.parameters())
         self.settings = conversion.settings
         config = trunk.config
         groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         device = next(trunk.parameters()).device
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.columns = torch.zeros((), dtype=torch.int64, device=device)
-        # the embedding's dtype, since quantized weights are integers
-        likes = [trunk.get_input_embeddings().weight[:0].to(_device(m)) for m in attentions_of(trunk)]
-        layers: list[Any] = [
-            StaticInfiniLayer(batch_size, groups, width, self.lengths, self.columns, like.detach(), self.settings)
-            for like in likes
-        ]
+        # buffers made in inference mode could not be written outside of it
+        with torch.inference_mode(False):
+            self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self.columns = torch.zeros((), dtype=torch.int64, device=device)
+            # the embedding's dtype, since quantized weights are integers
+            likes = [trunk.get_input_embeddings().weight[:0].to(_device(m)) for m in attentions_of(trunk)]
+            layers: list[Any] = [
+                StaticInfiniLayer(batch_size, groups, width, self.lengths, self.columns, like.detach(), self.settings)
+                for like in likes
+            ]
         super().__init__(layers=layers)
         self.layers: list[Any] = layers
         for x in (self.lengths, self.columns, *(x for layer in layers for x in (*layer.tensors(), layer.counters))):
@@ -231,10 +237,20 @@ class StaticInfiniCache(Cache):
         return int(self.columns) == 0
 
     def commit(self, rows: Rows, states: dict[int, LayerState]) -> None:
-        """Take over the state that a forward pass of more than one token has left in every layer."""
+        """Take over the state that a forward pass of more than one token has left in every layer.
+
+        Raises:
+            RuntimeError: the state has a gradient, which buffers cannot keep.
+            ValueError: a row ends with padding.
+        """
         if not rows.open:
             raise ValueError("attention_mask must end with ones for a static cache, got padding on the right")
-        self.lengths.copy_(torch.tensor(rows.lengths))
+        if any(x.requires_grad for state in states.values() for x in state.tensors()):
+            raise RuntimeError(
+                "past_key_values must be an InfiniCache for gradients, got a StaticInfiniCache, which has none: call "
+                "the model under torch.no_grad(), or use InfiniCache"
+            )
+        self.lengths.copy_(torch.tensor(rows.lengths, device="cpu"))
         self.columns.fill_(rows.columns)
         for index, state in states.items():
             self.layers[index].store(rows, state)

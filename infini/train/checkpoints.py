@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 from ...runs.figures import write_figures
 from .processes import is_first
 from .settings import TrainSettings

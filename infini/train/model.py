@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runs.checkpoint import SettingError
-from ..evaluate.loading import ByteTokenizer, PretrainedTokenizer, Source, Tokenizer, load
+from ...runs.errors import SettingError
+from ..evaluate.loading import ByteTokenizer, PretrainedTokenizer, Tokenizer, load
+from ..evaluate.settings import Source
 from ..gate import Gate
 from ..huggingface.conversion import convert
 from ..huggingface.pieces import check_checkpointing

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ...runs.checkpoint import SettingError, deferred_interrupt, handled
+from ...runs.device import usable_device
+from ...runs.errors import SettingError
+from ...runs.interrupts import deferred_interrupt, handled
 
 Result = TypeVar("Result")
 # environment variables that torchrun sets
@@ -56,12 +58,7 @@ def _device(device: str | None, several: bool) -> torch.device:
         raise SettingError("device", f"must be cpu or cuda for several processes, got {kind!r}")
     if kind == "cuda":
         kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.ones(1, device=kind).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        problem = f"must be one that PyTorch can use here, such as 'cpu', got {kind!r} ({reason})"
-        raise SettingError("device", problem) from None
+    usable_device(kind)
     if kind.startswith("cuda"):
         torch.cuda.set_device(kind)
     return torch.device(kind)

@@ -16,8 +16,10 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...runs.checkpoint import InterruptedRunError, SettingError
+from ...runs.errors import SettingError
 from ...runs.figures import prepare, versions, write_figures
+from ...runs.interrupts import InterruptedRunError
+from ...runs.settings import check_same
 from ..evaluate.loading import Tokenizer
 from ..huggingface.settings import conversion_of
 from ..sharding import runs_of
@@ -126,11 +128,14 @@ def _prepare(
     """Load and check everything that a run begins with, on each rank; the first makes the folder and reads the text."""
     saved = checkpoints.about(outputs.checkpoints) if resume else None
     if saved is not None:
-        _check_same(settings, saved)
+        check_same(asdict(settings), saved["settings"], MAY_CHANGE)
+        if settings.steps < saved["step"]:
+            problem = f"must be at least the {saved['step']} of the checkpoint with --resume, got {settings.steps}"
+            raise SettingError("steps", problem)
     _check_ranks(settings, mesh)
     if is_first() and outputs.log.parent.exists():
         # before the model is loaded, which may take long
-        prepare(outputs.log, resume)
+        prepare(outputs.log, resume=resume)
     model, tokenizer = build_model(settings)
     conversion, ranks = conversion_of(model), mesh.size(1)
     if ranks > 1 and conversion.native:
@@ -145,19 +150,8 @@ def _prepare(
         name = "dataset" if settings.text is None else "text"
         raise SettingError(name, "must hold the tokens of the checkpoint's with --resume, got others")
     if is_first():
-        prepare(outputs.log, resume)
+        prepare(outputs.log, resume=resume)
     return model, tokenizer, rows, saved
-
-
-def _check_same(settings: TrainSettings, saved: Mapping[str, Any]) -> None:
-    before, step = saved["settings"], saved["step"]
-    for name, value in asdict(settings).items():
-        if name not in MAY_CHANGE and before[name] != value:
-            raise SettingError(name, f"must be the checkpoint's with --resume, {before[name]!r}, got {value!r}")
-    if settings.steps < step:
-        raise SettingError(
-            "steps", f"must be at least the {step} of the checkpoint with --resume, got {settings.steps}"
-        )
 
 
 def _check_ranks(settings: TrainSettings, mesh: DeviceMesh) -> None:

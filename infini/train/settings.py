@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
+from ...runs.settings import absolute, check_least
 
 SIZES = ("layers", "width", "heads")
 CHOICES = {
@@ -98,9 +98,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("model", "text", "dataset", "tokenizer"):
-            value = getattr(self, name)
-            if value is not None and value != "bytes" and Path(value).exists():
-                object.__setattr__(self, name, str(Path(value).resolve()))
+            if getattr(self, name) != "bytes":
+                object.__setattr__(self, name, absolute(getattr(self, name)))
         self._check_numbers()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -113,14 +112,11 @@ class TrainSettings:
                 raise SettingError(name, f"needs {package}: pip install {package}")
 
     def _check_numbers(self) -> None:
-        for name in self.__dataclass_fields__:
-            value, least = getattr(self, name), LEAST.get(name, 1)
-            if name in RATES and not (math.isfinite(value) and value >= 0):
-                raise SettingError(name, f"must be 0 or more, got {value}")
-            if name not in RATES and type(value) is int and value < least:
-                raise SettingError(name, f"must be at least {least}, got {value}")
-        if self.seed >= 2**32:
-            raise SettingError("seed", f"must be below 2**32, got {self.seed}")
+        for name in RATES:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise SettingError(name, f"must be 0 or more, got {getattr(self, name)}")
+        counts = [name for name in self.__dataclass_fields__ if type(getattr(self, name)) is int and name not in RATES]
+        check_least(self, {name: LEAST.get(name, 1) for name in counts})
 
     def _check_together(self) -> None:
         if (self.text is None) == (self.dataset is None):

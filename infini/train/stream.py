@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError, first_line
 from ..evaluate.loading import Tokenizer
 from .processes import is_first, shared
 from .settings import TrainSettings
@@ -104,7 +104,7 @@ def _dataset(name: str, split: str) -> Any:
             return datasets.load_dataset(name, split=split)
         data: Any = datasets.load_from_disk(name)
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         option = "split" if "split" in reason.lower() else "dataset"
         given = split if option == "split" else name
         raise SettingError(option, f"must lead to a data set, got {given!r}: {reason}") from None

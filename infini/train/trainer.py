@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from ...runs.checkpoint import SettingError, whole
+from ...runs.checkpoint import whole
+from ...runs.errors import SettingError
 from ..gate import Gate, parameter_groups
 from ..huggingface.parallel import sequence_parallel
 from ..huggingface.pieces import backward_in_pieces

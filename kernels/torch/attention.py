@@ -76,7 +76,7 @@ def blend(local: Tensor, memory_q: Tensor, state: MemoryState, gate: Tensor, opt
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return read_and_blend(local, memory_q, *state, gate, keep_gate)
     # nothing is kept for a backward, so the result takes local attention's place
-    return blend_into(local, local, memory_q, *state, gate, keep_gate)
+    return blend_into(local, local, memory_q, state.memory, state.normalizer, gate, keep_gate)
 
 
 def to_slots(x: Tensor, first: int, last: int, segment_len: int) -> Tensor:

@@ -109,7 +109,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("product_kernel", 16, 64): {"": _tile(stages=3), "sm_100": _tile(n=32, COLUMNS=32), "gfx942": _tile(stages=1)},
     ("product_kernel", 16, 128): {
         "": _tile(warps=8, COLUMNS=128, stages=3),
-        "sm_100": _tile(n=32),
+        "sm_100": _tile(n=32, warps=8),
         "sm_120": _tile(warps=8, stages=3),
         "gfx942": _tile(n=32, warps=8, stages=1),
     },

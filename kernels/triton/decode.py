@@ -15,6 +15,7 @@ from ..state import MemoryState, Options
 from .launch import launch, new_tokens, processors, tile_of, view
 from .tiles import (
     LENGTHS,
+    Memory,
     block,
     dot,
     feature_map,
@@ -207,9 +208,10 @@ def decode(
         counters = q.new_zeros(batch * groups, dtype=torch.int32)
     launch(
         decode_kernel, batch * groups * (splits + (state is not None)), tile, q,
-        q=view(q), k=view(k), v=view(v), memory_q=view(memory_q), out=view(out), gate=gate, state=state,
-        lengths=lengths, parts=parts, sums=sums, counters=counters, time=time, query_time=query_time,
-        splits=splits, split_len=split_len, scale=options.scale, softcap=options.softcap, CAUSAL=options.causal,
+        q=view(q), k=view(k), v=view(v), memory_q=view(memory_q), out=view(out), gate=gate,
+        state=None if state is None else Memory(*state), lengths=lengths, parts=parts, sums=sums, counters=counters,
+        time=time, query_time=query_time, splits=splits, split_len=split_len, scale=options.scale,
+        softcap=options.softcap, CAUSAL=options.causal,
         KEEP_GATE=options.empty_memory == "gated", BLOCK_M=rows,
     )  # fmt: skip
     return out

@@ -30,6 +30,13 @@ class Tokens(NamedTuple):
     width: Any  # tl.constexpr
 
 
+class Memory(NamedTuple):
+    """A memory [B, G, K, V] and its normalizer [B, G, K], as an argument of a kernel."""
+
+    memory: Any
+    normalizer: Any
+
+
 class Rows(NamedTuple):
     """A matrix with contiguous rows, of which only those before `stop` are loaded and stored."""
 

@@ -25,12 +25,14 @@ class Options(NamedTuple):
 
     schedule: one of SCHEDULES.
     features: of queries and keys.
+    epsilon: added to denominators.
     num_memory: rows at a segment's end that are written, m; 0: the memory is only read.
     checkpoint: keep only the inputs of cells for the backward pass, and run the cells again there.
     """
 
     schedule: str
     features: DPFP
+    epsilon: float
     num_memory: int
     checkpoint: bool
 
@@ -167,12 +169,12 @@ def _step(
     writes, alive, linked = (None, None, None) if places is None else places.of_segments(segments)
     if linked is not None:
         state = _choose(linked, state, state.detach())
-    hidden = block(hidden + recall(hidden, block.projections, state, options.features))
+    hidden = block(hidden + recall(hidden, block.projections, state, options.features, options.epsilon))
     if not options.num_memory:
         return hidden, state
     last = hidden[:, :, -options.num_memory :]
     rows = last if writes is None else torch.take_along_dim(hidden, writes[..., None], 2)
-    after = memorize(rows, block.projections, state, options.features)
+    after = memorize(rows, block.projections, state, options.features, options.epsilon)
     return hidden, after if alive is None else _choose(alive, after, state)
 
 

@@ -6,7 +6,6 @@ stand-ins record what each layer would be called with, and the last one lets the
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..backbone import check_model
+from ..twins import replaced
 
 
 class Layer(NamedTuple):
@@ -93,7 +93,7 @@ class Decoder(NamedTuple):
         modules = self.modules(model)
         call = _Call(len(modules), over)
         stand_ins = nn.ModuleList([_StandIn(call, module) for module in modules])
-        trunk = _with(model.get_submodule(self.trunk), self.layers, stand_ins)
+        trunk = replaced(model.get_submodule(self.trunk), self.layers, stand_ins)
         output = trunk(inputs_embeds=embeds, **({"use_cache": False} | kwargs))[0]
         if len(call.layers) != call.depth:
             raise RuntimeError(
@@ -105,7 +105,7 @@ class Decoder(NamedTuple):
     def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of last hidden states [..., d], by whatever the model does behind its layers."""
         known = _Known(hidden.reshape(1, -1, hidden.shape[-1]))
-        output = _with(model, self.trunk, known)(inputs_embeds=known.hidden, use_cache=False)
+        output = replaced(model, self.trunk, known)(inputs_embeds=known.hidden, use_cache=False)
         return output.logits.reshape(*hidden.shape[:-1], output.logits.shape[-1])
 
 
@@ -179,16 +179,6 @@ class _Output(BaseModelOutputWithPastAndCrossAttentions):
     """An output that a model of experts can read, too."""
 
     router_logits = None
-
-
-def _with(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
-    """Return a shallow copy of `module` that has `child` at `path` and shares all else."""
-    name, _, rest = path.partition(".")
-    twin = copy.copy(module)
-    # set on the instance, it would be bound to the original
-    twin.__dict__.pop("forward", None)
-    twin._modules = {**module._modules, name: _with(getattr(module, name), rest, child) if rest else child}
-    return twin
 
 
 def _refuse_wrapped(model: nn.Module, path: str) -> None:

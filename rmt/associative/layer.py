@@ -82,7 +82,7 @@ def side_by_side(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def recall(hidden: Tensor, weights: Projections, state: MemoryState, features: DPFP) -> Tensor:
+def recall(hidden: Tensor, weights: Projections, state: MemoryState, features: DPFP, epsilon: float = 0.0) -> Tensor:
     """Read the memories: φ(Wq x) M / φ(Wq x) z, 0 where a memory is empty (arXiv 2407.04841, section 3).
 
     Args:
@@ -90,15 +90,18 @@ def recall(hidden: Tensor, weights: Projections, state: MemoryState, features: D
         weights: of the layers.
         state: of A · B memories.
         features: φ.
+        epsilon: added to the denominator.
 
     Returns:
         [A, B, T, d].
     """
-    q = features(_project(hidden, weights.query))
-    return memory_read(q.flatten(0, 1).unsqueeze(1), state, feature_map=None).reshape(hidden.shape)
+    q = features(_project(hidden, weights.query)).flatten(0, 1).unsqueeze(1)
+    return _returned(q, state, epsilon).reshape(hidden.shape)
 
 
-def memorize(hidden: Tensor, weights: Projections, state: MemoryState, features: DPFP) -> MemoryState:
+def memorize(
+    hidden: Tensor, weights: Projections, state: MemoryState, features: DPFP, epsilon: float = 0.0
+) -> MemoryState:
     """Write hidden states into the memories, all at once, by the delta rule (arXiv 2407.04841, section 3).
 
     Args:
@@ -106,6 +109,7 @@ def memorize(hidden: Tensor, weights: Projections, state: MemoryState, features:
         weights: of the layers.
         state: of A · B memories.
         features: φ.
+        epsilon: added to the denominators, of the values read back and of γ.
 
     Returns:
         The state after the write.
@@ -113,7 +117,30 @@ def memorize(hidden: Tensor, weights: Projections, state: MemoryState, features:
     k, v = features(_project(hidden, weights.key)), _project(hidden, weights.value)
     beta = (_project(hidden, weights.strength) + weights.bias[:, None, None]).sigmoid()
     k, v, beta = (x.flatten(0, 1).unsqueeze(1) for x in (k, v, beta.squeeze(-1)))
-    return memory_write(k, v, state, update="delta", beta=beta, corrected=True, feature_map=None)
+    if not epsilon:
+        return memory_write(k, v, state, update="delta", beta=beta, corrected=True, feature_map=None)
+    v = v - _returned(k, state, epsilon)
+    memory = memory_write(k, v, state, update="linear", beta=beta, feature_map=None).memory
+    known, keys = _known(k, state), k.to(state.normalizer.dtype)
+    with torch.no_grad():
+        gamma = (1 - (known + epsilon) / (keys.square().sum(-1, keepdim=True) + epsilon)).clamp(0, 1)
+        # into an empty memory, all is new
+        gamma = torch.where(known > 0, gamma, 1)
+    return MemoryState(memory, state.normalizer + (gamma * keys).sum(-2))
+
+
+def _returned(keys: Tensor, state: MemoryState, epsilon: float) -> Tensor:
+    """Return what the memories return for keys [N, 1, T, K]: f M / (f z + ε) [N, 1, T, d]."""
+    values = memory_read(keys, state, feature_map=None)
+    if not epsilon:
+        return values
+    known = _known(keys, state)
+    return values * (known / (known + epsilon)).to(values.dtype)
+
+
+def _known(keys: Tensor, state: MemoryState) -> Tensor:
+    """Return f z [N, 1, T, 1] for keys [N, 1, T, K], in the state's dtype."""
+    return (keys.to(state.normalizer.dtype) * state.normalizer.unsqueeze(-2)).sum(-1, keepdim=True)
 
 
 def _project(x: Tensor, weight: Tensor) -> Tensor:

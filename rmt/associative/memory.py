@@ -16,7 +16,7 @@ from ...kernels.state import MemoryState
 from ..backbone import check_positions, check_widths, embedding_of, huggingface_of
 from ..growing_segment import Extension
 from ..inputs import check_inputs, normal_tensor
-from ..module import MemoryModule, draw_memory_tokens
+from ..module import MemoryModule, draw_memory_tokens, with_zero_gradients
 from ..segments import IGNORED, bounds, next_tokens
 from . import cells
 from .decoder import Decoder, Layer
@@ -55,6 +55,8 @@ class AssociativeMemory(MemoryModule):
             segment; "horizontal": layer by layer; "diagonal": layers side by side, each in another segment (arXiv
             2506.05229), which holds a second copy of the layers' weights during a call, and takes as many steps as
             there are segments and layers, not their product.
+        epsilon: added to the denominators of reads and writes. 1e-5 for weights of the authors' code, which has it to
+            avoid a division by 0, and whose features may be as small; default 0, since empty memories return 0 here.
         bptt: segments through which gradients reach back, counted from each row's last; they are cut at every multiple
             of it, so that all segments train where all have a loss. Default: through all, and into `state`.
         checkpoint: keep only the inputs of each layer and segment for the backward pass, and run them again there.
@@ -81,6 +83,7 @@ class AssociativeMemory(MemoryModule):
         normalize: bool = True,
         layers: Iterable[int] | None = None,
         schedule: str = "vertical",
+        epsilon: float = 0.0,
         bptt: int | None = None,
         checkpoint: bool = False,
     ) -> None:
@@ -96,6 +99,7 @@ class AssociativeMemory(MemoryModule):
             layers_with_memory(layers, len(modules)),
             schedule,
             bptt,
+            epsilon,
         )
         check_widths(model)
         check_positions(model, segment_len + num_memory_tokens, num_memory_tokens)
@@ -120,6 +124,11 @@ class AssociativeMemory(MemoryModule):
         check_widths(model)
         check_positions(model, self.settings.segment_len + len(self.memory_tokens), len(self.memory_tokens))
         self.decoder = decoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that embeds token ids."""
+        embedding: nn.Module = embedding_of(self.model)
+        return embedding
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embed token ids [B, T] as vectors [B, T, d]."""
@@ -170,8 +179,12 @@ class AssociativeMemory(MemoryModule):
         batch, time = x.shape[:2]
         rows = bounds(attention_mask, batch, time)
         if labels is not None:
-            check.check_shape("labels", check.check_ids("labels", labels), "[B, T]", (batch, time))
+            # PyTorch's cross-entropy takes int64 alone
+            labels = check.check_ids("labels", labels).long()
+            check.check_shape("labels", labels, "[B, T]", (batch, time))
         hidden, state = self._read_text(x if input_ids is None else self.embed(x), rows, self._state(state, batch))
+        # no token reads what the last segment writes
+        hidden = with_zero_gradients(hidden, (part for memory in state.memories for part in memory))
         loss = None if labels is None else self._loss(hidden, next_tokens(labels, rows))
         wanted = labels is None if output_logits is None else output_logits
         return AssociativeOutput(loss, self.logits(hidden) if wanted else None, state)
@@ -226,7 +239,7 @@ class AssociativeMemory(MemoryModule):
         """
         segments, batch = hidden.shape[:2]
         own = self.settings
-        options = cells.Options(own.schedule, DPFP(own.nu, own.normalize), num_write, self.checkpoint)
+        options = cells.Options(own.schedule, DPFP(own.nu, own.normalize), own.epsilon, num_write, self.checkpoint)
         after: list[MemoryState | None] = []
 
         def over(layers: list[Layer], x: Tensor) -> Tensor:

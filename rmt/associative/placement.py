@@ -44,22 +44,24 @@ class Placement(NamedTuple):
             bptt: segments through which gradients reach back, counted from each row's last; None: through all.
             device: of the result.
         """
-        begin, end = torch.tensor(rows).unbind(1)
-        length, row = end - begin, torch.arange(len(rows))
+        # on the CPU, and copied once
+        host = torch.device("cpu")
+        begin, end = torch.tensor(rows, device=host).unbind(1)
+        length, row = end - begin, torch.arange(len(rows), device=host)
         size = min(segment_len, int(length.max()))
-        segment = torch.arange(-(-int(length.max()) // segment_len))[:, None]
+        segment = torch.arange(-(-int(length.max()) // segment_len), device=host)[:, None]
         count = (length - segment * segment_len).clamp(0, size)
 
-        at = torch.arange(size + num_memory)
+        at = torch.arange(size + num_memory, device=host)
         token = (row * time + begin + segment * segment_len)[..., None] + at
         memory = len(rows) * time + (at - count[..., None]).clamp(max=num_memory - 1)
         inputs = torch.where(at < count[..., None], token, memory)
 
-        index = (torch.arange(time) - begin[:, None]).clamp(min=0).minimum(length[:, None] - 1)
+        index = (torch.arange(time, device=host) - begin[:, None]).clamp(min=0).minimum(length[:, None] - 1)
         slot = index // segment_len * len(rows) + row[:, None]
         outputs = slot * len(at) + index % segment_len
 
-        writes = None if bool((count == size).all()) else count[..., None] + torch.arange(num_memory)
+        writes = None if bool((count == size).all()) else count[..., None] + at[:num_memory]
         alive = None if bool(count.all()) else count > 0
         left = -(-length // segment_len) - segment
         linked = None if bptt is None else left % bptt != 0

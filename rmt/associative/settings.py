@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 from ...kernels import validation as check
@@ -27,6 +29,7 @@ class AssociativeSettings:
     layers: tuple[int, ...]
     schedule: str
     bptt: int | None
+    epsilon: float = 0.0
     # a text's last segment is the short one
     alignment: ClassVar[str] = "left"
 
@@ -36,6 +39,8 @@ class AssociativeSettings:
         check.check_integer("nu", self.nu, 1)
         check.check_bool("normalize", self.normalize)
         check.check_choice("schedule", self.schedule, tuple(SCHEDULES))
+        if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, Real) or not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon must be a number of at least 0, got {self.epsilon!r}")
 
     @property
     def key_width(self) -> int:

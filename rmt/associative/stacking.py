@@ -6,14 +6,14 @@ batch, and multiply each part by its own layer's. Attention, activations and dro
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
+
+from ..twins import twin, with_tensors
 
 Tensors = dict[str, Tensor]
 
@@ -43,21 +43,20 @@ def stacked_tensors(modules: list[nn.Module]) -> Tensors:
 
 def stacked(module: nn.Module, tensors: Tensors) -> nn.Module:
     """Return a shallow copy of `module` that runs A modules, whose tensors these are: [A · B, ...] → [A · B, ...]."""
-    twin = copy.copy(module)
-    twin.__dict__.pop("forward", None)
-    own = {name: x for name, x in tensors.items() if "." not in name}
-    if module._parameters:
-        count = next(iter(tensors.values())).shape[0]
-        # code that reads a weight instead of calling the module gets one of another shape, and an error
-        twin._parameters = {name: own.get(name) for name in module._parameters}  # type: ignore[misc]
-        twin.forward = partial(_forward, module, tensors, count)
-        return twin
-    twin._modules = {
-        name: child
-        and stacked(child, {k.removeprefix(f"{name}."): x for k, x in tensors.items() if k.startswith(f"{name}.")})
-        for name, child in module._modules.items()
-    }
-    return twin
+    if not module._parameters:
+        children = {
+            name: child
+            and stacked(child, {k.removeprefix(f"{name}."): x for k, x in tensors.items() if k.startswith(f"{name}.")})
+            for name, child in module._modules.items()
+        }
+        copied = twin(module, children)
+        copied.__dict__.pop("forward", None)
+        return copied
+    copied, count = twin(module), next(iter(tensors.values())).shape[0]
+    # code that reads a weight instead of calling the module gets one of another shape, and an error
+    copied.__dict__["_parameters"] = {name: tensors.get(name) for name in module._parameters}
+    copied.forward = partial(_forward, module, tensors, count)
+    return copied
 
 
 def _forward(module: nn.Module, tensors: Tensors, count: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -71,7 +70,8 @@ def _forward(module: nn.Module, tensors: Tensors, count: int, x: Tensor, *args: 
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def one(values: Tensors, part: Tensor) -> Tensor:
-        return functional_call(module, values, (part, *args), kwargs)
+        own = {id(x): values[name] for name, x in _tensors(module).items()}
+        return with_tensors(module, own)(part, *args, **kwargs)
 
     return torch.vmap(one, randomness="different")(tensors, parts).flatten(0, 1)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ...kernels.state import MemoryState
+from ..trainer import check_index
 
 
 class AssociativeState(NamedTuple):
@@ -45,3 +46,12 @@ class AssociativeOutput(NamedTuple):
     loss: Tensor | None
     logits: Tensor | None
     state: AssociativeState
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a field by its number.
+
+        Raises:
+            TypeError: the index is a slice.
+        """
+        check_index(index, type(self).__name__)
+        return tuple.__getitem__(self, index)

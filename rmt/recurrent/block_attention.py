@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -9,6 +11,19 @@ from torch import Tensor, nn
 from ...kernels.attention import segment_attention
 
 IMPLEMENTATION = "segattn_block"
+# arguments that models hand on to their attention, and that change nothing inside a segment with a mask of its own
+WITHOUT_EFFECT = frozenset(
+    {
+        "is_causal",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "deterministic",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+    }
+)
 
 
 class Block(NamedTuple):
@@ -40,12 +55,19 @@ def block_attention(
     """Attend within one segment: query [B, H, Tq, K], key and value [B, G, T, ·] → [B, Tq, H, V].
 
     Raises:
-        ValueError: a call that does not come from a `RecurrentMemory`, dropout, or a window shorter than the segment.
+        ValueError: a call that does not come from a `RecurrentMemory`, dropout, a window shorter than the segment, or
+            another argument that would change the output, such as attention sinks (`s_aux`).
     """
     if segattn_block is None:
         raise ValueError(
-            "the model runs on attention='segattn' of a RecurrentMemory and must be called through it; "
-            "set_attn_implementation('sdpa') gives it its own attention back"
+            "the model runs on attention='segattn' of a RecurrentMemory, must be called through it, and must hand "
+            "arguments on to its attention; set_attn_implementation('sdpa') gives it its own attention back"
+        )
+    others = {name for name, x in kwargs.items() if x is not None and x is not False} - WITHOUT_EFFECT
+    if others:
+        raise ValueError(
+            f"attention must be None for a model whose {type(module).__name__} passes {', '.join(sorted(others))} to "
+            "its attention, which attention='segattn' does not take"
         )
     if dropout:
         raise ValueError(f"attention dropout must be 0 in training, got {dropout}: set it to 0 in the configuration")
@@ -72,8 +94,9 @@ def no_mask(*args: Any, **kwargs: Any) -> None:
     """Return no mask, since a call passes a `Block` instead."""
 
 
-def use(model: Any) -> None:
-    """Make a Hugging Face model run on segment attention.
+@contextmanager
+def used(model: Any) -> Iterator[None]:
+    """Make a Hugging Face model run on segment attention, and on what it ran on before where the block fails.
 
     Raises:
         ValueError: its layers do not let attention be chosen.
@@ -83,9 +106,15 @@ def use(model: Any) -> None:
 
     AttentionInterface.register(IMPLEMENTATION, block_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
+    before = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
-    if model.config._attn_implementation != IMPLEMENTATION:
-        raise ValueError(
-            f"attention='segattn' needs a model whose attention can be chosen, got {type(model).__name__}: pass "
-            "attention=None"
-        )
+    try:
+        if model.config._attn_implementation != IMPLEMENTATION:
+            raise ValueError(
+                f"attention='segattn' needs a model whose attention can be chosen, got {type(model).__name__}: pass "
+                "attention=None"
+            )
+        yield
+    except BaseException:
+        model.set_attn_implementation(before)
+        raise

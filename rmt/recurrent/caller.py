@@ -8,17 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import (
+    ROUNDING,
     Outputs,
     accepted,
     check_positions,
     check_sight,
     check_widths,
     check_windows,
+    distances,
     embedding_of,
-    evaluating,
     huggingface_of,
+    random_rows,
     run,
 )
+from ..twins import HIDDEN_STATES, Branches, Shown, branches_of, evaluating, shown
 from . import block_attention
 from .block_attention import Block
 from .layout import Layout, block_mask
@@ -32,7 +35,7 @@ class Caller(NamedTuple):
     layout: where tokens and memory stand among a segment's rows.
     block: rows at each end of a decoder's segment that its mask treats as memory; 0: the mask is plain causal.
     accepts: names of the arguments that the model's forward takes.
-    huggingface: whether the model is, or wraps, a Hugging Face model.
+    branches: where Hugging Face models are in the model; None: there is none.
     fused: whether its attention is `block_attention`, which takes a `Block` in place of a mask.
     """
 
@@ -40,7 +43,7 @@ class Caller(NamedTuple):
     layout: Layout
     block: int
     accepts: frozenset[str]
-    huggingface: bool
+    branches: Branches | None
     fused: bool
 
     @classmethod
@@ -66,23 +69,28 @@ class Caller(NamedTuple):
         if max(settings.special_tokens or (0,)) >= tokens:
             raise ValueError(f"special_tokens must be below the model's {tokens} tokens, got {settings.special_tokens}")
         inner = huggingface_of(model)
-        if fused:
-            if settings.kind != "decoder" or inner is None:
-                raise ValueError(
-                    f"attention='segattn' is for Hugging Face decoders, got a {type(model).__name__} as "
-                    f"{settings.kind!r}"
-                )
-            block_attention.use(inner)
+        if fused and (settings.kind != "decoder" or inner is None):
+            raise ValueError(
+                f"attention='segattn' is for Hugging Face decoders, got a {type(model).__name__} as {settings.kind!r}"
+            )
         block = settings.num_memory_tokens if settings.mask == "paper" else 0
-        caller = cls(settings.kind, settings.layout, block, accepted(model), inner is not None, fused)
-        if block and inner is not None and not fused:
+        caller = cls(settings.kind, settings.layout, block, accepted(model), branches_of(model), fused)
+        if fused:
+            with block_attention.used(inner):
+                caller._check_mask(inner)
+        elif block and inner is not None:
             caller._check_mask(inner)
         return caller
 
-    def whole(self, model: nn.Module, rows: Tensor, lengths: Tensor | None, with_logits: bool) -> Outputs:
+    def shown(self, model: nn.Module) -> Shown:
+        """Return what to call in the place of `model` for the last layer's rows."""
+        return shown(model, self.branches)
+
+    def whole(self, model: Shown, rows: Tensor, lengths: Tensor | None, with_logits: bool) -> Outputs:
         """Run a model over a whole segment.
 
         Args:
+            model: one that shows the last layer's rows.
             rows: [B, T, d], in the order of the layout.
             lengths: tokens of each sequence [B]; None: all have as many, and there is no padding.
             with_logits: whether logits are wanted, [B, L, C] of the tokens or [B, C] of an encoder's row.
@@ -97,31 +105,35 @@ class Caller(NamedTuple):
             arguments |= self._decoder_mask(rows, ends, 0, True)
         else:
             arguments |= {"attention_mask": self._encoder_mask(rows, ends)}
-        out = run(model, rows, arguments, self.huggingface)
+        out = run(model.module, rows, arguments | model.asked)
         if selects or out.logits is None or out.logits.ndim == 2:
             return out
         return out._replace(logits=self.layout.tokens_of(out.logits))
 
-    def newest(self, model: nn.Module, rows: Tensor, writes: bool, cache: Any) -> Outputs:
+    def newest(self, model: Shown, rows: Tensor, writes: bool, cache: Any) -> Outputs:
         """Run a decoder over the newest rows [B, n, d] of a segment that grows.
 
         Args:
+            model: one that shows the last layer's rows.
             writes: whether the last rows are the memory's, so that the segment is whole.
             cache: keys and values of the rows before; None: there are none, or the model keeps none.
         """
         past = 0 if cache is None else cache.get_seq_length()
-        arguments = self._decoder_mask(rows, None, past, writes)
+        arguments = self._decoder_mask(rows, None, past, writes) | model.asked
         if "logits_to_keep" in self.accepts:
             arguments["logits_to_keep"] = 1
         if "past_key_values" in self.accepts and "use_cache" in self.accepts:
-            return run(model, rows, arguments | {"use_cache": True, "past_key_values": cache}, self.huggingface)
+            return run(model.module, rows, arguments | {"use_cache": True, "past_key_values": cache})
         if "use_cache" in self.accepts:
             arguments["use_cache"] = False
-        return run(model, rows, arguments, self.huggingface)._replace(cache=None)
+        return run(model.module, rows, arguments)._replace(cache=None)
 
     @torch.no_grad()
     def _check_mask(self, model: Any) -> None:
         """Check that a Hugging Face model keeps to a mask that lets its memory rows see each other.
+
+        A row must change with those that it sees ten times as much as with others, from which rounding reaches it where
+        experts multiply the rows of a batch together.
 
         Raises:
             ValueError: it does not, or takes none.
@@ -131,25 +143,24 @@ class Caller(NamedTuple):
             return
         # [read, read | token | write, write]
         two = self._replace(block=2)
-        x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-        others = [x + 2 * x.roll(1, 1) * (torch.arange(5) == row)[:, None].to(x) for row in (1, 4)]
+        texts, changed = random_rows(weight, 5).repeat(3, 1, 1), [1, 4]
+        for text, row in enumerate(changed, start=1):
+            texts[text, row] += 2 * texts[text, row].roll(1)
         try:
-            with evaluating(model):
-                # one by one, so that equal rows come out equal to the bit
-                plain, read, write = (
-                    run(model, rows[None], two._decoder_mask(rows[None], None, 0, True), True).hidden[0]
-                    for rows in (x, *others)
-                )
+            # in one batch, whose rows are rounded alike
+            mask = two._decoder_mask(texts, None, 0, True)
+            hidden = run(evaluating(model), texts, mask | HIDDEN_STATES).hidden
         except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
+            if self.fused:
+                raise
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(
                 f"mask must be 'causal' for a {type(model).__name__}, which takes no mask [1, 1, T, T] ({reason})"
             ) from None
-        changed = [(hidden != plain).any(1).tolist() for hidden in (read, write)]
-        if changed != [[True] * 5, [False, False, False, True, True]]:
-            raise ValueError(
-                f"mask must be 'causal' for a {type(model).__name__}, whose attention does not keep to the mask"
-            )
+        seen, distance = block_mask(5, 2, 2)[0, 0, :, changed].mT, distances(hidden).cpu()
+        if not distance[seen].min() > max(10 * distance[~seen].max().item(), ROUNDING):
+            must = "attention must be None" if self.fused else "mask must be 'causal'"
+            raise ValueError(f"{must} for a {type(model).__name__}, whose attention does not keep to the mask")
 
     def _decoder_mask(self, rows: Tensor, ends: Tensor | None, past: int, writes: bool) -> dict[str, Any]:
         """Return the arguments that tell a decoder which row sees which.
@@ -166,10 +177,10 @@ class Caller(NamedTuple):
             spans = None if ends is None else torch.stack((torch.zeros_like(ends), ends), 1).int()
             return {"segattn_block": Block(read, write, spans)}
         # a causal model sees no padding, which stands behind all else, and a single new row sees everything
-        if self.huggingface and (not read or (past and queries == 1)):
+        if self.branches is not None and (not read or (past and queries == 1)):
             return {}
         visible = block_mask(time, read, write, ends, queries=queries, device=rows.device)
-        if not self.huggingface:
+        if self.branches is None:
             return {"attention_mask": visible}
         mask = {"attention_mask": additive_mask(visible, rows.dtype)}
         if "position_ids" not in self.accepts:
@@ -181,7 +192,7 @@ class Caller(NamedTuple):
         batch, time = rows.shape[:2]
         at = torch.arange(time, device=rows.device)
         real = None if ends is None else at < ends[:, None]
-        if self.huggingface:
+        if self.branches is not None:
             return None if real is None else real.long()
         if real is None:
             return torch.ones(1, 1, time, time, dtype=torch.bool, device=rows.device)

@@ -93,7 +93,7 @@ def block_mask(
     Returns:
         bool [1 or B, 1, queries, T]. Padding is seen by itself alone, so that no row sees nothing.
     """
-    device = device if lengths is None else lengths.device
+    device = (device or torch.device("cpu")) if lengths is None else lengths.device
     j = torch.arange(time, device=device)
     i = j[time - queries :, None] if queries is not None else j[:, None]
     end = time if lengths is None else lengths[:, None, None, None]

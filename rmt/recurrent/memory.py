@@ -14,8 +14,9 @@ from ...kernels import validation as check
 from ..backbone import Outputs, check_model, embedding_of, kind_of
 from ..growing_segment import Extension
 from ..inputs import check_inputs, normal_tensor
-from ..module import MemoryModule, draw_memory_tokens
+from ..module import MemoryModule, draw_memory_tokens, with_zero_gradients
 from ..segments import Segment, bounds, cut
+from ..twins import Shown
 from .caller import Caller
 from .gradients import reached, truncate
 from .results import gather, summed_loss, targets_of
@@ -129,6 +130,11 @@ class RecurrentMemory(MemoryModule):
             )
         self._caller = Caller.of(model, self.settings, self.embedding)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that embeds token ids."""
+        embedding: nn.Module = self._embedding
+        return embedding
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the pass over one segment, by `torch.compile` with these arguments; the loop stays as it is.
 
@@ -186,7 +192,8 @@ class RecurrentMemory(MemoryModule):
         targets = None if labels is None else targets_of(labels, settings.kind, rows, time)
         keep = labels is None if output_logits is None else output_logits
         memory = self._state(state, batch).memory
-        loss = count = torch.zeros((), device=x.device)
+        loss = torch.zeros((), device=x.device, dtype=torch.float32)
+        count = torch.zeros((), device=x.device, dtype=torch.long)
         kept = []
         for segment in cut(rows, settings.segment_len, settings.alignment):
             scored = targets is not None and (settings.loss == "all" or 1 in segment.left)
@@ -202,9 +209,11 @@ class RecurrentMemory(MemoryModule):
             if targets is not None and scored and logits is not None:
                 own, number = summed_loss(logits, targets, segment, settings.loss == "last")
                 loss, count = loss + own, count + number
+        logits = gather(kept, batch, time)
+        # gradients do not reach the trainable memory behind a state, or more than `bptt` segments back
         return RecurrentOutput(
-            None if targets is None else loss / count.clamp(min=1),
-            gather(kept, batch, time),
+            None if targets is None else with_zero_gradients(loss / count.clamp(min=1), [self.memory]),
+            None if logits is None else with_zero_gradients(logits, [self.memory]),
             # by itself, so that it does not keep the last segment's other rows
             RecurrentState(memory.clone()),
         )
@@ -256,6 +265,7 @@ class RecurrentMemory(MemoryModule):
 
     def _segment(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """Call `_eager_segment`, compiled where `compile` was called."""
+        arguments = self._caller.shown(self.model), *arguments
         if self._compile_options is None:
             return self._eager_segment(*arguments)
         if self._compiled is None:
@@ -269,11 +279,12 @@ class RecurrentMemory(MemoryModule):
         return memory.clone(), None if logits is None else logits.clone()
 
     def _eager_segment(
-        self, tokens: Tensor, memory: Tensor, lengths: Tensor | None, with_logits: bool
+        self, model: Shown, tokens: Tensor, memory: Tensor, lengths: Tensor | None, with_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Run the model over one segment of tokens, and return the next memory and, where wanted, logits.
 
         Args:
+            model: one that shows the last layer's rows.
             tokens: ids [b, n] or embeddings [b, n, d].
             memory: [b, m, d].
             lengths: tokens of each sequence [b]; None: all have n.
@@ -289,7 +300,7 @@ class RecurrentMemory(MemoryModule):
             before, after = torch.cat((special[:, :1], memory, special[:, 1:]), 1), special[:, 1:]
         else:
             before, after = memory, memory[:, :0]
-        out = self._caller.whole(self.model, layout.join(before, x, after, lengths), lengths, with_logits)
+        out = self._caller.whole(model, layout.join(before, x, after, lengths), lengths, with_logits)
         return layout.memory_of(out.hidden, lengths), self._logits(out) if with_logits else None
 
     def _logits(self, out: Outputs) -> Tensor | None:
@@ -317,7 +328,7 @@ class RecurrentMemory(MemoryModule):
             rows = torch.cat((memory, rows), 1)
         if write:
             rows = torch.cat((rows, memory), 1)
-        out = self._caller.newest(self.model, rows, write, cache)
+        out = self._caller.newest(self._caller.shown(self.model), rows, write, cache)
         if write:
             return Extension(None, RecurrentState(out.hidden[:, -self.settings.num_memory_tokens :]), None)
         logits = out.logits if self.head is None else self.head(out.hidden[:, -1:])

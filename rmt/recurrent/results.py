@@ -22,7 +22,8 @@ def targets_of(labels: Tensor, kind: str, rows: list[tuple[int, int]], time: int
     Raises:
         TypeError, ValueError: labels of another dtype or shape.
     """
-    check.check_ids("labels", labels)
+    # PyTorch's cross-entropy takes int64 alone
+    labels = check.check_ids("labels", labels).long()
     if labels.ndim == 1 and kind == "encoder":
         check.check_shape("labels", labels, "[B]", (len(rows),))
         return labels

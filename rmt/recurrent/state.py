@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from ..trainer import check_index
 
 
 class RecurrentState(NamedTuple):
@@ -39,3 +41,12 @@ class RecurrentOutput(NamedTuple):
     loss: Tensor | None
     logits: Tensor | None
     state: RecurrentState
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a field by its number.
+
+        Raises:
+            TypeError: the index is a slice.
+        """
+        check_index(index, type(self).__name__)
+        return tuple.__getitem__(self, index)

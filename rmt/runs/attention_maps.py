@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError
 from ...runs.figures import make_folder, versions, write_figures
+from ...runs.settings import check_least
 from ..tasks.answers import fewest_segments, right, samples_of
 from ..tasks.batch import Batch
 from ..tasks.facts import babi_file, generate_questions, read_questions
 from ..tasks.make import FORMS
 from .folder import Run, RunFiles, load_run
 from .plots import Panel, Span, plot_attention
-from .settings import check_least
 
 # texts among which one with a fact before its last segment is searched
 TRIES = 100
@@ -107,7 +107,7 @@ def sentences_of(run: Run) -> list[Tensor]:
     form, babi = FORMS[run.settings.task].questions, run.settings.babi
     questions = generate_questions(form, "test") if babi is None else read_questions(babi_file(babi, form, "test"))
     facts = sorted({fact for question in questions for fact in question.facts})
-    return [torch.tensor(run.encode(fact)) for fact in facts]
+    return [torch.tensor(run.encode(fact), device="cpu") for fact in facts]
 
 
 def find_facts(sentences: list[Tensor], ids: Tensor) -> list[Span]:

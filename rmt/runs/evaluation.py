@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...runs.checkpoint import SettingError, named
-from ...runs.figures import prepare, versions, write_figures
+from ...runs.errors import SettingError, named
+from ...runs.figures import earlier_figures, prepare, versions, write_figures
+from ...runs.settings import check_least
 from ..tasks.answers import answer, chance, fewest_segments, interval, length_of, samples_of
 from . import published
 from .folder import Run, RunFiles, fingerprint, load_run, trained_tokens
@@ -62,8 +62,7 @@ class Grid:
                 raise SettingError(name, f"must be at least 1, got {min(getattr(self, name), default='none')}")
         if len(set(self.segments)) < len(self.segments):
             raise SettingError("segments", f"must differ from each other, got {','.join(map(str, self.segments))}")
-        if not 0 <= self.seed < 2**32:
-            raise SettingError("seed", f"must be from 0 to 2**32 - 1, got {self.seed}")
+        check_least(self, {"seed": 0})
 
     def rows(self) -> list[tuple[int, int, int]]:
         """Return the segments, samples and batch of each length, the shortest first."""
@@ -142,7 +141,7 @@ def run_evaluation(
     _check_lengths(run, grid)
     about = _about(run, grid, folder)
     cells = _earlier(path, about, resume)
-    prepare(path, resume)
+    prepare(path, resume=resume)
     _measure(run, grid, cells, about, path, listener)
     return _write(path, about, cells, grid)
 
@@ -217,15 +216,10 @@ def _earlier(path: Path, about: dict[str, Any], resume: bool) -> dict[int, Cell]
     """
     if not resume or not path.is_file():
         return {}
-    try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
+    with earlier_figures(path) as figures:
         before = {name: figures[name] for name in about}
         names = Cell.__dataclass_fields__
         cells = [Cell(**{name: cell[name] for name in names}) for cell in figures["lengths"]]
-    except (ValueError, KeyError, TypeError):
-        raise SettingError(
-            "resume", f"needs figures of segattn rmt evaluate; {str(path)!r} is another file, or damaged"
-        ) from None
     if before["weights_sha256"] != about["weights_sha256"]:
         raise SettingError(
             "resume", f"needs the weights of {str(path)!r}, which have changed since: give another --out, or delete it"

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from ...runs.checkpoint import SettingError, named
+from ...runs.device import usable_device
+from ...runs.errors import SettingError, first_line, named
 from ..associative.memory import AssociativeMemory
 from ..recurrent.memory import RecurrentMemory
 from ..tasks.facts import babi_file
@@ -24,8 +25,10 @@ from ..tasks.make import FORMS, Task, make_task
 from ..tasks.symbols import CopyTask
 from ..tasks.vocabulary import CLS, SEP, Vocabulary
 from .models import Pretrained, freeze_model, pretrained_encoder, pretrained_tokenizer, small_decoder, small_encoder
-from .settings import OF_MODEL, TrainSettings, device_of, short_stages
+from .settings import OF_MODEL, TrainSettings
 
+# tokens of the first stages of tasks of text
+SHORT = (64, 128)
 # names of arguments → settings
 _OF_TASK = {name: name for name in ("babi", "book", "decoys", "key_digits")} | {"path": "babi", "text": "book"}
 _OF_MODEL = {name: name for name in ("segment_len", "bptt", "d_mem", "noise")} | {"num_memory_tokens": "memory"}
@@ -104,11 +107,11 @@ def build(settings: TrainSettings, earlier: RunFiles | None = None) -> Run:
     with named(**_OF_TASK):
         task = make_task(settings.task, **_task_options(settings, source, earlier))
     if settings.short is None:
-        settings = replace(settings, short=short_stages(task, settings.tokens))
+        settings = replace(settings, short=_short_stages(task, settings.tokens))
     torch.manual_seed(settings.seed)
     with named(**_OF_MODEL):
         memory = _memory(settings, task, source, earlier)
-    return Run(settings, task, memory.to(device_of(settings.device)), source)
+    return Run(settings, task, memory.to(usable_device(settings.device)), source)
 
 
 def start_from(folder: Path, settings: TrainSettings) -> Run:
@@ -191,7 +194,7 @@ def _load(settings: TrainSettings, folder: Path) -> Run:
     """Build a run with the vocabulary and weights in a folder."""
     files = RunFiles.of(folder)
     run = build(settings, files)
-    load_model(run.memory, files.weights, device=device_of(settings.device))
+    load_model(run.memory, files.weights, device=usable_device(settings.device))
     return run
 
 
@@ -203,8 +206,7 @@ def _reading(folder: Path, option: str) -> Iterator[None]:
     except SettingError:
         raise
     except _UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        message = f"must be one that segattn rmt train wrote, got {str(folder)!r} ({reason})"
+        message = f"must be one that segattn rmt train wrote, got {str(folder)!r} ({first_line(error)})"
         raise SettingError(option, message) from None
 
 
@@ -239,6 +241,11 @@ def _task_options(settings: TrainSettings, source: Pretrained | None, earlier: R
     if earlier is not None:
         return files | {"vocabulary": Vocabulary(json.loads(earlier.vocabulary.read_text(encoding="utf-8")))}
     return files | {"vocabulary_size": settings.vocabulary}
+
+
+def _short_stages(task: Task, segment_len: int) -> tuple[int, ...]:
+    """Return the default stages shorter than a segment, since little is learnt from long texts at first."""
+    return tuple(n for n in SHORT if task.shortest <= n < segment_len) if task.name in FORMS else ()
 
 
 def _memory(settings: TrainSettings, task: Task, source: Pretrained | None, earlier: RunFiles | None) -> nn.Module:

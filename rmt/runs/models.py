@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from ...runs.checkpoint import SettingError
+from ...runs.errors import SettingError, first_line
 from ..tasks.vocabulary import CLS, PAD, SEP
 
 
@@ -77,7 +77,6 @@ def _modernbert(common: dict[str, Any]) -> Any:
 
 
 _CONFIGS = {"bert": _bert, "modernbert": _modernbert}
-ENCODERS = tuple(_CONFIGS)
 
 
 def small_decoder(vocab_size: int, rows: int, sizes: Sizes) -> nn.Module:
@@ -160,7 +159,5 @@ def freeze_model(memory: nn.Module) -> None:
 
 def _unusable(folder: Path, what: str, error: Exception) -> SettingError:
     """Return the error of a folder from which transformers cannot load what is wanted."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return SettingError(
-        "pretrained", f"must be a folder with {what} of Hugging Face's format, got {str(folder)!r} ({reason})"
-    )
+    problem = f"must be a folder with {what} of Hugging Face's format, got {str(folder)!r} ({first_line(error)})"
+    return SettingError("pretrained", problem)

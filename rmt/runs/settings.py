@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+from ...runs.device import usable_device
+from ...runs.errors import SettingError
+from ...runs.settings import absolute, check_least
 
-from ...runs.checkpoint import SettingError
-from ..tasks.make import FORMS, TASKS, Task
-from .curriculum import Recipe
-from .models import ENCODERS, Sizes
+# imported where they are needed, since settings are read for the help of commands too
+if TYPE_CHECKING:
+    from .curriculum import Recipe
+    from .models import Sizes
 
 ARCHITECTURES = ("rmt", "armt")
-CLASS_TASKS = tuple(name for name, form in FORMS.items() if form.kind == "class")
-SHORT = (64, 128)
+ENCODERS = ("bert", "modernbert")
+PATHS = ("babi", "book", "pretrained", "start")
 COUNTS = (
     "layers width heads memory d_mem segment_len steps warm_up batch later_batch bptt key_digits test_samples".split()
 )
@@ -31,78 +33,66 @@ OF_TASK = "task babi book key_digits rewrite".split()
 class TrainSettings:
     """The settings of a training run. Class tasks train an encoder, token tasks a decoder.
 
-    Args:
-        task: a name in `tasks.make.TASKS`.
-        babi: folder of bAbI's files; None: generated facts.
-        book: file of running text; None: generated sentences.
-        vocabulary: words of the text that are kept, besides those of the facts.
-        decoys: in tasks of text, share of the training text's tokens that are replaced by single ones out of facts.
-        key_digits, rewrite: as in `RetrievalTask`.
-        encoder: kind of the small model for class tasks, bert or modernbert.
-        layers, width, heads: of the small model.
-        pretrained: folder of an encoder and its tokenizer, in place of the small model.
-        freeze: train only the memory and the head of a pretrained model.
-        start: folder of an earlier run with the same model, whose vocabulary and weights the run begins with.
-        architecture: "rmt" or, for token tasks, "armt".
-        memory: memory tokens; None: 10, or a segment's tokens where those are fewer.
-        d_mem: of armt, width of queries and keys before their features.
-        segment_len: tokens of a segment; None: 499, in retrieval those of a pair.
-        short: as in `Recipe`; None: 64 and 128 in tasks of text, where those are possible.
-        short_segments: as in `Recipe`.
-        segments: as in `Recipe`; empty: up to 5.
-        steps, threshold, anneal, vary, batch, lr, beta2, weight_decay, warm_up: as in `Recipe`.
-        later_batch, later_lr: as in `Recipe`; None: batch, and 0.4 of lr.
-        noise: of rmt, added to the memory between segments in training, relative to the size of its rows.
-        bptt: segments that gradients reach back; None: all.
-        seed: of weights, dropout and samples.
-        device: as PyTorch names it; None: a GPU where one is.
-        test_samples: number of test samples after each stage, at its length.
+    The string beside a field is the help of its option. Paths become absolute, so that a run can be resumed from any
+    folder. Recipes are explained at `Recipe`, tasks at `tasks.make`.
 
     Raises:
         SettingError: naming the setting, what it must be, and what it was.
     """
 
-    task: str
-    babi: str | None = None
-    book: str | None = None
-    vocabulary: int = 4000
-    decoys: float = 0.0
-    key_digits: int = 2
-    rewrite: bool = False
-    encoder: str = "bert"
-    layers: int = 2
-    width: int = 64
-    heads: int = 4
-    pretrained: str | None = None
-    freeze: bool = False
-    start: str | None = None
-    architecture: str = "rmt"
-    memory: int | None = None
-    d_mem: int = 64
-    segment_len: int | None = None
-    short: tuple[int, ...] | None = None
-    short_segments: tuple[int, ...] = ()
-    segments: tuple[int, ...] = ()
-    steps: int = 1500
-    threshold: float = 0.99
-    anneal: int = 0
-    vary: bool = True
-    batch: int = 32
-    later_batch: int | None = None
-    lr: float = 1e-3
-    later_lr: float | None = None
-    beta2: float = 0.999
-    noise: float = 0.0
-    weight_decay: float = 1e-3
-    warm_up: int = 50
-    bptt: int | None = None
-    seed: int = 0
-    device: str | None = None
-    test_samples: int = 200
+    task: Annotated[str, "memorize, detect, reasoning; qa1, qa2, qa4; retrieval, copy or reverse."]
+    babi: Annotated[str | None, "Folder of bAbI's files. Default: generated facts."] = None
+    book: Annotated[str | None, "Running text, UTF-8. Default: generated sentences."] = None
+    vocabulary: Annotated[int, "Words of the text that are kept, besides those of facts."] = 4000
+    decoys: Annotated[float, "Share of stray words of facts in the text of half the samples."] = 0.0
+    key_digits: Annotated[int, "Of retrieval: digits of a key."] = 2
+    rewrite: Annotated[bool, "Of retrieval: write keys again, with other values."] = False
+    encoder: Annotated[str, "Of tasks of classes: bert or modernbert."] = "bert"
+    layers: Annotated[int, "Layers of the small model."] = 2
+    width: Annotated[int, "Width of the small model."] = 64
+    heads: Annotated[int, "Heads of the small model."] = 4
+    pretrained: Annotated[
+        str | None, "Folder of a Hugging Face encoder and its tokenizer, in place of the small model."
+    ] = None
+    freeze: Annotated[bool, "Of a pretrained model, train only the memory and the head."] = False
+    start: Annotated[str | None, "Folder of an earlier run, whose model, vocabulary and weights are taken."] = None
+    architecture: Annotated[str, "rmt, or armt for tasks of tokens."] = "rmt"
+    memory: Annotated[int | None, "Memory tokens. Default: 10, or a segment's tokens where those are fewer."] = None
+    d_mem: Annotated[int, "Of armt: width of queries and keys before their features."] = 64
+    segment_len: Annotated[int | None, "Tokens per segment. Default: 499, in retrieval those of a pair."] = None
+    short: Annotated[
+        tuple[int, ...] | None, "Tokens of stages before a whole segment, or none. Default: 64,128 in tasks of text."
+    ] = None
+    short_segments: Annotated[
+        tuple[int, ...], "Then, stages of so many segments as short as the last of --short. Default: none."
+    ] = ()
+    segments: Annotated[
+        tuple[int, ...], "How far the curriculum goes, as 5, or its stages, as 1,2,5 or 5,. Default: 5."
+    ] = ()
+    steps: Annotated[int, "Most steps of a stage."] = 1500
+    threshold: Annotated[float, "Accuracy that ends a stage."] = 0.99
+    anneal: Annotated[int, "Steps after the last stage while the rate falls to nothing."] = 0
+    vary: Annotated[bool, "Draw every other batch from shorter texts; the default."] = True
+    batch: Annotated[int, "Samples per step."] = 32
+    later_batch: Annotated[int | None, "Samples per step in stages of several segments. Default: --batch."] = None
+    lr: Annotated[float, "Learning rate."] = 1e-3
+    later_lr: Annotated[float | None, "Learning rate in stages of several segments. Default: 0.4 of --lr."] = None
+    beta2: Annotated[float, "Of AdamW, decay of the mean of squared gradients."] = 0.999
+    noise: Annotated[float, "Of rmt: noise on the memory in training, relative to the size of its rows."] = 0.0
+    weight_decay: Annotated[float, "Weight decay of all parameters."] = 1e-3
+    warm_up: Annotated[int, "Steps over which the rate rises in each stage."] = 50
+    bptt: Annotated[int | None, "Segments that gradients reach back. Default: all."] = None
+    seed: Annotated[int, "Seed of weights, dropout and samples."] = 0
+    device: Annotated[str | None, "Where to run, such as cpu or cuda. Default: a GPU where one is."] = None
+    test_samples: Annotated[int, "Test samples after each stage."] = 200
 
     def __post_init__(self) -> None:
+        from ..tasks.make import TASKS
+
         if self.task not in TASKS:
             raise SettingError("task", f"must be one of {', '.join(TASKS)}, got {self.task!r}")
+        for name in PATHS:
+            object.__setattr__(self, name, absolute(getattr(self, name)))
         object.__setattr__(self, "segments", tuple(self.segments) or up_to(5, self.task))
         if self.short is not None:
             object.__setattr__(self, "short", tuple(self.short))
@@ -121,7 +111,7 @@ class TrainSettings:
             object.__setattr__(self, "memory", min(10, self.tokens))
         if self.later_lr is None:
             object.__setattr__(self, "later_lr", 0.4 * self.lr)
-        check_device(self.device)
+        usable_device(self.device)
 
     @property
     def tokens(self) -> int:
@@ -140,21 +130,25 @@ class TrainSettings:
     @property
     def classifies(self) -> bool:
         """Whether the task has classes, and the model is an encoder."""
-        return self.task in CLASS_TASKS
+        from ..tasks.make import FORMS
+
+        return self.task in FORMS and FORMS[self.task].kind == "class"
 
     def sizes(self) -> Sizes:
         """Return the sizes of the small model."""
+        from .models import Sizes
+
         return Sizes(self.layers, self.width, self.heads)
 
     def recipe(self) -> Recipe:
         """Return the recipe of the curriculum, whose settings have the same names."""
+        from .curriculum import Recipe
+
         shared = {field.name: getattr(self, field.name) for field in fields(Recipe) if hasattr(self, field.name)}
         return Recipe(**shared | {"short": self.short or (), "later_batch": self.later_batch or self.batch})
 
     def _check_numbers(self) -> None:
         check_least(self, LEAST)
-        if self.seed >= 2**32:
-            raise SettingError("seed", f"must be below 2**32, got {self.seed}")
         if not 0 < self.threshold <= 1:
             raise SettingError("threshold", f"must be above 0 and at most 1, got {self.threshold}")
         for name in ("beta2", "decoys"):
@@ -183,11 +177,14 @@ class TrainSettings:
 
     def _check_use(self) -> None:
         """Check that no option is set that would change nothing."""
+        from ..tasks.make import FORMS
+
         text, small = self.task in FORMS, self.pretrained is None
+        of_classes = ", ".join(name for name, form in FORMS.items() if form.kind == "class")
         uses = (
             ("babi book decoys", text, f"is for tasks of text, {', '.join(FORMS)}"),
             ("key_digits rewrite", self.task == "retrieval", "is for retrieval"),
-            ("pretrained", self.classifies, f"is for tasks of classes, {', '.join(CLASS_TASKS)}"),
+            ("pretrained", self.classifies, f"is for tasks of classes, {of_classes}"),
             ("freeze", not small, "must come with --pretrained: a model of random weights is not worth keeping"),
             ("encoder", self.classifies and small, "is for the small model of tasks of classes"),
             ("vocabulary", text and small, "is for the small model of tasks of text"),
@@ -210,40 +207,3 @@ class TrainSettings:
 def up_to(segments: int, task: str) -> tuple[int, ...]:
     """Return the stages from one segment up to `segments`; retrieval begins at two, a pair and a question."""
     return tuple(range(min(segments, 1 + (task == "retrieval")), segments + 1))
-
-
-def short_stages(task: Task, segment_len: int) -> tuple[int, ...]:
-    """Return the default stages shorter than a segment, since little is learnt from long texts at first."""
-    return tuple(n for n in SHORT if task.shortest <= n < segment_len) if task.name in FORMS else ()
-
-
-def check_device(device: str | None) -> None:
-    """Check that PyTorch can compute on a device.
-
-    Raises:
-        SettingError: of `device`: it cannot.
-    """
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingError(
-            "device", f"must be one that PyTorch can use here, such as 'cpu', got {device!r} ({reason})"
-        ) from None
-
-
-def device_of(device: str | None) -> str:
-    """Return the device, by default a GPU where one is."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_least(settings: object, least: Mapping[str, int]) -> None:
-    """Check that no setting is below its least value; one that is None has no value.
-
-    Raises:
-        SettingError: naming the setting.
-    """
-    for name, low in least.items():
-        value = getattr(settings, name)
-        if value is not None and value < low:
-            raise SettingError(name, f"must be at least {low}, got {value}")

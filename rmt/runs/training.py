@@ -7,16 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...runs.checkpoint import (
-    InterruptedRunError,
-    SettingError,
-    deferred_interrupt,
-    named,
-    read_checkpoint,
-    save_checkpoint,
-    save_weights,
-)
+from ...runs.checkpoint import read_checkpoint, save_checkpoint, save_weights
+from ...runs.errors import SettingError, named
 from ...runs.figures import prepare, versions, write_figures
+from ...runs.interrupts import InterruptedRunError, deferred_interrupt
+from ...runs.settings import check_same
 from ..tasks.answers import count_right, interval, samples_of
 from .curriculum import DivergedError, Stage, Step, Trainer
 from .folder import RunFiles, build, fingerprint, start_from, write_sources
@@ -59,7 +54,7 @@ def run_training(settings: TrainSettings, folder: Path, listener: Listener, *, r
     files = RunFiles.of(folder)
     saved = _checkpoint(files.checkpoint) if resume else None
     if saved is not None:
-        _check_same(saved["settings"], settings)
+        check_same(_plain(settings), saved["settings"], (*FREE, *OF_STAGE))
     if resume:
         run = build(settings, files)
     elif settings.start is None:
@@ -75,8 +70,7 @@ def run_training(settings: TrainSettings, folder: Path, listener: Listener, *, r
         samples_of(run.task, 0, 1, trainer.plan[-1].length, TEST_SEED)
     data = fingerprint(settings)
     if saved is None:
-        for path in (files.checkpoint, files.figures):
-            prepare(path, resume=False)
+        prepare(files.checkpoint, files.figures, resume=False)
         write_sources(run, files)
     else:
         _restore(trainer, saved, data)
@@ -194,17 +188,6 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     return read_checkpoint(path, "segattn rmt train", ("data", "trainer"), TrainSettings.__dataclass_fields__)
 
 
-def _check_same(saved: dict[str, Any], settings: TrainSettings) -> None:
-    """Check that settings that may not change are the checkpoint's.
-
-    Raises:
-        SettingError: naming one that is not.
-    """
-    for name, value in _plain(settings).items():
-        if name not in (*FREE, *OF_STAGE) and saved[name] != value:
-            raise SettingError(name, f"must be the checkpoint's with resume, {saved[name]!r}, got {value!r}")
-
-
 def _restore(trainer: Trainer, saved: dict[str, Any], data: str) -> None:
     """Load a checkpoint into a trainer.
 
@@ -212,7 +195,7 @@ def _restore(trainer: Trainer, saved: dict[str, Any], data: str) -> None:
         SettingError: of `book`: other data; of `segments`: other stages than those that were begun.
     """
     if saved["data"] != data:
-        raise SettingError("book", "and --babi must hold what they held before with resume, got other files")
+        raise SettingError("book", "and --babi must hold what they held before with --resume, got other files")
     state = saved["trainer"]
     begun = [(figures["tokens"], figures["segment_len"], figures["annealed"]) for figures in state["done"]]
     if state["log"]:
@@ -220,6 +203,6 @@ def _restore(trainer: Trainer, saved: dict[str, Any], data: str) -> None:
     if [stage.kind for stage in trainer.plan[: len(begun)]] != begun:
         lengths = ", ".join(f"{length} ({min(length, cut)} a segment)" for length, cut, _ in begun)
         raise SettingError(
-            "segments", f"must begin as the checkpoint's with resume, with stages of {lengths} tokens, got others"
+            "segments", f"must begin as the checkpoint's with --resume, with stages of {lengths} tokens, got others"
         )
     trainer.load_state_dict(state)

@@ -94,7 +94,7 @@ def answer(memory: Memory, batch: Batch, segment_len: int, on_read: Callable[[in
     # the logits of the first answer, and the beginning of their segment
     first = int((labels != IGNORED).any(0).nonzero()[0]) - 1 if tokens else time - 1
     last = first // segment_len * segment_len
-    state, logits = None, torch.empty(0)
+    state, logits = None, torch.empty(0, device=device)
     for begin, end in pairwise([*range(0, last, PIECE * segment_len), last, time]):
         # an encoder's logits of a row's last segment are always returned
         out = memory(ids[:, begin:end].to(device), state=state, output_logits=tokens and end == time)

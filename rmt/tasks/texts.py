@@ -101,7 +101,8 @@ class TextTask:
         for row, question in zip(rows, drawn, strict=True):
             self._fill(row, question, generator, split)
         if self.kind == "class":
-            return Batch(torch.from_numpy(rows), torch.tensor([self.classes.index(q.answer) for q in drawn]))
+            labels = np.array([self.classes.index(question.answer) for question in drawn])
+            return Batch(torch.from_numpy(rows), torch.from_numpy(labels))
         labels = np.full_like(rows, IGNORED)
         for label, question in zip(labels, drawn, strict=True):
             answer = self._ids(question.answer)

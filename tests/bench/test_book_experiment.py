@@ -28,11 +28,12 @@ from segattn.bench.experiments.book.experiment import (
 )
 from segattn.bench.experiments.book.setup import Setup, text_of
 from segattn.bench.experiments.harness import earlier
-from segattn.runs.checkpoint import SettingError
+from segattn.runs.errors import SettingError
 from segattn.runs.text import generate_text
 
 SIZES = {"segment_len": 8, "row": 32, "batch": 2, "steps": 3, "width": 16, "hidden": 24, "warm_up": 1, "reach": 2}
 SETUP = Setup(**SIZES)
+COUNTS = ("segment-len", "row", "batch", "steps", "seeds", "width", "layers", "heads", "warm-up", "reach")
 
 
 @pytest.fixture(scope="module")
@@ -146,21 +147,7 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        *(
-            (f"--{name}=0", f"--{name} must be at least 1, got 0")
-            for name in (
-                "segment-len",
-                "row",
-                "batch",
-                "steps",
-                "seeds",
-                "width",
-                "layers",
-                "heads",
-                "warm-up",
-                "reach",
-            )
-        ),
+        *((f"--{name}=0", f"--{name} must be at least 1, got 0") for name in COUNTS),
         ("--heads=3", "--width must be a multiple of 6, twice the heads, got 16"),
         ("--held-out=2", "--held-out must be between 0 and 1, got 2.0"),
         ("--held-out=0", "--held-out must be between 0 and 1, got 0.0"),

@@ -15,7 +15,7 @@ import torch
 from segattn.bench.report.compare import Change, away, change_of_time, changes, changes_of_times, main, unlike
 from segattn.bench.report.compare_commits import error_of
 from segattn.bench.report.records import Result
-from segattn.bench.speed.rows import ResultError, Row
+from segattn.bench.speed.rows import ResultError, Row, as_json
 from segattn.bench.speed.timing import Times
 
 BASE = "SDPA flash local"
@@ -176,16 +176,15 @@ def test_away() -> None:
 def suite() -> dict[str, Any]:
     """As `pytest bench/ --benchmark-json` writes it."""
 
-    def row(provider: str, ratio: float) -> dict[str, Any]:
-        info = {"provider": provider, "baseline": BASE, "direction": "forward", "errors": {"out": 1e-7}}
-        info |= {"ratio": ratio, "ratio_fifths": [0.99 * ratio, 1.01 * ratio]}
-        info |= {"ms": 3.0, "ms_fifths": [2.9, 3.1], "case": {"T": 32, "dtype": "float32"}}
-        stats = {"median": 3e-3, "rounds": 3, "data": [3e-3] * 3}
-        return {"group": "small, forward", "extra_info": info | {"error": 1e-7}, "stats": stats}
-
+    known: dict[str, Any] = {"ms": Times(3.0, 2.9, 3.1), "errors": {"out": 1e-7}, "seconds": [3e-3] * 3}
+    known |= {"case": {"T": 32, "dtype": "float32"}}
+    rows = [
+        dataclasses.replace(record(provider, (x, 0.99 * x, 1.01 * x), group="small, forward"), **known)
+        for provider, x in ((BASE, 1.0), ("segattn delta", 3.0))
+    ]
     machine = {"device": "cpu", "cpu_capability": "AVX2", "threads": 2, "torch": "2.13.0", "python": "3.11"}
     commit = {"id": "0123456789abcdef", "dirty": False}
-    return {"machine_info": machine, "commit_info": commit, "benchmarks": [row(BASE, 1.0), row("segattn delta", 3.0)]}
+    return {"machine_info": machine, "commit_info": commit} | as_json(rows)
 
 
 def test_files_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

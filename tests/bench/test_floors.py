@@ -44,13 +44,6 @@ def test_memory_by_hand() -> None:
         assert floors.write_backward(SMALL, update).operations == 2 * floors.write(SMALL, update).operations
 
 
-def test_scan_by_hand() -> None:
-    ends = 2 * 4 * 30 * 4
-    # two segments of 4 heads: B and M of 30, A of 25
-    assert floors.scan(SMALL, "linear") == Work(0, 8 * 60 * 4 + ends)
-    assert floors.scan(SMALL, "delta") == Work(8 * 2 * 25 * 6, 8 * 85 * 4 + ends)
-
-
 def test_whole_calls_are_their_parts() -> None:
     parts = [floors.local_forward(SMALL), floors.read(SMALL), floors.write(SMALL, "delta")]
     assert floors.forward(SMALL, "delta") == Work(sum(x.operations for x in parts), sum(x.bytes for x in parts))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +13,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+from processes import python
+
 from segattn.bench.experiments.harness import earlier
 from segattn.bench.experiments.lengths.experiment import Setup, main
 
@@ -22,11 +22,7 @@ TINY = ["--sizes", "1,1,8,2,1,1,8", "--least", "1", "--rounds", "1", "--lengths"
 
 
 def test_progress_is_of_readings(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "segattn.bench.experiments.lengths", "--out", str(tmp_path / "a.json"), *TINY],
-        capture_output=True,
-        text=True,
-    )
+    done = python("-m", "segattn.bench.experiments.lengths", "--out", str(tmp_path / "a.json"), *TINY)
     assert done.returncode == 0, done.stderr
     assert "profiler_start" not in done.stderr
     lines = done.stdout.splitlines()
@@ -44,20 +40,6 @@ def test_devices_that_cannot_be_are_named(tmp_path: Path, capsys: pytest.Capture
     err = capsys.readouterr().err
     assert err.startswith("lengths: --device must be cpu")
     assert err.endswith(f"got {device!r}\n")
-
-
-def test_what_differs_from_before_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "a.json"
-    assert main(["--out", str(out), *TINY]) == 0
-    assert main(["--out", str(out), *TINY, "--least", "2"]) == 2
-    assert capsys.readouterr().err == f"lengths: --least must be 1 as in {out}, got 2: or choose another --out\n"
-    for content in ("{", "[]", json.dumps({"setup": {}, "runs": []})):
-        out.write_text(content)
-        assert main(["--out", str(out), *TINY]) == 2
-        assert "out must hold figures of this command or none" in capsys.readouterr().err
-    out.write_text(json.dumps({"setup": {}, "readings": []}))
-    assert main(["--out", str(out), *TINY]) == 2
-    assert capsys.readouterr().err.startswith(f"lengths: --out must be another: {out} is of another version")
 
 
 def test_the_committed_figures_are_gone_on_with() -> None:

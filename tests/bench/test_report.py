@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -17,7 +18,8 @@ pytest.importorskip("matplotlib", reason="needs segattn[cli]")
 from segattn.bench.report import plots as report_plots
 from segattn.bench.report.main import check_required, differences, made_of, main, rewritten
 from segattn.bench.report.records import read, read_all
-from segattn.bench.speed.rows import ResultError
+from segattn.bench.speed.rows import ResultError, Row, as_json
+from segattn.bench.speed.timing import Times
 
 ROOT = Path(__file__).resolve().parents[2]
 README = """# A text
@@ -40,82 +42,53 @@ def case(time: int, name: str = "small", dtype: str = "float32") -> dict[str, An
     return {"name": name, "T": time, "L": 16, "K": 8, "H": 2, "G": 2, "B": 1, "dtype": dtype}
 
 
-def benchmark(name: str, provider: str, direction: str, ratio: float, ms: float, **about: Any) -> dict[str, Any]:
-    info = {
-        "provider": provider,
-        "baseline": "SDPA flash local",
-        "direction": direction,
-        "case": about.pop("case", case(32)),
-        "ratio": ratio,
-        "ratio_fifths": [0.9 * ratio, 1.1 * ratio],
-        "ms": ms,
-        "ms_fifths": [0.9 * ms, 1.1 * ms],
-        "peak_bytes": 3 << 20,
-        "error": 2e-7,
-        "errors": {"out": 2e-7, "dq": 4e-7, "dk": 3e-7},
-    }
-    if "kept_bytes" in about:
-        del info["peak_bytes"]
-    stats = {"median": ms / 1e3, "rounds": 5, "data": [ms / 1e3] * 5}
-    return {"group": f"{name}, {direction}", "extra_info": info | about, "stats": stats}
+def row(name: str, provider: str, direction: str, ratio: float, ms: float, **about: Any) -> Row:
+    known = Row(f"{name}, {direction}", provider, "SDPA flash local", direction, case(32), seconds=[ms / 1e3] * 5)
+    ratios, times = (Times(x, 0.9 * x, 1.1 * x) for x in (ratio, ms))
+    errors = {"out": 2e-7, "dq": 4e-7, "dk": 3e-7}
+    return dataclasses.replace(known, **({"ratio": ratios, "ms": times, "memory": 3 << 20, "errors": errors} | about))
 
 
-def suite() -> dict[str, Any]:
+def suite(*more: Row) -> dict[str, Any]:
     long = [
-        benchmark(f"T{time} by length", name, "forward + backward", 1.5, ms * time, case=case(time))
+        row(f"T{time} by length", name, "forward + backward", 1.5, ms * time, case=case(time))
         for time in (32, 64)
         for name, ms in (("SDPA flash local", 1.0), ("segattn delta", 1.5))
     ]
-    return {
-        "machine_info": {
-            "device": "cpu x86_64", "cpu_capability": "AVX2", "threads": 2, "torch": "2.13.0", "python": "3.11.7",
-        },
-        "commit_info": {"id": "0123456789abcdef", "dirty": False},
-        "benchmarks": [
-            benchmark("small", "SDPA flash local", "forward", 1.0, 2.0),
-            benchmark("small", "segattn delta", "forward", 1.25, 2.5),
-            benchmark("small", "segattn delta", "forward + backward", 1.4, 7.0, peak_bytes=150 << 20),
-            *long,
-            benchmark("decode, 64 behind", "segattn delta", "decode", 0.25, 0.1, kept_bytes=5 << 20),
-        ],
-        "not_timed": [
-            {
-                "group": "small, forward", "provider": "theirs", "status": "wrong", "reason": "errors beyond the gate",
-                "direction": "forward", "baseline": "SDPA flash local", "case": case(32),
-            },
-            {
-                "group": "T128 by length, forward + backward", "provider": "SDPA flash full", "status": "out of memory",
-                "reason": "", "direction": "forward + backward", "baseline": "SDPA flash local", "case": case(128),
-            },
-        ],
-    }  # fmt: skip
+    too_long = row("T128 by length", "SDPA flash full", "forward + backward", 1.0, 1.0, case=case(128))
+    rows = [
+        row("small", "SDPA flash local", "forward", 1.0, 2.0),
+        row("small", "segattn delta", "forward", 1.25, 2.5),
+        row("small", "segattn delta", "forward + backward", 1.4, 7.0, memory=150 << 20),
+        *long,
+        row("decode, 64 behind", "segattn delta", "decode", 0.25, 0.1, memory=5 << 20),
+        row("small", "theirs", "forward", 1.0, 1.0, errors={}).refused("wrong", "errors beyond the gate"),
+        dataclasses.replace(too_long, errors={}).refused("out of memory"),
+        *more,
+    ]
+    machine = {"device": "cpu x86_64", "cpu_capability": "AVX2", "threads": 2, "torch": "2.13.0", "python": "3.11.7"}
+    commit = {"id": "0123456789abcdef", "dirty": False}
+    return {"machine_info": machine, "commit_info": commit} | as_json(rows)
 
 
 def device() -> dict[str, Any]:
     """As `bench/on_device` writes it."""
 
-    def row(provider: str, ms: float, share: float, errors: dict[str, float]) -> dict[str, Any]:
-        about = {"floor_share": share, "errors": errors, "peak_bytes": 1 << 20, "case": long}
-        found = benchmark("main bfloat16", provider, "forward", ms / 2.0, ms, **about)
-        found["extra_info"] |= {"ratio_fifths": [0.45 * ms, 0.6 * ms], "ms_fifths": [0.9 * ms, 1.2 * ms]}
-        found["stats"] |= {"rounds": 9, "data": [ms / 1e3] * 9}
-        return found
+    def on_device(provider: str, ms: float, share: float, errors: dict[str, float]) -> Row:
+        long = case(4096, "main", "bfloat16")
+        found = row("main bfloat16", provider, "forward", 1.0, ms, case=long, memory=1 << 20, errors=errors)
+        times = {"ratio": Times(ms / 2, 0.45 * ms, 0.6 * ms), "ms": Times(ms, 0.9 * ms, 1.2 * ms)}
+        return dataclasses.replace(found, **times, facts={"floor_share": share}, seconds=[ms / 1e3] * 9)
 
-    long = case(4096, "main", "bfloat16")
-    full = {"provider": "SDPA flash full", "status": "out of memory", "reason": "", "direction": "forward"}
+    rows = [
+        on_device("SDPA flash local", 2.0, 0.6, {"out": 1e-3}),
+        on_device("segattn delta", 3.0, 0.4, {"out": 2e-3, "dq": 3e-3}),
+        dataclasses.replace(on_device("SDPA flash full", 1.0, 1.0, {}), facts={}).refused("out of memory"),
+    ]
     limits = {"power.limit": "700 W", "driver_version": "1.2"}
-    return {
-        "machine_info": {"device": "NVIDIA H100", "limits": limits, "torch": "2.13.0", "python": "3.12.1"},
-        "commit_info": {"id": "fedcba9876543210", "dirty": True},
-        "benchmarks": [
-            row("SDPA flash local", 2.0, 0.6, {"out": 1e-3}),
-            row("segattn delta", 3.0, 0.4, {"out": 2e-3, "dq": 3e-3}),
-        ],
-        "not_timed": [
-            full | {"group": "main bfloat16, forward", "baseline": "SDPA flash local", "case": long},
-        ],
-        "goals": [],
-    }
+    machine = {"device": "NVIDIA H100", "limits": limits, "torch": "2.13.0", "python": "3.12.1"}
+    commit = {"id": "fedcba9876543210", "dirty": True}
+    return {"machine_info": machine, "commit_info": commit, "goals": []} | as_json(rows)
 
 
 @pytest.fixture
@@ -169,17 +142,11 @@ def test_the_speed_table(results: Path) -> None:
 
 
 def test_what_is_noisy_is_marked_and_who_was_wrong_is_shown(results: Path) -> None:
-    document = suite()
-    document["benchmarks"][1]["extra_info"]["noisy"] = "spread of 40 %"
     model = {"B": 1, "S": 2, "L": 8, "dtype": "float32"}
-    ours = benchmark("tiny", "segattn", "reading", 0.5, 2.0, case=model, tokens_per_second=800.0)
-    document["benchmarks"].append(ours)
-    document["not_timed"].append(
-        {
-            "group": "tiny, reading", "provider": "theirs", "status": "wrong", "reason": "relative error 1",
-            "direction": "reading", "baseline": "a loop", "case": model,
-        }
-    )  # fmt: skip
+    ours = row("tiny", "segattn", "reading", 0.5, 2.0, case=model, facts={"tokens_per_second": 800.0})
+    theirs = row("tiny", "theirs", "reading", 1.0, 1.0, case=model).refused("wrong", "relative error 1")
+    document = suite(ours, theirs)
+    document["benchmarks"][1]["extra_info"]["noisy"] = "spread of 40 %"
     (results / "cpu.json").write_text(json.dumps(document), encoding="utf-8")
     assert cells(table("speed", results) or "")[3][1] == "1.25 (1.12-1.38), noisy"
     assert cells(table("recurrent", results) or "")[2:] == [
@@ -411,21 +378,12 @@ def test_tables_of_trainings_and_plans(tmp_path: Path) -> None:
 def test_the_headline_has_a_row_for_each_result_that_is_there(tmp_path: Path, results: Path) -> None:
     assert table("headline", tmp_path) is None
     assert table("headline", results) is None
-    document = suite()
-    document["benchmarks"] += [
-        benchmark("small", name, "forward + backward", ratio, 7.0)
-        for name, ratio in (
-            ("eager loop delta", 1.5),
-            ("infini-transformer-pytorch delta", 2.5),
-            ("SDPA flash full", 5.0),
-        )
-    ]
+    others = {"eager loop delta": 1.5, "infini-transformer-pytorch delta": 2.5, "SDPA flash full": 5.0}
+    more = [row("small", name, "forward + backward", ratio, 7.0) for name, ratio in others.items()]
     for name, kept in (("segattn delta", 1 << 20), ("SDPA, growing cache", 64 << 20)):
         behind = {"context": 4096, "dtype": "float32"}
-        document["benchmarks"].append(
-            benchmark("decode, 4K behind", name, "decode", 0.5, 0.1, kept_bytes=kept, case=behind)
-        )
-    keep(results / "cpu.json", document)
+        more.append(row("decode, 4K behind", name, "decode", 0.5, 0.1, memory=kept, case=behind))
+    keep(results / "cpu.json", suite(*more))
     keep_experiments(results)
     recall = [{"length": n, "exact": share} for n, share in ((64, 0.0), (128, 1.0), (128, 0.5))]
     keep(results / "demo" / "figures.json", {"recall": recall, "trained_length": 64})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +18,16 @@ pytest.importorskip("rich")
 pytest.importorskip("pytest_benchmark", reason="needs segattn[bench]")
 pytest.importorskip("recurrent_memory_transformer_pytorch", reason="needs segattn[bench]")
 
+from processes import python
+
 from segattn.bench.experiments.lengths import experiment as lengths
-from segattn.bench.experiments.lengths.experiment import READERS, Setup, kept_bytes, main, read_text, summary
+from segattn.bench.experiments.lengths.experiment import READERS, Setup, main, read_text, summary
 from segattn.bench.report.records import read
 from segattn.bench.speed import bench_recurrent_memory
 from segattn.bench.speed import recurrent_generation as generation
 from segattn.bench.speed.associative_loop import AssociativeLoop
+from segattn.bench.speed.fixture import Bench
+from segattn.bench.speed.measure import kept_bytes
 from segattn.bench.speed.recurrent import (
     DIRECTIONS,
     GROUPS,
@@ -44,10 +46,10 @@ from segattn.bench.speed.recurrent_models import (
     PlainLoop,
     Sizes,
     associative,
-    first_memory,
     llama,
-    llama_backbone,
     peer_transformer,
+    plain_llama,
+    recurrent,
     trained,
     visible,
 )
@@ -81,18 +83,17 @@ def test_the_mask_is_the_table() -> None:
 
 def changed_loop(change: Callable[[PlainLoop], None]) -> Callable[[Sizes, torch.device], Provider]:
     def make(sizes: Sizes, device: torch.device) -> Provider:
-        model, memory = llama(sizes, device), first_memory(sizes, device)
-        loop = PlainLoop(llama_backbone(model), memory, sizes.L)
+        loop = plain_llama(sizes, device)
         change(loop)
-        return Provider(loop.loss, loop.read, [memory, *trained(model)])
+        return Provider(loop.loss, loop.read, loop.parameters)
 
     return make
 
 
 def forgets(loop: PlainLoop) -> None:
-    whole, first = loop.segments, loop.memory
-    loop.segments = lambda ids, memory=None: (  # type: ignore[method-assign]
-        pair for segment in ids.split(loop.segment_len, 1) for pair in whole(segment, first.expand(len(ids), -1, -1))
+    whole = loop.segments
+    loop.segments = lambda ids: (  # type: ignore[method-assign]
+        pair for segment in ids.split(loop.segment_len, 1) for pair in whole(segment)
     )
 
 
@@ -130,11 +131,8 @@ def test_a_wrong_provider_is_found(change: Callable[[PlainLoop], None]) -> None:
 
 def test_truncated_gradients_are_found() -> None:
     def truncated(sizes: Sizes, device: torch.device) -> Provider:
-        from segattn.rmt.recurrent.memory import RecurrentMemory
-
         model = llama(sizes, device)
-        module = RecurrentMemory(model, sizes.m, sizes.L, bptt=1)
-        module.memory.data.copy_(first_memory(sizes, device))
+        module = recurrent(sizes, device, model, bptt=1)
         return Provider(
             lambda ids: module(ids, labels=ids).loss,
             lambda ids: [module(ids, output_logits=False).state.memory],
@@ -159,7 +157,7 @@ def test_the_peer_by_its_defaults_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_associative_memory_that_returns_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def empty(sizes: Sizes, device: torch.device, schedule: str) -> Any:
+    def empty(sizes: Sizes, device: torch.device, schedule: str = "vertical") -> Any:
         module = associative(sizes, device, schedule)
         for memory in module.memories.values():
             torch.nn.init.zeros_(memory.value.weight)
@@ -175,10 +173,10 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"Llama": {"wrong": Entry(changed_loop(forgets), loop_llama)}}
     monkeypatch.setattr(bench_recurrent_memory, "GROUPS", wrong)
     benchmark: Any = SimpleNamespace(group=None, extra_info={})
-    nothing: Any = None
     rows: list[Row] = []
+    bench = Bench(benchmark, rows.append, CPU, 3, 1.0)
     with pytest.raises(pytest.fail.Exception, match="wrong is wrong, and is not timed: relative error"):
-        bench_recurrent_memory.test_step(SMALL, DIRECTIONS[0], "Llama", "wrong", benchmark, CPU, rows.append, nothing)
+        bench_recurrent_memory.test_step(SMALL, DIRECTIONS[0], "Llama", "wrong", bench)
     (row,) = rows
     assert row.extra_info() == {
         "provider": "wrong",
@@ -239,21 +237,8 @@ def test_the_whole_path(tmp_path: Path) -> None:
     """A JSON with a ratio for every provider that was asked for, and the table."""
     out = tmp_path / "result.json"
     options = ["--workload=1,2,8,2,1,1,8", "--rounds=2", f"--benchmark-json={out}", "-k", "reading or -2-"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "bench/speed/bench_recurrent_memory.py",
-            *options,
-            "-p",
-            "no:cacheprovider",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    suite = "bench/speed/bench_recurrent_memory.py"
+    done = python("-m", "pytest", "-q", suite, *options, "-p", "no:cacheprovider", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(out.read_text())
     results = document["benchmarks"]
@@ -301,18 +286,18 @@ def test_texts_are_read_from_their_beginning_in_pieces(monkeypatch: pytest.Monke
 def test_what_readers_keep_is_that_of_the_text(name: str) -> None:
     ids = SMALL.ids(CPU, 4 * SMALL.L)
     with torch.no_grad():
-        reader, kept = READERS[name](SMALL, CPU, 4), None
+        reader, kept = READERS[name](SMALL, CPU), None
         for piece in ids.split(2 * SMALL.L, 1):
             kept = reader(piece, kept)
         if name == "RMT":
             found = [kept.memory]
-            expected = PlainLoop(llama_backbone(llama(SMALL, CPU)), first_memory(SMALL, CPU), SMALL.L).read(ids)
+            expected = plain_llama(SMALL, CPU).read(ids)
         elif name == "ARMT":
             found = [x for memory in kept.memories for x in memory]
-            expected = AssociativeLoop(associative(SMALL, CPU, "vertical")).read(ids)
+            expected = AssociativeLoop(associative(SMALL, CPU)).read(ids)
         else:
             found = [x for layer in kept.layers for x in (layer.keys, layer.values)]
-            cache = llama(SMALL, CPU, positions=36)(ids, use_cache=True).past_key_values
+            cache = llama(SMALL, CPU)(ids, use_cache=True).past_key_values
             expected = [x for layer in cache.layers for x in (layer.keys, layer.values)]
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
@@ -368,7 +353,7 @@ def test_lengths_are_measured_once_and_gone_on_with(tmp_path: Path, capsys: pyte
 def test_what_was_read_outlives_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stops(sizes: Sizes, device: torch.device, longest: int) -> Callable[[torch.Tensor, Any], Any]:
+    def stops(sizes: Sizes, device: torch.device) -> Callable[[torch.Tensor, Any], Any]:
         warm = iter([False])
 
         def read(ids: torch.Tensor, kept: Any) -> Any:

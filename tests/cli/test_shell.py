@@ -23,8 +23,13 @@ from typer.testing import CliRunner
 import segattn
 from segattn.cli.progress import Progress, Reading, is_due
 from segattn.cli.shell import Command, Ending, counts
-from segattn.runs.checkpoint import InterruptedRunError, SettingError, replacing
+from segattn.infini.demo.settings import DemoSettings
+from segattn.rmt.runs.settings import TrainSettings
+from segattn.runs.checkpoint import replacing
+from segattn.runs.errors import SettingError
+from segattn.runs.interrupts import InterruptedRunError
 from segattn.runs.pictures import save_picture
+from segattn.runs.settings import absolute, check_same
 
 TRAIN = Command(
     "rmt train",
@@ -80,6 +85,22 @@ def test_counts() -> None:
     for text in ("", "1,", "0", "-1", "1.5", "K", "²"):
         with pytest.raises(SettingError, match="length must be numbers from 1 on with commas, as 2,8, got "):
             counts("length", text, "2,8")
+
+
+def test_paths_stay_right_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").touch()
+    whole = str(tmp_path.resolve() / "text.txt")
+    assert DemoSettings(text="text.txt").text == TrainSettings("detect", book="text.txt").book == whole
+    assert absolute("nowhere") == "nowhere"
+    assert absolute(None) is None
+
+
+def test_a_resumed_run_keeps_its_settings() -> None:
+    check_same({"steps": 3, "lr": 0.1, "text_sha256": "a"}, {"steps": 2, "lr": 0.1, "text_sha256": "a"}, ("steps",))
+    for name, option in (("lr", "lr"), ("text_sha256", "text")):
+        with pytest.raises(SettingError, match=f"{option} must be the checkpoint's with --resume, 1, got 2"):
+            check_same({name: 2}, {name: 1}, ("steps",))
 
 
 def shown(terminal: bool) -> Console:
@@ -147,7 +168,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_picture_has_the_format_of_its_name(tmp_path: Path) -> None:
-    for suffix, begin in (("png", b"\x89PNG"), ("PDF", b"%PDF"), ("svg", b"<?xml")):
+    for suffix, begin in (("png", b"\x89PNG"), ("PDF", b"%PDF"), ("svg", b"<?xml"), ("jpg", b"\xff\xd8")):
         save_picture(Figure(figsize=(1, 1)), tmp_path / f"picture.{suffix}")
         assert (tmp_path / f"picture.{suffix}").read_bytes().startswith(begin)
     for name in ("picture", "picture.json"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from models import converted, tokens
-from torch.distributed.fsdp import fully_shard
+from sharding import HALF, shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,15 +31,20 @@ def model_of(kind: str) -> torch.nn.Module:
 
 
 def gradients(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the loss, and the gradient of every parameter, put together from its shards."""
+    """Return the loss, and the gradient of every parameter."""
     loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
+    return loss.item(), gathered(model)
+
+
+def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradient of every parameter, put together from its shards."""
     grads = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad
         assert grad is not None, name
         grads[name.removeprefix("module.")] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
-    return loss.item(), grads
+    return grads
 
 
 def train(rank: int, world: int, folder: str) -> None:
@@ -53,13 +58,15 @@ def train(rank: int, world: int, folder: str) -> None:
         results[f"ddp {step}"] = gradients(model, tokens(2, L - 3, step)[rank : rank + 1])[1]
         optimizer.step()
     for kind in ("plain", "checkpointed"):
-        sharded = model_of(kind)
-        for layer in sharded.model.layers:
-            fully_shard(layer)
-        fully_shard(sharded)
+        sharded = shard(model_of(kind))
         gate = sharded.model.layers[0].self_attn.segattn_gate.bias
         assert isinstance(gate, DTensor)
         results[f"fsdp {kind}"] = gradients(sharded, tokens(2, 3 * L + 5)[rank : rank + 1])[1]
+    segattn.backward_in_pieces(sharded := shard(model_of("plain")), tokens(2, 3 * L + 5)[rank : rank + 1], L - 3)
+    results["fsdp pieces"] = gathered(sharded)
+    for way, shard_half in HALF.items():
+        half = shard_half(model_of("plain").bfloat16())
+        results[f"half {way}"] = gradients(half, tokens(2, 3 * L + 5)[rank : rank + 1])[1]
     segattn.save_gates(sharded, Path(folder) / f"gates of rank {rank}")
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")

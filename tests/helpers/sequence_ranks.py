@@ -366,6 +366,7 @@ def model_refusals(group: Any, mesh: Any, rank: int) -> dict[str, str]:
         "padding on the left": call(attention_mask=left if rank == 0 else torch.ones_like(ids)),
         "padding between": call(attention_mask=later),
         "batch": call(input_ids=ids[:1] if rank == 3 else ids),
+        "dimensions": call(input_ids=ids[0] if rank == 3 else ids),
         "labels": call(labels=ids if rank == 3 else None),
         "after labels": call(),
         "part of a segment": call(input_ids=ids[:, :13] if rank == 0 else ids),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from segattn import InfiniAttention, parameter_groups
 from segattn.infini.demo.decoder import Decoder, DecoderConfig
+from segattn.infini.gate import Gate
 from segattn.infini.rotary import rotate
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -166,6 +167,30 @@ def test_gates_are_made_and_read_in_float32() -> None:
     assert attention.gate().dtype == torch.float32
 
 
+def test_a_gate_gives_away_no_parameter() -> None:
+    gate = Gate(3, 0.5)
+    beta = gate()
+    assert beta.dtype == torch.float32
+    assert beta.untyped_storage().data_ptr() != gate.bias.untyped_storage().data_ptr()
+    beta.square().sum().backward()
+    assert torch.equal(gate.bias.grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_gradient_of_a_gate_keeps_its_dtype_when_a_model_is_cast(held: torch.dtype, dtype: torch.dtype) -> None:
+    attention = InfiniAttention(16, 4, segment_len=5)
+    # as of a checkpoint in half precision that was assigned
+    attention.gate.bias = torch.nn.Parameter(attention.gate.bias.detach().to(held))
+    optimizer = torch.optim.AdamW(parameter_groups(attention, 1e-3))
+    attention(torch.randn(1, 12, 16))[0].sum().backward()
+    wanted = attention.gate.bias.grad.float()
+    attention.to(dtype)
+    assert attention.gate.bias.dtype == torch.float32
+    assert torch.equal(attention.gate.bias.grad, wanted)
+    optimizer.step()
+
+
 def test_norms_do_not_warn_under_autocast(recwarn: pytest.WarningsRecorder) -> None:
     attention = InfiniAttention(16, 4, segment_len=5, qk_norm=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -189,6 +214,10 @@ def test_parameter_groups() -> None:
     optimiser = torch.optim.AdamW([matrices, vectors, gates])
     model(torch.randint(11, (1, 12)))[0].square().sum().backward()
     optimiser.step()
+    with pytest.raises(
+        TypeError, match=r"model must be a torch\.nn\.Module, .*, got list: pass the model, not its par"
+    ):
+        parameter_groups(list(model.parameters()), lr=1e-3)  # type: ignore[arg-type]
     # Adam's first step has the size of the rate
     assert torch.allclose((gates["params"][0] - before).abs(), torch.full_like(before, 2e-2), rtol=1e-3)
 
@@ -255,3 +284,10 @@ def test_gates_that_nobody_trains_are_noticed() -> None:
     layer.gate.requires_grad_(False)
     with pytest.warns(UserWarning, match="no gate is trained"):
         parameter_groups(layer, 1e-3)
+
+
+def test_a_text_of_one_segment_gives_every_parameter_a_gradient() -> None:
+    """Data parallelism waits for the gradients of all parameters, also of those that only later segments use."""
+    attention = layer(write_bias=-1.0, qk_norm=True)
+    attention(tokens(1, 3))[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in attention.parameters())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from models import NAMES, converted, make, open_gates, tokens
+from models import NAMES, converted, defaults, make, open_gates, tokens
 
 import segattn
 from segattn.infini.huggingface import interface
@@ -126,7 +126,10 @@ def test_packed_sequences_by_position_ids_equal_each_alone(name: str, batch: int
     model, ids = converted(name), tokens(batch, 50)
     lengths = [19, 31] if batch == 1 else [50, 8, 42]
     positions = torch.cat([torch.arange(n) for n in lengths]).view(batch, 50)
-    packed = logits(model, ids, position_ids=positions).flatten(0, 1).split(lengths)
+    packed = logits(model, ids, position_ids=positions)
+    # a tokenizer's mask of ones says nothing
+    assert torch.equal(packed, logits(model, ids, position_ids=positions, attention_mask=torch.ones_like(ids)))
+    packed = packed.flatten(0, 1).split(lengths)
     alone = [logits(model, piece[None])[0] for piece in ids.flatten().split(lengths)]
     for mine, wanted in zip(packed, alone, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
@@ -147,6 +150,67 @@ def test_packed_sequences_by_the_bounds_that_flash_attention_takes() -> None:
     torch._dynamo.reset()
     torch.testing.assert_close(logits(torch.compile(model, backend="eager"), ids, position_ids=positions), packed)
     torch.testing.assert_close(packed[0, 19:], logits(model, ids[:, 19:])[0], rtol=1e-4, atol=1e-4)
+
+
+# sequences of 19 and 31 tokens
+POSITIONS = torch.cat([torch.arange(19), torch.arange(31)])[None]
+BOUNDS = torch.tensor([0, 19, 50], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_sequences_are_apart_in_layers_that_were_not_converted_too(name: str) -> None:
+    model, ids = segattn.convert(make(name), L, layers=[0], quiet=True), tokens(1, 50)
+    open_gates(model)
+    ones = torch.ones_like(ids)
+    calls: list[dict[str, Any]] = [{"cu_seq_lens_q": BOUNDS}, {"position_ids": POSITIONS}]
+    calls += [call | {"attention_mask": ones} for call in calls]
+    for call in calls:
+        if name in ("gpt2", "opt"):
+            with pytest.raises(ValueError, match=r"must not pack sequences while layers \[1\] of a model with learnt"):
+                logits(model, ids, **call)
+        else:
+            packed = logits(model, ids, **call)
+            torch.testing.assert_close(packed[:, 19:], logits(model, ids[:, 19:]), rtol=1e-4, atol=1e-4)
+            assert torch.equal(packed, logits(model, ids, position_ids=POSITIONS))
+    with pytest.raises(ValueError, match=r"begin a sequence with each row|must not pack sequences"):
+        logits(model, ids.view(2, 25), cu_seq_lens_q=BOUNDS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_that_were_not_converted_see_the_whole_text(name: str) -> None:
+    model, ids = segattn.convert(make(name), L, layers=[0], quiet=True), tokens(2, 3 * L)
+    with torch.no_grad():
+        # with a cache, transformers never looks for packed sequences in positions
+        cached = model(ids, use_cache=True).logits
+    torch.testing.assert_close(logits(model, ids), cached, rtol=1e-5, atol=1e-5)
+
+
+def test_bounds_of_packed_sequences_and_rows_are_brought_to_the_layers_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = converted(), []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        seen.append((options["cu_seqlens"], options["spans"], q.device))
+        return segattn.SegmentOutput(torch.zeros_like(q), None)
+
+    monkeypatch.setattr(interface, "segment_attention", spy)
+    attention = model.model.layers[1].self_attn
+    q, k, v = (torch.zeros(1, heads, 50, 8, device="meta") for heads in (4, 2, 2))
+    angles = torch.ones(1, 50, 8), torch.zeros(1, 50, 8)
+
+    def run(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        interface.segment_attention_forward(
+            attention, q, k, v, None, segattn_pass=kwargs["segattn_pass"], segattn_rotary=angles
+        )
+        raise InterruptedError
+
+    model.model.register_forward_pre_hook(run, with_kwargs=True)
+    mask = torch.ones(1, 50)
+    mask[:, :3] = 0
+    for call in ({"cu_seq_lens_q": BOUNDS}, {"position_ids": POSITIONS}, {"attention_mask": mask}):
+        with pytest.raises(InterruptedError):
+            logits(model, tokens(1, 50), **call)
+        bounds = [x for x in seen.pop()[:2] if x is not None]
+        assert [x.device.type for x in bounds] == ["meta"]
 
 
 def test_layers_by_index_and_the_others_as_they_were() -> None:
@@ -216,6 +280,66 @@ def test_models_of_one_configuration_do_not_disturb_each_other() -> None:
     assert not torch.equal(logits(second, ids), plain)
     segattn.revert(second)
     assert torch.equal(logits(second, ids), plain)
+
+
+@pytest.mark.parametrize("how", ["from_config", "shared", "copied"])
+def test_a_model_made_from_a_converted_ones_configuration_is_not_converted(how: str) -> None:
+    first, ids = converted(), tokens(2, 40)
+    wanted = logits(first, ids)
+    second = {
+        "from_config": transformers.AutoModelForCausalLM.from_config,
+        "shared": transformers.LlamaForCausalLM,
+        "copied": lambda config: transformers.LlamaForCausalLM(copy.deepcopy(config)),
+    }[how](first.config).eval()
+    with pytest.raises(
+        RuntimeError, match=r"got one that is not, .* from type\(config\)\.from_dict\(config\.to_dict\(\)\)"
+    ):
+        logits(second, ids)
+    with pytest.raises(ValueError, match="though its configuration has the settings of one that is"):
+        segattn.revert(second)
+    # as the message says
+    remedy = transformers.LlamaForCausalLM(type(first.config).from_dict(first.config.to_dict())).eval()
+    remedy.load_state_dict(second.state_dict())
+    plain = logits(remedy, ids)
+    segattn.convert(second, L, quiet=True)
+    assert not torch.equal(logits(second, ids), plain)
+    segattn.revert(second)
+    assert torch.equal(logits(second, ids), plain)
+    assert not hasattr(second.config, "segment_attention")
+    assert torch.equal(logits(first, ids), wanted)
+
+
+def test_attention_named_without_a_conversion_is_refused() -> None:
+    model = make()
+    model.set_attn_implementation("segattn")
+    with pytest.raises(RuntimeError, match=r"must be converted, got one that is not, .* call segattn\.convert"):
+        logits(model, tokens(1, 5))
+    ids = tokens(1, 40)
+    assert torch.equal(logits(segattn.revert(segattn.convert(model, L, quiet=True)), ids), logits(make(), ids))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("other", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_the_default_dtype_and_device_change_nothing(name: str, other: dict[str, Any]) -> None:
+    model, ids = make(name), tokens(2, 45)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+
+    def results() -> list[Tensor]:
+        mine = segattn.convert(copy.deepcopy(model), L, gate_init=0.5, quiet=True)
+        found = [logits(mine, ids), logits(mine, ids, attention_mask=mask), logits(mine, ids[:1], cu_seq_lens_q=bounds)]
+        found.append(segattn.backward_in_pieces(mine, ids, 20, truncate=2).loss)
+        found += [p.grad for n, p in mine.named_parameters() if "segattn_gate" in n]
+        for cache in (segattn.InfiniCache(mine), segattn.StaticInfiniCache(mine, 2)):
+            with torch.no_grad():
+                found += [mine(piece, past_key_values=cache).logits for piece in ids.split([20, 1, 24], 1)]
+        return found
+
+    bounds = torch.tensor([0, 19, 45], dtype=torch.int32)
+    wanted = results()
+    with defaults(**other):
+        mine = results()
+    assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(mine, wanted, strict=True))
 
 
 def test_converted_in_inference_mode_it_can_still_be_trained() -> None:
@@ -293,6 +417,12 @@ def test_bad_models() -> None:
         segattn.convert(converted())
     with pytest.raises(ValueError, match=r"call segattn\.convert first"):
         segattn.revert(make())
+    crossing = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9, add_cross_attention=True)
+    with pytest.raises(ValueError, match="got one with cross-attention: load it with add_cross_attention=False"):
+        segattn.convert(transformers.GPT2LMHeadModel(crossing))
+    for call in (segattn.revert, segattn.InfiniCache):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+            call([torch.nn.Linear(2, 2)])
     with torch.device("meta"):
         empty = make()
     with pytest.raises(ValueError, match="meta device"):
@@ -355,6 +485,28 @@ def test_bad_calls() -> None:
     holes[1, 4] = 0
     with pytest.raises(ValueError, match="row 1 has 19 ones between 0 and 20"):
         model(ids, attention_mask=holes)
+    for wrong in (ids[None], ids[0], ids[:, :0]):
+        with pytest.raises(ValueError, match=r"input_ids must be \[B, T\] of at least one token, got \["):
+            model(wrong)
+    with pytest.raises(TypeError, match=r"input_ids must be an integer tensor, got torch\.float32"):
+        model(ids.float())
+    with pytest.raises(
+        ValueError, match=r"inputs_embeds must be \[B, T, width\] of at least one token, got \[20, 32\]"
+    ):
+        model(inputs_embeds=torch.zeros(20, 32))
+    with pytest.raises(ValueError, match=r"position_ids must be \[1 or 2, 20\], got \[20\]"):
+        model(ids, position_ids=torch.arange(20))
+    packed = torch.arange(20)[None] % 13
+    padded = torch.arange(20).expand(2, 20) > 3
+    cache = segattn.InfiniCache(model)
+    model(ids, past_key_values=cache)
+    for call in ({"attention_mask": padded}, {"past_key_values": cache}):
+        with pytest.raises(ValueError, match="position_ids must count by ones in each row beside padding or a cache"):
+            model(ids, position_ids=packed, **call)
+    with pytest.raises(
+        ValueError, match=r"past_key_values must be None beside cu_seq_lens_q, .*, got one of 20 tokens"
+    ):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 13, 40]), past_key_values=cache)
     changed = converted()
     changed.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match=r"'sdpa', which was set after convert: call segattn\.revert first"):
@@ -363,3 +515,18 @@ def test_bad_calls() -> None:
     with pytest.raises(ValueError, match=r"attention dropout must be 0 in training, got 0\.1"):
         dropping(ids)
     assert dropping.eval()(ids).logits.isfinite().all()
+
+
+def test_a_mask_in_a_graph() -> None:
+    model, ids = converted(), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    refused = r"attention_mask must be left out under torch\.compile\(fullgraph=True\) and torch\.export"
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=refused):
+        logits(torch.compile(model, backend="eager", fullgraph=True), ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=refused):
+        torch.export.export(model, (ids,), {"use_cache": False, "attention_mask": mask}, strict=False)
+    torch._dynamo.reset()
+    broken = torch.compile(model, backend="eager")
+    torch.testing.assert_close(logits(broken, ids, attention_mask=mask), logits(model, ids, attention_mask=mask))

@@ -28,7 +28,7 @@ from segattn.cli.progress import Reading
 from segattn.infini.evaluate import retrieval
 from segattn.infini.evaluate.gate_map import gate_map
 from segattn.infini.evaluate.harness import harness_class
-from segattn.infini.evaluate.loading import ByteTokenizer, PretrainedTokenizer, Source, fingerprint, load
+from segattn.infini.evaluate.loading import ByteTokenizer, PretrainedTokenizer, fingerprint, load
 from segattn.infini.evaluate.needle import NeedleText
 from segattn.infini.evaluate.passkey import FILLER, QUESTION, TASK, PasskeyText
 from segattn.infini.evaluate.perplexity import (
@@ -43,9 +43,10 @@ from segattn.infini.evaluate.perplexity import (
 from segattn.infini.evaluate.plots import plot_perplexity
 from segattn.infini.evaluate.reading import cache_bytes, decode, losses, piece_len, read
 from segattn.infini.evaluate.retrieval import RetrievalCell, measure, measure_grid
-from segattn.infini.evaluate.runs import Grid, Outputs, run_passkey
+from segattn.infini.evaluate.runs import Outputs, run_passkey
+from segattn.infini.evaluate.settings import Grid, Source
 from segattn.infini.huggingface.saving import save_gates, save_pretrained
-from segattn.runs.checkpoint import SettingError
+from segattn.runs.errors import SettingError
 from segattn.runs.figures import format_length
 from segattn.runs.heat_maps import plot_gates, plot_recall
 from segattn.runs.text import generate_text
@@ -478,7 +479,7 @@ def test_commands_say_what_to_do(
     def fail(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(evaluate, "_source", fail)
+    monkeypatch.setattr(evaluate, "settings_from", fail)
     for command in ("passkey", "needle", "perplexity"):
         text = () if command == "passkey" else ("--text", "text")
         result = invoke(command, "model", *text, "--out", tmp_path)

@@ -41,8 +41,9 @@ from segattn.infini.train.run import Outputs, run_training
 from segattn.infini.train.settings import TrainSettings, UntrainedMemoryWarning
 from segattn.infini.train.stream import Rows, in_order, pieces_of_dataset, pieces_of_file, shuffled
 from segattn.infini.train.trainer import Trainer
-from segattn.runs.checkpoint import InterruptedRunError, SettingError
+from segattn.runs.errors import SettingError
 from segattn.runs.figures import read_text
+from segattn.runs.interrupts import InterruptedRunError
 from segattn.runs.text import generate_text
 
 L, LENGTH = 16, 75

@@ -40,7 +40,8 @@ from segattn.infini.train.run import Outputs
 from segattn.infini.train.settings import MAY_CHANGE, SOURCES, TrainSettings
 from segattn.infini.train.stream import Position, in_order, pieces_of_dataset, pieces_of_file
 from segattn.infini.train.trainer import LossSum, Trainer
-from segattn.runs.checkpoint import SettingError, whole
+from segattn.runs.checkpoint import whole
+from segattn.runs.errors import SettingError
 from segattn.runs.text import generate_text
 
 L, LENGTH, STEPS, LR, GATE_LR, WARMUP = 8, 57, 20, 3e-3, 1e-2, 3

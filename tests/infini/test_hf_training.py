@@ -15,6 +15,7 @@ accelerate = pytest.importorskip("accelerate")
 import ranks
 from forks import fork
 from models import NAMES, converted, make, tokens
+from sharding import HALF
 
 import segattn
 
@@ -144,8 +145,11 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     for step in range(3):
         assert_equal_gradients(results[f"ddp {step}"], gradients(training(), tokens(2, L - 3, step)))
     whole = gradients(training(), tokens(2, 3 * L + 5))
-    for kind in ("plain", "checkpointed"):
+    for kind in ("plain", "checkpointed", "pieces"):
         assert_equal_gradients(results[f"fsdp {kind}"], whole)
+    for way in HALF:
+        for name, grad in results[f"half {way}"].items():
+            assert torch.cosine_similarity(grad.flatten().float(), whole[name].flatten(), 0) > 0.95, name
     assert not (tmp_path / "gates of rank 1").exists()
     loaded = segattn.load_gates(make(), tmp_path / "gates of rank 0", quiet=True)
     for name, gate in converted(segment_len=L).named_parameters():

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 transformers = pytest.importorskip("transformers")
 
 import models
 from models import make, tokens
 
+import segattn
 from segattn.bench.speed.measure import peak_bytes
 from segattn.infini.huggingface.pieces import backward_in_pieces, loss_in_pieces, read_in_pieces
 
@@ -90,6 +93,16 @@ def test_loss_loses_no_token() -> None:
         read = backward_in_pieces(model, ids, 23, labels=given, truncate=1)
         assert read.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
         assert read.tokens == (targets != -100).sum()
+
+
+def test_labels_and_text_may_be_int32() -> None:
+    model, ids = converted(), tokens(1, 40)
+    labels = ids.clone()
+    labels[:, :9] = -100
+    wanted = loss_in_pieces(model, ids, L, labels=labels)
+    assert torch.equal(loss_in_pieces(model, ids, L, labels=labels.int()), wanted)
+    assert torch.equal(loss_in_pieces(model, ids.int(), L), loss_in_pieces(model, ids, L))
+    assert torch.equal(backward_in_pieces(model, ids.int(), L, labels=labels.int()).loss, wanted.detach())
 
 
 def test_scale_multiplies_the_gradient_alone() -> None:
@@ -196,6 +209,51 @@ def test_checkpointing_that_would_lose_gradients_is_refused() -> None:
         read_in_pieces(mixed, ids, L)
 
 
+def checkpointed(model: Any, way: str) -> Any:
+    """Return the model with gradient checkpointing that runs layers without gradients first."""
+    if way == "transformers":
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    else:
+        wrap = partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT)
+        layers = model.model.layers
+        for index, layer in enumerate(layers):
+            layers[index] = wrap(layer)
+    return model
+
+
+@pytest.mark.parametrize("way", ["transformers", "torch"])
+def test_reentrant_checkpointing_is_refused_wherever_a_state_is_kept(way: str) -> None:
+    model, ids = checkpointed(converted(), way), tokens(1, 40)
+    message = "model must checkpoint gradients with use_reentrant=False where past_key_values is kept"
+    with pytest.raises(ValueError, match=message):
+        backward_in_pieces(model, ids, L)
+    with pytest.raises(ValueError, match=message):
+        model(ids, use_cache=True)
+    cache = segattn.InfiniCache(model)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+    before = cache.states
+    with pytest.raises(ValueError, match=message):
+        model(ids[:, 20:], past_key_values=cache)
+    assert cache.get_seq_length() == 20
+    assert all(x is y for layer in before for x, y in zip(cache.states[layer], before[layer], strict=True))
+    # a text by itself leaves no state
+    wanted = whole_gradient(converted(), ids)
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    assert share(whole_gradient(model, ids) - wanted, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_checkpointing_that_drops_the_keys_of_other_layers_is_refused(name: str) -> None:
+    model, ids = segattn.convert(make(name), L, layers=[1], quiet=True).train(), tokens(1, 40)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    cache = segattn.InfiniCache(model)
+    with pytest.raises(RuntimeError, match=r"layers \[0\], which are not converted, left no keys"):
+        model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -208,6 +266,7 @@ def test_checkpointing_that_would_lose_gradients_is_refused() -> None:
         ({"labels": torch.ones(1, 39, dtype=torch.long)}, ValueError, r"labels must be .*\[1, 40\], got \[1, 39\]"),
         ({"attention_mask": torch.ones(1, 39)}, ValueError, r"attention_mask must be \[1, 40\], got \[1, 39\]"),
         ({"labels": torch.full((1, 40), -100)}, ValueError, "labels must hold a token to predict"),
+        ({"labels": torch.ones(1, 40)}, TypeError, "labels must be an integer tensor, got torch.float32"),
     ],
 )
 def test_bad_input_is_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from models import CONFIGS, NAMES, make
+from models import CONFIGS, NAMES, defaults, make
 
+from segattn import RecurrentMemory
 from segattn.infini.huggingface.conversion import convert, revert
 from segattn.infini.huggingface.saving import from_pretrained, load_gates, save_gates, save_pretrained
 from segattn.infini.huggingface.settings import conversion_of, is_converted
+from segattn.infini.huggingface.static_cache import StaticInfiniCache
 
 L = 7
 # three layers of three heads, whatever a type calls them
@@ -144,6 +146,16 @@ def test_all_settings_come_back(tmp_path: Path, ids: Tensor) -> None:
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype, tmp_path: Path, ids: Tensor) -> None:
+    model, other = converted(), plain()
+    with defaults(dtype=dtype):
+        save_pretrained(model, tmp_path)
+        save_gates(model, tmp_path / "gates")
+        assert_same(model, load_gates(from_pretrained(tmp_path, quiet=True), tmp_path / "gates"), ids)
+        assert_same(model, load_gates(other, tmp_path / "gates", quiet=True), ids)
+
+
 def test_nothing_that_is_written_pickles(tmp_path: Path) -> None:
     save_pretrained(converted(), tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
@@ -225,6 +237,22 @@ def test_loaded_without_segattn_it_says_what_is_missing(tmp_path: Path, heard: H
     assert_same(model, load_gates(loaded, tmp_path / "gates.safetensors", quiet=True), ids)
 
 
+def test_loaded_without_segattn_it_is_a_plain_model_whatever_its_configuration_says(
+    tmp_path: Path, ids: Tensor
+) -> None:
+    save_pretrained(converted(), tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(model, ids), logits(plain(), ids))
+    for call in (revert, lambda model: save_gates(model, tmp_path / "gates")):
+        with pytest.raises(
+            ValueError, match=r"makes plain models of such .* with segattn\.from_pretrained, or call segat"
+        ):
+            call(model)
+    assert RecurrentMemory(model, 2, L)(ids).logits.shape == (*ids.shape, 61)
+    assert not hasattr(revert(convert(model, L, quiet=True)).config, "segment_attention")
+    assert torch.equal(logits(model, ids), logits(plain(), ids))
+
+
 def test_loading_reports_other_keys_but_not_gates(tmp_path: Path, heard: Heard) -> None:
     save_pretrained(converted(), tmp_path)
     from_pretrained(tmp_path, quiet=True)
@@ -270,6 +298,12 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"model\.safetensors"):
         from_pretrained(tmp_path)
+
+
+def test_loading_takes_no_other_settings(tmp_path: Path) -> None:
+    # before the checkpoint is looked for
+    with pytest.raises(ValueError, match=r"layers, segment_len must be left out: .* segattn\.revert the loaded model"):
+        from_pretrained(tmp_path / "nowhere", segment_len=32, layers=[0])
 
 
 @pytest.mark.parametrize("refused", [{"use_safetensors": False}, {"output_loading_info": True}])
@@ -521,6 +555,26 @@ def test_partitioned_gates(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model must not be sharded or partitioned yet"):
         load_gates(model, tmp_path / "gates")
     assert_unchanged(model, before)
+
+
+def test_offloaded_gates(tmp_path: Path, ids: Tensor) -> None:
+    """accelerate leaves parameters without values outside of their modules' forward."""
+    accelerate = pytest.importorskip("accelerate")
+    model, want = converted(), converted()
+    save_gates(want, tmp_path / "gates")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    before = logits(model, ids)
+    for refused in (
+        lambda: save_gates(model, tmp_path / "none"),
+        lambda: load_gates(model, tmp_path / "gates"),
+        lambda: StaticInfiniCache(model),
+    ):
+        with pytest.raises(ValueError, match=r"model must have its weights.*remove_hook_from_submodules\(model\)"):
+            refused()
+    assert not (tmp_path / "none").exists()
+    assert torch.equal(logits(model, ids), before)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert_same(load_gates(model, tmp_path / "gates"), want, ids)
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -229,6 +232,30 @@ def test_state_travels_through_a_compiled_loop() -> None:
     whole = segment_attention(x, x, x, segment_len=4, gate=gate)
     assert error(torch.cat(outs, 2), whole.out) < 1e-6
     assert error(state.memory, whole.state.memory) < 1e-6
+
+
+def test_state_travels_through_copies_and_exported_programs() -> None:
+    """A state is no tuple, and yet has what tuples have: parts, copies, pickles, and a place in a graph."""
+    state = MemoryState(torch.randn(1, 2, 4, 4), torch.rand(1, 2, 4))
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    with torch.serialization.safe_globals([MemoryState]):
+        loaded = torch.load(buffer, weights_only=True)
+    for other in (copy.deepcopy(state), pickle.loads(pickle.dumps(state)), loaded, MemoryState(*state)):
+        assert isinstance(other, MemoryState)
+        assert torch.equal(other[0], state.memory)
+        assert torch.equal(other[-1], state.normalizer)
+
+    class Reader(torch.nn.Module):
+        def forward(self, x: torch.Tensor, state: MemoryState) -> tuple[torch.Tensor, MemoryState]:
+            return segment_attention(x, x, x, segment_len=4, gate=torch.zeros(2), state=state)
+
+    x = torch.randn(1, 2, 8, 4)
+    exported = torch.export.export(Reader(), (x, state)).module()
+    (out, after), (wanted, expected) = exported(x, state), Reader()(x, state)
+    assert error(out, wanted) < 1e-6
+    assert error(after.memory, expected.memory) < 1e-6
 
 
 def test_shapes_without_data() -> None:

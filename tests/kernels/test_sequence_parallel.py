@@ -434,6 +434,7 @@ def test_models_refuse_what_would_not_be_the_whole_text(seen):
         "packed": "position_ids must count by ones in sequence_parallel",
         "padding between": "attention_mask must have zeros after a text's end only, got a text that goes on",
         "batch": "the batch size must be the same on every rank, got 2 on rank 0 and 1 on rank 3",
+        "dimensions": "input_ids must be [B, T] of at least one token, got [16]",
         "part of a segment": "every rank but the last must hold whole segments of 8 tokens, got 13 on rank 0",
         "not all converted": "model must have every layer converted, as others see the whole text: layers [0] are not",
         "mesh": "group must be one dimension of a mesh, such as mesh['sp'], got 2: ('dp', 'sp')",

@@ -20,6 +20,7 @@ from segattn.kernels.state import MemoryState
 from segattn.rmt.associative.layer import DPFP, AssociativeLayer, Projections, memorize, recall
 from segattn.rmt.associative.memory import AssociativeMemory
 from segattn.rmt.associative.schedules import SCHEDULES
+from segattn.rmt.associative.settings import AssociativeSettings
 
 
 def plain_features(x: list[float], nu: int, normalize: bool) -> list[float]:
@@ -37,33 +38,37 @@ def test_features_are_the_formula(nu: int, normalize: bool) -> None:
     assert error(DPFP(nu, normalize)(x), torch.tensor(expected, dtype=DOUBLE).view(2, 4, -1)) < 1e-15
 
 
-def plain_read(x: torch.Tensor, layer: AssociativeLayer, A: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+def plain_read(
+    x: torch.Tensor, layer: AssociativeLayer, A: torch.Tensor, z: torch.Tensor, settings: AssociativeSettings
+) -> torch.Tensor:
     rows = []
     for row in x:
-        q = features_of(layer.query.weight @ row)
+        q = features_of(layer.query.weight @ row, settings.normalize)
         weight = q @ z
-        rows.append(row + q @ A / weight if weight > 0 else row)
+        rows.append(row + q @ A / (weight + settings.epsilon) if weight > 0 else row)
     return torch.stack(rows)
 
 
-def plain_write(u: torch.Tensor, layer: AssociativeLayer, A: torch.Tensor, z: torch.Tensor) -> Any:
-    new_A, new_z = A, z
+def plain_write(
+    u: torch.Tensor, layer: AssociativeLayer, A: torch.Tensor, z: torch.Tensor, settings: AssociativeSettings
+) -> Any:
+    new_A, new_z, epsilon = A, z, settings.epsilon
     for row in u:
-        k = features_of(layer.key.weight @ row)
+        k = features_of(layer.key.weight @ row, settings.normalize)
         beta = torch.sigmoid(layer.strength.weight @ row + layer.strength.bias)
         known = k @ z
-        returned = k @ A / known if known > 0 else 0.0
-        gamma = (1 - known / (k @ k)).clamp(0, 1).detach()
+        returned = k @ A / (known + epsilon) if known > 0 else 0.0
+        gamma = (1 - (known + epsilon) / (k @ k + epsilon)).clamp(0, 1).detach() if known > 0 else 1.0
         new_A = new_A + beta * torch.outer(k, layer.value.weight @ row - returned)
         new_z = new_z + gamma * k
     return new_A, new_z
 
 
-def features_of(x: torch.Tensor) -> torch.Tensor:
-    """Return DPFP-3 of length 1, differentiable."""
+def features_of(x: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """Return DPFP-3, differentiable."""
     halves = torch.cat((x.clamp(min=0), (-x).clamp(min=0)))
     f = torch.cat([halves * torch.stack([halves[i - j] for i in range(len(halves))]) for j in (1, 2, 3)])
-    return f / f.square().sum().sqrt()
+    return f / f.square().sum().sqrt() if normalize else f
 
 
 def plain_llama(memory: AssociativeMemory, ids: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
@@ -79,17 +84,42 @@ def plain_llama(memory: AssociativeMemory, ids: torch.Tensor) -> tuple[torch.Ten
         unseen = torch.full((len(x), len(x)), -torch.inf, dtype=DOUBLE).triu(1)
         for index, layer in enumerate(model.model.layers):
             own = memory.memories[str(index)]
-            x = plain_read(x, own, *states[index])
+            x = plain_read(x, own, *states[index], memory.settings)
             x = layer(x[None], attention_mask=unseen[None, None], position_embeddings=rotary)[0]
-            states[index] = plain_write(x[len(tokens) :], own, *states[index])
+            states[index] = plain_write(x[len(tokens) :], own, *states[index], memory.settings)
         logits.append(model.lm_head(model.model.norm(x[: len(tokens)])))
     return torch.cat(logits), states
 
 
+@pytest.mark.parametrize("schedule", ["vertical", "diagonal"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_denominators_of_the_authors_code_have_an_epsilon(normalize: bool, schedule: str) -> None:
+    """Compare with the formulas where features are as small as the epsilon, and with none, from which it differs."""
+    ids, found = models.tokens(1, 3 * L), []
+    for epsilon in (1e-5, 0.0):
+        memory = wrapped(depth=2, epsilon=epsilon, normalize=normalize, schedule=schedule)
+        with torch.no_grad():
+            for layer in memory.memories.values():
+                for projection in (layer.query, layer.key):
+                    projection.weight.mul_(1e-2)
+            out = memory(ids)
+            logits, states = plain_llama(memory, ids[0])
+        assert error(out.logits[0], logits) < 1e-10
+        for (A, z), state in zip(states, out.state.memories, strict=True):
+            assert error(state.memory[0, 0], A) < 1e-10
+            assert error(state.normalizer[0, 0], z) < 1e-10
+        found.append(out.logits)
+    difference = error(found[0], found[1])
+    assert difference < 1e-3 if normalize else difference > 0.1
+    with pytest.raises(ValueError, match="epsilon must be a number of at least 0, got -1"):
+        wrapped(epsilon=-1)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-2])
 @pytest.mark.parametrize("time", [3 * L, 2 * L + 4, 5])
-def test_the_module_is_a_plain_loop_over_llamas_own_layers(time: int) -> None:
+def test_the_module_is_a_plain_loop_over_llamas_own_layers(time: int, epsilon: float) -> None:
     """Compare logits, loss, state and all gradients, also with a short last segment."""
-    memory, ids = wrapped(depth=2), models.tokens(2, time)
+    memory, ids = wrapped(depth=2, epsilon=epsilon), models.tokens(2, time)
     found = results(memory, ids, labels=ids)
     memory.zero_grad()
     rows = [plain_llama(memory, row) for row in ids]

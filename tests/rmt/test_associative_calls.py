@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -134,6 +135,60 @@ def test_parameters_load_into_a_fresh_wrapper() -> None:
 def test_memory_tokens_begin_unlike_one_another() -> None:
     tokens = wrapped().memory_tokens.detach()
     assert torch.pdist(tokens).min() > 0.1 * tokens.norm(dim=1).max()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULED)
+def test_two_threads_may_call_a_memory_at_once(schedule: str) -> None:
+    """Call it in a second thread while the first is inside each of its modules."""
+    memory, texts = wrapped(schedule=schedule), [models.tokens(2, 4 * L, seed) for seed in (3, 4)]
+    with torch.no_grad():
+        expected = [memory(text).logits for text in texts]
+    before = dict(memory.named_parameters())
+    found: list[torch.Tensor] = []
+
+    def other() -> None:
+        with torch.no_grad():
+            found.append(memory(texts[1]).logits)
+
+    def second(module: Any, args: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and len(found) < 6:
+            assert {name: x for name, x in memory.named_parameters() if x is not before[name]} == {}
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    for layer in memory.decoder.modules(memory.model):
+        layer.input_layernorm.register_forward_pre_hook(second)
+    with torch.no_grad():
+        assert error(memory(texts[0]).logits, expected[0]) < 1e-12
+    assert len(found) == 6
+    for logits in found:
+        assert error(logits, expected[1]) < 1e-12
+    assert all(x is before[name] for name, x in memory.named_parameters())
+
+
+def test_defaults_of_device_and_dtype_do_not_matter() -> None:
+    ids, mask = padded((2 * L + 1, L - 2))
+    model, dtype = models.make(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            torch.manual_seed(1)
+            found = AssociativeMemory(model, M, L, d_mem=4, bptt=1)
+            out, generated = found(ids, mask, ids), found.generate(ids, max_new_tokens=3)
+    finally:
+        torch.set_default_dtype(dtype)
+    torch.manual_seed(1)
+    other = AssociativeMemory(model, M, L, d_mem=4, bptt=1)
+    assert torch.equal(found.memory_tokens, other.memory_tokens)
+    other.load_state_dict(found.state_dict())
+    assert torch.equal(out.loss, other(ids, mask, ids).loss)
+    assert torch.equal(generated, other.generate(ids, max_new_tokens=3))
+
+
+def test_labels_of_int32_count_as_those_of_int64() -> None:
+    memory, ids = wrapped(), models.tokens(2, 2 * L + 1)
+    assert torch.equal(memory(ids, labels=ids.int()).loss, memory(ids, labels=ids).loss)
 
 
 def test_labels_are_the_next_tokens_also_over_a_border() -> None:

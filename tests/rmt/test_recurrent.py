@@ -81,7 +81,7 @@ def plain_encoder(module: RecurrentMemory, ids: Tensor, first_len: int) -> tuple
 def test_every_row_depends_on_what_the_table_says(mask: str, attention: str | None, tokens: int) -> None:
     module = decoder(mask=mask, attention=attention)
     x = torch.randn(1, tokens + 2 * M, 32, dtype=torch.float64, requires_grad=True)
-    hidden = module._caller.whole(module.model, x, None, True).hidden
+    hidden = module._caller.whole(module._caller.shown(module.model), x, None, True).hidden
     depends = torch.stack(
         [torch.autograd.grad(row.square().sum(), x, retain_graph=True)[0][0].abs().sum(1) > 0 for row in hidden[0]]
     )
@@ -121,13 +121,13 @@ def test_decoder_equals_a_plain_loop(name: str, mask: str, attention: str | None
         decoder(name, attention=attention)
     ids = models.tokens(1, 2 * L + 3)
     logits, memory = plain_decoder(plain, ids, mask)
+    module = RecurrentMemory(plain.model, M, L, mask=mask, attention=attention)
+    module.memory = plain.memory
     calls = []
     operation = block_attention.segment_attention
     monkeypatch.setattr(
         block_attention, "segment_attention", lambda *a, **k: calls.append(k["num_write"]) or operation(*a, **k)
     )
-    module = RecurrentMemory(plain.model, M, L, mask=mask, attention=attention)
-    module.memory = plain.memory
     out = module(ids)
     # Gemma 2 caps its scores in float32 when it is left as it is
     tolerance = 2e-6 if name == "gemma2" else 1e-10
@@ -438,3 +438,13 @@ def test_bytes_alive_without_gradients_do_not_grow_with_the_segments(make: Any) 
         most.append(alive.most)
     assert most[0] > M * 32 * 8
     assert most[1] == most[2]
+
+
+def test_rows_of_earlier_layers_are_not_kept() -> None:
+    most = []
+    for depth in (2, 8):
+        module = RecurrentMemory(models.make(num_hidden_layers=depth), M, 40, mask="causal")
+        with torch.no_grad(), Alive() as alive:
+            module(models.tokens(1, 80), output_logits=False)
+        most.append(alive.most)
+    assert most[0] == most[1]

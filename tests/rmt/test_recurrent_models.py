@@ -1,6 +1,8 @@
 """Tests of `RecurrentMemory` with models of many kinds: compiled, copied, in other dtypes, and those it refuses."""
 
 import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 import models
+import torch.nn.functional as F
 from recurrent_memories import L, M, bert, close, decoder, encoder, plain_module, ragged
 
+from segattn.rmt.recurrent import block_attention
 from segattn.rmt.recurrent.memory import RecurrentMemory, add_noise
 from segattn.rmt.recurrent.state import RecurrentState
 
@@ -288,6 +292,180 @@ def test_what_is_checked_leaves_a_model_as_it_was() -> None:
         RecurrentMemory(model, M, L)
         assert [module.training for module in model.modules()] == modes
         assert len(set(modes)) == 2
+
+
+def test_reading_leaves_nothing_on_a_model() -> None:
+    for make in (models.make, lambda: bert(is_decoder=True), lambda: bert("BertForTokenClassification")):
+        model = make()
+        attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+        module, ids = RecurrentMemory(model, M, L), models.tokens(1, 2 * L + 1)
+        module(ids)
+        if module.settings.kind == "decoder":
+            module.generate(ids, max_new_tokens=L)
+        assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+        assert not any(module._forward_hooks for module in model.modules())
+        assert pickle.loads(pickle.dumps(model))(ids)[0].shape == model(ids)[0].shape
+        assert torch.equal(pickle.loads(pickle.dumps(module))(ids).state.memory, module(ids).state.memory)
+
+
+def test_a_forward_may_ask_for_outputs_and_leave_what_it_likes_on_its_model() -> None:
+    model, ids = models.make(), models.tokens(1, 3 * L)
+    module, seen = RecurrentMemory(model, M, L), []
+    model.set_attn_implementation("eager")
+
+    def ask(trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        trunk.calls = getattr(trunk, "calls", 0) + 1
+        return args, kwargs | {"output_attentions": True}
+
+    model.model.register_forward_pre_hook(ask, with_kwargs=True)
+    model.model.register_forward_hook(lambda trunk, args, output: seen.append(len(output.attentions)))
+    module(ids)
+    assert seen == [2, 2, 2]
+    assert model.model.calls == 3
+
+
+def test_a_compiled_trunk_is_read() -> None:
+    module, ids = RecurrentMemory(models.make(), M, L), models.tokens(1, 2 * L)
+    expected = module(ids).logits
+    module.model.model.compile(backend="eager")
+    close(module(ids).logits, expected, 1e-6)
+    module.model.model = torch.compile(models.make().model, backend="eager")
+    close(module(ids).logits, expected, 1e-6)
+
+
+EXPERTS = ("Mixtral", "Qwen2Moe", "GraniteMoe", "Olmoe")
+
+
+def experts(kind: str, seed: int) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    routed = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    small = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=models.VOCABULARY, **sizes, **routed, **small)
+    torch.manual_seed(seed)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+def deaf(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Attend causally, whatever the mask."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_whose_rows_are_rounded_in_batches_keep_to_a_mask(kind: str, dtype: torch.dtype) -> None:
+    transformers.AttentionInterface.register("deaf", deaf)
+    noise = {torch.float32: 1e-6, torch.bfloat16: 2e-3}[dtype]
+
+    def rounded(module: nn.Module, args: Any, output: Any) -> Any:
+        return output * (1 + noise * torch.randn(output.shape[:-1])[..., None].to(output))
+
+    for seed in range(6):
+        model = experts(kind, seed).to(dtype)
+        module = RecurrentMemory(model, M, L)
+        assert module(models.tokens(2, 2 * L + 3)).logits.isfinite().all()
+        model.get_decoder().norm.register_forward_hook(rounded)
+        RecurrentMemory(model, M, L)
+        model.set_attn_implementation("deaf")
+        with pytest.raises(ValueError, match="whose attention does not keep to the mask"):
+            RecurrentMemory(model, M, L)
+
+
+def test_attention_that_segment_attention_does_not_compute_is_refused_by_name() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.GptOssConfig(
+        vocab_size=models.VOCABULARY,
+        **sizes,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["full_attention"] * 2,
+        pad_token_id=0,
+    )
+    model, ids = transformers.GptOssForCausalLM(config).eval(), models.tokens(1, L)
+    before, attention = model(ids).logits, model.config._attn_implementation
+    for mask in ("paper", "causal"):
+        with pytest.raises(ValueError, match=r"attention must be None for .* GptOssAttention passes s_aux to its"):
+            RecurrentMemory(model, M, L, mask=mask, attention="segattn")
+    assert model.config._attn_implementation == attention
+    assert torch.equal(model(ids).logits, before)
+    q = torch.randn(1, 2, 5, 8)
+    block = block_attention.Block(2, 2, None)
+    for name in ("position_bias", "sinks", "indices", "s_aux", "output_attentions", "unheard_of"):
+        with pytest.raises(ValueError, match=f"Linear passes {name} to its attention, which attention='segattn' does"):
+            block_attention.block_attention(nn.Linear(1, 1), q, q, q, None, segattn_block=block, **{name: True})
+    block_attention.block_attention(
+        nn.Linear(1, 1), q, q, q, None, segattn_block=block, position_ids=q, s_aux=None, output_attentions=False
+    )
+
+
+def test_what_is_checked_never_changes_a_model_that_runs_elsewhere() -> None:
+    model, modes = models.make().train(), []
+    expected = [module.training for module in model.modules()]
+    model.model.layers[0].register_forward_hook(
+        lambda *args: modes.append([module.training for module in model.modules()])
+    )
+    RecurrentMemory(model, M, L)
+    assert modes
+    assert all(seen == expected for seen in modes)
+
+
+def test_a_forward_that_was_set_on_a_model_is_checked_in_evaluation_mode() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = models.make("gpt2", resid_pdrop=0.5).train()
+    assert RecurrentMemory(model, M, L).model.training
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert "forward" in vars(model)
+    module, ids = RecurrentMemory(model, M, L), models.tokens(1, 2 * L)
+    assert all(part.training for part in model.modules())
+    assert not any(part._forward_hooks for part in model.modules())
+    module.eval()
+    own = RecurrentMemory(accelerate.hooks.remove_hook_from_module(copy.deepcopy(model), recurse=True), M, L)
+    own.memory = module.memory
+    assert torch.equal(module(ids).logits, own.eval()(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RecurrentMemory(models.make(), M, L),
+        lambda: RecurrentMemory(models.make(), M, L, attention="segattn"),
+        lambda: RecurrentMemory(bert("BertForTokenClassification"), M, L, special_tokens=(1, 2)),
+    ],
+)
+def test_defaults_of_device_and_dtype_do_not_matter(make: Callable[[], RecurrentMemory]) -> None:
+    torch.manual_seed(0)
+    expected, ids, mask = make(), models.tokens(2, 2 * L + 1), ragged([2 * L + 1, L - 2], "left", 2 * L + 1)
+    model, dtype = expected.model, torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            torch.manual_seed(1)
+            found = RecurrentMemory(model, M, L, **options_of(expected))
+            out = found(ids, mask)
+            generated = found.generate(ids, max_new_tokens=3) if found.settings.kind == "decoder" else None
+    finally:
+        torch.set_default_dtype(dtype)
+    torch.manual_seed(1)
+    other = RecurrentMemory(model, M, L, **options_of(expected))
+    assert torch.equal(found.memory, other.memory)
+    assert torch.equal(out.state.memory, other(ids, mask).state.memory)
+    if generated is not None:
+        assert torch.equal(generated, other.generate(ids, max_new_tokens=3))
+
+
+def options_of(module: RecurrentMemory) -> dict[str, Any]:
+    return {"attention": module.attention, "special_tokens": module.settings.special_tokens}
+
+
+@pytest.mark.parametrize("make", [decoder, encoder])
+def test_labels_of_int32_count_as_those_of_int64(make: Any) -> None:
+    module, ids = make(), models.tokens(2, 2 * L + 1)
+    labels = ids if module.settings.kind == "decoder" else ids[:, 0] % 5
+    assert torch.equal(module(ids, labels=labels.int()).loss, module(ids, labels=labels).loss)
 
 
 def test_a_model_without_weights_yet() -> None:

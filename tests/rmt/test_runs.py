@@ -41,7 +41,9 @@ from segattn.rmt.tasks.answers import answer, chance, interval, length_of, right
 from segattn.rmt.tasks.facts import generate_questions
 from segattn.rmt.tasks.make import make_task
 from segattn.rmt.tasks.vocabulary import CLS, SEP
-from segattn.runs.checkpoint import InterruptedRunError, SettingError, load_checkpoint
+from segattn.runs.checkpoint import load_checkpoint
+from segattn.runs.errors import SettingError
+from segattn.runs.interrupts import InterruptedRunError
 from segattn.runs.text import generate_text
 
 # no word of the text is in the vocabulary, so that the task is quickly learnt
@@ -342,15 +344,16 @@ def test_resume_takes_further_stages_but_no_other_run(tiny: Path, tmp_path: Path
     assert longer["stages"][:2] == before["stages"]
     assert [stage["segments"] for stage in longer["stages"]] == [1, 2, 4]
     with pytest.raises(
-        SettingError, match=r"segments must begin as the checkpoint's with resume, with stages of 19 \(19 a segment\), "
+        SettingError,
+        match=r"segments must begin as the checkpoint's with --resume, with stages of 19 \(19 a segment\), ",
     ):
         run_training(replace(TINY, segments=(1, 3, 4)), folder, Quiet(), resume=True)
     for name, other in (("lr", 0.5), ("seed", 8), ("batch", 5), ("width", 20), ("beta2", 0.9)):
-        with pytest.raises(SettingError, match=f"{name} must be the checkpoint's with resume"):
+        with pytest.raises(SettingError, match=f"{name} must be the checkpoint's with --resume"):
             run_training(replace(TINY, **{name: other}), folder, Quiet(), resume=True)
     book = tmp_path / "book.txt"
     book.write_text("The whale swam on and on. " * 50, encoding="utf-8")
-    with pytest.raises(SettingError, match="book and --babi must hold what they held before with resume"):
+    with pytest.raises(SettingError, match="book and --babi must hold what they held before with --resume"):
         run_training(replace(TINY, book=str(book)), folder, Quiet(), resume=True)
     with pytest.raises(SettingError, match=r"out must not hold figures of an earlier run, got .* with checkpoint\.pt"):
         run_training(TINY, folder, Quiet())

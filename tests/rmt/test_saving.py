@@ -1,5 +1,6 @@
 """Tests of writing a memory to disk and reading it back, and of what is refused."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,12 @@ def test_an_associative_memory_comes_back_as_it_was(tmp_path: Path) -> None:
         ValueError, match=r"class must be that of the memory in .*, 'AssociativeMemory', got 'Recurrent"
     ):
         load_memory(made(), path)
+    with pytest.raises(ValueError, match=r"epsilon must be that of the memory in .*, 0.0, got 1e-05"):
+        load_memory(AssociativeMemory(models.make(), 3, 7, d_mem=4, epsilon=1e-5), path)
+    # a file that is older than the setting
+    entry = {name: value for name, value in read_settings(path).items() if name != "epsilon"}
+    save_file(load_file(path), path, metadata={"segattn": json.dumps(entry)})
+    load_memory(other, path)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ MEMORIES: list[Callable[[], Any]] = [
 ]
 
 
-def trained(memory: Any, folder: Path, **options: Any) -> dict[str, Tensor]:
+def trained(memory: Any, folder: Path, loss: Any = None, **options: Any) -> dict[str, Tensor]:
     """Train for three steps, and return the parameters."""
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -38,7 +38,7 @@ def trained(memory: Any, folder: Path, **options: Any) -> dict[str, Tensor]:
         **options,
     )
     data = [{"input_ids": ids, "labels": ids} for ids in models.tokens(6, 3 * L + 2)]
-    transformers.Trainer(memory, arguments, train_dataset=data).train()
+    transformers.Trainer(memory, arguments, train_dataset=data, compute_loss_func=loss).train()
     return {name: p.detach() for name, p in memory.named_parameters()}
 
 
@@ -57,6 +57,39 @@ def test_the_trainer_trains_and_checkpoints_what_it_trains(make: Callable[[], An
     for name, parameter in expected.items():
         assert not torch.equal(parameter, begin[name]), name
         torch.testing.assert_close(found[name], parameter, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def smoothed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1
+    )
+
+
+@pytest.mark.parametrize("make", MEMORIES, ids=["recurrent", "associative"])
+def test_the_trainers_label_smoothing_is_refused_by_name_and_a_loss_of_ones_own_is_trained(
+    make: Callable[[], Any], tmp_path: Path
+) -> None:
+    memory = make()
+    with pytest.raises(AttributeError, match=r"label_smoothing_factor must be 0 .*: pass compute_loss_func"):
+        trained(memory, tmp_path, label_smoothing_factor=0.1)
+    assert not hasattr(memory, "config")
+    with pytest.raises(AttributeError, match="object has no attribute 'nothing'"):
+        memory.nothing  # noqa: B018
+    begin = {name: p.detach().clone() for name, p in memory.named_parameters()}
+    for name, parameter in trained(memory, tmp_path, loss=smoothed).items():
+        assert not torch.equal(parameter, begin[name]), name
+
+
+@pytest.mark.parametrize("make", MEMORIES, ids=["recurrent", "associative"])
+def test_the_trainer_adds_noise_to_embeddings(make: Callable[[], Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    memory, noisy = make(), make()
+    noisy.load_state_dict(memory.state_dict())
+    embedding = noisy.get_input_embeddings()
+    assert embedding is noisy.model.get_input_embeddings()
+    plain, found = trained(memory, tmp_path), trained(noisy, tmp_path, neftune_noise_alpha=5.0)
+    assert any(not torch.equal(found[name], parameter) for name, parameter in plain.items())
+    assert not embedding._forward_hooks
 
 
 @pytest.mark.parametrize("make", MEMORIES, ids=["recurrent", "associative"])
@@ -79,6 +112,12 @@ def test_the_trainer_of_the_readme_predicts(make: Callable[[], Any], tmp_path: P
     torch.testing.assert_close(torch.from_numpy(found.predictions), expected.logits)
     assert found.metrics["test_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
     assert trainer.evaluate(data)["eval_first"] == pytest.approx(expected.logits[0, 0, 0].item(), rel=1e-5)
+    plain = transformers.Trainer(memory, arguments, eval_dataset=data, compute_metrics=lambda seen: {})
+    for call in (plain.evaluate, lambda: plain.predict(data)):
+        with pytest.raises(
+            TypeError, match="for compute_metrics and predict, Hugging Face's Trainer needs the predict"
+        ):
+            call()
     unlabelled = trainer.predict([{"input_ids": row} for row in ids])
     torch.testing.assert_close(torch.from_numpy(unlabelled.predictions), expected.logits)
 
@@ -193,3 +232,23 @@ def compiled_trunk() -> nn.Module:
 def test_a_compiled_or_wrapped_model_is_refused_by_an_associative_memory(wrap: Callable[[], nn.Module]) -> None:
     with pytest.raises(ValueError, match="wrap the AssociativeMemory, and compile layers in place"):
         AssociativeMemory(wrap(), M, L)
+
+
+@pytest.mark.parametrize("kind", [RecurrentMemory, AssociativeMemory])
+def test_a_plain_model_of_a_converted_ones_folder_is_taken(kind: Callable[..., Any], tmp_path: Path) -> None:
+    converted, ids = models.converted(segment_len=8), models.tokens(1, 2 * L)
+    converted.save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain.load_state_dict(converted.state_dict(), strict=False)
+    model = models.make()
+    torch.manual_seed(0)
+    expected = kind(model, M, L)(ids).logits
+    torch.manual_seed(0)
+    torch.testing.assert_close(kind(plain, M, L)(ids).logits, expected)
+    with pytest.raises(ValueError, match=r"got one that segattn.convert changed: segattn.revert first"):
+        kind(converted, M, L)
+    # it shares the converted model's configuration, its attention with it
+    with pytest.raises(ValueError, match=r"configuration: make it from type\(config\).from_dict\(config.to_dict\(\)\)"):
+        kind(type(plain)(converted.config), M, L)
+    config = type(converted.config).from_dict(converted.config.to_dict())
+    kind(type(plain)(config), M, L)(ids)

@@ -6,24 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ....infini.huggingface.cache import InfiniCache
 from ....kernels.state import MemoryState
 from ....rmt.recurrent.state import RecurrentState
 from ...planner.published import memories
+from ...speed.measure import tensors_in
 from .models import ATTENTIONS, BASELINES, BaselineSetup
 from .replacing import Tokens
 
-FORMULAS = {
-    "local": "0",
-    "full": "(K + V) H T l",
-    "transformer-xl": "(K + V) H min(T, cached) l",
-    "memorizing": "(K + V) H (min(T, stored) + min(T, cached) l)",
-    "rmt": "m d",
-    "linear": "K (V + 1) H l",
-    "delta": "K (V + 1) H l",
-}
 FLOAT32 = 4
 # of the rows of `memories`
 TITLES = ("transformer-xl", "memorizing", "rmt", "linear")
@@ -33,38 +25,35 @@ PAPER = BaselineSetup(
 )
 
 
-def formula_bytes(setup: BaselineSetup, name: str, length: int) -> int:
-    """Return the float32 bytes kept of `length` tokens, whole segments: table 1 of arXiv 2404.07143.
+def formulas(setup: BaselineSetup, length: int) -> dict[str, tuple[str, int]]:
+    """Return, for each model, table 1 of arXiv 2404.07143 and the numbers kept of `length` tokens, whole segments.
 
     It counts for RMT 2 d p l, keys and values of p vectors in each layer, where p d are handed on.
     """
     K, heads, layers = setup.width // setup.heads, setup.heads, setup.layers
-    cached = min(length, setup.cached) * layers
-    numbers = {
-        "local": 0,
-        "full": 2 * K * heads * length * layers,
-        "transformer-xl": 2 * K * heads * cached,
-        "memorizing": 2 * K * heads * (min(length, setup.stored) + cached),
-        "rmt": setup.memory_tokens * setup.width,
-        "linear": K * (K + 1) * heads * layers,
-        "delta": K * (K + 1) * heads * layers,
+    cached, memory = min(length, setup.cached) * layers, K * (K + 1) * heads * layers
+    both = 2 * K * heads
+    return {
+        "local": ("0", 0),
+        "full": ("(K + V) H T l", both * length * layers),
+        "transformer-xl": ("(K + V) H min(T, cached) l", both * cached),
+        "memorizing": ("(K + V) H (min(T, stored) + min(T, cached) l)", both * (min(length, setup.stored) + cached)),
+        "rmt": ("m d", setup.memory_tokens * setup.width),
+        "linear": ("K (V + 1) H l", memory),
+        "delta": ("K (V + 1) H l", memory),
     }
-    return FLOAT32 * numbers[name]
+
+
+def formula_bytes(setup: BaselineSetup, name: str, length: int) -> int:
+    """Return the float32 bytes kept of `length` tokens, by the formula."""
+    return FLOAT32 * formulas(setup, length)[name][1]
 
 
 def bytes_of(state: Any) -> int:
     """Return the bytes of a state's tensors; of a part of a tensor, the bytes of the whole that it keeps alive."""
     if isinstance(state, InfiniCache):
-        tensors = [x for kept in state.states.values() if kept is not None for x in kept.tensors()]
-    else:
-        tensors = _tensors_in(state)
-    return sum(x.untyped_storage().nbytes() for x in tensors)
-
-
-def _tensors_in(state: Any) -> list[Tensor]:
-    if isinstance(state, Tensor):
-        return [state]
-    return [x for part in state for x in _tensors_in(part)] if isinstance(state, tuple) else []
+        state = tuple(x for kept in state.states.values() if kept is not None for x in kept.tensors())
+    return sum(x.untyped_storage().nbytes() for x in tensors_in(state))
 
 
 @torch.no_grad()

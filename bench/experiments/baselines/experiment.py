@@ -19,7 +19,7 @@ from ....runs.figures import write_figures
 from ...report.experiments import spread
 from ..book.experiment import all_runs
 from ..harness import command
-from .counting import FORMULAS, at_the_papers_sizes, counted_bytes, formula_bytes, parameters
+from .counting import at_the_papers_sizes, counted_bytes, formula_bytes, formulas, parameters
 from .models import BASELINES, BaselineSetup, build
 from .plot import plot_baselines
 from .speed import speeds
@@ -68,7 +68,7 @@ def kept_by_all(setup: BaselineSetup) -> dict[str, Any]:
         counted = counted_bytes(model, name, setup, LENGTHS)
         found[name] = {
             "parameters": parameters(model),
-            "formula": FORMULAS[name],
+            "formula": formulas(setup, 0)[name][0],
             "bytes": {str(length): formula_bytes(setup, name, length) for length in LENGTHS},
             "counted": {str(length): value for length, value in counted.items()},
         }

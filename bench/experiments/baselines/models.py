@@ -65,21 +65,9 @@ def _replaced(make: Callable[[BaselineSetup, int], Attention], setup: BaselineSe
     return replace(build_llama(setup, "full", seed), partial(make, setup))
 
 
-def _full(setup: BaselineSetup, layer: int) -> Attention:
-    return FullAttention()
-
-
-def _local(setup: BaselineSetup, layer: int) -> Attention:
-    return TransformerXL(setup.segment_len, 0)
-
-
-def _transformer_xl(setup: BaselineSetup, layer: int) -> Attention:
-    return TransformerXL(setup.segment_len, setup.cached)
-
-
 def _memorizing(setup: BaselineSetup, layer: int) -> Attention:
     if layer != setup.looking_up:
-        return _transformer_xl(setup, layer)
+        return TransformerXL(setup.segment_len, setup.cached)
     return Memorizing(setup.segment_len, setup.cached, setup.heads, setup.stored, setup.neighbours)
 
 
@@ -104,9 +92,9 @@ def _read_infini(model: LlamaForCausalLM, rows: Tensor, state: InfiniCache | Non
 
 # layer by layer in a Llama
 ATTENTIONS: dict[str, Callable[[BaselineSetup, int], Attention]] = {
-    "local": _local,
-    "full": _full,
-    "transformer-xl": _transformer_xl,
+    "local": lambda setup, layer: TransformerXL(setup.segment_len, 0),
+    "full": lambda setup, layer: FullAttention(),
+    "transformer-xl": lambda setup, layer: TransformerXL(setup.segment_len, setup.cached),
     "memorizing": _memorizing,
 }
 BASELINES = {name: Baseline(partial(_replaced, make), read) for name, make in ATTENTIONS.items()} | {

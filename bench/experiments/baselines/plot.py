@@ -19,6 +19,7 @@ from ....runs.pictures import (
     ORANGE,
     PINK,
     VERMILION,
+    doubling,
     logarithmic,
     plain,
     save_picture,
@@ -90,8 +91,7 @@ def _against_length(axes: Axes, figures: dict[str, Any]) -> None:
             # three keep about as much: the next lines are thinner, and one that they lie on is seen
             look: dict[str, Any] = {"color": color, "marker": mark, "linestyle": style, "linewidth": 4 - 0.4 * number}
             axes.plot(lengths, list(kept.values()), **look, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [format_length(length) for length in lengths])
+    doubling(axes, {length: format_length(length) for length in lengths})
     logarithmic(axes, in_bytes, base=2)
     axes.legend(frameon=False)
     axes.set_title("kept of one text (local: 0)", loc="left")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ....runs.checkpoint import SettingError
+from ....runs.errors import SettingError
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....rmt.recurrent.memory import RecurrentMemory
-from ....runs.checkpoint import SettingError
+from ....runs.errors import SettingError
+from ...planner.settings import check_size
 from ...planner.units import in_bytes
 from ...speed.machine import commit, device_facts, versions
-from ...speed.measure import peak_bytes
-from ...speed.recurrent_models import SIZES, VOCABULARY, Sizes, associative, first_memory, llama
+from ...speed.measure import kept_bytes, peak_bytes
+from ...speed.recurrent_models import SIZES, VOCABULARY, Sizes, associative, llama, recurrent
 from ...speed.timing import time_once
 from ..harness import Advance, Figures, Job, Runs, command, earlier, run_all
 from .plot import plot_lengths
@@ -39,25 +39,19 @@ PIECE = 8
 Reader = Callable[[Tensor, Any], Any]
 
 
-def recurrent(sizes: Sizes, device: torch.device, longest: int) -> Reader:
-    """Return a reader with RMT's memory."""
-    module = RecurrentMemory(llama(sizes, device), sizes.m, sizes.L).to(device).eval()
-    with torch.no_grad():
-        module.memory.copy_(first_memory(sizes, device))
-    return lambda ids, state: module(ids, state=state, output_logits=False).state
+def _with_memory(make: Callable[[Sizes, torch.device], Any]) -> Callable[[Sizes, torch.device], Reader]:
+    def reader(sizes: Sizes, device: torch.device) -> Reader:
+        module = make(sizes, device).eval()
+        return lambda ids, state: module(ids, state=state, output_logits=False).state
+
+    return reader
 
 
-def armt(sizes: Sizes, device: torch.device, longest: int) -> Reader:
-    """Return a reader with ARMT's memories."""
-    module = associative(sizes, device, "vertical").eval()
-    return lambda ids, state: module(ids, state=state, output_logits=False).state
-
-
-def full(sizes: Sizes, device: torch.device, longest: int) -> Reader:
+def full(sizes: Sizes, device: torch.device) -> Reader:
     """Return a reader by the same Llama with the keys and values of the whole text."""
     from transformers import DynamicCache
 
-    model: Any = llama(sizes, device, positions=longest * sizes.L).eval()
+    model: Any = llama(sizes, device).eval()
 
     def read(ids: Tensor, cache: Any) -> Any:
         cache = DynamicCache(config=model.config) if cache is None else cache
@@ -66,9 +60,9 @@ def full(sizes: Sizes, device: torch.device, longest: int) -> Reader:
     return read
 
 
-READERS: dict[str, Callable[[Sizes, torch.device, int], Reader]] = {
-    "RMT": recurrent,
-    "ARMT": armt,
+READERS: dict[str, Callable[[Sizes, torch.device], Reader]] = {
+    "RMT": _with_memory(recurrent),
+    "ARMT": _with_memory(associative),
     "full attention": full,
 }
 
@@ -95,8 +89,7 @@ class Setup:
         if not self.lengths or min(self.lengths) < 1 or sorted(set(self.lengths)) != list(self.lengths):
             raise SettingError("lengths", f"must be positive and go up, got {list(self.lengths)}")
         for name in ("least", "rounds"):
-            if getattr(self, name) < 1:
-                raise SettingError(name, f"must be at least 1, got {getattr(self, name)}")
+            check_size(name, getattr(self, name))
 
     def cells(self) -> Iterator[tuple[str, int]]:
         """Return every reader with the segments of every text that it reads."""
@@ -117,23 +110,6 @@ def check_device(name: str) -> None:
         raise SettingError("device", f"must be cpu or cuda, got {name!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise SettingError("device", f"must be cpu where PyTorch finds no GPU, got {name!r}")
-
-
-def kept_bytes(kept: Any) -> int:
-    """Return the bytes of all tensors in a state or a cache, each tensor once."""
-    found: dict[int, int] = {}
-
-    def walk(x: Any) -> None:
-        if isinstance(x, Tensor):
-            found[x.data_ptr()] = x.numel() * x.element_size()
-        elif isinstance(x, (tuple, list)):
-            for part in x:
-                walk(part)
-        elif hasattr(x, "layers"):
-            walk([(layer.keys, layer.values) for layer in x.layers])
-
-    walk(kept)
-    return sum(found.values())
 
 
 @torch.no_grad()
@@ -197,7 +173,7 @@ def experiment(setup: Setup, out: Path) -> Figures:
     @functools.cache
     @torch.no_grad()
     def reader_of(name: str) -> Reader:
-        reader = READERS[name](setup.sizes, device, setup.full_up_to + PIECE)
+        reader = READERS[name](setup.sizes, device)
         # what is first may compile, allocate, and load
         reader(setup.sizes.ids(device, PIECE * setup.sizes.L), None)
         return reader

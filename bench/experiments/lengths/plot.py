@@ -7,9 +7,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
-from ....runs.pictures import BLACK, BLUE, DPI, VERMILION, logarithmic, plain, save_picture
+from ....runs.pictures import BLACK, BLUE, DPI, VERMILION, doubling, logarithmic, plain, save_picture
 
 LOOKS = {"RMT": (BLUE, "o"), "ARMT": (VERMILION, "s"), "full attention": (BLACK, "^")}
 
@@ -30,7 +29,6 @@ def plot_lengths(path: Path, figures: dict[str, Any]) -> None:
 
 
 def _lines(axes: Axes, figures: dict[str, Any], key: str, scale: float, style: str) -> None:
-    axes.set_xscale("log", base=2)
     for name, (colour, marker) in LOOKS.items():
         rows = [x for x in figures["summary"] if x["reader"] == name]
         values = [scale * x[key] for x in rows]
@@ -40,8 +38,6 @@ def _lines(axes: Axes, figures: dict[str, Any], key: str, scale: float, style: s
         axes.plot([x["segments"] for x in rows], values, style, **look)
         single = [x for x in figures["readings"] if x["reader"] == name]
         axes.scatter([x["segments"] for x in single], [scale * x[key] for x in single], color=colour, s=6, alpha=0.4)
-    ticks = {x["segments"]: x["tokens"] for x in figures["summary"]}
-    axes.set_xticks(list(ticks), [f"{segments:,}\n{tokens:,}" for segments, tokens in ticks.items()], fontsize=8)
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    doubling(axes, {x["segments"]: f"{x['segments']:,}\n{x['tokens']:,}" for x in figures["summary"]}, fontsize=8)
     axes.set_xlabel("segments, and tokens")
     plain(axes, grid="y")

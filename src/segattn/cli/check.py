@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..runs.errors import SettingError
 from .progress import Progress
 from .shell import Command, check_file, write_json
 
@@ -40,7 +41,6 @@ def check(
     """
     with Command("check").run() as console:
         from ..kernels.check.check import OptionError, run_check
-        from ..runs.checkpoint import SettingError
 
         check_file("json", json)
         try:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..infini.demo.settings import DemoSettings
+from .options import Out, Resume, options_of
 from .progress import Progress, is_due
-from .shell import Command, absolute
+from .shell import Command
 
 if TYPE_CHECKING:
     from ..infini.demo.evaluation import Cell
@@ -19,37 +20,21 @@ if TYPE_CHECKING:
 FOLDER = Path("segattn-demo")
 
 
+@options_of(DemoSettings)
 def demo(
-    text: Annotated[
-        Path | None, typer.Option(help="Running text to hide passkeys in, UTF-8. Default: made-up words.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps. Default: 1500.")] = None,
-    segment_len: Annotated[int | None, typer.Option(help="Tokens per segment. Default: 32.")] = None,
-    segments: Annotated[int | None, typer.Option(help="Segments of the longest training text. Default: 8.")] = None,
-    update: Annotated[
-        str | None, typer.Option(help="How the memory is written: delta or linear. Default: delta.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights and samples. Default: 0.")] = None,
-    reach: Annotated[int | None, typer.Option(help="Longest text tested, in trained lengths. Default: 64.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Texts tested per length and depth. Default: 40.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda. Default: cpu.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = FOLDER,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
-    ] = False,
+    out: Out = FOLDER,
+    resume: Resume = False,
+    **given: Any,
 ) -> None:
     """Train a small decoder to recall a passkey, then find it in texts far longer than those it was trained on.
 
     Two to three minutes on two cores. Ctrl-C leaves a checkpoint, from which --resume goes on.
     """
-    options = {name: value for name, value in locals().items() if name not in ("out", "resume") and value is not None}
-    if text is not None:
-        options["text"] = absolute(text)
     again = f"go on with: segattn demo --resume --out {shlex.quote(str(out))}"
     with Command("demo", again=again, saved=(out / "checkpoint.pt").is_file).run() as console:
-        from ..infini.demo.runs import DemoSettings, Outputs, finished_figures, run_demo, saved_settings
+        from ..infini.demo.runs import Outputs, finished_figures, run_demo, saved_settings
 
-        settings = DemoSettings(**(saved_settings(out) if resume else {}) | options)
+        settings = DemoSettings(**(saved_settings(out) if resume else {}) | given)
         figures = finished_figures(settings, out)
         if figures is None:
             with Training(console) as listener:

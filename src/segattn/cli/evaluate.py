@@ -4,73 +4,43 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..infini.evaluate.settings import PLACES, Grid, Needle, Positions, Source
+from ..runs.errors import SettingError
+from .options import Out, ResumeMeasuring, help_of, options_of, settings_from
 from .progress import Reading
 from .shell import Command, counts
 
-if TYPE_CHECKING:
-    from ..infini.evaluate.loading import Source
-
 app = typer.Typer(no_args_is_help=True, help="Evaluate a Hugging Face model, converted or plain, on long texts.")
 
-Model = Annotated[str, typer.Argument(help="Folder or name of a model, converted or plain.", show_default=False)]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option(help="Folder or name of a tokenizer, or 'bytes' for a model of bytes. Default: the model's."),
-]
-Convert = Annotated[bool, typer.Option("--convert", help="Convert a plain model to segments and a memory first.")]
-SegmentLen = Annotated[int | None, typer.Option(help="With --convert: tokens per segment. Default: 2048.")]
-Update = Annotated[str | None, typer.Option(help="With --convert: delta or linear. Default: delta.")]
-Gates = Annotated[str | None, typer.Option(help="File of gates, by whose settings a plain model is converted.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: a GPU where one is.")]
-Lengths = Annotated[str, typer.Option(help="Tokens of a text, such as 4096,32K,1M.")]
-Depths = Annotated[
-    str, typer.Option(help="Places of what is hidden: start, middle, end, or shares from 0 to 1; with commas.")
-]
-Samples = Annotated[int, typer.Option(help="Texts per length and depth.")]
-Seed = Annotated[int, typer.Option(help="Seed of the texts.")]
-Batch = Annotated[int, typer.Option(help="Texts read at once.")]
-Piece = Annotated[int | None, typer.Option(help="Tokens read at once of a text, whole segments. Default: about 4096.")]
-Out = Annotated[Path, typer.Option(help="Folder for what is written.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Keep what is measured, and measure the rest.")]
+Lengths = Annotated[str, typer.Option(help=help_of(Grid, "lengths"))]
+Depths = Annotated[str, typer.Option(help=help_of(Grid, "depths"))]
 
 FOLDER = Path("segattn-evaluation")
 
 
 @app.command()
+@options_of(Source, Grid, arguments=("model",))
 def passkey(
-    model: Model,
-    tokenizer: Tokenizer = None,
-    convert: Convert = False,
-    segment_len: SegmentLen = None,
-    update: Update = None,
-    gates: Gates = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
     lengths: Lengths = "32K,128K,1M",
     depths: Depths = "start,middle,end",
-    samples: Samples = 10,
-    seed: Seed = 0,
-    batch: Batch = 1,
-    piece: Piece = None,
     out: Out = FOLDER,
-    resume: Resume = False,
+    resume: ResumeMeasuring = False,
+    **given: Any,
 ) -> None:
     """Measure passkey retrieval in the wording of the Infini-attention paper, by length and depth.
 
     A converted model needs the same memory at every length. Ctrl-C leaves the cells that are measured.
     """
     with _command("passkey", out).run() as console:
-        from ..infini.evaluate.runs import Grid, run_passkey
+        from ..infini.evaluate.runs import run_passkey
 
-        source = _source(model, tokenizer, convert, segment_len, update, gates, dtype, device)
-        grid = Grid(_lengths(lengths), _depths(depths), samples, seed, batch, piece)
+        source, grid = settings_from(Source, given), _grid(lengths, depths, given)
         with Reading(console, "passkey") as listener:
             figures = run_passkey(source, grid, out, listener, resume=resume)
         console.print(_cells(figures, "Passkeys"))
@@ -78,78 +48,38 @@ def passkey(
 
 
 @app.command()
+@options_of(Needle, Source, Grid, arguments=("model",))
 def needle(
-    model: Model,
-    text: Annotated[Path, typer.Option(help="Running text to hide the needle in, UTF-8.", show_default=False)],
-    needle: Annotated[str | None, typer.Option(help="Sentence to hide. Default: one about San Francisco.")] = None,
-    question: Annotated[str | None, typer.Option(help="What the text ends with, up to the answer.")] = None,
-    answer: Annotated[str | None, typer.Option(help="What the model should say.")] = None,
-    score: Annotated[
-        str, typer.Option(help="substring: the answer is in what it says; tokens: it says just that.")
-    ] = "substring",
-    tokenizer: Tokenizer = None,
-    convert: Convert = False,
-    segment_len: SegmentLen = None,
-    update: Update = None,
-    gates: Gates = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
     lengths: Lengths = "4K,8K,16K,32K",
     depths: Depths = "0,0.25,0.5,0.75,1",
-    samples: Samples = 5,
-    seed: Seed = 0,
-    batch: Batch = 1,
-    piece: Piece = None,
+    samples: Annotated[int, typer.Option(help=help_of(Grid, "samples"))] = 5,
     out: Out = FOLDER,
-    resume: Resume = False,
+    resume: ResumeMeasuring = False,
+    **given: Any,
 ) -> None:
     """Measure a needle in a haystack, a sentence hidden in running text, by length and depth."""
     with _command("needle", out).run() as console:
-        from ..infini.evaluate.runs import Grid, Needle, run_needle
-        from ..runs.checkpoint import SettingError
+        from ..infini.evaluate.runs import run_needle
 
-        source = _source(model, tokenizer, convert, segment_len, update, gates, dtype, device)
-        options = {"needle": needle, "question": question, "answer": answer}
-        words = {name: value for name, value in options.items() if value is not None}
-        for name in options.keys() - words.keys() if words else ():
-            raise SettingError(name, f"must come with {' and '.join('--' + other for other in words)}")
-        grid = Grid(_lengths(lengths), _depths(depths), samples, seed, batch, piece)
+        source, hidden = settings_from(Source, given), settings_from(Needle, given)
+        grid = _grid(lengths, depths, given | {"samples": samples})
         with Reading(console, "needle") as listener:
-            figures = run_needle(source, grid, Needle(str(text), **words, score=score), out, listener, resume=resume)
+            figures = run_needle(source, grid, hidden, out, listener, resume=resume)
         console.print(_cells(figures, "Needles"))
         _summary(console, "needle", out, figures)
 
 
 @app.command()
-def perplexity(
-    model: Model,
-    text: Annotated[Path, typer.Option(help="Text to read, UTF-8.", show_default=False)],
-    length: Annotated[
-        int | None, typer.Option(help="Tokens of a document; the text is cut into such. Default: it is one.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Tokens of the text that are read. Default: all.")] = None,
-    buckets: Annotated[int, typer.Option(help="Approximate number of buckets for a document's positions.")] = 16,
-    tokenizer: Tokenizer = None,
-    convert: Convert = False,
-    segment_len: SegmentLen = None,
-    update: Update = None,
-    gates: Gates = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    batch: Batch = 1,
-    piece: Piece = None,
-    out: Out = FOLDER,
-    resume: Resume = False,
-) -> None:
+@options_of(Positions, Source, arguments=("model",))
+def perplexity(out: Out = FOLDER, resume: ResumeMeasuring = False, **given: Any) -> None:
     """Measure the perplexity of a text by position in the document and inside the segment.
 
     Ctrl-C leaves the documents that are measured.
     """
     with _command("perplexity", out).run() as console:
-        from ..infini.evaluate.runs import Positions, run_perplexity
+        from ..infini.evaluate.runs import run_perplexity
 
-        source = _source(model, tokenizer, convert, segment_len, update, gates, dtype, device)
-        positions = Positions(str(text), length, limit, buckets, batch, piece)
+        source, positions = settings_from(Source, given), settings_from(Positions, given)
         with Reading(console, "perplexity") as listener:
             figures = run_perplexity(source, positions, out, listener, resume=resume)
         console.print(_buckets(figures["by_position"], "Perplexity by position in the document"))
@@ -162,13 +92,12 @@ def perplexity(
 
 @app.command()
 def gates(
-    model: Model,
-    gates: Gates = None,
+    model: Annotated[str, typer.Argument(help=help_of(Source, "model"), show_default=False)],
+    gates: Annotated[str | None, typer.Option(help=help_of(Source, "gates"))] = None,
     out: Out = FOLDER,
 ) -> None:
     """Show the gates of a converted model by layer and head: 0 is local attention alone, 1 the memory alone."""
     with Command("evaluate gates", {"model": "MODEL"}).run() as console:
-        from ..infini.evaluate.loading import Source
         from ..infini.evaluate.runs import run_gates
 
         figures = run_gates(Source(model, gates=gates, device="cpu"), out)
@@ -182,19 +111,8 @@ def gates(
         _summary(console, "gates", out, figures)
 
 
-def _source(
-    model: str,
-    tokenizer: str | None,
-    convert: bool,
-    segment_len: int | None,
-    update: str | None,
-    gates: str | None,
-    dtype: str,
-    device: str | None,
-) -> Source:
-    from ..infini.evaluate.loading import Source
-
-    return Source(model, tokenizer, convert, segment_len, update, gates, dtype, device)
+def _grid(lengths: str, depths: str, given: dict[str, Any]) -> Grid:
+    return settings_from(Grid, given | {"lengths": _lengths(lengths), "depths": _depths(depths)})
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -202,13 +120,10 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def _depths(text: str) -> tuple[float, ...]:
-    from ..infini.evaluate.retrieval import DEPTHS
-    from ..runs.checkpoint import SettingError
-
     depths = []
     for part in filter(None, map(str.strip, text.split(","))):
         try:
-            depth = DEPTHS[part] if part in DEPTHS else float(part)
+            depth = PLACES[part] if part in PLACES else float(part)
         except ValueError:
             depth = -1.0
         if not 0 <= depth <= 1:

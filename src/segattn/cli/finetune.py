@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch.distributed as dist
 import typer
 from rich.console import Console
-from torch import OutOfMemoryError
 
 from ..infini.train.settings import TrainSettings, UntrainedMemoryWarning
 from .options import options_of
@@ -30,7 +28,9 @@ SMALLER = (
 
 @options_of(TrainSettings, arguments=("model",))
 def finetune(
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: GPUs where there are any.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run, such as cpu or cuda. Default: GPUs where there are any.")
+    ] = None,
     keep: Annotated[int, typer.Option(help="Checkpoints that stay.")] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a process that does not answer.")] = 600.0,
     out: Annotated[Path, typer.Option(help="Folder for everything that is written, one for all processes.")] = FOLDER,
@@ -90,21 +90,23 @@ def _summary(figures: Mapping[str, Any]) -> str:
 @contextmanager
 def _together(command: Command) -> Iterator[None]:
     """End several processes together, with the first one's line; an error of some of them keeps its traceback."""
+    import torch.distributed as dist
+    from torch import OutOfMemoryError
+
     try:
         yield
     except BaseException as error:
-        ending = command.ending(error)
-        if not _several():
+        if dist.get_world_size() == 1:
             raise
-        if ending is None or isinstance(error, OutOfMemoryError | KeyboardInterrupt):
+        ending = command.ending(error)
+        if ending is None and isinstance(error, RuntimeError):
             lost = (
                 f"process {dist.get_rank()} of {dist.get_world_size()} ends: unless the error below is its own, "
                 "another process has ended, or did not answer within --timeout"
             )
-            if ending is not None or isinstance(error, RuntimeError):
-                command.say(lost + command.way_on() if ending is None else ending.message)
-            if isinstance(error, KeyboardInterrupt):
-                raise SystemExit(130) from None
+            command.say(lost + command.way_on())
+        if ending is None or isinstance(error, OutOfMemoryError | KeyboardInterrupt):
+            # of this process alone: others would not meet it
             raise
         if dist.get_rank() == 0:
             command.say(ending.message)
@@ -114,10 +116,8 @@ def _together(command: Command) -> Iterator[None]:
 
 
 def _is_saved(out: Path) -> bool:
-    from ..infini.train.checkpoints import whole
-    from ..infini.train.run import Outputs
-
-    return bool(whole(Outputs.of(out).checkpoints))
+    # without `checkpoints.whole`: Ctrl-C may have broken into the import of PyTorch
+    return any(out.glob("checkpoints/step-*/.metadata"))
 
 
 @contextmanager
@@ -135,10 +135,6 @@ def _warnings_in_a_line(command: Command) -> Iterator[None]:
         warnings.showwarning = line
         warnings.simplefilter("always", UntrainedMemoryWarning)
         yield
-
-
-def _several() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _note(figures: Mapping[str, Any]) -> str:

@@ -3,57 +3,81 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
-from dataclasses import fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, fields
 from functools import wraps
-from typing import Annotated, Any, get_args, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
 Command = Callable[..., None]
+Settings = TypeVar("Settings")
+
+# what commands that write have in common
+Out = Annotated[Path, typer.Option(help="Folder for everything that is written.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")]
+ResumeMeasuring = Annotated[bool, typer.Option("--resume", help="Keep what is measured, and measure the rest.")]
 
 
-def options_of(settings: type, *, arguments: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Give a command an option for every field of a dataclass.
+def options_of(*settings: type, arguments: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Give a command an option for every field of dataclasses, in their order.
 
     A field is `name: Annotated[type, "Help."] = default`, its type one that typer knows; more strings after the help
     are more names of the option. The help ends with the default, where there is one. A field that is False is a flag,
-    one that is True a pair of flags. The command is called with its own parameters, and with those fields that the user
-    gave. A parameter of the command that is named like a field stands for the field.
+    one that is True a pair of flags; one without a default must be given. The command is called with its own
+    parameters, and with those fields that the user gave. A parameter of the command that is named like a field stands
+    for the field, in its place; the others come last.
 
     Args:
-        settings: the dataclass.
+        settings: the dataclasses.
         arguments: fields that are arguments of the command, without dashes, in the order of the fields.
     """
 
     def decorate(command: Command) -> Command:
         parameters = inspect.signature(command, eval_str=True).parameters.values()
         own = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind is not p.VAR_KEYWORD}
-        made = [field.name for field in fields(settings) if field.name not in own]
-        made.sort(key=lambda name: name not in arguments)
-        hints = get_type_hints(settings, include_extras=True)
-        defaults = {field.name: field.default for field in fields(settings)}
+        made = {}
+        for each in settings:
+            hints = get_type_hints(each, include_extras=True)
+            for field in fields(each):
+                made[field.name] = _parameter(field.name, hints[field.name], field.default, field.name in arguments)
 
         @wraps(command)
         def run(**values: Any) -> None:
             command(**{name: value for name, value in values.items() if name in own or value is not None})
 
-        signature = [_parameter(name, hints[name], defaults[name], name in arguments) for name in made]
-        run.__signature__ = inspect.Signature([*signature, *own.values()])  # type: ignore[attr-defined]
+        signature = sorted((made | own).values(), key=lambda parameter: parameter.name not in arguments)
+        run.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
         return run
 
     return decorate
 
 
+def help_of(settings: type, field: str) -> str:
+    """Return the help of a field, for a parameter that stands for it."""
+    return str(get_args(get_type_hints(settings, include_extras=True)[field])[1])
+
+
+def settings_from(settings: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Return settings from those of the values that are their fields."""
+    names = [field.name for field in fields(settings)]  # type: ignore[arg-type]
+    return settings(**{name: values[name] for name in names if name in values})
+
+
 def _parameter(name: str, hint: Any, default: Any, is_argument: bool) -> inspect.Parameter:
-    """Return the parameter of a field: None, unless the user gives it."""
+    """Return the parameter of a field: None, unless the user gives it or must give it."""
     kind, text, *more_names = get_args(hint)
-    option = name.replace("_", "-")
-    names = [f"--{option}/--no-{option}" if default is True else f"--{option}", *more_names]
-    says_default = default is not None and not isinstance(default, bool)
+    if default not in (None, MISSING) and not isinstance(default, bool):
+        text = f"{text} Default: {format(default, 'g' if isinstance(default, float) else '')}."
     if is_argument:
         info: Any = typer.Argument(help=text, show_default=False)
     else:
-        info = typer.Option(*names, help=f"{text} Default: {default}." if says_default else text, show_default=False)
-    parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-    return parameter.replace(annotation=Annotated[kind | None, info])
+        option = name.replace("_", "-")
+        names = [f"--{option}/--no-{option}" if default is True else f"--{option}", *more_names]
+        info = typer.Option(*names, help=text, show_default=False)
+    required = default is MISSING
+    parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+    kind = kind if required else kind | None
+    default = inspect.Parameter.empty if required else None
+    return parameter.replace(annotation=Annotated[kind, info], default=default)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from ..runs.errors import SettingError, named
 from .shell import Command, check_file, counts, write_json
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ Shaped = Annotated[
         "or a model's folder or config.json, or layers=12,width=768,…"
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="Of weights and activations: bfloat16, float16 or float32.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of weights and activations: bfloat16, float16 or float32.")]
 Json = Annotated[Path | None, typer.Option(help="File to write every figure to.")]
 Png = Annotated[Path | None, typer.Option(help="File to draw them in, such as plan.png, plan.pdf or plan.svg.")]
 SegmentLen = Annotated[int, typer.Option(help="Tokens per segment.")]
@@ -65,9 +66,12 @@ def model(
     memory: Annotated[int, typer.Option(help="Memory tokens of rmt and armt.")] = 16,
     d_mem: Annotated[int, typer.Option(help="Of armt: width of keys before their feature map.")] = 64,
     nu: Annotated[int, typer.Option(help="Of armt: features of a key divided by twice its width.")] = 3,
-    update: Annotated[str, typer.Option(help="Of infini: delta or linear.")] = "delta",
+    update: Annotated[str, typer.Option(help="Of infini: update rule, delta or linear.")] = "delta",
     bptt: Annotated[int | None, typer.Option(help="Segments that gradients reach back. Default: all.")] = None,
-    gpu: Annotated[str, typer.Option(help="Such as H100, H200, B200, A100 SXM 80GB, RTX 5090, MI300X.")] = "H100",
+    gpu: Annotated[
+        str,
+        typer.Option(help="GPU of the floors, such as H100, H200, B200, A100 SXM 80GB, RTX 5090, MI300X."),
+    ] = "H100",
     dtype: Dtype = "bfloat16",
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     json: Json = None,
@@ -95,9 +99,10 @@ def model(
         document = {"shape": _shape(sizes), "gpu": row, "peak": peak._asdict()} | options
         _write(console, json, document | {"formulas": notes, "estimates": rows})
         if png is not None:
-            from ..bench.planner.plots import plot_plan
+            from ..bench.planner.plots import plan_figure
+            from ..runs.pictures import save_picture
 
-            plot_plan(png, rows, title)
+            save_picture(plan_figure(rows, title), png)
             console.print(f"picture in {png}", markup=False)
 
 
@@ -162,9 +167,10 @@ def exchange(
         document = {"shape": _shape(sizes), "segment_len": segment_len, "dtype": dtype, "links": vars(links)}
         _write(console, json, document | {"formulas": EXCHANGE_NOTES, "exchanges": rows})
         if png is not None:
-            from ..bench.planner.plots import plot_exchange
+            from ..bench.planner.plots import exchange_figure
+            from ..runs.pictures import save_picture
 
-            plot_exchange(png, rows, title)
+            save_picture(exchange_figure(rows, title), png)
             console.print(f"picture in {png}", markup=False)
 
 
@@ -190,9 +196,10 @@ def published(json: Json = None, png: Png = None) -> None:
         document = {"formulas": papers.NOTES, "savings": rows, "memories": [x._asdict() for x in kept]}
         _write(console, json, document)
         if png is not None:
-            from ..bench.planner.plots import plot_savings
+            from ..bench.planner.plots import savings_figure
+            from ..runs.pictures import save_picture
 
-            plot_savings(png, rows)
+            save_picture(savings_figure(rows), png)
             console.print(f"picture in {png}", markup=False)
 
 
@@ -209,7 +216,6 @@ def _memory_table(kept: Sequence[Any]) -> Table:
 @contextmanager
 def _command(name: str, json: Path | None, png: Path | None) -> Iterator[Console]:
     """Check before any work that the files can be written, and print whole cells where there is no terminal."""
-    from ..runs.checkpoint import SettingError, named
     from ..runs.pictures import picture_format
 
     with Command(f"plan {name}", {"shape": "SHAPE"}).run() as console, named(path="png"):

@@ -10,8 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..rmt.runs.settings import OF_MODEL, OF_TASK, TrainSettings, up_to
+from ..runs.errors import SettingError
+from .options import Out, Resume, ResumeMeasuring, help_of, options_of
 from .progress import Progress, Reading
-from .shell import Command, absolute, counts, quiet_transformers
+from .shell import Command, counts, quiet_transformers
 
 if TYPE_CHECKING:
     from ..rmt.runs.curriculum import Stage, Step
@@ -20,102 +23,38 @@ app = typer.Typer(no_args_is_help=True, help="Recurrent memory: train a memory t
 
 FOLDER = Path("segattn-rmt")
 Folder = Annotated[Path, typer.Argument(help="Folder that segattn rmt train wrote.", show_default=False)]
-Babi = Annotated[Path | None, typer.Option(help="Folder of bAbI's files. Default: the run's.")]
-Book = Annotated[Path | None, typer.Option(help="Running text, UTF-8. Default: the run's.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: a GPU where one is.")]
+Babi = Annotated[str | None, typer.Option(help="Folder of bAbI's files. Default: the run's.")]
+Book = Annotated[str | None, typer.Option(help="Running text, UTF-8. Default: the run's.")]
+Device = Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda. Default: a GPU where one is.")]
 
 
 @app.command()
+@options_of(TrainSettings, arguments=("task",))
 def train(
-    task: Annotated[
-        str | None,
-        typer.Argument(
-            help="memorize, detect, reasoning; qa1, qa2, qa4; retrieval, copy or reverse.", show_default=False
-        ),
-    ] = None,
-    babi: Annotated[Path | None, typer.Option(help="Folder of bAbI's files. Default: generated facts.")] = None,
-    book: Annotated[Path | None, typer.Option(help="Running text, UTF-8. Default: generated sentences.")] = None,
-    vocabulary: Annotated[int | None, typer.Option(help="Words of the text that are kept. Default: 4000.")] = None,
-    decoys: Annotated[
-        float | None, typer.Option(help="Share of stray words of facts in the text of half the samples. Default: 0.")
-    ] = None,
-    key_digits: Annotated[int | None, typer.Option(help="Of retrieval. Default: 2.")] = None,
-    rewrite: Annotated[
-        bool | None, typer.Option("--rewrite", help="Of retrieval: keys are written again.", show_default=False)
-    ] = None,
-    encoder: Annotated[str | None, typer.Option(help="Of tasks of classes: bert or modernbert. Default: bert.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Of the small model. Default: 2.")] = None,
-    width: Annotated[int | None, typer.Option(help="Of the small model. Default: 64.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Of the small model. Default: 4.")] = None,
-    pretrained: Annotated[
-        Path | None, typer.Option(help="Instead, folder of a Hugging Face encoder and its tokenizer.")
-    ] = None,
-    freeze: Annotated[
-        bool | None,
-        typer.Option("--freeze", help="Of a pretrained one, train memory and head alone.", show_default=False),
-    ] = None,
-    start: Annotated[
-        Path | None, typer.Option(help="Folder of an earlier run, whose model and weights are taken.")
-    ] = None,
-    architecture: Annotated[str | None, typer.Option(help="rmt, or armt for tasks of tokens. Default: rmt.")] = None,
-    memory: Annotated[int | None, typer.Option(help="Memory tokens. Default: 10.")] = None,
-    d_mem: Annotated[int | None, typer.Option(help="Of armt: width of keys. Default: 64.")] = None,
-    segment_len: Annotated[int | None, typer.Option(help="Tokens per segment. Default: 499.")] = None,
-    short: Annotated[
-        str | None, typer.Option(help="Tokens of stages before a whole segment, or none. Default: 64,128.")
-    ] = None,
-    short_segments: Annotated[
-        str | None,
-        typer.Option(help="Then, stages of so many segments as short as the last of --short. Default: none."),
-    ] = None,
-    segments: Annotated[
-        str | None, typer.Option(help="How far the curriculum goes, as 5, or its stages, as 1,2,5 or 5,. Default: 5.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Per stage, at most. Default: 1500.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Accuracy that ends a stage. Default: 0.99.")] = None,
-    anneal: Annotated[
-        int | None, typer.Option(help="Steps after the last stage while the rate falls to nothing. Default: 0.")
-    ] = None,
-    vary: Annotated[
-        bool | None,
-        typer.Option("--vary/--no-vary", help="Every other batch is shorter. Default: so.", show_default=False),
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Samples per step. Default: 32.")] = None,
-    later_batch: Annotated[int | None, typer.Option(help="Of stages of several segments. Default: --batch.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: 1e-3.")] = None,
-    later_lr: Annotated[float | None, typer.Option(help="Of stages of several segments. Default: 0.4 of --lr.")] = None,
-    beta2: Annotated[float | None, typer.Option(help="Of AdamW. Default: 0.999.")] = None,
-    noise: Annotated[float | None, typer.Option(help="On the memory in training, relative. Default: 0.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of all parameters. Default: 1e-3.")] = None,
-    warm_up: Annotated[int | None, typer.Option(help="Steps over which the rate rises. Default: 50.")] = None,
-    bptt: Annotated[int | None, typer.Option(help="Segments that gradients reach back. Default: all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, dropout and samples. Default: 0.")] = None,
-    test_samples: Annotated[int | None, typer.Option(help="After each stage. Default: 200.")] = None,
-    device: Device = None,
-    out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = FOLDER,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
-    ] = False,
+    task: Annotated[str | None, typer.Argument(help=help_of(TrainSettings, "task"), show_default=False)] = None,
+    short: Annotated[str | None, typer.Option(help=help_of(TrainSettings, "short"))] = None,
+    short_segments: Annotated[str | None, typer.Option(help=help_of(TrainSettings, "short_segments"))] = None,
+    segments: Annotated[str | None, typer.Option(help=help_of(TrainSettings, "segments"))] = None,
+    out: Out = FOLDER,
+    resume: Resume = False,
+    **given: Any,
 ) -> None:
     """Train a small model with a memory by curriculum: on one segment first, on more once those are learnt.
 
     Ctrl-C leaves a checkpoint, from which --resume goes on to what the run would have come to.
     """
-    options = {name: value for name, value in locals().items() if value is not None and name not in ("out", "resume")}
-    options |= {name: absolute(path) for name, path in options.items() if isinstance(path, Path)}
     again = f"go on with: segattn rmt train --resume --out {shlex.quote(str(out))}"
     saved = (out / "checkpoint.pt").is_file
     with Command("rmt train", {"task": "TASK"}, again, saved, "a smaller --batch").run() as console:
         from ..rmt.runs.folder import settings_of
-        from ..rmt.runs.settings import OF_MODEL, OF_TASK, TrainSettings, up_to
         from ..rmt.runs.training import run_training, saved_settings
-        from ..runs.checkpoint import SettingError
 
         quiet_transformers()
+        options = given if task is None else given | {"task": task}
         if resume:
             options = saved_settings(out) | options
-        elif start is not None:
-            earlier = settings_of(start, "start")
+        elif "start" in options:
+            earlier = settings_of(Path(options["start"]), "start")
             options = {name: earlier[name] for name in (*OF_MODEL, *OF_TASK)} | options
         if "task" not in options:
             raise SettingError("task", "must be given, such as detect; --resume goes on with an earlier run's")
@@ -138,15 +77,15 @@ def evaluate(
     segments: Annotated[str, typer.Option(help="Lengths in segments, with commas.")] = "2,8,64,512,4096",
     samples: Annotated[
         str | None,
-        typer.Option(help="Of each length: one number, or one for each. Default: 200; 100 at 512, 50 at 4096."),
+        typer.Option(help="Samples of each length: one number, or one for each. Default: 200; 100 at 512, 50 at 4096."),
     ] = None,
     batch: Annotated[str, typer.Option(help="Samples read at once: one number, or one for each length.")] = "25",
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     babi: Babi = None,
     book: Book = None,
     device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Folder for what is written. Default: the run's.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what is measured, and measure the rest.")] = False,
+    resume: ResumeMeasuring = False,
 ) -> None:
     """Measure the accuracy of a trained run by length, on facts and text that it was not trained on.
 
@@ -160,9 +99,10 @@ def evaluate(
         lengths = tuple(counts("segments", segments, "2,8,64"))
         number = tuple(map(usual_samples, lengths)) if samples is None else tuple(counts("samples", samples, "200"))
         grid = Grid(lengths, number, tuple(counts("batch", batch, "25")), seed)
-        files = {"babi": absolute(babi), "book": absolute(book)}
         with Reading(console, "evaluate", describe_length) as listener:
-            figures = run_evaluation(folder, grid, listener, out=out, device=device, resume=resume, **files)
+            figures = run_evaluation(
+                folder, grid, listener, out=out, device=device, resume=resume, babi=babi, book=book
+            )
         console.print(length_table(figures))
         console.print(memory_line(figures))
         console.print(f"written to {written}", markup=False)
@@ -171,11 +111,11 @@ def evaluate(
 @app.command()
 def attention(
     folder: Folder,
-    segments: Annotated[int, typer.Option(help="Of the text that is read.")] = 3,
+    segments: Annotated[int, typer.Option(help="Segments of the text that is read.")] = 3,
     sample: Annotated[
-        int | None, typer.Option(help="Which of the test's, from 0 on. Default: one with an early fact.")
+        int | None, typer.Option(help="Number of the sample, from 0 on. Default: one with an early fact.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     babi: Babi = None,
     book: Book = None,
     device: Device = None,
@@ -187,8 +127,7 @@ def attention(
         from ..rmt.runs.attention_maps import Sample, run_attention
 
         chosen = Sample(segments, sample, seed)
-        files = {"babi": absolute(babi), "book": absolute(book)}
-        figures = run_attention(folder, chosen, out=out, device=device, **files)
+        figures = run_attention(folder, chosen, out=out, device=device, babi=babi, book=book)
         console.print(*attention_tables(figures), sep="\n")
         console.print(f"written to {written}", markup=False)
 

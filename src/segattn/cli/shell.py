@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import typer
 from rich.console import Console
 
+from ..runs.errors import SettingError
+from ..runs.interrupts import InterruptedRunError
+
 # module that is missing → what brings it
 INSTALL = {
     "transformers": "'segattn[hf]'",
@@ -70,23 +73,18 @@ class Command:
 
     def ending(self, error: BaseException) -> Ending | None:
         """Return the line for an error that the user can mend and the exit status; None for any other error."""
-        # slow to import, and loaded by whatever raises its errors
-        from torch import OutOfMemoryError
-
-        from ..runs.checkpoint import InterruptedRunError, SettingError
-
         match error:
             case SettingError():
                 typed = self.typed.get(error.name, f"--{error.name.replace('_', '-')}")
                 return Ending(f"{typed} {error.problem}", 2)
             case ImportError() if error.name in INSTALL:
                 return Ending(f"needs {error.name}: pip install {INSTALL[error.name]}", 1)
-            case OutOfMemoryError():
-                return Ending(f"out of memory: try {self.smaller}{self.way_on()}", 1)
             case InterruptedRunError():
                 return Ending(f"stopped, checkpoint written{self.way_on()}", 130)
             case KeyboardInterrupt():
                 return Ending(f"stopped{self.way_on() or self._nothing_saved()}", 130)
+            case RuntimeError() if _is_out_of_memory(error):
+                return Ending(f"out of memory: try {self.smaller}{self.way_on()}", 1)
         return None
 
     def say(self, message: str) -> None:
@@ -101,14 +99,19 @@ class Command:
         return "; there is nothing to go on from yet" if self.again else ""
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # slow to import, and loaded by whatever raises it; Ctrl-C may have broken into its import, so nothing else asks
+    from torch import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError)
+
+
 def counts(name: str, text: str, example: str) -> list[int]:
     """Read numbers from 1 on, such as "4096,32K,1M", in the order in which they stand; K is 1024, M is 1024².
 
     Raises:
         SettingError: of `name`, with `example` for what it must be.
     """
-    from ..runs.checkpoint import SettingError
-
     numbers = []
     for part in text.split(","):
         digits = part.strip().upper()
@@ -129,8 +132,6 @@ def check_file(name: str, path: Path | None) -> None:
     Raises:
         SettingError: of `name`: `path` is a folder, is in none, or is no path here.
     """
-    from ..runs.checkpoint import SettingError
-
     if path is None:
         return
     try:
@@ -155,15 +156,8 @@ def write_json(name: str, path: Path, document: Mapping[str, Any]) -> None:
         raise _cannot_write(name, path, error) from None
 
 
-def _cannot_write(name: str, path: Path, error: OSError) -> Exception:
-    from ..runs.checkpoint import SettingError
-
+def _cannot_write(name: str, path: Path, error: OSError) -> SettingError:
     return SettingError(name, f"must be a file that can be written, got {str(path)!r} ({error.strerror})")
-
-
-def absolute(path: Path | None) -> str | None:
-    """Return the absolute path as text, which stays right when a run is resumed from another folder."""
-    return None if path is None else str(path.resolve())
 
 
 def quiet_transformers() -> None:

@@ -1,72 +1,18 @@
-"""What long runs share: errors that name a setting, checkpoints, files written whole, and Ctrl-C between two steps."""
+"""Files written whole or not at all, checkpoints and weights among them, and checkpoints read again."""
 
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-class SettingError(ValueError):
-    """A setting that cannot be: its name, what it must be, and what it was."""
-
-    def __init__(self, name: str, problem: str) -> None:
-        super().__init__(f"{name} {problem}")
-        self.name, self.problem = name, problem
-
-
-@contextmanager
-def named(**options: str) -> Iterator[None]:
-    """Turn a `ValueError` that begins with an argument's name into a `SettingError` of the option: argument=option."""
-    try:
-        yield
-    except SettingError:
-        raise
-    except ValueError as error:
-        name, _, problem = str(error).partition(" ")
-        if name not in options:
-            raise
-        raise SettingError(options[name], problem) from None
-
-
-class InterruptedRunError(Exception):
-    """A run that Ctrl-C stopped, once its checkpoint is written."""
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[list[int]]:
-    """Yield a list that Ctrl-C appends to, instead of breaking into a step; a second one breaks in all the same."""
-    caught: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    with handled(signal.SIGINT, handle):
-        yield caught
-
-
-@contextmanager
-def handled(number: int, handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let `handle` receive a signal. Outside the main thread, to which signals belong, nothing changes."""
-    try:
-        previous = signal.signal(number, handle)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(number, previous)
+from .errors import SettingError
 
 
 @contextmanager

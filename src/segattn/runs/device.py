@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from .checkpoint import SettingError
+from .errors import SettingError, first_line
 
 
 def usable_device(device: str | None) -> str:
@@ -13,12 +11,13 @@ def usable_device(device: str | None) -> str:
     Raises:
         SettingError: of `device`: PyTorch cannot use it here.
     """
+    # slow to import: settings, which import this, are read for the help of commands too
+    import torch
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingError(
-            "device", f"must be one that PyTorch can use here, such as 'cpu', got {device!r} ({reason})"
-        ) from None
+        problem = f"must be one that PyTorch can use here, such as 'cpu', got {device!r} ({first_line(error)})"
+        raise SettingError("device", problem) from None
     return device

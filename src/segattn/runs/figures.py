@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint import SettingError, replacing
+from .checkpoint import replacing
+from .errors import SettingError
 
 
 def versions() -> dict[str, Any]:
@@ -53,53 +55,34 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def prepare(path: Path, resume: bool) -> None:
-    """Make the folder of a file, and check that it can be written and that no earlier figures would be lost.
+def prepare(*paths: Path, resume: bool) -> None:
+    """Make the folder of files, and check that it can be written and that no earlier run would be lost.
 
     Raises:
         SettingError: of `out`.
     """
-    make_folder(path.parent)
-    if path.exists() and not resume:
+    folder, kept = paths[0].parent, [path.name for path in paths if path.exists()]
+    make_folder(folder)
+    if kept and not resume:
         raise SettingError(
             "out",
-            f"must not hold figures of an earlier run, got {str(path.parent)!r} with {path.name}: go on with them by "
+            f"must not hold figures of an earlier run, got {str(folder)!r} with {kept[0]}: go on with them by "
             "--resume, choose another folder, or delete them",
         )
 
 
-def earlier_figures(
-    path: Path, resume: bool, settings: Mapping[str, Any], model: Mapping[str, Any], free: Sequence[str]
-) -> dict[str, Any]:
-    """Read the figures to go on with; without `resume`, or where there are none yet, return none.
-
-    Args:
-        settings, model: of this run, which must be the earlier run's, save the settings that are `free`.
+@contextmanager
+def earlier_figures(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the figures to go on with, to be taken apart in the block.
 
     Raises:
-        SettingError: naming what differs.
+        SettingError: of `resume`: the file is none, or has other parts than the block expects.
     """
-    if not resume or not path.is_file():
-        return {}
     try:
-        figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        earlier_settings, earlier_model = dict(figures["settings"]), dict(figures["model"])
+        yield json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError):
-        raise SettingError(
-            "resume", f"needs figures of this command; {str(path)!r} is another file, or damaged"
-        ) from None
-    for name, value in settings.items():
-        earlier = earlier_settings.get(name)
-        if name not in free and earlier != value:
-            option = name.removesuffix("_sha256")
-            raise SettingError(option, f"must be the earlier run's with --resume, {earlier!r}, got {value!r}")
-    for name in ("conversion", "dtype", "fingerprint"):
-        earlier = earlier_model.get(name)
-        if earlier != model[name]:
-            raise SettingError(
-                "model", f"must be the earlier run's with --resume, of {name} {earlier}, got one of {model[name]}"
-            )
-    return figures
+        problem = f"needs figures of this command; {str(path)!r} is another file, or damaged"
+        raise SettingError("resume", problem) from None
 
 
 def read_text(path: str | Path) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .checkpoint import replacing
 
@@ -79,6 +79,13 @@ def logarithmic(axes: Axes, form: Callable[[float], str] = "{:g}".format, base: 
     axes.yaxis.set_major_locator(LogLocator(base=base, subs=between, numticks=9))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def doubling(axes: Axes, ticks: Mapping[int, str], fontsize: float | None = None) -> None:
+    """Make the x axis logarithmic, of base 2, with these ticks alone, by the words that stand at them."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(ticks), list(ticks.values()), fontsize=fontsize)
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_grid(axes: Axes, columns: int, rows: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 import torch
@@ -12,6 +13,11 @@ TOKEN = re.compile(r"\d|[^\W\d_]+(?:['’][^\W\d_]+)*|[^\w\s]")
 def tokenize(text: str) -> list[str]:
     """Split a text into words in lower case, punctuation marks, and single digits."""
     return TOKEN.findall(text.lower())
+
+
+def text_sha256(text: str) -> str:
+    """Return the SHA-256 of a text, by which a resumed run knows it."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def generate_text(words: int, seed: int) -> str:

@@ -1,0 +1,119 @@
+"""The settings of evaluations: the model, and what it is measured on. Each field's string is the help of its option."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from ...runs.device import usable_device
+from ...runs.errors import SettingError
+from ...runs.settings import check_least
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+NEEDLE = {
+    "needle": "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.",
+    "question": "What is the best thing to do in San Francisco? The best thing to do in San Francisco is",
+    "answer": "eat a sandwich and sit in Dolores Park on a sunny day",
+}
+PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
+
+Batch = Annotated[int, "Texts to read at once."]
+Piece = Annotated[int | None, "Tokens of a text to read at once, whole segments. Default: about 4096."]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and how it is loaded.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    model: Annotated[str, "Folder or name of a model, converted or plain."]
+    tokenizer: Annotated[
+        str | None, "Folder or name of a tokenizer, or 'bytes' for a model of bytes. Default: the model's."
+    ] = None
+    convert: Annotated[bool, "Convert a plain model to segments and a memory first."] = False
+    segment_len: Annotated[int | None, "With --convert: tokens per segment. Default: 2048."] = None
+    update: Annotated[str | None, "With --convert: delta or linear. Default: delta."] = None
+    gates: Annotated[str | None, "File of gates, by whose settings a plain model is converted."] = None
+    dtype: Annotated[str, "Dtype of weights: float32, bfloat16, float16, or auto: that of the model's files."] = "auto"
+    device: Annotated[str | None, "Where to run, such as cpu or cuda. Default: a GPU where one is."] = None
+
+    def __post_init__(self) -> None:
+        for name in ("segment_len", "update"):
+            if getattr(self, name) is not None and not self.convert:
+                raise SettingError(name, f"must come with --convert, got {getattr(self, name)!r} without")
+        if self.dtype not in DTYPES:
+            raise SettingError("dtype", f"must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.gates is not None and not Path(self.gates).is_file():
+            raise SettingError("gates", f"must be a file of gates, got {self.gates!r}, which is none")
+        object.__setattr__(self, "device", usable_device(self.device))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The lengths and depths of a retrieval, and how it is measured.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    lengths: Annotated[tuple[int, ...], "Tokens of a text, without the answer, such as 4096,32K,1M."]
+    depths: Annotated[
+        tuple[float, ...], "Places of what is hidden: start, middle, end, or shares from 0 to 1; with commas."
+    ]
+    samples: Annotated[int, "Texts per length and depth."] = 10
+    seed: Annotated[int, "Seed of the texts."] = 0
+    batch: Batch = 1
+    piece: Piece = None
+
+    def __post_init__(self) -> None:
+        check_least(self, {"samples": 1, "batch": 1, "seed": 0})
+        for name in ("lengths", "depths"):
+            if not getattr(self, name):
+                raise SettingError(name, "must name at least one, got none")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """The sentence that is hidden in a text, and how it is asked for; sentence, question and answer go together.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    text: Annotated[str, "Running text to hide the needle in, UTF-8."]
+    needle: Annotated[str | None, "Sentence to hide. Default: one about San Francisco."] = None
+    question: Annotated[str | None, "What the text ends with, up to the answer."] = None
+    answer: Annotated[str | None, "What the model should say."] = None
+    score: Annotated[str, "substring: the answer is in what the model says; tokens: it says just that."] = "substring"
+
+    def __post_init__(self) -> None:
+        missing = [name for name in NEEDLE if getattr(self, name) is None]
+        if len(missing) == len(NEEDLE):
+            for name, words in NEEDLE.items():
+                object.__setattr__(self, name, words)
+        elif missing:
+            given = " and ".join(f"--{name}" for name in NEEDLE if name not in missing)
+            raise SettingError(missing[0], f"must come with {given}")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The settings of a perplexity by position.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    text: Annotated[str, "Text to read, UTF-8."]
+    length: Annotated[int | None, "Tokens of a document; the text is cut into such. Default: it is one."] = None
+    limit: Annotated[int | None, "Tokens of the text to read. Default: all."] = None
+    buckets: Annotated[int, "Approximate number of buckets for a document's positions."] = 16
+    batch: Batch = 1
+    piece: Piece = None
+
+    def __post_init__(self) -> None:
+        check_least(self, {"length": 2, "limit": 2, "buckets": 1, "batch": 1})
