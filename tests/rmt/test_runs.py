@@ -585,7 +585,7 @@ def test_lengths_have_ticks_also_where_only_the_paper_has_points(
         assert min(abs(math.log2(length / tick)) for tick in ticks) <= 2
     # one more segment would stand where the label of 64 is
     (top,) = axes.child_axes
-    assert [label.get_text() for label in top.get_xticklabels()] == ["2", "64"]
+    assert [label.get_text() for label in top.get_xticklabels()] == ["2 segments", "64"]
 
 
 def test_the_papers_curve_is_of_its_tasks() -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from ..infini.train.settings import TrainSettings, UntrainedMemoryWarning
 from .options import options_of
 from .progress import Progress, is_due
-from .shell import Command, quiet_transformers
+from .shell import Command, print_files, quiet_transformers
 
 FOLDER = Path("segattn-finetune")
 SMALLER = (
@@ -76,8 +76,7 @@ def finetune(
                 figures = run_training(settings, out, listener, place, keep=keep, resume=resume)
             if figures:
                 console.print(_summary(figures))
-            for name, path in Outputs.of(out)._asdict().items():
-                console.print(f"{name:12} {path}", markup=False)
+            print_files(console, Outputs.of(out)._asdict())
 
 
 def _summary(figures: Mapping[str, Any]) -> str:
