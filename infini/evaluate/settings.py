@@ -87,8 +87,8 @@ class Needle:
 
     text: Annotated[str, "File of running text to hide the needle in, UTF-8."]
     needle: Annotated[str | None, "Sentence to hide. Default: one about San Francisco."] = None
-    question: Annotated[str | None, "What the text ends with, up to the answer."] = None
-    answer: Annotated[str | None, "What the model should say."] = None
+    question: Annotated[str | None, "Question that the text ends with, up to the answer."] = None
+    answer: Annotated[str | None, "Answer that the model should give."] = None
     score: Annotated[
         str, "Rule for a right answer: substring, it is in what the model says; tokens, the model says just it."
     ] = "substring"
@@ -112,7 +112,7 @@ class Positions:
     """
 
     text: Annotated[str, "File of the text to read, UTF-8."]
-    length: Annotated[int | None, "Tokens of a document; the text is cut into such. Default: it is one."] = None
+    length: Annotated[int | None, "Tokens of the documents into which the text is cut. Default: it is one."] = None
     limit: Annotated[int | None, "Tokens of the text to read. Default: all."] = None
     buckets: Annotated[int, "Approximate number of buckets for a document's positions."] = 16
     batch: Batch = 1

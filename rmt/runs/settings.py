@@ -61,19 +61,24 @@ class TrainSettings:
     architecture: Annotated[str, "Kind of memory: rmt, or armt for tasks that a decoder learns (qa1 to reverse)."] = (
         "rmt"
     )
-    memory: Annotated[int | None, "Memory tokens. Default: 10, or a segment's tokens where those are fewer."] = None
+    memory: Annotated[
+        int | None, "Number of memory tokens. Default: 10, or a segment's tokens where those are fewer."
+    ] = None
     d_mem: Annotated[int, "Width of ARMT's queries and keys before their features."] = 64
     segment_len: Annotated[
         int | None, "Tokens per segment. Default: 499; those of a pair, --key-digits + 2, in retrieval."
     ] = None
     short: Annotated[
-        tuple[int, ...] | None, "Tokens of stages before a whole segment, or none. Default: 64,128 in tasks of text."
+        tuple[int, ...] | None,
+        "Tokens of the stages before a whole segment, or none. Default: 64,128 in tasks of text.",
     ] = None
     short_segments: Annotated[
-        tuple[int, ...], "Then, stages of so many segments as short as the last of --short. Default: none."
+        tuple[int, ...], "Segments, each as short as the last of --short, of the stages after those. Default: none."
     ] = ()
     segments: Annotated[
-        tuple[int, ...], "How far the curriculum goes, as 5, or its stages, as 1,2,5 or 5,. Default: 5."
+        tuple[int, ...],
+        "Whole segments of the stages, as 1,2,5; 5 alone stands for all from the first to 5, and 5, for one stage. "
+        "Default: 5.",
     ] = ()
     steps: Annotated[int, "Most steps of a stage, converged or not."] = 1500
     threshold: Annotated[float, "Share of right answers in training at which a stage converges, and ends."] = 0.99
@@ -90,7 +95,7 @@ class TrainSettings:
     bptt: Annotated[int | None, "Segments that gradients reach back. Default: all."] = None
     seed: Annotated[int, "Seed of weights, dropout and samples."] = 0
     device: Annotated[str | None, "Where to run, such as cpu or cuda. Default: a GPU where one is."] = None
-    test_samples: Annotated[int, "Test samples after each stage."] = 200
+    test_samples: Annotated[int, "Number of samples to test on after each stage."] = 200
 
     def __post_init__(self) -> None:
         from ..tasks.make import TASKS

@@ -830,8 +830,12 @@ def test_bars_follow_a_run(tmp_path: Path) -> None:
         described = [(task.description, task.total) for task in bars.bars.tasks]
         assert described == [("19 tokens", 5), ("2 × 19 tokens", 5), ("2 × 19 tokens annealed", 3)]
         assert all(task.finished for task in bars.bars.tasks)
-        notes = [f"test {100 * stage['test_accuracy']:.1f} %" for stage in figures["stages"]]
-        assert [task.fields["note"] for task in bars.bars.tasks] == notes
+        *learnt, annealed = [task.fields["note"] for task in bars.bars.tasks]
+        for note, stage in zip(learnt, figures["stages"], strict=False):
+            test, training = (100 * stage[f"{name}_accuracy"] for name in ("test", "training"))
+            assert note == f"test {test:.1f} %, not converged (training {training:.1f} % < 99 %)"
+        assert len(learnt) == 2
+        assert annealed == f"test {100 * figures['stages'][2]['test_accuracy']:.1f} %"
     with Reading(console, "evaluate", command.describe_length) as bar:
         run_evaluation(tmp_path, Grid((1, 4), (5,), (2,)), bar, device="cpu")
         (task,) = bar.bars.tasks

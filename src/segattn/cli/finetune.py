@@ -31,7 +31,7 @@ def finetune(
     device: Annotated[
         str | None, typer.Option(help="Where to run, such as cpu or cuda. Default: GPUs where there are any.")
     ] = None,
-    keep: Annotated[int, typer.Option(help="Checkpoints that stay.")] = 2,
+    keep: Annotated[int, typer.Option(help="Number of newest checkpoints to keep.")] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a process that does not answer.")] = 600.0,
     out: Annotated[Path, typer.Option(help="Folder for everything that is written, one for all processes.")] = FOLDER,
     resume: Annotated[

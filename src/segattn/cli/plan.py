@@ -55,7 +55,9 @@ Shaped = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="Dtype of weights and activations: bfloat16, float16 or float32.")]
 Json = Annotated[Path | None, typer.Option(help="File to write every figure to.")]
-Png = Annotated[Path | None, typer.Option(help="File to draw them in, such as plan.png, plan.pdf or plan.svg.")]
+Png = Annotated[
+    Path | None, typer.Option(help="File for a picture of the figures, such as plan.png, plan.pdf or plan.svg.")
+]
 Formulas = Annotated[bool, typer.Option("--formulas", help="Print the formulas too, and what their letters mean.")]
 SegmentLen = Annotated[int, typer.Option(help="Tokens per segment.")]
 
@@ -74,10 +76,12 @@ def model(
     bptt: Annotated[int | None, typer.Option(help="Segments that gradients reach back. Default: all.")] = None,
     gpu: Annotated[
         str,
-        typer.Option(help="GPU of the floors, such as H100, H200, B200, A100 SXM 80GB, RTX 5090, MI300X."),
+        typer.Option(
+            help="GPU whose least times are given, such as H100, H200, B200, A100 SXM 80GB, RTX 5090, MI300X."
+        ),
     ] = "H100",
     dtype: Dtype = "bfloat16",
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
     formulas: Formulas = False,
     json: Json = None,
     png: Png = None,
@@ -137,9 +141,9 @@ def _table(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, tuple[
 def exchange(
     shape: Shaped = "llama-3-8b",
     length: Annotated[str, typer.Option(help="Tokens of a sequence, such as 32K,1M.")] = "32K,256K,2M,16M",
-    ranks: Annotated[str, typer.Option(help="Ranks that share it, such as 2,8,64.")] = "2,8,32,128,1024,4096",
+    ranks: Annotated[str, typer.Option(help="Ranks that share the sequence, such as 2,8,64.")] = "2,8,32,128,1024,4096",
     segment_len: SegmentLen = 2048,
-    node_ranks: Annotated[int, typer.Option(help="Ranks of a node.")] = 8,
+    node_ranks: Annotated[int, typer.Option(help="Ranks in a node.")] = 8,
     node_bandwidth: Annotated[float, typer.Option(help="GB/s of a rank's link inside a node, one way.")] = 450,
     bandwidth: Annotated[float, typer.Option(help="GB/s of a rank's link between nodes, one way.")] = 50,
     latency: Annotated[float, typer.Option(help="Latency of a message, microseconds.")] = 10,

@@ -69,7 +69,7 @@ def train(
             figures = run_training(TrainSettings(**options), out, listener, resume=resume)
         console.print(stage_table(figures))
         if left := [stage for stage in figures["stages"] if not _is_learnt(stage)]:
-            console.print(f"{unlearnt_line(left)} {shlex.quote(str(out))} --out ANOTHER --steps MORE", markup=False)
+            console.print(unlearnt_line(left, out), markup=False)
         files = RunFiles.of(out)
         print_files(console, {"figures": files.figures, "weights": files.weights})
 
@@ -145,7 +145,7 @@ def stage_table(figures: dict[str, Any]) -> Table:
     title = f"{settings['task']}, {figures['parameters']:,} parameters, right in %"
     table = Table(title=title, title_justify="left", caption_justify="left")
     if not all(map(_is_learnt, figures["stages"])):
-        table.caption = f"* not converged: below {100 * settings['threshold']:g} %, or in fewer than 20 whole batches"
+        table.caption = f"* not converged: not {100 * settings['threshold']:g} % over 20 batches"
     for column in ("segments", "tokens", "steps", "seconds", "training", "test", "95 %"):
         table.add_column(column, justify="right")
     for stage in figures["stages"]:
@@ -162,10 +162,11 @@ def stage_table(figures: dict[str, Any]) -> Table:
     return table
 
 
-def unlearnt_line(stages: list[dict[str, Any]]) -> str:
-    """Say which stages did not converge, and how to go on from the weights; the run's folder is to follow."""
+def unlearnt_line(stages: list[dict[str, Any]], out: Path) -> str:
+    """Say which stages did not converge, and how to go on from the weights in the run's folder."""
     names = ", ".join(_of_figures(stage) for stage in stages)
-    return f"not converged: {names}; go on from these weights, in more steps, with: segattn rmt train --start"
+    again = f"segattn rmt train --start {shlex.quote(str(out))} --out ANOTHER --steps MORE"
+    return f"not converged: {names}; go on from these weights with: {again}, and the other options of the curriculum"
 
 
 def length_table(figures: dict[str, Any]) -> Table:
