@@ -28,7 +28,7 @@ PLAN_NOTES = (
 )
 LETTERS = (
     "letters: T tokens of text, l layers, d width of the model, H query heads, G key/value heads, K and V width of a "
-    "key and of a value, m memory tokens, F features of a key, W ranks"
+    "key and of a value, m memory tokens, F features of a key, nu of their map, W ranks"
 )
 SLOWER_PRODUCTS = "float32: its products are slower than those of the peak (bfloat16), so these floors lie too low"
 EXCHANGE_NOTES = (

@@ -189,7 +189,7 @@ def _tokenizer(source: Source) -> Tokenizer:
     try:
         return PretrainedTokenizer(AutoTokenizer.from_pretrained(name))
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        reason = first_line(error)
+        reason = first_line(error).strip()
         # transformers lists its ways in further lines
         reason = "transformers finds none there" if reason.endswith(":") else reason
         raise SettingError(
