@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class TextGeneration:
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int = 0,
         generator: torch.Generator | None = None,
+        **others: Any,
     ) -> Tensor:
         """Continue texts of any length, in the memory of one segment.
 
@@ -74,6 +76,7 @@ class TextGeneration:
             eos_token_id: the token, or one of several, that ends a row.
             pad_token_id: fills a row after its end.
             generator: of the random numbers.
+            others: none; those of transformers' `generate`, such as `num_beams`, are refused.
 
         Returns:
             The new tokens, [B, max_new_tokens], or [B, n] where every row ends after n tokens at the latest.
@@ -81,6 +84,7 @@ class TextGeneration:
         Raises:
             TypeError, ValueError: naming the argument, what it must be, and what it was.
         """
+        check_no_others(others)
         check.check_integer("max_new_tokens", max_new_tokens, 1)
         choose = token_chooser(do_sample, temperature, top_k, top_p, generator)
         state = self._start_text(input_ids, state)
@@ -110,6 +114,19 @@ class TextGeneration:
         index = torch.tensor(longer, device=input_ids.device)
         spans = [(rows[row][0], begins[row]) for row in longer]
         return state.replace(index, self._read_segments(input_ids[index], spans, state.select(index)))
+
+
+def check_no_others(others: Mapping[str, object]) -> None:
+    """Check that `generate` is called with no other arguments than its own.
+
+    Raises:
+        TypeError: naming them, and those that it takes.
+    """
+    if others:
+        known = [
+            name for name in inspect.signature(TextGeneration.generate).parameters if name not in ("self", "others")
+        ]
+        raise TypeError(f"generate takes no {', '.join(others)}: its arguments are {', '.join(known)}")
 
 
 def _fill(segment: GrowingSegment, new: Tensor, choose: Choose, ends: Tensor | None) -> Tensor:

@@ -94,7 +94,7 @@ def savings_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def exchange_figure(rows: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Draw bytes and seconds against ranks, a line for each scheme and length."""
+    """Draw bytes and seconds against ranks, a line for each scheme and length; those of shorter texts are paler."""
     figure = Figure(figsize=(11, 4.6), dpi=DPI, layout="constrained")
     lengths = sorted({row["length"] for row in rows})
     ranks = sorted({row["ranks"] for row in rows})
@@ -109,16 +109,20 @@ def exchange_figure(rows: Sequence[dict[str, Any]], title: str) -> Figure:
                 if not points:
                     continue
                 name = scheme if number == len(lengths) - 1 else "_"
-                axes.plot(*zip(*points, strict=True), **look, alpha=shade, markersize=4, label=name)
+                axes.plot(*zip(*points, strict=True), **look, alpha=shade, markersize=5, label=name)
                 if scheme == "ring":
-                    axes.annotate(format_length(length), points[0], (-4, 4), textcoords="offset points", fontsize=7)
+                    # to the right of the last point, where no other line begins
+                    place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7}
+                    axes.annotate(format_length(length), points[-1], (6, 0), annotation_clip=False, **place)
         logarithmic(axes, unit, base)
         doubling(axes, {n: f"{n:,}" for n in ranks}, fontsize=7)
         axes.set_xlabel("ranks")
+        axes.margins(x=0.09)
         axes.set_title(label, loc="left", fontsize=9)
         plain(axes)
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
-    figure.suptitle(title, fontsize=9)
+    note = "at ring's last point: tokens of text; the shorter the text, the paler the line"
+    figure.suptitle(f"{title}\n{note}", fontsize=9)
     return figure
 
 

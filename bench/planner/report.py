@@ -26,6 +26,10 @@ PLAN_NOTES = (
     "prefill: a text, one token's logits. decode: a token, mean over the last segment, its memory's writing included",
     "FLOPs, moved and floors are of the batch; state, cache and activations of one sequence",
 )
+LETTERS = (
+    "letters: T tokens of text, l layers, d width of the model, H query heads, G key/value heads, K and V width of a "
+    "key and of a value, m memory tokens, F features of a key, nu of their map, W ranks"
+)
 SLOWER_PRODUCTS = "float32: its products are slower than those of the peak (bfloat16), so these floors lie too low"
 EXCHANGE_NOTES = (
     "Sent by one rank of W, a layer and training step (forward and backward), for one sequence of T tokens",

@@ -23,15 +23,15 @@ class DemoSettings:
         SettingError: naming the setting, what it must be, and what it was.
     """
 
-    text: Annotated[str | None, "Running text to hide passkeys in, UTF-8. Default: made-up words."] = None
+    text: Annotated[str | None, "File of running text to hide passkeys in, UTF-8. Default: made-up words."] = None
     steps: Annotated[int, "Training steps."] = 1500
     segment_len: Annotated[int, "Tokens per segment."] = 32
     segments: Annotated[int, "Segments of the longest training text."] = 8
-    update: Annotated[str, "How the memory is written: delta or linear."] = "delta"
+    update: Annotated[str, "Update rule of the memory: delta or linear."] = "delta"
     seed: Annotated[int, "Seed of weights, samples and made-up text."] = 0
-    reach: Annotated[int, "Longest text tested, in trained lengths."] = 64
+    reach: Annotated[int, "Length of the longest text tested, in trained lengths."] = 64
     samples: Annotated[int, "Texts tested per length and depth."] = 40
-    device: Annotated[str, "Where to run, such as cpu or cuda."] = "cpu"
+    device: Annotated[str, "Where to run, such as cpu or cuda; so small a model needs no GPU."] = "cpu"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", absolute(self.text))

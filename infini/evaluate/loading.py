@@ -20,6 +20,8 @@ from ..huggingface.settings import ENTRY, conversion_of, is_converted
 from .settings import Source
 
 BYTES = "bytes"
+# entry of a configuration that names the tokenizer, where no file of the model's holds it: that of bytes
+TOKENIZER = "segattn_tokenizer"
 FINGERPRINT_VALUES = 1024
 
 
@@ -181,22 +183,31 @@ def _with_gates(model: Any, source: Source) -> Any:
 
 
 def _tokenizer(source: Source) -> Tokenizer:
-    if source.tokenizer == BYTES:
+    if source.tokenizer == BYTES or (source.tokenizer is None and _is_of_bytes(source)):
         return ByteTokenizer()
     name = source.model if source.tokenizer is None else source.tokenizer
     try:
         return PretrainedTokenizer(AutoTokenizer.from_pretrained(name))
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        reason = first_line(error).strip()
+        # transformers lists its ways in further lines
+        reason = "transformers finds none there" if reason.endswith(":") else reason
         raise SettingError(
             "tokenizer",
-            f"must lead to a tokenizer, got {name!r}: {first_line(error)}; give its folder or name, or 'bytes' for a "
-            "model of bytes",
+            f"must lead to a tokenizer, got {name!r}: {reason}; give its folder or name, or 'bytes' for a model of "
+            "bytes",
         ) from None
+
+
+def _is_of_bytes(source: Source) -> bool:
+    """Say whether the model's configuration names the tokenizer of bytes, as `segattn finetune` leaves it."""
+    with _loading(source):
+        return getattr(AutoConfig.from_pretrained(source.model), TOKENIZER, None) == BYTES
 
 
 def _check_vocabulary(source: Source, tokenizer: Tokenizer, vocabulary: int) -> None:
     """Check that the model has embeddings for the tokenizer's tokens."""
-    if source.tokenizer == BYTES:
+    if isinstance(tokenizer, ByteTokenizer):
         if vocabulary < 256:
             raise SettingError("tokenizer", f"must not be 'bytes' for a model of {vocabulary} tokens, fewer than 256")
         return

@@ -24,24 +24,25 @@ Piece = Annotated[int | None, "Tokens of a text to read at once, whole segments.
 
 @dataclass(frozen=True)
 class Source:
-    """A model, and how it is loaded.
+    """A model, and how it is loaded; of the folder of a run of `segattn finetune`, the model that it trained.
 
     Raises:
         SettingError: naming the option.
     """
 
-    model: Annotated[str, "Folder or name of a model, converted or plain."]
+    model: Annotated[str, "Folder or name of a model, converted or plain, or folder of a run of segattn finetune."]
     tokenizer: Annotated[
         str | None, "Folder or name of a tokenizer, or 'bytes' for a model of bytes. Default: the model's."
     ] = None
     convert: Annotated[bool, "Convert a plain model to segments and a memory first."] = False
-    segment_len: Annotated[int | None, "With --convert: tokens per segment. Default: 2048."] = None
-    update: Annotated[str | None, "With --convert: delta or linear. Default: delta."] = None
+    segment_len: Annotated[int | None, "Tokens per segment, with --convert. Default: 2048."] = None
+    update: Annotated[str | None, "Update rule of the memory, with --convert: delta or linear. Default: delta."] = None
     gates: Annotated[str | None, "File of gates, by whose settings a plain model is converted."] = None
     dtype: Annotated[str, "Dtype of weights: float32, bfloat16, float16, or auto: that of the model's files."] = "auto"
     device: Annotated[str | None, "Where to run, such as cpu or cuda. Default: a GPU where one is."] = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", _of_run(self.model))
         for name in ("segment_len", "update"):
             if getattr(self, name) is not None and not self.convert:
                 raise SettingError(name, f"must come with --convert, got {getattr(self, name)!r} without")
@@ -65,7 +66,7 @@ class Grid:
         tuple[float, ...], "Places of what is hidden: start, middle, end, or shares from 0 to 1; with commas."
     ]
     samples: Annotated[int, "Texts per length and depth."] = 10
-    seed: Annotated[int, "Seed of the texts."] = 0
+    seed: Annotated[int, "Seed of the random texts."] = 0
     batch: Batch = 1
     piece: Piece = None
 
@@ -84,11 +85,13 @@ class Needle:
         SettingError: naming the option.
     """
 
-    text: Annotated[str, "Running text to hide the needle in, UTF-8."]
+    text: Annotated[str, "File of running text to hide the needle in, UTF-8."]
     needle: Annotated[str | None, "Sentence to hide. Default: one about San Francisco."] = None
-    question: Annotated[str | None, "What the text ends with, up to the answer."] = None
-    answer: Annotated[str | None, "What the model should say."] = None
-    score: Annotated[str, "substring: the answer is in what the model says; tokens: it says just that."] = "substring"
+    question: Annotated[str | None, "Question that the text ends with, up to the answer."] = None
+    answer: Annotated[str | None, "Answer that the model should give."] = None
+    score: Annotated[
+        str, "Rule for a right answer: substring, it is in what the model says; tokens, the model says just it."
+    ] = "substring"
 
     def __post_init__(self) -> None:
         missing = [name for name in NEEDLE if getattr(self, name) is None]
@@ -108,8 +111,8 @@ class Positions:
         SettingError: naming the option.
     """
 
-    text: Annotated[str, "Text to read, UTF-8."]
-    length: Annotated[int | None, "Tokens of a document; the text is cut into such. Default: it is one."] = None
+    text: Annotated[str, "File of the text to read, UTF-8."]
+    length: Annotated[int | None, "Tokens of the documents into which the text is cut. Default: it is one."] = None
     limit: Annotated[int | None, "Tokens of the text to read. Default: all."] = None
     buckets: Annotated[int, "Approximate number of buckets for a document's positions."] = 16
     batch: Batch = 1
@@ -117,3 +120,10 @@ class Positions:
 
     def __post_init__(self) -> None:
         check_least(self, {"length": 2, "limit": 2, "buckets": 1, "batch": 1})
+
+
+def _of_run(model: str) -> str:
+    """Return the model's folder in a folder that `segattn finetune` wrote, and any other name as it is."""
+    folder = Path(model)
+    trained = folder / "model"
+    return str(trained) if (trained / "config.json").is_file() and not (folder / "config.json").exists() else model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...runs.errors import SettingError
-from ..evaluate.loading import ByteTokenizer, PretrainedTokenizer, Tokenizer, load
+from ..evaluate.loading import BYTES, TOKENIZER, ByteTokenizer, PretrainedTokenizer, Tokenizer, load
 from ..evaluate.settings import Source
 from ..gate import Gate
 from ..huggingface.conversion import convert
@@ -57,6 +57,10 @@ def save_model(model: Any, tokenizer: Tokenizer, weights: Mapping[str, Any], fol
     Args:
         weights: the whole state dict of the model, on the CPU.
     """
+    is_of_bytes = isinstance(tokenizer, ByteTokenizer)
+    # None where the model that was trained had an entry of its own
+    if is_of_bytes or hasattr(model.config, TOKENIZER):
+        setattr(model.config, TOKENIZER, BYTES if is_of_bytes else None)
     save_pretrained(model, folder, state_dict=_merged(model, weights))
     if isinstance(tokenizer, PretrainedTokenizer):
         tokenizer.tokenizer.save_pretrained(folder)

@@ -49,7 +49,7 @@ class TrainSettings:
     heads: Annotated[int | None, "Heads of a model from scratch."] = None
     segment_len: Annotated[int | None, "Tokens per segment of a plain model. Default: 2048."] = None
     update: Annotated[str | None, "Update rule of a plain model: delta or linear. Default: delta."] = None
-    text: Annotated[str | None, "Text to train on, UTF-8."] = None
+    text: Annotated[str | None, "File of the text to train on, UTF-8."] = None
     dataset: Annotated[
         str | None,
         "Data set in the place of --text: a folder, or a name of the hub (HF_HUB_OFFLINE=1: use no network).",
@@ -78,7 +78,7 @@ class TrainSettings:
     lr: Annotated[float, "Learning rate."] = 2e-5
     gate_lr: Annotated[float, "Learning rate of the gates."] = 1e-2
     weight_decay: Annotated[float, "Weight decay of matrices."] = 0.01
-    warmup: Annotated[int, "Steps over which the rates rise, before they fall as a cosine."] = 20
+    warmup: Annotated[int, "Steps over which the rates rise, before they fall as a cosine.", "--warm-up"] = 20
     lora: Annotated[
         int | None, "Rank of LoRA adapters on all linear layers; they and the gates are trained, nothing else."
     ] = None

@@ -153,9 +153,10 @@ class Caller(NamedTuple):
         except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
             if self.fused:
                 raise
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = next(iter(str(error).splitlines()), "no message")
             raise ValueError(
-                f"mask must be 'causal' for a {type(model).__name__}, which takes no mask [1, 1, T, T] ({reason})"
+                f"mask must be 'causal' for a {type(model).__name__}, which takes no mask [1, 1, T, T]: its forward "
+                f"pass fails with one ({type(error).__name__}: {reason})"
             ) from None
         seen, distance = block_mask(5, 2, 2)[0, 0, :, changed].mT, distances(hidden).cpu()
         if not distance[seen].min() > max(10 * distance[~seen].max().item(), ROUNDING):

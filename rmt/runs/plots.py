@@ -106,8 +106,10 @@ def _label_lengths(axes: Axes, lengths: Sequence[tuple[int, int]], segment_len: 
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
     axes.set_xlabel("tokens")
     top = axes.secondary_xaxis("top")
-    top.set_xticks(measured, [f"{segments:,}" for _, segments in shown], fontsize=8)
-    top.set_xlabel(f"segments of {segment_len:,} tokens", fontsize=8)
+    first, *others = (f"{segments:,}" for _, segments in shown)
+    unit = "segment" if first == "1" else "segments"
+    top.set_xticks(measured, [f"{first} {unit}", *others], fontsize=8)
+    top.set_xlabel(f"lengths measured, in segments of {segment_len:,} tokens", fontsize=8)
     top.spines["top"].set_visible(False)
     for axis in (axes, top):
         axis.tick_params(axis="x", which="minor", length=0, labelbottom=False, labeltop=False)

@@ -40,51 +40,62 @@ class TrainSettings:
         SettingError: naming the setting, what it must be, and what it was.
     """
 
-    task: Annotated[str, "memorize, detect, reasoning; qa1, qa2, qa4; retrieval, copy or reverse."]
+    task: Annotated[str, "Task to learn: memorize, detect, reasoning; qa1, qa2, qa4; retrieval, copy or reverse."]
     babi: Annotated[str | None, "Folder of bAbI's files. Default: generated facts."] = None
-    book: Annotated[str | None, "Running text, UTF-8. Default: generated sentences."] = None
+    book: Annotated[str | None, "File of running text, UTF-8. Default: generated sentences."] = None
     vocabulary: Annotated[int, "Words of the text that are kept, besides those of facts."] = 4000
     decoys: Annotated[float, "Share of stray words of facts in the text of half the samples."] = 0.0
-    key_digits: Annotated[int, "Of retrieval: digits of a key."] = 2
-    rewrite: Annotated[bool, "Of retrieval: write keys again, with other values."] = False
-    encoder: Annotated[str, "Of tasks of classes: bert or modernbert."] = "bert"
+    key_digits: Annotated[int, "Digits of a retrieval key."] = 2
+    rewrite: Annotated[bool, "Write retrieval keys again, with other values."] = False
+    encoder: Annotated[str, "Encoder of the small model of memorize, detect and reasoning: bert or modernbert."] = (
+        "bert"
+    )
     layers: Annotated[int, "Layers of the small model."] = 2
-    width: Annotated[int, "Width of the small model."] = 64
-    heads: Annotated[int, "Heads of the small model."] = 4
+    width: Annotated[int, "Width of the small model's hidden states."] = 64
+    heads: Annotated[int, "Attention heads of the small model."] = 4
     pretrained: Annotated[
         str | None, "Folder of a Hugging Face encoder and its tokenizer, in place of the small model."
     ] = None
-    freeze: Annotated[bool, "Of a pretrained model, train only the memory and the head."] = False
+    freeze: Annotated[bool, "Train only the memory and the head of a pretrained model."] = False
     start: Annotated[str | None, "Folder of an earlier run, whose model, vocabulary and weights are taken."] = None
-    architecture: Annotated[str, "rmt, or armt for tasks of tokens."] = "rmt"
-    memory: Annotated[int | None, "Memory tokens. Default: 10, or a segment's tokens where those are fewer."] = None
-    d_mem: Annotated[int, "Of armt: width of queries and keys before their features."] = 64
-    segment_len: Annotated[int | None, "Tokens per segment. Default: 499, in retrieval those of a pair."] = None
+    architecture: Annotated[str, "Kind of memory: rmt, or armt for tasks that a decoder learns (qa1 to reverse)."] = (
+        "rmt"
+    )
+    memory: Annotated[
+        int | None, "Number of memory tokens. Default: 10, or a segment's tokens where those are fewer."
+    ] = None
+    d_mem: Annotated[int, "Width of ARMT's queries and keys before their features."] = 64
+    segment_len: Annotated[
+        int | None, "Tokens per segment. Default: 499; those of a pair, --key-digits + 2, in retrieval."
+    ] = None
     short: Annotated[
-        tuple[int, ...] | None, "Tokens of stages before a whole segment, or none. Default: 64,128 in tasks of text."
+        tuple[int, ...] | None,
+        "Tokens of the stages before a whole segment, or none. Default: 64,128 in tasks of text.",
     ] = None
     short_segments: Annotated[
-        tuple[int, ...], "Then, stages of so many segments as short as the last of --short. Default: none."
+        tuple[int, ...], "Segments, each as short as the last of --short, of the stages after those. Default: none."
     ] = ()
     segments: Annotated[
-        tuple[int, ...], "How far the curriculum goes, as 5, or its stages, as 1,2,5 or 5,. Default: 5."
+        tuple[int, ...],
+        "Whole segments of the stages, as 1,2,5; 5 alone stands for all from the first to 5, and 5, for one stage. "
+        "Default: 5.",
     ] = ()
-    steps: Annotated[int, "Most steps of a stage."] = 1500
-    threshold: Annotated[float, "Accuracy that ends a stage."] = 0.99
-    anneal: Annotated[int, "Steps after the last stage while the rate falls to nothing."] = 0
-    vary: Annotated[bool, "Draw every other batch from shorter texts; the default."] = True
+    steps: Annotated[int, "Most steps of a stage, converged or not."] = 1500
+    threshold: Annotated[float, "Share of right answers in training at which a stage converges, and ends."] = 0.99
+    anneal: Annotated[int, "Steps after the last stage, over which the rate falls to nothing."] = 0
+    vary: Annotated[bool, "Draw every other batch from shorter texts. Default: on."] = True
     batch: Annotated[int, "Samples per step."] = 32
     later_batch: Annotated[int | None, "Samples per step in stages of several segments. Default: --batch."] = None
     lr: Annotated[float, "Learning rate."] = 1e-3
     later_lr: Annotated[float | None, "Learning rate in stages of several segments. Default: 0.4 of --lr."] = None
-    beta2: Annotated[float, "Of AdamW, decay of the mean of squared gradients."] = 0.999
-    noise: Annotated[float, "Of rmt: noise on the memory in training, relative to the size of its rows."] = 0.0
+    beta2: Annotated[float, "β₂ of AdamW, decay of the mean of squared gradients."] = 0.999
+    noise: Annotated[float, "Noise on RMT's memory in training, relative to the size of its rows."] = 0.0
     weight_decay: Annotated[float, "Weight decay of all parameters."] = 1e-3
-    warm_up: Annotated[int, "Steps over which the rate rises in each stage."] = 50
+    warm_up: Annotated[int, "Steps over which the rate rises in each stage.", "--warmup"] = 50
     bptt: Annotated[int | None, "Segments that gradients reach back. Default: all."] = None
     seed: Annotated[int, "Seed of weights, dropout and samples."] = 0
     device: Annotated[str | None, "Where to run, such as cpu or cuda. Default: a GPU where one is."] = None
-    test_samples: Annotated[int, "Test samples after each stage."] = 200
+    test_samples: Annotated[int, "Number of samples to test on after each stage."] = 200
 
     def __post_init__(self) -> None:
         from ..tasks.make import TASKS

@@ -140,6 +140,7 @@ def _stage_figures(trainer: Trainer, settings: TrainSettings) -> dict[str, Any]:
         "annealed": stage.annealed,
         **{name: getattr(settings, name) for name in OF_STAGE},
         "steps": trainer.step,
+        "threshold": stage.threshold,
         "converged": trainer.converged,
         "seconds": round(trainer.seconds, 2),
         "training_accuracy": log[-1].running,

@@ -29,7 +29,7 @@ from segattn.bench.planner import floors, plots, published
 from segattn.bench.planner.exchange import EXCHANGES, Links, Split, Traffic
 from segattn.bench.planner.floors import PEAKS, Peak, Sizes
 from segattn.bench.planner.memory_tokens import Associative, Recurrent
-from segattn.bench.planner.report import SCHEMES, SLOWER_PRODUCTS, estimates, exchanges
+from segattn.bench.planner.report import LETTERS, SCHEMES, SLOWER_PRODUCTS, estimates, exchanges
 from segattn.bench.planner.schemes import Full, Infini, Local
 from segattn.bench.planner.settings import PlanSettings, gpu_of
 from segattn.bench.planner.shapes import MODEL_TYPES, SHAPES, shape_of
@@ -612,14 +612,14 @@ SMALL = ("layers=2,width=32,heads=4,vocabulary=61", "--segment-len", "64", "--me
 
 def test_the_plan_is_written_and_drawn(tmp_path: Path) -> None:
     json_file, png = tmp_path / "plan.json", tmp_path / "plan.png"
-    text = run(*SMALL, "--length", "1K,64", "--gpu", "H200", "--json", str(json_file), "--png", str(png))
+    text = run(*SMALL, "--length", "1K,64", "--gpu", "H200", "--formulas", "--json", str(json_file), "--png", str(png))
     document = json.loads(json_file.read_text(encoding="utf-8"))
     assert document["gpu"] == "H200"
     assert document["shape"]["matrices"] == 2 * 12 * 32 * 32 + 32 * 61
     wanted = [PlanSettings(shape_of(SMALL[0]), n, segment_len=64, memory=4, d_mem=8) for n in (64, 1024)]
     assert document["estimates"] == estimates(wanted, gpu_of("H200")[1])
     assert png.read_bytes().startswith(b"\x89PNG")
-    for formula in document["formulas"]:
+    for formula in (*document["formulas"], LETTERS):
         assert formula in text
     saving = document["estimates"][SCHEMES.index(Infini) + len(SCHEMES)]["flops_saving"]
     assert f"{saving:.2f} ×" in text
@@ -630,6 +630,16 @@ def test_the_models_name_is_all_that_is_needed() -> None:
     assert "llama-3-8b" in run("--length", "4096")
     assert "llama-3-8b" in run()
     assert "exchange" in run("--help")
+    # the short form's options are those of `model`
+    assert "segattn plan model --help" in " ".join(run("--help").replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", [SMALL, ("exchange",), ("published",)])
+def test_formulas_are_printed_where_they_are_wanted(command: tuple[str, ...]) -> None:
+    short, long = run(*command).splitlines(), run(*command, "--formulas").splitlines()
+    assert short[-1] == "--formulas prints how these figures are computed"
+    assert long[: len(short) - 1] == short[:-1]
+    assert len(long) > len(short)
 
 
 def test_exchanges_are_written_and_drawn(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -399,7 +400,7 @@ def test_passkey_command_and_its_continuation(folder: Path, tmp_path: Path, monk
     assert complete["model"]["conversion"]["segment_len"] == L
     rows = [line.replace("│", " ").split() for line in result.stdout.splitlines() if "│" in line]
     assert [row[0] for row in rows] == ["0", "50", "100"]
-    assert "cache of a text: " in result.stdout
+    assert "state of a text: " in result.stdout
     for path in Outputs.of(tmp_path / "whole", "passkey"):
         assert str(path) in result.stdout
     assert (tmp_path / "whole" / "passkey.png").read_bytes().startswith(b"\x89PNG")
@@ -559,6 +560,11 @@ def test_gates_command(folder: Path, tmp_path: Path) -> None:
         assert row["local"] == sum(x < 0.1 for x in share)
         assert row["local"] + row["mixed"] + row["memory"] == 4
     assert (tmp_path / "gates.png").is_file()
+    # the folder of a run of finetune, which holds the model
+    shutil.copytree(folder / "converted", tmp_path / "run" / "model")
+    of_run = invoke("gates", tmp_path / "run", "--out", tmp_path / "again")
+    assert of_run.exit_code == 0, of_run.output
+    assert figures(tmp_path / "again", "gates")["layers"] == got
     plain = invoke("gates", folder / "plain", "--out", tmp_path / "plain")
     assert plain.exit_code == 2
     assert "MODEL must be a converted model" in plain.stderr
@@ -597,7 +603,8 @@ def test_pictures_follow_the_data(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_is_never_guessed(folder: Path, tmp_path: Path, pretrained: PretrainedTokenizer) -> None:
-    with pytest.raises(SettingError, match=r"tokenizer must lead to a tokenizer, got .*plain.*'bytes' for"):
+    found_none = r"tokenizer must lead to a tokenizer, got .*plain': transformers finds none there; .*'bytes' for"
+    with pytest.raises(SettingError, match=found_none):
         load(Source(str(folder / "plain"), device="cpu"))
     pretrained.tokenizer.save_pretrained(tmp_path)
     # some of its 400 tokens are none of the model's 256

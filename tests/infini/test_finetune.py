@@ -31,7 +31,8 @@ from typer.testing import CliRunner
 
 import segattn
 from segattn.cli import finetune as command
-from segattn.infini.evaluate.loading import ByteTokenizer
+from segattn.infini.evaluate.loading import ByteTokenizer, load
+from segattn.infini.evaluate.settings import Source
 from segattn.infini.huggingface.saving import from_pretrained, save_pretrained
 from segattn.infini.huggingface.settings import conversion_of
 from segattn.infini.train import settings as settings_module
@@ -497,6 +498,10 @@ def test_command_writes_a_model_and_goes_on(folder: Path, tmp_path: Path, monkey
     for path in Outputs.of(tmp_path / "whole"):
         assert str(path) in result.stdout
         assert path.exists()
+    # the model says that it is of bytes
+    for place in ("whole", "whole/model"):
+        loaded = load(Source(str(tmp_path / place), device="cpu"))
+        assert isinstance(loaded.tokenizer, ByteTokenizer)
     trained = command.Steps.trained
 
     def interrupt(self: Any, step: int, steps: int, figures: Mapping[str, Any]) -> None:
@@ -526,6 +531,14 @@ def test_command_writes_a_model_and_goes_on(folder: Path, tmp_path: Path, monkey
     (Outputs.of(tmp_path / "part").checkpoints / "step-4" / "run.json").write_bytes(b"not a checkpoint")
     result = CliRunner().invoke(commands.app, again.split()[1:])
     assert "--resume needs a checkpoint of segattn finetune; " in result.stderr
+
+
+def test_both_spellings_of_the_warmup_are_taken(folder: Path, tmp_path: Path) -> None:
+    for option in ("--warmup", "--warm-up"):
+        result = CliRunner().invoke(commands.app, arguments(folder, tmp_path / option.strip("-"), option, "-1"))
+        assert "--warmup must be at least 0, got -1" in result.stderr
+        result = CliRunner().invoke(commands.app, ["rmt", "train", "detect", option, "0"])
+        assert "--warm-up must be at least 1, got 0" in result.stderr
 
 
 def test_a_run_is_resumed_from_any_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

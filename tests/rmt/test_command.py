@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,15 @@ from typer.testing import CliRunner
 from segattn.cli import rmt as command
 from segattn.cli import shell
 from segattn.rmt.runs import attention_maps, evaluation, plots, training
+from segattn.rmt.runs import folder as run_folder
 from segattn.rmt.runs.curriculum import Stage, Step
 from segattn.rmt.runs.plots import Panel
+from segattn.rmt.runs.settings import TrainSettings
 from segattn.rmt.tasks import make as tasks
+from segattn.runs.errors import SettingError
 from segattn.runs.text import generate_text
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--vocabulary 0 --layers 1 --width 16 --heads 2 --memory 3 --segment-len 19 --batch 4 --device cpu".split()
 TRAIN = ["detect", *SMALL, "--test-samples", "7", "--steps", "50", "--threshold", "1"]
 
@@ -87,7 +94,7 @@ def test_a_run_killed_in_a_stages_test_goes_on_on_a_terminal(tmp_path: Path, mon
     assert result.exit_code == 0, result.exception
     bars = [(task.description, task.completed, task.total, task.fields["note"]) for task in made[0].bars.tasks]
     stages = json.loads((tmp_path / "figures.json").read_text())["stages"]
-    notes = [f"test {100 * stage['test_accuracy']:.1f} %" for stage in stages]
+    notes = [f"test {100 * stage['test_accuracy']:.1f} %, {shortfall(stage)}" for stage in stages]
     assert bars == [("19 tokens", 50, 50, notes[0]), ("2 × 19 tokens", 50, 50, notes[1])]
 
 
@@ -95,7 +102,7 @@ def test_a_stage_closes_no_other_stages_bar() -> None:
     step = Step(34, 0.5, 0.25, 0.25)
     stage = Stage(34, 2, 17, 40, 1e-3, 0.9)
     figures = {"segments": 2, "tokens": 34, "segment_len": 17, "annealed": False, "steps": 11}
-    figures |= {"seconds": 1.0, "test_accuracy": 0.5}
+    figures |= {"seconds": 1.0, "test_accuracy": 0.5, "converged": True}
     with command.Stages(terminal()) as bars:
         bars.trained(stage, 11, step)
         # killed in the test of another one
@@ -123,6 +130,42 @@ def test_losses_shown_are_of_batches_as_long_as_the_stage_says() -> None:
             lines.trained(stage, done, step)
 
     assert shown(printed) == ["2 × 17 tokens, step 50: loss 0.2500, 100.0 % right"]
+
+
+def shortfall(stage: dict[str, Any]) -> str:
+    return f"not converged (training {100 * stage['training_accuracy']:.1f} % < {100 * stage['threshold']:g} %)"
+
+
+def test_a_stage_that_is_not_learnt_is_said_to_be(trained: tuple[Path, list[str]]) -> None:
+    folder, lines = trained
+    stages = json.loads((folder / "figures.json").read_text())["stages"]
+    assert [(stage["converged"], stage["threshold"]) for stage in stages] == [(False, 1.0)] * 4 + [(False, None)]
+    done = [line for line in lines if " done after " in line]
+    for stage, line in zip(stages[:4], done[:4], strict=True):
+        assert line.endswith(f"test {100 * stage['test_accuracy']:.1f} %, {shortfall(stage)}")
+    # an annealed stage has no threshold
+    assert "not converged" not in done[4]
+    assert any(line.strip().startswith("* not converged: not 100 %") for line in lines)
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert [row[4].endswith("*") for row in cells] == [True] * 4 + [False]
+    [remedy] = [line for line in lines if line.startswith("not converged: ")]
+    assert remedy.startswith("not converged: 17 tokens, 2 × 17 tokens, 19 tokens, 2 × 19 tokens; ")
+    again = f"segattn rmt train --start {folder} --out ANOTHER --steps MORE"
+    assert remedy.endswith(f"{again}, and the other options of the curriculum")
+    for name in ("figures.json", "model.safetensors"):
+        assert lines[-2 + (name == "model.safetensors")].endswith(str(folder / name))
+
+
+def test_a_stage_that_is_learnt_needs_no_remedy() -> None:
+    stage = {"segments": 1, "tokens": 17, "segment_len": 17, "annealed": False, "steps": 40, "seconds": 1.0}
+    stage |= {"converged": True, "training_accuracy": 1.0, "test_accuracy": 1.0, "test_interval": [0.9, 1.0]}
+    assert shown(lambda console: command.Stages(console).finished(stage)) == [
+        "17 tokens done after 40 steps, 1 s: test 100.0 %"
+    ]
+    few = stage | {"converged": False, "threshold": 0.99}
+    assert shown(lambda console: command.Stages(console).finished(few)) == [
+        "17 tokens done after 40 steps, 1 s: test 100.0 %, not converged (too few steps to tell)"
+    ]
 
 
 def test_a_stage_has_one_name(trained: tuple[Path, list[str]]) -> None:
@@ -207,3 +250,46 @@ def test_ctrl_c_in_an_evaluation_says_how_to_go_on(
     result = invoke(*given, "--resume")
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "evaluation.json").read_text())["lengths"][0]["samples"] == 4
+
+
+def documented() -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """The arguments of each `segattn rmt train` in docs/results.md, and the settings in the figures that it made."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    results = ROOT / "bench" / "results" / "rmt"
+    runs = re.findall(r"^ *segattn rmt train (.*)$", text, re.MULTILINE)
+    made = {run.split("--out ")[1].split()[0]: shlex.split(run) for run in runs}
+    for name in ("memorize", "detect", "minilm"):
+        yield made.pop(name), json.loads((results / name / "figures.json").read_text())["settings"]
+    loop = made.pop("retrieval/d_mem-$d")
+    for width in (4, 8, 32):
+        arguments = [word.replace("$d", str(width)) for word in loop] + ["--steps", "800"] * (width == 32)
+        figures = json.loads((results / "retrieval" / f"d_mem-{width}" / "figures.json").read_text())
+        yield arguments, figures["settings"]
+    figures = json.loads((results / "reasoning" / "figures.json").read_text())
+    for number in range(6, 0, -1):
+        yield made.pop(f"reasoning-{number}"), figures["settings"]
+        figures = figures.get("before")
+    assert figures is None
+    assert not made
+
+
+def test_documented_commands_have_the_settings_of_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[dict[str, Any]] = []
+
+    def take(settings: TrainSettings, *arguments: Any, **options: Any) -> None:
+        taken.append(json.loads(json.dumps(asdict(settings))))
+        raise SettingError("out", "is not wanted")
+
+    monkeypatch.setattr(training, "run_training", take)
+    for arguments, settings in documented():
+        monkeypatch.setattr(run_folder, "settings_of", lambda folder, name, earlier=settings: earlier)
+        result = invoke("train", *arguments)
+        assert result.stderr == "segattn rmt train: --out is not wanted\n"
+        [got] = taken
+        if got["short"] is None:
+            # what a run makes of it
+            got["short"] = list(run_folder.SHORT) if got["babi"] else []
+        # paths are of the machine
+        names = settings.keys() - {"babi", "book", "pretrained", "start"}
+        assert {name: got[name] for name in names} == {name: settings[name] for name in names}, arguments
+        taken.clear()

@@ -585,7 +585,7 @@ def test_lengths_have_ticks_also_where_only_the_paper_has_points(
         assert min(abs(math.log2(length / tick)) for tick in ticks) <= 2
     # one more segment would stand where the label of 64 is
     (top,) = axes.child_axes
-    assert [label.get_text() for label in top.get_xticklabels()] == ["2", "64"]
+    assert [label.get_text() for label in top.get_xticklabels()] == ["2 segments", "64"]
 
 
 def test_the_papers_curve_is_of_its_tasks() -> None:
@@ -830,8 +830,12 @@ def test_bars_follow_a_run(tmp_path: Path) -> None:
         described = [(task.description, task.total) for task in bars.bars.tasks]
         assert described == [("19 tokens", 5), ("2 × 19 tokens", 5), ("2 × 19 tokens annealed", 3)]
         assert all(task.finished for task in bars.bars.tasks)
-        notes = [f"test {100 * stage['test_accuracy']:.1f} %" for stage in figures["stages"]]
-        assert [task.fields["note"] for task in bars.bars.tasks] == notes
+        *learnt, annealed = [task.fields["note"] for task in bars.bars.tasks]
+        for note, stage in zip(learnt, figures["stages"], strict=False):
+            test, training = (100 * stage[f"{name}_accuracy"] for name in ("test", "training"))
+            assert note == f"test {test:.1f} %, not converged (training {training:.1f} % < 99 %)"
+        assert len(learnt) == 2
+        assert annealed == f"test {100 * figures['stages'][2]['test_accuracy']:.1f} %"
     with Reading(console, "evaluate", command.describe_length) as bar:
         run_evaluation(tmp_path, Grid((1, 4), (5,), (2,)), bar, device="cpu")
         (task,) = bar.bars.tasks

@@ -28,10 +28,12 @@ def config() -> None:
 def check(
     device: Annotated[str | None, typer.Option(help="Where to run: cuda or cpu. Default: a GPU where one is.")] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="What to check: torch or triton; may be repeated. Default: all that run.")
+        list[str] | None,
+        typer.Option(help="Backend to check: torch or triton; may be repeated. Default: all that run."),
     ] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="float32, float16 or bfloat16; may be repeated. Default: all three.")
+        list[str] | None,
+        typer.Option(help="Dtype to check: float32, float16 or bfloat16; may be repeated. Default: all three."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="File to write every error to.")] = None,
 ) -> None:

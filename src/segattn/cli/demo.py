@@ -12,7 +12,7 @@ from rich.table import Table
 from ..infini.demo.settings import DemoSettings
 from .options import Out, Resume, options_of
 from .progress import Progress, is_due
-from .shell import Command
+from .shell import Command, print_files
 
 if TYPE_CHECKING:
     from ..infini.demo.evaluation import Cell
@@ -87,5 +87,4 @@ def _summary(console: Console, figures: dict[str, Any], files: dict[str, Path]) 
         f"state of a text: {', '.join(map(str, sorted(sizes)))} bytes at {'every' if len(sizes) == 1 else 'its'} length"
     )
     console.print(f"trained in {seconds['train']} s, evaluated in {seconds['evaluate']} s")
-    for name, path in files.items():
-        console.print(f"{name:10} {path}", markup=False)
+    print_files(console, files)

@@ -14,7 +14,7 @@ from ..infini.evaluate.settings import PLACES, Grid, Needle, Positions, Source
 from ..runs.errors import SettingError
 from .options import Out, ResumeMeasuring, help_of, options_of, settings_from
 from .progress import Reading
-from .shell import Command, counts
+from .shell import Command, counts, print_files
 
 app = typer.Typer(no_args_is_help=True, help="Evaluate a Hugging Face model, converted or plain, on long texts.")
 
@@ -161,11 +161,10 @@ def _command(name: str, out: Path) -> Command:
 
 
 def _summary(console: Console, name: str, out: Path, figures: dict[str, Any]) -> None:
-    """Print the bytes that a text's cache takes, where they are measured, and the files."""
+    """Print the bytes that a text's state takes, where they are measured, and the files."""
     from ..infini.evaluate.runs import Outputs
 
     sizes = sorted({cell["cache_bytes"] for cell in figures.get("cells", figures.get("documents", ()))})
     if sizes:
-        console.print(f"cache of a text: {' to '.join(map(str, dict.fromkeys([sizes[0], sizes[-1]])))} bytes")
-    for file, path in Outputs.of(out, name)._asdict().items():
-        console.print(f"{file:8} {path}", markup=False)
+        console.print(f"state of a text: {' to '.join(map(str, dict.fromkeys([sizes[0], sizes[-1]])))} bytes")
+    print_files(console, Outputs.of(out, name)._asdict())

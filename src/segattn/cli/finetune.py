@@ -17,7 +17,7 @@ from rich.console import Console
 from ..infini.train.settings import TrainSettings, UntrainedMemoryWarning
 from .options import options_of
 from .progress import Progress, is_due
-from .shell import Command, quiet_transformers
+from .shell import Command, print_files, quiet_transformers
 
 FOLDER = Path("segattn-finetune")
 SMALLER = (
@@ -31,7 +31,7 @@ def finetune(
     device: Annotated[
         str | None, typer.Option(help="Where to run, such as cpu or cuda. Default: GPUs where there are any.")
     ] = None,
-    keep: Annotated[int, typer.Option(help="Checkpoints that stay.")] = 2,
+    keep: Annotated[int, typer.Option(help="Number of newest checkpoints to keep.")] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a process that does not answer.")] = 600.0,
     out: Annotated[Path, typer.Option(help="Folder for everything that is written, one for all processes.")] = FOLDER,
     resume: Annotated[
@@ -76,8 +76,7 @@ def finetune(
                 figures = run_training(settings, out, listener, place, keep=keep, resume=resume)
             if figures:
                 console.print(_summary(figures))
-            for name, path in Outputs.of(out)._asdict().items():
-                console.print(f"{name:12} {path}", markup=False)
+            print_files(console, Outputs.of(out)._asdict())
 
 
 def _summary(figures: Mapping[str, Any]) -> str:

@@ -42,7 +42,8 @@ class _Group(TyperGroup):
 
 app = typer.Typer(
     cls=_Group,
-    help="What a model costs over a text: `segattn plan SHAPE` is short for `segattn plan model SHAPE`.",
+    help="What a model costs over a text: `segattn plan SHAPE` is short for `segattn plan model SHAPE`. "
+    "Its options, such as --length, --gpu and --png: `segattn plan model --help`.",
 )
 
 Shaped = Annotated[
@@ -54,7 +55,10 @@ Shaped = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="Dtype of weights and activations: bfloat16, float16 or float32.")]
 Json = Annotated[Path | None, typer.Option(help="File to write every figure to.")]
-Png = Annotated[Path | None, typer.Option(help="File to draw them in, such as plan.png, plan.pdf or plan.svg.")]
+Png = Annotated[
+    Path | None, typer.Option(help="File for a picture of the figures, such as plan.png, plan.pdf or plan.svg.")
+]
+Formulas = Annotated[bool, typer.Option("--formulas", help="Print the formulas too, and what their letters mean.")]
 SegmentLen = Annotated[int, typer.Option(help="Tokens per segment.")]
 
 
@@ -63,23 +67,28 @@ def model(
     shape: Shaped = "llama-3-8b",
     length: Annotated[str, typer.Option(help="Tokens of text, such as 4096,32K,1M.")] = "8K,128K,1M",
     segment_len: SegmentLen = 2048,
-    memory: Annotated[int, typer.Option(help="Memory tokens of rmt and armt.")] = 16,
-    d_mem: Annotated[int, typer.Option(help="Of armt: width of keys before their feature map.")] = 64,
-    nu: Annotated[int, typer.Option(help="Of armt: features of a key divided by twice its width.")] = 3,
-    update: Annotated[str, typer.Option(help="Of infini: update rule, delta or linear.")] = "delta",
+    memory: Annotated[int, typer.Option(help="Memory tokens of RMT and ARMT.")] = 16,
+    d_mem: Annotated[int, typer.Option(help="Width of ARMT's keys before their feature map.")] = 64,
+    nu: Annotated[
+        int, typer.Option(help="ν of ARMT's feature map: a key has 2 ν features for each of its numbers.")
+    ] = 3,
+    update: Annotated[str, typer.Option(help="Update rule of Infini-attention's memory: delta or linear.")] = "delta",
     bptt: Annotated[int | None, typer.Option(help="Segments that gradients reach back. Default: all.")] = None,
     gpu: Annotated[
         str,
-        typer.Option(help="GPU of the floors, such as H100, H200, B200, A100 SXM 80GB, RTX 5090, MI300X."),
+        typer.Option(
+            help="GPU whose least times are given, such as H100, H200, B200, A100 SXM 80GB, RTX 5090, MI300X."
+        ),
     ] = "H100",
     dtype: Dtype = "bfloat16",
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
+    formulas: Formulas = False,
     json: Json = None,
     png: Png = None,
 ) -> None:
     """Show FLOPs, memory and floor times of full attention, separate segments, RMT, Infini-attention and ARMT."""
     with _command("model", json, png) as console:
-        from ..bench.planner.report import PLAN_NOTES, SLOWER_PRODUCTS, estimates
+        from ..bench.planner.report import LETTERS, PLAN_NOTES, SLOWER_PRODUCTS, estimates
         from ..bench.planner.settings import PlanSettings, gpu_of
         from ..bench.planner.shapes import shape_of
 
@@ -95,7 +104,9 @@ def model(
             title += " by its bfloat16 peak"
             notes += (SLOWER_PRODUCTS,)
         console.print(_table(f"What it costs: {title}", rows, COSTS), _table("What is kept of a sequence", rows, KEPT))
-        _notes(console, notes)
+        _notes(console, (*notes, LETTERS), formulas)
+        if dtype == "float32" and not formulas:
+            console.print(SLOWER_PRODUCTS, markup=False)
         document = {"shape": _shape(sizes), "gpu": row, "peak": peak._asdict()} | options
         _write(console, json, document | {"formulas": notes, "estimates": rows})
         if png is not None:
@@ -130,20 +141,21 @@ def _table(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, tuple[
 def exchange(
     shape: Shaped = "llama-3-8b",
     length: Annotated[str, typer.Option(help="Tokens of a sequence, such as 32K,1M.")] = "32K,256K,2M,16M",
-    ranks: Annotated[str, typer.Option(help="Ranks that share it, such as 2,8,64.")] = "2,8,32,128,1024,4096",
+    ranks: Annotated[str, typer.Option(help="Ranks that share the sequence, such as 2,8,64.")] = "2,8,32,128,1024,4096",
     segment_len: SegmentLen = 2048,
-    node_ranks: Annotated[int, typer.Option(help="Ranks of a node.")] = 8,
+    node_ranks: Annotated[int, typer.Option(help="Ranks in a node.")] = 8,
     node_bandwidth: Annotated[float, typer.Option(help="GB/s of a rank's link inside a node, one way.")] = 450,
     bandwidth: Annotated[float, typer.Option(help="GB/s of a rank's link between nodes, one way.")] = 50,
     latency: Annotated[float, typer.Option(help="Latency of a message, microseconds.")] = 10,
     dtype: Dtype = "bfloat16",
+    formulas: Formulas = False,
     json: Json = None,
     png: Png = None,
 ) -> None:
     """Show what ranks that share a sequence send: ring attention, Ulysses, and a memory's state."""
     with _command("exchange", json, png) as console:
         from ..bench.planner.exchange import EXCHANGES, Links
-        from ..bench.planner.report import EXCHANGE_NOTES, exchanges
+        from ..bench.planner.report import EXCHANGE_NOTES, LETTERS, exchanges
         from ..bench.planner.shapes import shape_of
         from ..bench.planner.units import in_bytes, in_seconds
         from ..runs.figures import format_length
@@ -163,7 +175,7 @@ def exchange(
             ]
             table.add_row(format_length(row["length"]), f"{row['ranks']:,}", *cells)
         console.print(table)
-        _notes(console, EXCHANGE_NOTES)
+        _notes(console, (*EXCHANGE_NOTES, LETTERS), formulas)
         document = {"shape": _shape(sizes), "segment_len": segment_len, "dtype": dtype, "links": vars(links)}
         _write(console, json, document | {"formulas": EXCHANGE_NOTES, "exchanges": rows})
         if png is not None:
@@ -175,7 +187,7 @@ def exchange(
 
 
 @app.command()
-def published(json: Json = None, png: Png = None) -> None:
+def published(formulas: Formulas = False, json: Json = None, png: Png = None) -> None:
     """Show published figures by their papers' formulas: FLOPs of RMT over OPT models, numbers kept by each memory."""
     with _command("published", json, png) as console:
         from ..bench.planner import published as papers
@@ -192,7 +204,7 @@ def published(json: Json = None, png: Png = None) -> None:
             ratios = (f"{row[name][-1]:.2f}" for name in ("saving", "saving_with_memory"))
             table.add_row(row["shape"], *ratios, str(row["printed"] or ""))
         console.print(table, _memory_table(kept))
-        _notes(console, papers.NOTES)
+        _notes(console, papers.NOTES, formulas)
         document = {"formulas": papers.NOTES, "savings": rows, "memories": [x._asdict() for x in kept]}
         _write(console, json, document)
         if png is not None:
@@ -241,8 +253,9 @@ def _shape(shape: Shape) -> dict[str, Any]:
     return vars(shape) | {"matrices": shape.matrices}
 
 
-def _notes(console: Console, notes: Sequence[str]) -> None:
-    for note in notes:
+def _notes(console: Console, notes: Sequence[str], formulas: bool) -> None:
+    """Print the formulas, or a line that says how to see them."""
+    for note in notes if formulas else ("--formulas prints how these figures are computed",):
         console.print(note, markup=False)
 
 

@@ -14,7 +14,7 @@ from ..rmt.runs.settings import OF_MODEL, OF_TASK, TrainSettings, up_to
 from ..runs.errors import SettingError
 from .options import Out, Resume, ResumeMeasuring, help_of, options_of
 from .progress import Progress, Reading
-from .shell import Command, counts, quiet_transformers
+from .shell import Command, counts, print_files, quiet_transformers
 
 if TYPE_CHECKING:
     from ..rmt.runs.curriculum import Stage, Step
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Recurrent memory: train a memory task, extrapolate it, look into it.")
 
 FOLDER = Path("segattn-rmt")
-Folder = Annotated[Path, typer.Argument(help="Folder that segattn rmt train wrote.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="Folder of a run that segattn rmt train wrote.", show_default=False)]
 Babi = Annotated[str | None, typer.Option(help="Folder of bAbI's files. Default: the run's.")]
-Book = Annotated[str | None, typer.Option(help="Running text, UTF-8. Default: the run's.")]
+Book = Annotated[str | None, typer.Option(help="File of running text, UTF-8. Default: the run's.")]
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda. Default: a GPU where one is.")]
 
 
@@ -46,7 +46,7 @@ def train(
     again = f"go on with: segattn rmt train --resume --out {shlex.quote(str(out))}"
     saved = (out / "checkpoint.pt").is_file
     with Command("rmt train", {"task": "TASK"}, again, saved, "a smaller --batch").run() as console:
-        from ..rmt.runs.folder import settings_of
+        from ..rmt.runs.folder import RunFiles, settings_of
         from ..rmt.runs.training import run_training, saved_settings
 
         quiet_transformers()
@@ -68,7 +68,10 @@ def train(
         with Stages(console) as listener:
             figures = run_training(TrainSettings(**options), out, listener, resume=resume)
         console.print(stage_table(figures))
-        console.print(f"written to {out}", markup=False)
+        if left := [stage for stage in figures["stages"] if not _is_learnt(stage)]:
+            console.print(unlearnt_line(left, out), markup=False)
+        files = RunFiles.of(out)
+        print_files(console, {"figures": files.figures, "weights": files.weights})
 
 
 @app.command()
@@ -80,7 +83,7 @@ def evaluate(
         typer.Option(help="Samples of each length: one number, or one for each. Default: 200; 100 at 512, 50 at 4096."),
     ] = None,
     batch: Annotated[str, typer.Option(help="Samples read at once: one number, or one for each length.")] = "25",
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random samples.")] = 0,
     babi: Babi = None,
     book: Book = None,
     device: Device = None,
@@ -95,6 +98,7 @@ def evaluate(
     again, saved = "go on with the same command and --resume", (written / "evaluation.json").is_file
     with Command("rmt evaluate", {"folder": "FOLDER"}, again, saved, "a smaller --batch").run() as console:
         from ..rmt.runs.evaluation import Grid, run_evaluation, usual_samples
+        from ..rmt.runs.folder import RunFiles
 
         lengths = tuple(counts("segments", segments, "2,8,64"))
         number = tuple(map(usual_samples, lengths)) if samples is None else tuple(counts("samples", samples, "200"))
@@ -105,17 +109,18 @@ def evaluate(
             )
         console.print(length_table(figures))
         console.print(memory_line(figures))
-        console.print(f"written to {written}", markup=False)
+        files = RunFiles.of(written)
+        print_files(console, {"figures": files.evaluation, "picture": files.evaluation.with_suffix(".png")})
 
 
 @app.command()
 def attention(
     folder: Folder,
-    segments: Annotated[int, typer.Option(help="Segments of the text that is read.")] = 3,
+    segments: Annotated[int, typer.Option(help="Length of the text to read, in segments.")] = 3,
     sample: Annotated[
         int | None, typer.Option(help="Number of the sample, from 0 on. Default: one with an early fact.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random samples.")] = 0,
     babi: Babi = None,
     book: Book = None,
     device: Device = None,
@@ -125,18 +130,22 @@ def attention(
     written = folder if out is None else out
     with Command("rmt attention", {"folder": "FOLDER"}).run() as console:
         from ..rmt.runs.attention_maps import Sample, run_attention
+        from ..rmt.runs.folder import RunFiles
 
         chosen = Sample(segments, sample, seed)
         figures = run_attention(folder, chosen, out=out, device=device, babi=babi, book=book)
         console.print(*attention_tables(figures), sep="\n")
-        console.print(f"written to {written}", markup=False)
+        files = RunFiles.of(written)
+        print_files(console, {"figures": files.attention, "picture": files.attention.with_suffix(".png")})
 
 
 def stage_table(figures: dict[str, Any]) -> Table:
     """Return steps, time and accuracy by stage."""
-    table = Table(
-        title=f"{figures['settings']['task']}, {figures['parameters']:,} parameters, right in %", title_justify="left"
-    )
+    settings = figures["settings"]
+    title = f"{settings['task']}, {figures['parameters']:,} parameters, right in %"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    if not all(map(_is_learnt, figures["stages"])):
+        table.caption = f"* not converged: not {100 * settings['threshold']:g} % over 20 batches"
     for column in ("segments", "tokens", "steps", "seconds", "training", "test", "95 %"):
         table.add_column(column, justify="right")
     for stage in figures["stages"]:
@@ -146,11 +155,18 @@ def stage_table(figures: dict[str, Any]) -> Table:
             f"{stage['tokens']:,}",
             f"{stage['steps']:,}",
             f"{stage['seconds']:.0f}",
-            f"{100 * stage['training_accuracy']:.1f}",
+            f"{100 * stage['training_accuracy']:.1f}" + "*" * (not _is_learnt(stage)),
             f"{100 * stage['test_accuracy']:.1f}",
             f"{100 * low:.1f}–{100 * high:.1f}",
         )
     return table
+
+
+def unlearnt_line(stages: list[dict[str, Any]], out: Path) -> str:
+    """Say which stages did not converge, and how to go on from the weights in the run's folder."""
+    names = ", ".join(_of_figures(stage) for stage in stages)
+    again = f"segattn rmt train --start {shlex.quote(str(out))} --out ANOTHER --steps MORE"
+    return f"not converged: {names}; go on from these weights with: {again}, and the other options of the curriculum"
 
 
 def length_table(figures: dict[str, Any]) -> Table:
@@ -225,8 +241,10 @@ class Stages(Progress):
             self.line(f"{name}, step {done}: loss {self.loss:.4f}, {right} right")
 
     def finished(self, figures: dict[str, Any]) -> None:
-        """Show the test of a stage; a run that was killed in the test has no step before it."""
+        """Show the test of a stage, and if it did not converge; a run killed in the test has no step before it."""
         name, steps, test = _of_figures(figures), figures["steps"], f"test {100 * figures['test_accuracy']:.1f} %"
+        if not _is_learnt(figures):
+            test += f", {_shortfall(figures)}"
         self.bar(name, steps, steps, test)
         # another stage may have the same name
         self.close(name)
@@ -237,6 +255,18 @@ def describe_length(figures: dict[str, Any]) -> str:
     """Say what is measured at a length."""
     segments = figures["segments"]
     return f"{segments} segment{'s' * (segments > 1)}: {100 * figures['accuracy']:.1f} % right"
+
+
+def _is_learnt(stage: dict[str, Any]) -> bool:
+    """Say whether a stage reached its threshold; one that is annealed has none."""
+    return bool(stage["annealed"] or stage["converged"])
+
+
+def _shortfall(stage: dict[str, Any]) -> str:
+    accuracy, threshold = stage["training_accuracy"], stage["threshold"]
+    if accuracy >= threshold:
+        return "not converged (too few steps to tell)"
+    return f"not converged (training {100 * accuracy:.1f} % < {100 * threshold:g} %)"
 
 
 def _of_stage(stage: Stage) -> str:

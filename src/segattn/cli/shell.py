@@ -160,6 +160,13 @@ def _cannot_write(name: str, path: Path, error: OSError) -> SettingError:
     return SettingError(name, f"must be a file that can be written, got {str(path)!r} ({error.strerror})")
 
 
+def print_files(console: Console, files: Mapping[str, Path]) -> None:
+    """Print the files that a command wrote, a line each behind what they hold."""
+    width = max(map(len, files))
+    for name, path in files.items():
+        console.print(f"{name:{width}} {path}", markup=False)
+
+
 def quiet_transformers() -> None:
     """Keep the progress bars of transformers, as of a model's loading, from breaking into ours."""
     from transformers.utils.logging import disable_progress_bar

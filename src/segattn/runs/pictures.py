@@ -20,7 +20,7 @@ BLACK, GREY, LIGHT_GREY = "#000000", "#555555", "#999999"
 BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
 VERMILION, ORANGE, PINK = "#D55E00", "#E69F00", "#CC79A7"
 # from dark to light, for heat maps and for lines in an order
-SEQUENTIAL = "cividis"
+SEQUENTIAL = "viridis"
 # colour and marker of a picture's first line, its second, ...
 LINES = (
     (BLUE, "o"),
