@@ -105,15 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .rules import failures
     from .table import costs, table
 
-    dtypes, widths = QUICK if given.quick else (tuple(DTYPES), WIDTHS)
+    usual_dtypes, usual_widths = QUICK if given.quick else (tuple(DTYPES), WIDTHS)
     begin = time.monotonic()
     try:
         if given.jobs < 1:
             raise ValueError(f"--jobs must be positive, got {given.jobs}")
         targets = _choices("targets", given.targets, tuple(TARGETS), tuple(TARGETS))
-        dtypes = _choices("dtypes", given.dtypes, dtypes, tuple(DTYPES))
+        dtypes = _choices("dtypes", given.dtypes, usual_dtypes, tuple(DTYPES))
         kernels = _kernels(given.kernels, KERNELS)
-        sizes = [int(x) for x in _choices("widths", given.widths, widths, KNOWN_WIDTHS)]
+        sizes = [int(x) for x in _choices("widths", given.widths, usual_widths, KNOWN_WIDTHS)]
         jobs = plan(targets, dtypes, sizes, kernels)
         if given.widths is None and not given.quick and EDGES_DTYPE in dtypes:
             jobs += plan(targets, [EDGES_DTYPE], [int(x) for x in EDGES], kernels)

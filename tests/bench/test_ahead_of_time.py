@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from segattn.bench.compiled import jobs as compile_jobs
 from segattn.bench.compiled import rules as compile_rules
 from segattn.bench.compiled import table as compile_table
 from segattn.bench.compiled.ahead_of_time import Compiled, resident_warps, signature
-from segattn.bench.compiled.jobs import Job, Row, Wanted
+from segattn.bench.compiled.jobs import Job, Row
 from segattn.bench.compiled.machine_code import Loop, amdgcn, blocks, loops, sass, tensor_core
 from segattn.kernels.triton.configs import TARGETS, Tile
 from segattn.kernels.triton.launch import Launch
@@ -318,18 +319,21 @@ def test_gradients_of_narrow_heads_compile() -> None:
 
 def test_narrow_and_odd_widths_are_compiled_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_report = pytest.importorskip("segattn.bench.compiled.report")
-    planned: list[Wanted] = []
+    planned: list[tuple[list[str], list[int], Sequence[str]]] = []
     monkeypatch.setattr(compile_report, "interpreted", lambda: False)
-    monkeypatch.setattr(compile_jobs, "plan", lambda wanted: planned.append(wanted) or [])
+
+    def plan(targets: Sequence[str], dtypes: Sequence[str], widths: list[int], kernels: Sequence[str]) -> list[Job]:
+        planned.append((list(dtypes), widths, kernels))
+        return []
+
+    monkeypatch.setattr(compile_jobs, "plan", plan)
     assert compile_report.main(["--targets=sm_100"]) == 0
-    assert [(wanted.dtypes, wanted.widths) for wanted in planned] == [
-        (("bfloat16", "float16", "float32"), [64, 128, 256]),
-        (("bfloat16",), [24, 80]),
+    assert planned == [
+        (["bfloat16", "float16", "float32"], [64, 128, 256], compile_jobs.KERNELS),
+        (["bfloat16"], [24, 80], compile_jobs.KERNELS),
     ]
-    assert {wanted.kernels for wanted in planned} == {compile_jobs.KERNELS}
     assert compile_report.main(["--targets=sm_100", "--widths=200"]) == 0
-    assert planned[2].widths == [200]
-    assert len(planned) == 3
+    assert [widths for _, widths, _ in planned[2:]] == [[200]]
 
 
 def test_the_command_refuses_the_interpreter() -> None:
