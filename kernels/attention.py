@@ -110,6 +110,8 @@ def segment_attention(
         # nothing is written by it, yet its gradient is zeros, not None: processes that add theirs up each need one
         gate = gate + memory_k[:, :, :0].sum(dtype=gate.dtype)
     memory_q, memory_k = q if memory_q is None else memory_q, k if memory_k is None else memory_k
+    if chosen != "reference":
+        check.check_no_tangent(q, k, v, memory_q, memory_k, gate, *(state or ()))
     return _run(chosen, q, k, v, memory_q, memory_k, gate, state, bounds, options)
 
 

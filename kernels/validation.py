@@ -9,6 +9,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .state import MemoryState
 
@@ -135,6 +136,21 @@ def check_state(state: object, sequences: int, k: Tensor, v: Tensor) -> MemorySt
 def state_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of M and z: float32, float64 where the inputs are."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_no_tangent(*tensors: Tensor | None) -> None:
+    """Check that no tensor carries a tangent of forward-mode differentiation, which registered operations would drop.
+
+    Raises:
+        RuntimeError: one does.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "segment_attention has no forward-mode derivative (torch.func.jvp): pass backend='reference', or take "
+            "gradients by torch.autograd.grad"
+        )
 
 
 def check_scale(scale: float | None, q: Tensor) -> float:

@@ -23,15 +23,17 @@ from ..speed.machine import versions
 from ..speed.workloads import DTYPES
 
 WIDTHS = ("64", "128", "256")
-# dtypes and widths
+# dtypes and widths of --quick
 QUICK = (("bfloat16",), ("64",))
 
 
 def _listed(names: Iterable[str]) -> str:
+    """Return names as the command line takes them."""
     return ",".join(names)
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     found = argparse.ArgumentParser(
         prog="ci/compile",
         description=__doc__,
@@ -84,11 +86,13 @@ def _kernels(given: str | None, known: Sequence[str]) -> Sequence[str]:
 
 
 def _refused(why: str) -> int:
+    """Say why nothing can be compiled, and return the exit status."""
     sys.stderr.write(f"ci/compile: {why}\n")
     return 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
     given = _parser().parse_args(arguments)
     if not HAS_TRITON:
         return _refused("Triton is not installed")
