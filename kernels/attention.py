@@ -41,8 +41,8 @@ def segment_attention(
 
     Infini-attention, arXiv 2404.07143 equations 6 to 10: local attention, retrieval, update, gate. The equations as
     computed here, forward and backward, are in `infini/README.md`. Gradients reach every tensor argument, and cross
-    segments through the memory. There is no second derivative. Finite inputs give finite results as long as q kᵀ and
-    the memory's sums stay inside the range of float32.
+    segments through the memory. There is no second derivative, and no forward mode. Finite inputs give finite results
+    as long as q kᵀ and the memory's sums stay inside the range of float32.
 
     Args:
         q: [B, H, Tq, K], the last Tq of the Tk positions. bfloat16, float16, float32 or float64; any strides.

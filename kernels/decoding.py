@@ -88,6 +88,8 @@ def segment_decode(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise RuntimeError("segment_decode has no gradients: call it under torch.no_grad(), or use segment_attention")
     chosen = resolve(backend, q, v)
+    if chosen != "reference":
+        check.check_no_tangent(*tensors)
     if q.shape[0] == 0 or q.shape[2] == 0:
         return q.new_empty((*q.shape[:3], v.shape[3]))
     options = Options(

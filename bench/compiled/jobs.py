@@ -27,7 +27,7 @@ SCALED = ("weight_sums_kernel", "write_grad_kernel")
 
 
 class Job(NamedTuple):
-    """One launch, by its place in the list of its case's."""
+    """One launch to compile: `place` is its index among the launches of its case."""
 
     target: str
     dtype: str

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from segattn import MemoryState, segment_attention
+from segattn import MemoryState, segment_attention, segment_decode
 
 BACKENDS = ("torch", "reference")
 UPDATES = ("delta", "linear")
@@ -430,6 +430,9 @@ def test_forward_mode_is_refused_and_of_the_reference_alone(name: str, softcap: 
     assert change(made[name], "reference").any()
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         change(made[name], "torch")
+    state = MemoryState(made["memory"], torch.ones(1, 2, 4, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: segment_decode(x, k, v, gate=made["gate"], state=state, softcap=softcap), (q,), (q,))
 
 
 @pytest.mark.parametrize("name", ["rows", "packed", "left padding", "exact segments"])
