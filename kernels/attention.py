@@ -72,6 +72,7 @@ def segment_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
+        RuntimeError: forward-mode differentiation, of another backend than "reference".
     """
     if isinstance(q, Tensor) and autocast_holds(q.device.type):
         q, k, v = autocast(q), autocast(k), autocast(v)

@@ -54,7 +54,7 @@ def segment_decode(
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
-        RuntimeError: gradients are wanted.
+        RuntimeError: gradients are wanted, or forward-mode differentiation of another backend than "reference".
     """
     if isinstance(q, Tensor) and autocast_holds(q.device.type):
         q, k, v = autocast(q), autocast(k), autocast(v)
