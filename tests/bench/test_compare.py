@@ -178,13 +178,13 @@ def suite() -> dict[str, Any]:
 
     rows = [
         Row(
-            *("small, forward", peer, BASE, "forward", {"T": 32, "dtype": "float32"}),
+            *("small, forward", provider, BASE, "forward", {"T": 32, "dtype": "float32"}),
             ratio=Times(ratio, 0.99 * ratio, 1.01 * ratio),
             ms=Times(3.0, 2.9, 3.1),
             errors={"out": 1e-7},
             seconds=[3e-3] * 3,
         )
-        for peer, ratio in ((BASE, 1.0), ("segattn delta", 3.0))
+        for provider, ratio in ((BASE, 1.0), ("segattn delta", 3.0))
     ]
     machine = {"device": "cpu", "cpu_capability": "AVX2", "threads": 2, "torch": "2.13.0", "python": "3.11"}
     commit = {"id": "0123456789abcdef", "dirty": False}
