@@ -81,13 +81,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "default: sizes that suit the device",
     )
     parser.addoption(
-        "--rounds", type=some_rounds, default=5, help="timed rounds of each provider, each beside a baseline round"
+        "--rounds", type=some_rounds, default=5, help="timed rounds of each peer, each beside a baseline round"
     )
     parser.addoption(
         "--seconds",
         type=some_seconds,
         default=5.0,
-        help="of timing for each provider and direction, three rounds at least",
+        help="of timing for each peer and direction, three rounds at least",
     )
 
 
@@ -126,7 +126,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
     kept = config.stash[ROWS]
     rows = marked(kept)
     output_json["not_timed"] = as_json(rows)["not_timed"]
-    noisy = {(row.group, row.provider): row.noisy for row in rows if row.noisy}
+    noisy = {(row.group, row.peer): row.noisy for row in rows if row.noisy}
     for benchmark in output_json["benchmarks"]:
         info = benchmark["extra_info"]
         if reason := noisy.get((benchmark["group"], info["provider"])):

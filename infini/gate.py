@@ -67,17 +67,28 @@ def parameter_groups(
         TypeError: `model` is not a module.
 
     Warns:
-        UserWarning: the model has gates, and none of them requires a gradient.
+        UserWarning: the model has no gate, or none that requires a gradient.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, whose gates are looked for, got {type(model).__name__}: pass the model, "
             "not its parameters"
         )
-    biases = [gate.bias for gate in model.modules() if isinstance(gate, Gate)]
-    if biases and not any(bias.requires_grad for bias in biases):
+    biases = _biases(model)
+    if not biases:
+        warnings.warn(
+            f"model has no gate, so it trains without a memory, got a {type(model).__name__}: call segattn.convert "
+            "before the optimiser is made",
+            stacklevel=2,
+        )
+    elif not any(bias.requires_grad for bias in biases):
         warnings.warn("no gate is trained: with PEFT, name them by modules_to_save=['segattn_gate']", stacklevel=2)
-    gates = {id(bias) for bias in biases}
+    return split_parameters(model, lr, gate_lr, weight_decay)
+
+
+def split_parameters(model: nn.Module, lr: float, gate_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the groups of `parameter_groups`, also of a model that is to have no gate, or none that is trained."""
+    gates = {id(bias) for bias in _biases(model)}
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if id(p) not in gates and p.ndim >= 2]
     vectors = [p for p in trained if id(p) not in gates and p.ndim < 2]
@@ -87,3 +98,8 @@ def parameter_groups(
         {"params": [p for p in trained if id(p) in gates], "lr": gate_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _biases(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of all gates inside a model."""
+    return [module.bias for module in model.modules() if isinstance(module, Gate)]

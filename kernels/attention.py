@@ -42,8 +42,8 @@ def segment_attention(
 
     Infini-attention, arXiv 2404.07143 equations 6 to 10: local attention, retrieval, update, gate. The equations as
     computed here, forward and backward, are in `infini/README.md`. Gradients reach every tensor argument, and cross
-    segments through the memory. There is no second derivative. Finite inputs give finite results as long as q kᵀ and
-    the memory's sums stay inside the range of float32.
+    segments through the memory. There is no second derivative, and no forward mode. Finite inputs give finite results
+    as long as q kᵀ and the memory's sums stay inside the range of float32.
 
     Args:
         q: [B, H, Tq, K], the last Tq of the Tk positions. bfloat16, float16, float32 or float64; any strides.
@@ -73,6 +73,7 @@ def segment_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
+        RuntimeError: forward-mode differentiation, of another backend than "reference".
     """
     if isinstance(q, Tensor) and autocast_holds(q.device.type):
         q, k, v = autocast(q), autocast(k), autocast(v)
@@ -111,6 +112,8 @@ def segment_attention(
         # nothing is written by it, yet its gradient is zeros, not None: processes that add theirs up each need one
         gate = gate + memory_k[:, :, :0].sum(dtype=gate.dtype)
     memory_q, memory_k = q if memory_q is None else memory_q, k if memory_k is None else memory_k
+    if chosen != "reference":
+        check.check_no_tangent(q, k, v, memory_q, memory_k, gate, *(state or ()))
     return _run(chosen, q, k, v, memory_q, memory_k, gate, state, bounds, options)
 
 

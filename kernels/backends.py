@@ -100,6 +100,29 @@ class Config:
     __repr__ = __str__
 
 
+def _is_available(device: torch.device) -> bool:
+    """Return whether this machine has devices of the type; True for types that PyTorch's core does not ask about."""
+    if device.type == "cuda":
+        return torch.cuda.is_available()
+    return device.type != "mps" or torch.backends.mps.is_available()
+
+
+def _device_of(device: torch.device | str) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        TypeError, ValueError: not a device, nor the name of one.
+    """
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(f"device must be a torch.device, its name or None, got {type(device).__name__}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device must be a torch.device or its name, such as 'cpu' or 'cuda', got {device!r}"
+        ) from error
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -118,13 +141,19 @@ def _default_device() -> tuple[torch.device, str]:
 def show_config(device: torch.device | str | None = None) -> Config:
     """Return which backend a call on `device` (default: the best one here) would run, and why.
 
-    The result prints as a table, and holds backend, reason, device and versions as fields.
+    The result prints as a table, and holds backend, reason, device and versions as fields. Where this machine has no
+    such device, the reason says so, and the backend is that of a machine which has one.
+
+    Raises:
+        TypeError, ValueError: `device` is not a device, nor the name of one.
     """
     if device is None:
         chosen, description = _default_device()
     else:
-        chosen, description = torch.device(device), ""
+        chosen, description = _device_of(device), ""
     backend, reason = default(chosen)
+    if not _is_available(chosen):
+        reason += f"; {chosen.type} is not available here"
     return Config(
         backend=backend,
         reason=reason,

@@ -54,7 +54,7 @@ def segment_decode(
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
-        RuntimeError: gradients are wanted.
+        RuntimeError: gradients are wanted, or forward-mode differentiation of another backend than "reference".
     """
     if isinstance(q, Tensor) and autocast_holds(q.device.type):
         q, k, v = autocast(q), autocast(k), autocast(v)
@@ -78,7 +78,8 @@ def segment_decode(
             continue
         if not isinstance(x, Tensor) or x.dtype not in dtypes:
             wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-            raise TypeError(f"{name} must be {wanted}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+            got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be an {wanted} tensor, got {got}")
         check.check_shape(name, x, "[B]" if name == "lengths" else "[B · G]", shape)
         check.check_device(name, x, "q", q)
     if counters is not None and not counters.is_contiguous():
@@ -87,9 +88,21 @@ def segment_decode(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise RuntimeError("segment_decode has no gradients: call it under torch.no_grad(), or use segment_attention")
     chosen = resolve(backend, q, v)
+    if chosen != "reference":
+        check.check_no_tangent(*tensors)
     if q.shape[0] == 0 or q.shape[2] == 0:
         return q.new_empty((*q.shape[:3], v.shape[3]))
-    options = Options(k.shape[2] + 1, "delta", causal, 0, 0, empty_memory, scale, check.check_softcap(softcap))
+    options = Options(
+        # one more than the buffers hold: the segment stays unfinished, so nothing is written, by no rule
+        segment_len=k.shape[2] + 1,
+        update="delta",
+        causal=causal,
+        num_read=0,
+        num_write=0,
+        empty_memory=empty_memory,
+        scale=scale,
+        softcap=check.check_softcap(softcap),
+    )
     return _run(chosen, q, k, v, q if memory_q is None else memory_q, gate, state, lengths, counters, options)
 
 

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .state import MemoryState
 
@@ -18,11 +19,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check that an option is one of the values that it may take."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_integer(name: str, value: object, least: int) -> int:
+    """Return an integer of at least `least`, checked: an int, or the symbol of a compiled graph as it is."""
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
@@ -31,11 +34,13 @@ def check_integer(name: str, value: object, least: int) -> int:
 
 
 def check_bool(name: str, value: object) -> None:
+    """Check that an option is True or False, not a number that stands for it."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_floating(name: str, x: object) -> None:
+    """Check that a value is a dense tensor of one of `DTYPES`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -59,11 +64,13 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that two tensors are on the same device."""
     if x.device != other.device:
         raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {x.device}")
 
 
 def check_shape(name: str, x: Tensor, letters: str, shape: Sequence[int]) -> None:
+    """Check that a tensor has a shape, which the error shows as letters and as numbers."""
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {letters} = {list(shape)}, got {list(x.shape)}")
 
@@ -92,6 +99,7 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_memory_inputs(q: Tensor, k: Tensor, memory_q: Tensor | None, memory_k: Tensor | None) -> None:
+    """Check that the memory's queries and keys, where they are passed, match q and k in shape, dtype and device."""
     for name, x, like_name, like in (("memory_q", memory_q, "q", q), ("memory_k", memory_k, "k", k)):
         if x is not None:
             check_floating(name, x)
@@ -100,6 +108,7 @@ def check_memory_inputs(q: Tensor, k: Tensor, memory_q: Tensor | None, memory_k:
 
 
 def check_gate(gate: Tensor, q: Tensor) -> None:
+    """Check that the gate is of floats [H], on q's device; its dtype may be another."""
     check_floating("gate", gate)
     check_shape("gate", gate, "[H]", (q.shape[1],))
     check_device("gate", gate, "q", q)
@@ -127,6 +136,21 @@ def check_state(state: object, sequences: int, k: Tensor, v: Tensor) -> MemorySt
 def state_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of M and z: float32, float64 where the inputs are."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_no_tangent(*tensors: Tensor | None) -> None:
+    """Check that no tensor carries a tangent of forward-mode differentiation, which registered operations would drop.
+
+    Raises:
+        RuntimeError: one does.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "segment_attention has no forward-mode derivative (torch.func.jvp): pass backend='reference', or take "
+            "gradients by torch.autograd.grad"
+        )
 
 
 def check_scale(scale: float | None, q: Tensor) -> float:
@@ -159,7 +183,7 @@ def check_offsets(cu_seqlens: Tensor | None, spans: Tensor | None, q: Tensor) ->
         if x is None:
             continue
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be an int32 tensor, got {type(x).__name__}")
+            raise TypeError(f"{name} must be an int32 or int64 tensor, got {type(x).__name__}")
         if x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
         check_device(name, x, "q", q)
@@ -175,6 +199,10 @@ def check_offsets(cu_seqlens: Tensor | None, spans: Tensor | None, q: Tensor) ->
 def check_block_mask(
     num_read: int, num_write: int, gate: Tensor | None, time: int, segment_len: int, ragged: bool
 ) -> None:
+    """Check the numbers of memory tokens around a text: they fit into one segment, and stand in place of a gate.
+
+    ragged: the call has cu_seqlens or spans, whose lengths `checked_bounds` checks in place of `time`.
+    """
     check_integer("num_read", num_read, 0)
     check_integer("num_write", num_write, 0)
     if not (num_read or num_write):

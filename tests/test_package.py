@@ -147,6 +147,12 @@ def test_show_config_says_what_would_run_and_why() -> None:
     for expected in (torch.__version__, segattn.__version__, "torch (the default on cpu)"):
         assert expected in text
     assert repr(config) == text
+    absent = segattn.show_config("mps" if torch.cuda.is_available() else "cuda")
+    assert "is not available here" in absent.reason
+    with pytest.raises(ValueError, match=r"device must be a torch\.device or its name, .* got 'foo'"):
+        segattn.show_config("foo")
+    with pytest.raises(TypeError, match=r"device must be a torch\.device, its name or None, got int"):
+        segattn.show_config(0)  # type: ignore[arg-type]
     assert segattn.show_config().device.startswith("cuda" if torch.cuda.is_available() else ("cpu", "mps"))
 
 

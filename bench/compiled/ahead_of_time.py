@@ -37,7 +37,7 @@ _TYPES = {
 
 
 class CompileError(RuntimeError):
-    """The compiler refused a kernel."""
+    """Error of a kernel that the compiler refuses."""
 
 
 class Signature(NamedTuple):
@@ -58,6 +58,10 @@ def signature(launch: Launch) -> Signature:
     attributes: dict[tuple[int, ...], Any] = {}
 
     def describe(value: Any, path: tuple[int, ...], plain: bool) -> Any:
+        """Return the type of the value at `path`, and note it if it is compiled in, or divisible by 16.
+
+        plain: the kernel asks that its integers are not specialised.
+        """
         if value is None or isinstance(value, tl.constexpr):
             known[path] = value if value is None else value.value
             return "constexpr"
@@ -134,6 +138,7 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
 
 
 def _gpu_target(target: Target) -> GPUTarget:
+    """Return Triton's name for a target: backend, architecture, threads of a warp."""
     if target.name.startswith("sm_"):
         return GPUTarget("cuda", int(target.name[3:]), 32)
     return GPUTarget("hip", target.name, 64)
@@ -229,6 +234,7 @@ def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list
     B, H, G, T, L = 1, 8, 2, 8192, 2048
 
     def tokens(heads: int) -> Tensor:
+        """Return [B, heads, T, width] without data."""
         return torch.empty(B, heads, T, width, device="meta", dtype=dtype)
 
     q, k, v = tokens(H), tokens(G), tokens(G)

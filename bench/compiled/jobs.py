@@ -1,4 +1,4 @@
-"""What is compiled ahead of time, for which GPUs, and the processes that do it."""
+"""Choose what is compiled ahead of time, for which GPUs, and compile it in processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCALED = ("weight_sums_kernel", "write_grad_kernel")
 
 
 class Job(NamedTuple):
-    """One launch, by its place in the list of its case's."""
+    """One launch to compile: `place` is its index among the launches of its case."""
 
     target: str
     dtype: str
@@ -50,16 +50,19 @@ class Row:
     error: str = ""
 
     def as_json(self) -> dict[str, Any]:
+        """Return the row as plain values: the job's fields, the tile, what was compiled or None, and the error."""
         compiled = None if self.compiled is None else asdict(self.compiled)
         return {**self.job._asdict(), "tile": asdict(self.tile), "compiled": compiled, "error": self.error}
 
 
 @cache
 def _launches(target: str, dtype: str, width: int, case: str) -> list[Launch]:
+    """Return every launch of a case, recorded once for each process."""
     return launches_of(case, TARGETS[target], DTYPES[dtype], width)
 
 
 def launch_of(job: Job) -> Launch:
+    """Return the launch that a job compiles."""
     return _launches(job.target, job.dtype, job.width, job.case)[job.place]
 
 
@@ -70,6 +73,7 @@ def plan(targets: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], k
 
 
 def _plan_one(target: str, dtype: str, width: int) -> list[Job]:
+    """Return the launches of one target, dtype and width that differ for the compiler, each once."""
     whole = (dtype, width) == WHOLE
     jobs: list[Job] = []
     seen: set[str] = set()
@@ -86,7 +90,11 @@ def _plan_one(target: str, dtype: str, width: int) -> list[Job]:
 
 
 def compile_job(job: Job) -> Row:
-    """In a process of its own: the compiler's own words go where nobody reads them, but for the first error."""
+    """Compile a job's launch, and return its row.
+
+    For a process of its own, since stderr is taken from the whole process: of what the compiler writes there only the
+    first error is kept.
+    """
     launch = launch_of(job)
     kept = os.dup(2)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
@@ -104,7 +112,11 @@ def compile_job(job: Job) -> Row:
 
 
 def compile_all(jobs: Sequence[Job], workers: int) -> Iterator[Row]:
-    """Rows as they come. A compiler that takes its process along makes one row of an error: that job is tried alone."""
+    """Compile jobs in `workers` processes, and yield each row when it is done.
+
+    A compiler may end its process, and with it the pool. The jobs that were under way are then compiled alone, one by
+    one, and the one that ends its process again gives a row with an error.
+    """
     left = dict.fromkeys(jobs)
     while left:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -120,6 +132,7 @@ def compile_all(jobs: Sequence[Job], workers: int) -> Iterator[Row]:
 
 
 def _compile_alone(job: Job) -> Row:
+    """Compile a job in a process that no other shares, and return its row, an error where the process ends."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             return pool.submit(compile_job, job).result()

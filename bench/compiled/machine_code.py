@@ -1,4 +1,4 @@
-"""What machine code says of itself: the loops in it, and the instructions of tensor cores."""
+"""Read machine code: its instructions, its innermost loops, and its use of tensor cores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 def sass(text: str) -> list[Line]:
-    """Of nvdisasm's text."""
+    """Return the labels and instructions of the text that nvdisasm prints for an NVIDIA GPU."""
     lines = []
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x_\w+):", line):
@@ -47,7 +47,7 @@ def sass(text: str) -> list[Line]:
 
 
 def amdgcn(text: str) -> list[Line]:
-    """Of the assembly that LLVM writes for AMD's GPUs."""
+    """Return the labels and instructions of the assembly that LLVM writes for an AMD GPU."""
     lines = []
     for line in text.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
@@ -58,11 +58,15 @@ def amdgcn(text: str) -> list[Line]:
 
 
 def tensor_core(instructions: Iterable[str]) -> Counter[str]:
-    """How often each kind of tensor-core instruction stands there."""
+    """Count the tensor-core instructions, by opcode."""
     return Counter(found.group(1) for x in instructions if (found := TENSOR_CORE.search(x)))
 
 
 def blocks(lines: list[Line]) -> list[Block]:
+    """Cut code into basic blocks, in its order: one ends at a branch, at the code's end, and before a label.
+
+    A branch to a label that the code does not hold has no successor.
+    """
     starts: list[list[str]] = [[]]
     names: dict[str, int] = {}
     for label, instruction in lines:
@@ -86,7 +90,7 @@ def blocks(lines: list[Line]) -> list[Block]:
 
 
 def _reached(edges: list[list[int]], start: int, without: int) -> set[int]:
-    """Blocks on a way from `start` that does not pass `without`."""
+    """Return the blocks that a way from `start` reaches without passing `without`."""
     seen, left = {start}, [start]
     while left:
         for i in edges[left.pop()]:
@@ -97,7 +101,7 @@ def _reached(edges: list[list[int]], start: int, without: int) -> set[int]:
 
 
 def loops(lines: list[Line]) -> list[Loop]:
-    """The innermost loops that hold tensor-core instructions, in the order of the code.
+    """Return the innermost loops that hold tensor-core instructions, in the order of the code.
 
     A branch backwards makes a loop only where all ways to it pass its target: waits for memory lie behind the code.
     """

@@ -27,15 +27,17 @@ WIDTHS = ("64", "128", "256")
 EDGES = ("24", "80")
 EDGES_DTYPE = "bfloat16"
 KNOWN_WIDTHS = tuple(str(width) for width in range(1024) if takes_width(width))
-# dtypes and widths
+# dtypes and widths of --quick
 QUICK = (("bfloat16",), ("64",))
 
 
 def _listed(names: Iterable[str]) -> str:
+    """Return names as the command line takes them."""
     return ",".join(names)
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     found = argparse.ArgumentParser(
         prog="ci/compile",
         description=__doc__,
@@ -90,11 +92,13 @@ def _kernels(given: str | None, known: Sequence[str]) -> Sequence[str]:
 
 
 def _refused(why: str) -> int:
+    """Say why nothing can be compiled, and return the exit status."""
     sys.stderr.write(f"ci/compile: {why}\n")
     return 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
     given = _parser().parse_args(arguments)
     if not HAS_TRITON:
         return _refused("Triton is not installed")

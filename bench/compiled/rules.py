@@ -1,4 +1,4 @@
-"""What compiled kernels must keep to, and what their main loops cost for each pair of a query and a key."""
+"""Check compiled kernels by rules, and count what their main loops cost for each pair of a query and a key."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ SLACK = 0.02
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """One line for every rule that a row breaks."""
+    """Return one line for every rule that a row breaks."""
     return [f"{row.job}: {problem}" for row in rows for problem in _problems(row)] + list(_grown_loops(rows))
 
 
 def _problems(row: Row) -> Iterator[str]:
+    """Yield the rules that one row breaks by itself."""
     job, found = row.job, row.compiled
     if found is None:
         yield f"does not compile: {row.error}"
@@ -59,7 +60,7 @@ def _problems(row: Row) -> Iterator[str]:
 
 
 def instructions_accepted(job: Job, tile: Tile) -> tuple[str, ...]:
-    """Tensor-core instructions of which a kernel must use one."""
+    """Return the tensor-core instructions of which a kernel must use one."""
     own = OWN[job.target]
     if own not in LEAST_ROWS:
         return (own,)
@@ -69,7 +70,10 @@ def instructions_accepted(job: Job, tile: Tile) -> tuple[str, ...]:
 
 
 def _grown_loops(rows: Sequence[Row]) -> Iterator[str]:
-    """The memory belongs behind attention's loops: they are no longer than those without a memory."""
+    """Yield attention kernels whose softmax loops are longer with a memory than without one.
+
+    The memory is read behind these loops, so it must add nothing to them.
+    """
     attends = {row.job: row for row in rows if row.job.kernel == "attend_kernel" and row.job.dtype != "float32"}
     for job, row in attends.items():
         other = next((r for j, r in attends.items() if j[:3] == job[:3] and j.case == "local"), None)
@@ -104,7 +108,7 @@ RATES = {
 
 
 class Cost(NamedTuple):
-    """Of the loop without masks, for each pair of a query and a key."""
+    """The cost of a kernel's loop without masks, for each pair of a query and a key."""
 
     instructions: float  # of threads
     operations: int  # of matrix products
@@ -113,12 +117,15 @@ class Cost(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the tensor cores in the time of both, one after the other."""
+        """The tensor cores' share of the time, were instructions and products to run one after the other."""
         return self.tensor_core / (self.tensor_core + self.issue)
 
 
 def cost_of(row: Row) -> Cost | None:
-    """Of attention and its gradients in 16 bits; None for others, and where the loop was not found."""
+    """Return the cost of attention's main loop, or of its gradients', in 16 bits.
+
+    None for other kernels and float32, and where the loop was not found.
+    """
     if row.compiled is None or row.job.kernel not in ATTENTION or row.job.dtype == "float32":
         return None
     loop = main_loop(row.job.kernel, row.compiled)
@@ -134,7 +141,10 @@ def cost_of(row: Row) -> Cost | None:
 
 
 def main_loop(kernel: str, compiled: Compiled) -> Loop | None:
-    """The loop without masks: the first of attention's two, the last but one of dq's, the last of dk's and dv's."""
+    """Return the loop without masks, None where there are fewer than two loops.
+
+    It is the first of attention's two, the last but one of dq's, and the last of dk's and dv's.
+    """
     if len(compiled.loops) < 2:
         return None
     return compiled.loops[{"attend_kernel": 0, "query_grad_kernel": -2, "key_grad_kernel": -1}[kernel]]

@@ -1,4 +1,4 @@
-"""Compiled kernels as plain text."""
+"""Write compiled kernels as a plain-text table."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ WORST = 5
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of the table: every row, sorted by kernel and job, then the worst by each measure."""
     yield HEAD
     for row in sorted(rows, key=lambda row: (row.job.kernel, *row.job)):
         yield _line(row)
@@ -28,6 +29,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _line(row: Row) -> str:
+    """Return a row's line under `HEAD`."""
     job, found = row.job, row.compiled
     name = f"{job.kernel:19} {job.case:21} {job.dtype:9} {job.width:3} {job.target:7}"
     if found is None:
@@ -44,18 +46,22 @@ def _line(row: Row) -> str:
 
 
 def _warps(row: Row) -> int:
+    """Return the warps that a multiprocessor holds; 0 for a kernel that did not compile."""
     return row.compiled.resident_warps if row.compiled else 0
 
 
 def _shared_share(row: Row) -> float:
+    """Return the shared memory as a share of the target's limit; 0 for a kernel that did not compile."""
     return row.compiled.shared / TARGETS[row.job.target].shared if row.compiled else 0
 
 
 def _longest(row: Row) -> int:
+    """Return the instructions of the longest loop; 0 where there is none."""
     return max((loop.instructions for loop in row.compiled.loops), default=0) if row.compiled else 0
 
 
 def _worst(name: str, rows: Sequence[Row], badness: Callable[[Row], float]) -> Iterator[str]:
+    """Yield a heading and the `WORST` rows by `badness`, nothing where no row has any."""
     chosen = sorted((row for row in rows if badness(row) > 0), key=badness, reverse=True)[:WORST]
     if chosen:
         yield f"\n{name}"
@@ -63,7 +69,7 @@ def _worst(name: str, rows: Sequence[Row], badness: Callable[[Row], float]) -> I
 
 
 def costs(rows: Sequence[Row]) -> Iterator[str]:
-    """Instructions of the main loops for each pair, and what any implementation must spend on a call."""
+    """Yield the lines of two tables: the cost of main loops for each pair, and what any implementation must spend."""
     yield (
         f"\nloops without masks, for each pair of a query and a key\n{'kernel':19} {'case':21} {'K':>3} {'target':7} "
         f"{'tile':>8} {'instructions':>12} {'operations':>10} {'clocks to issue':>15} {'of products':>11} {'share':>6}"

@@ -18,7 +18,7 @@ from ..speed.rows import Row, as_json, marked
 from ..speed.suite import call_row, time_calls, time_steps
 from ..speed.workloads import Case, DecodeCase
 
-# gets {"at": NAME} before a provider runs, so that whoever ends the process is known, and {"at": None} last
+# gets {"at": NAME} before a peer runs, so that whoever ends the process is known, and {"at": None} last
 Note = Callable[[dict[str, Any]], None]
 Rows = dict[str, list[dict[str, Any]]]
 

@@ -24,35 +24,35 @@ def judged(what: str, value: float | None, *, least: float = -math.inf, most: fl
     }
 
 
-def _timed(document: Document, provider: str, direction: str) -> Iterator[dict[str, Any]]:
-    """Return what is known of each timed row of a provider in a direction."""
+def _timed(document: Document, peer: str, direction: str) -> Iterator[dict[str, Any]]:
+    """Return what is known of each timed row of a peer in a direction."""
     for benchmark in document.get("benchmarks", ()):
         info = benchmark["extra_info"]
-        if (info["provider"], info["direction"]) == (provider, direction):
+        if (info["provider"], info["direction"]) == (peer, direction):
             yield info
 
 
-def find(document: Document, case: str, provider: str, direction: str, key: str) -> float | None:
-    """Return a figure of a provider in a case; None where it was not measured."""
-    return next((x[key] for x in _timed(document, provider, direction) if x["case"]["name"] == case), None)
+def find(document: Document, case: str, peer: str, direction: str, key: str) -> float | None:
+    """Return a figure of a peer in a case; None where it was not measured."""
+    return next((x[key] for x in _timed(document, peer, direction) if x["case"]["name"] == case), None)
 
 
 def ratio(document: Document, case: str, direction: str, above: str, below: str) -> float | None:
-    """Return one provider's time ÷ another's."""
-    first, second = (find(document, case, provider, direction, "ms") for provider in (above, below))
+    """Return one peer's time ÷ another's."""
+    first, second = (find(document, case, peer, direction, "ms") for peer in (above, below))
     return None if first is None or second is None else first / second
 
 
-def _extra_bytes(document: Document, case: str, provider: str) -> float | None:
+def _extra_bytes(document: Document, case: str, peer: str) -> float | None:
     """Return the peak of forward and backward beyond the output and the gradients of q, k and v."""
-    peak = find(document, case, provider, BOTH, "peak_bytes")
+    peak = find(document, case, peer, BOTH, "peak_bytes")
     sizes = next(x.sizes() for x in (*CASES, *TINY_CASES) if x.name == case)
     return None if peak is None else peak - sizes.outputs - sizes.queries - sizes.keys_values
 
 
-def growth(document: Document, long: str, short: str, provider: str) -> float | None:
+def growth(document: Document, long: str, short: str, peer: str) -> float | None:
     """Return the extra bytes of one case ÷ those of another."""
-    first, second = (_extra_bytes(document, case, provider) for case in (long, short))
+    first, second = (_extra_bytes(document, case, peer) for case in (long, short))
     return None if first is None or second is None or second <= 0 else first / second
 
 

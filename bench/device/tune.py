@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from functools import cache
 from itertools import product
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -36,6 +37,12 @@ TINY = {"SIDES": (16, 32), "WARPS": (4,), "STAGES": (1,)}
 # how many tiles of the first round go on into the second
 FINALISTS = 3
 REPEATS = 7
+# after which a worker is given up: describing compiles every kernel of the call, a tile one
+DESCRIBING_SECONDS, TILE_SECONDS = 120, 60
+# of float32 accumulators [side, width]: 128 numbers for each of eight warps' 256 threads, which have 255 registers
+MOST_ACCUMULATED = 128 * 256
+# below 16 numbers a thread, eight warps have too little to do; four remain a candidate
+LEAST_OF_EIGHT_WARPS = 64 * 64
 
 Values = dict[str, Any]
 
@@ -109,11 +116,11 @@ def answer(job: Values, device: torch.device) -> Values:
 def sensible(tile: Values, width: int) -> bool:
     """Return whether a tile has work for its warps, chunks within the width, and accumulators within the registers."""
     sides = [tile[name] for name in ("BLOCK_M", "BLOCK_N", "ROWS", "COLUMNS") if name in tile]
-    largest = max(sides)
+    accumulated = max(sides) * width
     return (
         tile.get("CHUNK", 16) <= max(16, width)
-        and largest * width <= 128 * 256
-        and (tile["num_warps"] == 4 or largest * width >= 64 * 64)
+        and accumulated <= MOST_ACCUMULATED
+        and (tile["num_warps"] == 4 or accumulated >= LEAST_OF_EIGHT_WARPS)
     )
 
 
@@ -163,51 +170,69 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def search(job: Values, given: argparse.Namespace, worker: Worker) -> tuple[Values, list[tuple[float, Values]]]:
-    """Return the kernel's description, with the table's time, and the right candidates, the fastest first.
+def described(job: Values, worker: Worker, width: int) -> Values:
+    """Return what `describe` says of the job's kernel, and the milliseconds of the table's tile as "ms".
 
     Raises:
-        ValueError: The kernel has no part in the call.
-        RuntimeError: The table's tile does not run.
+        ValueError: the kernel has no part in the call.
+        RuntimeError: the table's tile does not run.
     """
-    end = time.monotonic() + given.budget
-    outcome = worker.do(job | {"describe": True}, 120)
+    outcome = worker.do(job | {"describe": True}, DESCRIBING_SECONDS)
     if outcome.reason is not None:
         raise RuntimeError(outcome.reason)
     about = outcome.record
     if about["taken"] is None:
         raise ValueError(f"--kernel must be one of {', '.join(about['kernels'])}, got {job['kernel']!r}")
-    outcome = worker.do(job, 120)
+    outcome = worker.do(job, DESCRIBING_SECONDS)
     if outcome.reason is not None:
         raise RuntimeError(f"the table's tile: {outcome.reason}")
     about["ms"] = outcome.record["ms"]
-    width = 1 << (max(job["K"], job["V"]) - 1).bit_length()
     # as launches take it
     about["tile"]["CHUNK"] = min(about["tile"]["CHUNK"], width)
-    found: list[tuple[float, Values]] = []
-    tried: list[Values] = []
+    return about
 
-    def run(tiles: Iterable[Values]) -> None:
-        for tile in tiles:
-            key = {name: tile[name] for name in about["taken"]}
-            if key in tried or time.monotonic() > end:
-                continue
-            tried.append(key)
-            outcome = worker.do(job | {"tile": tile}, 60)
-            if outcome.reason is not None:
-                sys.stderr.write(f"{key}: {outcome.reason}\n")
-            elif not outcome.record["right"]:
-                sys.stderr.write(f"{key}: WRONG, {outcome.record['error_share']:.1f} gates from the table's result\n")
-            else:
-                found.append((outcome.record["ms"], tile))
-                sys.stderr.write(f"{key}: {outcome.record['ms']:.4f} ms\n")
-        found.sort(key=lambda x: x[0])
 
-    run(first_round(about["taken"], about["tile"], width, given.tiny))
-    run(second_round(about["taken"], [tile for _, tile in found[:FINALISTS]], width, given.tiny))
+def time_tiles(
+    job: Values, tiles: Iterable[Values], taken: Sequence[str], worker: Worker, end: float
+) -> list[tuple[float, Values]]:
+    """Run the job with each tile until the clock reaches `end`; return times and tiles whose results are right.
+
+    What became of each tile, failing and wrong ones too, is written to stderr.
+    """
+    found = []
+    for tile in tiles:
+        if time.monotonic() > end:
+            break
+        outcome = worker.do(job | {"tile": tile}, TILE_SECONDS)
+        if outcome.reason is not None:
+            said = outcome.reason
+        elif not outcome.record["right"]:
+            said = f"WRONG, {outcome.record['error_share']:.1f} gates from the table's result"
+        else:
+            said = f"{outcome.record['ms']:.4f} ms"
+            found.append((outcome.record["ms"], tile))
+        sys.stderr.write(f"{ {name: tile[name] for name in taken} }: {said}\n")
+    return found
+
+
+def search(job: Values, given: argparse.Namespace, worker: Worker) -> tuple[Values, list[tuple[float, Values]]]:
+    """Return the kernel's description, with the table's time, and the right candidates, the fastest first.
+
+    Raises:
+        ValueError, RuntimeError: as `described`.
+    """
+    end = time.monotonic() + given.budget
+    # the kernels' blocks are powers of two
+    width = 1 << (max(job["K"], job["V"]) - 1).bit_length()
+    about = described(job, worker, width)
+    taken = about["taken"]
+    found = time_tiles(job, first_round(taken, about["tile"], width, given.tiny), taken, worker, end)
+    best = [tile for _, tile in sorted(found, key=itemgetter(0))[:FINALISTS]]
+    others = [tile for tile in second_round(taken, best, width, given.tiny) if tile not in best]
+    found += time_tiles(job, others, taken, worker, end)
     if time.monotonic() > end:
         sys.stderr.write("the budget is spent: not every candidate was tried\n")
-    return about, found
+    return about, sorted(found, key=itemgetter(0))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

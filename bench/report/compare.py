@@ -1,7 +1,7 @@
 """Has a version become slower? Two result files, or two commits on this machine.
 
 `compare A.json B.json`: how many times A's ratio to its baseline B's is, so that the machine's speed drops out. The
-noise is how far each file's baseline is from itself, and the spread of each provider; with --again, another result of
+noise is how far each file's baseline is from itself, and the spread of each peer; with --again, another result of
 A's version, how far that is from A: for the measurement itself, and for four of five of all. A change of the ratio that
 the milliseconds do not share may be the baseline's. Memory is compared too, and has no noise.
 
@@ -9,7 +9,7 @@ the milliseconds do not share may be the baseline's. Memory is compared too, and
 again is the noise. Calls with other outputs are not timed. REV2 may be ".", the files as they lie here.
 
 Exit status: 1 on a regression of this package, 3 where there is none but it cannot be told (too much noise, the
-baseline moved, or B lacks it), 2 where nothing can be compared. Other providers are shown, and not judged.
+baseline moved, or B lacks it), 2 where nothing can be compared. Other peers are shown, and not judged.
 
 `pytest-benchmark compare` reads the same files and shows their times side by side. What this adds is a verdict: three
 measurements of one version, on a machine with other work, make 60 pairs of this package's rows. By their medians 14 are
@@ -124,15 +124,15 @@ def changes(before: Result, after: Result, again: Result | None = None) -> Itera
     for key, first in old.items():
         if first.ratio is None:
             continue
-        what, is_ours = f"{key.provider}: {key.group}", first.is_ours
+        what, is_ours = f"{key.peer}: {key.group}", first.is_ours
         second = new.get(key)
         if second is None:
-            # a provider that is gone, or sizes that were not measured
+            # a peer that is gone, or sizes that were not measured
             yield Change(what, "lost" if key.group in groups else "not in B", is_ours)
         elif second.ratio is None:
             yield Change(f"{what}, now {second.status} {second.reason}", "lost", is_ours)
         else:
-            if key.provider != first.baseline:
+            if key.peer != first.baseline:
                 noise = math.prod(
                     max(baselines.get(key.group, 1.0), _spread(x.ratio))
                     for baselines, x in zip(noises, (first, second), strict=True)
@@ -151,7 +151,7 @@ def _repetition(old: Mapping[Key, Row], again: Result) -> dict[Key, float]:
     noise = {}
     for row in again.rows:
         first = old.get(Key.of(row))
-        if first is not None and first.ratio and row.ratio and row.provider != row.baseline:
+        if first is not None and first.ratio and row.ratio and row.peer != row.baseline:
             noise[Key.of(row)] = away(row.ratio.median / first.ratio.median)
     values = list(noise.values())
     usual = statistics.quantiles(values, n=5, method="inclusive")[-1] if len(values) > 1 else 1.0
@@ -167,7 +167,7 @@ def unlike(before: Result, after: Result) -> Iterator[str]:
 
 def _baseline_noise(result: Result) -> dict[str, float]:
     """Return, for each group, how far the baseline's ratio to itself is from 1, percentiles included."""
-    rows = (row for row in result.rows if row.provider == row.baseline and row.ratio is not None)
+    rows = (row for row in result.rows if row.peer == row.baseline and row.ratio is not None)
     return {row.group: max(map(away, row.ratio or ())) for row in rows}
 
 

@@ -32,7 +32,7 @@ def _speed(results: Sequence[Result]) -> list[list[str]]:
     groups: dict[str, dict[str, Row]] = {}
     for row in (x for result in results for x in result.rows):
         if row.device.startswith("cpu") and row.direction == BOTH and row.ratio:
-            groups.setdefault(row.group, {})[row.provider] = row
+            groups.setdefault(row.group, {})[row.peer] = row
     for cells in groups.values():
         if {OURS, *OTHERS} <= cells.keys():
             ours = cells[OURS]
@@ -46,8 +46,8 @@ def _decoding(results: Sequence[Result]) -> list[list[str]]:
     """Return the bytes that decoding keeps, behind the longest text."""
     lengths: dict[int, dict[str, int]] = {}
     for row in (x for result in results for x in result.rows):
-        if row.memory and "context" in row.case and row.provider in (OURS, CACHE):
-            lengths.setdefault(row.case["context"], {})[row.provider] = row.memory
+        if row.memory and "context" in row.case and row.peer in (OURS, CACHE):
+            lengths.setdefault(row.case["context"], {})[row.peer] = row.memory
     both = {tokens: kept for tokens, kept in lengths.items() if len(kept) == 2}
     if not both:
         return []

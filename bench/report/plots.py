@@ -23,13 +23,13 @@ Data = dict[str, Any]
 
 
 def by_length(results: Sequence[Result]) -> Data | None:
-    """Return, for each series of cases and provider, tokens, milliseconds and bytes, and lengths out of memory."""
+    """Return, for each series of cases and peer, tokens, milliseconds and bytes, and lengths out of memory."""
     found: Data = {}
     for row in _all(results):
         if BY_LENGTH not in row.group:
             continue
         panel = f"{row.device}, {row.dtype}, K {row.case['K']}, L {row.case['L']}, {row.direction}"
-        line = found.setdefault(panel, {}).setdefault(row.provider, {"points": [], "out_of_memory": []})
+        line = found.setdefault(panel, {}).setdefault(row.peer, {"points": [], "out_of_memory": []})
         if row.ms is not None:
             line["points"].append([row.case["T"], row.ms.median, row.memory])
         elif row.status == "out of memory":
@@ -42,24 +42,24 @@ def by_length(results: Sequence[Result]) -> Data | None:
 
 
 def floor_shares(results: Sequence[Result]) -> Data | None:
-    """Return, for each direction and provider of a device, the cases, and the shares of the floor that were reached."""
+    """Return, for each direction and peer of a device, the cases, and the shares of the floor that were reached."""
     found: Data = {}
     for row in _all(results):
         if "floor_share" in row.facts:
             lines = found.setdefault(f"{row.device}, {row.direction}", {})
             case = row.group.removesuffix(f", {row.direction}")
-            lines.setdefault(row.provider, []).append([case, row.facts["floor_share"]])
+            lines.setdefault(row.peer, []).append([case, row.facts["floor_share"]])
     return found or None
 
 
 def errors(results: Sequence[Result]) -> Data | None:
-    """Return, for each dtype and provider, the largest error of the output and of the gradients in all cases."""
+    """Return, for each dtype and peer, the largest error of the output and of the gradients in all cases."""
     found: Data = {}
     for row in _all(results):
         if row.tokens_per_second is not None or row.direction == "decode":
             continue
         for name, error in row.errors.items():
-            worst = found.setdefault(row.dtype, {}).setdefault(row.provider, {})
+            worst = found.setdefault(row.dtype, {}).setdefault(row.peer, {})
             kind = "output" if name == "out" else "gradients"
             worst[kind] = max(worst.get(kind, 0.0), error)
     return found or None

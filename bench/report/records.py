@@ -19,12 +19,12 @@ class Key(NamedTuple):
 
     device: str
     group: str
-    provider: str
+    peer: str
 
     @classmethod
     def of(cls, row: Row) -> Key:
         """Return a row's key."""
-        return cls(row.device, row.group, row.provider)
+        return cls(row.device, row.group, row.peer)
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,11 @@ def _cases(result: Result, wanted: Callable[[Row], bool]) -> dict[str, list[Row]
 
 
 def _table(case: str, rows: Sequence[Row], memory: str) -> str:
-    """Return providers against directions: ratios, and the memory of the last direction."""
+    """Return peers against directions: ratios, and the memory of the last direction."""
     directions = sorted({x.direction for x in rows}, key=lambda x: (*ORDER, x).index(x))
-    cells = {(x.provider, x.direction): x for x in rows}
+    cells = {(x.peer, x.direction): x for x in rows}
     lines = []
-    for name in dict.fromkeys(x.provider for x in rows):
+    for name in dict.fromkeys(x.peer for x in rows):
         line = [cells.get((name, direction)) for direction in directions]
         reasons = {f"{x.status}: {x.reason}".removesuffix(": ") for x in line if x is not None and x.ratio is None}
         if len(reasons) == 1 and all(x is None or x.ratio is None for x in line):
@@ -96,10 +96,10 @@ def lengths(results: Sequence[Result]) -> str | None:
         if not rows:
             continue
         times = sorted({x.case["T"] for x in rows})
-        cells = {(x.provider, x.case["T"]): x for x in rows}
+        cells = {(x.peer, x.case["T"]): x for x in rows}
         lines = [
             [name, *(_length_cell(cells.get((name, time))) for time in times)]
-            for name in dict.fromkeys(x.provider for x in rows)
+            for name in dict.fromkeys(x.peer for x in rows)
         ]
         parts += [markdown([f"ms, {rows[0].direction}", *(f"{time} tokens" for time in times)], lines)]
         parts += [f"{result.conditions}; [{result.name}](bench/results/{result.name})"]

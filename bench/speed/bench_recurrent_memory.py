@@ -1,7 +1,7 @@
 """`pytest bench/speed/bench_recurrent_memory.py`: steps and generation of recurrent memories, ours and others'.
 
-Every round runs the group's baseline right before or after the provider, in turns, as in `bench_segment_attention`. A
-provider that differs from its definition fails, and is not timed; the table names it. Other sizes are chosen by
+Every round runs the group's baseline right before or after the peer, in turns, as in `bench_segment_attention`. A
+peer that differs from its definition fails, and is not timed; the table names it. Other sizes are chosen by
 `--workload B,S,L,m,layers,heads,width`; with sizes of segment attention alone, these tests are left out.
 """
 
@@ -21,7 +21,7 @@ from segattn.bench.speed.measure import peak_bytes
 from segattn.bench.speed.recurrent import DIRECTIONS, GROUPS, check, step
 from segattn.bench.speed.recurrent_models import SIZES, Sizes
 from segattn.bench.speed.rows import Row
-from segattn.bench.speed.suite import Contender, by_turns
+from segattn.bench.speed.suite import TimedPeer, by_turns
 from segattn.bench.speed.workloads import CALL_NUMBERS
 
 pytestmark = pytest.mark.benchmark(timer=fixture.replayed)
@@ -37,20 +37,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("sizes", sizes, ids=lambda x: x.name)
 
 
-def row_of(sizes: Sizes, group: str, provider: str, baseline: str, direction: str) -> Row:
-    """Return the row of a provider before anything is known of it."""
-    return Row(group, provider, baseline, direction, asdict(sizes) | {"dtype": "float32"})
+def row_of(sizes: Sizes, group: str, peer: str, baseline: str, direction: str) -> Row:
+    """Return the row of a peer before anything is known of it."""
+    return Row(group, peer, baseline, direction, asdict(sizes) | {"dtype": "float32"})
 
 
-@pytest.mark.parametrize(
-    ("group", "provider"), [(group, name) for group, entries in GROUPS.items() for name in entries]
-)
+@pytest.mark.parametrize(("group", "peer"), [(group, name) for group, entries in GROUPS.items() for name in entries])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_step(sizes: Sizes, direction: str, group: str, provider: str, bench: Bench) -> None:
-    """Time one provider at reading, or at a training step."""
+def test_step(sizes: Sizes, direction: str, group: str, peer: str, bench: Bench) -> None:
+    """Time one peer at reading, or at a training step."""
     device = bench.device
-    entry, baseline = GROUPS[group][provider], next(iter(GROUPS[group]))
-    row = row_of(sizes, f"{sizes.name}, {group}, {direction}", provider, baseline, direction)
+    entry, baseline = GROUPS[group][peer], next(iter(GROUPS[group]))
+    row = row_of(sizes, f"{sizes.name}, {group}, {direction}", peer, baseline, direction)
     if entry.needs_gpu and device.type != "cuda":
         bench.finish(row.refused("skipped", "needs a GPU"))
     error = check(entry, sizes, device)
@@ -60,18 +58,18 @@ def test_step(sizes: Sizes, direction: str, group: str, provider: str, bench: Be
     run = step(entry.make(sizes, device), ids, direction)
     beside = step(GROUPS[group][baseline].make(sizes, device), ids, direction)
     row = replace(row, memory=peak_bytes(run, device), errors={"out": error})
-    finish(bench, Contender(row, lambda copy: run), beside, ids.numel(), bench.rounds())
+    finish(bench, TimedPeer(row, lambda copy: run), beside, ids.numel(), bench.rounds())
 
 
-@pytest.mark.parametrize("provider", generation.WRITERS)
+@pytest.mark.parametrize("peer", generation.WRITERS)
 @pytest.mark.parametrize("segments", LENGTHS)
-def test_generation(sizes: Sizes, segments: int, provider: str, bench: Bench) -> None:
-    """Time one provider at writing behind a text."""
+def test_generation(sizes: Sizes, segments: int, peer: str, bench: Bench) -> None:
+    """Time one peer at writing behind a text."""
     device = bench.device
-    entry, baseline = generation.WRITERS[provider], generation.BASELINE
+    entry, baseline = generation.WRITERS[peer], generation.BASELINE
     text, opened = generation.texts(sizes, segments, device)
     group = f"{sizes.name}, generation after {segments} segments ({text.shape[1]} tokens)"
-    row = row_of(sizes, group, provider, baseline, "generation")
+    row = row_of(sizes, group, peer, baseline, "generation")
     writer = entry.make(sizes, text, opened, sizes.L)
     new = writer.write()
     error = generation.check(entry.definition(sizes, device), text, opened, new)
@@ -83,16 +81,16 @@ def test_generation(sizes: Sizes, segments: int, provider: str, bench: Bench) ->
     def wrong(copy: int, result: object) -> str:
         return "" if isinstance(result, torch.Tensor) and torch.equal(result, new) else "other tokens"
 
-    contender = Contender(row, lambda copy: writer.write, wrong=wrong)
+    timed_peer = TimedPeer(row, lambda copy: writer.write, wrong=wrong)
     most = min(GENERATION_ROUNDS, bench.most_rounds)
-    finish(bench, contender, beside, new.numel(), (most, most))
+    finish(bench, timed_peer, beside, new.numel(), (most, most))
 
 
 def finish(
-    bench: Bench, contender: Contender, beside: Callable[[], object], tokens: int, rounds: tuple[int, int]
+    bench: Bench, timed_peer: TimedPeer, beside: Callable[[], object], tokens: int, rounds: tuple[int, int]
 ) -> None:
-    """Time the contender by turns with the baseline, and keep its row, with the tokens of a second."""
-    (row,) = by_turns([contender], lambda copy: beside, bench.device, rounds=rounds, seconds=math.inf)
+    """Time a peer by turns with the baseline, and keep its row, with the tokens of a second."""
+    (row,) = by_turns([timed_peer], lambda copy: beside, bench.device, rounds=rounds, seconds=math.inf)
     if row.ms is not None:
         row = replace(row, facts={**row.facts, "tokens_per_second": tokens / row.ms.median * 1e3})
     bench.finish(row)

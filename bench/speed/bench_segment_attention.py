@@ -1,10 +1,10 @@
 """`pytest bench/`: segment attention and decoding against attention alone and public implementations.
 
-Every round runs the baseline right before or after the provider, in turns; the ratio is the median over such pairs,
-which holds when the machine's speed drifts, and the baseline's own ratio is the noise. A wrong provider fails and is
+Every round runs the baseline right before or after the peer, in turns; the ratio is the median over such pairs,
+which holds when the machine's speed drifts, and the baseline's own ratio is the noise. A wrong peer fails and is
 not timed; one that cannot run here is skipped; the table names both. `--benchmark-json FILE` keeps everything.
 
-To add a provider, add an entry to `PEERS` in peers.py, and its name to the cases in workloads.py; to add a size, add a
+To add a peer, add an entry to `PEERS` in peers.py, and its name to the cases in workloads.py; to add a size, add a
 case there.
 """
 
@@ -39,10 +39,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases, decodes = parse_workloads(sizes, option("--dtype") or "float32")
     if "case" in metafunc.fixturenames:
         rows = [(case, direction, name) for case in cases for direction in case.directions for name in case.peers]
-        metafunc.parametrize(("case", "direction", "provider"), rows, ids=lambda x: getattr(x, "name", x))
+        metafunc.parametrize(("case", "direction", "peer"), rows, ids=lambda x: getattr(x, "name", x))
     elif "decode" in metafunc.fixturenames:
         steps = [(decode, name) for decode in decodes for name in names_of(decode)]
-        metafunc.parametrize(("decode", "provider"), steps, ids=lambda x: getattr(x, "name", x))
+        metafunc.parametrize(("decode", "peer"), steps, ids=lambda x: getattr(x, "name", x))
 
 
 @functools.lru_cache(maxsize=1)
@@ -59,24 +59,24 @@ def admitted(case: Case, name: str, device: torch.device, gradients: bool) -> Ad
     return admit(PEERS[name], replace(case, directions=directions, counted=False), drawn_for(case, device), device)
 
 
-def test_speed(case: Case, direction: str, provider: str, bench: Bench) -> None:
-    """Time one provider in one direction."""
+def test_speed(case: Case, direction: str, peer: str, bench: Bench) -> None:
+    """Time one peer in one direction."""
     device = bench.device
-    with bench.enough_memory(call_row(case, direction, provider)):
-        gate = admitted(case, provider, device, direction != "forward")
+    with bench.enough_memory(call_row(case, direction, peer)):
+        gate = admitted(case, peer, device, direction != "forward")
         drawn = drawn_for(case, device)
     clock: dict[str, Any] = {"peak": peak_here(device), "rounds": bench.rounds(), "seconds": bench.seconds}
-    (row,) = time_calls(case, direction, {provider: gate}, drawn, device, **clock)
+    (row,) = time_calls(case, direction, {peer: gate}, drawn, device, **clock)
     bench.finish(row)
 
 
-def test_decode(decode: DecodeCase, provider: str, bench: Bench) -> None:
+def test_decode(decode: DecodeCase, peer: str, bench: Bench) -> None:
     """Time one token's step, and for ours its part of writing a segment into the memory."""
     device, baseline = bench.device, names_of(decode)[0]
-    with bench.enough_memory(step_row(decode, provider, baseline)):
-        decoders = {name: DECODERS[name](decode, device) for name in {baseline, provider}}
-        gate = admit_step(decoders[provider], device)
+    with bench.enough_memory(step_row(decode, peer, baseline)):
+        decoders = {name: DECODERS[name](decode, device) for name in {baseline, peer}}
+        gate = admit_step(decoders[peer], device)
     # a step is short
     clock: dict[str, Any] = {"peak": peak_here(device), "rounds": bench.rounds(10), "seconds": bench.seconds}
-    (row,) = time_steps(decode, decoders, {provider: gate}, baseline, device, **clock)
+    (row,) = time_steps(decode, decoders, {peer: gate}, baseline, device, **clock)
     bench.finish(row)

@@ -55,12 +55,12 @@ class Bench:
             self.finish(row.refused("out of memory"))
 
     def finish(self, row: Row) -> None:
-        """Keep the row; skip the test where the provider cannot run, and fail it where it is wrong, or ours fails."""
+        """Keep the row; skip the test where the peer cannot run, and fail it where it is wrong, or ours fails."""
         self.keep(row)
         self.benchmark.group = row.group
         self.benchmark.extra_info |= row.extra_info()
         if row.status == "wrong" or (row.status == "failed" and row.is_ours):
-            pytest.fail(f"{row.provider} is {row.status}, and is not timed: {row.reason}", pytrace=False)
+            pytest.fail(f"{row.peer} is {row.status}, and is not timed: {row.reason}", pytrace=False)
         if row.status != "timed":
             pytest.skip(row.reason or row.status)
         _readings.clear()

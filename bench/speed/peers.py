@@ -1,4 +1,4 @@
-"""What is timed beside ours, by name: attention alone, and the public ways to compute segment attention.
+"""The peers, what is timed, by name: attention alone, and the ways to compute segment attention, ours among them.
 
 Peers of segments take [B · S, heads, L, width], a view of the same memory where B = 1, so that none is timed copying.
 """
@@ -26,11 +26,17 @@ BASELINE = "SDPA flash local"
 class Peer:
     """One way to compute a case.
 
-    update: The memory's rule; None for attention alone.
-    full: Over the whole text, not inside segments.
-    definition: Its definition in float64, where it computes something else.
-    gpu_for: Directions that need a GPU.
-    package: The package that must be installed.
+    run: the function, from q, k, v and the case's gate and segment length to the output; of `attention_calls`.
+    update: the memory's rule, "delta" or "linear"; None for attention alone.
+    full: attends over the whole text, not inside segments.
+    of_segments: takes segments as rows, [B · S, heads, L, width], rather than the text.
+    ours: is this package's call with its default backend, held to the gates of `segattn check`; others are held to what
+        their dtype explains.
+    equal_heads: takes no grouped heads: it is skipped where G is not H.
+    compiled: is compiled by `torch.compile`, which takes up to minutes.
+    gpu_for: directions that need a GPU.
+    package: name of the package that must be installed; None: torch and this one suffice.
+    definition: what it computes, in float64, where that is not segment attention; None where it is.
     """
 
     run: Function

@@ -41,7 +41,7 @@ from .recurrent_models import (
 DIRECTIONS = ("reading", "training step")
 
 
-class Provider(NamedTuple):
+class RecurrentPeer(NamedTuple):
     """One way to read and to train, with its weights.
 
     loss: From ids [B, T] to the mean cross-entropy of each next token, differentiable.
@@ -54,7 +54,7 @@ class Provider(NamedTuple):
     parameters: Sequence[Tensor]
 
 
-Make = Callable[[Sizes, torch.device], Provider]
+Make = Callable[[Sizes, torch.device], RecurrentPeer]
 
 
 @dataclass(frozen=True)
@@ -72,37 +72,39 @@ class Entry:
 
 
 def of_loop(make: Callable[[Sizes, torch.device], Loop]) -> Make:
-    """Return a maker of a loop's provider."""
+    """Return a maker of a loop as a peer."""
 
-    def provider(sizes: Sizes, device: torch.device) -> Provider:
+    def make_peer(sizes: Sizes, device: torch.device) -> RecurrentPeer:
         loop = make(sizes, device)
-        return Provider(loop.loss, loop.read, loop.parameters)
+        return RecurrentPeer(loop.loss, loop.read, loop.parameters)
 
-    return provider
+    return make_peer
 
 
-def peer(sizes: Sizes, device: torch.device) -> Provider:
-    """Return the peer as it is."""
+def rmt_pytorch(sizes: Sizes, device: torch.device) -> RecurrentPeer:
+    """Return the package recurrent-memory-transformer-pytorch as it is."""
     from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformerWrapper
 
     transformer, memory = peer_transformer(sizes, device), first_memory(sizes, device)
     wrapper = RecurrentMemoryTransformerWrapper(transformer)
-    return Provider(
+    return RecurrentPeer(
         lambda ids: wrapper(ids, memories=memory, return_loss=True)[0],
         lambda ids: [wrapper(ids, memories=memory)[1]],
         [memory, *trained(transformer)],
     )
 
 
-def _ours(module: RecurrentMemory, trained_too: Sequence[Tensor]) -> Provider:
-    return Provider(
+def _ours(module: RecurrentMemory, trained_too: Sequence[Tensor]) -> RecurrentPeer:
+    return RecurrentPeer(
         lambda ids: _loss_of(module(ids, labels=ids).loss),
         lambda ids: [module(ids, output_logits=False).state.memory],
         [module.memory, *trained_too],
     )
 
 
-def ours_llama(sizes: Sizes, device: torch.device, *, attention: str | None = None, compiled: bool = False) -> Provider:
+def ours_llama(
+    sizes: Sizes, device: torch.device, *, attention: str | None = None, compiled: bool = False
+) -> RecurrentPeer:
     """Return ours around a Llama."""
     model = llama(sizes, device)
     module = recurrent(sizes, device, model, attention=attention)
@@ -111,7 +113,7 @@ def ours_llama(sizes: Sizes, device: torch.device, *, attention: str | None = No
     return _ours(module, trained(model))
 
 
-def ours_peer(sizes: Sizes, device: torch.device) -> Provider:
+def ours_peer(sizes: Sizes, device: torch.device) -> RecurrentPeer:
     """Return ours around the peer's layers."""
     transformer = peer_transformer(sizes, device)
     parts: dict[str, Any] = {"embedding": PeerEmbedding(transformer), "head": transformer.to_logits}
@@ -119,10 +121,10 @@ def ours_peer(sizes: Sizes, device: torch.device) -> Provider:
     return _ours(module, trained(transformer))
 
 
-def ours_associative(sizes: Sizes, device: torch.device, *, schedule: str) -> Provider:
+def ours_associative(sizes: Sizes, device: torch.device, *, schedule: str) -> RecurrentPeer:
     """Return our ARMT around a Llama."""
     module = associative(sizes, device, schedule)
-    return Provider(
+    return RecurrentPeer(
         lambda ids: _loss_of(module(ids, labels=ids).loss),
         lambda ids: [x for memory in module(ids, output_logits=False).state.memories for x in memory],
         memory_first(module),
@@ -141,7 +143,7 @@ PEER = "recurrent-memory-transformer-pytorch"
 # the first of each group is the baseline of the others
 GROUPS: Mapping[str, Mapping[str, Entry]] = {
     "layers of the peer": {
-        PEER: Entry(peer, loop_peer),
+        PEER: Entry(rmt_pytorch, loop_peer),
         "segattn": Entry(ours_peer, loop_peer),
         "plain loop": Entry(loop_peer, loop_peer),
     },
@@ -150,7 +152,7 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
         "segattn": Entry(ours_llama, loop_llama),
         "segattn, its attention": Entry(functools.partial(ours_llama, attention="segattn"), loop_llama),
         "segattn, compiled": Entry(functools.partial(ours_llama, compiled=True), loop_llama, needs_gpu=True),
-        PEER: Entry(peer, loop_peer),
+        PEER: Entry(rmt_pytorch, loop_peer),
     },
     "Llama, associative": {
         "plain loop": Entry(loop_associative, loop_associative),
@@ -176,24 +178,24 @@ def check(entry: Entry, sizes: Sizes, device: torch.device) -> float:
     return float(torch.stack(errors).max())
 
 
-def _results(provider: Provider, ids: Tensor) -> list[Tensor]:
-    loss = provider.loss(ids)
-    gradients = torch.autograd.grad(loss, provider.parameters)
+def _results(peer: RecurrentPeer, ids: Tensor) -> list[Tensor]:
+    loss = peer.loss(ids)
+    gradients = torch.autograd.grad(loss, peer.parameters)
     with torch.no_grad():
-        kept = provider.read(ids)
+        kept = peer.read(ids)
     return [loss.detach(), gradients[0], torch.cat([x.flatten() for x in gradients]), *kept]
 
 
-def step(provider: Provider, ids: Tensor, direction: str) -> Callable[[], None]:
+def step(peer: RecurrentPeer, ids: Tensor, direction: str) -> Callable[[], None]:
     """Return the function to measure: reading without gradients, or the loss and the gradient of every parameter."""
 
     def read() -> None:
         with torch.no_grad():
-            provider.read(ids)
+            peer.read(ids)
         synchronize(ids.device)
 
     def train() -> None:
-        torch.autograd.grad(provider.loss(ids), provider.parameters)
+        torch.autograd.grad(peer.loss(ids), peer.parameters)
         synchronize(ids.device)
 
     return read if direction == DIRECTIONS[0] else train

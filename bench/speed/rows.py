@@ -1,4 +1,4 @@
-"""A row of the tables: one provider in one direction, with the form that it has in pytest-benchmark's JSON.
+"""A row of the tables: one peer in one direction, with the form that it has in pytest-benchmark's JSON.
 
 pytest-benchmark knows the group, the times and their statistics; everything else stands in `extra_info`.
 """
@@ -33,7 +33,7 @@ class ResultError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One provider in one direction.
+    """One peer in one direction.
 
     case: The sizes, the dtype and the name of what is measured.
     status: "timed", or why there are no times: "skipped", "failed", "wrong", "out of memory"; reason: in words.
@@ -48,7 +48,7 @@ class Row:
     """
 
     group: str
-    provider: str
+    peer: str
     baseline: str
     direction: str
     case: Mapping[str, Any] = field(default_factory=dict)
@@ -65,8 +65,8 @@ class Row:
 
     @property
     def is_ours(self) -> bool:
-        """Whether the provider is this package."""
-        return self.provider.startswith(OURS)
+        """Whether the peer is this package."""
+        return self.peer.startswith(OURS)
 
     @property
     def dtype(self) -> str:
@@ -91,7 +91,8 @@ class Row:
 
     def extra_info(self) -> dict[str, Any]:
         """Return what pytest-benchmark's figures lack."""
-        info: dict[str, Any] = {"provider": self.provider, "baseline": self.baseline, "direction": self.direction}
+        # the file's word for a peer, kept so that results of earlier commits can be read and compared
+        info: dict[str, Any] = {"provider": self.peer, "baseline": self.baseline, "direction": self.direction}
         info |= {"case": dict(self.case), **self.facts}
         if self.ratio is None or self.ms is None:
             errors = {"errors": dict(self.errors)} if self.errors else {}
@@ -104,7 +105,7 @@ class Row:
 
     def as_benchmark(self) -> dict[str, Any]:
         """Return a timed row as pytest-benchmark would write it."""
-        name = f"{self.group}, {self.provider}"
+        name = f"{self.group}, {self.peer}"
         return {
             "group": self.group,
             "name": name,
@@ -216,13 +217,13 @@ def _is_positive(value: Any) -> bool:
 
 
 def _impossible(row: Row, name: str, wanted: str, value: object) -> ResultError:
-    return ResultError(f"{name} of {row.provider}, {row.group}, must be {wanted}, got {value!r}")
+    return ResultError(f"{name} of {row.peer}, {row.group}, must be {wanted}, got {value!r}")
 
 
 def marked(rows: Iterable[Row]) -> list[Row]:
     """Return the rows, the noisy ones marked."""
     listed = list(rows)
-    alone = {(str(x.case), x.provider): x.ms.median for x in listed if x.ms is not None and x.direction == "backward"}
+    alone = {(str(x.case), x.peer): x.ms.median for x in listed if x.ms is not None and x.direction == "backward"}
     return [row if row.ratio is None else replace(row, noisy=_noise_of(row, alone)) for row in listed]
 
 
@@ -232,7 +233,7 @@ def _noise_of(row: Row, alone: Mapping[tuple[str, str], float]) -> str:
     reasons, wide = [], (row.ratio.high - row.ratio.low) / row.ratio.median
     if wide > WIDE:
         reasons.append(f"p20-p80 is {wide:.0%} of the ratio")
-    if row.direction == BOTH and alone.get((str(row.case), row.provider), 0.0) > row.ms.median:
+    if row.direction == BOTH and alone.get((str(row.case), row.peer), 0.0) > row.ms.median:
         reasons.append("the backward alone took longer")
     return ", ".join(reasons)
 
@@ -248,8 +249,8 @@ def table(rows: Iterable[Row]) -> Iterator[tuple[str, list[str]]]:
 
 def _line(row: Row) -> str:
     if row.ratio is None or row.ms is None:
-        return f"{row.provider:34} {row.status}{': ' if row.reason else ''}{row.reason}"
-    parts = [f"{row.provider:34} {_spread(row.ratio, 'ratio')} {_spread(row.ms, 'ms')}"]
+        return f"{row.peer:34} {row.status}{': ' if row.reason else ''}{row.reason}"
+    parts = [f"{row.peer:34} {_spread(row.ratio, 'ratio')} {_spread(row.ms, 'ms')}"]
     parts.append(f"{'-' if row.memory is None else _mebibytes(row.memory):>9} MiB")
     for name, form in (("tokens_per_second", "{:9.0f} tokens/s"), ("floor_share", "{:4.0%} of the floor")):
         if row.facts.get(name) is not None:

@@ -29,14 +29,15 @@ from .workloads import BOTH, Case, DecodeCase
 BESIDE = "beside"
 
 
-class Contender(NamedTuple):
-    """What takes turns with a baseline.
+class TimedPeer(NamedTuple):
+    """A peer that takes turns with a baseline, on the inputs of one case.
 
-    row: Without times yet.
-    alter: Changes a copy's inputs before the last round, so that a remembered result is seen.
-    wrong: From a copy and the last round's result to what is wrong with the result; nothing where it is right.
-    work: What a run must spend, for its share of the floor.
-    added: Milliseconds to add to every round.
+    row: its row, without times yet.
+    prepare: makes the call that is timed, from the number of the copy of the inputs.
+    alter: changes a copy's inputs before the last round, so that a remembered result is seen.
+    wrong: from a copy and the last round's result to what is wrong with the result; empty where it is right.
+    work: what a run must spend, for its share of the floor; None: unknown.
+    added: milliseconds to add to every round.
     """
 
     row: Row
@@ -48,15 +49,15 @@ class Contender(NamedTuple):
 
 
 def by_turns(
-    contenders: Sequence[Contender], baseline: Prepare, device: torch.device, *, peak: Peak | None = None, **clock: Any
+    peers: Sequence[TimedPeer], baseline: Prepare, device: torch.device, *, peak: Peak | None = None, **clock: Any
 ) -> list[Row]:
-    """Return the contenders' rows with their times, by turns with the baseline's, or why they have none.
+    """Return the peers' rows with their times, by turns with the baseline's, or why they have none.
 
     Args:
         peak: The device's, for shares of the floor.
         clock: `copies`, `seconds`, `rounds` and `warm_up` of `take_turns`.
     """
-    known = {x.row.provider: x for x in contenders}
+    known = {x.row.peer: x for x in peers}
     complaints: dict[str, str] = {}
 
     def alter(name: str, copy: int) -> None:
@@ -73,14 +74,14 @@ def by_turns(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return [x.row.refused("out of memory") for x in contenders]
+        return [x.row.refused("out of memory") for x in peers]
     rows = []
-    for name, contender in known.items():
+    for name, timed_peer in known.items():
         if complaints[name]:
-            rows.append(contender.row.refused("wrong", f"in the last timed round: {complaints[name]}"))
+            rows.append(timed_peer.row.refused("wrong", f"in the last timed round: {complaints[name]}"))
             continue
-        row = contender.row.timed([x + contender.added for x in times[name]], times[BESIDE])
-        rows.append(replace(row, facts={**row.facts, **floor_facts(contender.work, row, peak)}))
+        row = timed_peer.row.timed([x + timed_peer.added for x in times[name]], times[BESIDE])
+        rows.append(replace(row, facts={**row.facts, **floor_facts(timed_peer.work, row, peak)}))
     return rows
 
 
@@ -123,7 +124,7 @@ def admitted_row(row: Row, admission: Admission) -> Row:
 
 
 def baseline_of(admissions: Mapping[str, Admission], usual: str) -> str:
-    """Return the usual baseline; where the gate refuses it, the first provider that the gate does not refuse."""
+    """Return the usual baseline; where the gate refuses it, the first peer that the gate does not refuse."""
     right = [name for name, admission in admissions.items() if admission.status == "right"]
     return right[0] if right and usual in admissions and usual not in right else usual
 
@@ -147,8 +148,8 @@ def time_calls(
         clock: `peak`, and all but the copies of what `by_turns` takes.
     """
 
-    def contender(row: Row) -> Contender:
-        peer = PEERS[row.provider]
+    def timed_peer(row: Row) -> TimedPeer:
+        peer = PEERS[row.peer]
 
         def wrong(copy: int, result: object) -> str:
             try:
@@ -157,12 +158,12 @@ def time_calls(
                 return str(error)
 
         prepare, work = preparation(peer, case, drawn, direction), work_of(peer, case.sizes(), direction)
-        return Contender(row, prepare, lambda copy: drawn[copy].v.neg_(), wrong, work)
+        return TimedPeer(row, prepare, lambda copy: drawn[copy].v.neg_(), wrong, work)
 
     baseline = baseline_of(admissions, BASELINE)
     rows = [admitted_row(call_row(case, direction, name, baseline), x) for name, x in admissions.items()]
     beside = preparation(PEERS[baseline], case, drawn, direction)
-    return _with_times(rows, contender, beside, device, copies=len(drawn), **clock)
+    return _with_times(rows, timed_peer, beside, device, copies=len(drawn), **clock)
 
 
 def step_row(case: DecodeCase, name: str, baseline: str) -> Row:
@@ -189,8 +190,8 @@ def time_steps(
     def prepare(decoder: Decoder) -> Prepare:
         return lambda copy: functools.partial(decoder.run, copy % decoder.copies)
 
-    def contender(row: Row) -> Contender:
-        decoder = decoders[row.provider]
+    def timed_peer(row: Row) -> TimedPeer:
+        decoder = decoders[row.peer]
 
         def wrong(copy: int, result: object) -> str:
             return decoder.complaint(decoder.error(copy % decoder.copies, result))
@@ -198,18 +199,18 @@ def time_steps(
         fold = decoder.fold_ms(case.L, device)
         row = replace(row, memory=decoder.kept_bytes, facts={**row.facts, "fold_ms": fold})
         alter = lambda copy: decoder.alter(copy % decoder.copies)  # noqa: E731
-        return Contender(row, prepare(decoder), alter, wrong, decoder.work, fold)
+        return TimedPeer(row, prepare(decoder), alter, wrong, decoder.work, fold)
 
     baseline = baseline_of(admissions, baseline)
     rows = [admitted_row(step_row(case, name, baseline), x) for name, x in admissions.items()]
     copies = max(x.copies for x in decoders.values())
-    return _with_times(rows, contender, prepare(decoders[baseline]), device, copies=copies, **clock)
+    return _with_times(rows, timed_peer, prepare(decoders[baseline]), device, copies=copies, **clock)
 
 
 def _with_times(
-    rows: Sequence[Row], contender: Callable[[Row], Contender], baseline: Prepare, device: torch.device, **clock: Any
+    rows: Sequence[Row], timed_peer: Callable[[Row], TimedPeer], baseline: Prepare, device: torch.device, **clock: Any
 ) -> list[Row]:
     """Return the rows, those that are not refused with their times."""
     refused = [row for row in rows if row.status != "timed"]
-    contenders = [contender(row) for row in rows if row.status == "timed"]
-    return refused + (by_turns(contenders, baseline, device, **clock) if contenders else [])
+    peers = [timed_peer(row) for row in rows if row.status == "timed"]
+    return refused + (by_turns(peers, baseline, device, **clock) if peers else [])

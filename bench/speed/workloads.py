@@ -15,16 +15,28 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 BOTH = "forward + backward"
 DIRECTIONS = ("forward", "backward", BOTH)
 
-# of a workload "B,H,T,K,L"
+# numbers of a workload "B,H,T,K,L"
 CALL_NUMBERS = 5
+# fields of a case that say how it is timed, not what: the JSON has no place for them
+TIMING_FIELDS = ("peers", "seconds", "rounds", "limit", "counted")
+
+# peers of the cases, by name
 OURS = ("segattn delta", "segattn linear", "segattn local")
 LOCAL = ("SDPA flash local", "SDPA cuDNN local")
 LOOPS = ("eager loop delta", "eager loop linear")
-SOME = (*OURS, *LOCAL)
-MOST = (*SOME, *LOOPS, "torch backend delta", "torch backend linear", "SDPA flash full")
-NOT_WRITTEN = ("peers", "seconds", "rounds", "limit", "counted")
-# which a machine without other packages skips
-PUBLISHED = (
+OURS_AND_LOCAL = (*OURS, *LOCAL)
+# ours, and what PyTorch computes without compiling
+UNCOMPILED = (*OURS_AND_LOCAL, *LOOPS, "torch backend delta", "torch backend linear", "SDPA flash full")
+# ours and those by which PyTorch's compiler makes kernels for minutes
+BESIDE_COMPILED = (
+    "segattn delta",
+    "SDPA flash local",
+    "FlexAttention local",
+    "compiled torch delta",
+    "compiled torch linear",
+)
+# ours and what others have published; a machine without their packages skips them
+BESIDE_PUBLISHED = (
     "SDPA flash local",
     "SDPA efficient local",
     "segattn delta",
@@ -35,16 +47,25 @@ PUBLISHED = (
     "fla linear attention",
     "fla gated delta rule",
 )
-SLOW = ("segattn delta", "SDPA flash local", "FlexAttention local", "compiled torch delta", "compiled torch linear")
 
 
 @dataclass(frozen=True)
 class Case:
-    """B rows of text of T tokens, K = V.
+    """One size of a call of attention, and how it is timed.
 
-    seconds: Of timing for each direction, within the bounds on rounds.
-    limit: Seconds of the whole case.
-    counted: Count launches too.
+    name: shown in tables; goals find the case by it.
+    T: tokens of each row of text.
+    L: tokens per segment.
+    K: width of a head, V too.
+    H, G: query heads, key/value heads.
+    peers: names of `PEERS` that are timed.
+    B: rows of text.
+    dtype: name of the inputs' dtype, of `DTYPES`.
+    directions: those of `DIRECTIONS` that are timed.
+    seconds: time of timing for each direction, within the bounds on rounds.
+    rounds: least and most rounds of each direction.
+    limit: seconds after which the whole case is given up.
+    counted: count launches too.
     """
 
     name: str
@@ -68,12 +89,16 @@ class Case:
 
     def as_json(self) -> dict[str, Any]:
         """Return what the JSON says of the case."""
-        return {key: value for key, value in asdict(self).items() if key not in NOT_WRITTEN}
+        return {key: value for key, value in asdict(self).items() if key not in TIMING_FIELDS}
 
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """One new token for each of B rows, behind `context` tokens; the unfinished segment's tokens are the tail."""
+    """One new token for each of B rows, behind `context` tokens; the unfinished segment's tokens are the tail.
+
+    name, B, H, G, K, L, dtype, limit: as in `Case`.
+    context: tokens read before the new one, in each row.
+    """
 
     name: str
     B: int
@@ -114,7 +139,7 @@ def _case(time: int, segment_len: int, width: int, peers: tuple[str, ...], note:
 def _sweep(time: int, width: int, segment_len: int) -> Case:
     # full attention to one million tokens takes minutes
     full = ("SDPA flash full",) if time <= 1 << 18 else ()
-    local = SOME if time <= 1 << 18 else ("segattn delta", "segattn linear", "SDPA flash local")
+    local = OURS_AND_LOCAL if time <= 1 << 18 else ("segattn delta", "segattn linear", "SDPA flash local")
     return _case(time, segment_len, width, (*local, *full), seconds=1.0)
 
 
@@ -129,24 +154,24 @@ def _by_length(longest: int, width: int, segment_len: int, **options: Any) -> tu
     )
 
 
-MAIN = _case(32 << 10, 2048, 128, MOST, counted=True)
+MAIN = _case(32 << 10, 2048, 128, UNCOMPILED, counted=True)
 LONG = _case(128 << 10, 2048, 128, (*OURS, "SDPA flash local", "SDPA flash full"))
 
 CASES: tuple[Case, ...] = (
     MAIN,
     LONG,
-    _case(32 << 10, 512, 128, MOST),
-    _case(32 << 10, 2048, 64, MOST),
-    _case(32 << 10, 2048, 128, (*SOME, "torch backend delta", "SDPA flash full"), H=32, G=8),
-    _case(32 << 10, 512, 64, SOME),
-    _case(32 << 10, 2048, 128, SLOW, "compiled", limit=150.0, counted=True),
-    _case(32 << 10, 2048, 128, SOME, "float16", dtype="float16"),
+    _case(32 << 10, 512, 128, UNCOMPILED),
+    _case(32 << 10, 2048, 64, UNCOMPILED),
+    _case(32 << 10, 2048, 128, (*OURS_AND_LOCAL, "torch backend delta", "SDPA flash full"), H=32, G=8),
+    _case(32 << 10, 512, 64, OURS_AND_LOCAL),
+    _case(32 << 10, 2048, 128, BESIDE_COMPILED, "compiled", limit=150.0, counted=True),
+    _case(32 << 10, 2048, 128, OURS_AND_LOCAL, "float16", dtype="float16"),
     _sweep(1 << 20, 128, 2048),
     *(_sweep(time << 10, 128, 2048) for time in (2, 8, 512)),
     *(_sweep(time << 10, 64, 2048) for time in (2, 128, 1024)),
     *(_sweep(time << 10, 128, 512) for time in (2, 128, 1024)),
-    _case(32 << 10, 512, 64, SLOW, "compiled", limit=120.0),
-    _case(32 << 10, 2048, 128, PUBLISHED, "published", limit=150.0),
+    _case(32 << 10, 512, 64, BESIDE_COMPILED, "compiled", limit=120.0),
+    _case(32 << 10, 2048, 128, BESIDE_PUBLISHED, "published", limit=150.0),
     *_by_length(1 << 20, 128, 2048, limit=300.0),
 )
 DECODES: tuple[DecodeCase, ...] = tuple(

@@ -63,6 +63,10 @@ def convert(
     Positions are counted from the first token of each row. They start again from 0 with each segment where every layer
     is converted or positions are learnt. The model gets a copy of its configuration, which other models may share.
 
+    As `past_key_values` the model then takes an `InfiniCache` or a `StaticInfiniCache`, and makes the former where it
+    is passed none. It refuses any other cache, an empty one too, since it could not fill it. `generate` makes an
+    `InfiniCache` where the model that it is called on is the one that was converted, not only the decoder inside.
+
     Args:
         model: a Hugging Face causal language model, or its decoder alone, with weights. Its `config.model_type` is one
             of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, gpt_neox, gpt2, opt.
@@ -161,13 +165,17 @@ def _own_config(model: nn.Module, shared: Any) -> Any:
 
 
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-    """Make the cache of `generate`: an `InfiniCache` where transformers would make one that grows."""
+    """Make the cache of `generate`: an `InfiniCache` where transformers would make one that grows.
+
+    A cache that the caller passed stays, and the forward refuses it where it is of another kind.
+    """
+    passed = model_kwargs.get("past_key_values")
     getattr(type(model), _PREPARE_CACHE)(model, generation_config, model_kwargs, *args, **kwargs)
     if generation_config.is_assistant and model_kwargs.get("attention_mask") is not None:
         # transformers drops a mask of ones, and for an assistant takes every pad_token_id in the prompt for padding
         mask = model_kwargs["attention_mask"].cummax(dim=1).values
         model_kwargs["attention_mask"], model_kwargs["position_ids"] = mask, (mask.cumsum(1) - 1).clamp(min=0)
-    if type(model_kwargs.get("past_key_values")) is DynamicCache:
+    if passed is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
         cache = InfiniCache(model)
         if generation_config.is_assistant:
             cache.activate_past_recording()

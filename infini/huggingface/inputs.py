@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from ...kernels import validation as check
 from .cache import InfiniCache
@@ -51,14 +51,12 @@ def cache_of(
         wanted = inputs.get("use_cache") if trunk.training else is_on(inputs, trunk.config, "use_cache")
         inputs["use_cache"] = bool(wanted)
         return InfiniCache(trunk) if wanted else None
-    if type(cache) is DynamicCache and cache.get_seq_length() == 0:
-        return InfiniCache(trunk)
     if not isinstance(cache, (InfiniCache, StaticInfiniCache)):
         length = f" of {cache.get_seq_length()} tokens" if isinstance(cache, Cache) else ""
         raise ValueError(
             f"past_key_values must be a segattn.InfiniCache, or None to begin anew, got a {type(cache).__name__}"
-            f"{length}: instead of a cache_implementation pass past_key_values=segattn.StaticInfiniCache(model, "
-            "batch_size)"
+            f"{length}: pass segattn.InfiniCache(model), of which generate makes its own, or, in place of a "
+            "cache_implementation, segattn.StaticInfiniCache(model, batch_size)"
         )
     if len(cache.layers) != conversion.depth or cache.settings != conversion.settings:
         raise ValueError(

@@ -211,6 +211,9 @@ def _counted(tokens: int) -> int:
 
 
 def _check_tensors(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None, before: int) -> None:
+    for name, x in (("input_ids", input_ids), ("attention_mask", input_ids if mask is None else mask)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor of integers [B, T], got {type(x).__name__}")
     if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
         raise ValueError(
             f"input_ids must be integers [B, T], of at least one token, got {input_ids.dtype} {list(input_ids.shape)}"

@@ -21,8 +21,8 @@ from segattn.bench.speed.timing import Times
 BASE = "SDPA flash local"
 
 
-def record(provider: str, ratio: tuple[float, float, float] | None, memory: int = 1000, group: str = "g") -> Row:
-    row = Row(group, provider, BASE, "forward", memory=memory, device="cpu")
+def record(peer: str, ratio: tuple[float, float, float] | None, memory: int = 1000, group: str = "g") -> Row:
+    row = Row(group, peer, BASE, "forward", memory=memory, device="cpu")
     return row.refused("wrong") if ratio is None else dataclasses.replace(row, ratio=Times(*ratio))
 
 
@@ -34,12 +34,12 @@ def verdicts(found: list[Change]) -> dict[str, str]:
     return {change.what: change.verdict for change in found}
 
 
-def test_noise_is_of_both_baselines_or_of_the_provider() -> None:
+def test_noise_is_of_both_baselines_or_of_the_peer() -> None:
     before = result("a", record(BASE, (1.0, 0.8, 1.1)), record("segattn", (2.0, 1.9, 2.1)))
     after = result("b", record(BASE, (1.05, 1.0, 1.1)), record("segattn", (3.0, 2.0, 3.6)))
     (change,) = changes(before, after)
     assert change.times == pytest.approx(1.5)
-    # 1 / 0.8 of the first's baseline; 3 / 2 of the second's provider
+    # 1 / 0.8 of the first's baseline; 3 / 2 of the second's peer
     assert change.noise == pytest.approx(1.25 * 1.5)
     # so much would hide a regression
     assert change.verdict == "cannot tell"

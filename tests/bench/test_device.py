@@ -56,7 +56,7 @@ def cases_in(document: dict[str, Any]) -> list[str]:
 
 
 def timed_in(document: dict[str, Any], name: str, direction: str) -> dict[str, dict[str, Any]]:
-    """What is known of the timed rows of a case, by provider."""
+    """What is known of the timed rows of a case, by peer."""
     rows = [x["extra_info"] for x in document["benchmarks"]]
     return {x["provider"]: x for x in rows if (x["case"]["name"], x["direction"]) == (name, direction)}
 

@@ -42,8 +42,8 @@ def case(time: int, name: str = "small", dtype: str = "float32") -> dict[str, An
     return {"name": name, "T": time, "L": 16, "K": 8, "H": 2, "G": 2, "B": 1, "dtype": dtype}
 
 
-def row(name: str, provider: str, direction: str, ratio: float, ms: float, **about: Any) -> Row:
-    known = Row(f"{name}, {direction}", provider, "SDPA flash local", direction, case(32), seconds=[ms / 1e3] * 5)
+def row(name: str, peer: str, direction: str, ratio: float, ms: float, **about: Any) -> Row:
+    known = Row(f"{name}, {direction}", peer, "SDPA flash local", direction, case(32), seconds=[ms / 1e3] * 5)
     ratios, times = (Times(x, 0.9 * x, 1.1 * x) for x in (ratio, ms))
     errors = {"out": 2e-7, "dq": 4e-7, "dk": 3e-7}
     return dataclasses.replace(known, **({"ratio": ratios, "ms": times, "memory": 3 << 20, "errors": errors} | about))
@@ -74,9 +74,9 @@ def suite(*more: Row) -> dict[str, Any]:
 def device() -> dict[str, Any]:
     """As `bench/on_device` writes it."""
 
-    def on_device(provider: str, ms: float, share: float, errors: dict[str, float]) -> Row:
+    def on_device(peer: str, ms: float, share: float, errors: dict[str, float]) -> Row:
         long = case(4096, "main", "bfloat16")
-        found = row("main bfloat16", provider, "forward", 1.0, ms, case=long, memory=1 << 20, errors=errors)
+        found = row("main bfloat16", peer, "forward", 1.0, ms, case=long, memory=1 << 20, errors=errors)
         times = {"ratio": Times(ms / 2, 0.45 * ms, 0.6 * ms), "ms": Times(ms, 0.9 * ms, 1.2 * ms)}
         return dataclasses.replace(found, **times, facts={"floor_share": share}, seconds=[ms / 1e3] * 9)
 

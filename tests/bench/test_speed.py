@@ -1,4 +1,4 @@
-"""The benchmark's providers all compute what they are said to, who does not is not timed, and its whole path runs."""
+"""The benchmark's peers all compute what they are said to, who does not is not timed, and its whole path runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from segattn.bench.speed.measure import peak_bytes
 from segattn.bench.speed.peers import BASELINE, PEERS, Peer, from_segments, to_segments
 from segattn.bench.speed.prepared import draw, preparation
 from segattn.bench.speed.rows import Row, as_json, from_json, marked, stats_of, table
-from segattn.bench.speed.suite import Contender, by_turns
+from segattn.bench.speed.suite import TimedPeer, by_turns
 from segattn.bench.speed.timing import Times, take_turns
 from segattn.bench.speed.workloads import BOTH, DIRECTIONS, Case, DecodeCase
 
@@ -47,7 +47,7 @@ LONG = dataclasses.replace(SMALL, name="long", T=160, H=2, G=2)
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_providers_agree_with_the_reference(name: str) -> None:
+def test_peers_agree_with_the_reference(name: str) -> None:
     case = dataclasses.replace(SMALL, H=4, G=4 if PEERS[name].equal_heads else 2)
     found = at_reduced_length(PEERS[name], case, CPU, True)
     assert set(found) == {"out", "dq", "dk", "dv", "dgate"}
@@ -56,7 +56,7 @@ def test_providers_agree_with_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", HERE)
-def test_providers_pass_the_gate_in_every_dtype(name: str, dtype: str) -> None:
+def test_peers_pass_the_gate_in_every_dtype(name: str, dtype: str) -> None:
     case = dataclasses.replace(LONG, dtype=dtype, K=32, B=1)
     assert complaint(gated(PEERS[name], case, CPU, draw(case, CPU, copies=1)[0], True)) == ""
 
@@ -175,7 +175,7 @@ WRONG = {
 
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_providers_are_not_admitted(name: str, gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_peers_are_not_admitted(name: str, gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PEERS, name, WRONG[name])
     try:
         found = admitted(LONG, name, CPU, gradients)
@@ -255,7 +255,7 @@ def test_the_last_timed_result_is_looked_at(direction: str, monkeypatch: pytest.
     finally:
         admitted.cache_clear()
         drawn_for.cache_clear()
-    assert [(row.provider, row.status) for row in rows] == [("idle", "wrong"), ("honest", "timed")]
+    assert [(row.peer, row.status) for row in rows] == [("idle", "wrong"), ("honest", "timed")]
 
 
 @pytest.mark.parametrize("wrong", ["remembered", "fold"])
@@ -315,7 +315,7 @@ def test_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("segattn.bench.speed.suite.take_turns", turns)
     ours, theirs = (
-        Contender(
+        TimedPeer(
             Row("g", name, "base", "forward"),
             lambda copy: lambda: None,
             wrong=lambda copy, result: "another" if result == "theirs" else "",
@@ -378,7 +378,7 @@ def test_the_gate_says_why(monkeypatch: pytest.MonkeyPatch, gradients: bool) -> 
     assert found["absent"] == Admission("skipped", "no_such_package is not installed")
 
 
-def test_providers_of_gpus_are_refused_here() -> None:
+def test_peers_of_gpus_are_refused_here() -> None:
     for name in ("SDPA cuDNN local", "SDPA efficient local", "fla gated delta rule"):
         assert PEERS[name].refusal(CPU, False, ("forward",)) == "needs a GPU"
     flex = PEERS["FlexAttention local"]
@@ -452,9 +452,9 @@ def test_the_table_has_who_was_not_timed() -> None:
 
 
 def test_noise_is_marked() -> None:
-    def row(provider: str, direction: str, ms: float, *, low: float = 0.95) -> Row:
+    def row(peer: str, direction: str, ms: float, *, low: float = 0.95) -> Row:
         times = Times(ms, ms, ms)
-        return Row(direction, provider, "base", direction, {"T": 8}, ratio=Times(1.0, low, 1.05), ms=times)
+        return Row(direction, peer, "base", direction, {"T": 8}, ratio=Times(1.0, low, 1.05), ms=times)
 
     rows = [row("a", "backward", 3.0), row("a", BOTH, 2.0), row("b", "backward", 1.0), row("b", BOTH, 2.0)]
     rows.append(row("b", "forward", 1.0, low=0.7))
@@ -465,7 +465,7 @@ def test_noise_is_marked() -> None:
 
 
 def test_the_whole_path(tmp_path: Path) -> None:
-    """`pytest bench/` with a tiny workload: a JSON that has every provider, and the table."""
+    """`pytest bench/` with a tiny workload: a JSON that has every peer, and the table."""
     out = tmp_path / "result.json"
     options = ["--device=cpu", "--workload=1,2,32,8,8", "--rounds=2", "--seconds=0.5", f"--benchmark-json={out}"]
     # compiling is slow
@@ -536,7 +536,7 @@ def test_a_bad_option_is_one_usage_error() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_suites_name_providers_that_there_are(device: str) -> None:
+def test_suites_name_peers_that_there_are(device: str) -> None:
     calls, steps = workloads.suite(device)
     assert all(set(case.peers) <= set(PEERS) and case.T % case.L == 0 for case in calls)
     assert len({case.name for case in calls}) == len(calls)

@@ -33,13 +33,13 @@ from segattn.bench.speed.recurrent import (
     GROUPS,
     PEER,
     Entry,
-    Provider,
+    RecurrentPeer,
     check,
     loop_llama,
     loop_peer,
     ours_associative,
     ours_llama,
-    peer,
+    rmt_pytorch,
     step,
 )
 from segattn.bench.speed.recurrent_models import (
@@ -62,7 +62,7 @@ CASES = [(group, name) for group, entries in GROUPS.items() for name, entry in e
 
 
 @pytest.mark.parametrize(("group", "name"), CASES)
-def test_providers_are_as_defined(group: str, name: str) -> None:
+def test_peers_are_as_defined(group: str, name: str) -> None:
     entry = GROUPS[group][name]
     assert check(entry, SMALL, CPU) <= entry.tolerance
 
@@ -81,11 +81,11 @@ def test_the_mask_is_the_table() -> None:
     assert ["".join(str(int(x)) for x in row) for row in visible(6, 2, CPU)[0, 0]] == expected
 
 
-def changed_loop(change: Callable[[PlainLoop], None]) -> Callable[[Sizes, torch.device], Provider]:
-    def make(sizes: Sizes, device: torch.device) -> Provider:
+def changed_loop(change: Callable[[PlainLoop], None]) -> Callable[[Sizes, torch.device], RecurrentPeer]:
+    def make(sizes: Sizes, device: torch.device) -> RecurrentPeer:
         loop = plain_llama(sizes, device)
         change(loop)
-        return Provider(loop.loss, loop.read, loop.parameters)
+        return RecurrentPeer(loop.loss, loop.read, loop.parameters)
 
     return make
 
@@ -124,16 +124,16 @@ WRONG = [forgets, sees_no_block, sees_ahead, counts_each_token, breaks_down, kee
 
 
 @pytest.mark.parametrize("change", WRONG)
-def test_a_wrong_provider_is_found(change: Callable[[PlainLoop], None]) -> None:
+def test_a_wrong_peer_is_found(change: Callable[[PlainLoop], None]) -> None:
     assert check(Entry(changed_loop(lambda loop: None), loop_llama), SMALL, CPU) == 0
     assert not check(Entry(changed_loop(change), loop_llama), SMALL, CPU) <= 5e-5
 
 
 def test_truncated_gradients_are_found() -> None:
-    def truncated(sizes: Sizes, device: torch.device) -> Provider:
+    def truncated(sizes: Sizes, device: torch.device) -> RecurrentPeer:
         model = llama(sizes, device)
         module = recurrent(sizes, device, model, bptt=1)
-        return Provider(
+        return RecurrentPeer(
             lambda ids: module(ids, labels=ids).loss,
             lambda ids: [module(ids, output_logits=False).state.memory],
             [module.memory, *trained(model)],
@@ -150,7 +150,7 @@ def test_the_peer_by_its_defaults_is_found(monkeypatch: pytest.MonkeyPatch) -> N
         transformer.add_write_to_next_write_mem = False
         return transformer
 
-    entry = Entry(peer, loop_peer)
+    entry = Entry(rmt_pytorch, loop_peer)
     assert check(entry, SMALL, CPU) < entry.tolerance
     monkeypatch.setattr("segattn.bench.speed.recurrent.peer_transformer", fixed)
     assert check(entry, SMALL, CPU) > 1e-3
@@ -190,15 +190,15 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_do_what_their_names_say() -> None:
-    provider = ours_llama(SMALL, CPU)
+    peer = ours_llama(SMALL, CPU)
     seen = []
 
     def note(name: str, value: Any) -> Any:
         seen.append((name, torch.is_grad_enabled()))
         return value
 
-    watched = provider._replace(
-        loss=lambda ids: note("loss", provider.loss(ids)), read=lambda ids: note("read", provider.read(ids))
+    watched = peer._replace(
+        loss=lambda ids: note("loss", peer.loss(ids)), read=lambda ids: note("read", peer.read(ids))
     )
     for direction in DIRECTIONS:
         step(watched, SMALL.ids(CPU), direction)()
@@ -234,7 +234,7 @@ def test_bytes_kept_of_a_text() -> None:
 
 
 def test_the_whole_path(tmp_path: Path) -> None:
-    """A JSON with a ratio for every provider that was asked for, and the table."""
+    """A JSON with a ratio for every peer that was asked for, and the table."""
     out = tmp_path / "result.json"
     options = ["--workload=1,2,8,2,1,1,8", "--rounds=2", f"--benchmark-json={out}", "-k", "reading or -2-"]
     suite = "bench/speed/bench_recurrent_memory.py"
@@ -243,7 +243,7 @@ def test_the_whole_path(tmp_path: Path) -> None:
     document = json.loads(out.read_text())
     results = document["benchmarks"]
     # the report reads it
-    skipped = {(x.provider, x.status, x.reason) for x in read(out).rows if x.ratio is None}
+    skipped = {(x.peer, x.status, x.reason) for x in read(out).rows if x.ratio is None}
     assert skipped == {("segattn, compiled", "skipped", "needs a GPU")}
     found = {(x["group"].split(", ", 1)[1], x["extra_info"]["provider"]) for x in results}
     assert found >= {(f"{group}, reading", name) for group, name in CASES}

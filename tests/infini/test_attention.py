@@ -271,7 +271,7 @@ def test_bad_calls_are_named() -> None:
         attention(tokens(2, 3), InfiniAttention(16, 4, segment_len=6).double()(tokens(2, 7))[1])
     with pytest.raises(ValueError, match=r"spans must have shape \[B, 2\]"):
         attention(tokens(2, 3), spans=spans[0])
-    with pytest.raises(TypeError, match="cu_seqlens must be an int32 tensor, got list"):
+    with pytest.raises(TypeError, match="cu_seqlens must be an int32 or int64 tensor, got list"):
         attention(tokens(1, 3), cu_seqlens=[0, 3])
     with pytest.raises(TypeError, match=r"x must be bfloat16, float16, float32 or float64, got torch.int64"):
         attention(torch.zeros(2, 3, 16, dtype=torch.int64))
@@ -284,6 +284,15 @@ def test_gates_that_nobody_trains_are_noticed() -> None:
     layer.gate.requires_grad_(False)
     with pytest.warns(UserWarning, match="no gate is trained"):
         parameter_groups(layer, 1e-3)
+
+
+def test_a_model_without_a_gate_is_noticed(recwarn: pytest.WarningsRecorder) -> None:
+    model = torch.nn.Linear(3, 3)
+    with pytest.warns(UserWarning, match=r"model has no gate, .* got a Linear: call segattn\.convert before"):
+        groups = parameter_groups(model, 1e-3)
+    assert [id(p) for group in groups for p in group["params"]] == [id(p) for p in model.parameters()]
+    parameter_groups(InfiniAttention(16, 2, segment_len=4), 1e-3)
+    assert not recwarn
 
 
 def test_a_text_of_one_segment_gives_every_parameter_a_gradient() -> None:

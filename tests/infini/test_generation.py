@@ -376,6 +376,10 @@ def test_caches_that_cannot_be_used() -> None:
         full = make()(ids, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="got a DynamicCache of 20 tokens"):
             model(ids, past_key_values=full)
+        # it could not be filled, and whoever keeps it would begin anew with each turn
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=r"got a DynamicCache of 0 tokens: pass segattn\.InfiniCache\(model\)"):
+                call(ids, past_key_values=transformers.DynamicCache())
         cache = model(ids, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="past_key_values must be of batch size 1, as the input is, got 2"):
             model(ids[:1], past_key_values=cache)

@@ -263,6 +263,8 @@ def test_checkpointing_that_drops_the_keys_of_other_layers_is_refused(name: str)
         ({"input_ids": torch.ones(40, dtype=torch.long)}, ValueError, r"input_ids must be integers \[B, T\]"),
         ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, ValueError, "input_ids must be .* at least one token"),
         ({"input_ids": torch.ones(1, 9)}, ValueError, "input_ids must be integers .* got torch.float32"),
+        ({"input_ids": [[1, 2]]}, TypeError, r"input_ids must be a tensor of integers \[B, T\], got list"),
+        ({"attention_mask": [[1, 1]]}, TypeError, r"attention_mask must be a tensor of integers \[B, T\], got list"),
         ({"labels": torch.ones(1, 39, dtype=torch.long)}, ValueError, r"labels must be .*\[1, 40\], got \[1, 39\]"),
         ({"attention_mask": torch.ones(1, 39)}, ValueError, r"attention_mask must be \[1, 40\], got \[1, 39\]"),
         ({"labels": torch.full((1, 40), -100)}, ValueError, "labels must hold a token to predict"),
@@ -273,6 +275,9 @@ def test_bad_input_is_named(arguments: dict[str, Any], error: type[Exception], m
     given = {"input_ids": tokens(1, 40), "piece_len": L} | arguments
     with pytest.raises(error, match=message):
         loss_in_pieces(converted(), **given)
+    if "detach_every" not in arguments:
+        with pytest.raises(error, match=message):
+            backward_in_pieces(converted(), **given)
 
 
 def test_models_that_cannot_are_named() -> None:

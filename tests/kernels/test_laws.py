@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from segattn import MemoryState, memory_read, memory_write, segment_attention
+from segattn import MemoryState, memory_read, memory_write, segment_attention, segment_decode
 
 BACKENDS = ("torch", "reference")
 UPDATES = ("delta", "linear")
@@ -409,6 +409,30 @@ def test_a_second_derivative_is_refused(name: str, backend: str, device: torch.d
     ours = call.gated or backend == "triton"
     with pytest.raises(RuntimeError, match=r"once_differentiable|second derivative" if ours else "derivative for aten"):
         first.square().sum().backward()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("name", ["q", "gate", "memory"])
+def test_forward_mode_is_refused_and_of_the_reference_alone(name: str, softcap: float | None) -> None:
+    """Registered operations drop tangents in silence."""
+    q, k, v = (torch.randn(1, 2, 8, 4, dtype=torch.float64) for _ in range(3))
+    made = {"q": q, "gate": torch.zeros(2, dtype=torch.float64), "memory": torch.rand(1, 2, 4, 4, dtype=torch.float64)}
+
+    def change(x: Tensor, backend: str) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            given = made | {name: x}
+            state = MemoryState(given["memory"], torch.ones(1, 2, 4, dtype=torch.float64))
+            options = {"segment_len": 3, "softcap": softcap, "backend": backend}
+            return segment_attention(given["q"], k, v, gate=given["gate"], state=state, **options).out
+
+        return torch.func.jvp(run, (x,), (torch.ones_like(x),))[1]
+
+    assert change(made[name], "reference").any()
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        change(made[name], "torch")
+    state = MemoryState(made["memory"], torch.ones(1, 2, 4, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: segment_decode(x, k, v, gate=made["gate"], state=state, softcap=softcap), (q,), (q,))
 
 
 @pytest.mark.parametrize("name", ["rows", "packed", "left padding", "exact segments"])

@@ -101,7 +101,11 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         "cu_seqlens must be int32 or int64, got torch.float32",
         packed | {"cu_seqlens": torch.tensor([0.0, 12.0])},
     ),
-    "cu_seqlens type": (TypeError, "cu_seqlens must be an int32 tensor, got list", packed | {"cu_seqlens": [0, 12]}),
+    "cu_seqlens type": (
+        TypeError,
+        "cu_seqlens must be an int32 or int64 tensor, got list",
+        packed | {"cu_seqlens": [0, 12]},
+    ),
     "spans out of range": (
         ValueError,
         r"spans\[1\] must be .* inside \[0, 12\], got \[3, 13\]",

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ....infini.gate import Gate, parameter_groups
+from ....infini.gate import Gate, split_parameters
 from ....infini.huggingface.conversion import convert
 from ....runs.figures import versions
 from ..harness import Advance, Figures, Job, Runs, command, earlier, made_by, run_all
@@ -77,7 +77,8 @@ def train(
 ) -> list[float]:
     """Train for all steps, and return the losses. The windows depend on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    groups = parameter_groups(model, setup.lr, setup.gate_lr, setup.weight_decay)
+    # of the variants, full has no gate, and local trains none
+    groups = split_parameters(model, setup.lr, setup.gate_lr, setup.weight_decay)
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimiser.param_groups]
     offsets = torch.arange(setup.row + 1)
