@@ -140,7 +140,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in broken:
         sys.stdout.write(f"  {line}\n")
     return 1 if broken else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

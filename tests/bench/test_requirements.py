@@ -9,6 +9,7 @@ from processes import python
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
+    "compiled": ("rich", "cli"),
     "report": ("matplotlib", "cli"),
     "experiments.book": ("rich, matplotlib", "cli,hf"),
     "experiments.baselines": ("rich, matplotlib", "cli,hf"),
