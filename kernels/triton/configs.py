@@ -73,6 +73,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("query_grad_kernel", 16, 64): {
         "": _tile(128, 64, warps=8, stages=3),
         "sm_100": _tile(64, 64, 32),
+        "sm_120": _tile(128, 64, 32, warps=8, stages=3),
         "gfx942": _tile(64, 32, stages=1),
     },
     ("query_grad_kernel", 16, 128): {
@@ -130,7 +131,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
         "sm_90": _tile(chunk=32),
         "sm_100": _tile(chunk=32),
     },
-    ("weight_sums_kernel", 16, 64): {"": _tile(), "gfx942": _tile(n=32, chunk=32, stages=1)},
+    ("weight_sums_kernel", 16, 64): {"": _tile(), "sm_120": _tile(warps=8), "gfx942": _tile(n=32, chunk=32, stages=1)},
     ("weight_sums_kernel", 16, 128): {"": _tile(warps=8), "gfx942": _tile(n=32, chunk=32, stages=1)},
     ("weight_sums_kernel", 16, 256): {"": _tile(n=32, chunk=32, warps=8, stages=1)},
     ("write_grad_kernel", 16, 64): {
