@@ -113,7 +113,7 @@ def least_weight(features: Tensor, inverse_peak: Tensor) -> Tensor:
     """
     limits = torch.finfo(features.dtype)
     least = limits.tiny / limits.eps * inverse_peak.clamp(min=1)
-    largest = torch.linalg.vector_norm(features.detach(), torch.inf, dim=-1, keepdim=True)
+    largest = features.detach().abs().amax(-1, keepdim=True)
     return (largest * least).clamp(min=limits.tiny)
 
 
