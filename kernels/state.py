@@ -1,4 +1,4 @@
-"""The values that cross the operation's boundary: the memory's state, the result, and a call's options."""
+"""The values that cross the operation's boundary: the memory's state, the result, a call's options and sinks."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ class SegmentOutput(NamedTuple):
     """What `segment_attention` returns.
 
     out: [B, H, Tq, V] in q's dtype.
-    state: the memory after every segment completed inside k and v; None when the call has no gate.
+    state: the memory after every segment completed inside k and v, less the last `lookback` of them; None when the call
+        has no gate.
     """
 
     out: Tensor
@@ -96,6 +97,16 @@ class Options(NamedTuple):
     empty_memory: str
     scale: float
     softcap: float | None = None
+    lookback: int = 0
+
+
+class Sinks(NamedTuple):
+    """The sinks of a call as extra keys of every slot that sees them; zeros where a slot does not."""
+
+    k: Tensor  # [F, G, n, K]
+    v: Tensor  # [F, G, n, V]
+    seen: Tensor  # bool [F]
+    unseen: int = 0  # of whole rows: how many first segments of every row do not see them
 
 
 def over_peak(normalizer: Tensor) -> tuple[Tensor, Tensor]:

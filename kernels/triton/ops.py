@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..sequences import layout_of, slot_count
-from ..state import MemoryState, Options, SegmentOutput
+from ..state import MemoryState, Options, SegmentOutput, Sinks
 from .attention import SavedRows, attend
 from .attention_backward import key_grads, query_grads
 from .decode import decode
@@ -208,12 +208,17 @@ class SegmentAttention(torch.autograd.Function):
 
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
-    state: MemoryState | None, bounds: Tensor | None, options: Options,
+    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, options: Options,
 ) -> SegmentOutput:  # fmt: skip
     """Run a call of `segment_attention` by the kernels.
 
     bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows.
+
+    Raises:
+        ValueError: lookback or sinks, which the kernels do not take.
     """
+    if options.lookback or sinks is not None:
+        raise ValueError("lookback and sinks must be 0 for backend='triton': pass backend='torch'")
     inputs = _inputs(q, k, v, memory_q, memory_k, gate, state, bounds)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         out, memory, normalizer = SegmentAttention.apply(options, *distinct(*inputs))
@@ -245,15 +250,17 @@ def _is_tail(q: Tensor, k: Tensor, options: Options) -> bool:
 
 def triton_decode(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
-    lengths: Tensor | None, counters: Tensor | None, options: Options,
+    lengths: Tensor | None, sinks: Sinks | None, counters: Tensor | None, options: Options,
 ) -> Tensor:  # fmt: skip
     """Run a call of `segment_decode` by the kernels.
 
-    lengths [B]: tokens in each row of k and v, the last of them q's.
+    lengths [B]: tokens in each row of k and v, the last of them q's. sinks: those of every row, [B, G, n, ·].
 
     Raises:
-        ValueError: more queries than a tile holds.
+        ValueError: more queries than a tile holds; sinks, which the kernels do not take.
     """
+    if sinks is not None:
+        raise ValueError("sink_k must be None for backend='triton': pass backend='torch'")
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     if rows > DECODED_ROWS:
         raise ValueError(
