@@ -15,8 +15,10 @@ from ..kernels.autocast import autocast, autocast_holds
 from ..kernels.backends import check_backend
 from ..kernels.exchange import Ranks, agree_on_runs, modes
 from ..kernels.sequence_parallel import sequence_parallel_attention, under_context_parallel
+from ..kernels.sinks import first_tokens
 from ..kernels.state import MemoryState, SegmentOutput
 from .gate import Gate
+from .memory_map import MemoryMap
 from .rotary import rotate
 
 ROPE = ("segment", "sequence", None)
@@ -25,19 +27,26 @@ ROPE = ("segment", "sequence", None)
 class InfiniState(NamedTuple):
     """What an `InfiniAttention` keeps of the tokens it has read: a value of constant size, differentiable.
 
-    memory: MemoryState of the completed segments, float32.
-    keys, values: [B, G, P, K] of the unfinished segment, P < L, before rotary embedding.
+    memory: MemoryState of the completed segments, float32; with lookback=1, of all of them but the last.
+    keys, values: [B, G, P, K] of the tokens that the memory does not hold, before rotary embedding: the unfinished
+        segment, with lookback=1 also the whole one before it. P < (1 + lookback) · L.
     position: number of tokens read.
+    sink_keys, sink_values: [B, G, sinks, K] of the text's first tokens, once they are in the memory; before that, and
+        without sinks, None.
     """
 
     memory: MemoryState
     keys: Tensor
     values: Tensor
     position: int
+    sink_keys: Tensor | None = None
+    sink_values: Tensor | None = None
 
     def detach(self) -> InfiniState:
         """Return the state cut from the graph, where truncated back-propagation ends."""
-        return InfiniState(self.memory.detach(), self.keys.detach(), self.values.detach(), self.position)
+        keys, values = self.keys.detach(), self.values.detach()
+        sinks = (None if x is None else x.detach() for x in (self.sink_keys, self.sink_values))
+        return InfiniState(self.memory.detach(), keys, values, self.position, *sinks)
 
 
 class InfiniAttention(nn.Module):
@@ -59,10 +68,16 @@ class InfiniAttention(nn.Module):
         rope: rotary positions of local attention: "segment" restarts them with each segment, "sequence" counts over
             the whole text, None has none. The memory sees queries and keys without them. Both give the same up to
             rounding, as local attention depends on distances; take "sequence" for weights trained with such positions.
+            With lookback=1 both count over the whole text, since a key is seen from two segments.
         rope_base: base of the rotary frequencies.
         write_bias: initial value of a learnt bias on the keys that the memory is written with; None: no bias. A
             negative one writes little until training asks for more, which keeps the noise of a long text out. It is
             not in the paper.
+        lookback: 1 lets a token also see the whole segment before its own; 0 or 1. As in `segment_attention`.
+        sinks: the number of a text's first tokens that all later ones see, at most L. Their rotary positions are those
+            just before the window: no distance is greater than (1 + lookback) · L + sinks.
+        memory_maps: give the memory a learnt map of its queries and of its keys, one for each head (`MemoryMap`), the
+            identity at first. `write_bias` is then the initial value of the keys' bias.
         bias: give the four projections a bias.
         empty_memory, backend: as in `segment_attention`.
 
@@ -85,6 +100,9 @@ class InfiniAttention(nn.Module):
         rope: str | None = "segment",
         rope_base: float = 10_000.0,
         write_bias: float | None = None,
+        lookback: int = 0,
+        sinks: int = 0,
+        memory_maps: bool = False,
         bias: bool = False,
         empty_memory: str = "local",
         backend: str | None = None,
@@ -93,6 +111,8 @@ class InfiniAttention(nn.Module):
         kv_heads = heads if kv_heads is None else kv_heads
         head_width = _checked_head_width(width, heads, kv_heads, head_width)
         check.check_integer("segment_len", segment_len, 1)
+        lookback, sinks = check.check_lookback(lookback, sinks, segment_len, False)
+        check.check_bool("memory_maps", memory_maps)
         check.check_choice("update", update, check.UPDATES)
         check.check_choice("empty_memory", empty_memory, check.EMPTY_MEMORY)
         check_backend(backend)
@@ -104,6 +124,7 @@ class InfiniAttention(nn.Module):
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
         self.update, self.empty_memory, self.backend = update, empty_memory, backend
         self.rope, self.rope_base = rope, rope_base
+        self.lookback, self.sinks = lookback, sinks
         self.q_proj = nn.Linear(width, heads * head_width, bias=bias)
         self.k_proj = nn.Linear(width, kv_heads * head_width, bias=bias)
         self.v_proj = nn.Linear(width, kv_heads * head_width, bias=bias)
@@ -111,13 +132,18 @@ class InfiniAttention(nn.Module):
         self.q_norm = nn.RMSNorm(head_width) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_width) if qk_norm else None
         self.gate = Gate(heads, gate_init)
-        # a vector, so that optimisers keep weight decay off it
-        bias_shape = (kv_heads * head_width,)
-        self.write_bias = None if write_bias is None else nn.Parameter(torch.full(bias_shape, float(write_bias)))
+        self.write_bias = self.memory_q_map = self.memory_k_map = None
+        if memory_maps:
+            self.memory_q_map = MemoryMap(heads, head_width)
+            self.memory_k_map = MemoryMap(kv_heads, head_width, 0.0 if write_bias is None else write_bias)
+        elif write_bias is not None:
+            # a vector, so that optimisers keep weight decay off it
+            self.write_bias = nn.Parameter(torch.full((kv_heads * head_width,), float(write_bias)))
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the settings."""
-        return f"segment_len={self.segment_len}, update={self.update!r}, rope={self.rope!r}"
+        window = f", lookback={self.lookback}, sinks={self.sinks}" if self.lookback or self.sinks else ""
+        return f"segment_len={self.segment_len}, update={self.update!r}, rope={self.rope!r}{window}"
 
     def forward(
         self,
@@ -160,12 +186,14 @@ class InfiniAttention(nn.Module):
         q = _normalised(self._heads(self.q_proj(x)), self.q_norm)
         k = _normalised(self._heads(self.k_proj(x)), self.k_norm)
         v = self._heads(self.v_proj(x))
-        read, memory = 0, None
+        read, memory, unfinished = 0, None, 0
         if state is not None:
-            read, memory = state.position, state.memory
+            read, memory, unfinished = state.position, state.memory, state.keys.shape[2]
             k, v = torch.cat([state.keys, k], dim=2), torch.cat([state.values, v], dim=2)
-        time, unfinished = k.shape[2], k.shape[2] - x.shape[1]
-        positions = self._positions(x, read + first - unfinished, time, spans, cu_seqlens)
+        # position of the first key, where a segment begins
+        begin = read + first - unfinished
+        positions = self._positions(k, begin, spans, cu_seqlens)
+        sinks = self._sink_tokens(k, v, state if begin else None, spans, cu_seqlens)
         out, memory = operation(
             self._rotate(q, positions[..., unfinished:]),
             self._rotate(k, positions),
@@ -173,20 +201,22 @@ class InfiniAttention(nn.Module):
             segment_len=self.segment_len,
             gate=self.gate(),
             update=self.update,
-            memory_q=q,
-            memory_k=k if self.write_bias is None else k + self.write_bias.view(self.kv_heads, 1, self.head_width),
+            memory_q=q if self.memory_q_map is None else self.memory_q_map(q),
+            memory_k=self._memory_keys(k),
             state=memory,
             spans=spans,
             cu_seqlens=cu_seqlens,
             empty_memory=self.empty_memory,
             backend=self.backend,
+            **self._window(sinks, begin, k.shape[2]),
         )
         out = self.o_proj(out.transpose(1, 2).flatten(2))
         if spans is not None or cu_seqlens is not None or memory is None:
             return out, None
         # cloned, so that the rest of a long piece is not kept alive
-        tail = time // self.segment_len * self.segment_len
-        return out, InfiniState(memory, k[:, :, tail:].clone(), v[:, :, tail:].clone(), read + total)
+        tail = max(k.shape[2] // self.segment_len - self.lookback, 0) * self.segment_len
+        kept = (None, None) if sinks is None or begin + tail == 0 else (x.clone() for x in sinks)
+        return out, InfiniState(memory, k[:, :, tail:].clone(), v[:, :, tail:].clone(), read + total, *kept)
 
     def _check(self, x: Tensor, state: InfiniState | None, spans: Tensor | None, cu_seqlens: Tensor | None) -> None:
         check.check_floating("x", x)
@@ -208,6 +238,11 @@ class InfiniAttention(nn.Module):
             self._check(x, state, spans, cu_seqlens)
             if spans is not None or cu_seqlens is not None:
                 raise ValueError("spans and cu_seqlens must be None with a group: each row is one text")
+            if self.lookback or self.sinks:
+                raise ValueError(
+                    f"lookback and sinks must be 0 with a group, got {self.lookback} and {self.sinks}: tokens of "
+                    "other ranks are not seen"
+                )
             if state is not None and state.keys.shape[2]:
                 raise ValueError(
                     f"state must end with a whole segment for a group, got {state.keys.shape[2]} more tokens"
@@ -218,6 +253,7 @@ class InfiniAttention(nn.Module):
                 "x's dtype": x.dtype,
                 "qk_norm": self.q_norm is not None,
                 "write_bias given": self.write_bias is not None,
+                "memory_maps": self.memory_k_map is not None,
                 "state given": state is not None,
                 **modes(x.device.type),
             }
@@ -239,14 +275,25 @@ class InfiniAttention(nn.Module):
         batch, heads, time, width = state.keys.shape
         if batch != x.shape[0]:
             raise ValueError(f"state must be of x's batch size {x.shape[0]}, got {batch}")
-        if (heads, width) != (self.kv_heads, self.head_width) or time >= self.segment_len:
-            wanted = f"[B, {self.kv_heads}, P < {self.segment_len}, {self.head_width}]"
+        most = (1 + self.lookback) * self.segment_len
+        if (heads, width) != (self.kv_heads, self.head_width) or time >= most:
+            wanted = f"[B, {self.kv_heads}, P < {most}, {self.head_width}]"
             raise ValueError(f"state must hold keys of shape {wanted}, got {list(state.keys.shape)}")
-        if state.position % self.segment_len != time:
+        held = max(state.position // self.segment_len - self.lookback, 0) * self.segment_len
+        if state.position - held != time:
             raise ValueError(
-                f"state must stop {state.position % self.segment_len} tokens into a segment of {self.segment_len}, "
-                f"as its position {state.position} does, got {time} keys: it is of another segment_len"
+                f"state must hold the last {state.position - held} tokens of its {state.position} for segments of "
+                f"{self.segment_len} and lookback = {self.lookback}, got {time} keys: it is of another segment_len or "
+                "lookback"
             )
+        for name, sink in (("sink_keys", state.sink_keys), ("sink_values", state.sink_values)):
+            shape = (batch, self.kv_heads, self.sinks, self.head_width)
+            if (sink is None) != (held == 0 or not self.sinks) or (sink is not None and sink.shape != shape):
+                got = "none" if sink is None else list(sink.shape)
+                raise ValueError(
+                    f"state.{name} must be {list(shape) if held and self.sinks else None}, got {got}: it is of a layer "
+                    "of other sinks"
+                )
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
@@ -254,17 +301,58 @@ class InfiniAttention(nn.Module):
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         return x if self.rope is None else rotate(x, positions, self.rope_base)
 
-    def _positions(self, x: Tensor, first: int, time: int, spans: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """Return the positions [T] or [B, T] of the keys, the first of which is `first`, where a segment begins."""
-        positions = torch.arange(time, device=x.device)
+    def _memory_keys(self, k: Tensor) -> Tensor:
+        """Return what the memory is written by."""
+        if self.memory_k_map is not None:
+            return self.memory_k_map(k)
+        return k if self.write_bias is None else k + self.write_bias.view(self.kv_heads, 1, self.head_width)
+
+    def _positions(self, k: Tensor, begin: int, spans: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """Return the positions [T] or [B, T] of the keys, the first of which is `begin`, where a segment begins."""
+        restart = self.rope == "segment" and not self.lookback
+        positions = torch.arange(k.shape[2], device=k.device)
         if spans is not None:
             positions = positions - spans[:, :1]
         elif cu_seqlens is not None:
             sequence = torch.searchsorted(cu_seqlens.to(positions.dtype), positions, right=True) - 1
             positions = positions - cu_seqlens[sequence]
-        elif self.rope == "sequence":
-            positions = positions + first
-        return positions % self.segment_len if self.rope == "segment" else positions
+        elif not restart:
+            positions = positions + begin
+        return positions % self.segment_len if restart else positions
+
+    def _sink_tokens(
+        self, k: Tensor, v: Tensor, state: InfiniState | None, spans: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return keys and values of the sinks, [N, G, sinks, K] before rotary embedding; None: there are none yet.
+
+        state: the state with the sinks, where the text did not begin in this call.
+        """
+        if not self.sinks:
+            return None
+        if state is not None:
+            kept = state.sink_keys, state.sink_values
+            return None if kept[0] is None or kept[1] is None else (kept[0], kept[1])
+        if spans is None and cu_seqlens is None:
+            return None if k.shape[2] < self.sinks else (k[:, :, : self.sinks], v[:, :, : self.sinks])
+        bounds = spans if cu_seqlens is None else torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)
+        return first_tokens(k, bounds, self.sinks), first_tokens(v, bounds, self.sinks)
+
+    def _window(self, sinks: tuple[Tensor, Tensor] | None, begin: int, time: int) -> dict[str, Any]:
+        """Return the arguments of the operation that say what is seen besides a segment: what is given up for none."""
+        if not self.lookback and not self.sinks:
+            return {}
+        window: dict[str, Any] = {"lookback": self.lookback, "sinks": self.sinks, "past": begin}
+        if sinks is None:
+            return window
+        keys, values = sinks
+        segments = -(-time // self.segment_len)
+        each = keys.unsqueeze(2).expand(-1, -1, segments, -1, -1)
+        # just before the window of each segment
+        segment = torch.arange(segments, device=keys.device) + begin // self.segment_len - self.lookback
+        start = segment * self.segment_len if self.lookback or self.rope == "sequence" else 0 * segment
+        positions = start[:, None] + torch.arange(-self.sinks, 0, device=keys.device)
+        rotated = self._rotate(each.flatten(2, 3), positions.flatten()).unflatten(2, (segments, self.sinks))
+        return window | {"sink_k": rotated, "sink_v": values}
 
 
 def _checked_head_width(width: int, heads: int, kv_heads: int, head_width: int | None) -> int:

@@ -37,7 +37,7 @@ def sinks_of(
             before = before[slots.sequence.clamp(max=len(bounds) - 1)]
         seen = (slots.number + before > options.lookback) & (slots.begin < slots.end)
     keys, values = (
-        _to_slots(_first_tokens(x, bounds, count) if passed is None else passed, slots, batch, len(seen)).masked_fill(
+        _to_slots(first_tokens(x, bounds, count) if passed is None else passed, slots, batch, len(seen)).masked_fill(
             ~seen[:, None, None, None], 0
         )
         for x, passed in ((k, sink_k), (v, sink_v))
@@ -45,7 +45,7 @@ def sinks_of(
     return Sinks(keys, values, seen, max(options.lookback + 1 - before, 0) if isinstance(before, int) else 0)
 
 
-def _first_tokens(x: Tensor, bounds: Tensor | None, count: int) -> Tensor:
+def first_tokens(x: Tensor, bounds: Tensor | None, count: int) -> Tensor:
     """Return the first `count` tokens of every sequence in x [B, heads, T, width] as [N, heads, count, width].
 
     What a sequence of fewer tokens has in their place is of no account: it has no segment that sees them.

@@ -237,6 +237,7 @@ def module_refusals(group: Any, rank: int) -> dict[str, str]:
     calls = {
         "spans": lambda: layer(x, spans=torch.tensor([[0, 10]] * 2), group=group),
         "tail": lambda: layer(x, tail, group=group),
+        "window": lambda: module(lookback=1, sinks=2)(x, group=group),
         "width": lambda: layer(x[..., 1:] if rank == 1 else x, group=group),
         "rank's part": lambda: layer(x[:, :7], group=group),
         "names": lambda: shard_batch({"input_ids": ids, "spans": ids}, group, 5),

@@ -25,6 +25,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "write bias": {"write_bias": -1.0},
     "wide heads": {"head_width": 6},
     "gated when empty": {"empty_memory": "gated"},
+    "lookback": {"lookback": 1},
+    "sinks": {"sinks": 2, "rope": "sequence"},
+    "segment positions and as many sinks": {"sinks": 5, "rope": "segment"},
+    "lookback and sinks": {"lookback": 1, "sinks": 3, "kv_heads": 2},
+    "lookback and sinks without positions": {"lookback": 1, "sinks": 1, "rope": None, "update": "linear"},
+    "maps": {"memory_maps": True, "write_bias": -1.0, "lookback": 1},
 }
 
 
@@ -52,6 +58,10 @@ def test_pieces_equal_the_whole(name: str, cuts: set[int]) -> None:
     assert error(state.memory.memory, expected.memory.memory) < 1e-12
     assert error(state.keys, expected.keys) < 1e-12
     assert state.position == expected.position == 23
+    assert (state.sink_keys is None) == (expected.sink_keys is None) == (attention.sinks == 0)
+    if attention.sinks:
+        assert error(state.sink_keys, expected.sink_keys) < 1e-12
+        assert error(state.sink_values, expected.sink_values) < 1e-12
     grads = torch.autograd.grad(torch.cat(outs, 1).square().sum(), attention.parameters(), retain_graph=True)
     for got, wanted in zip(grads, torch.autograd.grad(whole.square().sum(), attention.parameters()), strict=True):
         # the gate is float32 in a float64 model too
@@ -117,9 +127,73 @@ def test_segment_positions_restart() -> None:
         assert error(out[:, 10:], out[:, :5]) < 1e-6
 
 
+@pytest.mark.parametrize("rope", ["segment", "sequence", None])
+@pytest.mark.parametrize(("lookback", "sinks"), [(0, 0), (1, 0), (0, 3), (1, 2)])
+def test_a_window_sees_what_it_says_at_the_distances_of_a_cache(lookback: int, sinks: int, rope: str | None) -> None:
+    """Compare local attention with a softmax over each token's window and sinks, the sinks just before the window."""
+    attention = layer(lookback=lookback, sinks=sinks, rope=rope, gate_init=-60.0, rope_base=30.0)
+    x = tokens(1, 18)
+    q, k, v = (
+        p(x).detach().unflatten(-1, (4, 4)).transpose(1, 2)
+        for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    expected = []
+    for t in range(18):
+        begin = max(t // 5 - lookback, 0) * 5
+        seen = list(range(begin, t + 1))
+        places = [0.0] * 99 if rope is None else [float(j) for j in seen]
+        if begin:
+            seen = [*range(sinks), *seen]
+            places = [0.0] * 99 if rope is None else [float(begin - sinks + j) for j in range(sinks)] + places
+        at = torch.tensor(places[: len(seen)], dtype=torch.float64)
+        now = torch.tensor([0.0 if rope is None else float(t)], dtype=torch.float64)
+        scores = rotate(q[:, :, t : t + 1], now, 30.0) @ rotate(k[:, :, seen], at, 30.0).mT / 2
+        expected.append(scores.softmax(-1) @ v[:, :, seen])
+    wanted = attention.o_proj(torch.cat(expected, 2).transpose(1, 2).flatten(2))
+    assert error(attention(x)[0], wanted) < 1e-10
+
+
+def test_angles_keep_their_digits_far_into_a_text() -> None:
+    """Compare the scores of equal distances at the start and 100 million tokens later."""
+    q, k = (torch.randn(1, 1, 4, 8, dtype=torch.float64) for _ in range(2))
+    near, far = (
+        rotate(q, torch.arange(3, 7) + t, 1e4) @ rotate(k, torch.arange(4) + t, 1e4).mT for t in (0, 100_000_000)
+    )
+    assert error(far, near) < 1e-6
+
+
+def test_memory_maps_are_the_identity_at_first_and_only_the_memory_sees_them() -> None:
+    torch.manual_seed(3)
+    plain = layer(kv_heads=2)
+    mapped = layer(kv_heads=2, memory_maps=True)
+    mapped.load_state_dict(plain.state_dict(), strict=False)
+    x = tokens(2, 12)
+    assert error(mapped(x)[0], plain(x)[0]) < 1e-12
+    for module, heads in ((mapped.memory_q_map, 4), (mapped.memory_k_map, 2)):
+        torch.nn.init.normal_(module.weight)
+        torch.nn.init.normal_(module.bias)
+        rows = torch.randn(1, heads, 1, 4, dtype=torch.float64)
+        expected = [
+            rows[0, h, 0] + rows[0, h, 0] @ module.weight[h] + module.bias[4 * h : 4 * h + 4] for h in range(heads)
+        ]
+        assert error(module(rows)[0, :, 0], torch.stack(expected)) < 1e-12
+    out = mapped(x)[0]
+    assert torch.equal(out[:, :5], plain(x)[0][:, :5])
+    assert error(out[:, 5:], plain(x)[0][:, 5:]) > 1e-3
+
+
+def test_weight_decay_pulls_memory_maps_to_the_identity() -> None:
+    attention = layer(memory_maps=True)
+    groups = parameter_groups(attention, lr=1e-3)
+    matrices = {id(p) for p in groups[0]["params"]}
+    assert {id(attention.memory_q_map.weight), id(attention.memory_k_map.weight)} <= matrices
+    assert not {id(attention.memory_q_map.bias), id(attention.memory_k_map.bias)} & matrices
+
+
 @pytest.mark.parametrize("rope", ["segment", "sequence"])
-def test_padded_and_packed_rows_equal_rows_alone(rope: str) -> None:
-    attention = layer(rope=rope, kv_heads=2)
+@pytest.mark.parametrize("window", [{}, {"lookback": 1, "sinks": 2}, {"sinks": 4}])
+def test_padded_and_packed_rows_equal_rows_alone(rope: str, window: dict[str, int]) -> None:
+    attention = layer(rope=rope, kv_heads=2, **window)
     x = tokens(2, 13)
     spans = torch.tensor([[4, 13], [0, 11]], dtype=torch.int32)
     out, state = attention(x, spans=spans)
@@ -242,6 +316,8 @@ def test_truncation_is_where_the_caller_detaches() -> None:
         ("update must be one of 'delta', 'linear', got 'gated'", {"update": "gated"}),
         ("empty_memory must be one of 'local', 'gated', got None", {"empty_memory": None}),
         ("backend must be one of 'triton', 'torch', 'reference', got 'cpu'", {"backend": "cpu"}),
+        ("lookback must be .* got 2", {"lookback": 2}),
+        ("sinks must be .* got 6", {"sinks": 6}),
     ],
 )
 def test_bad_options_are_named_at_construction(message: str, options: dict[str, Any]) -> None:
@@ -266,7 +342,8 @@ def test_bad_calls_are_named() -> None:
     with pytest.raises(TypeError, match=r"state must be the InfiniState of an earlier call, got MemoryState"):
         attention(tokens(2, 3), state.memory)
     with pytest.raises(
-        ValueError, match=r"state must stop 2 tokens into a segment of 5, .* it is of another segment_len"
+        ValueError,
+        match=r"state must hold the last 2 tokens of its 7 for segments of 5 .* it is of another segment_len",
     ):
         attention(tokens(2, 3), InfiniAttention(16, 4, segment_len=6).double()(tokens(2, 7))[1])
     with pytest.raises(ValueError, match=r"spans must have shape \[B, 2\]"):
@@ -275,6 +352,16 @@ def test_bad_calls_are_named() -> None:
         attention(tokens(1, 3), cu_seqlens=[0, 3])
     with pytest.raises(TypeError, match=r"x must be bfloat16, float16, float32 or float64, got torch.int64"):
         attention(torch.zeros(2, 3, 16, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"state must hold keys of shape \[B, 4, P < 5, 4\], got \[2, 4, 7, 4\]"):
+        attention(tokens(2, 3), layer(lookback=1)(tokens(2, 7))[1])
+    with pytest.raises(ValueError, match=r"state must hold the last 7 tokens of its 7 .* lookback = 1, got 2 keys"):
+        layer(lookback=1)(tokens(2, 3), attention(tokens(2, 7))[1])
+    with pytest.raises(ValueError, match=r"state.sink_keys must be \[2, 4, 3, 4\], got none"):
+        layer(sinks=3)(tokens(2, 3), attention(tokens(2, 7))[1])
+    with pytest.raises(ValueError, match=r"state.sink_keys must be None, got \[2, 4, 3, 4\]"):
+        attention(tokens(2, 3), layer(sinks=3)(tokens(2, 7))[1])
+    with pytest.raises(TypeError, match="memory_maps must be"):
+        InfiniAttention(16, 4, segment_len=5, memory_maps=1)
     with pytest.raises(TypeError, match="heads must be an integer, got float"):
         InfiniAttention(16, 4.0, segment_len=5)
 
@@ -295,8 +382,9 @@ def test_a_model_without_a_gate_is_noticed(recwarn: pytest.WarningsRecorder) -> 
     assert not recwarn
 
 
-def test_a_text_of_one_segment_gives_every_parameter_a_gradient() -> None:
+@pytest.mark.parametrize("options", [{}, {"memory_maps": True}, {"lookback": 1, "sinks": 3}])
+def test_a_text_of_one_segment_gives_every_parameter_a_gradient(options: dict[str, Any]) -> None:
     """Data parallelism waits for the gradients of all parameters, also of those that only later segments use."""
-    attention = layer(write_bias=-1.0, qk_norm=True)
+    attention = layer(write_bias=-1.0, qk_norm=True, **options)
     attention(tokens(1, 3))[0].sum().backward()
     assert all(parameter.grad is not None for parameter in attention.parameters())
