@@ -58,6 +58,11 @@ class Call:
         """The number of sequences, each with a state of its own."""
         return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
+    @property
+    def pasts(self) -> tuple[int, ...]:
+        """The tokens before k, of each sequence."""
+        return self.past[: self.sequences] if isinstance(self.past, tuple) else (self.past,) * max(1, self.sequences)
+
     def sink_shape(self, width: int) -> tuple[int, ...]:
         """Return the shape of sink_k or sink_v, of `width` columns."""
         segments = (-(-self.Tk // self.segment_len),) if self.own_sinks == "segment" else ()
@@ -73,8 +78,8 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
         device: where the tensors are put. They are drawn on the CPU.
 
     Returns:
-        q, k, v; as the call has them sink_k and sink_v; with a gate also gate and, as the call has them, memory_q,
-        memory_k, memory and normalizer.
+        q, k, v; with a gate also gate and, as the call has them, memory_q, memory_k, memory and normalizer; sink_k and
+        sink_v if the call passes its own.
     """
     generator = torch.Generator().manual_seed(call.seed)
 
@@ -90,8 +95,6 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
         "k": tokens(call.G, call.Tk, call.K),
         "v": tokens(call.G, call.Tk, call.V),
     }
-    if call.own_sinks is not None:
-        drawn |= {"sink_k": normal(*call.sink_shape(call.K)), "sink_v": normal(*call.sink_shape(call.V))}
     wide = {}
     if call.gated:
         wide["gate"] = normal(call.H)
@@ -101,6 +104,8 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
             n, G, K, V = call.sequences, call.G, call.K, call.V
             keys = feature_map(normal(n, G, call.remembered, K))
             wide |= {"memory": keys.mT @ normal(n, G, call.remembered, V), "normalizer": keys.sum(2)}
+    if call.own_sinks is not None:
+        drawn |= {"sink_k": normal(*call.sink_shape(call.K)), "sink_v": normal(*call.sink_shape(call.V))}
     at_least_float32 = torch.promote_types(dtype, torch.float32)
     # in the order in which the operation names them
     made = {name: x.to(dtype) for name, x in drawn.items()} | {name: x.to(at_least_float32) for name, x in wide.items()}
@@ -130,7 +135,7 @@ def apply(call: Call, made: dict[str, Tensor], backend: str | None = None, **cha
         "softcap": call.softcap,
         "lookback": call.lookback,
         "sinks": call.sinks,
-        "past": _offsets(call.past, device) if isinstance(call.past, tuple) else call.past,
+        "past": _offsets(call.pasts, device) if isinstance(call.past, tuple) else call.past,
         "cu_seqlens": _offsets(call.cu_seqlens, device),
         "spans": _offsets(call.spans, device),
         "backend": backend,
