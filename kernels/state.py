@@ -96,6 +96,16 @@ class Options(NamedTuple):
     empty_memory: str
     scale: float
     softcap: float | None = None
+    lookback: int = 0
+
+
+class Sinks(NamedTuple):
+    """The sinks of a call as extra keys of every slot that sees them; zeros where a slot does not."""
+
+    k: Tensor  # [F, G, n, K]
+    v: Tensor  # [F, G, n, V]
+    seen: Tensor  # bool [F]
+    unseen: int = 0  # of whole rows: how many first segments of every row do not see them
 
 
 def over_peak(normalizer: Tensor) -> tuple[Tensor, Tensor]:
