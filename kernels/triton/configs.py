@@ -207,6 +207,7 @@ def shared_bytes(kernel: str, tile: Tile, bits: int, key_width: int, value_width
         "attend_kernel": (tile.BLOCK_M * key_width, tile.BLOCK_N * wide),
         "query_grad_kernel": (tile.BLOCK_M * wide, tile.BLOCK_N * wide),
         "key_grad_kernel": (tile.BLOCK_N * wide, tile.BLOCK_M * wide),
+        "sink_grad_kernel": (tile.BLOCK_N * wide, tile.BLOCK_M * wide),
         "product_kernel": (tile.BLOCK_N * key_width, tile.BLOCK_N * (key_width + tile.COLUMNS)),
         "scan_kernel": (0, tile.ROWS * tile.ROWS * 2),
     }.get(kernel, (tile.BLOCK_N * key_width, tile.CHUNK * wide))

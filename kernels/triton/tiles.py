@@ -104,12 +104,14 @@ def segment_at(slot, slots, segments, segment_len, time):
         row = slot // segments
         begin = slot % segments * segment_len
         end = tl.minimum(begin + segment_len, time)
-        return Segment(row, begin, end, 0, time)
-    row = tl.load(slots + slot * 5).to(tl.int32)
-    begin = tl.load(slots + slot * 5 + 1).to(tl.int32)
-    end = tl.load(slots + slot * 5 + 2).to(tl.int32)
-    first = tl.load(slots + slot * 5 + 3).to(tl.int32)
-    stop = tl.load(slots + slot * 5 + 4).to(tl.int32)
+        first = 0
+        stop = time
+    else:
+        row = tl.load(slots + slot * 5).to(tl.int32)
+        begin = tl.load(slots + slot * 5 + 1).to(tl.int32)
+        end = tl.load(slots + slot * 5 + 2).to(tl.int32)
+        first = tl.load(slots + slot * 5 + 3).to(tl.int32)
+        stop = tl.load(slots + slot * 5 + 4).to(tl.int32)
     return Segment(row, begin, end, first, stop)
 
 
