@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import validation as check
@@ -10,7 +12,8 @@ from .backends import HAS_TRITON, resolve
 from .inference import savable
 from .reference import reference_attention
 from .sequences import checked_bounds
-from .state import MemoryState, Options, SegmentOutput, empty_output
+from .sinks import sinks_of
+from .state import MemoryState, Options, SegmentOutput, Sinks, empty_output
 from .torch.attention import torch_attention
 
 if HAS_TRITON:
@@ -36,6 +39,11 @@ def segment_attention(
     empty_memory: str = "local",
     scale: float | None = None,
     softcap: float | None = None,
+    lookback: int = 0,
+    sinks: int = 0,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
+    past: int | Tensor = 0,
     backend: str | None = None,
 ) -> SegmentOutput:
     """Attend inside segments of `segment_len` tokens, and blend in what a memory recalls of earlier ones.
@@ -64,12 +72,23 @@ def segment_attention(
             the paper's equation reads.
         scale: of the local scores, positive; default 1 / sqrt(K).
         softcap: scores s become softcap · tanh(s / softcap), as in Gemma 2; positive; default None, not capped.
+        lookback: 1 lets a query also see the whole segment before its own (Transformer-XL, arXiv 1901.02860, with
+            gradients). Nothing is seen twice: the memory that a segment reads ends one segment earlier, and so does
+            the returned state. 0 or 1.
+        sinks: the number of first tokens of each sequence that every later one sees (StreamingLLM, arXiv 2309.17453),
+            in one softmax with its window; at most segment_len. The memory holds them too.
+        sink_k, sink_v: their keys and values, k's dtype: [N, G, sinks, K] and [N, G, sinks, V] with N states, or
+            [N, G, S, sinks, ·], one for each of the S = ceil(Tk / L) segments of k (for rotary positions within the
+            window). Default: the first tokens of k and v.
+        past: tokens of each sequence before the first of k, whole segments: an integer, or one for each as integers
+            [N]. Above 0 sink_k and sink_v must be passed. Not looked at without sinks.
         backend: "triton", "torch", "reference", or None: triton on a GPU (torch for float64), torch elsewhere. triton
             takes K and V from 16 to 256 in steps of 8.
 
     Returns:
-        SegmentOutput(out, state): out [B, H, Tq, V]; state with every segment completed inside k and v folded in. Keys
-        and values of the unfinished segment are the caller's to keep, and to pass again.
+        SegmentOutput(out, state): out [B, H, Tq, V]; state with every segment completed inside k and v folded in, with
+        lookback=1 all but the last. Keys and values of the segments that are not are the caller's to keep, and to pass
+        again; with lookback=1 the first of them is then only seen, and q begins after it.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
@@ -77,7 +96,9 @@ def segment_attention(
     """
     if isinstance(q, Tensor) and autocast_holds(q.device.type):
         q, k, v = autocast(q), autocast(k), autocast(v)
-        memory_q, memory_k = (None if x is None else autocast(x) for x in (memory_q, memory_k))
+        memory_q, memory_k, sink_k, sink_v = (
+            None if x is None else autocast(x) for x in (memory_q, memory_k, sink_k, sink_v)
+        )
     check.check_tokens(q, k, v)
     segment_len = check.check_integer("segment_len", segment_len, 1)
     check.check_bool("causal", causal)
@@ -87,13 +108,15 @@ def segment_attention(
     check.check_offsets(cu_seqlens, spans, q)
     offsets = spans if cu_seqlens is None else cu_seqlens
     check.check_block_mask(num_read, num_write, gate, k.shape[2], segment_len, offsets is not None)
+    lookback, sinks = check.check_lookback(lookback, sinks, segment_len, bool(num_read or num_write))
     scale = check.check_scale(scale, q)
-    options = Options(
-        segment_len, update, causal, num_read, num_write, empty_memory, scale, check.check_softcap(softcap)
-    )
+    softcap = check.check_softcap(softcap)
+    options = Options(segment_len, update, causal, num_read, num_write, empty_memory, scale, softcap, lookback)
     chosen = resolve(backend, q, v)
 
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    check.check_sinks(sinks, sink_k, sink_v, sequences, -(-k.shape[2] // segment_len), k, v)
+    past = check.check_past(past, sequences, segment_len, sink_k, k) if sinks else 0
     if gate is not None:
         check.check_gate(gate, q)
         gate = gate.to(check.state_dtype(q))
@@ -105,22 +128,26 @@ def segment_attention(
         blocks = num_read + num_write
         longest = segment_len if blocks else -1
         bounds = checked_bounds(offsets, cu_seqlens is not None, k.shape[2], longest, blocks)
+    elif isinstance(past, Tensor):
+        # rows that see the sinks from different segments on are laid out one by one
+        bounds = F.pad(past.new_full((sequences, 1), k.shape[2], dtype=torch.int64), (1, 0))
 
     if k.shape[2] == 0 or sequences == 0:
         return SegmentOutput(empty_output(q, v), None if state is None else MemoryState(*(x.clone() for x in state)))
-    if gate is not None and memory_k is not None and memory_k.requires_grad and k.shape[2] < segment_len:
+    if gate is not None and memory_k is not None and memory_k.requires_grad and k.shape[2] // segment_len <= lookback:
         # nothing is written by it, yet its gradient is zeros, not None: processes that add theirs up each need one
         gate = gate + memory_k[:, :, :0].sum(dtype=gate.dtype)
     memory_q, memory_k = q if memory_q is None else memory_q, k if memory_k is None else memory_k
     if chosen != "reference":
-        check.check_no_tangent(q, k, v, memory_q, memory_k, gate, *(state or ()))
-    return _run(chosen, q, k, v, memory_q, memory_k, gate, state, bounds, options)
+        check.check_no_tangent(q, k, v, memory_q, memory_k, sink_k, sink_v, gate, *(state or ()))
+    extra = sinks_of(k, v, sink_k, sink_v, past, bounds, sinks, options) if sinks else None
+    return _run(chosen, q, k, v, memory_q, memory_k, gate, state, bounds, extra, options)
 
 
 @without_autocast
 def _run(
     backend: str, q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
-    state: MemoryState | None, bounds: Tensor | None, options: Options,
+    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, options: Options,
 ) -> SegmentOutput:  # fmt: skip
     """Run a checked call. bounds [N, 2]: rows' spans, or N sequences packed into one row; None for whole rows."""
     q, k, v, memory_q, memory_k, gate, bounds, *held = savable(
@@ -128,10 +155,10 @@ def _run(
     )
     state = None if state is None else MemoryState(*held)
     if backend == "triton":
-        return triton_attention(q, k, v, memory_q, memory_k, gate, state, bounds, options)
+        return triton_attention(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, options)
     if backend == "torch":
-        return torch_attention(q, k, v, memory_q, memory_k, gate, state, bounds, options)
-    return reference_attention(q, k, v, memory_q, memory_k, gate, state, bounds, options)
+        return torch_attention(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, options)
+    return reference_attention(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, options)
 
 
 def _empty(sequences: int, k: Tensor, v: Tensor) -> MemoryState:

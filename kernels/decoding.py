@@ -9,7 +9,7 @@ from . import validation as check
 from .autocast import autocast, autocast_holds, without_autocast
 from .backends import HAS_TRITON, resolve
 from .reference import reference_decode
-from .state import MemoryState, Options
+from .state import MemoryState, Options, Sinks
 from .torch.attention import torch_decode
 
 if HAS_TRITON:
@@ -29,6 +29,9 @@ def segment_decode(
     empty_memory: str = "local",
     scale: float | None = None,
     softcap: float | None = None,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
+    sink_seen: Tensor | None = None,
     counters: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -40,12 +43,16 @@ def segment_decode(
 
     Args:
         q: [B, H, Tq, K], the last Tq of a row's tokens. Rows with fewer tokens than that give 0 for those before them.
-        k, v: [B, G, L, K] and [B, G, L, V], the segment so far, q's own tokens included.
+        k, v: [B, G, L, K] and [B, G, L, V], the segment so far, q's own tokens included; with a lookback of 1, the
+            segment before it and then the segment so far.
         lengths: int32 or int64 [B], tokens in each row's buffers, at most L; default L.
         gate: [H] β, with `state`; None: no memory.
         memory_q: what the memory is read by; default q.
-        state: the memory before this segment, float32; needed with a gate.
+        state: the memory before this segment, float32; needed with a gate. With a lookback of 1 that before the
+            previous segment.
         causal, empty_memory, scale, softcap, backend: as in `segment_attention`.
+        sink_k, sink_v: [B, G, n, K] and [B, G, n, V], the keys and values of each row's sinks, which are not in k.
+        sink_seen: bool [B], which rows see their sinks; read on the device, as `lengths`. Default: all of them.
         counters: int32 [B · G] of zeros, left as zeros, for the kernel to count by. Default: made in each call, by a
             small launch of its own. Calls that may run at the same time must not share them.
 
@@ -58,7 +65,7 @@ def segment_decode(
     """
     if isinstance(q, Tensor) and autocast_holds(q.device.type):
         q, k, v = autocast(q), autocast(k), autocast(v)
-        memory_q = None if memory_q is None else autocast(memory_q)
+        memory_q, sink_k, sink_v = (None if x is None else autocast(x) for x in (memory_q, sink_k, sink_v))
     check.check_tokens(q, k, v)
     check.check_memory_inputs(q, k, memory_q, None)
     check.check_bool("causal", causal)
@@ -70,21 +77,26 @@ def segment_decode(
         check.check_gate(gate, q)
         gate = gate.to(check.state_dtype(q))
         state = check.check_state(state, q.shape[0], k, v)
-    for name, x, shape, dtypes in (
-        ("lengths", lengths, (q.shape[0],), (torch.int32, torch.int64)),
-        ("counters", counters, (k.shape[0] * k.shape[1],), (torch.int32,)),
+    check.check_sinks(1 if sink_k is None else sink_k.shape[-2], sink_k, sink_v, q.shape[0], None, k, v)
+    if sink_seen is not None and sink_k is None:
+        raise ValueError("sink_seen needs sink_k and sink_v, got sink_k=None")
+    for name, x, letters, shape, dtypes in (
+        ("lengths", lengths, "[B]", (q.shape[0],), (torch.int32, torch.int64)),
+        ("sink_seen", sink_seen, "[B]", (q.shape[0],), (torch.bool,)),
+        ("counters", counters, "[B · G]", (k.shape[0] * k.shape[1],), (torch.int32,)),
     ):
         if x is None:
             continue
         if not isinstance(x, Tensor) or x.dtype not in dtypes:
             wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be an {wanted} tensor, got {got}")
-        check.check_shape(name, x, "[B]" if name == "lengths" else "[B · G]", shape)
+            article = "a" if wanted == "bool" else "an"
+            raise TypeError(f"{name} must be {article} {wanted} tensor, got {got}")
+        check.check_shape(name, x, letters, shape)
         check.check_device(name, x, "q", q)
     if counters is not None and not counters.is_contiguous():
         raise ValueError(f"counters must be contiguous, got strides {list(counters.stride())}")
-    tensors = (q, k, v, gate, memory_q, *(state or ()))
+    tensors = (q, k, v, gate, memory_q, sink_k, sink_v, *(state or ()))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise RuntimeError("segment_decode has no gradients: call it under torch.no_grad(), or use segment_attention")
     chosen = resolve(backend, q, v)
@@ -103,17 +115,29 @@ def segment_decode(
         scale=scale,
         softcap=check.check_softcap(softcap),
     )
-    return _run(chosen, q, k, v, q if memory_q is None else memory_q, gate, state, lengths, counters, options)
+    memory_q = q if memory_q is None else memory_q
+    sinks = _sinks(sink_k, sink_v, sink_seen)
+    return _run(chosen, q, k, v, memory_q, gate, state, lengths, sinks, counters, options)
+
+
+def _sinks(k: Tensor | None, v: Tensor | None, seen: Tensor | None) -> Sinks | None:
+    """Return the sinks of every row, zeros where it does not see them; None where there are none."""
+    if k is None or v is None or k.shape[2] == 0:
+        return None
+    if seen is None:
+        return Sinks(k, v, torch.ones(len(k), dtype=torch.bool, device=k.device))
+    unseen = ~seen[:, None, None, None]
+    return Sinks(k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), seen)
 
 
 @without_autocast
 def _run(
     backend: str, q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
-    lengths: Tensor | None, counters: Tensor | None, options: Options,
+    lengths: Tensor | None, sinks: Sinks | None, counters: Tensor | None, options: Options,
 ) -> Tensor:  # fmt: skip
     """Run a checked call by one of the backends."""
     if backend == "triton":
-        return triton_decode(q, k, v, memory_q, gate, state, lengths, counters, options)
+        return triton_decode(q, k, v, memory_q, gate, state, lengths, sinks, counters, options)
     if backend == "torch":
-        return torch_decode(q, k, v, memory_q, gate, state, lengths, options)
-    return reference_decode(q, k, v, memory_q, gate, state, lengths, options)
+        return torch_decode(q, k, v, memory_q, gate, state, lengths, sinks, options)
+    return reference_decode(q, k, v, memory_q, gate, state, lengths, sinks, options)

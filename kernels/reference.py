@@ -6,9 +6,10 @@ Slow on purpose. Everything else in the package is key_rows to it, best in float
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .state import MemoryState, Options, SegmentOutput, least_weight
+from .state import MemoryState, Options, SegmentOutput, Sinks, least_weight
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -69,28 +70,39 @@ def attend_sequence(
     gate: Tensor | None,
     state: MemoryState | None,
     first_query: int,
+    sinks: Sinks | None,
     options: Options,
 ) -> tuple[Tensor, MemoryState | None]:
-    """Run one sequence: q [H, Tq, K] from position `first_query` on; k, v [H, T, ·] repeated over the group."""
-    length, L = k.shape[-2], options.segment_len
+    """Run one sequence: q [H, Tq, K] from position `first_query` on; k, v [H, T, ·] repeated over the group.
+
+    sinks: of this sequence's segments, [S, H, n, ·].
+    """
+    length, L, lookback = k.shape[-2], options.segment_len, options.lookback
     position = torch.arange(length, device=q.device)
     outs = [q[:, :0, :1].expand(-1, -1, v.shape[-1])]
-    for start in range(0, length, L):
+    states = [] if state is None else [state]
+    for s, start in enumerate(range(0, length, L)):
         segment = slice(start, min(start + L, length))
+        window = slice(max(start - lookback * L, 0), segment.stop)
         rows = slice(max(start - first_query, 0), max(segment.stop - first_query, 0))
-        visible = visibility(position[first_query:][rows], position[segment], length, options)
-        out = softmax_attention(q[:, rows], k[:, segment], v[:, segment], visible, options)
-        if gate is not None and state is not None:
-            out = blend(out, *read(feature_map(memory_q[:, rows]), state), gate, options.empty_memory)
+        visible = visibility(position[first_query:][rows], position[window], length, options)
+        keys, values = k[:, window], v[:, window]
+        if sinks is not None and sinks.seen[s]:
+            keys, values = torch.cat([sinks.k[s], keys], dim=1), torch.cat([sinks.v[s], values], dim=1)
+            visible = F.pad(visible, (sinks.k.shape[2], 0), value=True)
+        out = softmax_attention(q[:, rows], keys, values, visible, options)
+        if gate is not None and states:
+            before = states[max(s - lookback, 0)]
+            out = blend(out, *read(feature_map(memory_q[:, rows]), before), gate, options.empty_memory)
             if segment.stop - start == L:
-                state = write(feature_map(memory_k[:, segment]), v[:, segment], state, options.update)
+                states.append(write(feature_map(memory_k[:, segment]), v[:, segment], states[-1], options.update))
         outs.append(out)
-    return torch.cat(outs, dim=1), state
+    return torch.cat(outs, dim=1), states[max(len(states) - 1 - lookback, 0)] if states else None
 
 
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
-    state: MemoryState | None, bounds: Tensor | None, options: Options,
+    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, options: Options,
 ) -> SegmentOutput:  # fmt: skip
     """Run a call sequence by sequence.
 
@@ -104,6 +116,7 @@ def reference_attention(
     wide_gate = None if gate is None else gate.to(dtype)
     out, states = q.new_zeros(*q.shape[:3], v.shape[3]), []
     spans = [[0, time]] * batch if bounds is None else bounds.tolist()
+    slot = 0
     for n, (begin, end) in enumerate(spans):
         row, offset = n if len(spans) == batch else 0, time - query_time
         query_rows, key_rows = slice(max(begin - offset, 0), max(end - offset, 0)), slice(begin, end)
@@ -116,8 +129,11 @@ def reference_attention(
             wide_gate,
             None if state is None else MemoryState(*(x[n].repeat_interleave(repeat, 0) for x in state)),
             max(offset - begin, 0),
+            None if sinks is None else _of_slots(sinks, slot, dtype, repeat),
             options,
         )
+        # every row has the slots of a whole one, packed sequences their own
+        slot += -(-(time if len(spans) == batch else end - begin) // options.segment_len)
         out[row, :, query_rows] = piece.to(q.dtype)
         if last is not None:
             # the group's heads hold equal memories
@@ -129,9 +145,15 @@ def reference_attention(
     )
 
 
+def _of_slots(sinks: Sinks, first: int, dtype: torch.dtype, repeat: int) -> Sinks:
+    """Return the sinks from slot `first` on, in `dtype`, repeated over the group."""
+    k, v = (x[first:].to(dtype).repeat_interleave(repeat, 1) for x in (sinks.k, sinks.v))
+    return Sinks(k, v, sinks.seen[first:])
+
+
 def reference_decode(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
-    lengths: Tensor | None, options: Options,
+    lengths: Tensor | None, sinks: Sinks | None, options: Options,
 ) -> Tensor:  # fmt: skip
     """Run a decoding step row by row, each as the call of `segment_attention` that it stands for."""
     time, query_time = k.shape[2], q.shape[2]
@@ -140,8 +162,9 @@ def reference_decode(
         row, first = slice(n, n + 1), max(query_time - length, 0)
         keys, values = (x[row, :, :length] for x in (k, v))
         before = None if state is None else MemoryState(*(x[row] for x in state))
+        extra = None if sinks is None else Sinks(sinks.k[row], sinks.v[row], sinks.seen[row])
         q_row, memory_row = (x[row, :, first:] for x in (q, memory_q))
         out[row, :, first:] = reference_attention(
-            q_row, keys, values, memory_row, keys, gate, before, None, options
+            q_row, keys, values, memory_row, keys, gate, before, None, extra, options
         ).out
     return out

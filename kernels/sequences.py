@@ -56,6 +56,7 @@ class Slots(NamedTuple):
 
     row: Tensor  # [F] batch row
     sequence: Tensor  # [F] which sequence; N for a spare slot
+    number: Tensor  # [F] which segment of it, from 0
     begin: Tensor  # [F] first position
     end: Tensor  # [F] one past the last; = begin for a spare slot
 
@@ -79,7 +80,7 @@ def slots_of(bounds: Tensor, batch: int, time: int, segment_len: int) -> Slots:
         begin, end = (F.pad(x, (0, 1), value=time) for x in (begin, end))
     first = begin[sequence] + number * segment_len
     stop = torch.minimum(first + segment_len, end[sequence])
-    return Slots(row, sequence, torch.minimum(first, stop), stop)
+    return Slots(row, sequence, number, torch.minimum(first, stop), stop)
 
 
 class Window(NamedTuple):

@@ -1,4 +1,4 @@
-"""The values that cross the operation's boundary: the memory's state, the result, and a call's options."""
+"""The values that cross the operation's boundary: the memory's state, the result, a call's options and sinks."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ class SegmentOutput(NamedTuple):
     """What `segment_attention` returns.
 
     out: [B, H, Tq, V] in q's dtype.
-    state: the memory after every segment completed inside k and v; None when the call has no gate.
+    state: the memory after every segment completed inside k and v, less the last `lookback` of them; None when the call
+        has no gate.
     """
 
     out: Tensor

@@ -217,3 +217,64 @@ def check_block_mask(
         )
     if num_read + num_write > time > 0:
         raise ValueError(f"num_read + num_write must not exceed T = {time}, got {num_read} + {num_write}")
+
+
+def check_lookback(lookback: int, sinks: int, segment_len: int, masked: bool) -> tuple[int, int]:
+    """Return lookback and the number of sinks, once they are checked. masked: the call has the RMT mask."""
+    check_integer("lookback", lookback, 0)
+    if lookback > 1:
+        raise ValueError(f"lookback must be 0 or 1 segments, got {lookback}")
+    sinks = check_integer("sinks", sinks, 0)
+    if sinks > segment_len:
+        raise ValueError(f"sinks must be at most segment_len = {segment_len}, got {sinks}")
+    if masked and (lookback or sinks):
+        got = f"got lookback = {lookback}, sinks = {sinks}"
+        raise ValueError(f"lookback and sinks take no num_read or num_write: pass 0 for one pair or the other, {got}")
+    return int(lookback), sinks
+
+
+def check_sinks(
+    sinks: int, sink_k: Tensor | None, sink_v: Tensor | None, sequences: int, segments: int | None, k: Tensor, v: Tensor
+) -> None:
+    """Check the sinks' keys and values: both or neither, [N, G, n, ·] or, for `segments` S, [N, G, S, n, ·]."""
+    if (sink_k is None) != (sink_v is None):
+        raise ValueError("sink_k and sink_v go together: pass both, or neither")
+    for name, x, like_name, like in (("sink_k", sink_k, "k", k), ("sink_v", sink_v, "v", v)):
+        if x is None:
+            continue
+        if not sinks:
+            raise ValueError(f"{name} needs sinks, the number of tokens that it holds, got sinks = 0")
+        check_floating(name, x)
+        check_like(name, x, like_name, like)
+        wide, width = ("K", "V")[like is v], like.shape[3]
+        if segments is not None and x.ndim == 5:
+            shape: tuple[int, ...] = (sequences, k.shape[1], segments, sinks, width)
+            check_shape(name, x, f"[N, G, S, sinks, {wide}]", shape)
+        else:
+            check_shape(name, x, f"[N, G, sinks, {wide}]", (sequences, k.shape[1], sinks, width))
+
+
+def check_past(past: int | Tensor, sequences: int, segment_len: int, sink_k: Tensor | None, k: Tensor) -> int | Tensor:
+    """Return the numbers of tokens before k, once they are checked: whole segments, and none without sink_k.
+
+    The values of a tensor are looked at on a CPU alone, where nothing waits for them.
+    """
+    if isinstance(past, Tensor):
+        check_ids("past", past)
+        check_shape("past", past, "[N]", (sequences,))
+        check_device("past", past, "k", k)
+        looked_at = past.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_at and bool(((past < 0) | (past % segment_len != 0)).any()):
+            got = past.tolist()
+            raise ValueError(f"past must be 0 or multiples of segment_len = {segment_len}, got {got}")
+    else:
+        past = check_integer("past", past, 0)
+        if past % segment_len:
+            raise ValueError(f"past must be 0 or a multiple of segment_len = {segment_len}, got {past}")
+        if not past:
+            return 0
+    if sink_k is None:
+        raise ValueError(
+            "past needs sink_k and sink_v, as k does not begin with the sequence's first tokens: pass both, or past=0"
+        )
+    return past

@@ -252,8 +252,8 @@ def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list
     numbers = case.num_read, case.num_read, "local", width**-0.5, case.softcap, case.lookback
     options = Options(L, update, case.causal, *numbers)
     F = slot_count(N if case.packed else None, B, T, L)
-    sinks = _sinks(F, k, case.sinks) if case.sinks else ()
-    inputs = Inputs(q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds, *sinks)
+    sinks = _sinks(F, k, case.sinks) if case.sinks else (None, None, None)
+    inputs = Inputs(q, k, v, memory_q, memory_k, gate, memory, normalizer, *sinks, bounds=bounds)
     with recording(target) as recorded:
         out, m, z, *saved = attention_forward(inputs, *options, True)
         if not case.gated:
@@ -279,7 +279,7 @@ def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Laun
     options = Options(T, "delta", True, 0, 0, "local", width**-0.5)
     with recording(target) as recorded:
         for state, sinks in (((gate, m, z), ()), ((None, None, None), ()), ((gate, m, z), _sinks(B, k, 4))):
-            attention_decode(Inputs(q[:, :, :1], k, k, None, None, *state, None, *sinks), *options, lengths, None)
+            attention_decode(Inputs(q[:, :, :1], k, k, None, None, *state, *sinks), *options, lengths, None)
         read_forward(q, m, z, True)
         read_backward(q, m, z, True, q)
         _, _, *saved = write_forward(k, k, beta, m, z, "delta", True, False)

@@ -45,12 +45,23 @@ class Call:
     num_write: int = 0
     scale: float | None = None
     softcap: float | None = None
+    lookback: int = 0
+    sinks: int = 0
+    # sink_k and sink_v are passed: "sequence", one for each sequence; "segment", one for each of its segments
+    own_sinks: str | None = None
+    # tokens before k; a tuple: of each sequence
+    past: int | tuple[int, ...] = 0
     seed: int = 0
 
     @property
     def sequences(self) -> int:
         """The number of sequences, each with a state of its own."""
         return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def sink_shape(self, width: int) -> tuple[int, ...]:
+        """Return the shape of sink_k or sink_v, of `width` columns."""
+        segments = (-(-self.Tk // self.segment_len),) if self.own_sinks == "segment" else ()
+        return (self.sequences, self.G, *segments, self.sinks, width)
 
 
 def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -62,7 +73,8 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
         device: where the tensors are put. They are drawn on the CPU.
 
     Returns:
-        q, k, v; with a gate also gate and, as the call has them, memory_q, memory_k, memory and normalizer.
+        q, k, v; as the call has them sink_k and sink_v; with a gate also gate and, as the call has them, memory_q,
+        memory_k, memory and normalizer.
     """
     generator = torch.Generator().manual_seed(call.seed)
 
@@ -78,6 +90,8 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
         "k": tokens(call.G, call.Tk, call.K),
         "v": tokens(call.G, call.Tk, call.V),
     }
+    if call.own_sinks is not None:
+        drawn |= {"sink_k": normal(*call.sink_shape(call.K)), "sink_v": normal(*call.sink_shape(call.V))}
     wide = {}
     if call.gated:
         wide["gate"] = normal(call.H)
@@ -114,6 +128,9 @@ def apply(call: Call, made: dict[str, Tensor], backend: str | None = None, **cha
         "num_write": call.num_write,
         "scale": call.scale,
         "softcap": call.softcap,
+        "lookback": call.lookback,
+        "sinks": call.sinks,
+        "past": _offsets(call.past, device) if isinstance(call.past, tuple) else call.past,
         "cu_seqlens": _offsets(call.cu_seqlens, device),
         "spans": _offsets(call.spans, device),
         "backend": backend,
@@ -162,6 +179,7 @@ def gate_gradient_size(call: Call, made: dict[str, Tensor], out: Tensor) -> floa
     It is the sum of g (1 - g) do (A_mem - A_dot) = (1 - g) do (out - A_dot) over rows and values, whose terms may
     cancel where there are few heads: what is left is then no measure of an error.
     """
-    local = evaluate(replace(call, gated=False), {name: made[name] for name in ("q", "k", "v")}, "reference")["out"]
+    tokens = {name: x for name, x in made.items() if name in ("q", "k", "v", "sink_k", "sink_v")}
+    local = evaluate(replace(call, gated=False), tokens, "reference")["out"]
     terms = _direction(out) * (out - local) * (1 - made["gate"].detach().sigmoid())[:, None, None]
     return float(terms.norm())

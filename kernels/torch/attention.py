@@ -5,15 +5,17 @@ CPU, CUDA and MPS run the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..sequences import gather_tokens, scatter_tokens, slots_of, window
-from ..state import MemoryState, Options, SegmentOutput, empty_output
+from ..sequences import Slots, gather_tokens, scatter_tokens, slots_of, window
+from ..state import MemoryState, Options, SegmentOutput, Sinks, empty_output
 from .memory import blend_into, fold_segments, read_and_blend
 
 
@@ -90,17 +92,20 @@ def from_slots(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, x.shape[0] // batch)).transpose(1, 2).flatten(2, 3)
 
 
-def cuts(first: int, time: int, segment_len: int) -> Iterator[tuple[int, int, int, int]]:
+def cuts(first: int, time: int, segment_len: int, edges: Sequence[int] = ()) -> Iterator[tuple[int, int, int, int]]:
     """Yield the runs of queries in [first, time): the rest of a segment, whole segments, an unfinished one.
 
-    Each is its first position, one past its last, its first segment, and one past its last.
+    Each is its first position, one past its last, its first segment, and one past its last. Whole segments are cut
+    before each of the `edges`, segments in rising order.
     """
     start = -(-first // segment_len) * segment_len
     whole = time // segment_len * segment_len
     if first < min(start, time):
         yield first, min(start, time), first // segment_len, first // segment_len + 1
     if start < whole:
-        yield start, whole, start // segment_len, whole // segment_len
+        segment, stop = start // segment_len, whole // segment_len
+        for i, j in pairwise([segment, *(edge for edge in edges if segment < edge < stop), stop]):
+            yield i * segment_len, j * segment_len, i, j
     if max(start, whole) < time:
         yield max(start, whole), time, time // segment_len, time // segment_len + 1
 
@@ -113,21 +118,29 @@ def attend_rows(
     memory_k: Tensor,
     gate: Tensor | None,
     state: MemoryState | None,
+    sinks: Sinks | None,
     options: Options,
 ) -> SegmentOutput:
-    """Attend in rows of equal length: slots are views of q, k and v where strides allow."""
+    """Attend in rows of equal length: slots are views of q, k and v where strides allow.
+
+    With a lookback or sinks, keys and values are copied into the window of every slot.
+    """
     batch, _, time, _ = k.shape
-    L, first_query = options.segment_len, time - q.shape[2]
+    L, lookback, first_query = options.segment_len, options.lookback, time - q.shape[2]
     each = time // L
+    folded = max(each - lookback, 0)
     k_slots, v_slots = (to_slots(x, 0, each * L, L) for x in (k, v))
     before = []
-    if state is not None and each:
-        written = k_slots if memory_k is k else to_slots(memory_k, 0, each * L, L)
-        m_before, z_before, m, z = fold_segments(written, v_slots, *state, None, None, options.update == "delta")
+    if state is not None and folded:
+        written = k_slots if memory_k is k and not lookback else to_slots(memory_k, 0, folded * L, L)
+        values = to_slots(v, 0, folded * L, L) if lookback else v_slots
+        m_before, z_before, m, z = fold_segments(written, values, *state, None, None, options.update == "delta")
         state = MemoryState(m, z)
-        before = [x.unflatten(0, (batch, each)) for x in (m_before, z_before)]
+        before = [x.unflatten(0, (batch, folded)) for x in (m_before, z_before)]
     outs = []
-    for first, last, segment, stop in cuts(first_query, time, L):
+    # where the segments of a run begin to see the one before, and the sinks
+    edges = sorted({*range(1, lookback + 1), *([] if sinks is None else [sinks.unseen])})
+    for first, last, segment, stop in cuts(first_query, time, L, edges):
         key_time = min(L, last - segment * L)
         run_time = min(key_time, last - first)
         run = slice(first - first_query, last - first_query)
@@ -135,12 +148,21 @@ def attend_rows(
         keys, values = k_slots, v_slots
         if (segment, stop) != (0, each):
             keys, values = (to_slots(x, segment * L, last, key_time) for x in (k, v))
+        if lookback and segment:
+            earlier = (to_slots(x, (segment - 1) * L, (stop - 1) * L, L) for x in (k, v))
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(earlier, (keys, values), strict=True))
+        if sinks is not None and segment >= sinks.unseen:
+            extra = (x.unflatten(0, (batch, len(x) // batch))[:, segment:stop].flatten(0, 1) for x in sinks[:2])
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(extra, (keys, values), strict=True))
         if options.causal:
             out = attend_slots_causally(queries, keys, values, options)
         else:
             out = attend_slots(queries, keys, values, None, False, options)
         if gate is not None and state is not None:
-            seen = state if segment == each else MemoryState(*(x[:, segment:stop].flatten(0, 1) for x in before))
+            at = max(segment - lookback, 0)
+            seen = (
+                state if at == folded else MemoryState(*(x[:, at : at + stop - segment].flatten(0, 1) for x in before))
+            )
             reading = queries if memory_q is q else to_slots(memory_q[:, :, run], 0, last - first, run_time)
             out = blend(out, reading, seen, gate, options)
         outs.append(from_slots(out, batch))
@@ -163,6 +185,38 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     return torch.cat(blocks, dim=2)
 
 
+class Keys(NamedTuple):
+    """The keys of every slot, at consecutive positions, with the sinks of those that see them in front."""
+
+    first: Tensor  # [F] the first one's position, or that which it takes
+    k: Tensor  # [F, G, width, K]
+    v: Tensor  # [F, G, width, V]
+    held: Tensor  # [F, 1, 1, width]: which there are; of an empty slot all, so that no row of scores is empty
+
+
+def gather_keys(k: Tensor, v: Tensor, slots: Slots, sinks: Sinks | None, longest: int, options: Options) -> Keys:
+    """Gather the keys and values that the queries of every slot may see; longest: tokens of any sequence, at most."""
+    time, L = k.shape[2], options.segment_len
+    width, begin = min((options.lookback + 1) * L, longest), slots.begin
+    empty = slots.begin == slots.end
+    if options.lookback:
+        begin = torch.where((slots.number > 0) & ~empty, begin - L, begin)
+    if sinks is None:
+        at = window(slots._replace(begin=begin), begin, width, time)
+        held = at.inside | empty[:, None]
+        return Keys(begin, gather_tokens(k, at), gather_tokens(v, at), held[:, None, None])
+    count = sinks.k.shape[2]
+    first = begin - count * sinks.seen
+    at = window(slots._replace(begin=begin), first, width + count, time)
+    # what is gathered is 0 where the sinks are not, and the other way round
+    keys, values = (
+        torch.cat([x[:, :, :count] + extra, x[:, :, count:]], dim=2)
+        for x, extra in ((gather_tokens(k, at), sinks.k), (gather_tokens(v, at), sinks.v))
+    )
+    in_front = sinks.seen[:, None] & (torch.arange(width + count, device=k.device) < count)
+    return Keys(first, keys, values, (at.inside | in_front | empty[:, None])[:, None, None])
+
+
 def attend_sequences(
     q: Tensor,
     k: Tensor,
@@ -172,6 +226,7 @@ def attend_sequences(
     gate: Tensor | None,
     state: MemoryState | None,
     bounds: Tensor,
+    sinks: Sinks | None,
     options: Options,
 ) -> SegmentOutput:
     """Attend in sequences of any lengths: tokens are gathered into slots and scattered back."""
@@ -182,58 +237,86 @@ def attend_sequences(
     # a compiled graph knows no lengths but the tensor's own
     longest = time if torch.compiler.is_compiling() else int((bounds[:, 1] - bounds[:, 0]).max())
     width = min(options.segment_len, longest)
-    keys_at = window(slots, slots.begin, width, time)
-    keys, values = gather_tokens(k, keys_at), gather_tokens(v, keys_at)
-    # an empty slot sees everything, so that no row of scores is empty
-    held = (keys_at.inside | ~keys_at.inside[:, :1])[:, None, None]
+    seen = gather_keys(k, v, slots, sinks, longest, options)
+    # the keys are those of the slot, and nothing in front of them
+    alone = options.lookback == 0 and sinks is None
+    seen_width = seen.k.shape[2]
 
-    few = query_time == 0 or (query_time < width and not torch.is_grad_enabled())
-    first_query = slots.begin.clamp(min=offset) if few else slots.begin
-    queries_at = window(slots, first_query, query_time if few else width, query_time, offset)
+    few = query_time == 0 or (query_time < seen_width and not torch.is_grad_enabled())
+    # without a mask, queries stand at the positions of all keys, and are 0 outside of the slot
+    aligned = options.causal and not few
+    first_query = seen.first if aligned else slots.begin.clamp(min=offset) if few else slots.begin
+    query_width = seen_width if aligned else query_time if few else width
+    queries_at = window(slots, first_query, query_width, query_time, offset)
     queries = gather_tokens(q, queries_at)
     if options.causal and few:
         i = first_query[:, None] + torch.arange(query_time, device=k.device)
-        j = slots.begin[:, None] + torch.arange(width, device=k.device)
-        out = attend_slots(queries, keys, values, (j[:, None] <= i[:, :, None]).unsqueeze(1) & held, False, options)
+        j = seen.first[:, None] + torch.arange(seen_width, device=k.device)
+        visible = (j[:, None] <= i[:, :, None]).unsqueeze(1) & seen.held
+        out = attend_slots(queries, seen.k, seen.v, visible, False, options)
     else:
-        out = attend_slots(queries, keys, values, None if options.causal else held, options.causal, options)
+        out = attend_slots(queries, seen.k, seen.v, None if options.causal else seen.held, options.causal, options)
+    if aligned and not alone:
+        rows = (slots.begin - seen.first)[:, None] + torch.arange(width, device=k.device)
+        rows = rows.clamp(max=seen_width - 1)[:, None, :, None]
+        out, queries = out.take_along_dim(rows, 2), queries.take_along_dim(rows, 2)
+        queries_at = window(slots, slots.begin, width, query_time, offset)
     if gate is not None and state is not None:
-        owner = None if len(bounds) == batch else slots.sequence
-        written = keys if memory_k is k else gather_tokens(memory_k, keys_at)
-        complete = slots.end - slots.begin == options.segment_len
-        m_before, z_before, m, z = fold_segments(written, values, *state, complete, owner, options.update == "delta")
-        state = MemoryState(m, z)
+        keys, values = seen.k, seen.v
+        if memory_k is not k or not alone:
+            own_at = window(slots, slots.begin, width, time)
+            keys = gather_tokens(memory_k, own_at)
+            values = values if alone else gather_tokens(v, own_at)
+        before, state = fold_sequences(
+            keys, values, slots, None if len(bounds) == batch else slots.sequence, state, options
+        )
         reading = queries if memory_q is q else gather_tokens(memory_q, queries_at)
-        out = blend(out, reading, MemoryState(m_before, z_before), gate, options)
+        out = blend(out, reading, before, gate, options)
     parts = [(out, queries_at)]
     if query_time and options.num_read and options.causal:
         at = window(slots, slots.begin, options.num_read, query_time, offset)
-        read_k, read_v = (x[:, :, : options.num_read] for x in (keys, values))
+        read_k, read_v = (x[:, :, : options.num_read] for x in (seen.k, seen.v))
         parts.append((attend_slots(gather_tokens(q, at), read_k, read_v, None, False, options), at))
     if query_time and options.num_write and options.causal:
         at = window(slots, slots.end - options.num_write, options.num_write, query_time, offset)
-        parts.append((attend_slots(gather_tokens(q, at), keys, values, held, False, options), at))
+        parts.append((attend_slots(gather_tokens(q, at), seen.k, seen.v, seen.held, False, options), at))
     return SegmentOutput(scatter_tokens(parts, batch, query_time), state)
+
+
+def fold_sequences(
+    k: Tensor, v: Tensor, slots: Slots, owner: Tensor | None, state: MemoryState, options: Options
+) -> tuple[MemoryState, MemoryState]:
+    """Write the slots' own k [F, G, L, K] and v [F, G, L, V]; return the memory that each slot reads, and the last."""
+    complete = slots.end - slots.begin == options.segment_len
+    if options.lookback:
+        # a sequence's last whole segment is left for the next call
+        complete = complete & F.pad(complete[1:] & (slots.number[1:] > 0), (0, 1))
+    m_before, z_before, m, z = fold_segments(k, v, *state, complete, owner, options.update == "delta")
+    before = MemoryState(m_before, z_before)
+    if options.lookback:
+        read = torch.arange(len(complete), device=k.device) - (slots.number > 0).long()
+        before = MemoryState(*(x.index_select(0, read) for x in before))
+    return before, MemoryState(m, z)
 
 
 def torch_attention(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
-    state: MemoryState | None, bounds: Tensor | None, options: Options,
+    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, options: Options,
 ) -> SegmentOutput:  # fmt: skip
     """Run a call of `segment_attention` on every segment at once.
 
     bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows.
     """
     if bounds is not None:
-        return attend_sequences(q, k, v, memory_q, memory_k, gate, state, bounds, options)
+        return attend_sequences(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, options)
     if options.causal and (options.num_read or options.num_write):
         return SegmentOutput(attend_blocks(q, k, v, options), state)
-    return attend_rows(q, k, v, memory_q, memory_k, gate, state, options)
+    return attend_rows(q, k, v, memory_q, memory_k, gate, state, sinks, options)
 
 
 def torch_decode(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
-    lengths: Tensor | None, options: Options,
+    lengths: Tensor | None, sinks: Sinks | None, options: Options,
 ) -> Tensor:  # fmt: skip
     """Run a call of `segment_decode`. lengths [B]: tokens in each row of k and v, the last of them q's."""
     batch, _, query_time, _ = q.shape
@@ -242,7 +325,7 @@ def torch_decode(
         shortest, longest = (int(n) for n in lengths.clamp(max=k.shape[2]).aminmax())
         k, v = k[:, :, : max(1, longest)], v[:, :, : max(1, longest)]
         lengths = lengths if shortest < max(1, longest, query_time) else None
-    if lengths is None and query_time == 1:
+    if lengths is None and query_time == 1 and sinks is None:
         out = attend_slots(q, k, v, None, False, options)
         return out if gate is None or state is None else blend(out, memory_q, state, gate, options)
     time = k.shape[2]
@@ -253,6 +336,10 @@ def torch_decode(
     # tokens beyond a row's length may be anything, NaN too
     k, v = k.masked_fill(~held.mT, 0), v.masked_fill(~held.mT, 0)
     seen = held & (position >= 0) & ((j <= position) if options.causal else True)
+    if sinks is not None:
+        k, v = torch.cat([sinks.k, k], dim=2), torch.cat([sinks.v, v], dim=2)
+        front = sinks.seen[:, None, None, None].expand(-1, -1, query_time, sinks.k.shape[2])
+        seen = torch.cat([front, seen], dim=3)
     out = attend_slots(q, k, v, seen | (position < 0), False, options)
     if gate is not None and state is not None:
         out = blend(out, memory_q, state, gate, options)

@@ -29,15 +29,15 @@ class Inputs(NamedTuple):
     q: Tensor  # [B, H, Tq, K]
     k: Tensor  # [B, G, Tk, K]
     v: Tensor  # [B, G, Tk, V]
-    memory_q: Tensor | None  # None: q
-    memory_k: Tensor | None  # None: k
-    gate: Tensor | None  # float32 [H]; None: no memory
-    memory: Tensor | None  # float32 [N, G, K, V], contiguous
-    normalizer: Tensor | None  # float32 [N, G, K], contiguous
-    bounds: Tensor | None = None  # int64 [N, 2]: spans of rows, or sequences packed into one row; None: whole rows
+    memory_q: Tensor | None = None  # None: q
+    memory_k: Tensor | None = None  # None: k
+    gate: Tensor | None = None  # float32 [H]; None: no memory
+    memory: Tensor | None = None  # float32 [N, G, K, V], contiguous
+    normalizer: Tensor | None = None  # float32 [N, G, K], contiguous
     sink_k: Tensor | None = None  # as `Sinks`; None: no sinks
     sink_v: Tensor | None = None
     sink_seen: Tensor | None = None
+    bounds: Tensor | None = None  # int64 [N, 2]: spans of rows, or sequences packed into one row; None: whole rows
 
     def sinks(self) -> Sinks | None:
         """Return the sinks of the call."""
@@ -89,8 +89,8 @@ def attention_forward(inputs: list[Tensor | None], options: Options, save: bool)
     What a call does not have is an empty tensor: the state without a gate, for one.
     """
     call = Inputs(*inputs)  # type: ignore[arg-type]
-    q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds, *_ = call
-    layout = layout_of(bounds, q.shape[0], k.shape[2], options.segment_len, options.lookback)
+    q, k, v, memory_q, memory_k, gate, memory, normalizer, *_ = call
+    layout = layout_of(call.bounds, q.shape[0], k.shape[2], options.segment_len, options.lookback)
     if gate is None or memory is None or normalizer is None:
         out, rows = attend(q, k, v, call.sinks(), None, layout, options, save)
         return [out, *or_empty(q, None, None, *(rows or (None, None)), *NOTHING)]
@@ -103,7 +103,7 @@ def attention_forward(inputs: list[Tensor | None], options: Options, save: bool)
 
 @with_flat_options
 def _forward_shapes(inputs: list[Tensor | None], options: Options, save: bool) -> list[Tensor]:
-    q, k, v, _, _, gate, memory, normalizer, bounds, *_ = Inputs(*inputs)  # type: ignore[arg-type]
+    q, k, v, _, _, gate, memory, normalizer, *_, bounds = Inputs(*inputs)  # type: ignore[arg-type]
     out, local = (new_tokens(q, q.shape[1], q.shape[2], v.shape[3]) for _ in range(2))
     lse2 = q.new_empty(q.shape[:3], dtype=torch.float32)
     if gate is None or memory is None or normalizer is None:
@@ -122,14 +122,14 @@ register("attend", attention_forward, _forward_shapes)
 def attention_backward(
     inputs: list[Tensor | None], saved: list[Tensor], options: Options, dout: Tensor, dstate: list[Tensor]
 ) -> list[Tensor]:
-    """Return the gradients of all `Inputs` but bounds and sink_seen, in their order, empty where there is none.
+    """Return the gradients of `Inputs` up to sink_v, empty where there is none.
 
     saved: the fields of `SavedRows`, with the output as A_dot where there is no memory, and of `SavedMemory`.
     dstate: of the memory and normalizer after; nothing where there is no memory.
     """
     call = Inputs(*inputs)  # type: ignore[arg-type]
-    q, k, v, memory_q, memory_k, gate, _, _, bounds, *_ = call
-    layout = layout_of(bounds, q.shape[0], k.shape[2], options.segment_len, options.lookback)
+    q, k, v, memory_q, memory_k, gate, *_ = call
+    layout = layout_of(call.bounds, q.shape[0], k.shape[2], options.segment_len, options.lookback)
     rows, saved_memory = SavedRows(*saved[:2]), SavedMemory(*saved[2:])
     dout = dense_rows(dout)
     before, groups = saved_memory.before(), k.shape[1]
@@ -161,7 +161,7 @@ def attention_backward(
 def _backward_shapes(
     inputs: list[Tensor | None], saved: list[Tensor], options: Options, dout: Tensor, dstate: list[Tensor]
 ) -> list[Tensor]:
-    q, k, v, memory_q, memory_k, gate, _, _, _, *sinks, _ = Inputs(*inputs)  # type: ignore[arg-type]
+    q, k, v, memory_q, memory_k, gate, _, _, *sinks, _, _ = Inputs(*inputs)  # type: ignore[arg-type]
     tokens = [None if x is None else new_tokens(x, *x.shape[1:]) for x in (q, k, v, memory_q, memory_k)]
     state = (None, None, None) if gate is None else (gate, *dstate)
     others = [None if x is None else x.new_empty(x.shape) for x in (*state, *sinks)]
@@ -217,10 +217,8 @@ class SegmentAttention(torch.autograd.Function):
         dstate = () if inputs.gate is None else dstate
         grads = torch.ops.segattn.attend_backward(inputs, saved, *ctx.options, dout, dstate)
         # a memory and normalizer come with a gate
-        present = inputs._replace(memory=inputs.gate, normalizer=inputs.gate)
-        wanted = [name for name in Inputs._fields if name not in ("bounds", "sink_seen")]
-        by_name = dict(zip(wanted, grads, strict=True))
-        return None, *(None if x is None else by_name.get(name) for name, x in present._asdict().items())
+        present = inputs._replace(memory=inputs.gate, normalizer=inputs.gate)[:-2]
+        return None, *(None if x is None else grad for x, grad in zip(present, grads, strict=True)), None, None
 
 
 def triton_attention(
@@ -252,9 +250,8 @@ def _inputs(
     memory, normalizer = (None, None) if state is None else (x.contiguous() for x in state)
     gate = None if gate is None else gate.contiguous()
     held = (None, None, None) if sinks is None else (dense_rows(sinks.k), dense_rows(sinks.v), sinks.seen.contiguous())
-    return Inputs(
-        dense_rows(q), dense_rows(k), dense_rows(v), reading, written, gate, memory, normalizer, bounds, *held
-    )
+    tokens = (dense_rows(x) for x in (q, k, v))
+    return Inputs(*tokens, reading, written, gate, memory, normalizer, *held, bounds)
 
 
 def _is_tail(q: Tensor, k: Tensor, options: Options) -> bool:

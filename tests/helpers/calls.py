@@ -38,6 +38,8 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
         "k": tokens(call.G, call.Tk, call.K),
         "v": tokens(call.G, call.Tk, call.V),
     }
+    if call.own_sinks is not None:
+        made |= {"sink_k": normal(*call.sink_shape(call.K)), "sink_v": normal(*call.sink_shape(call.V))}
     if call.gated:
         made["gate"] = normal(call.H, to=wide)
         if call.own_memory_inputs:
@@ -128,6 +130,48 @@ KINDS = {
     "local": Call(gated=False),
     "local, decode": Call(gated=False, Tq=2, Tk=9),
     "packed, shorter than a segment": Call(B=1, Tq=23, Tk=23, segment_len=30, cu_seqlens=(0, 4, 15, 23)),
+    "lookback": Call(lookback=1),
+    "lookback, no state": Call(lookback=1, with_state=False),
+    "lookback, linear": Call(lookback=1, update="linear"),
+    "lookback, exact segments": Call(lookback=1, Tq=20, Tk=20),
+    "lookback, one segment": Call(lookback=1, Tq=4, Tk=4),
+    "lookback, two segments": Call(lookback=1, Tq=9, Tk=9, own_memory_inputs=False),
+    "lookback, decode": Call(lookback=1, Tq=1, Tk=8),
+    "lookback, in pieces": Call(lookback=1, Tq=14, Tk=18),
+    "lookback, bidirectional": Call(lookback=1, causal=False),
+    "lookback, local": Call(lookback=1, gated=False),
+    "lookback, packed": Call(lookback=1, B=1, cu_seqlens=(0, 5, 5, 6, 17, 23)),
+    "lookback, padding": Call(lookback=1, spans=((0, 19), (7, 23))),
+    "sinks": Call(sinks=3),
+    "sinks, softcap": Call(sinks=3, scale=1.0, softcap=1.5),
+    "sinks, as many as a segment": Call(sinks=5, lookback=1),
+    "sinks, more than tokens": Call(sinks=3, Tq=2, Tk=2),
+    "sinks, bidirectional": Call(sinks=3, causal=False),
+    "sinks, packed": Call(sinks=3, B=1, cu_seqlens=(0, 5, 5, 6, 17, 23)),
+    "sinks of a sequence, past": Call(sinks=2, own_sinks="sequence", past=15, Tq=20, Tk=23),
+    "sinks of each segment": Call(sinks=2, own_sinks="segment", gated=False),
+    "sinks of each segment, packed": Call(sinks=2, own_sinks="segment", B=1, cu_seqlens=(0, 5, 5, 6, 17, 23)),
+    "window": Call(lookback=1, sinks=3),
+    "window, linear": Call(lookback=1, sinks=3, update="linear"),
+    "window, equal heads": Call(lookback=1, sinks=3, H=3, G=3),
+    "window, wide values": Call(lookback=1, sinks=3, V=9),
+    "window, token major": Call(lookback=1, sinks=3, token_major=True, own_memory_inputs=False),
+    "window, gated when empty": Call(lookback=1, sinks=3, empty_memory="gated", with_state=False),
+    "window, decode": Call(lookback=1, sinks=3, Tq=1),
+    "window, in pieces": Call(lookback=1, sinks=3, own_sinks="sequence", past=10, Tq=16),
+    "window, no queries": Call(lookback=1, sinks=3, Tq=0),
+    "window, softcap": Call(lookback=1, sinks=3, scale=1.0, softcap=1.5),
+    "window, packed": Call(lookback=1, sinks=3, B=1, cu_seqlens=(0, 2, 2, 18, 23)),
+    "window, packed, last queries": Call(lookback=1, sinks=3, B=1, Tq=7, cu_seqlens=(0, 2, 2, 18, 23)),
+    "window, packed, bidirectional": Call(lookback=1, sinks=3, B=1, cu_seqlens=(0, 2, 2, 18, 23), causal=False),
+    "window, packed, past": Call(
+        lookback=1, sinks=2, own_sinks="sequence", past=(5, 0, 0, 15), B=1, cu_seqlens=(0, 2, 2, 13, 23)
+    ),
+    "window, padding": Call(lookback=1, sinks=3, spans=((0, 23), (7, 23))),
+    "window, padding, last queries": Call(lookback=1, sinks=3, Tq=8, spans=((2, 23), (18, 23))),
+    "window, rows of unequal past": Call(lookback=1, sinks=2, own_sinks="segment", past=(0, 15)),
+    "window, rows of unequal past, decode": Call(lookback=1, sinks=2, own_sinks="sequence", past=(5, 10), Tq=1, Tk=8),
+    "window, padding, past": Call(lookback=1, sinks=2, own_sinks="sequence", past=(10, 0), spans=((0, 19), (7, 23))),
     "block mask": Call(gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3),
     "block mask, last queries": Call(gated=False, Tq=4, Tk=9, segment_len=12, num_read=2, num_write=3),
     "block mask, padded": Call(gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3, spans=((0, 9), (2, 8))),
@@ -165,13 +209,28 @@ def random_calls(draw: st.DrawFn) -> Call:
         seed=draw(integers(0, 2**31)),
     )
     kind = draw(st.sampled_from(["rows", "spans", "packed", "block mask"]))
-    if kind == "spans":
-        pairs = [sorted(draw(st.lists(integers(0, Tk), min_size=2, max_size=2, unique=True))) for _ in range(call.B)]
-        return replace(call, spans=tuple((a, b) for a, b in pairs))
-    if kind == "packed":
-        inner = sorted(draw(st.lists(integers(0, Tk), max_size=4)))
-        return replace(call, B=1, cu_seqlens=(0, *inner, Tk))
     if kind == "block mask":
         num_read = draw(integers(0, Tk))
         return replace(call, gated=False, segment_len=Tk, num_read=num_read, num_write=draw(integers(0, Tk - num_read)))
-    return call
+    if kind == "spans":
+        pairs = [sorted(draw(st.lists(integers(0, Tk), min_size=2, max_size=2, unique=True))) for _ in range(call.B)]
+        call = replace(call, spans=tuple((a, b) for a, b in pairs))
+    if kind == "packed":
+        inner = sorted(draw(st.lists(integers(0, Tk), max_size=4)))
+        call = replace(call, B=1, cu_seqlens=(0, *inner, Tk))
+    return draw(with_windows(call)) if draw(booleans) else call
+
+
+@st.composite
+def with_windows(draw: st.DrawFn, call: Call) -> Call:
+    """Draw a lookback and sinks for a call without the block mask, and whose they are."""
+    integers = st.integers
+    call = replace(call, lookback=draw(integers(0, 1)), sinks=draw(integers(0, call.segment_len)))
+    if not call.sinks:
+        return call
+    own = draw(st.sampled_from([None, "sequence", "segment"]))
+    if own is None:
+        return replace(call, own_sinks=None)
+    numbers = integers(0, 3).map(lambda segments: segments * call.segment_len)
+    each = st.lists(numbers, min_size=call.sequences, max_size=call.sequences).map(tuple)
+    return replace(call, own_sinks=own, past=draw(st.one_of(numbers, each)))

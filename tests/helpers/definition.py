@@ -32,8 +32,15 @@ def one_head(
     empty_memory: str = "local",
     scale: float | None = None,
     softcap: float | None = None,
+    lookback: int = 0,
+    sink_k: Array | None = None,
+    sink_v: Array | None = None,
+    past: int = 0,
 ) -> tuple[Array, Array, Array]:
-    """Return out [Tq, V], M [K, V] and z [K] of one head of one sequence; q [Tq, K] are its last positions."""
+    """Return out [Tq, V], M [K, V] and z [K] of one head of one sequence; q [Tq, K] are its last positions.
+
+    sink_k [S, n, K] and sink_v [S, n, V]: the sinks as every segment sees them, beyond its window.
+    """
     time, width = k.shape
     first = time - len(q)
     scale = 1 / math.sqrt(width) if scale is None else scale
@@ -53,21 +60,27 @@ def one_head(
     out = np.zeros((len(q), v.shape[1]))
     for i in range(first, time):
         segment = i // segment_len
+        seen = [
+            (k[j], v[j])
+            for j in range(max(segment - lookback, 0) * segment_len, min((segment + 1) * segment_len, time))
+            if j <= i or not causal or j < num_read or i >= time - num_write
+        ]
+        if sink_k is not None and past // segment_len + segment > lookback:
+            seen += zip(sink_k[segment], sink_v[segment], strict=True)
         weights, total = np.zeros(v.shape[1]), 0.0
-        for j in range(segment * segment_len, min((segment + 1) * segment_len, time)):
-            if j <= i or not causal or j < num_read or i >= time - num_write:
-                score = scale * (q[i - first] @ k[j])
-                p = math.exp(score if softcap is None else softcap * math.tanh(score / softcap))
-                weights += p * v[j]
-                total += p
+        for key, value in seen:
+            score = scale * (q[i - first] @ key)
+            p = math.exp(score if softcap is None else softcap * math.tanh(score / softcap))
+            weights += p * value
+            total += p
         local = weights / total
         if beta is None:
             out[i - first] = local
             continue
-        old, z = memories[segment]
+        old, z = memories[max(segment - lookback, 0)]
         query = sigma(memory_q[i - first])
         if query @ z == 0:
             out[i - first] = local if empty_memory == "local" else (1 - gate) * local
         else:
             out[i - first] = gate * (query @ old) / (query @ z) + (1 - gate) * local
-    return out, *memories[-1]
+    return out, *memories[max(time // segment_len - lookback, 0)]

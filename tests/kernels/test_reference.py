@@ -10,6 +10,21 @@ from definition import one_head
 from torch import Tensor
 
 
+def sinks_of_each_segment(
+    call: Call, arrays: dict[str, np.ndarray], n: int, g: int, row: int, begin: int, end: int
+) -> list[np.ndarray | None]:
+    """Return the sinks of one head of sequence n for each of its segments: the first tokens, if none are passed."""
+    if not call.sinks:
+        return [None, None]
+    if call.own_sinks == "segment":
+        return [arrays[name][n, g] for name in ("sink_k", "sink_v")]
+    if call.own_sinks == "sequence":
+        once = [arrays[name][n, g] for name in ("sink_k", "sink_v")]
+    else:
+        once = [arrays[name][row, g, begin:end][: call.sinks] for name in ("k", "v")]
+    return [np.stack([x] * -(-call.Tk // call.segment_len)) for x in once]
+
+
 def by_definition(call: Call, made: dict[str, Tensor]) -> dict[str, np.ndarray]:
     arrays = {name: x.detach().numpy() for name, x in made.items()}
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
@@ -28,6 +43,7 @@ def by_definition(call: Call, made: dict[str, Tensor]) -> dict[str, np.ndarray]:
             g = h // group
             m0 = arrays["memory"][n, g] if "memory" in arrays else np.zeros((call.K, call.V))
             z0 = arrays["normalizer"][n, g] if "normalizer" in arrays else np.zeros(call.K)
+            sink_k, sink_v = sinks_of_each_segment(call, arrays, n, g, row, begin, end)
             out[row, h, asked], memory[n, g], normalizer[n, g] = one_head(
                 q[row, h, asked],
                 k[row, g, begin:end],
@@ -45,6 +61,10 @@ def by_definition(call: Call, made: dict[str, Tensor]) -> dict[str, np.ndarray]:
                 empty_memory=call.empty_memory,
                 scale=call.scale,
                 softcap=call.softcap,
+                lookback=call.lookback,
+                sink_k=sink_k,
+                sink_v=sink_v,
+                past=call.past[n] if isinstance(call.past, tuple) else call.past,
             )
     return {"out": out, "memory": memory, "normalizer": normalizer} if call.gated else {"out": out}
 

@@ -315,7 +315,7 @@ def launched(call: Call, dtype: torch.dtype = torch.float16) -> list[Launch]:
     memory = torch.empty(call.sequences, call.G, call.K, call.V, device="meta")
     state = (made["gate"], memory, memory[..., 0])
     options = Options(call.segment_len, call.update, call.causal, 0, 0, "local", 0.25)
-    inputs = Inputs(q, k, v, q, k, *state, bounds)
+    inputs = Inputs(q, k, v, q, k, *state, bounds=bounds)
     with recording(TARGETS["sm_90"]) as found:
         out, m, z, *saved = attention_forward(inputs, *options, True)
         attention_backward(inputs, saved, *options, out, [m, z])
