@@ -58,6 +58,11 @@ class Call:
         """The number of sequences, each with a state of its own."""
         return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
+    @property
+    def pasts(self) -> tuple[int, ...]:
+        """The tokens before k, of each sequence."""
+        return self.past[: self.sequences] if isinstance(self.past, tuple) else (self.past,) * max(1, self.sequences)
+
     def sink_shape(self, width: int) -> tuple[int, ...]:
         """Return the shape of sink_k or sink_v, of `width` columns."""
         segments = (-(-self.Tk // self.segment_len),) if self.own_sinks == "segment" else ()
@@ -130,7 +135,7 @@ def apply(call: Call, made: dict[str, Tensor], backend: str | None = None, **cha
         "softcap": call.softcap,
         "lookback": call.lookback,
         "sinks": call.sinks,
-        "past": _offsets(call.past, device) if isinstance(call.past, tuple) else call.past,
+        "past": _offsets(call.pasts, device) if isinstance(call.past, tuple) else call.past,
         "cu_seqlens": _offsets(call.cu_seqlens, device),
         "spans": _offsets(call.spans, device),
         "backend": backend,

@@ -89,9 +89,12 @@ def for_kernels(call: Call, most: int | None = None) -> Call:
         call = replace(call, B=1)
     if most is not None and call.B * call.G * segments > most:
         call = replace(call, H=call.H // call.G, G=1)
+    segment_len = call.segment_len
     if most is not None and call.cu_seqlens is None and segments * call.B > most:
-        call = replace(call, segment_len=max(call.segment_len, -(-call.Tk * call.B // most)))
-    return call
+        segment_len = max(segment_len, -(-call.Tk * call.B // most))
+    # the same number of segments before
+    past: list[int] = [n // call.segment_len * segment_len for n in call.pasts]
+    return replace(call, segment_len=segment_len, past=tuple(past) if isinstance(call.past, tuple) else past[0])
 
 
 KINDS = {
@@ -131,32 +134,24 @@ KINDS = {
     "local, decode": Call(gated=False, Tq=2, Tk=9),
     "packed, shorter than a segment": Call(B=1, Tq=23, Tk=23, segment_len=30, cu_seqlens=(0, 4, 15, 23)),
     "lookback": Call(lookback=1),
-    "lookback, no state": Call(lookback=1, with_state=False),
-    "lookback, linear": Call(lookback=1, update="linear"),
-    "lookback, exact segments": Call(lookback=1, Tq=20, Tk=20),
+    "lookback, no state": Call(lookback=1, with_state=False, Tq=20, Tk=20),
     "lookback, one segment": Call(lookback=1, Tq=4, Tk=4),
     "lookback, two segments": Call(lookback=1, Tq=9, Tk=9, own_memory_inputs=False),
     "lookback, decode": Call(lookback=1, Tq=1, Tk=8),
     "lookback, in pieces": Call(lookback=1, Tq=14, Tk=18),
-    "lookback, bidirectional": Call(lookback=1, causal=False),
     "lookback, local": Call(lookback=1, gated=False),
     "lookback, packed": Call(lookback=1, B=1, cu_seqlens=(0, 5, 5, 6, 17, 23)),
-    "lookback, padding": Call(lookback=1, spans=((0, 19), (7, 23))),
     "sinks": Call(sinks=3),
-    "sinks, softcap": Call(sinks=3, scale=1.0, softcap=1.5),
-    "sinks, as many as a segment": Call(sinks=5, lookback=1),
+    "sinks, local, decode": Call(sinks=3, gated=False, Tq=1, own_sinks="sequence", past=10, Tk=4),
     "sinks, more than tokens": Call(sinks=3, Tq=2, Tk=2),
-    "sinks, bidirectional": Call(sinks=3, causal=False),
     "sinks, packed": Call(sinks=3, B=1, cu_seqlens=(0, 5, 5, 6, 17, 23)),
-    "sinks of a sequence, past": Call(sinks=2, own_sinks="sequence", past=15, Tq=20, Tk=23),
-    "sinks of each segment": Call(sinks=2, own_sinks="segment", gated=False),
-    "sinks of each segment, packed": Call(sinks=2, own_sinks="segment", B=1, cu_seqlens=(0, 5, 5, 6, 17, 23)),
+    "sinks of each segment": Call(sinks=2, own_sinks="segment"),
     "window": Call(lookback=1, sinks=3),
-    "window, linear": Call(lookback=1, sinks=3, update="linear"),
-    "window, equal heads": Call(lookback=1, sinks=3, H=3, G=3),
-    "window, wide values": Call(lookback=1, sinks=3, V=9),
-    "window, token major": Call(lookback=1, sinks=3, token_major=True, own_memory_inputs=False),
+    "window, linear": Call(lookback=1, sinks=3, update="linear", H=3, G=3),
+    "window, as many sinks as a segment": Call(lookback=1, sinks=5, gated=False),
+    "window, token major": Call(lookback=1, sinks=3, token_major=True, own_memory_inputs=False, V=9),
     "window, gated when empty": Call(lookback=1, sinks=3, empty_memory="gated", with_state=False),
+    "window, bidirectional": Call(lookback=1, sinks=3, causal=False),
     "window, decode": Call(lookback=1, sinks=3, Tq=1),
     "window, in pieces": Call(lookback=1, sinks=3, own_sinks="sequence", past=10, Tq=16),
     "window, no queries": Call(lookback=1, sinks=3, Tq=0),
@@ -165,13 +160,13 @@ KINDS = {
     "window, packed, last queries": Call(lookback=1, sinks=3, B=1, Tq=7, cu_seqlens=(0, 2, 2, 18, 23)),
     "window, packed, bidirectional": Call(lookback=1, sinks=3, B=1, cu_seqlens=(0, 2, 2, 18, 23), causal=False),
     "window, packed, past": Call(
-        lookback=1, sinks=2, own_sinks="sequence", past=(5, 0, 0, 15), B=1, cu_seqlens=(0, 2, 2, 13, 23)
+        lookback=1, sinks=2, own_sinks="segment", past=(5, 0, 0, 15), B=1, cu_seqlens=(0, 2, 2, 13, 23)
     ),
     "window, padding": Call(lookback=1, sinks=3, spans=((0, 23), (7, 23))),
     "window, padding, last queries": Call(lookback=1, sinks=3, Tq=8, spans=((2, 23), (18, 23))),
-    "window, rows of unequal past": Call(lookback=1, sinks=2, own_sinks="segment", past=(0, 15)),
-    "window, rows of unequal past, decode": Call(lookback=1, sinks=2, own_sinks="sequence", past=(5, 10), Tq=1, Tk=8),
     "window, padding, past": Call(lookback=1, sinks=2, own_sinks="sequence", past=(10, 0), spans=((0, 19), (7, 23))),
+    "window, unequal past": Call(lookback=1, sinks=2, own_sinks="segment", past=(0, 15)),
+    "window, unequal past, decode": Call(lookback=1, sinks=2, own_sinks="sequence", past=(5, 10), Tq=1, Tk=8),
     "block mask": Call(gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3),
     "block mask, last queries": Call(gated=False, Tq=4, Tk=9, segment_len=12, num_read=2, num_write=3),
     "block mask, padded": Call(gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3, spans=((0, 9), (2, 8))),

@@ -7,6 +7,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from calls import KINDS, Call, apply, error, everything, for_kernels, gradients, random_calls, tensors, worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -94,18 +95,27 @@ def test_a_row_equals_that_row_alone(name: str, backend: str, device: torch.devi
 @given(random_calls(), st.integers(0, 5), st.integers(0, 5))
 def test_padded_equals_unpadded(call: Call, left: int, right: int) -> None:
     """Padding of any values, NaN too, changes nothing, gives 0, and gets no gradient."""
-    call = replace(call, B=1, Tq=call.Tk, spans=None, cu_seqlens=None, num_read=0, num_write=0)
+    past = call.past[:1] if isinstance(call.past, tuple) else call.past
+    call = replace(call, B=1, Tq=call.Tk, spans=None, cu_seqlens=None, num_read=0, num_write=0, past=past)
     made = tensors(call, torch.float64)
     bare = apply(call, made)
     tokens = ("q", "k", "v", "memory_q", "memory_k")
     padded = {
-        name: torch.nn.functional.pad(x.detach(), (0, 0, left, right), value=float("nan")).requires_grad_()
-        if name in tokens
-        else x
+        name: F.pad(x.detach(), (0, 0, left, right), value=float("nan")).requires_grad_() if name in tokens else x
         for name, x in made.items()
     }
+    segments, more = (-(-time // call.segment_len) for time in (call.Tk, left + call.Tk + right))
+    if call.own_sinks == "segment":
+        for name in ("sink_k", "sink_v"):
+            # of segments that the row does not have
+            spare = (0, 0, 0, 0, 0, more - segments)
+            padded[name] = F.pad(made[name].detach(), spare, value=float("nan")).requires_grad_()
     spanned = apply(replace(call, spans=((left, left + call.Tk),)), padded)
     grads = gradients(spanned | {"out": spanned["out"][:, :, left : left + call.Tk]}, padded)
+    if call.own_sinks == "segment":
+        for name in ("dsink_k", "dsink_v"):
+            grads[name], after = grads[name].split([segments, more - segments], 2)
+            assert not after.any()
     for name in tokens:
         if f"d{name}" in grads:
             before, inside, after = grads[f"d{name}"].split([left, call.Tk, right], 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -64,7 +66,7 @@ def by_definition(call: Call, made: dict[str, Tensor]) -> dict[str, np.ndarray]:
                 lookback=call.lookback,
                 sink_k=sink_k,
                 sink_v=sink_v,
-                past=call.past[n] if isinstance(call.past, tuple) else call.past,
+                past=call.pasts[n],
             )
     return {"out": out, "memory": memory, "normalizer": normalizer} if call.gated else {"out": out}
 
@@ -78,6 +80,18 @@ def test_reference_is_the_definition(name: str) -> None:
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(found[key].detach().numpy(), value, rtol=1e-11, atol=1e-12, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["lookback", "window, linear", "window, packed", "sinks of each segment"])
+def test_gradients_of_windows(name: str) -> None:
+    """By finite differences, sinks passed and sinks that are the first tokens."""
+    call = replace(KINDS[name], B=1, H=2, G=1, K=3, V=2)
+    made = tensors(call, torch.float64)
+
+    def f(*values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(apply(call, dict(zip(made, values, strict=True)), "reference").values())
+
+    assert torch.autograd.gradcheck(f, tuple(made.values()), atol=1e-7, rtol=1e-5)
 
 
 def test_delta_subtracts_what_the_memory_returns() -> None:

@@ -33,6 +33,13 @@ WIDE = {
     "packed": Call(B=1, Tq=150, Tk=150, K=32, V=32, segment_len=16, cu_seqlens=(0, 16, 17, 99, 150)),
     "padding": Call(Tq=150, Tk=150, K=32, V=32, segment_len=16, spans=((0, 150), (63, 150))),
     "local": Call(Tq=150, Tk=150, K=32, V=32, segment_len=32, gated=False),
+    "window": Call(Tq=150, Tk=150, K=32, V=32, segment_len=32, lookback=1, sinks=4),
+    "window, packed": Call(
+        B=1, Tq=150, Tk=150, K=32, V=32, segment_len=16, cu_seqlens=(0, 16, 17, 99, 150), lookback=1, sinks=4
+    ),
+    "window, pieces": Call(
+        Tq=70, Tk=150, K=32, V=32, segment_len=32, lookback=1, sinks=4, own_sinks="sequence", past=64
+    ),
 }
 
 
@@ -44,11 +51,24 @@ def test_error_stays_within_the_gates(name: str, dtype: torch.dtype, device: tor
 
 
 @pytest.mark.parametrize(
-    "name", ["rows", "linear", "no state", "shared inputs", "gated when empty", "packed", "left padding"]
+    "name",
+    [
+        "rows",
+        "linear",
+        "no state",
+        "shared inputs",
+        "gated when empty",
+        "packed",
+        "left padding",
+        "lookback",
+        "window",
+        "window, packed",
+        "window, unequal past",
+    ],
 )
 def test_gradcheck(name: str) -> None:
     kind = KINDS[name]
-    call = replace(kind, B=kind.B if kind.spans else 1, H=2, G=1, K=3, V=2)
+    call = replace(kind, B=kind.B if kind.spans or isinstance(kind.past, tuple) else 1, H=2, G=1, K=3, V=2)
     made = tensors(call, torch.float64)
     names = list(made)
 
@@ -68,7 +88,8 @@ def test_nothing_of_tokens_by_segment_is_saved(name: str) -> None:
         "cu_seqlens": None if kind.cu_seqlens is None else tuple(40 * x for x in kind.cu_seqlens),
         "spans": None if kind.spans is None else tuple((40 * a, 40 * b) for a, b in kind.spans),
     }
-    call = replace(kind, **lengths, **offsets, num_read=40 * kind.num_read, num_write=40 * kind.num_write)
+    past = tuple(40 * n for n in kind.pasts) if isinstance(kind.past, tuple) else 40 * kind.past
+    call = replace(kind, **lengths, **offsets, num_read=40 * kind.num_read, num_write=40 * kind.num_write, past=past)
     made = tensors(call, torch.float32)
     kept: dict[int, int] = {}
 
