@@ -77,7 +77,8 @@ def segment_decode(
         check.check_gate(gate, q)
         gate = gate.to(check.state_dtype(q))
         state = check.check_state(state, q.shape[0], k, v)
-    check.check_sinks(1 if sink_k is None else sink_k.shape[-2], sink_k, sink_v, q.shape[0], None, k, v)
+    count = sink_k.shape[2] if isinstance(sink_k, Tensor) and sink_k.ndim == 4 else 1
+    check.check_sinks(count, sink_k, sink_v, q.shape[0], None, k, v)
     if sink_seen is not None and sink_k is None:
         raise ValueError("sink_seen needs sink_k and sink_v, got sink_k=None")
     for name, x, letters, shape, dtypes in (

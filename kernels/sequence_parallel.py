@@ -41,6 +41,8 @@ def sequence_parallel_attention(
     empty_memory: str = "local",
     scale: float | None = None,
     softcap: float | None = None,
+    lookback: int = 0,
+    sinks: int = 0,
     backend: str | None = None,
     want_state: bool = True,
     check_ranks: bool = True,
@@ -59,6 +61,7 @@ def sequence_parallel_attention(
             `segment_attention`, the same on every rank.
         state: the memory before the whole sequence. On every rank or on none; rank 0's is read and gets the gradient.
         cu_seqlens, spans: not taken, must be None.
+        lookback, sinks: not taken, must be 0.
         want_state: False where nothing uses the state after the whole sequence, which then costs nothing: the state of
             the result is None. The same on every rank.
         check_ranks: let the ranks agree on their settings before they exchange anything, which costs one collective of
@@ -90,6 +93,11 @@ def sequence_parallel_attention(
         problem = ValueError(
             "cu_seqlens and spans must be None for a sequence over several processes, got one of them: give each row "
             "one sequence, from the row's first token on"
+        )
+    if lookback or sinks:
+        problem = ValueError(
+            "lookback and sinks must be 0 for a sequence over several processes, "
+            f"got lookback = {lookback}, sinks = {sinks}"
         )
     if check_ranks:
         problem = problem or _problem(tensors, gate, state, options)

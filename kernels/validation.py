@@ -236,22 +236,25 @@ def check_lookback(lookback: int, sinks: int, segment_len: int, masked: bool) ->
 def check_sinks(
     sinks: int, sink_k: Tensor | None, sink_v: Tensor | None, sequences: int, segments: int | None, k: Tensor, v: Tensor
 ) -> None:
-    """Check the sinks' keys and values: both or neither, [N, G, n, ·] or, for `segments` S, [N, G, S, n, ·]."""
+    """Check the keys and values of sinks: both or neither, [N, G, n, ·] or one for each segment, [N, G, S, n, ·].
+
+    segments: S; None: a call of one segment, with rows for sequences, takes the former alone.
+    """
     if (sink_k is None) != (sink_v is None):
         raise ValueError("sink_k and sink_v go together: pass both, or neither")
-    for name, x, like_name, like in (("sink_k", sink_k, "k", k), ("sink_v", sink_v, "v", v)):
+    groups, n = k.shape[1], "B" if segments is None else "N"
+    for name, x, like_name, like, width in (("sink_k", sink_k, "k", k, "K"), ("sink_v", sink_v, "v", v, "V")):
         if x is None:
             continue
         if not sinks:
             raise ValueError(f"{name} needs sinks, the number of tokens that it holds, got sinks = 0")
         check_floating(name, x)
         check_like(name, x, like_name, like)
-        wide, width = ("K", "V")[like is v], like.shape[3]
         if segments is not None and x.ndim == 5:
-            shape: tuple[int, ...] = (sequences, k.shape[1], segments, sinks, width)
-            check_shape(name, x, f"[N, G, S, sinks, {wide}]", shape)
+            shape = (sequences, groups, segments, sinks, like.shape[3])
+            check_shape(name, x, f"[{n}, G, S, sinks, {width}]", shape)
         else:
-            check_shape(name, x, f"[N, G, sinks, {wide}]", (sequences, k.shape[1], sinks, width))
+            check_shape(name, x, f"[{n}, G, sinks, {width}]", (sequences, groups, sinks, like.shape[3]))
 
 
 def check_past(past: int | Tensor, sequences: int, segment_len: int, sink_k: Tensor | None, k: Tensor) -> int | Tensor:

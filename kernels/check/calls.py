@@ -78,8 +78,8 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
         device: where the tensors are put. They are drawn on the CPU.
 
     Returns:
-        q, k, v; as the call has them sink_k and sink_v; with a gate also gate and, as the call has them, memory_q,
-        memory_k, memory and normalizer.
+        q, k, v; with a gate also gate and, as the call has them, memory_q, memory_k, memory and normalizer; sink_k and
+        sink_v if the call passes its own.
     """
     generator = torch.Generator().manual_seed(call.seed)
 
@@ -95,8 +95,6 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
         "k": tokens(call.G, call.Tk, call.K),
         "v": tokens(call.G, call.Tk, call.V),
     }
-    if call.own_sinks is not None:
-        drawn |= {"sink_k": normal(*call.sink_shape(call.K)), "sink_v": normal(*call.sink_shape(call.V))}
     wide = {}
     if call.gated:
         wide["gate"] = normal(call.H)
@@ -106,6 +104,8 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
             n, G, K, V = call.sequences, call.G, call.K, call.V
             keys = feature_map(normal(n, G, call.remembered, K))
             wide |= {"memory": keys.mT @ normal(n, G, call.remembered, V), "normalizer": keys.sum(2)}
+    if call.own_sinks is not None:
+        drawn |= {"sink_k": normal(*call.sink_shape(call.K)), "sink_v": normal(*call.sink_shape(call.V))}
     at_least_float32 = torch.promote_types(dtype, torch.float32)
     # in the order in which the operation names them
     made = {name: x.to(dtype) for name, x in drawn.items()} | {name: x.to(at_least_float32) for name, x in wide.items()}

@@ -118,6 +118,8 @@ def refusals(group: Any, rank: int) -> dict[str, str]:
         "part of a segment": call(time=7 if rank == 1 else 10),
         "empty": call(time=0 if odd else 10),
         "spans": call(spans=torch.tensor([[0, 10]])),
+        "lookback": call(lookback=1),
+        "sinks": call(sinks=2),
         "group": call(group="sp"),
     }
     found = {name: refusal(made) for name, made in calls.items()}

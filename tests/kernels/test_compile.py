@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from segattn import MemoryState, memory_read, memory_write, segment_attention
 from segattn.kernels.sequences import checked_bounds
+from segattn.kernels.sinks import repeat_over_slots, sum_over_slots
 from segattn.kernels.state import Options
 from segattn.kernels.torch.memory import fold_segments, fold_segments_backward, read_and_blend, read_and_blend_backward
 from segattn.kernels.triton.ops import Inputs
@@ -54,6 +55,8 @@ def operations() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             read_and_blend_backward,
             (local.detach(), q.detach(), *detached[2:], torch.zeros(H), False, torch.ones(F, H, L, V)),
         ),
+        "sinks over slots": (repeat_over_slots, (normal(N, G, 2, K), torch.tensor([0, 1, 1, 2]))),
+        "sinks summed": (sum_over_slots, (normal(F, G, 2, K, grad=False).bfloat16(), torch.tensor([0, 1, 2]), N)),
         "spans": (checked_bounds, (torch.tensor([[0, 5], [2, 4]], dtype=torch.int32), False, 5, -1, 0)),
         "cu_seqlens": (checked_bounds, (torch.tensor([0, 2, 5], dtype=torch.int32), True, 5, -1, 0)),
     }
@@ -138,7 +141,21 @@ def test_opcheck_of_the_kernels(device: torch.device, subtests: pytest.Subtests)
 
 
 @pytest.mark.parametrize(
-    "name", ["rows", "linear", "prefill in pieces", "packed", "left padding", "local", "block mask", "decode"]
+    "name",
+    [
+        "rows",
+        "linear",
+        "prefill in pieces",
+        "packed",
+        "left padding",
+        "local",
+        "block mask",
+        "decode",
+        "window",
+        "window, in pieces",
+        "window, packed, past",
+        "window, unequal past, decode",
+    ],
 )
 def test_one_graph(name: str, device: torch.device) -> None:
     """fullgraph=True raises at a graph break; values and gradients stay those of the eager call."""
@@ -148,9 +165,11 @@ def test_one_graph(name: str, device: torch.device) -> None:
         key: None if value is None else torch.tensor(value, dtype=torch.int32, device=device)
         for key, value in (("cu_seqlens", call.cu_seqlens), ("spans", call.spans))
     }
+    if isinstance(call.past, tuple):
+        offsets["past"] = torch.tensor(call.past, device=device)
 
     def run(values: dict[str, torch.Tensor], offsets: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-        return apply(call, {key: x * 1 for key, x in values.items()}, **offsets)
+        return apply(call, {key: x * 1 for key, x in values.items()}, **({"past": call.past} | offsets))
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -159,7 +178,8 @@ def test_one_graph(name: str, device: torch.device) -> None:
     assert worst(gradients(outputs, made), gradients(expected, made))[0] < 1e-10
 
 
-def test_one_graph_for_many_lengths() -> None:
+@pytest.mark.parametrize("windows", [{}, {"lookback": 1, "sinks": 3}])
+def test_one_graph_for_many_lengths(windows: dict[str, int]) -> None:
     """Twenty lengths, whole segments and not: a graph or two, not one each."""
     graphs = 0
 
@@ -173,13 +193,8 @@ def test_one_graph_for_many_lengths() -> None:
     gate = torch.zeros(2)
     for time in range(41, 61):
         x = torch.randn(1, 2, time, 4)
-        assert (
-            error(
-                compiled(x, x, x, segment_len=8, gate=gate).out,
-                segment_attention(x, x, x, segment_len=8, gate=gate).out,
-            )
-            < 1e-6
-        )
+        options = {"segment_len": 8, "gate": gate, **windows}
+        assert error(compiled(x, x, x, **options).out, segment_attention(x, x, x, **options).out) < 1e-6
     assert graphs <= 3
 
 
@@ -261,7 +276,8 @@ def test_state_travels_through_copies_and_exported_programs() -> None:
 def test_shapes_without_data() -> None:
     """Meta tensors: what initialisation of large models runs on."""
     q, gate = torch.empty(1, 2, 10, 4, device="meta"), torch.empty(2, device="meta")
-    out, state = segment_attention(q, q, q, segment_len=4, gate=gate)
+    for windows in ({}, {"lookback": 1, "sinks": 2}):
+        out, state = segment_attention(q, q, q, segment_len=4, gate=gate, **windows)
     assert out.shape == (1, 2, 10, 4)
     assert state.memory.shape == (1, 2, 4, 4)
     assert out.device.type == state.memory.device.type == "meta"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from calls import GATES, error
 from segattn import MemoryState, memory_write, segment_attention, segment_decode
 
 BACKENDS = ("triton", "torch")
+# those that take sinks
+WINDOWED = ("torch",)
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,13 @@ class Step:
     causal: bool = True
     empty_memory: str = "local"
     scale: float | None = None
+    sinks: int = 0
+    # which rows see them; None: all
+    seen: tuple[bool, ...] | None = None
 
 
 def inputs(step: Step, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Arguments of the call, tokens past a row's length NaN."""
+    """Arguments of the call, NaN in tokens past a row's length and in sinks that a row does not see."""
     generator = torch.Generator().manual_seed(5)
 
     def tokens(heads: int, time: int, width: int) -> torch.Tensor:
@@ -59,6 +65,12 @@ def inputs(step: Step, dtype: torch.dtype, device: torch.device) -> dict[str, An
     for row, length in enumerate(step.lengths or ()):
         for name in ("k", "v"):
             made[name][row, :, length:] = float("nan")
+    if step.sinks:
+        made |= {"sink_k": tokens(step.G, step.sinks, step.K), "sink_v": tokens(step.G, step.sinks, step.V)}
+    if step.seen is not None:
+        made["sink_seen"] = torch.tensor(step.seen, device=device)
+        for name in ("sink_k", "sink_v"):
+            made[name][~made["sink_seen"]] = float("nan")
     if step.gated:
         made["gate"] = torch.randn(step.H, generator=generator).to(device)
         if step.own_memory_q:
@@ -104,14 +116,23 @@ STEPS = {
     "one token": Step(L=1, lengths=None),
     "longer than its splits": Step(B=1, H=2, G=1, L=150, lengths=(133,), Tq=2),
 }
+# a window of two segments is a longer buffer
+WITH_SINKS = {
+    "sinks": Step(sinks=3, lengths=None),
+    "sinks, ragged": Step(sinks=4, Tq=3, lengths=(18, 3)),
+    "sinks of some rows": Step(B=3, sinks=3, lengths=(20, 7, 2), seen=(False, True, False)),
+    "sinks, no memory": Step(sinks=17, gated=False, Tq=2, lengths=None, seen=(True, False)),
+    "sinks, seen by all": Step(sinks=1, gated=False, Tq=2, causal=False),
+    "sinks, fewer tokens than queries": Step(sinks=2, Tq=3, lengths=(2, 0), seen=(True, True)),
+}
+ALL = STEPS | WITH_SINKS
 
 
 @pytest.mark.parametrize("dtype", GATES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(("name", "backend"), [*product(STEPS, BACKENDS), *product(WITH_SINKS, WINDOWED)])
 def test_equals_the_reference(name: str, backend: str, dtype: torch.dtype, device: torch.device) -> None:
     """NaN past the lengths does not leak, and rows without as many tokens as queries give 0 for those."""
-    step = STEPS[name]
+    step = ALL[name]
     made = inputs(step, dtype, device)
     out = segment_decode(**made, backend=backend)
     assert out.dtype == dtype
@@ -120,22 +141,31 @@ def test_equals_the_reference(name: str, backend: str, dtype: torch.dtype, devic
         assert not out[row, :, : max(step.Tq - length, 0)].any()
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 @pytest.mark.parametrize(
-    "name", [name for name, step in STEPS.items() if step.lengths is None or 0 not in step.lengths]
+    ("name", "backend"),
+    [
+        (name, backend)
+        for name, step in ALL.items()
+        for backend in (*(BACKENDS if name in STEPS else WINDOWED), "reference")
+        if step.lengths is None or 0 not in step.lengths
+    ],
 )
 def test_is_the_same_step_of_segment_attention(name: str, backend: str, device: torch.device) -> None:
     """Each row as a call on its own tokens, by the reference in float64."""
-    step = STEPS[name]
+    step = ALL[name]
     made = in_double(inputs(step, torch.float32, device))
     out = segment_decode(**(made if backend == "reference" else inputs(step, torch.float32, device)), backend=backend)
     lengths = made.pop("lengths")
     state = made.pop("state", None)
+    sinks = {key: made.pop(key) for key in ("sink_k", "sink_v") if key in made}
+    seen = made.pop("sink_seen", torch.ones(step.B, dtype=torch.bool))
     for row, length in enumerate([step.L] * step.B if lengths is None else lengths.tolist()):
         first, one = max(step.Tq - length, 0), slice(row, row + 1)
         piece = {key: x[one, :, first:] if key in ("q", "memory_q") else x for key, x in made.items()}
         piece |= {key: made[key][one, :, :length] for key in ("k", "v")}
         before = None if state is None else MemoryState(*(x[one] for x in state))
+        if sinks and seen[row]:
+            piece |= {key: x[one] for key, x in sinks.items()} | {"sinks": step.sinks, "past": step.L + 1}
         expected = segment_attention(**piece, state=before, segment_len=step.L + 1, backend="reference").out
         assert error(out[one, :, first:], expected) < 2e-6
 
@@ -189,6 +219,30 @@ def test_decoding_and_folding_equal_one_call(backend: str, update: str, device: 
     assert error(state.normalizer, whole.state.normalizer) < 2e-6
 
 
+@pytest.mark.parametrize("backend", [*WINDOWED, "reference"])
+def test_decoding_in_windows_equals_one_call(backend: str, device: torch.device) -> None:
+    """Token by token into buffers of two segments, of which the first is folded when both are full; and sinks."""
+    L, T, n, dtype = 4, 19, 3, torch.float64 if backend == "reference" else torch.float32
+    q, k, v = (torch.randn(1, heads, T, 16, device=device, dtype=dtype) for heads in (2, 1, 1))
+    gate = torch.randn(2, device=device, dtype=dtype)
+    options = {"segment_len": L, "lookback": 1, "sinks": n, "backend": "reference"}
+    whole = segment_attention(q.double(), k.double(), v.double(), gate=gate.double(), **options)
+    keys, values = (torch.full((1, 1, 2 * L, 16), float("nan"), device=device, dtype=dtype) for _ in range(2))
+    state, outs, filled = MemoryState.zeros(1, 1, 16, 16, device=device, dtype=dtype), [], 0
+    for t in range(T):
+        if filled == 2 * L:
+            state = memory_write(keys[:, :, :L], values[:, :, :L], state, backend=backend)
+            keys, values, filled = keys.roll(L, 2), values.roll(L, 2), L
+        keys[:, :, filled], values[:, :, filled] = k[:, :, t], v[:, :, t]
+        filled += 1
+        lengths = torch.tensor([filled], device=device)
+        sinks = {"sink_k": k[:, :, :n], "sink_v": v[:, :, :n], "sink_seen": torch.tensor([t >= 2 * L], device=device)}
+        here = q[:, :, t : t + 1]
+        outs.append(segment_decode(here, keys, values, lengths, gate=gate, state=state, **sinks, backend=backend))
+    assert error(torch.cat(outs, 2), whole.out) < 2e-6
+    assert error(state.memory, whole.state.memory) < 2e-6
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_nothing_asked_gives_nothing(backend: str, device: torch.device) -> None:
     x = torch.ones(2, 2, 5, 16, device=device)
@@ -235,6 +289,26 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "causal": (TypeError, "causal must be True or False", {"causal": 1}),
     "scale": (ValueError, "scale must be positive and finite", {"scale": -1.0}),
     "backend": (ValueError, "backend must be one of", {"backend": "cuda"}),
+    "sink_k alone": (ValueError, "sink_k and sink_v go together", {"sink_k": KV}),
+    "sink_k type": (TypeError, "sink_k must be a tensor, got list", {"sink_k": [1.0], "sink_v": KV}),
+    "sink_k shape": (
+        ValueError,
+        r"sink_k must have shape \[B, G, sinks, K\] = \[2, 2, 5, 16\], got \[1, 2, 5, 16\]",
+        {"sink_k": KV[:1], "sink_v": KV},
+    ),
+    "sink_v length": (ValueError, "sink_v must have shape", {"sink_k": KV, "sink_v": KV[:, :, 1:]}),
+    "sink_k dtype": (TypeError, "sink_k must have k's dtype", {"sink_k": KV.half(), "sink_v": KV}),
+    "sink_seen alone": (ValueError, "sink_seen needs sink_k and sink_v", {"sink_seen": torch.ones(2).bool()}),
+    "sink_seen dtype": (
+        TypeError,
+        "sink_seen must be a bool tensor, got torch.int32",
+        {"sink_k": KV, "sink_v": KV, "sink_seen": torch.ones(2).int()},
+    ),
+    "sink_seen shape": (
+        ValueError,
+        r"sink_seen must have shape \[B\] = \[2\], got \[3\]",
+        {"sink_k": KV, "sink_v": KV, "sink_seen": torch.ones(3).bool()},
+    ),
     "gradients": (RuntimeError, "no gradients: call it under torch.no_grad", {"q": X.clone().requires_grad_()}),
 }
 

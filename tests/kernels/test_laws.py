@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from segattn import MemoryState, memory_read, memory_write, segment_attention, s
 
 BACKENDS = ("torch", "reference")
 UPDATES = ("delta", "linear")
+# those of EQUAL that take lookback and sinks
+WINDOWED = ("torch",)
 # what gives the same numbers by another way: to the last digits of float64, or by the kernels bit for bit
 EQUAL = {"torch": (torch.float64, 1e-12), "triton": (torch.float32, 0.0)}
 
@@ -29,10 +32,12 @@ def fitted(call: Call, backend: str) -> Call:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("segment_len", [1, 5, 64])
-def test_dependency_matrix(backend: str, update: str, segment_len: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("segment_len", "windows"), [(1, {}), (5, {}), (64, {}), (5, {"lookback": 1, "sinks": 3})])
+def test_dependency_matrix(
+    backend: str, update: str, segment_len: int, windows: dict[str, int], device: torch.device
+) -> None:
     """Every token reaches every later output, through its segment or the memory, and no earlier one: bit for bit."""
-    call = Call(B=1, H=2, G=1, Tq=23, Tk=23, segment_len=segment_len, update=update)
+    call = Call(B=1, H=2, G=1, Tq=23, Tk=23, segment_len=segment_len, update=update, **windows)
     made = tensors(call, torch.float64, device)
     out = apply(call, made, backend)["out"]
     reached = torch.zeros(call.Tk, call.Tk, dtype=torch.bool)
@@ -48,16 +53,19 @@ def test_dependency_matrix(backend: str, update: str, segment_len: int, device: 
 @settings(max_examples=100)
 @given(st.data())
 def test_pieces_equal_the_whole(data: st.DataObject) -> None:
-    """Cuts anywhere: the caller keeps the unfinished segment, the operation the rest."""
+    """Cuts anywhere: the caller keeps the unfinished segment, the window and the sinks, the operation the rest."""
     call = Call(
         B=2, Tq=29, Tk=29, segment_len=data.draw(st.integers(1, 12)), update=data.draw(st.sampled_from(UPDATES))
     )
+    sinks = data.draw(st.integers(0, call.segment_len))
+    call = replace(call, lookback=data.draw(st.integers(0, 1)), sinks=sinks)
     cuts = sorted(data.draw(st.sets(st.integers(1, 28), max_size=6)))
     made = tensors(call, torch.float64)
     whole = apply(call, made)
     state = MemoryState(made["memory"], made["normalizer"])
     held, outs = 0, []
     for first, last in zip([0, *cuts], [*cuts, 29], strict=True):
+        passed = {f"sink_{x}": made[x][:, :, :sinks] for x in ("k", "v") if held and sinks}
         out, state = segment_attention(
             made["q"][:, :, first:last],
             made["k"][:, :, held:last],
@@ -68,17 +76,28 @@ def test_pieces_equal_the_whole(data: st.DataObject) -> None:
             segment_len=call.segment_len,
             update=call.update,
             state=state,
+            lookback=call.lookback,
+            sinks=sinks,
+            past=held,
+            **passed,
         )
-        held += (last - held) // call.segment_len * call.segment_len
+        held += max((last - held) // call.segment_len - call.lookback, 0) * call.segment_len
         outs.append(out)
     pieces = {"out": torch.cat(outs, 2), "memory": state.memory, "normalizer": state.normalizer}
     assert worst(pieces, whole)[0] < 1e-12
     assert worst(gradients(pieces, made), gradients(whole, made))[0] < 1e-10
 
 
-@pytest.mark.parametrize("backend", EQUAL)
 @pytest.mark.parametrize(
-    "name", ["rows", "left padding", "right padding", "padding, last queries", "padding, bidirectional", "local"]
+    ("name", "backend"),
+    [
+        *product(
+            ["rows", "left padding", "right padding", "padding, last queries", "padding, bidirectional", "local"], EQUAL
+        ),
+        *product(
+            ["window", "sinks of each segment", "window, padding, past", "window, unequal past, decode"], WINDOWED
+        ),
+    ],
 )
 def test_a_row_equals_that_row_alone(name: str, backend: str, device: torch.device) -> None:
     dtype, limit = EQUAL[backend]
@@ -86,7 +105,7 @@ def test_a_row_equals_that_row_alone(name: str, backend: str, device: torch.devi
     made = tensors(call, dtype, device)
     together = apply(call, made, backend)
     for b in range(2):
-        alone = replace(call, B=1, spans=None if call.spans is None else call.spans[b : b + 1])
+        alone = replace(call, B=1, spans=None if call.spans is None else call.spans[b : b + 1], past=call.pasts[b])
         one = apply(alone, {key: x if key == "gate" else x[b : b + 1] for key, x in made.items()}, backend)
         assert worst(one, {key: x[b : b + 1] for key, x in together.items()})[0] <= limit
 
@@ -130,33 +149,41 @@ def test_padded_equals_unpadded(call: Call, left: int, right: int) -> None:
     assert worst(spanned, bare)[0] < 1e-12
 
 
-@pytest.mark.parametrize("backend", EQUAL)
-def test_packed_equals_each_sequence_alone(backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"), [*product(["packed"], EQUAL), *product(["window, packed", "window, packed, past"], WINDOWED)]
+)
+def test_packed_equals_each_sequence_alone(name: str, backend: str, device: torch.device) -> None:
     """Empty sequences among them: theirs is the state they came with."""
     dtype, limit = EQUAL[backend]
-    call = fitted(KINDS["packed"], backend)
+    call = fitted(KINDS[name], backend)
     made = tensors(call, dtype, device)
     packed = apply(call, made, backend)
     for n, (begin, end) in enumerate(pairwise(call.cu_seqlens)):
-        alone = replace(call, cu_seqlens=None, Tq=end - begin, Tk=end - begin)
+        alone = replace(call, cu_seqlens=None, Tq=end - begin, Tk=end - begin, past=call.pasts[n])
+        of_sequences = ("memory", "normalizer", "sink_k", "sink_v")
         mine = {
-            name: x if name == "gate" else x[n : n + 1] if name in ("memory", "normalizer") else x[:, :, begin:end]
-            for name, x in made.items()
+            key: x if key == "gate" else x[n : n + 1] if key in of_sequences else x[:, :, begin:end]
+            for key, x in made.items()
         }
+        if call.own_sinks == "segment":
+            mine |= {key: mine[key][:, :, : -(-alone.Tk // call.segment_len)] for key in ("sink_k", "sink_v")}
         one = apply(alone, mine, backend)
         expected = {"out": packed["out"][:, :, begin:end], "memory": packed["memory"][n : n + 1]}
-        assert worst({name: one[name] for name in expected}, expected)[0] <= limit
+        assert worst({key: one[key] for key in expected}, expected)[0] <= limit
         if begin == end:
             assert torch.equal(one["memory"], mine["memory"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["rows", "packed", "left padding", "local", "prefill in pieces"])
+@pytest.mark.parametrize(
+    "name",
+    ["rows", "packed", "left padding", "local", "prefill in pieces", "window", "window, packed, past", "lookback"],
+)
 def test_grouped_heads_equal_expanded_heads(name: str, backend: str) -> None:
     """Head h reads key/value head h // (H / G): [0, 0, 1, 1], not [0, 1, 0, 1]."""
     grouped = replace(KINDS[name], H=6, G=2)
     made = tensors(grouped, torch.float64)
-    shared = ("k", "v", "memory_k", "memory", "normalizer")
+    shared = ("k", "v", "memory_k", "memory", "normalizer", "sink_k", "sink_v")
     expanded = {key: x.repeat_interleave(3, 1) if key in shared else x for key, x in made.items()}
     few, many = apply(grouped, made, backend), apply(replace(grouped, G=6), expanded, backend)
     assert error(few["out"], many["out"]) < 1e-12
@@ -394,14 +421,20 @@ def test_half_the_dtype_of_the_gate(backend: str, device: torch.device) -> None:
     assert torch.equal(found, wanted.bfloat16())
 
 
-@pytest.mark.parametrize("backend", EQUAL)
-def test_autocast_computes_in_its_dtype_and_keeps_the_state(backend: str, device: torch.device) -> None:
-    call = fitted(Call(Tq=20, Tk=20, own_memory_inputs=False), backend)
+@pytest.mark.parametrize(
+    ("backend", "windows"),
+    [*product(EQUAL, [{}]), *product(WINDOWED, [{"lookback": 1, "sinks": 2, "own_sinks": "sequence", "past": 5}])],
+)
+def test_autocast_computes_in_its_dtype_and_keeps_the_state(
+    backend: str, windows: dict[str, Any], device: torch.device
+) -> None:
+    call = fitted(Call(Tq=20, Tk=20, own_memory_inputs=False, **windows), backend)
     made = tensors(call, torch.float32, device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         outputs = apply(call, made, backend)
         found = outputs | gradients(outputs, made)
-    low = {key: x.detach().bfloat16().requires_grad_() if key in "qkv" else x for key, x in made.items()}
+    tokens = ("q", "k", "v", "sink_k", "sink_v")
+    low = {key: x.detach().bfloat16().requires_grad_() if key in tokens else x for key, x in made.items()}
     expected = apply(call, low, backend)
     assert outputs["out"].dtype == torch.bfloat16
     assert outputs["memory"].dtype == torch.float32
@@ -445,7 +478,7 @@ def test_forward_mode_is_refused_and_of_the_reference_alone(name: str, softcap: 
         torch.func.jvp(lambda x: segment_decode(x, k, v, gate=made["gate"], state=state, softcap=softcap), (q,), (q,))
 
 
-@pytest.mark.parametrize("name", ["rows", "packed", "left padding", "exact segments"])
+@pytest.mark.parametrize("name", ["rows", "packed", "left padding", "exact segments", "window", "window, padding"])
 def test_strides_and_gradients_as_they_come(name: str) -> None:
     """Slices, expanded and transposed tensors, and an expanded gradient, give what contiguous copies give."""
     call = replace(KINDS[name], H=2, G=2, K=4, V=4, own_memory_inputs=False)
@@ -467,9 +500,15 @@ def of_inference(x: Tensor) -> Tensor:
         return x.detach().clone()
 
 
-@pytest.mark.parametrize("backend", ["triton", *BACKENDS])
 @pytest.mark.parametrize(
-    "name", ["rows", "one segment", "decode", "packed", "left padding", "softcap", "shared inputs"]
+    ("name", "backend"),
+    [
+        *product(
+            ["rows", "one segment", "decode", "packed", "left padding", "softcap", "shared inputs"],
+            ["triton", *BACKENDS],
+        ),
+        *product(["window", "window, packed, past", "sinks of each segment"], [*WINDOWED, "reference"]),
+    ],
 )
 def test_tensors_of_inference_mode_stand_beside_trained_ones(name: str, backend: str, device: torch.device) -> None:
     """Each input alone from inference mode, the others trained: results and gradients are those of plain tensors."""

@@ -233,6 +233,8 @@ def test_groups_that_are_none(seen):
             "TypeError: group must be a torch.distributed.ProcessGroup or"
         )
         assert seen[rank]["refusals"]["spans"].startswith("ValueError: cu_seqlens and spans must be None")
+        for name in ("lookback", "sinks"):
+            assert seen[rank]["refusals"][name].startswith("ValueError: lookback and sinks must be 0")
     for rank in range(1, ranks.SIZE):
         assert seen[rank]["of others"] == "ValueError: group must hold this process, got one of others"
 

@@ -29,6 +29,7 @@ def call(**changed: Any) -> Any:
 
 packed = {"q": x(1, H, T, K), "k": x(1, G, T, K), "v": x(1, G, T, V)}
 state = MemoryState.zeros(B, G, K, V)
+SINK = x(B, G, 3, K)
 
 BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "not a tensor": (TypeError, "q must be a tensor, got list", {"q": [1.0]}),
@@ -150,6 +151,69 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "softcap type": (TypeError, "softcap must be a number or None, got str", {"softcap": "50"}),
     "no scale": (ValueError, "scale must be positive and finite, got 0", {"scale": 0}),
     "causal": (TypeError, "causal must be True or False, got 'no'", {"causal": "no"}),
+    "lookback": (ValueError, "lookback must be 0 or 1 segments, got 2", {"lookback": 2}),
+    "negative lookback": (ValueError, "lookback must be at least 0, got -1", {"lookback": -1}),
+    "lookback type": (TypeError, "lookback must be an integer, got bool", {"lookback": True}),
+    "negative sinks": (ValueError, "sinks must be at least 0, got -1", {"sinks": -1}),
+    "more sinks than a segment": (ValueError, "sinks must be at most segment_len = 4, got 5", {"sinks": 5}),
+    "lookback with the block mask": (
+        ValueError,
+        "lookback and sinks take no num_read or num_write: .* got lookback = 1, sinks = 0",
+        {"lookback": 1, "num_read": 1, "segment_len": T},
+    ),
+    "sinks with the block mask": (
+        ValueError,
+        "lookback and sinks take no num_read or num_write: .* got lookback = 0, sinks = 2",
+        {"sinks": 2, "num_write": 1, "segment_len": T},
+    ),
+    "sink_k without sinks": (ValueError, "sink_k needs sinks, .* got sinks = 0", {"sink_k": SINK, "sink_v": SINK}),
+    "sink_k alone": (ValueError, "sink_k and sink_v go together", {"sinks": 3, "sink_k": SINK}),
+    "sink_v alone": (ValueError, "sink_k and sink_v go together", {"sinks": 3, "sink_v": SINK}),
+    "sink_v shape": (
+        ValueError,
+        r"sink_v must have shape \[N, G, sinks, V\] = \[2, 2, 3, 5\], got \[2, 2, 3, 6\]",
+        {"sinks": 3, "sink_k": SINK, "sink_v": SINK},
+    ),
+    "sink_k of each segment": (
+        ValueError,
+        r"sink_k must have shape \[N, G, S, sinks, K\] = \[2, 2, 3, 3, 6\], got \[2, 2, 2, 3, 6\]",
+        {"sinks": 3, "sink_k": x(B, G, 2, 3, K), "sink_v": x(B, G, 2, 3, V)},
+    ),
+    "sink_k of packed sequences": (
+        ValueError,
+        r"sink_k must have shape \[N, G, sinks, K\] = \[3, 2, 3, 6\], got \[2, 2, 3, 6\]",
+        packed | {"cu_seqlens": ints(0, 4, 5, 12), "sinks": 3, "sink_k": SINK, "sink_v": x(B, G, 3, V)},
+    ),
+    "sink_k dtype": (
+        TypeError,
+        "sink_k must have k's dtype torch.float32, got torch.float64",
+        {"sinks": 3, "sink_k": SINK.double(), "sink_v": x(B, G, 3, V)},
+    ),
+    "sink_v elsewhere": (
+        ValueError,
+        "sink_v must be on v's device cpu, got meta",
+        {"sinks": 3, "sink_k": SINK, "sink_v": x(B, G, 3, V).to("meta")},
+    ),
+    "past without sink_k": (ValueError, "past needs sink_k and sink_v", {"sinks": 3, "past": 4}),
+    "past of rows without sink_k": (ValueError, "past needs sink_k and sink_v", {"sinks": 3, "past": ints(0, 0)}),
+    "past between segments": (
+        ValueError,
+        "past must be 0 or a multiple of segment_len = 4, got 6",
+        {"sinks": 3, "sink_k": SINK, "sink_v": x(B, G, 3, V), "past": 6},
+    ),
+    "past of a row between segments": (
+        ValueError,
+        r"past must be 0 or multiples of segment_len = 4, got \[4, 6\]",
+        {"sinks": 3, "sink_k": SINK, "sink_v": x(B, G, 3, V), "past": ints(4, 6)},
+    ),
+    "past shape": (ValueError, r"past must have shape \[N\] = \[2\], got \[3\]", {"sinks": 3, "past": ints(0, 4, 8)}),
+    "past dtype": (
+        TypeError,
+        "past must be an integer tensor, got torch.float32",
+        {"sinks": 3, "past": torch.zeros(B)},
+    ),
+    "past type": (TypeError, "past must be an integer, got list", {"sinks": 3, "past": [0, 4]}),
+    "negative past": (ValueError, "past must be at least 0, got -4", {"sinks": 3, "past": -4}),
     "sparse": (TypeError, "q must be a dense tensor, got torch.sparse_coo", {"q": x(B, H, T, K).to_sparse()}),
     "scale type": (TypeError, "scale must be a number, got Tensor", {"scale": torch.ones(())}),
 }
@@ -167,4 +231,8 @@ def test_the_base_call_is_good() -> None:
     assert call(gate=GATE, state=state).out.shape == (B, H, T, V)
     assert call(**packed, gate=GATE, cu_seqlens=ints(0, 7, 12).long()).state.memory.shape == (2, G, K, V)
     assert call(spans=ints([0, 12], [3, 9])).state is None
+    assert (
+        call(gate=GATE, lookback=np.int64(1), sinks=3, sink_k=SINK, sink_v=x(B, G, 3, V), past=8).out.isfinite().all()
+    )
+    assert call(past=-1.5).state is None  # not looked at without sinks
     assert call(segment_len=np.int64(L), scale=np.float32(0.5)).out.shape == (B, H, T, V)
