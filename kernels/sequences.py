@@ -121,8 +121,9 @@ class Layout(NamedTuple):
     sequences: int  # N
     total: int  # F
     per_row: int  # slots of each row, where slots is None
-    slots: Tensor | None = None  # int64 [F, 3]: row, first position, one past the last
+    slots: Tensor | None = None  # int64 [F, 5]: row, first position, one past the last, those two of its sequence
     runs: Tensor | None = None  # int64 [N, 2]: a sequence's first slot, and its tokens
+    lookback: int = 0  # segments before its own that a query sees
 
 
 def slot_count(sequences: int | None, batch: int, time: int, segment_len: int) -> int:
@@ -131,14 +132,16 @@ def slot_count(sequences: int | None, batch: int, time: int, segment_len: int) -
     return batch * per_row if sequences is None or sequences == batch else time // segment_len + sequences
 
 
-def layout_of(bounds: Tensor | None, batch: int, time: int, segment_len: int) -> Layout:
+def layout_of(bounds: Tensor | None, batch: int, time: int, segment_len: int, lookback: int = 0) -> Layout:
     """Lay out rows of `time` tokens, rows with their own span, or sequences packed into one row."""
     per_row = -(-time // segment_len)
     if bounds is None:
-        return Layout(time, segment_len, batch, batch * per_row, per_row)
+        return Layout(time, segment_len, batch, batch * per_row, per_row, lookback=lookback)
     slots = slots_of(bounds, batch, time, segment_len)
     lengths = bounds[:, 1] - bounds[:, 0]
     held = torch.full_like(lengths, per_row) if len(bounds) == batch else -(-lengths // segment_len)
-    places = torch.stack([slots.row, slots.begin, slots.end], 1)
+    # a spare slot's sequence lies behind all others
+    sequence = F.pad(bounds, (0, 0, 0, 1), value=time)[slots.sequence]
+    places = torch.cat([torch.stack([slots.row, slots.begin, slots.end], 1), sequence], 1)
     runs = torch.stack([held.cumsum(0) - held, lengths], 1)
-    return Layout(time, segment_len, len(bounds), len(places), per_row, places, runs)
+    return Layout(time, segment_len, len(bounds), len(places), per_row, places, runs, lookback)

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
+from ...kernels.sequences import slot_count
 from ...kernels.state import Options
 from ...kernels.triton.configs import Target
 from ...kernels.triton.launch import Launch, constants, recording
@@ -33,6 +34,7 @@ _TYPES = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.bool: "*i1",
 }
 
 
@@ -211,6 +213,8 @@ class Case(NamedTuple):
     causal: bool = True
     num_read: int = 0
     softcap: float | None = None
+    lookback: int = 0
+    sinks: int = 0
 
 
 CASES = {
@@ -220,6 +224,7 @@ CASES = {
     "local, bidirectional": Case(gated=False, causal=False),
     "local, block mask": Case(gated=False, num_read=8),
     "delta, capped": Case(softcap=50.0),
+    "delta, window": Case(lookback=1, sinks=4),
 }
 ALONE = "alone"
 
@@ -244,14 +249,23 @@ def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list
     state = (torch.empty(N, G, width, width, device="meta"), torch.empty(N, G, width, device="meta"))
     gate, (memory, normalizer) = (torch.empty(H, device="meta"), state) if case.gated else (None, (None, None))
     update = "delta" if case.delta else "linear"
-    options = Options(L, update, case.causal, case.num_read, case.num_read, "local", width**-0.5, case.softcap)
-    inputs = Inputs(q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds)
+    numbers = case.num_read, case.num_read, "local", width**-0.5, case.softcap, case.lookback
+    options = Options(L, update, case.causal, *numbers)
+    F = slot_count(N if case.packed else None, B, T, L)
+    sinks = _sinks(F, k, case.sinks) if case.sinks else (None, None, None)
+    inputs = Inputs(q, k, v, memory_q, memory_k, gate, memory, normalizer, *sinks, bounds=bounds)
     with recording(target) as recorded:
         out, m, z, *saved = attention_forward(inputs, *options, True)
         if not case.gated:
             saved[0] = out
         attention_backward(inputs, saved, *options, out, [m, z])
     return recorded
+
+
+def _sinks(slots: int, k: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `count` sinks of every slot without data: keys, values, and whether they are seen."""
+    x = k.new_empty(slots, k.shape[1], count, k.shape[3])
+    return x, x, x.new_empty(slots, dtype=torch.bool)
 
 
 def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Launch]:
@@ -264,8 +278,8 @@ def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Laun
     lengths = torch.empty(B, device="meta", dtype=torch.int32)
     options = Options(T, "delta", True, 0, 0, "local", width**-0.5)
     with recording(target) as recorded:
-        for state in ((gate, m, z), (None, None, None)):
-            attention_decode([q[:, :, :1], k, k, None, None, *state, None], *options, lengths, None)
+        for state, sinks in (((gate, m, z), ()), ((None, None, None), ()), ((gate, m, z), _sinks(B, k, 4))):
+            attention_decode(Inputs(q[:, :, :1], k, k, None, None, *state, *sinks), *options, lengths, None)
         read_forward(q, m, z, True)
         read_backward(q, m, z, True, q)
         _, _, *saved = write_forward(k, k, beta, m, z, "delta", True, False)

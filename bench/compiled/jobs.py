@@ -22,6 +22,7 @@ from .ahead_of_time import ALONE, CASES, Compiled, CompileError, compile_launch,
 KERNELS = tuple(dict.fromkeys(kernel for kernel, _, _ in TABLE))
 # where every case is compiled; elsewhere every kernel once, and attention without a memory beside it
 WHOLE = ("bfloat16", 128)
+ELSEWHERE = ("delta", "local", "delta, window", ALONE)
 # float16 is bfloat16 by another name but where a kernel scales what it would lose
 SCALED = ("weight_sums_kernel", "write_grad_kernel")
 
@@ -77,7 +78,7 @@ def _plan_one(target: str, dtype: str, width: int) -> list[Job]:
     whole = (dtype, width) == WHOLE
     jobs: list[Job] = []
     seen: set[str] = set()
-    for case in (*CASES, ALONE) if whole else ("delta", "local", ALONE):
+    for case in (*CASES, ALONE) if whole else ELSEWHERE:
         for place, launch in enumerate(_launches(target, dtype, width, case)):
             job = Job(target, dtype, width, case, place, launch.kernel.__name__)
             same = repr((job.kernel, signature(launch), launch.tile.num_warps, launch.tile.num_stages))

@@ -27,8 +27,8 @@ ROWS = {
     "read_kernel": "BLOCK_M",
     "read_grad_kernel": "BLOCK_M",
 }
-# the queries of a group at one step fill 16 rows
-FEW_ROWS = ("decode_kernel",)
+# the queries of a group at one step fill 16 rows, and so do a few sinks
+FEW_ROWS = ("decode_kernel", "sink_grad_kernel")
 # widths at which nothing may be spilled: tiles are chosen for them; masks of the columns of others take registers
 UNSPILLED = (64, 128)
 # of a loop's instructions: with more registers in use, an address is computed again

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sequences import Layout
-from ..state import Options
-from .launch import launch, new_tokens, segment_arguments, tile_of, view
+from ..state import Options, Sinks
+from .launch import launch, new_tokens, segment_arguments, tile_of, view, view_sinks
 from .tiles import (
     LENGTHS,
     MemoryTokens,
@@ -19,20 +19,37 @@ from .tiles import (
     dot,
     feature_map,
     head_of,
+    keys_of,
     keys_seen,
     load_chunk,
     load_rows,
     memory_inverse,
     query_slot,
+    read_slot,
     rounded,
     row_operand,
     score_factor,
     scores,
     segment_at,
+    sink_block,
+    sinks_of,
+    spanning,
     store_rows,
     visible,
 )
 from .write import SegmentMemory, normalizer_at
+
+
+class Reading(NamedTuple):
+    """What a call reads from a memory."""
+
+    q: Any  # memory_q [B, H, Tq, K]
+    gate: Tensor  # float32 [H]
+    memory: SegmentMemory
+
+    def view(self) -> Reading:
+        """Return these as an argument of a kernel."""
+        return self._replace(q=view(self.q))
 
 
 class SavedRows(NamedTuple):
@@ -86,13 +103,15 @@ def recall(acc, share, x, first, matrix, ELU: tl.constexpr, K: tl.constexpr, V: 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attend_kernel(
-    q, k, v, memory_q, out, saved, gate, memory,
+    q, k, v, sinks, reading, out, saved,
     slots, time, query_time, segment_len, segments, tiles, memory_tokens, scale, softcap,
-    KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    LOOKBACK: tl.constexpr, KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Attend by one tile of the queries of one head in one segment.
 
-    saved: None unless a backward follows. KEEP_GATE: local attention is weighed by 1 − g where the memory is empty too.
+    reading: None without a memory. saved: None unless a backward follows. KEEP_GATE: local attention is weighed by
+    1 − g where the memory is empty too.
     """
     K: tl.constexpr = q.width
     V: tl.constexpr = v.width
@@ -113,33 +132,41 @@ def attend_kernel(
     queries = load_rows(head_of(q, segment.row, head, stop), at, 0, BLOCK_M, block(K), K)
     keys = head_of(k, segment.row, group, segment.end)
     values = head_of(v, segment.row, group, segment.end)
-    full, last = keys_seen(first, segment, memory_tokens, BLOCK_M, BLOCK_N, CAUSAL)
+    window = keys_of(segment, segment_len, LOOKBACK)
+    full, last = keys_seen(first, window, memory_tokens, BLOCK_M, BLOCK_N, CAUSAL)
 
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     factor = score_factor(scale, softcap)
     acc, peak, total = softmax_loop(
-        (acc, peak, total), queries, i, keys, values, segment.begin, full, segment, memory_tokens, factor, softcap,
+        (acc, peak, total), queries, i, keys, values, window.begin, full, window, memory_tokens, factor, softcap,
         False, CAUSAL, K, V, BLOCK_N,
     )  # fmt: skip
     acc, peak, total = softmax_loop(
-        (acc, peak, total), queries, i, keys, values, full, last, segment, memory_tokens, factor, softcap,
+        (acc, peak, total), queries, i, keys, values, full, last, window, memory_tokens, factor, softcap,
         True, CAUSAL, K, V, BLOCK_N,
     )  # fmt: skip
+    if sinks is not None:
+        # behind the window, so that no row's peak is still −inf where none are seen
+        keys, values = sinks_of(sinks, slot, group)
+        acc, peak, total = softmax_loop(
+            (acc, peak, total), queries, i, keys, values, 0, keys.stop, spanning(segment, 0, keys.stop), None,
+            factor, softcap, True, False, K, V, sink_block(sinks.count, BLOCK_N),
+        )  # fmt: skip
     lse2 = peak + tl.log2(total)
     acc = acc / total[:, None]
-    if memory is not None:
+    if reading is not None:
         if saved is not None:
             store_rows(head_of(saved.local, segment.row, head, stop), at, 0, acc, V)
-        g = tl.sigmoid(tl.load(gate + head))
-        at_memory = tl.cast(slot, tl.int64) * k.heads + group
-        reading = head_of(memory_q, segment.row, head, stop)
-        normalizer = normalizer_at(memory.normalizer, at_memory, K)
-        inverse = memory_inverse(reading, at, normalizer, True, BLOCK_M, K, CHUNK)
+        g = tl.sigmoid(tl.load(reading.gate + head))
+        at_memory = tl.cast(read_slot(slot, segment, LOOKBACK), tl.int64) * k.heads + group
+        x = head_of(reading.q, segment.row, head, stop)
+        normalizer = normalizer_at(reading.memory.normalizer, at_memory, K)
+        inverse = memory_inverse(x, at, normalizer, True, BLOCK_M, K, CHUNK)
         local_share = tl.where((inverse != 0) | KEEP_GATE, 1 - g, 1.0)
-        matrix = memory.matrix + at_memory * K * V
-        acc = recall(acc * local_share[:, None], g * inverse, reading, at, matrix, True, K, V, CHUNK)
+        matrix = reading.memory.matrix + at_memory * K * V
+        acc = recall(acc * local_share[:, None], g * inverse, x, at, matrix, True, K, V, CHUNK)
         lse2 -= tl.log2(local_share)
     if saved is not None:
         at_rows = (tl.cast(segment.row, tl.int64) * q.heads + head) * query_time - offset + i
@@ -167,13 +194,14 @@ def call_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Opt
         "memory_tokens": MemoryTokens(options.num_read, options.num_write) if masked else None,
         "scale": options.scale,
         "softcap": options.softcap,
+        "LOOKBACK": layout.lookback,
         "CAUSAL": options.causal,
     }
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, memory: SegmentMemory | None,
-    layout: Layout, options: Options, save: bool,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, reading: Reading | None, layout: Layout, options: Options,
+    save: bool,
 ) -> tuple[Tensor, SavedRows | None]:  # fmt: skip
     """Return the output [B, H, Tq, V] and, if `save`, what a backward needs; without a memory, local attention."""
     heads, query_time = q.shape[1:3]
@@ -182,14 +210,14 @@ def attend(
     out = new_tokens(q, heads, query_time, value_width, padded)
     saved = None
     if save:
-        local = None if memory is None else new_tokens(q, heads, query_time, value_width, padded)
+        local = None if reading is None else new_tokens(q, heads, query_time, value_width, padded)
         saved = SavedRows(local, q.new_empty(q.shape[:3], dtype=torch.float32))
     tile = tile_of(attend_kernel, q, q.shape[3], value_width)
     slots, tiles = query_programs(q, layout, tile.BLOCK_M)
     launch(
         attend_kernel, slots * heads * tiles, tile, q,
-        **call_arguments(q, k, v, layout, options), memory_q=view(memory_q), out=view(out),
-        saved=None if saved is None else saved.view(), gate=gate, memory=memory, tiles=tiles,
+        **call_arguments(q, k, v, layout, options), sinks=view_sinks(sinks), out=view(out),
+        reading=None if reading is None else reading.view(), saved=None if saved is None else saved.view(), tiles=tiles,
         KEEP_GATE=options.empty_memory == "gated",
     )  # fmt: skip
     return out, saved

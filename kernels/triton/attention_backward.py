@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sequences import Layout
-from ..state import Options
-from .attention import SavedRows, call_arguments, query_programs
-from .launch import launch, new_tokens, tile_of, view
+from ..state import Options, Sinks
+from .attention import Reading, SavedRows, call_arguments, query_programs
+from .launch import launch, new_tokens, tile_of, view, view_sinks
 from .tiles import (
     LENGTHS,
     block,
@@ -26,20 +26,26 @@ from .tiles import (
     feature_map_grad,
     head_of,
     inverse_weight,
+    keys_of,
     keys_seen,
     largest,
     load_chunk,
     load_rows,
     load_vector,
+    queries_of,
     query_slot,
+    read_slot,
     rounded,
     score_factor,
     scores,
     segment_at,
+    sink_block,
+    sinks_of,
+    spanning,
     store_rows,
     visible,
 )
-from .write import SegmentMemory, normalizer_at
+from .write import normalizer_at
 
 
 @triton.jit
@@ -123,9 +129,10 @@ class QueryGrads(NamedTuple):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def query_grad_kernel(
-    q, k, v, memory_q, saved, gate, memory, dout, grads,
+    q, k, v, sinks, reading, saved, dout, grads,
     slots, time, query_time, segment_len, segments, tiles, memory_tokens, scale, softcap,
-    KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    LOOKBACK: tl.constexpr, KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Store in `grads` the gradients of one tile of one head's queries, and its row sums.
 
@@ -144,7 +151,7 @@ def query_grad_kernel(
     segment = segment_at(slot, slots, segments, segment_len, time)
     first = tl.maximum(segment.begin, offset) + tile * BLOCK_M
     if first >= segment.end:
-        if memory is not None:
+        if reading is not None:
             tl.store(grads.gate + program, 0.0)
         return
     i = first + tl.arange(0, BLOCK_M)
@@ -156,12 +163,12 @@ def query_grad_kernel(
     row_delta = tl.sum(douts.to(tl.float32) * local.to(tl.float32), 1)
     tl.store(grads.deltas.local + at_rows, row_delta, mask=inside)
 
-    if memory is not None:
-        g = tl.sigmoid(tl.load(gate + head))
-        x = head_of(memory_q, segment.row, head, stop)
+    if reading is not None:
+        g = tl.sigmoid(tl.load(reading.gate + head))
+        x = head_of(reading.q, segment.row, head, stop)
         dx = head_of(grads.q if grads.memory_q is None else grads.memory_q, segment.row, head, stop)
-        at_memory = tl.cast(slot, tl.int64) * k.heads + group
-        memory_delta, inverse = recall_adjoint(x, at, douts, memory, at_memory, g, dx, True, K, V, CHUNK)
+        at_memory = tl.cast(read_slot(slot, segment, LOOKBACK), tl.int64) * k.heads + group
+        memory_delta, inverse = recall_adjoint(x, at, douts, reading.memory, at_memory, g, dx, True, K, V, CHUNK)
         tl.store(grads.deltas.memory + at_rows, memory_delta, mask=inside)
         gated = ((inverse != 0) | KEEP_GATE) & inside
         # a row of a matrix: where one product feeds it, Triton 3.7 cannot lay out the sum of a vector on sm_100
@@ -169,22 +176,29 @@ def query_grad_kernel(
         tl.store(grads.gate + program + tl.arange(0, 1), g * (1 - g) * to_gate)
     queries = load_rows(head_of(q, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_K, K)
     lse2 = tl.load(saved.lse2 + at_rows, mask=inside, other=float("inf"))
-    keys = head_of(k, segment.row, group, segment.end)
-    values = head_of(v, segment.row, group, segment.end)
-    full, last = keys_seen(first, segment, memory_tokens, BLOCK_M, BLOCK_N, CAUSAL)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     factor = score_factor(scale, softcap)
+    if sinks is not None:
+        keys, values = sinks_of(sinks, slot, group)
+        acc = query_loop(
+            acc, queries, douts, lse2, row_delta, i, keys, values, 0, keys.stop, spanning(segment, 0, keys.stop), None,
+            factor, softcap, True, False, K, V, sink_block(sinks.count, BLOCK_N),
+        )  # fmt: skip
+    keys = head_of(k, segment.row, group, segment.end)
+    values = head_of(v, segment.row, group, segment.end)
+    window = keys_of(segment, segment_len, LOOKBACK)
+    full, last = keys_seen(first, window, memory_tokens, BLOCK_M, BLOCK_N, CAUSAL)
     acc = query_loop(
-        acc, queries, douts, lse2, row_delta, i, keys, values, segment.begin, full, segment, memory_tokens,
+        acc, queries, douts, lse2, row_delta, i, keys, values, window.begin, full, window, memory_tokens,
         factor, softcap, False, CAUSAL, K, V, BLOCK_N,
     )  # fmt: skip
     acc = query_loop(
-        acc, queries, douts, lse2, row_delta, i, keys, values, full, last, segment, memory_tokens,
+        acc, queries, douts, lse2, row_delta, i, keys, values, full, last, window, memory_tokens,
         factor, softcap, True, CAUSAL, K, V, BLOCK_N,
     )  # fmt: skip
     acc *= scale
     dqueries = head_of(grads.q, segment.row, head, stop)
-    if memory is not None:
+    if reading is not None:
         if grads.memory_q is None:
             # other threads of this program have stored the memory's part
             tl.debug_barrier()
@@ -193,22 +207,23 @@ def query_grad_kernel(
 
 
 def query_grads(
-    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor | None, saved: SavedRows, gate: Tensor | None,
-    memory: SegmentMemory | None, dout: Tensor, layout: Layout, options: Options,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, reading: Reading | None, saved: SavedRows, dout: Tensor,
+    layout: Layout, options: Options,
 ) -> QueryGrads:  # fmt: skip
-    """Return the gradients of what stands at the queries. memory_q None: the memory reads by q."""
+    """Return the gradients of what stands at the queries; of the memory's alone where they are not q itself."""
     heads, query_time, key_width = q.shape[1:]
     padded = layout.slots is not None
     tile = tile_of(query_grad_kernel, q, key_width, v.shape[3])
     slots, tiles = query_programs(q, layout, tile.BLOCK_M)
     dq = new_tokens(q, heads, query_time, key_width, padded)
-    dmemory_q = None if memory_q is None else new_tokens(q, heads, query_time, key_width, padded)
-    deltas = RowDeltas(torch.empty_like(saved.lse2), None if memory is None else torch.empty_like(saved.lse2))
-    dgate = None if memory is None else saved.lse2.new_empty((slots, heads, tiles))
+    own = reading is not None and reading.q is not q
+    dmemory_q = new_tokens(q, heads, query_time, key_width, padded) if own else None
+    deltas = RowDeltas(torch.empty_like(saved.lse2), None if reading is None else torch.empty_like(saved.lse2))
+    dgate = None if reading is None else saved.lse2.new_empty((slots, heads, tiles))
     launch(
         query_grad_kernel, slots * heads * tiles, tile, q,
-        **call_arguments(q, k, v, layout, options), memory_q=view(q if memory_q is None else memory_q),
-        saved=saved.view(), gate=gate, memory=memory, dout=view(dout), tiles=tiles,
+        **call_arguments(q, k, v, layout, options), sinks=view_sinks(sinks), saved=saved.view(),
+        reading=None if reading is None else reading.view(), dout=view(dout), tiles=tiles,
         grads=QueryGrads(view(dq), view(dmemory_q), dgate, deltas), KEEP_GATE=options.empty_memory == "gated",
     )  # fmt: skip
     return QueryGrads(dq, dmemory_q, None if dgate is None else dgate.sum((0, 2)), deltas)
@@ -274,7 +289,8 @@ def key_loop(
 def key_grad_kernel(
     q, k, v, lse2, dout, row_delta, dk, dv,
     slots, time, query_time, segment_len, segments, tiles, memory_tokens, scale, softcap,
-    ADD_DK: tl.constexpr, ADD_DV: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOOKBACK: tl.constexpr, ADD_DK: tl.constexpr, ADD_DV: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Store dk and dv of one tile of one key/value head, over its group's queries; ADD_DK, ADD_DV: add them."""
     K: tl.constexpr = k.width
@@ -298,6 +314,7 @@ def key_grad_kernel(
 
     # queries [first_seen, full) see some of these keys, later ones all; masks take registers: those tiles are smaller
     MASKED_M: tl.constexpr = BLOCK_M // 2 if BLOCK_M > 16 else BLOCK_M
+    queries = queries_of(segment, segment_len, LOOKBACK)
     first_seen = tl.maximum(begin, offset)
     some = 0
     if CAUSAL:
@@ -305,21 +322,21 @@ def key_grad_kernel(
         if memory_tokens is not None:
             least = tl.where(first < begin + memory_tokens.read, begin, tl.minimum(first, end - memory_tokens.write))
         first_seen = tl.maximum(first_seen, least)
-        some = tl.maximum(tl.minimum(first + BLOCK_N - 1, end) - first_seen, 0)
+        some = tl.maximum(tl.minimum(first + BLOCK_N - 1, queries.end) - first_seen, 0)
     diagonal = tl.cdiv(some, MASKED_M)
     full = first_seen + diagonal * MASKED_M
-    whole = tl.maximum(end - full, 0) // BLOCK_M
-    left = tl.cdiv(tl.maximum(end - full - whole * BLOCK_M, 0), MASKED_M)
+    whole = tl.maximum(queries.end - full, 0) // BLOCK_M
+    left = tl.cdiv(tl.maximum(queries.end - full - whole * BLOCK_M, 0), MASKED_M)
     factor = score_factor(scale, softcap)
     members = q.heads // k.heads
     dkeys, dvalues = key_loop(
         (dkeys, dvalues), keys, values, j, q, dout, lse2, row_delta, group, members,
-        Walk(first_seen, diagonal + left, diagonal, whole * BLOCK_M), offset, query_time, segment, memory_tokens,
+        Walk(first_seen, diagonal + left, diagonal, whole * BLOCK_M), offset, query_time, queries, memory_tokens,
         factor, softcap, True, CAUSAL, K, V, MASKED_M,
     )  # fmt: skip
     dkeys, dvalues = key_loop(
         (dkeys, dvalues), keys, values, j, q, dout, lse2, row_delta, group, members,
-        Walk(full, whole, 0, 0), offset, query_time, segment, memory_tokens,
+        Walk(full, whole, 0, 0), offset, query_time, queries, memory_tokens,
         factor, softcap, False, CAUSAL, K, V, BLOCK_M,
     )  # fmt: skip
     dkeys *= scale

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..state import MemoryState, Options
-from .launch import launch, new_tokens, processors, tile_of, view
+from ..state import MemoryState, Options, Sinks
+from .launch import launch, new_tokens, processors, tile_of, view, view_sinks
 from .tiles import (
     LENGTHS,
     Memory,
@@ -30,6 +30,8 @@ from .tiles import (
     row_operand,
     score_factor,
     scores,
+    sink_block,
+    sinks_of,
 )
 
 
@@ -51,17 +53,22 @@ def part_at(parts, part, BLOCK_M: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def attend_tail(
-    queries, position, keys, values, first, factor, softcap,
-    CAUSAL: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Return Σ p v, the scores' peak and Σ p over the keys from `first` on; a row that sees none has a sum of 0."""
-    BLOCK_M: tl.constexpr = queries.shape[0]
-    BLOCK_K: tl.constexpr = queries.shape[1]
-    BLOCK_V: tl.constexpr = block(V)
+def no_keys(BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Return Σ p v, the scores' peak and Σ p where no key has been seen."""
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    return acc, peak, tl.zeros([BLOCK_M], tl.float32)
+
+
+@triton.jit
+def attend_tail(
+    state, queries, position, keys, values, first, factor, softcap,
+    CAUSAL: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys from `first` on into Σ p v, the scores' peak and Σ p; a row that sees none keeps a sum of 0."""
+    acc, peak, total = state
+    BLOCK_K: tl.constexpr = queries.shape[1]
+    BLOCK_V: tl.constexpr = block(V)
     for start in range(first, keys.stop, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         x = scores(queries, load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K), factor, softcap)
@@ -104,7 +111,7 @@ def read_state(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
-    q, k, v, memory_q, out, gate, state, lengths, parts, sums, counters,
+    q, k, v, sinks, memory_q, out, gate, state, lengths, parts, sums, counters,
     time, query_time, splits, split_len, scale, softcap,
     KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -138,9 +145,17 @@ def decode_kernel(
             queries = gather_rows(q, group * members, row, r, query_time, inside, 0, block(K))
             keys, values = head_of(k, row, group, stop), head_of(v, row, group, stop)
             factor = score_factor(scale, softcap)
+            nothing = no_keys(BLOCK_M, BLOCK_V)
             acc, peak, total = attend_tail(
-                queries, position, keys, values, first, factor, softcap, CAUSAL, K, V, BLOCK_N
+                nothing, queries, position, keys, values, first, factor, softcap, CAUSAL, K, V, BLOCK_N
             )
+            if sinks is not None:
+                keys, values = sinks_of(sinks, row, group)
+                first = tl.where(part == 0, 0, keys.stop)
+                acc, peak, total = attend_tail(
+                    (acc, peak, total), queries, position, keys, values, first, factor, softcap, False, K, V,
+                    sink_block(sinks.count, BLOCK_N),
+                )  # fmt: skip
             target, columns = part_at(parts, first_part + part, BLOCK_M, V)
             tl.store(target, acc, mask=columns)
             tl.store(sums + (first_part + part) * 2 * BLOCK_M + r, peak)
@@ -156,9 +171,7 @@ def decode_kernel(
     done = tl.atomic_add(counters + at, 1, sem="acq_rel")
     if done == count - 1:
         tl.store(counters + at, 0)
-        acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
+        acc, peak, total = no_keys(BLOCK_M, BLOCK_V)
         for split in range(0, tl.cdiv(end, split_len)):
             split_peak = tl.load(sums + (first_part + split) * 2 * BLOCK_M + r, cache_modifier=".cg")
             split_total = tl.load(sums + (first_part + split) * 2 * BLOCK_M + BLOCK_M + r, cache_modifier=".cg")
@@ -186,8 +199,8 @@ def decode_kernel(
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
-    lengths: Tensor | None, counters: Tensor | None, options: Options,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, memory_q: Tensor, gate: Tensor | None,
+    state: MemoryState | None, lengths: Tensor | None, counters: Tensor | None, options: Options,
 ) -> Tensor:  # fmt: skip
     """Return out [B, H, Tq, V] of the last Tq of lengths [B] tokens in k and v.
 
@@ -208,7 +221,7 @@ def decode(
         counters = q.new_zeros(batch * groups, dtype=torch.int32)
     launch(
         decode_kernel, batch * groups * (splits + (state is not None)), tile, q,
-        q=view(q), k=view(k), v=view(v), memory_q=view(memory_q), out=view(out), gate=gate,
+        q=view(q), k=view(k), v=view(v), sinks=view_sinks(sinks), memory_q=view(memory_q), out=view(out), gate=gate,
         state=None if state is None else Memory(*state), lengths=lengths, parts=parts, sums=sums, counters=counters,
         time=time, query_time=query_time, splits=splits, split_len=split_len, scale=options.scale,
         softcap=options.softcap, CAUSAL=options.causal,

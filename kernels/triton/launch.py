@@ -16,8 +16,9 @@ from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from ..sequences import Layout
+from ..state import Sinks
 from .configs import Target, Tile, tile_for
-from .tiles import INTERPRETED, Tokens, block
+from .tiles import INTERPRETED, SinkTokens, Tokens, block
 
 
 class Launch(NamedTuple):
@@ -64,6 +65,13 @@ def view(x: Tensor | None) -> Tokens | None:
         return None
     row, head, time, _ = x.stride()
     return Tokens(x, row, head, time, x.shape[1], tl.constexpr(x.shape[3]))
+
+
+def view_sinks(sinks: Sinks | None) -> SinkTokens | None:
+    """Return sinks, whose last dimensions must be contiguous, as an argument of a kernel."""
+    if sinks is None:
+        return None
+    return SinkTokens(view(sinks.k), view(sinks.v), sinks.seen, tl.constexpr(sinks.k.shape[2]))
 
 
 def segment_arguments(layout: Layout) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def read_backward(q: Tensor, memory: Tensor, normalizer: Tensor, elu: bool, dout
     dq, memory_delta = read_grads(q, slots, dout, elu)
     return [dq, *products(
         q, dout, memory.shape[1], _rows(q), normalizer=slots.normalizer, memory_delta=memory_delta, elu=elu,
-        whole=False, summed=True,
+        read=True, summed=True,
     )]  # fmt: skip
 
 

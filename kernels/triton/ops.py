@@ -10,11 +10,12 @@ from torch.autograd.function import once_differentiable
 
 from ..sequences import layout_of, slot_count
 from ..state import MemoryState, Options, SegmentOutput, Sinks
-from .attention import SavedRows, attend
+from .attention import Reading, SavedRows, attend
 from .attention_backward import key_grads, query_grads
 from .decode import decode
 from .launch import dense_rows, new_tokens
 from .library import distinct, or_empty, or_none, register, with_flat_options
+from .sink_grads import sink_grads
 from .write import Normalizer, SegmentMemory, Written, products, write
 from .write_backward import state_grads, write_grads
 
@@ -28,12 +29,21 @@ class Inputs(NamedTuple):
     q: Tensor  # [B, H, Tq, K]
     k: Tensor  # [B, G, Tk, K]
     v: Tensor  # [B, G, Tk, V]
-    memory_q: Tensor | None  # None: q
-    memory_k: Tensor | None  # None: k
-    gate: Tensor | None  # float32 [H]; None: no memory
-    memory: Tensor | None  # float32 [N, G, K, V], contiguous
-    normalizer: Tensor | None  # float32 [N, G, K], contiguous
-    bounds: Tensor | None  # int64 [N, 2]: spans of rows, or sequences packed into one row; None: whole rows
+    memory_q: Tensor | None = None  # None: q
+    memory_k: Tensor | None = None  # None: k
+    gate: Tensor | None = None  # float32 [H]; None: no memory
+    memory: Tensor | None = None  # float32 [N, G, K, V], contiguous
+    normalizer: Tensor | None = None  # float32 [N, G, K], contiguous
+    sink_k: Tensor | None = None  # as `Sinks`; None: no sinks
+    sink_v: Tensor | None = None
+    sink_seen: Tensor | None = None
+    bounds: Tensor | None = None  # int64 [N, 2]: spans of rows, or sequences packed into one row; None: whole rows
+
+    def sinks(self) -> Sinks | None:
+        """Return the sinks of the call."""
+        if self.sink_k is None or self.sink_v is None or self.sink_seen is None:
+            return None
+        return Sinks(self.sink_k, self.sink_v, self.sink_seen)
 
 
 class SavedMemory(NamedTuple):
@@ -78,21 +88,22 @@ def attention_forward(inputs: list[Tensor | None], options: Options, save: bool)
 
     What a call does not have is an empty tensor: the state without a gate, for one.
     """
-    q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds = Inputs(*inputs)  # type: ignore[arg-type]
-    layout = layout_of(bounds, q.shape[0], k.shape[2], options.segment_len)
+    call = Inputs(*inputs)  # type: ignore[arg-type]
+    q, k, v, memory_q, memory_k, gate, memory, normalizer, *_ = call
+    layout = layout_of(call.bounds, q.shape[0], k.shape[2], options.segment_len, options.lookback)
     if gate is None or memory is None or normalizer is None:
-        out, rows = attend(q, k, v, q, None, None, layout, options, save)
+        out, rows = attend(q, k, v, call.sinks(), None, layout, options, save)
         return [out, *or_empty(q, None, None, *(rows or (None, None)), *NOTHING)]
     written = write(k if memory_k is None else memory_k, v, memory, normalizer, layout, options.update, save=save)
-    reading = q if memory_q is None else memory_q
-    out, rows = attend(q, k, v, reading, gate, written.before, layout, options, save)
+    reading = Reading(q if memory_q is None else memory_q, gate, written.before)
+    out, rows = attend(q, k, v, call.sinks(), reading, layout, options, save)
     saved = SavedMemory.of(written) if save else NOTHING
     return [out, written.memory, written.normalizer, *or_empty(q, *(rows or (None, None)), *saved)]
 
 
 @with_flat_options
 def _forward_shapes(inputs: list[Tensor | None], options: Options, save: bool) -> list[Tensor]:
-    q, k, v, _, _, gate, memory, normalizer, bounds = Inputs(*inputs)  # type: ignore[arg-type]
+    q, k, v, _, _, gate, memory, normalizer, *_, bounds = Inputs(*inputs)  # type: ignore[arg-type]
     out, local = (new_tokens(q, q.shape[1], q.shape[2], v.shape[3]) for _ in range(2))
     lse2 = q.new_empty(q.shape[:3], dtype=torch.float32)
     if gate is None or memory is None or normalizer is None:
@@ -111,24 +122,28 @@ register("attend", attention_forward, _forward_shapes)
 def attention_backward(
     inputs: list[Tensor | None], saved: list[Tensor], options: Options, dout: Tensor, dstate: list[Tensor]
 ) -> list[Tensor]:
-    """Return the gradients of q, k, v, memory_q, memory_k, gate, memory and normalizer, empty where there is none.
+    """Return the gradients of `Inputs` up to sink_v, empty where there is none.
 
     saved: the fields of `SavedRows`, with the output as A_dot where there is no memory, and of `SavedMemory`.
     dstate: of the memory and normalizer after; nothing where there is no memory.
     """
-    q, k, v, memory_q, memory_k, gate, _, _, bounds = Inputs(*inputs)  # type: ignore[arg-type]
-    layout = layout_of(bounds, q.shape[0], k.shape[2], options.segment_len)
+    call = Inputs(*inputs)  # type: ignore[arg-type]
+    q, k, v, memory_q, memory_k, gate, *_ = call
+    layout = layout_of(call.bounds, q.shape[0], k.shape[2], options.segment_len, options.lookback)
     rows, saved_memory = SavedRows(*saved[:2]), SavedMemory(*saved[2:])
     dout = dense_rows(dout)
-    if gate is None:
-        query = query_grads(q, k, v, None, rows, None, None, dout, layout, options)
-        dk, dv = key_grads(q, k, v, rows.lse2, dout, query.deltas.local, None, None, layout, options)
-        return [query.q, dk, dv, *or_empty(q, None, None, None, None, None)]
     before, groups = saved_memory.before(), k.shape[1]
-    query = query_grads(q, k, v, memory_q, rows, gate, before, dout, layout, options)
+    reading = None if gate is None else Reading(q if memory_q is None else memory_q, gate, before)
+    sinks = call.sinks()
+    query = query_grads(q, k, v, sinks, reading, rows, dout, layout, options)
+    softmax = rows.lse2, dout, query.deltas.local
+    dsinks = (None, None) if sinks is None else sink_grads(q, sinks, *softmax, layout, options)
+    if reading is None:
+        dk, dv = key_grads(q, k, v, *softmax, None, None, layout, options)
+        return [query.q, dk, dv, *or_empty(q, None, None, None, None, None, *dsinks)]
     from_reads = products(
-        q if memory_q is None else memory_q, dout, groups, layout, normalizer=before.normalizer, gate=gate,
-        memory_delta=query.deltas.memory, whole=False, summed=True,
+        reading.q, dout, groups, layout, normalizer=before.normalizer, gate=gate, memory_delta=query.deltas.memory,
+        read=True, summed=True,
     )  # fmt: skip
     written = k if memory_k is None else memory_k
     dmemory, dnormalizer = (x.contiguous() for x in dstate)
@@ -137,22 +152,20 @@ def attention_backward(
     )
     dwritten, dv, _ = write_grads(written, v, before.normalizer, grads, layout)
     shared = memory_k is None
-    dk, dv = key_grads(q, k, v, rows.lse2, dout, query.deltas.local, dwritten if shared else None, dv, layout, options)
-    return [query.q, dk, dv, *or_empty(q, query.memory_q, None if shared else dwritten, query.gate), dm, dz]
+    dk, dv = key_grads(q, k, v, *softmax, dwritten if shared else None, dv, layout, options)
+    others = query.memory_q, None if shared else dwritten, query.gate, dm, dz, *dsinks
+    return [query.q, dk, dv, *or_empty(q, *others)]
 
 
 @with_flat_options
 def _backward_shapes(
     inputs: list[Tensor | None], saved: list[Tensor], options: Options, dout: Tensor, dstate: list[Tensor]
 ) -> list[Tensor]:
-    q, k, v, memory_q, memory_k, gate, *_ = Inputs(*inputs)  # type: ignore[arg-type]
-    tokens = [new_tokens(x, *x.shape[1:]) for x in (q, k, v)]
-    if gate is None:
-        return [*tokens, *or_empty(q, None, None, None, None, None)]
-    dmemory_q = None if memory_q is None else new_tokens(q, *q.shape[1:])
-    dmemory_k = None if memory_k is None else new_tokens(memory_k, *memory_k.shape[1:])
-    others = [x.new_empty(x.shape) for x in (gate, *dstate)]
-    return [*tokens, *or_empty(q, dmemory_q, dmemory_k), *others]
+    q, k, v, memory_q, memory_k, gate, _, _, *sinks, _, _ = Inputs(*inputs)  # type: ignore[arg-type]
+    tokens = [None if x is None else new_tokens(x, *x.shape[1:]) for x in (q, k, v, memory_q, memory_k)]
+    state = (None, None, None) if gate is None else (gate, *dstate)
+    others = [None if x is None else x.new_empty(x.shape) for x in (*state, *sinks)]
+    return or_empty(q, *tokens, *others)
 
 
 register("attend_backward", attention_backward, _backward_shapes)
@@ -163,9 +176,11 @@ def attention_decode(
     inputs: list[Tensor | None], options: Options, lengths: Tensor | None, counters: Tensor | None
 ) -> Tensor:
     """Return the output of the last queries of one unfinished segment; see `decode`."""
-    q, k, v, memory_q, _, gate, memory, normalizer, _ = Inputs(*inputs)  # type: ignore[arg-type]
+    call = Inputs(*inputs)  # type: ignore[arg-type]
+    q, k, v, memory_q, _, gate, memory, normalizer, *_ = call
     state = None if memory is None or normalizer is None else MemoryState(memory, normalizer)
-    return decode(q, k, v, q if memory_q is None else memory_q, gate, state, lengths, counters, options)
+    reading = q if memory_q is None else memory_q
+    return decode(q, k, v, call.sinks(), reading, gate, state, lengths, counters, options)
 
 
 @with_flat_options
@@ -202,8 +217,8 @@ class SegmentAttention(torch.autograd.Function):
         dstate = () if inputs.gate is None else dstate
         grads = torch.ops.segattn.attend_backward(inputs, saved, *ctx.options, dout, dstate)
         # a memory and normalizer come with a gate
-        present = inputs._replace(memory=inputs.gate, normalizer=inputs.gate)[:-1]
-        return None, *(None if x is None else grad for x, grad in zip(present, grads, strict=True)), None
+        present = inputs._replace(memory=inputs.gate, normalizer=inputs.gate)[:-2]
+        return None, *(None if x is None else grad for x, grad in zip(present, grads, strict=True)), None, None
 
 
 def triton_attention(
@@ -213,17 +228,13 @@ def triton_attention(
     """Run a call of `segment_attention` by the kernels.
 
     bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows.
-
-    Raises:
-        ValueError: lookback or sinks, which the kernels do not take.
     """
-    if options.lookback or sinks is not None:
-        raise ValueError("lookback and sinks must be 0 for backend='triton': pass backend='torch'")
-    inputs = _inputs(q, k, v, memory_q, memory_k, gate, state, bounds)
+    inputs = _inputs(q, k, v, memory_q, memory_k, gate, state, bounds, sinks)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         out, memory, normalizer = SegmentAttention.apply(options, *distinct(*inputs))
     elif bounds is None and _is_tail(q, k, options):
-        return SegmentOutput(torch.ops.segattn.decode(inputs, *options, None, None), state)
+        tail = inputs if sinks is None else inputs._replace(**_last_sinks(sinks, len(q)))
+        return SegmentOutput(torch.ops.segattn.decode(tail, *options, None, None), state)
     else:
         out, memory, normalizer, *_ = torch.ops.segattn.attend(inputs, *options, False)
     return SegmentOutput(out, None if state is None else MemoryState(memory, normalizer))
@@ -231,21 +242,33 @@ def triton_attention(
 
 def _inputs(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
-    state: MemoryState | None, bounds: Tensor | None,
+    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None,
 ) -> Inputs:  # fmt: skip
     """Return a call's tensors as the kernels take them: copied where a kernel could not step through them."""
     reading = None if memory_q is q or gate is None else dense_rows(memory_q)
     written = None if memory_k is k or gate is None else dense_rows(memory_k)
     memory, normalizer = (None, None) if state is None else (x.contiguous() for x in state)
     gate = None if gate is None else gate.contiguous()
-    return Inputs(dense_rows(q), dense_rows(k), dense_rows(v), reading, written, gate, memory, normalizer, bounds)
+    held = (None, None, None) if sinks is None else (dense_rows(sinks.k), dense_rows(sinks.v), sinks.seen.contiguous())
+    tokens = (dense_rows(x) for x in (q, k, v))
+    return Inputs(*tokens, reading, written, gate, memory, normalizer, *held, bounds)
 
 
 def _is_tail(q: Tensor, k: Tensor, options: Options) -> bool:
-    """Return whether these are a few queries of one unfinished segment: what the decoding kernel is for."""
+    """Return whether these are a few queries of the last segment, unfinished, which see all of k: for decoding."""
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     masked = options.causal and options.num_read + options.num_write > 0
-    return 0 < rows <= DECODED_ROWS and k.shape[2] < options.segment_len and q.shape[2] < k.shape[2] and not masked
+    last = k.shape[2]
+    if options.lookback and last > options.segment_len:
+        last -= options.segment_len
+    few = 0 < rows <= DECODED_ROWS and q.shape[2] < k.shape[2]
+    return few and q.shape[2] <= last < options.segment_len and not masked
+
+
+def _last_sinks(sinks: Sinks, batch: int) -> dict[str, Tensor]:
+    """Return the sinks of every row's last segment, as decoding takes them."""
+    k, v, seen = (x.unflatten(0, (batch, len(x) // batch))[:, -1] for x in sinks[:3])
+    return {"sink_k": k, "sink_v": v, "sink_seen": seen.contiguous()}
 
 
 def triton_decode(
@@ -257,10 +280,8 @@ def triton_decode(
     lengths [B]: tokens in each row of k and v, the last of them q's. sinks: those of every row, [B, G, n, ·].
 
     Raises:
-        ValueError: more queries than a tile holds; sinks, which the kernels do not take.
+        ValueError: more queries than a tile holds.
     """
-    if sinks is not None:
-        raise ValueError("sink_k must be None for backend='triton': pass backend='torch'")
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     if rows > DECODED_ROWS:
         raise ValueError(
@@ -268,4 +289,5 @@ def triton_decode(
             f"use segment_attention, or pass backend='torch'"
         )
     lengths = None if lengths is None else lengths.contiguous()
-    return torch.ops.segattn.decode(_inputs(q, k, v, memory_q, k, gate, state, None), *options, lengths, counters)
+    inputs = _inputs(q, k, v, memory_q, k, gate, state, None, sinks)
+    return torch.ops.segattn.decode(inputs, *options, lengths, counters)

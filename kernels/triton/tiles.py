@@ -46,11 +46,22 @@ class Rows(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A segment: its batch row, its first position, and one past its last."""
+    """A segment: its batch row, its first position, one past its last, and those two of its sequence."""
 
     row: Any
     begin: Any
     end: Any
+    first: Any
+    stop: Any
+
+
+class SinkTokens(NamedTuple):
+    """The keys and values that the segments of slots see beside their window, as an argument of a kernel."""
+
+    k: Any  # Tokens [F, G, n, K]
+    v: Any  # Tokens [F, G, n, V]
+    seen: Any  # bool [F] whether a slot's segment sees them
+    count: Any  # tl.constexpr, n
 
 
 class MemoryTokens(NamedTuple):
@@ -64,6 +75,12 @@ class MemoryTokens(NamedTuple):
 def block(width):
     """Return the power of two that holds a width, at least what a tensor core takes."""
     return max(16, triton.next_power_of_2(width))
+
+
+@triton.constexpr_function
+def sink_block(count, rows):
+    """Return how many sinks a tile holds, where one of tokens holds `rows`."""
+    return min(block(count), rows)
 
 
 @triton.constexpr_function
@@ -82,16 +99,74 @@ def query_slot(nth, slots, segments, first):
 
 @triton.jit
 def segment_at(slot, slots, segments, segment_len, time):
-    """Return the segment of a slot: from slots [F, 3], or among the `segments` of each row of `time` tokens."""
+    """Return the segment of a slot: from slots [F, 5], or among the `segments` of each row of `time` tokens."""
     if slots is None:
         row = slot // segments
         begin = slot % segments * segment_len
         end = tl.minimum(begin + segment_len, time)
+        first = 0
+        stop = time
     else:
-        row = tl.load(slots + slot * 3).to(tl.int32)
-        begin = tl.load(slots + slot * 3 + 1).to(tl.int32)
-        end = tl.load(slots + slot * 3 + 2).to(tl.int32)
-    return Segment(row, begin, end)
+        row = tl.load(slots + slot * 5).to(tl.int32)
+        begin = tl.load(slots + slot * 5 + 1).to(tl.int32)
+        end = tl.load(slots + slot * 5 + 2).to(tl.int32)
+        first = tl.load(slots + slot * 5 + 3).to(tl.int32)
+        stop = tl.load(slots + slot * 5 + 4).to(tl.int32)
+    return Segment(row, begin, end, first, stop)
+
+
+@triton.jit
+def spanning(segment, begin, end):
+    """Return other positions of a segment's sequence in the place of its own."""
+    return Segment(segment.row, begin, end, segment.first, segment.stop)
+
+
+@triton.jit
+def keys_of(segment, segment_len, LOOKBACK: tl.constexpr):
+    """Return where the keys lie that a segment's queries see: with LOOKBACK, in the segment before it too."""
+    begin = segment.begin
+    if LOOKBACK:
+        begin = tl.maximum(begin - segment_len, segment.first)
+    return spanning(segment, begin, segment.end)
+
+
+@triton.jit
+def queries_of(segment, segment_len, LOOKBACK: tl.constexpr):
+    """Return where the queries lie that see a segment's keys: with LOOKBACK, in the segment after it too."""
+    end = segment.end
+    if LOOKBACK:
+        end = tl.minimum(end + segment_len, segment.stop)
+    return spanning(segment, segment.begin, end)
+
+
+@triton.jit
+def readers_of(segment, segment_len, LOOKBACK: tl.constexpr):
+    """Return where the queries lie that read the memory before a segment: with LOOKBACK, in the segment after it.
+
+    The memory before a sequence's first segment is read there too.
+    """
+    queries = queries_of(segment, segment_len, LOOKBACK)
+    begin = segment.begin
+    if LOOKBACK:
+        begin = tl.where(begin > segment.first, segment.end, begin)
+    return spanning(segment, begin, queries.end)
+
+
+@triton.jit
+def read_slot(slot, segment, LOOKBACK: tl.constexpr):
+    """Return the slot before which the memory is as a segment's queries read it: with LOOKBACK, the one before."""
+    if LOOKBACK:
+        slot -= tl.where(segment.begin > segment.first, 1, 0)
+    return slot
+
+
+@triton.jit
+def unwritten(segment, segment_len, LOOKBACK: tl.constexpr):
+    """Return whether a segment is not written into the memory: it is incomplete, or with LOOKBACK the last complete."""
+    left_out = segment.end - segment.begin < segment_len
+    if LOOKBACK:
+        left_out = left_out | (segment.stop - segment.end < segment_len)
+    return left_out
 
 
 @triton.jit
@@ -99,6 +174,13 @@ def head_of(x, row, head, stop):
     """Return the tokens of one head, up to position `stop`."""
     pointer = x.pointer + tl.cast(row, tl.int64) * x.row_stride + tl.cast(head, tl.int64) * x.head_stride
     return Rows(pointer, x.time_stride, stop)
+
+
+@triton.jit
+def sinks_of(sinks, slot, group):
+    """Return the keys and values of a slot's sinks of one head: up to as many as its segment sees."""
+    stop = tl.where(tl.load(sinks.seen + slot), sinks.count, 0)
+    return head_of(sinks.k, slot, group, stop), head_of(sinks.v, slot, group, stop)
 
 
 @triton.jit

@@ -32,10 +32,12 @@ from .tiles import (
     load_vector,
     operand,
     peak_reciprocal,
+    readers_of,
     reciprocal,
     rounded,
     segment_at,
     store_rows,
+    unwritten,
 )
 
 
@@ -62,16 +64,17 @@ class SegmentMemory(NamedTuple):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def key_sums_kernel(
-    k, normalizer, sums, gamma, slots, time, segment_len, segments, ELU: tl.constexpr, BLOCK_N: tl.constexpr
+    k, normalizer, sums, gamma, slots, time, segment_len, segments,
+    ELU: tl.constexpr, LOOKBACK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Store Σ γ σ(k) over one complete segment of one head. γ = 1, or clip(1 − z σ / ‖σ‖², 0, 1), left in gamma."""
     K: tl.constexpr = k.width
     BLOCK_K: tl.constexpr = block(K)
     slot, group = tl.program_id(0) // k.heads, tl.program_id(0) % k.heads
     segment = segment_at(slot, slots, segments, segment_len, time)
-    begin, end = segment.begin, segment.end
-    if end - begin < segment_len:
+    if unwritten(segment, segment_len, LOOKBACK):
         return
+    begin, end = segment.begin, segment.end
     keys = head_of(k, segment.row, group, end)
     at = tl.cast(slot, tl.int64) * k.heads + group
     c = tl.arange(0, BLOCK_K)
@@ -92,28 +95,33 @@ def key_sums_kernel(
 
 
 @triton.jit
-def sequence_at(n, runs, segments, segment_len, time):
-    """Return the first slot of sequence n, how many complete segments it has, and whether a shorter one follows."""
+def sequence_at(n, runs, segments, segment_len, time, LOOKBACK: tl.constexpr):
+    """Return the first slot of sequence n, how many of its segments are written, and whether others follow.
+
+    With LOOKBACK the last complete segment is not: of what follows, its slot alone has a memory before it that is read.
+    """
     if runs is None:
         first = tl.cast(n, tl.int64) * segments
         tokens = time
     else:
         first = tl.load(runs + n * 2)
         tokens = tl.load(runs + n * 2 + 1).to(tl.int32)
+    if LOOKBACK:
+        return first, tl.maximum(tokens // segment_len - 1, 0), tokens > 0
     return first, tokens // segment_len, tokens % segment_len > 0
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def normalizer_kernel(
     initial, added, before, inverse_peak, after, runs, time, segment_len, segments, groups,
-    REVERSE: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOOKBACK: tl.constexpr, REVERSE: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sum over the segments of one sequence's head: z before every segment, over its peak, and z after the last.
 
     REVERSE: gradients of z after every segment, unscaled (inverse_peak is None), and of the initial z.
     """
     n, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    first, whole, tail = sequence_at(n, runs, segments, segment_len, time)
+    first, whole, tail = sequence_at(n, runs, segments, segment_len, time, LOOKBACK)
     c = tl.arange(0, block(K))[None, :]
     column = c < K
     at_sequence = (tl.cast(n, tl.int64) * groups + group) * K
@@ -142,9 +150,9 @@ def normalizer_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def product_kernel(
     x, y, normalizer, gate, beta, memory_delta, product, sums, slots, time, query_time, segment_len, segments, groups,
-    ELU: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    LOOKBACK: tl.constexpr, ELU: tl.constexpr, READ: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Store some columns of Σ weight · features(x)ᵀ y over the tokens of one segment, and over a group's heads.
+    """Store some columns of Σ weight · features(x)ᵀ y over tokens of one segment, and over a group's heads.
 
     | product       | x        | y          | features                         | weight |
     | ---           | ---      | ---        | ---                              | ---    |
@@ -152,7 +160,8 @@ def product_kernel(
     | A             | memory_k | None: σ(x) | σ(x) / σ(x) z, with a normalizer | beta   |
     | read, adjoint | memory_q | do         | σ(x) / σ(x) z, with a normalizer | gate   |
 
-    x stands at the last query_time positions; WHOLE: incomplete segments are left out.
+    READ: the tokens are those that read the memory before the segment, not those that are written into it. x stands at
+    the last query_time positions.
     sums: Σ features, or −Σ memory_delta · weight · features, the adjoint of z; None: not wanted.
     """
     K: tl.constexpr = x.width
@@ -163,10 +172,11 @@ def product_kernel(
     group = tl.program_id(0) // tiles % groups
     slot = tl.program_id(0) // tiles // groups
     segment = segment_at(slot, slots, segments, segment_len, time)
+    if READ:
+        segment = readers_of(segment, segment_len, LOOKBACK)
+    elif unwritten(segment, segment_len, LOOKBACK):
+        return
     begin, end = segment.begin, segment.end
-    if WHOLE:
-        if end - begin < segment_len:
-            return
     offset = time - query_time
     at = tl.cast(slot, tl.int64) * groups + group
     members = x.heads // groups
@@ -256,8 +266,8 @@ def leave(matrix, residual, at, column, x, scale, K: tl.constexpr, V: tl.constex
 @triton.jit(do_not_specialize=LENGTHS)
 def scan_kernel(
     initial, added, erased, before, residual, inverse_peak, after, runs, time, segment_len, segments, groups,
-    REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOOKBACK: tl.constexpr, REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Run X ← X + B − A X over the segments of one sequence's head, some columns of X = M.
 
@@ -268,7 +278,7 @@ def scan_kernel(
     tile = tl.program_id(0) % tiles
     group = tl.program_id(0) // tiles % groups
     n = tl.program_id(0) // tiles // groups
-    first, whole, tail = sequence_at(n, runs, segments, segment_len, time)
+    first, whole, tail = sequence_at(n, runs, segments, segment_len, time, LOOKBACK)
     r = tl.arange(0, ROWS)[:, None]
     column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = column < V
@@ -316,6 +326,7 @@ def sum_keys(k: Tensor, normalizer: Tensor | None, layout: Layout, elu: bool) ->
     launch(
         key_sums_kernel, layout.total * groups, tile, k,
         k=view(k), normalizer=normalizer, sums=sums, gamma=gamma, **segment_arguments(layout), ELU=elu,
+        LOOKBACK=layout.lookback,
     )  # fmt: skip
     return sums, gamma
 
@@ -327,6 +338,7 @@ def _sequence_arguments(layout: Layout) -> dict[str, Any]:
         "time": layout.time,
         "segment_len": layout.segment_len,
         "segments": layout.per_row,
+        "LOOKBACK": layout.lookback,
     }
 
 
@@ -360,7 +372,7 @@ def _launch_sums(
 def products(
     x: Tensor, y: Tensor | None, groups: int, layout: Layout, *, normalizer: Normalizer | None = None,
     gate: Tensor | None = None, beta: Tensor | None = None, memory_delta: Tensor | None = None,
-    elu: bool = True, whole: bool = True, summed: bool = False,
+    elu: bool = True, read: bool = False, summed: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the products of `product_kernel`'s table per slot [F, G, K, W], and sums [F, G, K] (empty: not summed)."""
     query_time, key_width = x.shape[2:]
@@ -372,7 +384,7 @@ def products(
         product_kernel, layout.total * groups * triton.cdiv(width, tile.COLUMNS), tile, x,
         x=view(x), y=view(y), normalizer=normalizer, gate=gate, beta=beta, memory_delta=memory_delta, product=product,
         sums=sums if summed else None, **segment_arguments(layout), query_time=query_time, groups=groups,
-        ELU=elu, WHOLE=whole,
+        LOOKBACK=layout.lookback, ELU=elu, READ=read,
     )  # fmt: skip
     return product, sums
 

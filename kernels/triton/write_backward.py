@@ -30,23 +30,24 @@ from .tiles import (
     row_operand,
     segment_at,
     store_rows,
+    unwritten,
 )
 from .write import Normalizer, SegmentMemory, exact_dot, normalizer_at, scan, sum_normalizer_grads
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def curvature_kernel(
-    memory, dmemory, curvature, slots, time, segment_len, segments, groups, K: tl.constexpr, V: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    memory, dmemory, curvature, slots, time, segment_len, segments, groups, LOOKBACK: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store one tile of dM Mᵀ + M dMᵀ per complete segment, M before it over z's peak, in two parts, dM after it."""
+    """Store one tile of dM Mᵀ + M dMᵀ per written segment, M before it over z's peak, in two parts, dM after it."""
     across = tl.cdiv(K, COLUMNS)
     tiles = tl.cdiv(K, ROWS) * across
     tile = tl.program_id(0) % tiles
     group = tl.program_id(0) // tiles % groups
     slot = tl.program_id(0) // tiles // groups
     segment = segment_at(slot, slots, segments, segment_len, time)
-    if segment.end - segment.begin < segment_len:
+    if unwritten(segment, segment_len, LOOKBACK):
         return
     at = tl.cast(slot, tl.int64) * groups + group
     m = Rows(memory.matrix + at * K * V, V, K)
@@ -141,16 +142,16 @@ def write_adjoint(
 @triton.jit(do_not_specialize=LENGTHS)
 def weight_sums_kernel(
     k, beta, normalizer, curvature, sums, slots, time, segment_len, segments,
-    ELU: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    LOOKBACK: tl.constexpr, ELU: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Add to sums the gradient of z that the delta rule's weights 1 / σ(k) z send back over one complete segment."""
+    """Add to sums the gradient of z that the delta rule's weights 1 / σ(k) z send back over one written segment."""
     K: tl.constexpr = k.width
     BLOCK_K: tl.constexpr = block(K)
     slot, group = tl.program_id(0) // k.heads, tl.program_id(0) % k.heads
     segment = segment_at(slot, slots, segments, segment_len, time)
-    begin, end = segment.begin, segment.end
-    if end - begin < segment_len:
+    if unwritten(segment, segment_len, LOOKBACK):
         return
+    begin, end = segment.begin, segment.end
     at = tl.cast(slot, tl.int64) * k.heads + group
     keys = head_of(k, segment.row, group, end)
     before, c_of_segment = normalizer_at(normalizer, at, K), curvature + at * K * K
@@ -173,7 +174,7 @@ def weight_sums_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def write_grad_kernel(
     k, v, beta, gamma, normalizer, grads, dk, dv, dbeta, slots, time, segment_len, segments, tiles,
-    ELU: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    LOOKBACK: tl.constexpr, ELU: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Store dk, dv and dbeta of one tile of one head's tokens: zeros where they were not written."""
     K: tl.constexpr = k.width
@@ -188,7 +189,7 @@ def write_grad_kernel(
     if first >= end:
         return
     dkeys, dvalues = head_of(dk, segment.row, group, end), head_of(dv, segment.row, group, end)
-    if end - begin < segment_len:
+    if unwritten(segment, segment_len, LOOKBACK):
         store_rows(dkeys, first, 0, tl.zeros([BLOCK_N, block(K)], tl.float32), K)
         store_rows(dvalues, first, 0, tl.zeros([BLOCK_N, BLOCK_V], tl.float32), V)
         return
@@ -230,7 +231,7 @@ def state_grads(
     """
     groups, _, key_width = k.shape[1:]
     after, _, dm = scan(dmemory, read, erased, None, torch.float32, layout, save=False)
-    where = segment_arguments(layout)
+    where = {**segment_arguments(layout), "LOOKBACK": layout.lookback}
     curvature = None
     if erased is not None:
         curvature = torch.empty_like(erased)
@@ -263,6 +264,6 @@ def write_grads(
     launch(
         write_grad_kernel, layout.total * groups * tiles, tile, k,
         k=view(k), v=view(v), beta=beta, gamma=gamma, normalizer=normalizer, grads=grads, dk=view(dk), dv=view(dv),
-        dbeta=dbeta, **segment_arguments(layout), tiles=tiles, ELU=elu,
+        dbeta=dbeta, **segment_arguments(layout), tiles=tiles, LOOKBACK=layout.lookback, ELU=elu,
     )  # fmt: skip
     return dk, dv, dbeta

@@ -84,9 +84,9 @@ def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, .
         bounds = torch.tensor([[0, 5], [5, 8]], device=device) if packed else None
         n = 2 if packed else 1
         if not gated:
-            return Inputs(q, k, v, None, None, None, None, None, bounds)
+            return Inputs(q, k, v, bounds=bounds)
         asked = (q.clone(), k.clone()) if own else (None, None)
-        return Inputs(q, k, v, *asked, drawn(2), drawn(n, 1, 16, 24), drawn(n, 1, 16).abs(), bounds)
+        return Inputs(q, k, v, *asked, drawn(2), drawn(n, 1, 16, 24), drawn(n, 1, 16).abs(), bounds=bounds)
 
     def backward(given: Inputs, chosen: Options = options) -> tuple[Any, ...]:
         out, memory, normalizer, *saved = ops.attend(given, *chosen, True)
@@ -98,16 +98,16 @@ def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, .
     major = inputs(True)
     major = Inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in major[:5]), *major[5:])
     linear = options._replace(update="linear")
-    q, k, v, memory_q, _, gate, memory, normalizer, _ = inputs(True)
+    q, k, v, memory_q, _, gate, memory, normalizer, *_ = inputs(True)
     half = [x.bfloat16() for x in (q, k, v)]
     beta = torch.rand(1, 1, 8, device=device)
     lengths, counters = (torch.full((1,), n, dtype=torch.int32, device=device) for n in (5, 0))
     state = memory, normalizer
     _, _, *written = ops.write(k, v, beta, *state, "delta", True, False)
     _, _, *plain = ops.write(half[1], half[2], None, *state, "linear", False, True)
-    step = Inputs(q[:, :, :1], k, v, None, None, gate, *state, None)
+    step = Inputs(q[:, :, :1], k, v, None, None, gate, *state)
     asked = step._replace(memory_q=memory_q[:, :, :1])
-    local = Inputs(half[0][:, :, :2], *half[1:], *[None] * 6)
+    local = Inputs(half[0][:, :, :2], *half[1:])
     gated, seen_by_all = options._replace(empty_memory="gated", softcap=1.5), options._replace(causal=False)
     return {
         "attend": (ops.attend, (inputs(True), *options, True)),

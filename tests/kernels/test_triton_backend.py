@@ -41,6 +41,7 @@ from segattn.kernels.triton.ops import Inputs, attention_backward, attention_for
 
 WHOLE = ("rows", "packed")
 TOKENS = ("q", "k", "v", "memory_q", "memory_k")
+SINKS = ("sink_k", "sink_v")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -74,6 +75,7 @@ WIDE = {
     "pieces": Call(B=1, H=2, G=1, Tq=40, Tk=90, K=32, V=32, segment_len=32),
     "packed": Call(B=1, H=2, G=1, Tq=90, Tk=90, K=32, V=32, segment_len=32, cu_seqlens=(0, 32, 33, 90)),
     "local": Call(B=1, Tq=90, Tk=90, K=32, V=32, segment_len=40, gated=False),
+    "window": Call(B=1, H=2, G=1, Tq=90, Tk=90, K=32, V=32, segment_len=24, lookback=1, sinks=4),
 }
 
 
@@ -89,7 +91,7 @@ def larger_tiles(chosen: Tile = LARGE) -> AbstractContextManager[None]:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.float16) for name in WIDE if name != "pieces"]
-    + [(name, torch.bfloat16) for name in ("rows", "packed", "pieces", "local")],
+    + [(name, torch.bfloat16) for name in ("rows", "packed", "pieces", "local", "window")],
 )
 def test_half_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
     """Within the gates, and close to the torch backend in the same dtype: 1.5 times its error, gradients 2 times.
@@ -126,6 +128,9 @@ OTHER = {"causal": False, "update": "linear", "Tq": 33}
         ("longest queries", WIDE["packed"]),
         ("longest keys", SIDES),
         ("longest keys", replace(KINDS["block mask"], Tq=50, Tk=50, K=16, V=40)),
+        # more sinks than a tile of keys holds, and than its rows are divided by
+        ("long queries", replace(WIDE["window"], Tq=33, Tk=75, segment_len=21, sinks=19)),
+        ("longest keys", replace(WIDE["packed"], lookback=1, sinks=17, causal=False)),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -169,6 +174,7 @@ def test_widths_lengths_and_scales_of_one(call: Call, device: torch.device) -> N
         ("packed, last queries", torch.bfloat16),
         ("right padding", torch.float16),
         ("block mask", torch.float32),
+        ("window, packed", torch.bfloat16),
     ],
 )
 def test_twice_the_same_bits(name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -177,10 +183,10 @@ def test_twice_the_same_bits(name: str, dtype: torch.dtype, device: torch.device
         assert torch.equal(value, second[key]), key
 
 
-@pytest.mark.parametrize("update", ["delta", "linear"])
-def test_padding_does_not_leak(update: str, device: torch.device) -> None:
+@pytest.mark.parametrize("options", [{}, {"update": "linear"}, {"lookback": 1, "sinks": 3}], ids=str)
+def test_padding_does_not_leak(options: dict[str, Any], device: torch.device) -> None:
     """NaN in the padding of the inputs, of the gradient coming in too: everything else as the row without it."""
-    call = Call(B=1, H=2, G=1, Tq=20, Tk=20, K=16, V=24, segment_len=8, update=update)
+    call = Call(B=1, H=2, G=1, Tq=20, Tk=20, K=16, V=24, segment_len=8, **options)
     made = tensors(call, torch.float32, device)
     bare = apply(call, made, "triton")
     expected = gradients(bare, made)
@@ -207,7 +213,7 @@ def test_padding_does_not_leak(update: str, device: torch.device) -> None:
 
 STRIDES: dict[str, Any] = {
     "token major": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "sliced": lambda x: torch.nn.functional.pad(x, (8, 8, 3, 2, 1, 1, 1, 0))[1:, 1:-1, 3:-2, 8:-8],
+    "sliced": lambda x: torch.nn.functional.pad(x, (8, 8, 3, 2, 1, 1, 1, 0))[..., 1:, 1:-1, 3:-2, 8:-8],
     "last dimension strided": lambda x: x.mT.contiguous().mT,
     "every second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
 }
@@ -217,7 +223,7 @@ def with_gradients(call: Call, device: torch.device, change: Any) -> dict[str, t
     """Results and gradients with inputs, and the gradient of the output, changed."""
     made = {key: x.detach() for key, x in tensors(call, torch.float32, device).items()}
     direction = torch.ones(call.B, call.H, call.Tq, call.V, device=device).cumsum(-1).div(8).sin()
-    leaves = {key: (change(x) if key in TOKENS else x).requires_grad_() for key, x in made.items()}
+    leaves = {key: (change(x) if key in (*TOKENS, *SINKS) else x).requires_grad_() for key, x in made.items()}
     outputs = apply(call, leaves, "triton")
     wanted = list(outputs.values())
     found = torch.autograd.grad(wanted, list(leaves.values()), [change(direction), *wanted[1:]])
@@ -229,11 +235,11 @@ def contiguous(call: Call, device: torch.device) -> dict[str, torch.Tensor]:
     return with_gradients(call, device, torch.clone)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("options", [{}, {"gated": False}, {"sinks": 3, "own_sinks": "segment"}], ids=str)
 @pytest.mark.parametrize("name", STRIDES)
-def test_strides_as_they_come(name: str, gated: bool, device: torch.device) -> None:
+def test_strides_as_they_come(name: str, options: dict[str, Any], device: torch.device) -> None:
     """Of the inputs and of the incoming gradient: bit for bit what contiguous copies give."""
-    call = Call(B=2, H=2, G=1, Tq=6, Tk=6, K=16, V=24, segment_len=4, gated=gated)
+    call = Call(B=2, H=2, G=1, Tq=6, Tk=6, K=16, V=24, segment_len=4, **options)
     strided = with_gradients(call, device, lambda x: STRIDES[name](x.clone()).detach())
     for key, value in contiguous(call, device).items():
         assert torch.equal(strided[key], value), key
@@ -314,8 +320,12 @@ def launched(call: Call, dtype: torch.dtype = torch.float16) -> list[Launch]:
     bounds = None if call.cu_seqlens is None else torch.empty(call.sequences, 2, dtype=torch.int64, device="meta")
     memory = torch.empty(call.sequences, call.G, call.K, call.V, device="meta")
     state = (made["gate"], memory, memory[..., 0])
-    options = Options(call.segment_len, call.update, call.causal, 0, 0, "local", 0.25)
-    inputs = Inputs(q, k, v, q, k, *state, bounds)
+    options = Options(call.segment_len, call.update, call.causal, 0, 0, "local", 0.25, lookback=call.lookback)
+    inputs = Inputs(q, k, v, q, k, *state, bounds=bounds)
+    if call.sinks:
+        slots = call.B * -(-call.Tk // call.segment_len)
+        sink_k, sink_v = (k.new_empty(slots, call.G, call.sinks, width) for width in (call.K, call.V))
+        inputs = inputs._replace(sink_k=sink_k, sink_v=sink_v, sink_seen=sink_k.new_empty(slots, dtype=torch.bool))
     with recording(TARGETS["sm_90"]) as found:
         out, m, z, *saved = attention_forward(inputs, *options, True)
         attention_backward(inputs, saved, *options, out, [m, z])
@@ -327,8 +337,9 @@ def launched(call: Call, dtype: torch.dtype = torch.float16) -> list[Launch]:
     [
         Call(B=70000, H=2, G=1, Tq=16, Tk=16, K=16, V=16, segment_len=8),
         Call(B=1, H=64, G=64, Tq=9000, Tk=9000, K=16, V=16, segment_len=8, cu_seqlens=tuple(range(0, 9001, 8))),
+        Call(B=70000, H=2, G=1, Tq=16, Tk=16, K=16, V=16, segment_len=8, lookback=1, sinks=2),
     ],
-    ids=["rows", "packed"],
+    ids=["rows", "packed", "window"],
 )
 def test_sequences_times_heads_beyond_65535(call: Call) -> None:
     """A grid's second and third dimension end there: every launch has one, of that many programs."""
@@ -357,8 +368,9 @@ def test_a_launch_has_a_grid_of_one_dimension(monkeypatch: pytest.MonkeyPatch) -
     assert attention.launch is launch.launch
 
 
+@pytest.mark.parametrize("window", [{}, {"lookback": 1, "sinks": 4}], ids=str)
 @pytest.mark.parametrize("time", [5, 64, 65, 1000])
-def test_compiled_variants_do_not_depend_on_lengths(time: int) -> None:
+def test_compiled_variants_do_not_depend_on_lengths(time: int, window: dict[str, int]) -> None:
     """Constants of a launch, by name, and those in tuples: sizes of tokens are none of them."""
 
     def compiled_in(name: str, value: Any) -> Any:
@@ -372,8 +384,8 @@ def test_compiled_variants_do_not_depend_on_lengths(time: int) -> None:
             for x in launched(call)
         ]
 
-    assert constants(Call(Tq=time, Tk=time, K=64, V=64, segment_len=64)) == constants(
-        Call(Tq=300, Tk=300, K=64, V=64, segment_len=64)
+    assert constants(Call(Tq=time, Tk=time, K=64, V=64, segment_len=64, **window)) == constants(
+        Call(Tq=300, Tk=300, K=64, V=64, segment_len=64, **window)
     )
 
 
@@ -396,6 +408,22 @@ def test_without_gradients_nothing_is_kept(name: str, device: torch.device) -> N
     assert ("decode_kernel" if name == "decode" else "attend_kernel") in kernels
     if name in ("local", "decode"):
         assert len(launches) == 1
+
+
+@pytest.mark.parametrize("options", [{"causal": False}, {"Tq": 3}, {"gated": False, "softcap": 1.5}], ids=str)
+def test_a_window_is_decoded_in_one_launch(options: dict[str, Any], device: torch.device) -> None:
+    """The previous segment whole, the unfinished one, and the sinks of the row: those of its last segment."""
+    call = Call(B=2, Tq=1, Tk=33, K=16, V=24, segment_len=20, lookback=1, sinks=3, own_sinks="segment", past=20)
+    call = replace(call, **options)
+    made = tensors(call, torch.float32, device)
+    exact = {key: x.detach().double() for key, x in made.items()}
+    with torch.no_grad():
+        values, expected = apply(call, made, "triton"), apply(call, exact, "reference")
+        with recording(TARGETS["sm_90"]) as launches:
+            apply(call, made, "triton")
+    assert [x.kernel.__name__ for x in launches] == ["decode_kernel"]
+    for key, x in expected.items():
+        assert error(values[key], x) < 2e-6, key
 
 
 @pytest.mark.parametrize("names", [("q",), ("v",), ("gate",), ("memory", "memory_k"), ("normalizer", "memory_q")])
