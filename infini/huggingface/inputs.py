@@ -15,7 +15,6 @@ from .rows import Rows, TokenColumns
 from .settings import Conversion
 from .static_cache import StaticInfiniCache
 
-
 # what a call or a layer may pass on to attention, and converted layers make nothing of: their positions and bounds of
 # packed sequences come with the pass, segments stand in for a window, and the others are for a loss or other layers
 WITHOUT_EFFECT = frozenset(
@@ -41,7 +40,7 @@ def check_arguments(arguments: Mapping[str, Any], source: str) -> None:
     others = sorted(name for name in given - WITHOUT_EFFECT if not name.startswith("output_"))
     if others:
         raise ValueError(
-            f"{', '.join(others)} must be left out for a converted model, whose attention does not take it, got it from "
+            f"{', '.join(others)} must be left out for a converted model, whose attention has no such thing, got from "
             f"{source}"
         )
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from models import NAMES, converted, defaults, make, open_gates, tokens
+from models import NAMES, converted, make, open_gates, tokens
+from torch_defaults import defaults
 
 import segattn
 from segattn.infini.huggingface import interface
@@ -534,7 +535,7 @@ def test_arguments_that_change_attention_are_refused_by_name(training: bool) -> 
     model = segattn.convert(make(), 16, layers=[1], quiet=True).train(training)
     ids, cache = tokens(1, 20), segattn.InfiniCache(model)
     for arguments, said in (
-        ({"s_aux": torch.zeros(4)}, "s_aux must be left out for a converted model, .* got it from the call"),
+        ({"s_aux": torch.zeros(4)}, "s_aux must be left out for a converted model, .* got from the call"),
         ({"position_bias": torch.zeros(1), "chunk": 4}, "chunk, position_bias must be left out"),
         ({"is_causal": False}, "is_causal must be True for a converted model"),
     ):
@@ -548,7 +549,7 @@ def test_arguments_that_a_layer_adds_are_refused_by_name(monkeypatch: pytest.Mon
     model, ids = converted(), tokens(1, 20)
     attention = model.model.layers[1].self_attn
     monkeypatch.setattr(attention, "forward", partial(attention.forward, s_aux=torch.zeros(4)))
-    with pytest.raises(ValueError, match="s_aux must be left out .* got it from its LlamaAttention"):
+    with pytest.raises(ValueError, match=r"s_aux must be left out .* got from its LlamaAttention"):
         model(ids)
 
 

@@ -370,7 +370,7 @@ def test_a_cache_by_name_is_refused_by_name(kind: str) -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="dynamic"), plain)
     with pytest.raises(ValueError, match=f"cache_implementation must be left out for a converted model, got '{kind}'"):
         model.generate(ids, cache_implementation=kind, max_new_tokens=2)
-    with pytest.raises(ValueError, match="cache_config must be left out for a converted model, got {'nbits': 4}"):
+    with pytest.raises(ValueError, match=r"cache_config must be left out for a converted model, got \{'nbits': 4\}"):
         model.generate(ids, cache_config={"nbits": 4}, max_new_tokens=2)
     model.generation_config.cache_implementation = kind
     with pytest.raises(ValueError, match="cache_implementation must be left out"):

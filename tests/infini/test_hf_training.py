@@ -90,7 +90,9 @@ def test_texts_that_read_no_memory_are_warned_of_once(tmp_path: Path) -> None:
         rows = [{"input_ids": row, "labels": row} for row in tokens(8, time)]
         transformers.Trainer(model, arguments, train_dataset=rows).train()
 
-    said = f"input_ids must be longer than segment_len, {L}, for a text to read its memory, got texts of at most {L} tok"
+    said = (
+        f"input_ids must be longer than segment_len, {L}, for a text to read its memory, got texts of at most {L} tok"
+    )
     model = training()
     [message] = warned(lambda: train(model, L))
     assert said in message
