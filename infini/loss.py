@@ -55,7 +55,7 @@ def mean_loss(logits: Tensor, shift_labels: Tensor, group: Any, *, gradients: st
     """
     ranks = Ranks.of(group)
     problem: Exception | None = None
-    total, count = torch.zeros((), device="cpu"), 0
+    total, count = torch.zeros((), device="cpu", dtype=torch.float32), 0
     try:
         check.check_choice("gradients", gradients, GRADIENTS)
         total, count = _checked_sum(logits, shift_labels)

@@ -78,7 +78,7 @@ def agree(ranks: Ranks, settings: Mapping[str, object], problem: Exception | Non
     """
     texts = {name: _as_text(value) for name, value in settings.items()}
     digest = hashlib.blake2b(repr(sorted(texts.items())).encode(), digest_size=7).digest()
-    header = torch.tensor([int.from_bytes(digest, "big"), time, problem is not None])
+    header = torch.tensor([int.from_bytes(digest, "big"), time, problem is not None], device="cpu")
     digests, times, problems = ranks.gather(header.to(quick_device(ranks))).T.tolist()
     if any(problems) or len(set(digests)) > 1:
         raise_on_all_ranks(ranks, texts, problem)
@@ -145,7 +145,7 @@ def raise_on_all_ranks(ranks: Ranks, settings: Mapping[str, str], problem: Excep
 
 
 # an argument that keeps an exchange in the graph of ranks where nothing else asks for a gradient
-ANCHOR = torch.empty(0, requires_grad=True)
+ANCHOR = torch.empty(0, requires_grad=True, dtype=torch.float32, device="cpu")
 
 
 class Sums(torch.autograd.Function):

@@ -64,7 +64,7 @@ class Sizes:
     def ids(self, device: torch.device, tokens: int | None = None) -> Tensor:
         """Return random tokens [B, S · L], or as many as `tokens`."""
         shape = self.B, self.S * self.L if tokens is None else tokens
-        return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(1)).to(device)
+        return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(1), device="cpu").to(device)
 
 
 SIZES = Sizes(B=1, S=8, L=128, m=16, layers=4, heads=2, width=128)
@@ -169,7 +169,7 @@ class PeerEmbedding(nn.Module):
 
 def first_memory(sizes: Sizes, device: torch.device) -> Tensor:
     """Return the memory [m, d] before the first segment, the same each time."""
-    memory = torch.randn(sizes.m, sizes.width, generator=torch.Generator().manual_seed(2))
+    memory = torch.randn(sizes.m, sizes.width, generator=torch.Generator().manual_seed(2), device="cpu")
     return (SPREAD * memory).to(device).requires_grad_()
 
 

@@ -75,7 +75,7 @@ class PasskeyTask:
 
     def encode(self, words: list[str]) -> Tensor:
         """Return the token ids [len(words)] of words; 0 for unknown ones."""
-        return torch.tensor([self.ids.get(word, 0) for word in words])
+        return torch.tensor([self.ids.get(word, 0) for word in words], dtype=torch.long, device="cpu")
 
     def decode(self, tokens: Tensor) -> str:
         """Return the words of tokens [T], with blanks between them."""
@@ -111,17 +111,17 @@ class PasskeyTask:
             raise ValueError(f"depth must be between 0 and 1, got {depth}")
         room = length - self.shortest
         if depth is None:
-            start = torch.randint(room + 1, (batch,), generator=generator)
+            start = _integers(0, room + 1, (batch,), generator)
         else:
-            shift = torch.randint(-jitter, jitter + 1, (batch,), generator=generator)
+            shift = _integers(-jitter, jitter + 1, (batch,), generator)
             start = (round(depth * room) + shift).clamp(0, room)
-        key = torch.randint(10, (batch, self.digits), generator=generator) + self.ids["0"]
+        key = _integers(0, 10, (batch, self.digits), generator) + self.ids["0"]
         tokens = self.filler(batch, length, generator, held_out=held_out)
         statement = self._statement.expand(batch, -1).clone()
         again = len(BEFORE) + self.digits + len(BETWEEN)
         statement[:, len(BEFORE) : len(BEFORE) + self.digits] = key
         statement[:, again : again + self.digits] = key
-        tokens.scatter_(1, start[:, None] + torch.arange(statement.shape[1]), statement)
+        tokens.scatter_(1, start[:, None] + torch.arange(statement.shape[1], device="cpu"), statement)
         tokens[:, -len(self._question) :] = self._question
         tokens[:, -self.digits :] = key
         return Samples(tokens, key, start)
@@ -129,5 +129,10 @@ class PasskeyTask:
     def filler(self, batch: int, length: int, generator: torch.Generator, *, held_out: bool = False) -> Tensor:
         """Return running text alone, tokens [batch, length], from random places."""
         text = self._text[held_out]
-        offset = torch.randint(len(text), (batch, 1), generator=generator)
-        return text[(offset + torch.arange(length)) % len(text)]
+        offset = _integers(0, len(text), (batch, 1), generator)
+        return text[(offset + torch.arange(length, device="cpu")) % len(text)]
+
+
+def _integers(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw integers evenly from [low, high) on the CPU, where the generator is."""
+    return torch.randint(low, high, shape, generator=generator, device="cpu")

@@ -130,10 +130,10 @@ class Trainer:
         return samples.tokens.to(self.device), state
 
     def _integer(self, low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=self.generator))
+        return int(torch.randint(low, high + 1, (), generator=self.generator, device="cpu"))
 
     def _uniform(self) -> float:
-        return float(torch.rand((), generator=self.generator))
+        return float(torch.rand((), generator=self.generator, dtype=torch.float32, device="cpu"))
 
 
 def exact(logits: Tensor, key: Tensor) -> Tensor:

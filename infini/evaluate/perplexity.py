@@ -114,7 +114,7 @@ def measure_documents(
     left = [number for number in range(len(documents)) if number not in measured]
     for group in _groups(left, documents, batch):
         begin = time.perf_counter()
-        tokens = torch.tensor([documents[number] for number in group])
+        tokens = torch.tensor([documents[number] for number in group], device="cpu")
         nats, cache = losses(model, tokens, piece=piece, on_tokens=on_tokens)
         held = cache_bytes(cache) // len(group)
         seconds = round((time.perf_counter() - begin) / len(group), 3)
@@ -156,7 +156,7 @@ def _groups(left: Sequence[int], documents: Sequence[Sequence[int]], batch: int)
 
 def _document(number: int, row: Tensor, widths: Widths, held: int, seconds: float) -> Document:
     # a loss belongs to the position of the token that was predicted
-    positions = torch.arange(1, len(row) + 1)
+    positions = torch.arange(1, len(row) + 1, device="cpu")
     nats, counts = _sums(row, positions // widths.document)
     inside: tuple[list[float], list[int]] = ([], [])
     if widths.segment is not None and widths.segment_len is not None:
@@ -165,7 +165,7 @@ def _document(number: int, row: Tensor, widths: Widths, held: int, seconds: floa
 
 
 def _sums(row: Tensor, bucket: Tensor) -> tuple[list[float], list[int]]:
-    sums = torch.zeros(int(bucket.max()) + 1, dtype=torch.float64).index_add_(0, bucket, row.double())
+    sums = row.new_zeros(int(bucket.max()) + 1, dtype=torch.float64).index_add_(0, bucket, row.double())
     return sums.tolist(), torch.bincount(bucket, minlength=len(sums)).tolist()
 
 

@@ -88,12 +88,13 @@ def measure(
         group = [task.prompt(length, depth, generator) for _ in range(min(batch, samples - first))]
         steps = max(len(prompt.answer) for prompt in group) + task.extra
         check_positions(model, length + steps)
-        reading = read(model, torch.tensor([prompt.tokens for prompt in group]), piece=piece, on_tokens=on_tokens)
+        tokens = torch.tensor([prompt.tokens for prompt in group], device="cpu")
+        reading = read(model, tokens, piece=piece, on_tokens=on_tokens)
         held = max(held, cache_bytes(reading.cache) // len(group))
         said = decode(model, reading, steps)
-        for prompt, tokens in zip(group, said.tolist(), strict=True):
-            right += task.right(prompt, tokens)
-            hits += _share(prompt.answer, tokens)
+        for prompt, answer in zip(group, said.tolist(), strict=True):
+            right += task.right(prompt, answer)
+            hits += _share(prompt.answer, answer)
     seconds = round(time.perf_counter() - begin, 3)
     return RetrievalCell(length, depth, samples, right / samples, hits / samples, held, seconds)
 

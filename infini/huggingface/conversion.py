@@ -168,8 +168,18 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
     """Make the cache of `generate`: an `InfiniCache` where transformers would make one that grows.
 
     A cache that the caller passed stays, and the forward refuses it where it is of another kind.
+
+    Raises:
+        ValueError: the caller asks for another kind by its name, or for settings of one.
     """
     passed = model_kwargs.get("past_key_values")
+    for name, taken in (("cache_implementation", (None, "dynamic")), ("cache_config", (None,))):
+        if (value := getattr(generation_config, name, None)) not in taken and passed is None:
+            raise ValueError(
+                f"{name} must be left out for a converted model, got {value!r}: generate makes a segattn.InfiniCache, "
+                "whose size does not grow; one of fixed size, which compiles, is passed as "
+                "past_key_values=segattn.StaticInfiniCache(model, batch_size)"
+            )
     getattr(type(model), _PREPARE_CACHE)(model, generation_config, model_kwargs, *args, **kwargs)
     if generation_config.is_assistant and model_kwargs.get("attention_mask") is not None:
         # transformers drops a mask of ones, and for an assistant takes every pad_token_id in the prompt for padding

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...runs.errors import UntrainedMemoryWarning
 from .cache import InfiniCache
 from .forward_pass import ARGUMENT, ROTARY, ForwardPass
-from .inputs import cache_of, check_tokens, is_on, packed_sequences, set_positions, token_columns
+from .inputs import cache_of, check_arguments, check_tokens, is_on, packed_sequences, set_positions, token_columns
 from .interface import IMPLEMENTATION
 from .parallel import begin_on_ranks, ranks_of, refuse_other_schemes
 from .rows import Rows
@@ -23,6 +27,9 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     Raises:
         ValueError, RuntimeError: an argument cannot go with a converted model, or another implementation of attention
             or another scheme of splitting texts is on.
+
+    Warns:
+        UntrainedMemoryWarning: once, in training: no text of the pass is longer than a segment.
     """
     conversion = conversion_of(trunk)
     inputs = dict(zip(conversion.inputs, args, strict=False)) | kwargs
@@ -38,10 +45,14 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
             f"the model's attention must be {IMPLEMENTATION!r}, got {trunk.config._attn_implementation!r}, which was "
             "set after convert: call segattn.revert first"
         )
+    check_arguments({name: x for name, x in inputs.items() if name not in conversion.inputs}, "the call")
+    if inputs.get("is_causal") is False:
+        raise ValueError("is_causal must be True for a converted model, whose memory holds what came before, got False")
     refuse_other_schemes()
     if (ranks := ranks_of(trunk)) is not None:
-        begin_on_ranks(trunk, conversion, ranks, inputs, tokens)
+        time = begin_on_ranks(trunk, conversion, ranks, inputs, tokens)
         inputs[ARGUMENT] = ForwardPass(conversion, ranks=ranks)
+        _warn_of_short_texts(trunk, conversion, lambda: time)
         return (), inputs
     check_tokens(inputs)
     cache = cache_of(trunk, conversion, inputs, tokens.shape[0])
@@ -49,7 +60,9 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
         inputs["position_ids"] = cache.lengths[:, None] % conversion.settings.segment_len
         inputs[ARGUMENT] = ForwardPass(conversion, static=cache)
     else:
-        inputs[ARGUMENT] = _begin_columns(conversion, cache, inputs, tokens)
+        inputs[ARGUMENT] = forward = _begin_columns(conversion, cache, inputs, tokens)
+        if forward.cache is None:
+            _warn_of_short_texts(trunk, conversion, partial(_longest_text, forward, inputs))
     return (), inputs
 
 
@@ -79,6 +92,40 @@ def _begin_columns(
         cu_seqlens=packed,
         states=None if cache is None else cache.states,
     )
+
+
+def _warn_of_short_texts(trunk: nn.Module, conversion: Conversion, longest: Callable[[], int]) -> None:
+    """Warn once of a pass in training, without a cache, that ends before a memory is read.
+
+    Args:
+        trunk: the module that runs the layers.
+        conversion: how the model was converted.
+        longest: returns the number of tokens of the longest text; called only where the answer matters.
+
+    Warns:
+        UntrainedMemoryWarning: the longest text is no longer than a segment.
+    """
+    # a graph of torch.compile holds no warnings
+    if torch.compiler.is_compiling() or conversion.warned or not (trunk.training and torch.is_grad_enabled()):
+        return
+    segment_len = conversion.settings.segment_len
+    if (tokens := longest()) <= segment_len:
+        conversion.warned = True
+        warnings.warn(
+            f"no memory is trained: input_ids must be longer than segment_len, {segment_len}, for a text to read its "
+            f"memory, got texts of at most {tokens} tokens: pass longer blocks, or convert with a smaller segment_len",
+            UntrainedMemoryWarning,
+            stacklevel=2,
+        )
+
+
+def _longest_text(forward: ForwardPass, inputs: dict[str, Any]) -> int:
+    """Return the number of tokens of the longest text of a pass."""
+    if forward.cu_seqlens is None:
+        return max(forward.after.lengths)
+    if (longest := inputs.get("max_length_q")) is not None:
+        return int(longest)
+    return int(forward.cu_seqlens.diff().max())
 
 
 def finish(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,35 @@ from .cache import InfiniCache
 from .rows import Rows, TokenColumns
 from .settings import Conversion
 from .static_cache import StaticInfiniCache
+
+# what a call or a layer may pass on to attention, and converted layers make nothing of: their positions and bounds of
+# packed sequences come with the pass, segments stand in for a window, and the others are for a loss or other layers
+WITHOUT_EFFECT = frozenset(
+    (
+        *("position_ids", "cache_position", "use_cache", "sliding_window", "is_causal", "deterministic"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "token_type_ids"),
+        *("num_items_in_batch", "ignore_index", "shift_labels"),
+    )
+)
+
+
+def check_arguments(arguments: Mapping[str, Any], source: str) -> None:
+    """Check that arguments on their way to attention change nothing in a converted layer.
+
+    Args:
+        arguments: by their names; None and False count as left out.
+        source: what passes them, for the error.
+
+    Raises:
+        ValueError: one of them would change the attention of a plain model, or may, such as attention sinks (`s_aux`).
+    """
+    given = {name for name, x in arguments.items() if x is not None and x is not False}
+    others = sorted(name for name in given - WITHOUT_EFFECT if not name.startswith("output_"))
+    if others:
+        raise ValueError(
+            f"{', '.join(others)} must be left out for a converted model, whose attention has no such thing, got from "
+            f"{source}"
+        )
 
 
 def is_on(inputs: dict[str, Any], config: Any, name: str) -> bool:
@@ -55,8 +85,8 @@ def cache_of(
         length = f" of {cache.get_seq_length()} tokens" if isinstance(cache, Cache) else ""
         raise ValueError(
             f"past_key_values must be a segattn.InfiniCache, or None to begin anew, got a {type(cache).__name__}"
-            f"{length}: pass segattn.InfiniCache(model), of which generate makes its own, or, in place of a "
-            "cache_implementation, segattn.StaticInfiniCache(model, batch_size)"
+            f"{length}: pass segattn.InfiniCache(model), of which generate makes its own, or "
+            "segattn.StaticInfiniCache(model, batch_size)"
         )
     if len(cache.layers) != conversion.depth or cache.settings != conversion.settings:
         raise ValueError(

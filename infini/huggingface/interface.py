@@ -21,6 +21,7 @@ from ..rotary import unrotate
 from .cache_layer import LayerState
 from .families import FAMILIES
 from .forward_pass import ForwardPass
+from .inputs import check_arguments
 from .settings import ENTRY, GATE
 
 # the name of attention in a converted model's configuration
@@ -87,14 +88,14 @@ def segment_attention_forward(
         cache: transformers' paged cache, which is refused.
         segattn_pass: the forward pass.
         segattn_rotary: cosine and sine of the rotary embedding.
-        kwargs: for the attention of layers that were not converted.
+        kwargs: for the attention of layers that were not converted; converted ones take those without effect.
 
     Returns:
         The output [B, T, H, V], and attention weights, which are None for a converted layer.
 
     Raises:
         RuntimeError: the model was not converted.
-        ValueError: there is a paged cache, or dropout in training.
+        ValueError: there is a paged cache, dropout in training, or an argument that a converted layer does not take.
     """
     if segattn_pass is None:
         raise RuntimeError(NOT_CONVERTED)
@@ -107,6 +108,7 @@ def segment_attention_forward(
         mask = attention_mask.build(implementation) if isinstance(attention_mask, NativeMask) else attention_mask
         options = {"scaling": scaling, "dropout": dropout, **kwargs} | ({} if softcap is None else {"softcap": softcap})
         return _native(module, implementation)(module, query, key, value, mask, **options)
+    check_arguments(kwargs, f"its {type(module).__name__}")
     if dropout:
         raise ValueError(
             f"attention dropout must be 0 in training, got {dropout}: set it to 0 in the configuration before loading "

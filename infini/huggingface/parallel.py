@@ -93,8 +93,11 @@ def refuse_other_schemes() -> None:
 
 def begin_on_ranks(
     trunk: nn.Module, conversion: Conversion, ranks: Ranks, inputs: dict[str, Any], tokens: Tensor
-) -> None:
+) -> int:
     """Check a forward pass over the runs of all ranks together, and set its positions among the inputs.
+
+    Returns:
+        The number of columns of all runs together.
 
     Raises:
         ValueError: on every rank, if the inputs of any rank are refused, or those of all do not fit together.
@@ -117,6 +120,7 @@ def begin_on_ranks(
     inputs["attention_mask"] = inputs["past_key_values"] = None
     inputs["use_cache"] = False
     inputs["position_ids"] = (positions % segment_len).expand(batch, -1)
+    return sum(times)
 
 
 def _problem(trunk: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Exception | None:

@@ -177,7 +177,7 @@ def backward_in_pieces(
 def _backward(window: list[Tensor], scale: float) -> Tensor:
     """Run the backward pass of a window, empty the list of its losses, and return their sum."""
     if not window:
-        return torch.zeros((), device="cpu")
+        return torch.zeros((), device="cpu", dtype=torch.float32)
     loss = torch.stack(window).sum()
     window.clear()
     if loss.requires_grad:

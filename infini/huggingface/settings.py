@@ -60,6 +60,7 @@ class Conversion:
     restart: whether positions start again from 0 with each segment.
     inputs: argument names of the module that runs the layers, in order.
     handles: the hooks on the model.
+    warned: whether its user has been warned of training on texts that read no memory.
     """
 
     settings: Settings
@@ -68,6 +69,7 @@ class Conversion:
     restart: bool
     inputs: tuple[str, ...]
     handles: list[RemovableHandle] = field(default_factory=list)
+    warned: bool = False
 
     @property
     def native(self) -> tuple[int, ...]:

@@ -122,7 +122,7 @@ def _tried(call: Callable[[], Result]) -> tuple[Result | None, tuple[str, str] |
 
 def largest(*numbers: float) -> tuple[float, ...]:
     """Return the largest of each number over all ranks."""
-    reduced = torch.tensor(numbers, dtype=torch.float64)
+    reduced = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     dist.all_reduce(reduced, dist.ReduceOp.MAX)
     return tuple(reduced.tolist())
 

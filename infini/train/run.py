@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...runs.errors import SettingError
+from ...runs.errors import SettingError, UntrainedMemoryWarning
 from ...runs.figures import prepare, versions, write_figures
 from ...runs.interrupts import InterruptedRunError
 from ...runs.settings import check_same
@@ -26,7 +26,7 @@ from ..sharding import runs_of
 from . import checkpoints, log
 from .model import build_model, save_model
 from .processes import agreed, deferred_stop, is_first, largest, mesh_of
-from .settings import MAY_CHANGE, TrainSettings, UntrainedMemoryWarning
+from .settings import MAY_CHANGE, TrainSettings
 from .stream import Position, Rows
 from .trainer import Trainer
 
@@ -90,13 +90,16 @@ def run_training(
     mesh = mesh_of(device, settings.sequence_ranks)
     model, tokenizer, rows, saved = agreed(lambda: _prepare(settings, outputs, mesh, resume))
     trainer = Trainer(model, settings, mesh, device)
-    if is_first() and settings.length <= trainer.segment_len:
-        warnings.warn(
-            f"no memory is trained: length must be more than segment_len, {trainer.segment_len}, for a row to read "
-            f"its memory, got {settings.length}",
-            UntrainedMemoryWarning,
-            stacklevel=2,
-        )
+    if settings.length <= trainer.segment_len:
+        # once, and not by every process
+        conversion_of(model).warned = True
+        if is_first():
+            warnings.warn(
+                f"no memory is trained: length must be more than segment_len, {trainer.segment_len}, for a row to read "
+                f"its memory, got {settings.length}",
+                UntrainedMemoryWarning,
+                stacklevel=2,
+            )
     if saved is not None:
         checkpoints.load(trainer, outputs.checkpoints, saved["step"])
     _train(trainer, rows, outputs, listener, keep)

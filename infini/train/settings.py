@@ -29,10 +29,6 @@ MAY_CHANGE = (
 )
 
 
-class UntrainedMemoryWarning(UserWarning):
-    """A warning that rows are too short to read the memory, which is then never trained."""
-
-
 @dataclass(frozen=True)
 class TrainSettings:
     """A training run: its model, its text, its recipe. The string beside a field is the help of its option.

@@ -56,7 +56,7 @@ def pieces_of_file(path: str | Path, tokenizer: Tokenizer) -> Pieces:
                 while lines := file.readlines(STRETCH):
                     text = b"".join(lines).decode().replace("\r\n", "\n").replace("\r", "\n")
                     prefix = [] if place else tokenizer.prefix
-                    yield place, torch.tensor(prefix + tokenizer.encode(text), dtype=torch.long)
+                    yield place, torch.tensor(prefix + tokenizer.encode(text), dtype=torch.long, device="cpu")
                     place = file.tell()
         except UnicodeDecodeError:
             raise SettingError("text", f"must be a file of UTF-8 text, got {str(path)!r}") from None
@@ -87,7 +87,7 @@ def pieces_of_dataset(name: str, tokenizer: Tokenizer, split: str, column: str) 
             text = data[index][column]
             if not isinstance(text, str):
                 raise SettingError("column", f"must hold text, got {column!r}, which holds {type(text).__name__}")
-            yield index, torch.tensor(tokenizer.prefix + tokenizer.encode(text), dtype=torch.long)
+            yield index, torch.tensor(tokenizer.prefix + tokenizer.encode(text), dtype=torch.long, device="cpu")
 
     return read
 

@@ -61,7 +61,7 @@ class LossSum(nn.Module):
         if hidden.shape[1] <= each:
             # computed last and let go first: to compute them twice would save nothing
             return self._sum(hidden, shift_labels)
-        total = torch.zeros((), device=hidden.device)
+        total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         for part, targets in zip(hidden.split(each, 1), shift_labels.split(each, 1), strict=True):
             total = total + checkpoint(self._sum, part, targets, use_reentrant=False)
         return total

@@ -84,7 +84,7 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
     generator = torch.Generator().manual_seed(call.seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def tokens(heads: int, time: int, width: int) -> Tensor:
         x = normal(call.B, time, heads, width).transpose(1, 2)
@@ -154,7 +154,7 @@ def directions(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _direction(x: Tensor) -> Tensor:
-    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32, device="cpu")
     # in steps of 1/32, which every dtype holds exactly
     return (32 * drawn).round().div(32).to(x.device, x.dtype)
 

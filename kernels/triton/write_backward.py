@@ -26,6 +26,7 @@ from .tiles import (
     load_rows,
     load_vector,
     memory_inverse,
+    reciprocal,
     rounded,
     row_operand,
     segment_at,
@@ -139,6 +140,34 @@ def write_adjoint(
     return dv, dbeta
 
 
+@triton.jit
+def weight_grads(
+    k, first, normalizer, curvature, ELU: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Return u C uᵀ of every row, u = σ(k) / σ(k) z, without the digits that a rounded u C would lose.
+
+    As u z = 1, u is z / z z, the same for all rows, and a rest. Keys that are alike differ in the rest alone, so that
+    what is rounded, its product with C, is small; the other parts are in float32.
+    """
+    BLOCK_K: tl.constexpr = block(K)
+    inverse = memory_inverse(k, first, normalizer, ELU, ROWS, K, CHUNK)
+    held = inverse != 0
+    z = load_vector(normalizer.z, 0, BLOCK_K, K)
+    share = reciprocal(tl.sum(z * z, 0))
+    u = feature_map(load_rows(k, first, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
+    rest = tl.where((tl.arange(0, BLOCK_K) < K)[None, :] & held[:, None], u - (z * share)[None, :], 0.0)
+    rest, factor = row_operand(rest, k.pointer.dtype.element_ty)
+    result = tl.zeros([ROWS], tl.float32)
+    for c in tl.range(0, K, CHUNK, num_stages=1):
+        rows = load_chunk(curvature, c, CHUNK, K, K)
+        level = tl.sum(rows * (z * share)[None, :], 1)[None, :]
+        bent = dot_float32(rest, tl.trans(rows), tl.zeros([ROWS, CHUNK], tl.float32)) * factor
+        common = (load_vector(normalizer.z, c, CHUNK, K) * share)[None, :]
+        parts = feature_map(load_rows(k, first, c, ROWS, CHUNK, K), ELU) * inverse[:, None] - common
+        result += tl.sum(parts * (level + 0.5 * bent) + 0.5 * common * level, 1)
+    return tl.where(held, result, 0.0)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def weight_sums_kernel(
     k, beta, normalizer, curvature, sums, slots, time, segment_len, segments,
@@ -157,8 +186,7 @@ def weight_sums_kernel(
     before, c_of_segment = normalizer_at(normalizer, at, K), curvature + at * K * K
     total = tl.zeros([BLOCK_K], tl.float32)
     for start in range(begin, end, BLOCK_N):
-        _, _, inverse, erased = erasure(keys, start, before, c_of_segment, ELU, BLOCK_N, K, CHUNK)
-        dweight = erased * inverse
+        dweight = weight_grads(keys, start, before, c_of_segment, ELU, BLOCK_N, K, CHUNK)
         i = start + tl.arange(0, BLOCK_N)
         if beta is not None:
             at_rows = (tl.cast(segment.row, tl.int64) * k.heads + group) * time

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .rmt.recurrent.memory import RecurrentMemory
     from .rmt.recurrent.state import RecurrentState
     from .rmt.saving import load_memory, save_memory
+    from .runs.errors import UntrainedMemoryWarning
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _MODULES = {
     "RecurrentState": "rmt.recurrent.state",
     "SegmentOutput": "kernels.state",
     "StaticInfiniCache": "infini.huggingface.static_cache",
+    "UntrainedMemoryWarning": "runs.errors",
     "backward_in_pieces": "infini.huggingface.pieces",
     "convert": "infini.huggingface.conversion",
     "from_pretrained": "infini.huggingface.saving",
@@ -82,6 +84,7 @@ __all__ = [
     "RecurrentState",
     "SegmentOutput",
     "StaticInfiniCache",
+    "UntrainedMemoryWarning",
     "backward_in_pieces",
     "convert",
     "from_pretrained",

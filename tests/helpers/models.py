@@ -1,7 +1,5 @@
 """Tiny models with random weights, one of each type that can be converted."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,15 +76,3 @@ def open_gates(model: transformers.PreTrainedModel, seed: int = 0) -> None:
 def tokens(batch: int, time: int, seed: int = 0) -> torch.Tensor:
     """Return random token ids [B, T], none of them special."""
     return torch.randint(3, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))
-
-
-@contextmanager
-def defaults(*, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[None]:
-    """Make PyTorch's default dtype and device others than those of a model's parameters."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)

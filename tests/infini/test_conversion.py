@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from models import NAMES, converted, defaults, make, open_gates, tokens
+from models import NAMES, converted, make, open_gates, tokens
+from torch_defaults import defaults
 
 import segattn
 from segattn.infini.huggingface import interface
@@ -515,6 +517,40 @@ def test_bad_calls() -> None:
     with pytest.raises(ValueError, match=r"attention dropout must be 0 in training, got 0\.1"):
         dropping(ids)
     assert dropping.eval()(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_without_effect_have_none(name: str) -> None:
+    model, ids = converted(name), tokens(2, 40)
+    plain = model(ids, labels=ids)
+    harmless = {"num_items_in_batch": 2 * 39, "ignore_index": -100, "output_hidden_states": True, "unknown": None}
+    found = model(ids, labels=ids, **(harmless if name != "gpt2" else harmless | {"output_hidden_states": None}))
+    assert torch.equal(found.logits, plain.logits)
+    torch.testing.assert_close(found.loss, plain.loss)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_arguments_that_change_attention_are_refused_by_name(training: bool) -> None:
+    # the first layer is not converted, and writes its cache before the second begins
+    model = segattn.convert(make(), 16, layers=[1], quiet=True).train(training)
+    ids, cache = tokens(1, 20), segattn.InfiniCache(model)
+    for arguments, said in (
+        ({"s_aux": torch.zeros(4)}, "s_aux must be left out for a converted model, .* got from the call"),
+        ({"position_bias": torch.zeros(1), "chunk": 4}, "chunk, position_bias must be left out"),
+        ({"is_causal": False}, "is_causal must be True for a converted model"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model(ids, past_key_values=cache, **arguments)
+    assert [layer.get_seq_length() for layer in cache.layers] == [0, 0]
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
+def test_arguments_that_a_layer_adds_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = converted(), tokens(1, 20)
+    attention = model.model.layers[1].self_attn
+    monkeypatch.setattr(attention, "forward", partial(attention.forward, s_aux=torch.zeros(4)))
+    with pytest.raises(ValueError, match=r"s_aux must be left out .* got from its LlamaAttention"):
+        model(ids)
 
 
 def test_a_mask_in_a_graph() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch_defaults import defaults
 
 from segattn.infini.demo.decoder import Decoder, DecoderConfig
 from segattn.infini.demo.evaluation import Cell, evaluate, state_bytes, stream
@@ -96,6 +97,23 @@ def test_samples_are_reproducible_and_differ(task: PasskeyTask) -> None:
     assert not torch.equal(first.tokens, other.tokens)
     assert len(set(map(tuple, first.key.tolist()))) == 8
     assert generate_text(500, 1) == generate_text(500, 1) != generate_text(500, 2)
+
+
+@pytest.mark.parametrize("other", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_the_default_dtype_and_device_change_no_text_and_no_sample(other: dict[str, Any]) -> None:
+    def drawn() -> list[Tensor]:
+        task = PasskeyTask(generate_text(2000, seed=3))
+        trainer = Trainer(model, task, Recipe(steps=4, segments=6, stretched=1.0), seed=0)
+        trainer.losses = [0.0] * 3
+        batches = [trainer._batch()[0] for _ in range(3)]
+        anywhere, deep = task.sample(3, 96, generator()), task.sample(3, 96, generator(), depth=0.5, jitter=4)
+        return [*batches, *anywhere, *deep, task.filler(2, 50, generator())]
+
+    model = decoder(PasskeyTask(generate_text(2000, seed=3)))
+    wanted = drawn()
+    with defaults(**other):
+        mine = drawn()
+    assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(mine, wanted, strict=True))
 
 
 def test_statements_stand_at_their_depth(task: PasskeyTask) -> None:

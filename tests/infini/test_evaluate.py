@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.cli.main")
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch_defaults import defaults
 from typer.testing import CliRunner, Result
 
 import segattn
@@ -346,6 +347,22 @@ def test_perplexity_by_position_equals_the_whole_forward() -> None:
     assert whole(measured)[2:4] == (1000, pytest.approx(sum(values) / 1000, abs=1e-6))
     kept = measure_documents(model, documents, spread, done=measured[:3])
     assert kept[:3] == measured[:3]
+
+
+@pytest.mark.parametrize("other", [{"dtype": torch.bfloat16}, {"device": "meta"}], ids=str)
+def test_the_default_dtype_and_device_change_no_figure(other: dict[str, Any]) -> None:
+    model, task = converted(), PasskeyText(ByteTokenizer())
+    documents = documents_of(list(range(200)), [7], 101)
+    spread = widths(model, 101, 5)
+
+    def results() -> list[Any]:
+        found = measure_documents(model, documents, spread, batch=2)
+        cells = measure_grid(model, task, [300], [0.0, 1.0], samples=2, seed=5)
+        return [one._replace(seconds=0.0) for one in (*found, *cells)]
+
+    wanted = results()
+    with defaults(**other):
+        assert results() == wanted
 
 
 def test_documents_of_a_text() -> None:

@@ -39,10 +39,10 @@ from segattn.infini.train import settings as settings_module
 from segattn.infini.train.model import build_model
 from segattn.infini.train.processes import joined, mesh_of
 from segattn.infini.train.run import Outputs, run_training
-from segattn.infini.train.settings import TrainSettings, UntrainedMemoryWarning
+from segattn.infini.train.settings import TrainSettings
 from segattn.infini.train.stream import Rows, in_order, pieces_of_dataset, pieces_of_file, shuffled
 from segattn.infini.train.trainer import Trainer
-from segattn.runs.errors import SettingError
+from segattn.runs.errors import SettingError, UntrainedMemoryWarning
 from segattn.runs.figures import read_text
 from segattn.runs.interrupts import InterruptedRunError
 from segattn.runs.text import generate_text

@@ -363,6 +363,20 @@ def test_bad_static_caches() -> None:
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("kind", ["offloaded", "static", "offloaded_static", "quantized"])
+def test_a_cache_by_name_is_refused_by_name(kind: str) -> None:
+    model, ids = converted(), tokens(2, 20)
+    plain = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="dynamic"), plain)
+    with pytest.raises(ValueError, match=f"cache_implementation must be left out for a converted model, got '{kind}'"):
+        model.generate(ids, cache_implementation=kind, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"cache_config must be left out for a converted model, got \{'nbits': 4\}"):
+        model.generate(ids, cache_config={"nbits": 4}, max_new_tokens=2)
+    model.generation_config.cache_implementation = kind
+    with pytest.raises(ValueError, match="cache_implementation must be left out"):
+        model.generate(ids, max_new_tokens=2)
+
+
 def test_caches_that_cannot_be_used() -> None:
     model, ids = converted(), tokens(2, 20)
     for call in (model.generate_batch, model.init_continuous_batching):
@@ -371,8 +385,9 @@ def test_caches_that_cannot_be_used() -> None:
     plain = segattn.revert(converted())
     assert plain.init_continuous_batching.__func__ is type(plain).init_continuous_batching
     with torch.no_grad():
+        static = transformers.StaticCache(config=model.config, max_cache_len=32)
         with pytest.raises(ValueError, match="got a StaticCache of 0 tokens"):
-            model.generate(ids, cache_implementation="static", max_new_tokens=2)
+            model.generate(ids, past_key_values=static, max_new_tokens=2)
         full = make()(ids, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="got a DynamicCache of 20 tokens"):
             model(ids, past_key_values=full)

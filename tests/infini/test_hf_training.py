@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,67 @@ def test_half_precision_under_autocast_and_in_the_weights() -> None:
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.segattn_gate.bias"):
         for mine in (under[name], inside[name].float()):
             assert torch.cosine_similarity(mine.flatten(), plain[name].flatten(), 0) > 0.95
+
+
+def warned(call: Any) -> list[str]:
+    """Return the texts of the warnings of untrained memory that a call gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(one.message) for one in caught if one.category is segattn.UntrainedMemoryWarning]
+
+
+def test_texts_that_read_no_memory_are_warned_of_once(tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+
+    def train(model: Any, time: int) -> None:
+        rows = [{"input_ids": row, "labels": row} for row in tokens(8, time)]
+        transformers.Trainer(model, arguments, train_dataset=rows).train()
+
+    said = (
+        f"input_ids must be longer than segment_len, {L}, for a text to read its memory, got texts of at most {L} tok"
+    )
+    model = training()
+    [message] = warned(lambda: train(model, L))
+    assert said in message
+    assert not warned(lambda: train(model, L))
+    assert not warned(lambda: train(training(), L + 1))
+
+
+def test_texts_that_read_no_memory_are_warned_of_only_in_training_without_a_cache() -> None:
+    model, ids = training(), tokens(2, 3 * L)
+
+    def quiet() -> None:
+        model(ids)
+        segattn.backward_in_pieces(model, ids, L)
+        model(ids[:, :L], use_cache=True)
+        with torch.no_grad():
+            model(ids[:, :L])
+        model.eval()(ids[:, :L])
+        torch._dynamo.reset()
+        torch.compile(model.train(), fullgraph=True, backend="aot_eager")(ids[:, :L], use_cache=False)
+
+    assert not warned(quiet)
+    # padding is no text
+    mask = torch.ones_like(ids)
+    mask[:, L:] = 0
+    [message] = warned(lambda: model(ids, attention_mask=mask))
+    assert f"at most {L} tokens" in message
+
+
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q", "max_length_q"])
+def test_packed_texts_that_read_no_memory_are_warned_of(how: str) -> None:
+    def packed(*lengths: int) -> dict[str, Any]:
+        if how == "position_ids":
+            return {how: torch.cat([torch.arange(n) for n in lengths])[None]}
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return {"cu_seq_lens_q": bounds} | ({how: max(lengths)} if how == "max_length_q" else {})
+
+    model, ids = training(), tokens(1, 3 * L)
+    assert not warned(lambda: model(ids, **packed(L + 1, L, L - 1)))
+    assert len(warned(lambda: model(ids, **packed(L, L - 1, L, 1)))) == 1
 
 
 def test_training_compiles_whole() -> None:

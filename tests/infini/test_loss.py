@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 pytest.importorskip("transformers")
 
-from models import defaults
+from torch_defaults import defaults
 
 from segattn import mean_loss
 from segattn.infini.loss import cross_entropy_sum

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from models import CONFIGS, NAMES, defaults, make
+from models import CONFIGS, NAMES, make
+from torch_defaults import defaults
 
 from segattn import RecurrentMemory
 from segattn.infini.huggingface.conversion import convert, revert

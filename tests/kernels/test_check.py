@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch_defaults import defaults
 
 from segattn.kernels import attention
 from segattn.kernels.check import check
-from segattn.kernels.check.calls import Call, evaluate, gate_gradient_size, tensors
+from segattn.kernels.check.calls import Call, directions, evaluate, gate_gradient_size, tensors
 from segattn.kernels.check.check import OptionError, run_check
 from segattn.kernels.check.gates import GATES, judge
 from segattn.kernels.check.report import CheckReport, Row
@@ -177,6 +178,20 @@ def test_gates_depend_on_the_rule() -> None:
     calls = calls_of("small")
     assert [gate.of("out", calls["rows"]), gate.of("dq", calls["rows"])] == [4e-3, 1e-2]
     assert [gate.of("dq", calls["linear"]), gate.of("dq", calls["local"])] == [6e-3, 6e-3]
+
+
+@pytest.mark.parametrize("other", [{"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_the_default_dtype_and_device_change_no_tensor(other: dict[str, Any]) -> None:
+    call = calls_of("small")["rows"]
+
+    def drawn() -> list[Tensor]:
+        made = tensors(call, torch.float32, CPU)
+        return [*made.values(), *directions(made).values()]
+
+    wanted = drawn()
+    with defaults(**other):
+        mine = drawn()
+    assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(mine, wanted, strict=True))
 
 
 def test_both_sizes_hold_calls_of_every_kind() -> None:

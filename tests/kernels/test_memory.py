@@ -199,6 +199,42 @@ def test_the_kernels_equal_the_equations(name: str, with_state: bool, dtype: tor
             assert torch.equal(again[key], value), key
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("feature_map", ["elu1", None])
+def test_the_normalizers_gradient_survives_keys_that_are_alike(feature_map: str | None, dtype: torch.dtype) -> None:
+    """The gradient sums (σ C σᵀ / (σ z)²) σ over keys; here what they have in common cancels in it."""
+    device, heads, K, V = "cuda" if torch.cuda.is_available() else "cpu", 3, 64, 64
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=DOUBLE).to(device)
+
+    def keys(time: int) -> torch.Tensor:
+        x = 0.3 * normal(1, heads, time, K)
+        return (x.exp() if feature_map is None else x).to(dtype).double()
+
+    k, v = keys(37), normal(1, heads, 37, V).to(dtype).double()
+    before = memory_write(keys(16), normal(1, heads, 16, V), feature_map=feature_map)
+    before = MemoryState(*(x.float().double() for x in before))
+
+    def gradient(backend: str, tokens: torch.dtype, of_state: torch.dtype, dmemory: torch.Tensor) -> torch.Tensor:
+        state = MemoryState(*(x.to(of_state).requires_grad_() for x in before))
+        after = memory_write(k.to(tokens), v.to(tokens), state, feature_map=feature_map, backend=backend)
+        return torch.autograd.grad(
+            after.memory, state.normalizer, dmemory.to(of_state), create_graph=dmemory.requires_grad
+        )[0]
+
+    dmemory = normal(1, heads, K, V).requires_grad_()
+    along = (gradient("reference", DOUBLE, DOUBLE, dmemory) * before.normalizer).sum()
+    (common,) = torch.autograd.grad(along, dmemory)
+    share = (dmemory * common).sum((2, 3), keepdim=True) / common.square().sum((2, 3), keepdim=True)
+    dmemory = (dmemory - share * common).detach()
+    mine = gradient("triton", dtype, torch.float32, dmemory)
+    expected = gradient("reference", DOUBLE, DOUBLE, dmemory)
+    for head in range(heads):
+        assert error(mine[0, head], expected[0, head]) < GATES[dtype].through_delta
+
+
 def test_the_kernels_read_and_write_strided_tensors() -> None:
     """Token-major inputs, an expanded gradient, several rows and grouped heads."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -64,7 +64,7 @@ def counted_bytes(model: nn.Module, name: str, setup: BaselineSetup, lengths: Se
     state, before, found = None, 0, {}
     for length in sorted(lengths):
         while before < length:
-            rows = torch.randint(256, (1, min(setup.row, length - before)), generator=generator)
+            rows = torch.randint(256, (1, min(setup.row, length - before)), generator=generator, device="cpu")
             _, state = BASELINES[name].read(model, rows, state)
             before += rows.shape[1]
         found[length] = bytes_of(state)

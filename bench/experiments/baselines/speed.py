@@ -25,7 +25,7 @@ REFERENCE = "local"
 def speeds(setup: BaselineSetup, names: Iterable[str], rounds: int = ROUNDS) -> dict[str, Any]:
     """Return the speeds of a training step's two passes, and of reading without gradients: medians over the rounds."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(256, (setup.batch, setup.row + 1), generator=generator)
+    rows = torch.randint(256, (setup.batch, setup.row + 1), generator=generator, device="cpu")
     models = {name: build(setup, name, 0) for name in names}
     count = WARM_UP + rounds
     found = {}

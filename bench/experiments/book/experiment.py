@@ -87,7 +87,7 @@ def train(
     for step in range(setup.steps):
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = setup.rate(step) * rate
-        starts = torch.randint(len(text) - setup.row, (setup.batch, 1), generator=generator)
+        starts = torch.randint(len(text) - setup.row, (setup.batch, 1), generator=generator, device="cpu")
         loss = nats(model, text[starts + offsets].long()).mean()
         optimiser.zero_grad()
         loss.backward()

@@ -125,7 +125,7 @@ def read_text(reader: Reader, setup: Setup, segments: int, on_piece: Callable[[i
         kept = None
         for begin in range(0, segments, PIECE):
             tokens = min(PIECE, segments - begin) * sizes.L
-            ids = torch.randint(VOCABULARY, (sizes.B, tokens), generator=generator).to(device)
+            ids = torch.randint(VOCABULARY, (sizes.B, tokens), generator=generator, device="cpu").to(device)
             spent, kept = time_once(lambda copy, ids=ids, kept=kept: lambda: reader(ids, kept), 0, device)  # type: ignore[misc]
             milliseconds += spent
             on_piece(tokens // sizes.L)

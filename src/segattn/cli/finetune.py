@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..infini.train.settings import TrainSettings, UntrainedMemoryWarning
+from ..infini.train.settings import TrainSettings
+from ..runs.errors import UntrainedMemoryWarning
 from .options import options_of
 from .progress import Progress, is_due
 from .shell import Command, print_files, quiet_transformers

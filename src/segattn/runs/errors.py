@@ -1,4 +1,4 @@
-"""The error of a setting, by which a command names the option that its user can mend."""
+"""The error of a setting, by which a command names the option that its user can mend, and a warning of texts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class SettingError(ValueError):
     def __init__(self, name: str, problem: str) -> None:
         super().__init__(f"{name} {problem}")
         self.name, self.problem = name, problem
+
+
+class UntrainedMemoryWarning(UserWarning):
+    """A warning that texts are too short to read the memory, which is then not trained."""
 
 
 @contextmanager

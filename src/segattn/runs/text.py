@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import Any
 
 import torch
 
@@ -23,15 +24,17 @@ def text_sha256(text: str) -> str:
 def generate_text(words: int, seed: int) -> str:
     """Generate sentences of made-up words, as unevenly frequent as in a language, and numbers of up to five digits."""
     generator = torch.Generator().manual_seed(seed)
+    # the same words whatever the default dtype and device
+    like: Any = {"dtype": torch.float32, "device": "cpu"}
 
     def draw(high: int, count: int) -> list[int]:
-        return torch.randint(high, (count,), generator=generator).tolist()
+        return torch.randint(high, (count,), generator=generator, device="cpu").tolist()
 
     syllables = [c + v for c in "b d f g k l m n p r s t v z sh th st".split() for v in "a e i o u ai".split()]
     lexicon = ["".join(syllables[i] for i in draw(len(syllables), 1 + n % 3)) for n in range(1200)]
-    frequency = 1 / torch.arange(10.0, 10 + len(lexicon))
+    frequency = 1 / torch.arange(10.0, 10 + len(lexicon), **like)
     chosen = torch.multinomial(frequency, words, replacement=True, generator=generator).tolist()
-    numbers = torch.rand(words, generator=generator).lt(0.03).tolist()
+    numbers = torch.rand(words, generator=generator, **like).lt(0.03).tolist()
     pieces, left = [], 0
     for word, number in zip(chosen, numbers, strict=True):
         if left == 0:
