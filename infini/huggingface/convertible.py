@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from ...kernels.validation import check_integer
 from .settings import attentions_of, is_converted
 
-
 # of attention that adds a bias by distance
 _BIASES = ("alibi", "position_bias")
 
@@ -57,7 +56,9 @@ def checked_trunk(model: nn.Module) -> Any:
             f"model must know positions by rotary or learnt embedding, or not at all, got {kind}, which adds a bias by "
             f"distance (ALiBi) to its scores: {instead}"
         )
-    trunks = [module for module in model.modules() if getattr(module, "config", None) is config and attentions_of(module)]
+    trunks = [
+        module for module in model.modules() if getattr(module, "config", None) is config and attentions_of(module)
+    ]
     if len(trunks) != 1:
         raise ValueError(
             f"model must have one stack of layers with causal attention, got {len(trunks)} in {kind}: {instead}"

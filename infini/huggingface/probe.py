@@ -129,7 +129,7 @@ def probe(trunk: Any, attentions: list[Any], layers: tuple[int, ...], segment_le
         if missing := [layer for layer in layers if layer not in calls]:
             raise ValueError(f"model must run all of its layers, got one that runs no attention in layers {missing}")
         first: Tensor = calls[0].arguments[calls[0].names[0]]
-        # of equal tokens, and before any attention
+        # of equal rows, and before any attention
         learnt = not _close(first, first[:, :1].expand_as(first))
         restart = learnt or len(layers) == len(attentions)
         return Probe({layer: _read(calls[layer], segment_len - 1 if restart else FAR) for layer in layers}, learnt)
@@ -150,7 +150,7 @@ def _probing(trunk: Any) -> Iterator[None]:
 
 
 def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
-    """Run the model on equal tokens, and return how its layers call their attention."""
+    """Run the model on equal rows, and return how its layers call their attention."""
     calls: dict[int, _Attention] = {}
 
     def note(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -160,10 +160,13 @@ def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
         module.register_forward_pre_hook(lambda *call, layer=layer: note(layer, *call), with_kwargs=True)
         for layer, module in enumerate(attentions)
     ]
-    rows = min(ROWS, getattr(trunk.config, "max_position_embeddings", ROWS))
-    ids = torch.zeros(1, rows, dtype=torch.int64, device=trunk.get_input_embeddings().weight.device)
+    rows, weight = (
+        min(ROWS, getattr(trunk.config, "max_position_embeddings", ROWS)),
+        trunk.get_input_embeddings().weight,
+    )
+    embeds = torch.ones(1, rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     try:
-        trunk(input_ids=ids, use_cache=False, **{ARGUMENT: None})
+        trunk(inputs_embeds=embeds, use_cache=False, **{ARGUMENT: None})
     finally:
         for handle in handles:
             handle.remove()

@@ -44,7 +44,9 @@ class StaticInfiniLayer(ConvertedLayer):
         self.keys, self.memory_keys = (like.new_zeros(*tail, width) for _ in range(2))
         self.values = like.new_zeros(*tail, value_width)
         dtype = state_dtype(like)
-        self.memory, self.next_memory = (like.new_zeros(batch, groups, width, value_width, dtype=dtype) for _ in range(2))
+        self.memory, self.next_memory = (
+            like.new_zeros(batch, groups, width, value_width, dtype=dtype) for _ in range(2)
+        )
         self.normalizer, self.next_normalizer = (like.new_zeros(batch, groups, width, dtype=dtype) for _ in range(2))
         self.counters = torch.zeros(batch * groups, dtype=torch.int32, device=like.device)
         self.is_initialized = True

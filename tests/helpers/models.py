@@ -59,10 +59,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral": ("MinistralConfig", _SIZES | _FULL | {"head_dim": 8}),
     "ministral3": (
         "Ministral3Config",
-        # queries that are scaled by their position from the 32nd on
+        # queries are scaled by their position from the 32nd on
         _sizes(head_dim=8, sliding_window=None)
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}}
-        | {"max_position_embeddings": 4096},
+        | {
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 128.0}
+            | {"original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.5}
+        },
     ),
     "qwen2_moe": ("Qwen2MoeConfig", _sizes(experts=True)),
     "qwen3_moe": ("Qwen3MoeConfig", _sizes(experts=True, head_dim=8)),
@@ -136,14 +138,16 @@ def make(name: str = "llama", **changes: Any) -> transformers.PreTrainedModel:
     return model
 
 
-def convert(name: str = "llama", segment_len: int = 16, update: str = "delta", **changes: Any) -> Any:
-    """Return a model with every layer converted, in evaluation mode."""
-    return segattn.convert(make(name, **changes), segment_len, update, quiet=True, **OPTIONS.get(name, {}))
+def double(model: Any) -> Any:
+    """Return a model in float64, which experts take one after another alone."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.double()
 
 
 def converted(name: str = "llama", segment_len: int = 16, update: str = "delta", **changes: Any) -> Any:
-    """Return a converted model, in evaluation mode, whose gates are open."""
-    model = convert(name, segment_len, update, **changes)
+    """Return a model with every layer converted, in evaluation mode, whose gates are open."""
+    model = segattn.convert(make(name, **changes), segment_len, update, quiet=True, **OPTIONS.get(name, {}))
     open_gates(model)
     return model
 

@@ -14,11 +14,10 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from models import NAMES, converted, defaults, make, open_gates, tokens
+from models import CHOSEN, NAMES, OPTIONS, converted, defaults, double, make, open_gates, tokens
 
 import segattn
 from segattn.infini.huggingface import interface
-from segattn.infini.huggingface.families import FAMILIES
 from segattn.kernels import reference
 from segattn.kernels.state import MemoryState, Options
 
@@ -35,37 +34,44 @@ def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
 def test_attention_is_the_definition_on_the_models_own_queries_keys_and_values(
     name: str, update: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = segattn.convert(make(name), L, update=update, quiet=True).double()
-    open_gates(model)
-    plain, seen = [], []
-    home = sys.modules[type(next(m for m in model.modules() if hasattr(m, "segattn_gate"))).__module__]
-    if hasattr(home, "apply_rotary_pos_emb"):
-        turn = home.apply_rotary_pos_emb
-
-        def recorded(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            plain.append((q, k))
-            return turn(q, k, *args, **kwargs)
-
-        monkeypatch.setattr(home, "apply_rotary_pos_emb", recorded)
+    model = double(converted(name, L, update))
+    calls, seen, plain = [], [], []
+    for module in [module for module in model.modules() if hasattr(module, "segattn_gate")]:
+        module.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
 
     def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
         out, _ = interface.segment_attention_forward(module, q, k, v, mask, **kwargs)
         seen.append((module, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5, kwargs.get("softcap"), out))
         return out, None
 
-    monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._global_mapping, "segattn", spy)
+    def without_positions(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        plain.append((q, k))
+        return q.new_zeros(*q.shape[:1], *q.shape[2:0:-1], v.shape[-1]), None
+
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._global_mapping
+    monkeypatch.setitem(functions, "segattn", spy)
     logits(model, tokens(2, 53))
-    assert len(seen) == 2
+    # the same calls again, in which nothing is rotated
+    monkeypatch.setitem(functions, "segattn", without_positions)
+    home = sys.modules[type(calls[0][0]).__module__]
+    for function in [function for function in vars(home) if function.startswith("apply_rotary")]:
+        monkeypatch.setattr(home, function, lambda q, k, *args, **kwargs: (q, k))
+    for module, args, kwargs in calls[:]:
+        module(*args, **kwargs)
+    assert len(seen) == len(plain) == 2
     assert {softcap for *_, softcap, _ in seen} == {2.0 if name == "gemma2" else None}
-    for layer, (module, q, k, v, scale, softcap, out) in enumerate(seen):
-        memory_q, memory_k = plain[layer] if plain else (q, k)
+    # some rotate in float32, whatever their dtype
+    tolerance = 1e-6 if name in ("cohere", "cohere2", "ernie4_5", "llama4_text") else 1e-9
+    for (module, q, k, v, scale, softcap, out), (memory_q, memory_k) in zip(seen, plain, strict=True):
         if name == "opt":
             memory_q = memory_q / module.scaling
         state = MemoryState.zeros(2, k.shape[1], k.shape[3], v.shape[3], dtype=torch.float64)
         options = Options(L, update, True, 0, 0, "local", scale, softcap)
         gate = module.segattn_gate().double()
         wanted, _ = reference.reference_attention(q, k, v, memory_q, memory_k, gate, state, None, options)
-        torch.testing.assert_close(out.transpose(1, 2), wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
+        torch.testing.assert_close(
+            out.transpose(1, 2), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +80,7 @@ def test_up_to_one_segment_nothing_changes_and_revert_undoes_everything(name: st
     before = {key: value.clone() for key, value in model.state_dict().items()}
     config, short, long = model.config.to_dict(), tokens(2, L), tokens(2, 3 * L + 5)
     original = logits(model, short), logits(model, long)
-    segattn.convert(model, L, quiet=True)
+    segattn.convert(model, L, quiet=True, **OPTIONS.get(name, {}))
     open_gates(model)
     torch.testing.assert_close(logits(model, short), original[0], rtol=0, atol=2e-5)
     assert (logits(model, long)[:, L:] - original[1][:, L:]).abs().max() > 1e-3
@@ -96,7 +102,7 @@ def test_converted_again_after_revert() -> None:
     assert torch.equal(logits(model, ids), once)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_no_token_sees_a_later_one_and_every_one_sees_the_first(name: str) -> None:
     model, ids = converted(name), tokens(1, 3 * L + 3)
     other = ids.clone()
@@ -157,7 +163,7 @@ POSITIONS = torch.cat([torch.arange(19), torch.arange(31)])[None]
 BOUNDS = torch.tensor([0, 19, 50], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_packed_sequences_are_apart_in_layers_that_were_not_converted_too(name: str) -> None:
     model, ids = segattn.convert(make(name), L, layers=[0], quiet=True), tokens(1, 50)
     open_gates(model)
@@ -176,7 +182,7 @@ def test_packed_sequences_are_apart_in_layers_that_were_not_converted_too(name: 
         logits(model, ids.view(2, 25), cu_seq_lens_q=BOUNDS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_layers_that_were_not_converted_see_the_whole_text(name: str) -> None:
     model, ids = segattn.convert(make(name), L, layers=[0], quiet=True), tokens(2, 3 * L)
     with torch.no_grad():
@@ -318,7 +324,7 @@ def test_attention_named_without_a_conversion_is_refused() -> None:
     assert torch.equal(logits(segattn.revert(segattn.convert(model, L, quiet=True)), ids), logits(make(), ids))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHOSEN)
 @pytest.mark.parametrize("other", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}], ids=str)
 def test_the_default_dtype_and_device_change_nothing(name: str, other: dict[str, Any]) -> None:
     model, ids = make(name), tokens(2, 45)
@@ -397,17 +403,9 @@ def test_a_printed_model_shows_its_settings_until_it_is_reverted(name: str) -> N
     assert repr(segattn.revert(model)) == before
 
 
-def test_every_family_is_tested_and_documented() -> None:
-    assert set(NAMES) == set(FAMILIES)
-    assert all(name in str(segattn.convert.__doc__) for name in FAMILIES)
-
-
 def test_bad_models() -> None:
     with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
         segattn.convert(torch.nn.Linear(2, 2))
-    falcon = transformers.FalconConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ValueError, match=r"can be converted \(llama, .*\), got 'falcon'"):
-        segattn.convert(transformers.FalconForCausalLM(falcon))
     texts = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99, "head_dim": 8}
     images = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     around = transformers.Gemma3Config(text_config=texts, vision_config=images)

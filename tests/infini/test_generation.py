@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 transformers = pytest.importorskip("transformers")
 
 from calls import error
-from models import NAMES, converted, make, open_gates, tokens
+from models import CHOSEN, NAMES, converted, make, tokens
 
 import segattn
 
@@ -90,7 +90,7 @@ def test_samples_do_not_mix() -> None:
     assert len({tuple(row.tolist()) for row in mine}) > 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_a_conversation_goes_on_from_its_cache(name: str) -> None:
     model = converted(name)
     cache, ids = segattn.InfiniCache(model), tokens(1, 11)
@@ -102,7 +102,7 @@ def test_a_conversation_goes_on_from_its_cache(name: str) -> None:
 
 
 @pytest.mark.skipif(not ROLLBACK, reason="needs a transformers that can take tokens back")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_prompt_lookup_and_an_assistant_change_nothing(name: str) -> None:
     model = converted(name)
     ids = tokens(1, 9).repeat(1, 5)
@@ -281,8 +281,7 @@ def test_a_token_at_a_time_has_the_gradient_of_the_whole(trained: str) -> None:
 def test_a_static_cache_equals_the_whole_eager_and_compiled(name: str) -> None:
     if name == "opt" and not ROLLBACK:
         pytest.skip("OPT of transformers 4 makes tensors as long as the text")
-    model = segattn.convert(make(name), L, update="linear" if name == "phi3" else "delta", quiet=True)
-    open_gates(model)
+    model = converted(name, L, "linear" if name == "phi3" else "delta")
     ids, graphs = tokens(2, 63), CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
