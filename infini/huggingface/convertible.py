@@ -128,8 +128,8 @@ def check_learnt_length(config: Any, segment_len: int) -> None:
     """
     if segment_len > (most := config.max_position_embeddings):
         raise ValueError(
-            f"segment_len must be at most the {most} learnt positions of the model, which begin anew with each segment, "
-            f"got {segment_len}"
+            f"segment_len must be at most the {most} learnt positions of the model, which begin anew with each "
+            f"segment, got {segment_len}"
         )
 
 

@@ -247,7 +247,7 @@ def _rotary(attention: _Attention, turned: _Seen) -> Rotary | None:
         undone = (rotary.undo(x, embeddings) for x in (turned.q, turned.k))
         if all(map(_close, undone, (plain.q, plain.k))):
             return rotary
-    attention.refuse("rotate pairs of channels as its last step: the memory must be free of positions")
+    return attention.refuse("rotate pairs of channels as its last step: the memory must be free of positions")
 
 
 def _close(x: Tensor, y: Tensor) -> bool:

@@ -70,11 +70,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", _sizes(experts=True, head_dim=8)),
     "gemma": ("GemmaConfig", _SIZES | {"head_dim": 8}),
     "phi": ("PhiConfig", _SIZES | {"resid_pdrop": 0.0, "qk_layernorm": True}),
-    "phimoe": ("PhimoeConfig", _sizes(experts=True, sliding_window=None)),
     "olmo": ("OlmoConfig", _SIZES | {"clip_qkv": 1.0}),
     "olmo2": ("Olmo2Config", _SIZES),
     "olmo3": ("Olmo3Config", _SIZES | _FULL),
-    "olmoe": ("OlmoeConfig", _sizes(experts=True)),
     "granite": ("GraniteConfig", _SIZES | {"attention_multiplier": 0.5, "embedding_multiplier": 3.0}),
     "granitemoe": ("GraniteMoeConfig", _sizes(experts=True, attention_multiplier=0.5)),
     "stablelm": ("StableLmConfig", _SIZES | {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
@@ -86,9 +84,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere": ("CohereConfig", _SIZES | {"use_qk_norm": True}),
     "cohere2": ("Cohere2Config", _SIZES | _KINDS),
-    "glm": ("GlmConfig", _SIZES | {"head_dim": 8}),
     "glm4": ("Glm4Config", _SIZES | {"head_dim": 8}),
-    "glm4_moe": ("Glm4MoeConfig", _sizes(experts=True, head_dim=8)),
     "smollm3": ("SmolLM3Config", _SIZES | {"no_rope_layer_interval": 2}),
     "llama4_text": (
         "Llama4TextConfig",
@@ -99,9 +95,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("NemotronConfig", _SIZES),
     "helium": ("HeliumConfig", _SIZES | {"head_dim": 8}),
     "exaone4": ("Exaone4Config", _SIZES | _KINDS | {"head_dim": 8}),
-    "apertus": ("ApertusConfig", _SIZES),
-    "seed_oss": ("SeedOssConfig", _SIZES | {"head_dim": 8}),
-    "ernie4_5": ("Ernie4_5Config", _SIZES | {"head_dim": 8}),
     "deepseek_v3": (
         "DeepseekV3Config",
         _sizes(experts=True, num_key_value_heads=4, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16)

@@ -18,6 +18,8 @@ from models import CHOSEN, NAMES, OPTIONS, converted, defaults, double, make, op
 
 import segattn
 from segattn.infini.huggingface import interface
+from segattn.infini.huggingface.settings import conversion_of
+from segattn.infini.rotary import unrotate
 from segattn.kernels import reference
 from segattn.kernels.state import MemoryState, Options
 
@@ -61,7 +63,7 @@ def test_attention_is_the_definition_on_the_models_own_queries_keys_and_values(
     assert len(seen) == len(plain) == 2
     assert {softcap for *_, softcap, _ in seen} == {2.0 if name == "gemma2" else None}
     # some rotate in float32, whatever their dtype
-    tolerance = 1e-6 if name in ("cohere", "cohere2", "ernie4_5", "llama4_text") else 1e-9
+    tolerance = 1e-6 if name in ("cohere", "cohere2", "llama4_text") else 1e-9
     for (module, q, k, v, scale, softcap, out), (memory_q, memory_k) in zip(seen, plain, strict=True):
         if name == "opt":
             memory_q = memory_q / module.scaling
@@ -401,6 +403,95 @@ def test_a_printed_model_shows_its_settings_until_it_is_reverted(name: str) -> N
     assert line.strip() == "(segattn_gate): LayerGate(heads=4, segment_len=16, update='linear')"
     assert repr(model).replace(line, "") == before
     assert repr(segattn.revert(model)) == before
+
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+INSTEAD = r"RecurrentMemory\(mask='causal'\) leaves attention as it is"
+REFUSALS: dict[str, tuple[Any, str]] = {
+    "learnt sink logits": (
+        lambda: make("gpt_oss"),
+        r"layer 0 .* GptOssAttention must have no learnt sink .* RecurrentM",
+    ),
+    "alibi": (lambda: make("bloom"), rf"BloomForCausalLM, which adds a bias by distance \(ALiBi\) to its .* {INSTEAD}"),
+    "alibi by configuration": (lambda: make("falcon", alibi=True), r"got FalconForCausalLM, .* distance \(ALiBi\)"),
+    "attention of its own": (lambda: make("falcon"), rf"whose FalconAttention computes its own: .*{INSTEAD}"),
+    "an encoder and a decoder": (
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=20)
+        ),
+        r"got T5ForConditionalGeneration, an encoder and a decoder",
+    ),
+    "an encoder": (
+        lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
+        "one stack of layers with causal attention, got 0 in BertModel",
+    ),
+    "layers without attention": (
+        lambda: transformers.JambaForCausalLM(
+            transformers.JambaConfig(**SIZES, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1)
+        ),
+        r"attention in every layer, got JambaForCausalLM, whose layers \[0\] have none",
+    ),
+    "scaling by the length of the text": (
+        lambda: make("llama4_text", attn_temperature_tuning=True),
+        r"layer 1 .* Llama4TextAttention must make queries .* \(attn_temperature_tuning\)",
+    ),
+    "a weighted norm after rotation": (
+        lambda: with_norms(
+            transformers.HunYuanDenseV1ForCausalLM(transformers.HunYuanDenseV1Config(**SIZES, head_dim=8))
+        ),
+        "layer 0 .* HunYuanDenseV1Attention must rotate pairs of channels as its last step",
+    ),
+}
+
+
+def with_norms(model: Any) -> Any:
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name:
+            torch.nn.init.uniform_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("property_of", REFUSALS)
+def test_what_cannot_be_honoured_is_refused_by_name(property_of: str) -> None:
+    made, message = REFUSALS[property_of]
+    model = made().train()
+    before = model.config.to_dict(), model.config._attn_implementation, torch.random.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        segattn.convert(model, L, convert_sliding=True)
+    assert (model.config.to_dict(), model.config._attn_implementation) == before[:2]
+    assert torch.equal(torch.random.get_rng_state(), before[2])
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+
+
+def test_scaling_by_position_ends_segments_where_it_begins() -> None:
+    message = "layer 0 cannot be converted: its Ministral3Attention must .* shorten segments to where it begins"
+    with pytest.raises(ValueError, match=message):
+        segattn.convert(make("ministral3"), 33)
+    with pytest.raises(ValueError, match=message):
+        segattn.convert(make("ministral3"), 32, layers=[0])
+    assert logits(segattn.convert(make("ministral3"), 32, quiet=True), tokens(1, 100)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_models_in_half_precision_are_read_alike(name: str, dtype: torch.dtype) -> None:
+    traits = conversion_of(converted(name, L)).traits
+    assert conversion_of(segattn.convert(make(name).to(dtype), L, quiet=True, **OPTIONS.get(name, {}))).traits == traits
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_rotary_embedding_is_undone(interleaved: bool, last: bool) -> None:
+    x, angle = torch.randn(2, 3, 5, 14, dtype=torch.float64), torch.randn(2, 1, 5, 4, dtype=torch.float64)
+    turned = x[..., 6:] if last else x[..., :8]
+    pairs = turned.unflatten(-1, (4, 2)) if interleaved else turned.unflatten(-1, (2, 4)).transpose(-1, -2)
+    # a common scale, as YaRN has
+    turn = 1.3 * torch.exp(1j * angle)
+    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    turned = pairs.flatten(-2) if interleaved else pairs.transpose(-1, -2).flatten(-2)
+    rotated = torch.cat([x[..., :6], turned] if last else [turned, x[..., 8:]], -1)
+    undone = unrotate(rotated, turn.real[:, 0], turn.imag[:, 0], interleaved=interleaved, last=last)
+    torch.testing.assert_close(undone, x)
 
 
 def test_bad_models() -> None:
