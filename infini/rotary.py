@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864): channel i of the first half is paired with channel i of the second."""
+"""Rotary position embedding (arXiv 2104.09864), and how to undo it, whichever channels of a head are paired."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     """Rotate x [B, heads, T, K], K even, by the angles of its positions [T] or [B, T].
 
-    Angles are computed in float64, by which a distance of some tokens is as exact a million tokens into a text.
+    Channel i of the first half is paired with channel i of the second. Angles are computed in float64, by which a
+    distance of some tokens is as exact a million tokens into a text.
     """
     half = x.shape[-1] // 2
     exact = torch.float32 if x.device.type == "mps" else torch.float64
@@ -22,21 +23,27 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
-def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, last: bool = False) -> Tensor:
     """Undo the rotary embedding of x [B, heads, T, K], computing in float32 or wider.
 
     Args:
         x: rotated queries or keys.
-        cos, sin: [1 or B, T, R] of the angles, R ≤ K the number of rotated channels, whose two halves are equal. A
-            common scale of both, as YaRN and longrope have one, is undone too.
+        cos, sin: [1 or B, T, R / 2] of the angles, one for each pair of the R ≤ K rotated channels. A common scale of
+            both, as YaRN and longrope have one, is undone too.
+        interleaved: the pairs are channels 2i and 2i + 1; default: channel i of the rotated channels' first half and
+            channel i of their second.
+        last: the rotated channels are the last ones of a head; default: the first.
 
     Returns:
         x before the rotation, in x's dtype.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (part.to(device=x.device, dtype=dtype).unsqueeze(1) for part in (cos, sin))
-    rotated = x[..., : cos.shape[-1]].to(dtype)
-    left, right = rotated.chunk(2, dim=-1)
-    swapped = torch.cat([right, -left], dim=-1)
-    plain = (rotated * cos + swapped * sin) / (cos * cos + sin * sin)
-    return torch.cat([plain.to(x.dtype), x[..., cos.shape[-1] :]], dim=-1)
+    width = 2 * cos.shape[-1]
+    begin = x.shape[-1] - width if last else 0
+    rotated = x[..., begin : begin + width].to(dtype)
+    left, right = (rotated[..., ::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
+    squared = cos * cos + sin * sin
+    pair = (left * cos + right * sin) / squared, (right * cos - left * sin) / squared
+    plain = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([x[..., :begin], plain.to(x.dtype), x[..., begin + width :]], dim=-1)

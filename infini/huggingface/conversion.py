@@ -17,10 +17,21 @@ from ...kernels.validation import check_bool
 from ..gate import Gate
 from . import forward
 from .cache import InfiniCache
-from .convertible import check_attention, check_rotary_length, checked_layers, checked_trunk
-from .families import FAMILIES
+from .convertible import check_learnt_length, check_rotary_length, check_weights, checked_layers, checked_trunk
 from .interface import IMPLEMENTATION
-from .settings import ENTRY, GATE, Conversion, Settings, attentions_of, conversion_of, forget, record, trunk_of
+from .probe import probe
+from .settings import (
+    ENTRY,
+    GATE,
+    Conversion,
+    Settings,
+    attentions_of,
+    conversion_of,
+    forget,
+    layers_of,
+    record,
+    trunk_of,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 _PREPARE_CACHE = "_prepare_cache_for_generation"
@@ -68,9 +79,11 @@ def convert(
     `InfiniCache` where the model that it is called on is the one that was converted, not only the decoder inside.
 
     Args:
-        model: a Hugging Face causal language model, or its decoder alone, with weights. Its `config.model_type` is one
-            of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, gpt_neox, gpt2, opt.
-        segment_len: tokens per segment, L, at least 2; for GPT-2 and OPT at most the number of learnt positions.
+        model: a Hugging Face causal language model, or its decoder alone, with weights. What it must be is read from
+            its attention, which runs on a few rows: one of transformers' attention functions is called, and positions
+            are rotary, learnt or none.
+        segment_len: tokens per segment, L, at least 2, and at most the number of learnt positions, where a model has
+            them.
         update: how the memory is written, "delta" or "linear" (equations 9 and 8).
         gate_init: initial value of β; sigmoid(β) is the weight of the memory.
         layers: layers to convert, negative ones counted from the end; default all, except those with a sliding window.
@@ -91,9 +104,12 @@ def convert(
     chosen = checked_layers(layers, len(attentions), config, convert_sliding)
     settings = Settings(segment_len, update, gate_init, chosen, empty_memory, backend)
     for layer in chosen:
-        check_attention(attentions[layer], config, segment_len)
+        check_weights(attentions[layer].parameters())
+    traits, learnt = probe(trunk, attentions, chosen, settings.segment_len)
     # learnt positions end with a segment; rotary ones must go on where layers that were not converted look further back
-    restart = not FAMILIES[config.model_type].rotary or len(chosen) == len(attentions)
+    restart = learnt or len(chosen) == len(attentions)
+    if learnt:
+        check_learnt_length(config, segment_len)
     if restart:
         check_rotary_length(config, segment_len)
     inputs = tuple(inspect.signature(trunk.forward).parameters)
@@ -101,7 +117,7 @@ def convert(
     if original == IMPLEMENTATION:
         # the model was made from the configuration of a converted one
         original = trunk.get_correct_attn_implementation(None)
-    conversion = Conversion(settings, len(attentions), original, restart, inputs)
+    conversion = Conversion(settings, len(attentions), traits, original, restart, inputs)
 
     config = _own_config(model, config)
     setattr(config, ENTRY, conversion.as_entry())
@@ -113,7 +129,10 @@ def convert(
     for attention in attentions:
         keep(attention.register_forward_pre_hook(forward.begin_attention, with_kwargs=True))
     for layer in chosen:
-        setattr(attentions[layer], GATE, _gate(attentions[layer], config.num_attention_heads, settings))
+        setattr(attentions[layer], GATE, _gate(attentions[layer], traits[layer].heads, settings))
+    if not all(layer.hands_on for layer in traits.values()):
+        for layer in layers_of(trunk):
+            keep(layer.register_forward_pre_hook(forward.begin_layer, with_kwargs=True))
     for name, instead in ((_PREPARE_CACHE, partial(_prepare_cache, model)), (_PAGED, _refuse_paged)):
         if hasattr(model, name):
             setattr(model, name, instead)

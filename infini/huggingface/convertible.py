@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...kernels.validation import check_integer
-from ..rotary import unrotate
-from .families import FAMILIES
-from .settings import attention_in, is_converted
+from .settings import attentions_of, is_converted
+
+# of attention that adds a bias by distance
+_BIASES = ("alibi", "position_bias")
 
 
 def checked_trunk(model: nn.Module) -> Any:
@@ -22,39 +22,59 @@ def checked_trunk(model: nn.Module) -> Any:
 
     Raises:
         TypeError: the model is not a Hugging Face model.
-        ValueError: it is converted already, of another type, not a text model, or has cross-attention.
+        ValueError: it is converted already, has an encoder too, is not a text model, has cross-attention or a bias by
+            distance, or layers without attention that another function can take the place of.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__}: convert what it wraps "
             "(model.get_base_model() of PEFT's, model.module of DDP's)"
         )
+    kind = type(model).__name__
     if is_converted(model):
+        raise ValueError(f"model must not be converted yet, got a {kind} that is: segattn.revert it first")
+    if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"model must not be converted yet, got a {type(model).__name__} that is: segattn.revert it first"
+            f"model must be a decoder, got {kind}, an encoder and a decoder, which attends to the encoder's text too: "
+            "segattn.RecurrentMemory takes its encoder alone"
         )
     config = model.config.get_text_config(decoder=True)
     if config is not model.config:
         raise ValueError(
-            f"model must be a text model, got the {type(model).__name__} around one, which makes masks of its own: "
-            "load the text model alone"
+            f"model must be a text model, got the {kind} around one, which makes masks of its own: load the text model "
+            "alone"
         )
-    if config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"model must be of a type that can be converted ({known}), got {config.model_type!r}")
     if getattr(config, "add_cross_attention", False):
         raise ValueError(
             "model must attend to its own text alone, got one with cross-attention: load it with "
             "add_cross_attention=False"
         )
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and attention_in(module[0], config) is not None
+    instead = "segattn.RecurrentMemory(mask='causal') leaves attention as it is"
+    parameters = {name for module in model.modules() for name in inspect.signature(module.forward).parameters}
+    if parameters.intersection(_BIASES) and getattr(config, "alibi", True):
+        raise ValueError(
+            f"model must know positions by rotary or learnt embedding, or not at all, got {kind}, which adds a bias by "
+            f"distance (ALiBi) to its scores: {instead}"
+        )
+    trunks = [
+        module for module in model.modules() if getattr(module, "config", None) is config and attentions_of(module)
     ]
-    if len(lists) != 1:
-        raise ValueError(f"model must have one stack of attention layers, got {len(lists)} in {type(model).__name__}")
-    return model.get_submodule(lists[0][0].rpartition(".")[0])
+    if len(trunks) != 1:
+        raise ValueError(
+            f"model must have one stack of layers with causal attention, got {len(trunks)} in {kind}: {instead}"
+        )
+    attentions = attentions_of(trunks[0])
+    if without := [layer for layer, attention in enumerate(attentions) if attention is None]:
+        raise ValueError(
+            f"model must have attention in every layer, got {kind}, whose layers {without} have none: they keep a "
+            "state of their own, which segattn's caches do not"
+        )
+    if not hasattr(sys.modules[type(attentions[0]).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        raise ValueError(
+            f"model must let its attention be chosen among transformers' attention functions, got {kind}, whose "
+            f"{type(attentions[0]).__name__} computes its own: {instead}"
+        )
+    return trunks[0]
 
 
 def checked_layers(layers: Iterable[int] | None, depth: int, config: Any, convert_sliding: bool) -> tuple[int, ...]:
@@ -82,7 +102,7 @@ def checked_layers(layers: Iterable[int] | None, depth: int, config: Any, conver
     sliding = [] if convert_sliding else [layer for layer in indices if _slides(config, layer)]
     if sliding and (layers is not None or sliding == indices):
         raise ValueError(
-            f"layers {sliding} have a sliding window of {config.sliding_window}: pass convert_sliding=True to give "
+            f"layers {sliding} have a sliding window of {_window(config)}: pass convert_sliding=True to give "
             "them segments instead"
         )
     return tuple(layer for layer in indices if layer not in sliding)
@@ -95,24 +115,21 @@ def _slides(config: Any, layer: int) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
-def check_attention(attention: Any, config: Any, segment_len: int) -> None:
-    """Check that the attention of a layer can be converted to segments of this length.
+def _window(config: Any) -> int:
+    # Llama 4 has chunks
+    return getattr(config, "sliding_window", None) or config.attention_chunk_size
+
+
+def check_learnt_length(config: Any, segment_len: int) -> None:
+    """Check that a segment is no longer than the learnt positions.
 
     Raises:
-        ValueError: it has no weights, fewer learnt positions than a segment, or a rotary embedding that cannot be
-            undone.
+        ValueError: it is.
     """
-    family = FAMILIES[config.model_type]
-    check_weights(attention.parameters())
-    if family.positions is not None and segment_len > getattr(config, family.positions):
+    if segment_len > (most := config.max_position_embeddings):
         raise ValueError(
-            f"segment_len must be at most the {getattr(config, family.positions)} learnt positions of the model "
-            f"({family.positions}), which begin anew with each segment, got {segment_len}"
-        )
-    if family.rotary and not _rotates_in_halves(attention):
-        raise ValueError(
-            f"the rotary embedding of {type(attention).__name__} is not the one in halves that can be undone: the "
-            "memory must be free of positions"
+            f"segment_len must be at most the {most} learnt positions of the model, which begin anew with each "
+            f"segment, got {segment_len}"
         )
 
 
@@ -146,16 +163,3 @@ def check_rotary_length(config: Any, segment_len: int) -> None:
             f"segment_len must be at most {most}, where the model's {kind!r} rotary embedding begins to depend on the "
             f"length of a call, got {segment_len}: a text in pieces would not equal the whole"
         )
-
-
-def _rotates_in_halves(attention: nn.Module) -> bool:
-    """Return whether `unrotate` undoes the rotary embedding of the model."""
-    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None:
-        return False
-    # whatever the default device and dtype are
-    line = partial(torch.linspace, device="cpu", dtype=torch.float32)
-    x = line(-1, 1, 2 * 3 * 8).view(1, 2, 3, 8)
-    angle = line(0, 5, 3 * 4).view(1, 3, 4).repeat(1, 1, 2)
-    rotated, _ = rotate(x, x, angle.cos(), angle.sin())
-    return torch.allclose(unrotate(rotated, angle.cos(), angle.sin()), x, atol=1e-5)

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from ...runs.errors import UntrainedMemoryWarning
 from .cache import InfiniCache
-from .forward_pass import ARGUMENT, ROTARY, ForwardPass
+from .forward_pass import ARGUMENT, ROTARY, Carried, ForwardPass
 from .inputs import cache_of, check_arguments, check_tokens, is_on, packed_sequences, set_positions, token_columns
 from .interface import IMPLEMENTATION
 from .parallel import begin_on_ranks, ranks_of, refuse_other_schemes
 from .rows import Rows
 from .settings import Conversion, conversion_of
 from .static_cache import StaticInfiniCache
+
+# the argument of layers and of their attention that gets to every attention function
+MASK = "attention_mask"
 
 
 def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -151,6 +154,14 @@ def finish(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         forward.cache.commit(forward.after, forward.left)
 
 
+def begin_layer(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Begin a layer that hands nothing but its mask on to attention, which carries the pass: its pre-hook."""
+    forward = kwargs.get(ARGUMENT)
+    return args, kwargs if forward is None else {**kwargs, MASK: Carried(kwargs.get(MASK), forward)}
+
+
 def begin_attention(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -159,13 +170,16 @@ def begin_attention(
     Raises:
         ValueError: the layer runs without gradients inside a pass with them, whose state would lose its own.
     """
-    forward = kwargs.get(ARGUMENT)
+    carried = kwargs.get(MASK)
+    forward = carried.forward if isinstance(carried, Carried) else kwargs.get(ARGUMENT)
     if forward is not None and forward.in_graph and not torch.is_grad_enabled():
         raise ValueError(
             "model must checkpoint gradients with use_reentrant=False where past_key_values is kept, as the other way "
             "loses the state's gradient: call gradient_checkpointing_enable(gradient_checkpointing_kwargs="
             "{'use_reentrant': False}), wrap layers with CheckpointImpl.NO_REENTRANT, or pass use_cache=False"
         )
+    if isinstance(carried, Carried):
+        return args, {**kwargs, MASK: carried._replace(rotary=kwargs.get("position_embeddings"))}
     return bring_rotary(attention, args, kwargs)
 
 

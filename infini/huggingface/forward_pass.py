@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -57,3 +59,16 @@ class ForwardPass:
         self.left: dict[int, LayerState] = {}
         self.ranks = ranks
         self.in_graph = cache is not None and torch.is_grad_enabled()
+
+
+class Carried(NamedTuple):
+    """A mask, and with it what layers that keep other arguments to themselves would not hand on to attention.
+
+    mask: of the layer's attention.
+    forward: the forward pass.
+    rotary: the rotary embedding.
+    """
+
+    mask: Any
+    forward: ForwardPass
+    rotary: Any = None

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from .families import FAMILIES
 from .settings import GATE, Settings
 
 # a gate's key ends with the layer's index, at most one name, and the gate
@@ -108,14 +107,14 @@ def checked_gates(
         tensors: gates by key.
         settings: how the model was converted.
         depth: number of layers of the model that the gates come from.
-        config: configuration of the model that they go to; one that cannot be converted is left to `convert` to refuse.
+        config: configuration of the model that they go to; None: `convert` is to refuse it.
         where: the file or folder that they were read from.
 
     Raises:
         ValueError: gates are missing, superfluous, of another shape or not finite, or the model has another depth.
     """
     keys = gate_keys(tensors, settings, where)
-    if getattr(config, "model_type", None) in FAMILIES:
+    if hasattr(config, "num_hidden_layers"):
         if depth != config.num_hidden_layers:
             raise ValueError(f"{where} must be of a model of {config.num_hidden_layers} layers, got one of {depth}")
         for key in keys.values():

@@ -17,10 +17,8 @@ from ...kernels.memory import memory_write
 from ...kernels.sequence_parallel import sequence_parallel_attention
 from ...kernels.state import MemoryState, SegmentOutput
 from ...kernels.validation import state_dtype
-from ..rotary import unrotate
 from .cache_layer import LayerState
-from .families import FAMILIES
-from .forward_pass import ForwardPass
+from .forward_pass import Carried, ForwardPass
 from .inputs import check_arguments
 from .settings import ENTRY, GATE
 
@@ -74,7 +72,7 @@ def segment_attention_forward(
     softcap: float | None = None,
     cache: Any = None,
     segattn_pass: ForwardPass | None = None,
-    segattn_rotary: tuple[Tensor, Tensor] | None = None,
+    segattn_rotary: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """Run the attention of one layer, converted or not, as transformers calls it.
@@ -83,11 +81,12 @@ def segment_attention_forward(
         module: the layer's attention.
         query: [B, H, T, K], after rotary embedding.
         key, value: [B, G, T, K] and [B, G, T, V].
-        attention_mask: what `segment_mask` returned.
+        attention_mask: what `segment_mask` returned, and with it the pass and the rotary embedding, where other
+            arguments do not get here.
         scaling, dropout, softcap: of the local scores.
         cache: transformers' paged cache, which is refused.
         segattn_pass: the forward pass.
-        segattn_rotary: cosine and sine of the rotary embedding.
+        segattn_rotary: the rotary embedding: cosine and sine, or one complex tensor of both.
         kwargs: for the attention of layers that were not converted; converted ones take those without effect.
 
     Returns:
@@ -97,6 +96,8 @@ def segment_attention_forward(
         RuntimeError: the model was not converted.
         ValueError: there is a paged cache, dropout in training, or an argument that a converted layer does not take.
     """
+    if isinstance(attention_mask, Carried):
+        attention_mask, segattn_pass, segattn_rotary = attention_mask
     if segattn_pass is None:
         raise RuntimeError(NOT_CONVERTED)
     if cache is not None:
@@ -132,11 +133,14 @@ def _converted(
     scale: float | None,
     softcap: float | None,
     forward: ForwardPass,
-    rotary: tuple[Tensor, Tensor] | None,
+    rotary: Any,
 ) -> Tensor:
     """Return the output [B, H, T, V] of a converted layer, and leave its state with the pass."""
     settings, layer, gate = forward.conversion.settings, module.layer_idx, getattr(module, GATE)()
-    memory_q, memory_k = _without_positions(module, q, k, rotary)
+    traits = forward.conversion.traits[layer]
+    if traits.rotary is not None and rotary is None:
+        raise RuntimeError(f"{type(module).__name__} must be called with position_embeddings by name, got none")
+    memory_q, memory_k = traits.without_positions(q, k, rotary)
     if forward.static is not None:
         return forward.static.layers[layer].step(gate, q, k, v, memory_q, memory_k, scale, softcap)
     state = forward.states[layer]
@@ -174,20 +178,6 @@ def _converted(
             memory = _folded(forward, state, memory_k, v)
         forward.left[layer] = _left(memory, k, memory_k, v, max(forward.after.tails), state is not None)
     return out
-
-
-def _without_positions(
-    module: Any, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Return the queries and keys of the memory: before rotary embedding, and not scaled."""
-    family = FAMILIES[module.config.model_type]
-    if family.scaled_queries:
-        q = q / module.scaling
-    if not family.rotary:
-        return q, k
-    if rotary is None:
-        raise RuntimeError(f"{type(module).__name__} must be called with position_embeddings by name, got none")
-    return unrotate(q, *rotary), unrotate(k, *rotary)
 
 
 def _check_state(state: LayerState, k: Tensor) -> None:

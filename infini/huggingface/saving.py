@@ -133,11 +133,11 @@ def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the model is not converted, or its gates are partitioned (DeepSpeed), offloaded (accelerate) or not
             finite.
     """
-    conversion, heads = conversion_of(model), trunk_of(model).config.num_attention_heads
+    conversion = conversion_of(model)
     biases, tensors = _biases(model), {}
     for layer, bias in biases.items():
         gate, key = whole(bias).detach(), f"{layer}.{GATE}.bias"
-        check_gate(key, gate, heads, type(model).__name__)
+        check_gate(key, gate, conversion.traits[layer].heads, type(model).__name__)
         tensors[key] = gate.float().cpu().contiguous()
     if any(isinstance(bias, DTensor) for bias in biases.values()) and get_rank() > 0:
         return

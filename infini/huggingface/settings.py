@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...kernels import validation as check
 from ...kernels.backends import check_backend
+from .traits import Traits
 
 # name of the entry in a model's configuration, and the version of its contents
 ENTRY = "segment_attention"
@@ -56,6 +57,7 @@ class Conversion:
 
     settings: the arguments of `convert`.
     depth: number of layers of the model.
+    traits: what is particular to the attention of each converted layer, by its index.
     original: name of the attention implementation before.
     restart: whether positions start again from 0 with each segment.
     inputs: argument names of the module that runs the layers, in order.
@@ -65,6 +67,7 @@ class Conversion:
 
     settings: Settings
     depth: int
+    traits: dict[int, Traits]
     original: str
     restart: bool
     inputs: tuple[str, ...]
@@ -170,9 +173,14 @@ def attention_in(layer: nn.Module, config: Any) -> Any:
     return None
 
 
-def attentions_of(trunk: Any) -> list[Any]:
-    """Return the attention of every layer that the trunk runs, in order."""
-    for module in trunk.children():
-        if isinstance(module, nn.ModuleList) and len(module) and attention_in(module[0], trunk.config) is not None:
-            return [attention_in(layer, trunk.config) for layer in module]
+def layers_of(trunk: Any) -> list[nn.Module]:
+    """Return the layers that the trunk runs, in order: those of its first list that has attention; none: []."""
+    for stack in trunk.children():
+        if isinstance(stack, nn.ModuleList) and any(attention_in(layer, trunk.config) is not None for layer in stack):
+            return list(stack)
     return []
+
+
+def attentions_of(trunk: Any) -> list[Any]:
+    """Return the attention of every layer that the trunk runs, in order; None for a layer without one."""
+    return [attention_in(layer, trunk.config) for layer in layers_of(trunk)]

@@ -16,14 +16,15 @@ from .cache_layer import ConvertedLayer, LayerState, new_columns
 from .convertible import check_weights
 from .rows import Rows
 from .settings import GATE, Settings, attentions_of, conversion_of, trunk_of
+from .traits import Traits
 
 
 class StaticInfiniLayer(ConvertedLayer):
     """The cache of one converted layer, in buffers of fixed addresses.
 
-    keys, memory_keys, values: [B, G, L, K] of the unfinished segment of each row, whose first `lengths % L` places
-        count.
-    memory, normalizer: [B, G, K, K] and [B, G, K] of the completed segments, in float32 or wider.
+    keys, memory_keys, values: [B, G, L, K], [B, G, L, K] and [B, G, L, V] of the unfinished segment of each row, whose
+        first `lengths % L` places count.
+    memory, normalizer: [B, G, K, V] and [B, G, K] of the completed segments, in float32 or wider.
     next_memory, next_normalizer: the memory with the tokens of the unfinished segment written too. The write of a token
         needs only the memory before its segment, so it need not wait for the segment's end.
     """
@@ -32,16 +33,20 @@ class StaticInfiniLayer(ConvertedLayer):
     is_croppable = False
 
     def __init__(
-        self, batch: int, groups: int, width: int, lengths: Tensor, columns: Tensor, like: Tensor, settings: Settings
+        self, batch: int, traits: Traits, lengths: Tensor, columns: Tensor, like: Tensor, settings: Settings
     ) -> None:
         super().__init__()
         self.keys: Tensor
         self.values: Tensor
         self.lengths, self.columns, self.settings = lengths, columns, settings
-        tail = (batch, groups, settings.segment_len, width)
-        self.keys, self.memory_keys, self.values = (like.new_zeros(tail) for _ in range(3))
+        groups, width, value_width = traits.groups, traits.key_width, traits.value_width
+        tail = (batch, groups, settings.segment_len)
+        self.keys, self.memory_keys = (like.new_zeros(*tail, width) for _ in range(2))
+        self.values = like.new_zeros(*tail, value_width)
         dtype = state_dtype(like)
-        self.memory, self.next_memory = (like.new_zeros(batch, groups, width, width, dtype=dtype) for _ in range(2))
+        self.memory, self.next_memory = (
+            like.new_zeros(batch, groups, width, value_width, dtype=dtype) for _ in range(2)
+        )
         self.normalizer, self.next_normalizer = (like.new_zeros(batch, groups, width, dtype=dtype) for _ in range(2))
         self.counters = torch.zeros(batch * groups, dtype=torch.int32, device=like.device)
         self.is_initialized = True
@@ -164,7 +169,7 @@ class StaticInfiniCache(Cache):
     Pass it to `generate`, which compiles with it on a GPU, or to `forward`, as `past_key_values`. A step of one token
     per row has no branch, reads the lengths on the device, and takes every column for a token. Pieces of more than one
     token, such as the prompt, run as with an `InfiniCache`. Each layer holds keys, keys before rotary embedding and
-    values [B, G, L, K] in the model's dtype, and two memories [B, G, K, K] with normalizers [B, G, K] in float32.
+    values [B, G, L, ·] in the model's dtype, and two memories [B, G, K, V] with normalizers [B, G, K] in float32.
 
     Args:
         model: a converted model, with every layer converted.
@@ -186,9 +191,6 @@ class StaticInfiniCache(Cache):
             )
         check_weights(trunk.parameters())
         self.settings = conversion.settings
-        config = trunk.config
-        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         device = next(trunk.parameters()).device
         # buffers made in inference mode could not be written outside of it
         with torch.inference_mode(False):
@@ -197,8 +199,8 @@ class StaticInfiniCache(Cache):
             # the embedding's dtype, since quantized weights are integers
             likes = [trunk.get_input_embeddings().weight[:0].to(_device(m)) for m in attentions_of(trunk)]
             layers: list[Any] = [
-                StaticInfiniLayer(batch_size, groups, width, self.lengths, self.columns, like.detach(), self.settings)
-                for like in likes
+                StaticInfiniLayer(batch_size, traits, self.lengths, self.columns, like.detach(), self.settings)
+                for traits, like in zip(conversion.traits.values(), likes, strict=True)
             ]
         super().__init__(layers=layers)
         self.layers: list[Any] = layers

@@ -72,7 +72,11 @@ class Decoder(NamedTuple):
                         )
                     _refuse_wrapped(model, path)
                     return cls(path, name)
-        raise ValueError(f"model must be a Hugging Face decoder with causal layers, got a {type(model).__name__}")
+        raise ValueError(
+            f"model must be a Hugging Face decoder with causal layers, got a {type(model).__name__}, whose layers have "
+            "no attention with is_causal, layer_idx and its configuration: segattn.RecurrentMemory(mask='causal') does "
+            "without"
+        )
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """Return the layers, in order."""

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from models import CONFIGS
 
 TESTS = Path(__file__).parents[1]
 # column → the tests that every type with a mark passes, between spaces
@@ -21,8 +22,13 @@ FEATURES = {
     "test_generate_with_a_static_cache_of_padded_rows_and_beams",
     "checkpointing": "test_gradient_checkpointing_changes_nothing",
     "save, load": "test_saved_and_loaded_is_the_same_model",
+    "`RecurrentMemory`": "test_decoder_equals_a_plain_loop",
+    "`AssociativeMemory`": "test_a_first_segment_is_the_models_own_and_the_diagonal_equals_the_vertical",
 }
-FILES = tuple(f"infini/test_{name}.py" for name in ("conversion", "generation", "hf_training", "saving"))
+FILES = (
+    *(f"infini/test_{name}.py" for name in ("conversion", "generation", "hf_training", "saving")),
+    *(f"rmt/test_{name}.py" for name in ("recurrent", "associative")),
+)
 NAMES = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -34,6 +40,33 @@ NAMES = {
     "gpt_neox": "GPT-NeoX",
     "gpt2": "GPT-2",
     "opt": "OPT",
+    "mixtral": "Mixtral",
+    "ministral": "Ministral",
+    "ministral3": "Ministral 3",
+    "qwen2_moe": "Qwen2-MoE",
+    "qwen3_moe": "Qwen3-MoE",
+    "gemma": "Gemma",
+    "phi": "Phi 1, 2",
+    "olmo": "OLMo",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "granite": "Granite",
+    "granitemoe": "GraniteMoE",
+    "stablelm": "StableLM",
+    "starcoder2": "StarCoder 2",
+    "gpt_bigcode": "GPTBigCode (StarCoder)",
+    "cohere": "Cohere",
+    "cohere2": "Cohere 2",
+    "glm4": "GLM 4",
+    "smollm3": "SmolLM 3",
+    "llama4_text": "Llama 4 (text)",
+    "nemotron": "Nemotron",
+    "helium": "Helium",
+    "exaone4": "Exaone 4",
+    "deepseek_v3": "DeepSeek-V3",
+    "gpt_oss": "GPT-OSS",
+    "falcon": "Falcon",
+    "bloom": "Bloom",
 }
 
 
@@ -45,7 +78,7 @@ class Collected:
 
 
 def table() -> str:
-    """Return the table in Markdown, with a mark where a test of that name is collected for that type."""
+    """Return the table in Markdown, a row for each type, with a mark where a test of that name is collected for it."""
     collected = Collected()
     options = ["--collect-only", f"--rootdir={TESTS.parent}"]
     options += [f"-pno:{plugin}" for plugin in ("terminal", "cacheprovider", "xdist")]
@@ -55,8 +88,11 @@ def table() -> str:
     found = {(test[1], kind) for test in tests if test for kind in test[2].split("-")}
     rows = [["", *FEATURES], ["---"] * (1 + len(FEATURES))]
     rows += [
-        [title, *("✓" if all((test, kind) in found for test in tests.split()) else "" for tests in FEATURES.values())]
-        for kind, title in NAMES.items()
+        [
+            NAMES[kind],
+            *("✓" if all((test, kind) in found for test in tests.split()) else "" for tests in FEATURES.values()),
+        ]
+        for kind in CONFIGS
     ]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

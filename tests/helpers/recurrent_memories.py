@@ -19,7 +19,7 @@ def decoder(name: str = "llama", **options: Any) -> RecurrentMemory:
     if name == "gpt2" and options.get("attention") and int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("GPT-2 tells its attention nothing before transformers 5")
     torch.manual_seed(1)
-    return RecurrentMemory(models.make(name).double(), M, L, **options)
+    return RecurrentMemory(models.double(models.make(name)), M, L, **options)
 
 
 def encoder(head: str = "SequenceClassification", classes: int = 5, **options: Any) -> RecurrentMemory:

@@ -15,7 +15,7 @@ accelerate = pytest.importorskip("accelerate")
 
 import ranks
 from forks import fork
-from models import NAMES, converted, make, tokens
+from models import CHOSEN, NAMES, converted, make, tokens
 from sharding import HALF
 
 import segattn
@@ -40,7 +40,7 @@ def assert_equal_gradients(mine: dict[str, Tensor], wanted: dict[str, Tensor], t
         torch.testing.assert_close(mine[name], grad, rtol=tolerance, atol=tolerance * grad.abs().max().item(), msg=name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_gradients_reach_gates_and_cross_segments(name: str) -> None:
     model = training(name)
     embeddings = model.get_input_embeddings()(tokens(1, 3 * L)).detach().requires_grad_()

@@ -38,6 +38,9 @@ KINDS = (*NAMES, "llama tied")
 def plain(kind: str = "llama", **changes: Any) -> Any:
     name, _, tied = kind.partition(" ")
     sizes = {key: size for key, size in SIZES.items() if key in CONFIGS[name][1]}
+    if name == "deepseek_v3":
+        # whose keys are made for every query head
+        sizes["num_key_value_heads"] = SIZES["num_attention_heads"]
     return make(name, **sizes | {"tie_word_embeddings": bool(tied) or name == "gpt2"} | changes)
 
 

@@ -435,6 +435,10 @@ def test_a_model_of_encoder_and_decoder_is_refused() -> None:
     config = transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=20)
     with pytest.raises(ValueError, match="got T5ForConditionalGeneration, which is both: pass one of them"):
         AssociativeMemory(transformers.T5ForConditionalGeneration(config), M, L)
+    with pytest.raises(
+        ValueError, match=r"got a BloomForCausalLM, whose layers have no .*RecurrentMemory\(mask='causal'\)"
+    ):
+        AssociativeMemory(models.make("bloom"), M, L)
 
 
 def test_a_model_without_weights_yet() -> None:

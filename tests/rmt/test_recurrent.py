@@ -1,7 +1,7 @@
 """Tests of `RecurrentMemory` against a plain loop over the model's calls: masks, padding, gradients, pieces, losses."""
 
 import weakref
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -51,12 +51,10 @@ def plain_decoder(module: RecurrentMemory, ids: Tensor, mask: str) -> tuple[Tens
         time = x.shape[1]
         hidden_where = ~visible_by_table(M, time - 2 * M, M, mask)
         scores = torch.zeros(time, time, dtype=x.dtype).masked_fill(hidden_where, torch.finfo(x.dtype).min)
-        out = model(
-            inputs_embeds=x,
-            attention_mask=scores[None, None],
-            position_ids=torch.arange(time)[None],
-            output_hidden_states=True,
-        )
+        arguments = {"attention_mask": scores[None, None], "position_ids": torch.arange(time)[None]}
+        # it makes its own of both
+        arguments = {} if model.config.model_type == "bloom" else arguments
+        out = model(inputs_embeds=x, output_hidden_states=True, **arguments)
         memory = out.hidden_states[-1][:, -M:]
         logits.append(out.logits[:, M:-M])
     return torch.cat(logits, 1), memory
@@ -112,11 +110,18 @@ def test_an_encoder_sees_all() -> None:
             assert (grad.abs().sum(2) > 0).all()
 
 
-@pytest.mark.parametrize("attention", [None, "segattn"])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", models.NAMES)
+# those that keep arguments from their attention, or whose attention segment attention does not compute
+OWN = ("stablelm", "nemotron", *models.REFUSED)
+DECODERS = [
+    (name, mask, attention)
+    for name, mask, attention in product(models.CONFIGS, MASKS, (None, "segattn"))
+    if not (attention and name in OWN) and (name, mask) != ("bloom", "paper")
+]
+
+
+@pytest.mark.parametrize(("name", "mask", "attention"), DECODERS)
 def test_decoder_equals_a_plain_loop(name: str, mask: str, attention: str | None, monkeypatch: Any) -> None:
-    plain = decoder(name)
+    plain = decoder(name, mask=mask)
     if attention is not None:
         decoder(name, attention=attention)
     ids = models.tokens(1, 2 * L + 3)
@@ -134,6 +139,20 @@ def test_decoder_equals_a_plain_loop(name: str, mask: str, attention: str | None
     close(out.logits, logits, tolerance)
     close(out.state.memory, memory, tolerance)
     assert calls == ([] if attention is None else [M if mask == "paper" else 0] * 2 * 3)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_fused_mask_is_refused_by_name(name: str) -> None:
+    wanted = {
+        "gpt_oss": "GptOssAttention passes s_aux to its attention",
+        "falcon": "a model whose attention can be chosen, got FalconForCausalLM",
+        "bloom": "a model whose attention can be chosen, got BloomForCausalLM",
+    }
+    model = models.make(name)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=wanted.get(name, "must hand arguments on to its attention")):
+        RecurrentMemory(model, M, L, attention="segattn")
+    assert model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("alignment", ["left", "right"])

@@ -33,12 +33,17 @@ class Tokens(NamedTuple):
     @property
     def plain_q(self) -> Tensor:
         """Return q before rotary embedding."""
-        return unrotate(self.q, *self.rotary)
+        return unrotate(self.q, *self._angles)
 
     @property
     def plain_k(self) -> Tensor:
         """Return k before rotary embedding."""
-        return unrotate(self.k, *self.rotary)
+        return unrotate(self.k, *self._angles)
+
+    @property
+    def _angles(self) -> tuple[Tensor, ...]:
+        # both halves of a Llama's are equal
+        return tuple(x.chunk(2, dim=-1)[0] for x in self.rotary)
 
 
 class Attention(nn.Module, ABC):

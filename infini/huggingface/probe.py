@@ -1,0 +1,271 @@
+"""What the attention of each layer does to queries and keys, read by running it on a few rows of random numbers.
+
+A model is converted because of what it is, not because of its name: every attention runs with its rotary angles and
+without any, and the difference tells how they are undone. What else a model does to queries and keys, such as norms,
+needs no reading: attention functions get what comes out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
+
+from .forward_pass import ARGUMENT
+from .traits import Rotary, Traits
+
+IMPLEMENTATION = "segattn_probe"
+# the angles of the last one are large
+ROWS = 16
+# tokens read, or a position, far behind any segment
+FAR = 2**20
+
+
+class Probe(NamedTuple):
+    """What was read of a model.
+
+    layers: the traits of those layers that were asked for, by index.
+    learnt: whether positions are added to the embeddings of tokens.
+    """
+
+    layers: dict[int, Traits]
+    learnt: bool
+
+
+class _Seen(NamedTuple):
+    """The arguments of an attention function: [B, heads, T, ·], and others by name."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    others: dict[str, Any]
+
+
+class _Record(list[_Seen]):
+    """A list of calls, which goes through an attention in place of its mask."""
+
+
+class _LongRead(DynamicCache):
+    """A cache of many tokens that has none of them."""
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return FAR
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+class _Attention:
+    """An attention, and the arguments that its layer calls it with."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.module = module
+        self.names = tuple(inspect.signature(module.forward).parameters)
+        self.arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        hidden = self.arguments[self.names[0]]
+        generator = torch.Generator("cpu").manual_seed(0)
+        rows = torch.randn(1, *hidden.shape[1:], generator=generator, device="cpu", dtype=torch.float32)
+        self.rows = rows.to(hidden)
+
+    @property
+    def embeddings(self) -> Any:
+        """The rotary embedding: cosine and sine, one complex tensor of both, or None."""
+        return self.arguments.get("position_embeddings")
+
+    def __call__(self, rows: Tensor, **changes: Any) -> _Seen:
+        """Run the attention on rows [1, T, d], with some of its arguments changed."""
+        record = _Record()
+        self.module(**self.arguments | {self.names[0]: rows, "attention_mask": record} | changes)
+        if len(record) != 1:
+            self.refuse("call its attention function once in each pass, with the mask of its layer")
+        return record[0]
+
+    def plain(self, rows: Tensor, **changes: Any) -> _Seen:
+        """Run the attention with rotary angles of 0."""
+        embeddings = self.embeddings
+        if isinstance(embeddings, Tensor):
+            changes["position_embeddings"] = torch.ones_like(embeddings)
+        elif embeddings is not None:
+            cos, sin = embeddings
+            changes["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
+        return self(rows, **changes)
+
+    def refuse(self, must: str) -> NoReturn:
+        """Say what the attention must do.
+
+        Raises:
+            ValueError: always.
+        """
+        layer: Any = self.module.layer_idx
+        raise ValueError(
+            f"layer {layer} cannot be converted: its {type(self.module).__name__} must {must}. Leave it out of layers, "
+            "or give the model a segattn.RecurrentMemory, which leaves attention as it is"
+        )
+
+
+@torch.no_grad()
+def probe(trunk: Any, attentions: list[Any], layers: tuple[int, ...], segment_len: int) -> Probe:
+    """Read what is particular to the attention of each layer that is to be converted.
+
+    Args:
+        trunk: the module that runs the layers.
+        attentions: the attention of every layer.
+        layers: those to be converted.
+        segment_len: tokens per segment, L.
+
+    Raises:
+        ValueError: an attention cannot be converted; it is named, with why.
+    """
+    with _probing(trunk):
+        calls = _calls(trunk, attentions)
+        if missing := [layer for layer in layers if layer not in calls]:
+            raise ValueError(f"model must run all of its layers, got one that runs no attention in layers {missing}")
+        first: Tensor = calls[0].arguments[calls[0].names[0]]
+        # of equal rows, and before any attention
+        learnt = not _close(first, first[:, :1].expand_as(first))
+        restart = learnt or len(layers) == len(attentions)
+        return Probe({layer: _read(calls[layer], segment_len - 1 if restart else FAR) for layer in layers}, learnt)
+
+
+@contextmanager
+def _probing(trunk: Any) -> Iterator[None]:
+    """Let the model run on the attention function below, in evaluation mode."""
+    modes, before = [(module, module.training) for module in trunk.modules()], trunk.config._attn_implementation
+    trunk.eval()
+    trunk.config._attn_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        trunk.config._attn_implementation = before
+        for module, mode in modes:
+            module.training = mode
+
+
+def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
+    """Run the model on equal rows, and return how its layers call their attention."""
+    calls: dict[int, _Attention] = {}
+
+    def note(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[layer] = _Attention(module, args, kwargs)
+
+    handles = [
+        module.register_forward_pre_hook(lambda *call, layer=layer: note(layer, *call), with_kwargs=True)
+        for layer, module in enumerate(attentions)
+    ]
+    rows, weight = (
+        min(ROWS, getattr(trunk.config, "max_position_embeddings", ROWS)),
+        trunk.get_input_embeddings().weight,
+    )
+    embeds = torch.ones(1, rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    try:
+        trunk(inputs_embeds=embeds, use_cache=False, **{ARGUMENT: None})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _read(attention: _Attention, last: int) -> Traits:
+    """Return the traits of an attention.
+
+    Args:
+        attention: how its layer calls it.
+        last: the last position that it is to meet.
+
+    Raises:
+        ValueError: it has a property that segment attention or its memory cannot honour.
+    """
+    embeddings = attention.embeddings
+    parts = (embeddings,) if isinstance(embeddings, Tensor) else embeddings or ()
+    if len(parts) > 2 or any(part.ndim != 3 for part in parts):
+        attention.refuse("get one angle for each token and pair of channels, as position_embeddings [B, T, R]")
+    turned = attention(attention.rows)
+    if turned.others.get("s_aux") is not None:
+        attention.refuse("have no learnt sink logits (s_aux), which segment attention does not add to its softmax")
+    _check_positions(attention, last)
+    scaling, passed = getattr(attention.module, "scaling", None), turned.others.get("scaling")
+    return Traits(
+        heads=turned.q.shape[1],
+        groups=turned.k.shape[1],
+        key_width=turned.k.shape[3],
+        value_width=turned.v.shape[3],
+        rotary=_rotary(attention, turned),
+        query_factor=scaling / passed if isinstance(scaling, float) and passed else 1.0,
+        hands_on=ARGUMENT in turned.others,
+    )
+
+
+def _check_positions(attention: _Attention, last: int) -> None:
+    """Check that without a rotary embedding equal rows have equal queries and keys, wherever in a text they stand.
+
+    Raises:
+        ValueError: they have others.
+    """
+    equal = attention.rows[:, :1].expand_as(attention.rows)
+    wanted = attention.plain(equal)
+    changes: dict[str, Any] = {}
+    for name, position in (("position_ids", last), ("cache_position", FAR)):
+        if isinstance(positions := attention.arguments.get(name), Tensor):
+            changes[name] = positions.clone()
+            changes[name][..., -1] = position
+    if "past_key_values" in attention.names:
+        changes["past_key_values"] = _LongRead()
+    far = attention.plain(equal, **changes)
+    if not all(_close(x, y[:, :, :1].expand_as(x)) for x, y in ((far.q, wanted.q), (far.k, wanted.k))):
+        attention.refuse(
+            "make queries and keys that do not depend on the position but for a rotary embedding: turn scaling by it "
+            f"off in the configuration (attn_temperature_tuning), or shorten segments to where it begins, below {last}"
+        )
+
+
+def _rotary(attention: _Attention, turned: _Seen) -> Rotary | None:
+    """Return how queries and keys are rotated, None where they are not.
+
+    Raises:
+        ValueError: they are rotated in a way that cannot be undone.
+    """
+    plain, embeddings = attention.plain(attention.rows), attention.embeddings
+    if torch.equal(turned.q, plain.q) and torch.equal(turned.k, plain.k):
+        return None
+    cos = embeddings.real if isinstance(embeddings, Tensor) else embeddings[0]
+    angles = "all"
+    if cos.shape[-1] % 2 == 0:
+        if torch.equal(*cos.chunk(2, dim=-1)):
+            angles = "halves"
+        elif torch.equal(cos[..., ::2], cos[..., 1::2]):
+            angles = "neighbours"
+    for interleaved, last in product((False, True), repeat=2):
+        rotary = Rotary(interleaved, last, angles)
+        undone = (rotary.undo(x, embeddings) for x in (turned.q, turned.k))
+        if all(map(_close, undone, (plain.q, plain.k))):
+            return rotary
+    return attention.refuse("rotate pairs of channels as its last step: the memory must be free of positions")
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    """Return whether two tensors are equal but for rounding."""
+    return bool((x - y).abs().max() <= 8 * torch.finfo(y.dtype).eps * y.abs().max())
+
+
+def _see(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """Record the call of an attention function, and return zeros."""
+    if isinstance(attention_mask, _Record):
+        attention_mask.append(_Seen(query, key, value, kwargs))
+    batch, heads, time, _ = query.shape
+    return query.new_zeros(batch, time, heads, value.shape[-1]), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Return no mask."""
+
+
+AttentionInterface.register(IMPLEMENTATION, _see)
+AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

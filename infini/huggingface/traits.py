@@ -1,0 +1,68 @@
+"""What is particular to the attention of a layer, whatever model it is of."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..rotary import unrotate
+
+
+class Rotary(NamedTuple):
+    """How queries and keys are rotated.
+
+    interleaved, last: as in `unrotate`.
+    angles: the entries of the cosine and sine that hold one angle for each pair of channels: the first of two equal
+        "halves", one of two equal "neighbours", or "all".
+    """
+
+    interleaved: bool
+    last: bool
+    angles: str
+
+    def undo(self, x: Tensor, embeddings: Any) -> Tensor:
+        """Return queries or keys [B, heads, T, K] before the rotation.
+
+        Args:
+            x: rotated queries or keys.
+            embeddings: cosine and sine [1 or B, T, ·], or one complex tensor of both.
+        """
+        cos, sin = (embeddings.real, embeddings.imag) if isinstance(embeddings, Tensor) else embeddings
+        if self.angles == "halves":
+            cos, sin = (x.chunk(2, dim=-1)[0] for x in (cos, sin))
+        elif self.angles == "neighbours":
+            cos, sin = cos[..., ::2], sin[..., ::2]
+        return unrotate(x, cos, sin, interleaved=self.interleaved, last=self.last)
+
+
+class Traits(NamedTuple):
+    """What a converted layer needs to know of its attention.
+
+    heads, groups: query heads H and key/value heads G.
+    key_width, value_width: K and V.
+    rotary: how queries and keys arrive rotated; None: they are not.
+    query_factor: queries arrive multiplied by it, and scores are scaled by that much less.
+    hands_on: whether arguments of a forward pass reach the attention function; else only its mask does.
+    """
+
+    heads: int
+    groups: int
+    key_width: int
+    value_width: int
+    rotary: Rotary | None
+    query_factor: float
+    hands_on: bool
+
+    def without_positions(self, q: Tensor, k: Tensor, embeddings: Any) -> tuple[Tensor, Tensor]:
+        """Return the queries and keys of the memory: before rotary embedding, and not scaled.
+
+        Args:
+            q, k: [B, H, T, K] and [B, G, T, K], as attention uses them.
+            embeddings: the rotary embedding that the layer was called with.
+        """
+        if self.query_factor != 1:
+            q = q / self.query_factor
+        if self.rotary is None:
+            return q, k
+        return self.rotary.undo(q, embeddings), self.rotary.undo(k, embeddings)
