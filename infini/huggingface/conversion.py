@@ -23,9 +23,11 @@ from .probe import probe
 from .settings import (
     ENTRY,
     GATE,
+    PAST,
     Conversion,
     Settings,
     attentions_of,
+    cache_name,
     conversion_of,
     forget,
     layers_of,
@@ -112,7 +114,8 @@ def convert(
         check_learnt_length(config, segment_len)
     if restart:
         check_rotary_length(config, segment_len)
-    inputs = tuple(inspect.signature(trunk.forward).parameters)
+    past = cache_name(trunk)
+    inputs = tuple(PAST if name == past else name for name in inspect.signature(trunk.forward).parameters)
     original = config._attn_implementation
     if original == IMPLEMENTATION:
         # the model was made from the configuration of a converted one
@@ -124,7 +127,9 @@ def convert(
     config._attn_implementation = IMPLEMENTATION
     record(trunk, conversion)
     keep = conversion.handles.append
-    keep(trunk.register_forward_pre_hook(forward.begin, with_kwargs=True))
+    for hook in (partial(forward.rename, past, PAST), forward.begin, partial(forward.rename, PAST, past)):
+        if hook is forward.begin or past != PAST:
+            keep(trunk.register_forward_pre_hook(hook, with_kwargs=True))
     keep(trunk.register_forward_hook(forward.finish, with_kwargs=True))
     for attention in attentions:
         keep(attention.register_forward_pre_hook(forward.begin_attention, with_kwargs=True))
@@ -188,17 +193,18 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
 
     A cache that the caller passed stays, and the forward refuses it where it is of another kind.
     """
-    passed = model_kwargs.get("past_key_values")
+    name = cache_name(trunk_of(model))
+    passed = model_kwargs.get(name)
     getattr(type(model), _PREPARE_CACHE)(model, generation_config, model_kwargs, *args, **kwargs)
     if generation_config.is_assistant and model_kwargs.get("attention_mask") is not None:
         # transformers drops a mask of ones, and for an assistant takes every pad_token_id in the prompt for padding
         mask = model_kwargs["attention_mask"].cummax(dim=1).values
         model_kwargs["attention_mask"], model_kwargs["position_ids"] = mask, (mask.cumsum(1) - 1).clamp(min=0)
-    if passed is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+    if passed is None and type(model_kwargs.get(name)) is DynamicCache:
         cache = InfiniCache(model)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[name] = cache
 
 
 def _refuse_paged(*args: Any, **kwargs: Any) -> None:

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from .forward_pass import ARGUMENT
+from .settings import layers_of
 from .traits import Rotary, Traits
 
 IMPLEMENTATION = "segattn_probe"
@@ -150,13 +151,25 @@ def _probing(trunk: Any) -> Iterator[None]:
 
 
 def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
-    """Run the model on equal rows, and return how its layers call their attention."""
+    """Run the model on equal rows, and return how its layers call their attention.
+
+    Raises:
+        ValueError: arguments of the model's forward do not reach its layers.
+    """
     calls: dict[int, _Attention] = {}
 
     def note(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls[layer] = _Attention(module, args, kwargs)
 
-    handles = [
+    def check(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if ARGUMENT not in kwargs:
+            raise ValueError(
+                f"model must hand arguments of its forward on to its layers, got {type(trunk).__name__}, which keeps "
+                "them: a newer transformers may have one that does"
+            )
+
+    handles = [layer.register_forward_pre_hook(check, with_kwargs=True) for layer in layers_of(trunk)]
+    handles += [
         module.register_forward_pre_hook(lambda *call, layer=layer: note(layer, *call), with_kwargs=True)
         for layer, module in enumerate(attentions)
     ]
@@ -216,8 +229,7 @@ def _check_positions(attention: _Attention, last: int) -> None:
         if isinstance(positions := attention.arguments.get(name), Tensor):
             changes[name] = positions.clone()
             changes[name][..., -1] = position
-    if "past_key_values" in attention.names:
-        changes["past_key_values"] = _LongRead()
+    changes |= {name: _LongRead() for name in ("past_key_values", "cache") if name in attention.names}
     far = attention.plain(equal, **changes)
     if not all(_close(x, y[:, :, :1].expand_as(x)) for x, y in ((far.q, wanted.q), (far.k, wanted.k))):
         attention.refuse(
