@@ -136,8 +136,8 @@ def convert(
     for layer in chosen:
         setattr(attentions[layer], GATE, _gate(attentions[layer], traits[layer].heads, settings))
     if not all(layer.hands_on for layer in traits.values()):
-        for layer in layers_of(trunk):
-            keep(layer.register_forward_pre_hook(forward.begin_layer, with_kwargs=True))
+        for module in layers_of(trunk):
+            keep(module.register_forward_pre_hook(forward.begin_layer, with_kwargs=True))
     for name, instead in ((_PREPARE_CACHE, partial(_prepare_cache, model)), (_PAGED, _refuse_paged)):
         if hasattr(model, name):
             setattr(model, name, instead)
