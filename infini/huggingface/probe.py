@@ -71,10 +71,10 @@ class _Attention:
         self.module = module
         self.names = tuple(inspect.signature(module.forward).parameters)
         self.arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        hidden = self.arguments[self.names[0]]
+        self.hidden: Tensor = self.arguments[self.names[0]]
         generator = torch.Generator("cpu").manual_seed(0)
-        rows = torch.randn(1, *hidden.shape[1:], generator=generator, device="cpu", dtype=torch.float32)
-        self.rows = rows.to(hidden)
+        rows = torch.randn(self.hidden.shape, generator=generator, device="cpu", dtype=torch.float32)
+        self.rows = rows.to(self.hidden)
 
     @property
     def embeddings(self) -> Any:
@@ -129,7 +129,7 @@ def probe(trunk: Any, attentions: list[Any], layers: tuple[int, ...], segment_le
         calls = _calls(trunk, attentions)
         if missing := [layer for layer in layers if layer not in calls]:
             raise ValueError(f"model must run all of its layers, got one that runs no attention in layers {missing}")
-        first: Tensor = calls[0].arguments[calls[0].names[0]]
+        first: Tensor = calls[min(calls)].hidden
         # of equal rows, and before any attention
         learnt = not _close(first, first[:, :1].expand_as(first))
         restart = learnt or len(layers) == len(attentions)
