@@ -173,10 +173,8 @@ def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
         module.register_forward_pre_hook(lambda *call, layer=layer: note(layer, *call), with_kwargs=True)
         for layer, module in enumerate(attentions)
     ]
-    rows, weight = (
-        min(ROWS, getattr(trunk.config, "max_position_embeddings", ROWS)),
-        trunk.get_input_embeddings().weight,
-    )
+    rows = min(ROWS, getattr(trunk.config, "max_position_embeddings", ROWS))
+    weight = trunk.get_input_embeddings().weight
     embeds = torch.ones(1, rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     try:
         trunk(inputs_embeds=embeds, use_cache=False, **{ARGUMENT: None})
@@ -248,19 +246,19 @@ def _rotary(attention: _Attention, turned: _Seen) -> Rotary | None:
     if torch.equal(turned.q, plain.q) and torch.equal(turned.k, plain.k):
         return None
     cos = embeddings.real if isinstance(embeddings, Tensor) else embeddings[0]
-    angles = "all"
-    if cos.shape[-1] % 2 == 0:
-        if torch.equal(*cos.chunk(2, dim=-1)):
-            angles = "halves"
-        elif torch.equal(cos[..., ::2], cos[..., 1::2]):
-            angles = "neighbours"
-    ways = [Rotary(interleaved, last, angles) for interleaved, last in product((False, True), repeat=2)]
-    undone = [torch.cat([way.undo(x, embeddings) for x in (turned.q, turned.k)], 1) for way in ways]
-    wanted = torch.cat((plain.q, plain.k), 1)
-    # the best of them, since half precision tells those apart badly that hardly turn the largest channels
-    best = min(range(len(ways)), key=lambda way: float((undone[way] - wanted).float().norm()))
-    if _close(undone[best], wanted):
-        return ways[best]
+    angles, pairs = "all", cos.shape[-1]
+    if pairs % 2 == 0 and torch.equal(*cos.chunk(2, dim=-1)):
+        angles, pairs = "halves", pairs // 2
+    elif pairs % 2 == 0 and torch.equal(cos[..., ::2], cos[..., 1::2]):
+        angles, pairs = "neighbours", pairs // 2
+    if 2 * pairs <= turned.q.shape[-1]:
+        ways = [Rotary(interleaved, last, angles) for interleaved, last in product((False, True), repeat=2)]
+        undone = [torch.cat([way.undo(x, embeddings) for x in (turned.q, turned.k)], 1) for way in ways]
+        wanted = torch.cat((plain.q, plain.k), 1)
+        # the best of them, since half precision tells those apart badly that hardly turn the largest channels
+        best = min(range(len(ways)), key=lambda way: float((undone[way] - wanted).float().norm()))
+        if _close(undone[best], wanted):
+            return ways[best]
     return attention.refuse("rotate pairs of channels as its last step: the memory must be free of positions")
 
 

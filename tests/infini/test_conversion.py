@@ -412,7 +412,10 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         lambda: make("gpt_oss"),
         r"layer 0 .* GptOssAttention must have no learnt sink .*segattn\.RecurrentM",
     ),
-    "alibi": (lambda: make("bloom"), rf"BloomForCausalLM, which adds a bias by distance \(ALiBi\) to its scores: {INSTEAD}"),
+    "alibi": (
+        lambda: make("bloom"),
+        rf"BloomForCausalLM, which adds a bias by distance \(ALiBi\) to its scores: {INSTEAD}",
+    ),
     "alibi by configuration": (lambda: make("falcon", alibi=True), r"got FalconForCausalLM, .* distance \(ALiBi\)"),
     "attention of its own": (lambda: make("falcon"), rf"whose FalconAttention computes its own: .*{INSTEAD}"),
     "an encoder and a decoder": (
