@@ -81,9 +81,9 @@ def convert(
     `InfiniCache` where the model that it is called on is the one that was converted, not only the decoder inside.
 
     Args:
-        model: a Hugging Face causal language model, or its decoder alone, with weights. What it must be is read from
-            its attention, which runs on a few rows: one of transformers' attention functions is called, and positions
-            are rotary, learnt or none.
+        model: a Hugging Face causal language model, or its decoder alone, with weights. Its attention must call
+            transformers' attention functions, and know positions by rotary or learnt embedding, or not at all. It is
+            run on a few rows to find that out.
         segment_len: tokens per segment, L, at least 2, and at most the number of learnt positions, where a model has
             them.
         update: how the memory is written, "delta" or "linear" (equations 9 and 8).
