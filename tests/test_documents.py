@@ -191,7 +191,10 @@ def test_figures_of_the_demo_are_in_the_results() -> None:
 
 
 def test_the_table_of_model_types_is_what_the_tests_say() -> None:
-    assert feature_table.table() in TEXTS["huggingface.md"]
+    table = feature_table.table()
+    assert table in TEXTS["huggingface.md"]
+    converted = re.findall(r"^\| [^|]+ \| ✓ ", table, re.MULTILINE)
+    assert f"[{len(converted)} model types]" in TEXTS["README.md"]
 
 
 def test_what_is_said_of_the_book_is_in_the_results() -> None:

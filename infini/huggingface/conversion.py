@@ -23,9 +23,11 @@ from .probe import probe
 from .settings import (
     ENTRY,
     GATE,
+    PAST,
     Conversion,
     Settings,
     attentions_of,
+    cache_name,
     conversion_of,
     forget,
     layers_of,
@@ -79,9 +81,9 @@ def convert(
     `InfiniCache` where the model that it is called on is the one that was converted, not only the decoder inside.
 
     Args:
-        model: a Hugging Face causal language model, or its decoder alone, with weights. What it must be is read from
-            its attention, which runs on a few rows: one of transformers' attention functions is called, and positions
-            are rotary, learnt or none.
+        model: a Hugging Face causal language model, or its decoder alone, with weights. Its attention must call
+            transformers' attention functions, and know positions by rotary or learnt embedding, or not at all. It is
+            run on a few rows to find that out.
         segment_len: tokens per segment, L, at least 2, and at most the number of learnt positions, where a model has
             them.
         update: how the memory is written, "delta" or "linear" (equations 9 and 8).
@@ -112,7 +114,8 @@ def convert(
         check_learnt_length(config, segment_len)
     if restart:
         check_rotary_length(config, segment_len)
-    inputs = tuple(inspect.signature(trunk.forward).parameters)
+    past = cache_name(trunk)
+    inputs = tuple(PAST if name == past else name for name in inspect.signature(trunk.forward).parameters)
     original = config._attn_implementation
     if original == IMPLEMENTATION:
         # the model was made from the configuration of a converted one
@@ -124,15 +127,17 @@ def convert(
     config._attn_implementation = IMPLEMENTATION
     record(trunk, conversion)
     keep = conversion.handles.append
-    keep(trunk.register_forward_pre_hook(forward.begin, with_kwargs=True))
+    for hook in (partial(forward.rename, past, PAST), forward.begin, partial(forward.rename, PAST, past)):
+        if hook is forward.begin or past != PAST:
+            keep(trunk.register_forward_pre_hook(hook, with_kwargs=True))
     keep(trunk.register_forward_hook(forward.finish, with_kwargs=True))
     for attention in attentions:
         keep(attention.register_forward_pre_hook(forward.begin_attention, with_kwargs=True))
     for layer in chosen:
         setattr(attentions[layer], GATE, _gate(attentions[layer], traits[layer].heads, settings))
     if not all(layer.hands_on for layer in traits.values()):
-        for layer in layers_of(trunk):
-            keep(layer.register_forward_pre_hook(forward.begin_layer, with_kwargs=True))
+        for module in layers_of(trunk):
+            keep(module.register_forward_pre_hook(forward.begin_layer, with_kwargs=True))
     for name, instead in ((_PREPARE_CACHE, partial(_prepare_cache, model)), (_PAGED, _refuse_paged)):
         if hasattr(model, name):
             setattr(model, name, instead)
@@ -191,11 +196,12 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
     Raises:
         ValueError: the caller asks for another kind by its name, or for settings of one.
     """
-    passed = model_kwargs.get("past_key_values")
-    for name, taken in (("cache_implementation", (None, "dynamic")), ("cache_config", (None,))):
-        if (value := getattr(generation_config, name, None)) not in taken and passed is None:
+    name = cache_name(trunk_of(model))
+    passed = model_kwargs.get(name)
+    for option, taken in (("cache_implementation", (None, "dynamic")), ("cache_config", (None,))):
+        if (value := getattr(generation_config, option, None)) not in taken and passed is None:
             raise ValueError(
-                f"{name} must be left out for a converted model, got {value!r}: generate makes a segattn.InfiniCache, "
+                f"{option} must be left out for a converted model, got {value!r}: generate makes a segattn.InfiniCache, "
                 "whose size does not grow; one of fixed size, which compiles, is passed as "
                 "past_key_values=segattn.StaticInfiniCache(model, batch_size)"
             )
@@ -204,11 +210,11 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
         # transformers drops a mask of ones, and for an assistant takes every pad_token_id in the prompt for padding
         mask = model_kwargs["attention_mask"].cummax(dim=1).values
         model_kwargs["attention_mask"], model_kwargs["position_ids"] = mask, (mask.cumsum(1) - 1).clamp(min=0)
-    if passed is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+    if passed is None and type(model_kwargs.get(name)) is DynamicCache:
         cache = InfiniCache(model)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[name] = cache
 
 
 def _refuse_paged(*args: Any, **kwargs: Any) -> None:

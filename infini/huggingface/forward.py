@@ -69,6 +69,13 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     return (), inputs
 
 
+def rename(
+    name: str, to: str, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Call an argument by another name: a pre-hook of the module that runs the layers."""
+    return args, {to if key == name else key: x for key, x in kwargs.items()}
+
+
 def _begin_columns(
     conversion: Conversion, cache: InfiniCache | StaticInfiniCache | None, inputs: dict[str, Any], tokens: Tensor
 ) -> ForwardPass:

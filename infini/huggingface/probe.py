@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from .forward_pass import ARGUMENT
+from .settings import layers_of
 from .traits import Rotary, Traits
 
 IMPLEMENTATION = "segattn_probe"
@@ -70,10 +71,10 @@ class _Attention:
         self.module = module
         self.names = tuple(inspect.signature(module.forward).parameters)
         self.arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        hidden = self.arguments[self.names[0]]
+        self.hidden: Tensor = self.arguments[self.names[0]]
         generator = torch.Generator("cpu").manual_seed(0)
-        rows = torch.randn(1, *hidden.shape[1:], generator=generator, device="cpu", dtype=torch.float32)
-        self.rows = rows.to(hidden)
+        rows = torch.randn(self.hidden.shape, generator=generator, device="cpu", dtype=torch.float32)
+        self.rows = rows.to(self.hidden)
 
     @property
     def embeddings(self) -> Any:
@@ -128,7 +129,7 @@ def probe(trunk: Any, attentions: list[Any], layers: tuple[int, ...], segment_le
         calls = _calls(trunk, attentions)
         if missing := [layer for layer in layers if layer not in calls]:
             raise ValueError(f"model must run all of its layers, got one that runs no attention in layers {missing}")
-        first: Tensor = calls[0].arguments[calls[0].names[0]]
+        first: Tensor = calls[min(calls)].hidden
         # of equal rows, and before any attention
         learnt = not _close(first, first[:, :1].expand_as(first))
         restart = learnt or len(layers) == len(attentions)
@@ -150,20 +151,30 @@ def _probing(trunk: Any) -> Iterator[None]:
 
 
 def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
-    """Run the model on equal rows, and return how its layers call their attention."""
+    """Run the model on equal rows, and return how its layers call their attention.
+
+    Raises:
+        ValueError: arguments of the model's forward do not reach its layers.
+    """
     calls: dict[int, _Attention] = {}
 
     def note(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls[layer] = _Attention(module, args, kwargs)
 
-    handles = [
+    def check(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if ARGUMENT not in kwargs:
+            raise ValueError(
+                f"model must hand arguments of its forward on to its layers, got {type(trunk).__name__}, which keeps "
+                "them: a newer transformers may have one that does"
+            )
+
+    handles = [layer.register_forward_pre_hook(check, with_kwargs=True) for layer in layers_of(trunk)]
+    handles += [
         module.register_forward_pre_hook(lambda *call, layer=layer: note(layer, *call), with_kwargs=True)
         for layer, module in enumerate(attentions)
     ]
-    rows, weight = (
-        min(ROWS, getattr(trunk.config, "max_position_embeddings", ROWS)),
-        trunk.get_input_embeddings().weight,
-    )
+    rows = min(ROWS, getattr(trunk.config, "max_position_embeddings", ROWS))
+    weight = trunk.get_input_embeddings().weight
     embeds = torch.ones(1, rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     try:
         trunk(inputs_embeds=embeds, use_cache=False, **{ARGUMENT: None})
@@ -216,8 +227,7 @@ def _check_positions(attention: _Attention, last: int) -> None:
         if isinstance(positions := attention.arguments.get(name), Tensor):
             changes[name] = positions.clone()
             changes[name][..., -1] = position
-    if "past_key_values" in attention.names:
-        changes["past_key_values"] = _LongRead()
+    changes |= {name: _LongRead() for name in ("past_key_values", "cache") if name in attention.names}
     far = attention.plain(equal, **changes)
     if not all(_close(x, y[:, :, :1].expand_as(x)) for x, y in ((far.q, wanted.q), (far.k, wanted.k))):
         attention.refuse(
@@ -236,17 +246,19 @@ def _rotary(attention: _Attention, turned: _Seen) -> Rotary | None:
     if torch.equal(turned.q, plain.q) and torch.equal(turned.k, plain.k):
         return None
     cos = embeddings.real if isinstance(embeddings, Tensor) else embeddings[0]
-    angles = "all"
-    if cos.shape[-1] % 2 == 0:
-        if torch.equal(*cos.chunk(2, dim=-1)):
-            angles = "halves"
-        elif torch.equal(cos[..., ::2], cos[..., 1::2]):
-            angles = "neighbours"
-    for interleaved, last in product((False, True), repeat=2):
-        rotary = Rotary(interleaved, last, angles)
-        undone = (rotary.undo(x, embeddings) for x in (turned.q, turned.k))
-        if all(map(_close, undone, (plain.q, plain.k))):
-            return rotary
+    angles, pairs = "all", cos.shape[-1]
+    if pairs % 2 == 0 and torch.equal(*cos.chunk(2, dim=-1)):
+        angles, pairs = "halves", pairs // 2
+    elif pairs % 2 == 0 and torch.equal(cos[..., ::2], cos[..., 1::2]):
+        angles, pairs = "neighbours", pairs // 2
+    if 2 * pairs <= turned.q.shape[-1]:
+        ways = [Rotary(interleaved, last, angles) for interleaved, last in product((False, True), repeat=2)]
+        undone = [torch.cat([way.undo(x, embeddings) for x in (turned.q, turned.k)], 1) for way in ways]
+        wanted = torch.cat((plain.q, plain.k), 1)
+        # the best of them, since half precision tells those apart badly that hardly turn the largest channels
+        best = min(range(len(ways)), key=lambda way: float((undone[way] - wanted).float().norm()))
+        if _close(undone[best], wanted):
+            return ways[best]
     return attention.refuse("rotate pairs of channels as its last step: the memory must be free of positions")
 
 

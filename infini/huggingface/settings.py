@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -19,6 +20,8 @@ ENTRY = "segment_attention"
 VERSION = 1
 # name of the gate in the attention of a converted layer
 GATE = "segattn_gate"
+# the name of the argument that takes a cache, which newer transformers call otherwise
+PAST = "past_key_values"
 _ON_TRUNK = "segattn_conversion"
 
 
@@ -60,7 +63,7 @@ class Conversion:
     traits: what is particular to the attention of each converted layer, by its index.
     original: name of the attention implementation before.
     restart: whether positions start again from 0 with each segment.
-    inputs: argument names of the module that runs the layers, in order.
+    inputs: argument names of the module that runs the layers, in order; that of its cache is `past_key_values`.
     handles: the hooks on the model.
     warned: whether its user has been warned of training on texts that read no memory.
     """
@@ -171,6 +174,11 @@ def attention_in(layer: nn.Module, config: Any) -> Any:
         if causal and getattr(module, "config", None) is config:
             return module
     return None
+
+
+def cache_name(trunk: Any) -> str:
+    """Return the name of the trunk's argument that takes a cache: since transformers 5.24 it is `cache`."""
+    return "cache" if "cache" in inspect.signature(trunk.forward).parameters else PAST
 
 
 def layers_of(trunk: Any) -> list[nn.Module]:

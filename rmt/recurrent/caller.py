@@ -122,8 +122,10 @@ class Caller(NamedTuple):
         arguments = self._decoder_mask(rows, None, past, writes) | model.asked
         if "logits_to_keep" in self.accepts:
             arguments["logits_to_keep"] = 1
-        if "past_key_values" in self.accepts and "use_cache" in self.accepts:
-            return run(model.module, rows, arguments | {"use_cache": True, "past_key_values": cache})
+        # its name since transformers 5.24, and before
+        name = next((name for name in ("cache", "past_key_values") if name in self.accepts), None)
+        if name is not None and "use_cache" in self.accepts:
+            return run(model.module, rows, arguments | {"use_cache": True, name: cache})
         if "use_cache" in self.accepts:
             arguments["use_cache"] = False
         return run(model.module, rows, arguments)._replace(cache=None)

@@ -98,14 +98,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         _sizes(experts=True, num_key_value_heads=4, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16)
         | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
     ),
-    # these run with a recurrent memory alone
     "gpt_oss": ("GptOssConfig", _sizes(experts=True, head_dim=8) | _FULL),
     "falcon": ("FalconConfig", _sizes("num_key_value_heads", "intermediate_size", num_kv_heads=2)),
     "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
 }
-# types whose attention is transformers' no more than a memory's is
+# types that only a recurrent memory takes
 REFUSED = ("gpt_oss", "falcon", "bloom")
-NAMES = tuple(name for name in CONFIGS if name not in REFUSED)
+# where it is not the first version of transformers that we take: the one with a type that can be converted
+_SINCE = {"granitemoe": (5, 0), "qwen2_moe": (5, 0), "ministral3": (5, 23), "nemotron": (5, 23), "stablelm": (5, 23)}
+_VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+NAMES = tuple(name for name in CONFIGS if name not in REFUSED and _SINCE.get(name, (0,)) <= _VERSION)
+# those that a recurrent memory takes
+TAKEN = (*NAMES, *REFUSED)
 # those that differ the most, for tests of what does not depend on attention
 CHOSEN = NAMES[:10]
 # how types are converted whole whose layers differ

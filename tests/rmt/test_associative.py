@@ -207,7 +207,7 @@ def test_schedules_are_equal_with_all_gradients(name: str) -> None:
                 assert error(found[key], value) < gate, (schedule, key)
 
 
-@pytest.mark.parametrize("name", [name for name in models.CONFIGS if name != "bloom"])
+@pytest.mark.parametrize("name", [name for name in models.TAKEN if name != "bloom"])
 def test_a_first_segment_is_the_models_own_and_the_diagonal_equals_the_vertical(name: str) -> None:
     """Read with every type of model: tokens do not see the memory tokens behind them, and an empty memory adds 0."""
     model, ids = models.double(models.make(name)), models.tokens(2, 3 * L + 2)
@@ -220,9 +220,11 @@ def test_a_first_segment_is_the_models_own_and_the_diagonal_equals_the_vertical(
         found.append(memory(ids).logits.detach())
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
-    assert error(found[0][:, :L], whole[:, :L]) < 1e-12
+    # Gemma 2 caps its scores in float32
+    tolerance = 2e-6 if name == "gemma2" else 1e-12
+    assert error(found[0][:, :L], whole[:, :L]) < tolerance
     assert error(found[0][:, L:], whole[:, L:]) > 1e-3
-    assert error(found[1], found[0]) < 1e-12
+    assert error(found[1], found[0]) < tolerance
 
 
 def test_the_diagonal_calls_attention_once_for_all_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
