@@ -126,9 +126,9 @@ def _sinks(k: Tensor | None, v: Tensor | None, seen: Tensor | None) -> Sinks | N
     if k is None or v is None or k.shape[2] == 0:
         return None
     if seen is None:
-        return Sinks(k, v, torch.ones(len(k), dtype=torch.bool, device=k.device))
+        return Sinks(k.contiguous(), v.contiguous(), torch.ones(len(k), dtype=torch.bool, device=k.device))
     unseen = ~seen[:, None, None, None]
-    return Sinks(k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), seen)
+    return Sinks(*(x.masked_fill(unseen, 0).contiguous() for x in (k, v)), seen)
 
 
 @without_autocast
