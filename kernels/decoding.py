@@ -117,18 +117,21 @@ def segment_decode(
         softcap=check.check_softcap(softcap),
     )
     memory_q = q if memory_q is None else memory_q
-    sinks = _sinks(sink_k, sink_v, sink_seen)
+    sinks = _sinks(sink_k, sink_v, sink_seen, chosen)
     return _run(chosen, q, k, v, memory_q, gate, state, lengths, sinks, counters, options)
 
 
-def _sinks(k: Tensor | None, v: Tensor | None, seen: Tensor | None) -> Sinks | None:
+def _sinks(k: Tensor | None, v: Tensor | None, seen: Tensor | None, backend: str) -> Sinks | None:
     """Return the sinks of every row, zeros where it does not see them; None where there are none."""
     if k is None or v is None or k.shape[2] == 0:
         return None
     if seen is None:
-        return Sinks(k, v, torch.ones(len(k), dtype=torch.bool, device=k.device))
+        return Sinks(k.contiguous(), v.contiguous(), torch.ones(len(k), dtype=torch.bool, device=k.device))
+    if backend == "triton":
+        # the kernel does not load those that a row does not see
+        return Sinks(k, v, seen)
     unseen = ~seen[:, None, None, None]
-    return Sinks(k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), seen)
+    return Sinks(*(x.masked_fill(unseen, 0).contiguous() for x in (k, v)), seen)
 
 
 @without_autocast

@@ -36,10 +36,11 @@ def sinks_of(
         if isinstance(before, Tensor):
             before = before[slots.sequence.clamp(max=len(bounds) - 1)]
         seen = (slots.number + before > options.lookback) & (slots.begin < slots.end)
+    unseen = ~seen[:, None, None, None]
     keys, values = (
-        _to_slots(first_tokens(x, bounds, count) if passed is None else passed, slots, batch, len(seen)).masked_fill(
-            ~seen[:, None, None, None], 0
-        )
+        _to_slots(first_tokens(x, bounds, count) if passed is None else passed, slots, batch, len(seen))
+        .masked_fill(unseen, 0)
+        .contiguous()
         for x, passed in ((k, sink_k), (v, sink_v))
     )
     return Sinks(keys, values, seen, max(options.lookback + 1 - before, 0) if isinstance(before, int) else 0)

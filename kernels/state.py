@@ -103,7 +103,7 @@ class Options(NamedTuple):
 class Sinks(NamedTuple):
     """The sinks of a call as extra keys of every slot that sees them; zeros where a slot does not."""
 
-    k: Tensor  # [F, G, n, K]
+    k: Tensor  # [F, G, n, K], contiguous as v
     v: Tensor  # [F, G, n, V]
     seen: Tensor  # bool [F]
     unseen: int = 0  # of whole rows: how many first segments of every row do not see them

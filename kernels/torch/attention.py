@@ -112,6 +112,17 @@ def cuts(first: int, time: int, segment_len: int, edges: Sequence[int] = ()) -> 
         yield max(start, whole), time, time // segment_len, time // segment_len + 1
 
 
+def widened(own: Tensor, x: Tensor, sinks: Tensor | None, segment: int, stop: int, options: Options) -> Tensor:
+    """Put sinks [B · S, ...] and the segment before, if it is seen, in front of the keys of [segment, stop)."""
+    batch, L = len(x), options.segment_len
+    parts = [own]
+    if options.lookback and segment:
+        parts.insert(0, to_slots(x, (segment - 1) * L, (stop - 1) * L, L))
+    if sinks is not None:
+        parts.insert(0, sinks.unflatten(0, (batch, len(sinks) // batch))[:, segment:stop].flatten(0, 1))
+    return own if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
 def attend_rows(
     q: Tensor,
     k: Tensor,
@@ -150,21 +161,19 @@ def attend_rows(
         keys, values = k_slots, v_slots
         if (segment, stop) != (0, each):
             keys, values = (to_slots(x, segment * L, last, key_time) for x in (k, v))
-        if lookback and segment:
-            earlier = (to_slots(x, (segment - 1) * L, (stop - 1) * L, L) for x in (k, v))
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(earlier, (keys, values), strict=True))
-        if sinks is not None and segment >= sinks.unseen:
-            extra = (x.unflatten(0, (batch, len(x) // batch))[:, segment:stop].flatten(0, 1) for x in sinks[:2])
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(extra, (keys, values), strict=True))
+        extra = sinks[:2] if sinks is not None and segment >= sinks.unseen else (None, None)
+        keys, values = (
+            widened(own, x, more, segment, stop, options)
+            for own, x, more in zip((keys, values), (k, v), extra, strict=True)
+        )
         if options.causal:
             out = attend_slots_causally(queries, keys, values, options)
         else:
             out = attend_slots(queries, keys, values, None, False, options)
         if gate is not None and state is not None:
-            at = max(segment - lookback, 0)
-            seen = (
-                state if at == folded else MemoryState(*(x[:, at : at + stop - segment].flatten(0, 1) for x in before))
-            )
+            i = max(segment - lookback, 0)
+            j = i + stop - segment
+            seen = state if i == folded else MemoryState(*(x[:, i:j].flatten(0, 1) for x in before))
             reading = queries if memory_q is q else to_slots(memory_q[:, :, run], 0, last - first, run_time)
             out = blend(out, reading, seen, gate, options)
         outs.append(from_slots(out, batch))
@@ -264,14 +273,11 @@ def attend_sequences(
         out, queries = out.take_along_dim(rows, 2), queries.take_along_dim(rows, 2)
         queries_at = window(slots, slots.begin, width, query_time, offset)
     if gate is not None and state is not None:
-        keys, values = seen.k, seen.v
-        if memory_k is not k or not alone:
-            own_at = window(slots, slots.begin, width, time)
-            keys = gather_tokens(memory_k, own_at)
-            values = values if alone else gather_tokens(v, own_at)
-        before, state = fold_sequences(
-            keys, values, slots, None if len(bounds) == batch else slots.sequence, state, options
-        )
+        own_at = window(slots, slots.begin, width, time)
+        written = seen.k if alone and memory_k is k else gather_tokens(memory_k, own_at)
+        values = seen.v if alone else gather_tokens(v, own_at)
+        owner = None if len(bounds) == batch else slots.sequence
+        before, state = fold_sequences(written, values, slots, owner, state, options)
         reading = queries if memory_q is q else gather_tokens(memory_q, queries_at)
         out = blend(out, reading, before, gate, options)
     parts = [(out, queries_at)]

@@ -88,6 +88,10 @@ def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, .
         asked = (q.clone(), k.clone()) if own else (None, None)
         return Inputs(q, k, v, *asked, drawn(2), drawn(n, 1, 16, 24), drawn(n, 1, 16).abs(), bounds=bounds)
 
+    def with_sinks(given: Inputs) -> Inputs:
+        sink_k, sink_v = (drawn(2, 1, 3, x.shape[3], dtype=x.dtype) for x in (given.k, given.v))
+        return given._replace(sink_k=sink_k, sink_v=sink_v, sink_seen=torch.tensor([False, True], device=device))
+
     def backward(given: Inputs, chosen: Options = options) -> tuple[Any, ...]:
         out, memory, normalizer, *saved = ops.attend(given, *chosen, True)
         dout = drawn(*out.shape, dtype=out.dtype)
@@ -108,6 +112,8 @@ def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, .
     step = Inputs(q[:, :, :1], k, v, None, None, gate, *state)
     asked = step._replace(memory_q=memory_q[:, :, :1])
     local = Inputs(half[0][:, :, :2], *half[1:])
+    window = options._replace(lookback=1)
+    sinks = {"sink_k": k[:, :, :3], "sink_v": v[:, :, :3], "sink_seen": torch.ones(1, dtype=torch.bool, device=device)}
     gated, seen_by_all = options._replace(empty_memory="gated", softcap=1.5), options._replace(causal=False)
     return {
         "attend": (ops.attend, (inputs(True), *options, True)),
@@ -115,14 +121,18 @@ def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, .
         "attend linear half": (ops.attend, (inputs(True, torch.bfloat16), *linear, True)),
         "attend packed": (ops.attend, (inputs(True, packed=True), *options, False)),
         "attend local": (ops.attend, (inputs(False), *options, True)),
+        "attend window": (ops.attend, (with_sinks(inputs(True)), *window._replace(update="linear"), True)),
         "attend token major": (ops.attend, (major, *options, True)),
         "attend backward": (ops.attend_backward, backward(inputs(True))),
         "attend backward half": (ops.attend_backward, backward(inputs(True, torch.float16, own=False), linear)),
         "attend backward packed": (ops.attend_backward, backward(inputs(True, packed=True))),
         "attend backward local": (ops.attend_backward, backward(inputs(False))),
+        "attend backward window": (ops.attend_backward, backward(with_sinks(inputs(True)), window)),
+        "attend backward sinks half": (ops.attend_backward, backward(with_sinks(inputs(False, torch.float16)))),
         "attend backward token major": (ops.attend_backward, backward(major)),
         "decode": (ops.decode, (step, *options, None, None)),
         "decode into counters": (ops.decode, (asked, *gated, lengths, counters)),
+        "decode sinks": (ops.decode, (asked._replace(**sinks), *options, lengths, counters)),
         "decode local half": (ops.decode, (local, *seen_by_all, lengths, None)),
         "read": (ops.read, (q, *state, True)),
         "read mapped half": (ops.read, (half[0], *state, False)),
@@ -291,6 +301,7 @@ KERNEL_KINDS = (
     "left padding",
     "local",
     "decode",
+    "window",
 )
 
 

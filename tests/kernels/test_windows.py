@@ -172,3 +172,15 @@ def test_a_stream_holds_less_than_two_segments_and_the_sinks() -> None:
         assert held[0].shape[2] < 2 * L
     assert error(torch.cat(outs, 2), whole.out) < 1e-12
     assert error(state.memory, whole.state.memory) < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("time", [3, 7])
+def test_keys_that_a_lookback_leaves_unwritten_get_zeros(time: int, backend: str) -> None:
+    """Not None: processes that add up their gradients each need one."""
+    q, k, v, memory_k = (torch.randn(1, 1, time, 6, requires_grad=True) for _ in range(4))
+    gate = torch.zeros(1)
+    out, state = segment_attention(q, k, v, memory_k=memory_k, gate=gate, segment_len=4, lookback=1, backend=backend)
+    (out.sum() + state.memory.sum()).backward()
+    assert memory_k.grad is not None
+    assert not memory_k.grad.any()
