@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 
 from .twins import HIDDEN_STATES, evaluating, is_huggingface
 
+OFFLOAD_THE_MODEL = (
+    "call accelerate.hooks.remove_hook_from_submodules first, and offload the model once the memory is around it, "
+    "accelerate.cpu_offload(memory.model)"
+)
 # what rounding may change of a row, relative to its largest number
 ROUNDING = 1e-6
 
@@ -129,6 +134,26 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             "model must keep its own attention, got one made from a converted model's configuration: make it from "
             "type(config).from_dict(config.to_dict())"
+        )
+
+
+def check_not_offloaded(name: str, module: nn.Module, parameters: Iterable[Tensor], remedy: str) -> None:
+    """Check that accelerate does not keep weights elsewhere, which it brings for the call of a module alone.
+
+    Weights on the meta device without accelerate's hooks are of a model that will be loaded later.
+
+    Args:
+        name: of the module, for the error.
+        module: a model, or a memory around one.
+        parameters: those of its parameters that must have values.
+        remedy: for the error.
+
+    Raises:
+        ValueError: one of the parameters has none.
+    """
+    if any(x.is_meta for x in parameters) and any(hasattr(part, "_hf_hook") for part in module.modules()):
+        raise ValueError(
+            f"{name} must have its weights, got a {type(module).__name__} that accelerate offloads: {remedy}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..kernels import validation as check
@@ -45,8 +44,3 @@ def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, width: 
     if not x.shape[0] or not x.shape[1]:
         raise ValueError(f"{name} must have a row and a token in it, got shape {list(x.shape)}")
     return x
-
-
-def normal_tensor(x: Tensor) -> Tensor:
-    """Return `x`, or a copy where it was made in inference mode and autograd could not save it for a backward pass."""
-    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x

@@ -17,6 +17,7 @@ from torch.distributed import get_rank
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..runs.checkpoint import replacing, whole
+from .backbone import OFFLOAD_THE_MODEL, check_not_offloaded
 
 # key in the file's metadata
 ENTRY = "segattn"
@@ -44,11 +45,11 @@ def save_memory(module: nn.Module, path: str | os.PathLike[str]) -> None:
         path: of a file, commonly ending in .safetensors.
 
     Raises:
-        ValueError: the file's folder does not exist.
+        ValueError: the file's folder does not exist, or accelerate has offloaded the memory's parameters.
     """
     if not Path(path).parent.is_dir():
         raise ValueError(f"path must be in a folder that is there, got {str(path)!r}")
-    own = own_parameters(module)
+    own = _present(module)
     tensors = {name: whole(x.detach()).cpu().contiguous() for name, x in own.items()}
     if any(isinstance(x, DTensor) for x in own.values()) and get_rank() > 0:
         return
@@ -76,11 +77,11 @@ def load_memory(module: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError: there is no file.
         ValueError: the file is not of `save_memory`, or damaged; or the memory in it is of another class, or of another
-            size, mask or special tokens: the name and both values.
+            size, mask or special tokens: the name and both values; or accelerate has offloaded its parameters.
     """
     settings, tensors = _read(path)
     _check(settings, _entry(module), str(path))
-    own = own_parameters(module)
+    own = _present(module)
     if missing := sorted(own.keys() ^ tensors.keys()):
         raise ValueError(f"{str(path)!r} must hold the parameters {sorted(own)}, and differs in {missing}")
     for name, parameter in own.items():
@@ -95,6 +96,17 @@ def load_memory(module: nn.Module, path: str | os.PathLike[str]) -> None:
             if isinstance(parameter, DTensor):
                 value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
             parameter.copy_(value)
+
+
+def _present(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a memory that are not its model's.
+
+    Raises:
+        ValueError: accelerate has offloaded them.
+    """
+    own = own_parameters(module)
+    check_not_offloaded("memory", _unwrapped(module), own.values(), OFFLOAD_THE_MODEL)
+    return own
 
 
 def _unwrapped(module: Any) -> Any:

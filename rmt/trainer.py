@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import wraps
+from typing import Any, TypeVar
+
+Output = TypeVar("Output", bound=tuple[Any, ...])
 _README = "rmt/README.md, 'With other libraries'"
 
 
@@ -13,14 +18,31 @@ def no_config(kind: str) -> AttributeError:
     )
 
 
-def check_index(index: object, kind: str) -> None:
-    """Check that an output is not sliced, as Trainer does for predictions, which it would take the state for.
+def read_by_fields(output: type[Output]) -> type[Output]:
+    """Make a named tuple refuse what Trainer does to predictions, for which it would take the state too.
 
-    Raises:
-        TypeError: the index is a slice.
+    It slices the output of a call with labels, and makes another one of an iterator over the fields of a call without.
+    Both then raise TypeError.
     """
-    if isinstance(index, slice):
-        raise TypeError(
-            f"a {kind} must be read by its fields, got a slice of it: for compute_metrics and predict, Hugging Face's "
-            f"Trainer needs the prediction_step of {_README}"
+    make, item = output.__new__, output.__getitem__
+
+    def refused(got: str) -> TypeError:
+        return TypeError(
+            f"a {output.__name__} must be read by its fields, got {got}: for compute_metrics and predict, Hugging "
+            f"Face's Trainer needs the prediction_step of {_README}"
         )
+
+    @wraps(make)
+    def new(kind: type[Output], *fields: Any, **named: Any) -> Output:
+        if len(fields) == 1 and isinstance(fields[0], Iterator):
+            raise refused("an iterator to make one of")
+        return make(kind, *fields, **named)
+
+    @wraps(item)
+    def getitem(self: Output, index: Any) -> Any:
+        if isinstance(index, slice):
+            raise refused("a slice of it")
+        return item(self, index)
+
+    output.__new__, output.__getitem__ = new, getitem  # type: ignore[method-assign, assignment]
+    return output

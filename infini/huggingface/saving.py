@@ -44,8 +44,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], **kwargs: An
 
     Raises:
         TypeError: the model is not a Hugging Face model, or has adapters.
-        ValueError: the model is not converted, `path` is a file, `safe_serialization` is False, or a `state_dict`
-            lacks gates.
+        ValueError: the model is not converted, or is offloaded (accelerate); `path` is a file, `safe_serialization` is
+            False, or a `state_dict` lacks gates.
     """
     settings = conversion_of(model).settings
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
@@ -60,6 +60,9 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], **kwargs: An
         raise ValueError(f"path must be a folder, got the file {path}")
     if kwargs.get("state_dict") is not None:
         gate_keys(kwargs["state_dict"], settings, "state_dict")
+    elif len(set(getattr(model, "hf_device_map", {}).values())) < 2:
+        # of a map with several places transformers brings the offloaded weights itself
+        check_weights(model.parameters())
     model.save_pretrained(path, **kwargs)
 
 

@@ -158,14 +158,16 @@ def weight_grads(
     rest = tl.where((tl.arange(0, BLOCK_K) < K)[None, :] & held[:, None], u - (z * share)[None, :], 0.0)
     rest, factor = row_operand(rest, k.pointer.dtype.element_ty)
     result = tl.zeros([ROWS], tl.float32)
+    common = 0.0
     for c in tl.range(0, K, CHUNK, num_stages=1):
         rows = load_chunk(curvature, c, CHUNK, K, K)
-        level = tl.sum(rows * (z * share)[None, :], 1)[None, :]
-        bent = dot_float32(rest, tl.trans(rows), tl.zeros([ROWS, CHUNK], tl.float32)) * factor
-        common = (load_vector(normalizer.z, c, CHUNK, K) * share)[None, :]
-        parts = feature_map(load_rows(k, first, c, ROWS, CHUNK, K), ELU) * inverse[:, None] - common
-        result += tl.sum(parts * (level + 0.5 * bent) + 0.5 * common * level, 1)
-    return tl.where(held, result, 0.0)
+        level = tl.sum(rows * z[None, :], 1) * share
+        z_chunk = load_vector(normalizer.z, c, CHUNK, K) * share
+        common += tl.sum(level * z_chunk, 0)
+        bent = dot_float32(rest, tl.trans(rows), tl.zeros([ROWS, CHUNK], tl.float32)) * (0.5 * factor)
+        features = feature_map(load_rows(k, first, c, ROWS, CHUNK, K), ELU)
+        result += tl.sum((features * inverse[:, None] - z_chunk[None, :]) * (bent + level[None, :]), 1)
+    return tl.where(held, result + 0.5 * common, 0.0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

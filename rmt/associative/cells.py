@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels.state import MemoryState
+from ..backbone import check_not_offloaded
 from .decoder import Layer
 from .layer import DPFP, AssociativeLayer, Projections, memorize, recall, side_by_side
 from .placement import Placement
@@ -130,6 +131,10 @@ def _blocks(layers: Sequence[Layer], memories: Sequence[AssociativeLayer | None]
         alike.setdefault(key, []).append(index)
     blocks = []
     for members in alike.values():
+        if len(members) > 1:
+            for index in members:
+                module = layers[index].module
+                check_not_offloaded("model", module, module.parameters(), "pass schedule='vertical', or keep it here")
         held = [memory for index in members if (memory := memories[index]) is not None]
         projections = Projections.of(held) if held else None
         blocks.append(_Block.of(tuple(members), tuple(layers[index] for index in members), projections))

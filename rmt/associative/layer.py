@@ -46,8 +46,7 @@ class Projections(NamedTuple):
     @classmethod
     def of(cls, layers: list[AssociativeLayer]) -> Projections:
         """Lay the weights of layers of equal sizes side by side; those of a single layer without a copy."""
-        weights = [(x.query.weight, x.key.weight, x.value.weight, x.strength.weight, x.strength.bias) for x in layers]
-        return cls(*(side_by_side(group) for group in zip(*weights, strict=True)))
+        return cls(*(side_by_side(group) for group in zip(*(layer() for layer in layers), strict=True)))
 
     def part(self, layers: slice) -> Projections:
         """Return the weights of some of the layers."""
@@ -57,7 +56,8 @@ class Projections(NamedTuple):
 class AssociativeLayer(nn.Module):
     """Projections of one layer's hidden states to the queries, keys, values and strengths of its memory.
 
-    Values begin at 0: an untrained memory returns nothing.
+    Values begin at 0: an untrained memory returns nothing. Calling it returns the weights, since a call, unlike a read
+    of a parameter, runs hooks that gather sharded ones.
 
     Args:
         width: of the hidden states, d.
@@ -75,6 +75,12 @@ class AssociativeLayer(nn.Module):
         self.strength = nn.Linear(width, 1, device=device, dtype=dtype)
         nn.init.zeros_(self.value.weight)
         nn.init.ones_(self.strength.bias)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Return the weights of queries, keys, values and strengths, and the strengths' bias."""
+        weights = (self.query.weight, self.key.weight, self.value.weight, self.strength.weight, self.strength.bias)
+        # FSDP and ZeRO free the parameters when this call has ended, while they are still needed
+        return tuple(weight.clone() for weight in weights) if self._forward_hooks else weights
 
 
 def side_by_side(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

@@ -12,10 +12,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
 from ...kernels import validation as check
+from ...kernels.inference import normal
 from ...kernels.state import MemoryState
-from ..backbone import check_positions, check_widths, embedding_of, huggingface_of
+from ..backbone import (
+    OFFLOAD_THE_MODEL,
+    check_not_offloaded,
+    check_positions,
+    check_widths,
+    embedding_of,
+    huggingface_of,
+)
 from ..growing_segment import Extension
-from ..inputs import check_inputs, normal_tensor
+from ..inputs import check_inputs
 from ..module import MemoryModule, draw_memory_tokens, with_zero_gradients
 from ..segments import IGNORED, bounds, next_tokens
 from . import cells
@@ -89,6 +97,7 @@ class AssociativeMemory(MemoryModule):
     ) -> None:
         super().__init__()
         self.decoder = Decoder.of(model)
+        check_not_offloaded("model", model, model.parameters(), OFFLOAD_THE_MODEL)
         modules = self.decoder.modules(model)
         self.settings = AssociativeSettings(
             num_memory_tokens,
@@ -143,6 +152,7 @@ class AssociativeMemory(MemoryModule):
         """Return the empty memories that a text begins with, for `batch_size` rows."""
         check.check_integer("batch_size", batch_size, 1)
         weights = [layer.value.weight for layer in self._layers()]
+        check_not_offloaded("memory", self, weights, OFFLOAD_THE_MODEL)
         sizes = batch_size, 1, self.settings.key_width, self.memory_tokens.shape[1]
         return AssociativeState(
             tuple(MemoryState.zeros(*sizes, device=x.device, dtype=check.state_dtype(x)) for x in weights)
@@ -203,7 +213,7 @@ class AssociativeMemory(MemoryModule):
         for layer, memory in zip(self._layers(), state.memories, strict=True):
             like, widths = layer.value.weight, (self.settings.key_width, self.memory_tokens.shape[1])
             k, v = (torch.empty(batch, 1, 0, width, dtype=like.dtype, device=like.device) for width in widths)
-            memories.append(MemoryState(*map(normal_tensor, check.check_state(memory, batch, k, v))))
+            memories.append(MemoryState(*map(normal, check.check_state(memory, batch, k, v))))
         return AssociativeState(tuple(memories))
 
     def _layers(self) -> list[AssociativeLayer]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ...kernels.state import MemoryState
-from ..trainer import check_index
+from ..trainer import read_by_fields
 
 
 class AssociativeState(NamedTuple):
@@ -35,6 +35,7 @@ class AssociativeState(NamedTuple):
         )
 
 
+@read_by_fields
 class AssociativeOutput(NamedTuple):
     """What a call of `AssociativeMemory` returns.
 
@@ -46,12 +47,3 @@ class AssociativeOutput(NamedTuple):
     loss: Tensor | None
     logits: Tensor | None
     state: AssociativeState
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return a field by its number.
-
-        Raises:
-            TypeError: the index is a slice.
-        """
-        check_index(index, type(self).__name__)
-        return tuple.__getitem__(self, index)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import validation as check
-from ..backbone import Outputs, check_model, embedding_of, kind_of
+from ...kernels.inference import normal
+from ..backbone import OFFLOAD_THE_MODEL, Outputs, check_model, check_not_offloaded, embedding_of, kind_of
 from ..growing_segment import Extension
-from ..inputs import check_inputs, normal_tensor
+from ..inputs import check_inputs
 from ..module import MemoryModule, draw_memory_tokens, with_zero_gradients
 from ..segments import Segment, bounds, cut
 from ..twins import Shown
@@ -90,6 +91,7 @@ class RecurrentMemory(MemoryModule):
     ) -> None:
         super().__init__()
         check_model(model)
+        check_not_offloaded("model", model, model.parameters(), OFFLOAD_THE_MODEL)
         kind = kind_of(model) if kind is None else kind
         self.settings = RecurrentSettings(
             num_memory_tokens, segment_len, kind, mask, special_tokens, bptt, alignment, loss, attention
@@ -154,6 +156,7 @@ class RecurrentMemory(MemoryModule):
     def initial_state(self, batch_size: int) -> RecurrentState:
         """Return the trainable memory that a sequence begins with, for `batch_size` rows."""
         check.check_integer("batch_size", batch_size, 1)
+        check_not_offloaded("memory", self, [self.memory], OFFLOAD_THE_MODEL)
         return RecurrentState(self.memory.expand(batch_size, -1, -1))
 
     def forward(
@@ -227,7 +230,7 @@ class RecurrentMemory(MemoryModule):
         check.check_floating("state", state.memory)
         check.check_shape("state", state.memory, "[B, m, d]", (batch, *self.memory.shape))
         check.check_device("state", state.memory, "memory", self.memory)
-        return RecurrentState(normal_tensor(state.memory))
+        return RecurrentState(normal(state.memory))
 
     def _read(
         self, x: Tensor, segment: Segment, memory: Tensor, required: bool, noise: float = 0.0

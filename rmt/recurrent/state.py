@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from ..trainer import check_index
+from ..trainer import read_by_fields
 
 
 class RecurrentState(NamedTuple):
@@ -30,6 +30,7 @@ class RecurrentState(NamedTuple):
         return RecurrentState(self.memory.index_copy(0, rows, other.memory.to(self.memory.dtype)))
 
 
+@read_by_fields
 class RecurrentOutput(NamedTuple):
     """What a call of `RecurrentMemory` returns.
 
@@ -41,12 +42,3 @@ class RecurrentOutput(NamedTuple):
     loss: Tensor | None
     logits: Tensor | None
     state: RecurrentState
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return a field by its number.
-
-        Raises:
-            TypeError: the index is a slice.
-        """
-        check_index(index, type(self).__name__)
-        return tuple.__getitem__(self, index)

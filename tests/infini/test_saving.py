@@ -570,6 +570,7 @@ def test_offloaded_gates(tmp_path: Path, ids: Tensor) -> None:
     before = logits(model, ids)
     for refused in (
         lambda: save_gates(model, tmp_path / "none"),
+        lambda: save_pretrained(model, tmp_path / "none"),
         lambda: load_gates(model, tmp_path / "gates"),
         lambda: StaticInfiniCache(model),
     ):
@@ -579,6 +580,18 @@ def test_offloaded_gates(tmp_path: Path, ids: Tensor) -> None:
     assert torch.equal(logits(model, ids), before)
     accelerate.hooks.remove_hook_from_submodules(model)
     assert_same(load_gates(model, tmp_path / "gates"), want, ids)
+
+
+def test_a_model_spread_over_memory_and_disk_is_saved(tmp_path: Path, ids: Tensor) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, want = converted(), converted()
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "lm_head"), "cpu")
+    accelerate.dispatch_model(
+        model, places | {"model.layers.1": "disk"}, main_device="cpu", offload_dir=tmp_path / "off", force_hooks=True
+    )
+    assert any(parameter.is_meta for parameter in model.model.layers[1].parameters())
+    save_pretrained(model, tmp_path / "saved")
+    assert_same(from_pretrained(tmp_path / "saved", quiet=True), want, ids)
 
 
 @pytest.fixture

@@ -259,6 +259,26 @@ def test_state_travels_through_a_compiled_loop() -> None:
     assert error(state.memory, whole.state.memory) < 1e-6
 
 
+@pytest.mark.parametrize("time", [3, 20])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_state_of_inference_mode_is_trained_on_in_one_graph(backend: str, time: int, device: torch.device) -> None:
+    gate = torch.zeros(2, device=device, requires_grad=True)
+    x = torch.randn(1, 2, time, 16, device=device, requires_grad=True)
+    with torch.inference_mode():
+        _, state = segment_attention(*[torch.randn(1, 2, 8, 16, device=device)] * 3, segment_len=8, gate=gate)
+
+    def step(x: torch.Tensor, gate: torch.Tensor, state: MemoryState) -> torch.Tensor:
+        out, after = segment_attention(x, x, x, segment_len=8, gate=gate, state=state, backend=backend)
+        later = memory_read(x, memory_write(x, x, state, backend=backend), backend=backend)
+        return out.square().sum() + after.memory.square().sum() + later.square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    mine, expected = (torch.autograd.grad(call(x, gate, state), (x, gate)) for call in (compiled, step))
+    for one, other in zip(mine, expected, strict=True):
+        assert error(one, other) < 1e-6
+
+
 def test_state_travels_through_copies_and_exported_programs() -> None:
     """A state is no tuple, and yet has what tuples have: parts, copies, pickles, and a place in a graph."""
     state = MemoryState(torch.randn(1, 2, 4, 4), torch.rand(1, 2, 4))

@@ -1,4 +1,4 @@
-"""Tests of `RecurrentMemory` around a model whose modules FSDP2 shards each by itself, on one rank."""
+"""Tests of memories of which FSDP2 shards some modules each by itself, on one rank."""
 
 import copy
 from collections.abc import Iterator
@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 pytest.importorskip("transformers")
 
 import models
 
+from segattn.rmt.associative.memory import AssociativeMemory
 from segattn.rmt.recurrent.memory import RecurrentMemory
 
 
@@ -33,3 +35,25 @@ def test_modules_that_are_sharded_each_by_itself_read_as_before() -> None:
     parts = dict(sharded.named_parameters())
     for name, parameter in whole.named_parameters():
         assert torch.equal(parts[name].grad.full_tensor(), parameter.grad), name
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["alone", "then the whole"])
+@pytest.mark.parametrize("schedule", ["vertical", "diagonal"])
+def test_memories_of_layers_that_are_sharded_each_by_itself_read_as_before(schedule: str, around: bool) -> None:
+    whole, ids = AssociativeMemory(models.make(), 2, 8, schedule=schedule), models.tokens(2, 30)
+    with torch.no_grad():
+        for memory in whole.memories.values():
+            memory.value.weight.normal_(generator=torch.Generator().manual_seed(0))
+    sharded = copy.deepcopy(whole)
+    for memory in sharded.memories.values():
+        fully_shard(memory)
+    if around:
+        fully_shard(sharded)
+    for module in (whole, sharded):
+        module(ids, labels=ids).loss.backward()
+    parts = dict(sharded.named_parameters())
+    for name, parameter in whole.named_parameters():
+        grad = parts[name].grad
+        assert torch.equal(grad.full_tensor() if isinstance(grad, DTensor) else grad, parameter.grad), name
+    if not around:
+        assert torch.equal(sharded.generate(ids, max_new_tokens=3), whole.generate(ids, max_new_tokens=3))

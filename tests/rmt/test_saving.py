@@ -56,6 +56,49 @@ def test_what_was_wrapped_is_written(wrap: Callable[[Any], Any], tmp_path: Path)
     assert torch.equal(other.memory, module.memory)
 
 
+@pytest.mark.parametrize("kind", [RecurrentMemory, AssociativeMemory])
+def test_offloaded_weights_are_refused_by_name(kind: type[Any], tmp_path: Path) -> None:
+    """accelerate brings them for the call of the module that has them, and a memory reads some without one."""
+    accelerate, cpu = pytest.importorskip("accelerate"), torch.device("cpu")
+    path, ids, plain = tmp_path / "memory.safetensors", models.tokens(1, 20), kind(models.make(), 2, 7).eval()
+    save_memory(plain, path)
+    model = models.make()
+    accelerate.cpu_offload(model, execution_device=cpu)
+    said = r"must have its weights, got a \w+ that accelerate offloads: call .*accelerate\.cpu_offload\(memory\.model\)"
+    with pytest.raises(ValueError, match=f"model {said}"):
+        kind(model, 2, 7)
+    memory = kind(models.make(), 2, 7)
+    accelerate.cpu_offload(memory, execution_device=cpu)
+    before = path.read_bytes()
+    for call in (
+        lambda: memory.initial_state(1),
+        lambda: memory.generate(ids, max_new_tokens=2),
+        lambda: save_memory(memory, path),
+        lambda: load_memory(memory, path),
+    ):
+        with pytest.raises(ValueError, match=f"memory {said}"):
+            call()
+    assert path.read_bytes() == before
+    # as the error says
+    accelerate.hooks.remove_hook_from_submodules(memory)
+    load_memory(memory, path)
+    memory.eval().model.requires_grad_(False)
+    expected = memory(ids).logits, memory.generate(ids, max_new_tokens=2)
+    accelerate.cpu_offload(memory.model, execution_device=cpu)
+    assert all(x.is_meta for x in memory.model.parameters())
+    assert torch.equal(memory(ids).logits, expected[0])
+    assert torch.equal(memory.generate(ids, max_new_tokens=2), expected[1])
+    save_memory(memory, path)
+
+
+def test_layers_side_by_side_cannot_be_offloaded() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    memory = AssociativeMemory(models.make(), 2, 7, schedule="diagonal")
+    accelerate.cpu_offload(memory.model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"model must have its weights, .* offloads: pass schedule='vertical'"):
+        memory(models.tokens(1, 20))
+
+
 def test_an_associative_memory_comes_back_as_it_was(tmp_path: Path) -> None:
     path, ids = tmp_path / "memory.safetensors", models.tokens(1, 20)
     module, other = (AssociativeMemory(models.make(), 3, 7, d_mem=4, schedule=x) for x in ("vertical", "diagonal"))

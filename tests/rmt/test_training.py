@@ -113,12 +113,13 @@ def test_the_trainer_of_the_readme_predicts(make: Callable[[], Any], tmp_path: P
     assert found.metrics["test_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
     assert trainer.evaluate(data)["eval_first"] == pytest.approx(expected.logits[0, 0, 0].item(), rel=1e-5)
     plain = transformers.Trainer(memory, arguments, eval_dataset=data, compute_metrics=lambda seen: {})
-    for call in (plain.evaluate, lambda: plain.predict(data)):
+    blank = [{"input_ids": row} for row in ids]
+    for call in (plain.evaluate, lambda: plain.predict(data), lambda: plain.predict(blank)):
         with pytest.raises(
             TypeError, match="for compute_metrics and predict, Hugging Face's Trainer needs the predict"
         ):
             call()
-    unlabelled = trainer.predict([{"input_ids": row} for row in ids])
+    unlabelled = trainer.predict(blank)
     torch.testing.assert_close(torch.from_numpy(unlabelled.predictions), expected.logits)
 
 
