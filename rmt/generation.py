@@ -24,6 +24,10 @@ class TextGeneration:
     settings: Any
     model: nn.Module
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that embeds tokens, with weight [tokens, d]; Trainer sets the noise of NEFTune on it."""
+        raise NotImplementedError
+
     def _start_text(self, input_ids: Tensor, state: Any) -> Any:
         """Check prompts [B, P] and `state`, and return the state that the prompts begin with."""
         raise NotImplementedError
@@ -85,8 +89,12 @@ class TextGeneration:
         rows = bounds(attention_mask, *input_ids.shape[:2])
         opened = self._open(input_ids, rows, state)
         with drawn_from(generator, input_ids.device):
-            writer = _writer(huggingface_of(self.model), len(self.get_input_embeddings().weight), input_ids.device)
+            writer = _writer(huggingface_of(self.model), self._vocabulary(), input_ids.device)
             return writer.write(*padded_left(input_ids, rows), opened, options)
+
+    def _vocabulary(self) -> int:
+        embedding: Any = self.get_input_embeddings()
+        return len(embedding.weight)
 
     def _open(self, input_ids: Tensor, rows: list[tuple[int, int]], state: Any) -> OpenSegments:
         """Read each row up to its last segment, and return the rows' last segments."""

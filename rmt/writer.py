@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .open_segments import OpenSegments
 
+# how the plain model would keep keys and values
+CACHING = ("use_cache", "past_key_values", "cache_implementation", "cache_config", "prefill_chunk_size")
 # arguments of transformers' `generate` that have no meaning here → why
 REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(CACHING, "it always keeps the memory, and the keys and values of one segment"),
     **dict.fromkeys(
-        ("use_cache", "past_key_values", "cache_implementation", "cache_config", "prefill_chunk_size"),
-        "it always keeps the memory, and the keys and values of one segment",
-    ),
-    **dict.fromkeys(
-        ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type"),
+        ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"),
         "a token that is written into the memory cannot be taken back",
     ),
     **dict.fromkeys(
@@ -59,7 +58,7 @@ class Writer(GenerationMixin):
 
     def __init__(self, model: nn.Module | None, vocabulary: int, device: torch.device) -> None:
         # without the model's number of positions, which a text may exceed
-        self.config = PretrainedConfig(vocab_size=vocabulary)
+        self.config = PretrainedConfig.from_dict({"vocab_size": vocabulary})
         self.generation_config = _with_own_cache(getattr(model, "generation_config", None) or GenerationConfig())
         self.device = device
 
@@ -78,7 +77,8 @@ class Writer(GenerationMixin):
         if options.get("generation_config") is not None:
             options["generation_config"] = _with_own_cache(options["generation_config"])
         self._check(options)
-        out = self.generate(prompts, attention_mask=mask, past_key_values=opened, **options)
+        writer: Any = self
+        out = writer.generate(prompts, attention_mask=mask, past_key_values=opened, **options)
         if isinstance(out, Tensor):
             return out[:, prompts.shape[1] :]
         parts = dict(out) | {"sequences": out.sequences[:, prompts.shape[1] :]}
@@ -90,9 +90,11 @@ class Writer(GenerationMixin):
             if name in REFUSED:
                 raise TypeError(f"generate takes no {name}, got {options[name]!r}: {REFUSED[name]}")
         own = options.get("generation_config")
-        for name in REFUSED:
-            if name.startswith("output") and getattr(own, name, None):
-                raise ValueError(f"generation_config.{name} must not be set, got True: {REFUSED[name]}")
+        for name in set(REFUSED) - set(CACHING):
+            # a guidance of 1 is none
+            nothing = (None, False, 1) if name == "guidance_scale" else (None, False)
+            if (value := getattr(own, name, None)) not in nothing:
+                raise ValueError(f"generation_config.{name} must not be set, got {value!r}: {REFUSED[name]}")
         samples = [options.get("do_sample"), getattr(own, "do_sample", None), self.generation_config.do_sample]
         chosen = next((choice for choice in samples if choice is not None), False)
         if not chosen and any(options.get(name) is not None for name in DRAWING):
@@ -100,7 +102,7 @@ class Writer(GenerationMixin):
                 f"{', '.join(DRAWING[:-1])} and {DRAWING[-1]} must come with do_sample=True, got one of them without"
             )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, past_key_values: OpenSegments, **kwargs: Any
     ) -> dict[str, Any]:
         """Return the arguments of the call that reads a text's newest tokens."""
@@ -111,7 +113,7 @@ class Writer(GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return the logits [N, 1, vocabulary] that follow texts [N, T]."""
         logits = past_key_values.next_logits(input_ids)
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past_key_values)  # type: ignore[arg-type]
 
     __call__ = forward
 
