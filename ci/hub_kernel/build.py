@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import importlib.metadata
 import json
 import re
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +110,35 @@ def section(text: str, heading: str) -> str:
     return re.sub(r"<!--.*?-->\n*", "", rest.partition("\n## ")[0]).strip()
 
 
+def check(folder: Path) -> str:
+    """Load a build as its users do, run it once, and return what runs here.
+
+    Raises:
+        SystemExit: `kernels` is missing, or too old to load a folder.
+    """
+    try:
+        from kernels import get_local_kernel
+    except ImportError as error:
+        found = importlib.metadata.version("kernels") if find_spec("kernels") else "none"
+        raise SystemExit(
+            f"ci/hub --check: kernels must be a version with get_local_kernel, got {found}: pip install 'kernels>=0.17'"
+        ) from error
+    import torch
+
+    segattn = get_local_kernel(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, gate = torch.randn(1, 2, 100, 16, device=device), torch.zeros(2, device=device)
+    out, state = segattn.segment_attention(q, q, q, segment_len=32, gate=gate)
+    if not (out.isfinite().all() and state.memory.any()):
+        raise SystemExit("ci/hub --check: the build does not compute what it should: run segattn check")
+    return f"{segattn.__name__}\n{segattn.show_config()}"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "hub", help="default: build/hub in the checkout")
-    print(build(parser.parse_args().out))  # noqa: T201
+    parser.add_argument("--check", action="store_true", help="load the build by Hugging Face's kernels, and run it")
+    options = parser.parse_args()
+    print(build(options.out))  # noqa: T201
+    if options.check:
+        print(check(options.out))  # noqa: T201

@@ -128,6 +128,25 @@ def test_a_kernel_that_needs_another_package_is_not_built(tmp_path: Path) -> Non
         builder().reached(entry)
 
 
+def test_a_build_is_checked_by_the_package_that_loads_it(folder: Path, tmp_path: Path) -> None:
+    said = builder().check(folder).splitlines()
+    assert re.fullmatch(r"_segattn_\w+_[0-9a-f]{12}", said[0])
+    assert said[1].startswith("backend ")
+    # a package of that name which loads nothing from a folder
+    old = tmp_path / "kernels"
+    old.mkdir()
+    (old / "__init__.py").write_text("")
+    (tmp_path / "kernels-0.1.dist-info").mkdir()
+    (tmp_path / "kernels-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.1\n")
+    script = str(ROOT / "ci" / "hub_kernel" / "build.py")
+    command = [sys.executable, script, "--check", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "ci/hub --check: kernels must be a version with get_local_kernel, got 0.1: pip install 'kernels>=0.17'"
+    )
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_plain_model_computes_by_name_what_it_did(name: str, by_name: str) -> None:
     """Logits of padded texts, and every parameter's gradient."""
