@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from .growing_segment import Extension, GrowingSegment
 from .open_segments import Group, OpenSegments
 from .random_numbers import drawn_from
 from .segments import bounds, last_begin
+
+# options that transformers takes as they are
+COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
 
 
 class TextGeneration:
@@ -83,11 +87,12 @@ class TextGeneration:
             ImportError: there is no transformers.
             TypeError, ValueError: naming the argument, what it must be, and what it was.
         """
-        if options.get("max_new_tokens") is not None:
-            check.check_integer("max_new_tokens", options["max_new_tokens"], 1)
+        for name in COUNTS:
+            if options.get(name) is not None:
+                check.check_integer(name, options[name], 1)
         state = self._start_text(input_ids, state)
         rows = bounds(attention_mask, *input_ids.shape[:2])
-        opened = self._open(input_ids, rows, state)
+        opened = OpenSegments(partial(self._open, input_ids, rows, state), len(rows))
         with drawn_from(generator, input_ids.device):
             writer = _writer(huggingface_of(self.model), self._vocabulary(), input_ids.device)
             return writer.write(*padded_left(input_ids, rows), opened, options)
@@ -96,7 +101,7 @@ class TextGeneration:
         embedding: Any = self.get_input_embeddings()
         return len(embedding.weight)
 
-    def _open(self, input_ids: Tensor, rows: list[tuple[int, int]], state: Any) -> OpenSegments:
+    def _open(self, input_ids: Tensor, rows: list[tuple[int, int]], state: Any) -> list[Group]:
         """Read each row up to its last segment, and return the rows' last segments."""
         size = self.settings.segment_len
         begins = [last_begin(*row, size, self.settings.alignment) for row in rows]
@@ -108,7 +113,7 @@ class TextGeneration:
             index = torch.tensor(together, device=input_ids.device)
             tokens = torch.stack([input_ids[row, begins[row] : rows[row][1]] for row in together])
             groups.append(Group(index, GrowingSegment(self._extend_segment, size, state.select(index), tokens)))
-        return OpenSegments(groups, len(rows))
+        return groups
 
     def _read_up_to(self, input_ids: Tensor, rows: list[tuple[int, int]], begins: list[int], state: Any) -> Any:
         """Return the state in front of each row's last segment, which begins at the column in `begins`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ class OpenSegments:
     """The last segments of B texts that grow by a token each at a time.
 
     Args:
-        groups: each row of the batch is in one of them.
+        read: reads the texts up to their last segments, and returns these; each row of the batch is in one group. It is
+            called by the first `next_logits`, after transformers has checked its arguments.
         batch: B.
     """
 
@@ -32,9 +34,10 @@ class OpenSegments:
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, groups: list[Group], batch: int) -> None:
-        self.groups, self.batch = groups, batch
-        self.columns: int | None = None
+    def __init__(self, read: Callable[[], list[Group]], batch: int) -> None:
+        self.read, self.batch = read, batch
+        self.groups: list[Group] = []
+        self.columns = 0
 
     def next_logits(self, text: Tensor) -> Tensor:
         """Return the logits [N, vocabulary] that follow each row of a text.
@@ -43,7 +46,8 @@ class OpenSegments:
             text: [N, T]. In the first call the prompts, N = B, or N = n · B with n copies of each prompt side by side;
                 in each later call the text of the call before with one column more.
         """
-        if self.columns is None:
+        if not self.groups:
+            self.groups = self.read()
             self._repeat(text.shape[0] // self.batch)
         else:
             for group in self.groups:

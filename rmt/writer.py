@@ -33,6 +33,7 @@ REFUSED: Mapping[str, str] = {
     "custom_generate": "pass a logits_processor or stopping_criteria",
     "inputs_embeds": "pass input_ids",
     "position_ids": "positions begin anew with each segment",
+    "synced_gpus": "processes that share weights must write equally many tokens, so pass eos_token_id=None",
     "token_healing": "pass a prompt that ends with a whole token",
 }
 DRAWING = ("temperature", "top_k", "top_p")

@@ -230,3 +230,17 @@ def test_bad_options_are_named() -> None:
             memory.generate(ids, generation_config=config)
     with pytest.raises(ValueError, match="streamer"):
         memory.generate(ids, max_new_tokens=2, num_beams=2, streamer=Recorder())
+
+
+def test_options_are_checked_before_a_long_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, ids = decoder(), models.tokens(1, 3 * L)
+
+    def read(*arguments: Any) -> Any:
+        raise AssertionError("the prompt is read")
+
+    monkeypatch.setattr(memory, "_read_segments", read)
+    for options in ({"max_new_tokenz": 2}, {"temperature": 0.5, "max_new_tokens": 2}, {"num_beams": 0}):
+        with pytest.raises(ValueError, match=r"max_new_tokenz|do_sample|num_beams"):
+            memory.generate(ids, **options)
+    with pytest.raises(AssertionError, match="the prompt is read"):
+        memory.generate(ids, max_new_tokens=2)
