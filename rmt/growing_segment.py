@@ -60,5 +60,11 @@ class GrowingSegment:
         self.state = self.extend(self._uncached(), self.state, self.cache, True).state
         self.tokens, self.cache, self.cached = token[:, None], None, 0
 
+    def select(self, texts: Tensor) -> None:
+        """Go on with some of the texts, int [b], in this order; one may be there several times."""
+        self.state, self.tokens = self.state.select(texts), self.tokens[texts]
+        if self.cache is not None:
+            self.cache.reorder_cache(texts)
+
     def _uncached(self) -> Tensor:
         return self.tokens[:, self.cached :]

@@ -34,10 +34,6 @@ class MemoryModule(TextGeneration, Checkpointing, nn.Module):
             raise no_config(type(self).__name__)
         return super().__getattr__(name)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the module that embeds tokens, on which Hugging Face's Trainer sets the noise of NEFTune."""
-        raise NotImplementedError
-
     def _fit(self, model: nn.Module) -> None:
         """Check that `model` can take the present one's place, and note how it is called.
 

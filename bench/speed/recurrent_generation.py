@@ -68,7 +68,8 @@ def ours(make: Callable[[Sizes, torch.device], Any], sizes: Sizes, text: Tensor,
     module = make(sizes, text.device).eval()
     with torch.no_grad():
         state = module(text, output_logits=False).state
-    return Writer(lambda: module.generate(opened, max_new_tokens=count, state=state), kept_bytes(state))
+    write = functools.partial(module.generate, opened, max_new_tokens=count, state=state, eos_token_id=None)
+    return Writer(write, kept_bytes(state))
 
 
 def peer(sizes: Sizes, text: Tensor, opened: Tensor, count: int) -> Writer:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from ...runs.errors import SettingError, named
 from ...runs.figures import earlier_figures, prepare, read_text, versions, write_figures
 from ...runs.settings import check_same
+from ...runs.silence import SILENT
 from ...runs.text import text_sha256
 from . import perplexity as ppl
 from .loading import Loaded, load
@@ -51,7 +52,7 @@ class Outputs(NamedTuple):
 
 
 def run_passkey(
-    source: Source, grid: Grid, folder: Path, listener: Listener, *, resume: bool = False
+    source: Source, grid: Grid, folder: Path, listener: Listener = SILENT, *, resume: bool = False
 ) -> dict[str, Any]:
     """Measure passkeys by length and depth; write passkey.json after every cell, and passkey.png.
 
@@ -72,7 +73,7 @@ def run_passkey(
 
 
 def run_needle(
-    source: Source, grid: Grid, needle: Needle, folder: Path, listener: Listener, *, resume: bool = False
+    source: Source, grid: Grid, needle: Needle, folder: Path, listener: Listener = SILENT, *, resume: bool = False
 ) -> dict[str, Any]:
     """Measure a needle in running text as `run_passkey` measures passkeys; write needle.json and needle.png."""
     path = Outputs.of(folder, "needle")
@@ -87,7 +88,7 @@ def run_needle(
 
 
 def run_perplexity(
-    source: Source, positions: Positions, folder: Path, listener: Listener, *, resume: bool = False
+    source: Source, positions: Positions, folder: Path, listener: Listener = SILENT, *, resume: bool = False
 ) -> dict[str, Any]:
     """Measure perplexity by position; write perplexity.json after every document, and perplexity.png.
 

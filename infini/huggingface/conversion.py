@@ -201,8 +201,8 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
     for option, taken in (("cache_implementation", (None, "dynamic")), ("cache_config", (None,))):
         if (value := getattr(generation_config, option, None)) not in taken and passed is None:
             raise ValueError(
-                f"{option} must be left out for a converted model, got {value!r}: generate makes a segattn.InfiniCache, "
-                "whose size does not grow; one of fixed size, which compiles, is passed as "
+                f"{option} must be left out for a converted model, got {value!r}: generate makes an InfiniCache, whose "
+                "size does not grow; one of fixed size, which compiles, is passed as "
                 "past_key_values=segattn.StaticInfiniCache(model, batch_size)"
             )
     getattr(type(model), _PREPARE_CACHE)(model, generation_config, model_kwargs, *args, **kwargs)

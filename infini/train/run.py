@@ -20,12 +20,13 @@ from ...runs.errors import SettingError, UntrainedMemoryWarning
 from ...runs.figures import prepare, versions, write_figures
 from ...runs.interrupts import InterruptedRunError
 from ...runs.settings import check_same
+from ...runs.silence import SILENT
 from ..evaluate.loading import Tokenizer
 from ..huggingface.settings import conversion_of
 from ..sharding import runs_of
 from . import checkpoints, log
 from .model import build_model, save_model
-from .processes import agreed, deferred_stop, is_first, largest, mesh_of
+from .processes import agreed, deferred_stop, is_first, joined, largest, mesh_of
 from .settings import MAY_CHANGE, TrainSettings
 from .stream import Position, Rows
 from .trainer import Trainer
@@ -50,6 +51,33 @@ class Listener(Protocol):
 
     def trained(self, step: int, steps: int, figures: Mapping[str, Any]) -> None:
         """Take note of a step and its line of the log."""
+
+
+def finetune(
+    settings: TrainSettings,
+    folder: Path,
+    listener: Listener = SILENT,
+    *,
+    device: str | None = None,
+    timeout: float = 600.0,
+    keep: int = 2,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train as `segattn finetune` does: in this process alone, or on all that torchrun has started.
+
+    Args:
+        device: where to run, such as "cpu" or "cuda"; None: GPUs where there are any.
+        timeout: seconds to wait for a process that does not answer.
+        settings, folder, listener, keep, resume: as in `run_training`.
+
+    Returns:
+        The figures; nothing on ranks other than the first.
+
+    Raises:
+        As `run_training`; RuntimeError: this process has a default process group already.
+    """
+    with joined(device, timeout) as place:
+        return run_training(settings, folder, listener, place, keep=keep, resume=resume)
 
 
 def run_training(

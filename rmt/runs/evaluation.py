@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from ...runs.errors import SettingError, named
 from ...runs.figures import earlier_figures, prepare, versions, write_figures
 from ...runs.settings import check_least
+from ...runs.silence import SILENT
 from ..tasks.answers import answer, chance, fewest_segments, interval, length_of, samples_of
 from . import published
 from .folder import Run, RunFiles, fingerprint, load_run, trained_tokens
@@ -108,7 +109,7 @@ class Cell:
 def run_evaluation(
     folder: Path,
     grid: Grid,
-    listener: Listener,
+    listener: Listener = SILENT,
     *,
     out: Path | None = None,
     babi: str | None = None,

@@ -12,6 +12,7 @@ from ...runs.errors import SettingError, named
 from ...runs.figures import prepare, versions, write_figures
 from ...runs.interrupts import InterruptedRunError, deferred_interrupt
 from ...runs.settings import check_same
+from ...runs.silence import SILENT
 from ..tasks.answers import count_right, interval, samples_of
 from .curriculum import DivergedError, Stage, Step, Trainer
 from .folder import RunFiles, build, fingerprint, start_from, write_sources
@@ -36,7 +37,9 @@ class Listener(Protocol):
         """Show the figures of a stage that is done."""
 
 
-def run_training(settings: TrainSettings, folder: Path, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
+def run_training(
+    settings: TrainSettings, folder: Path, listener: Listener = SILENT, *, resume: bool = False
+) -> dict[str, Any]:
     """Train by the curriculum, and write weights and figures after each stage, checkpoints between.
 
     Args:

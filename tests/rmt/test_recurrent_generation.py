@@ -129,10 +129,6 @@ def test_what_generate_is_given() -> None:
     for prompt, options, message in wrong:
         with pytest.raises((TypeError, ValueError), match=message):
             module.generate(prompt, max_new_tokens=3, **options)
-    with pytest.raises(
-        TypeError, match=r"generate takes no num_beams, use_cache: its arguments are input_ids, .*generator$"
-    ):
-        module.generate(ids, max_new_tokens=3, num_beams=2, use_cache=True)
     free = module.generate(ids, max_new_tokens=8)
     ended = module.generate(ids, max_new_tokens=8, eos_token_id=[int(free[0, 2]), int(free[1, 4])])
     for row in range(2):
