@@ -29,7 +29,7 @@ from ....runs.figures import versions
 from ....runs.peak import peak_bytes
 from ..book.setup import text_of
 from ..harness import Advance, Figures, Job, Runs, command, earlier, made_by, run_all
-from .models import MODELS, build
+from .models import build
 from .plot import plot_questions
 from .setup import Setup
 
@@ -118,10 +118,10 @@ def experiment(setup: Setup, text: Path, out: Path) -> Figures:
     task = task_of(setup, text)
     if setup.lengths[0] < task.shortest:
         raise SettingError("lengths", f"must be at least {task.shortest} to hold a book, got {setup.lengths[0]}")
-    about = {"setup": json.loads(json.dumps(asdict(setup))), "text": text_of(text)[1]}
+    sizes = {name: value for name, value in json.loads(json.dumps(asdict(setup))).items() if name != "models"}
     kept = out / "questions.json"
-    figures = earlier(kept, about, "runs")
-    figures |= {"chance": chance_of(setup), "versions": versions(), "made": made_by()}
+    figures = earlier(kept, {"setup": sizes, "text": text_of(text)[1]}, "runs")
+    figures["chance"] = chance_of(setup)
     steps = len(setup.segments) * setup.steps + setup.anneal
 
     def perform(job: Job, advance: Advance) -> Figures:
@@ -137,9 +137,11 @@ def experiment(setup: Setup, text: Path, out: Path) -> Figures:
             advance(read // TOKENS_PER_STEP - before, " reads")
 
         lengths = [ask(memory, task, setup, length, on_read) for length in lengths_of(setup, name)]
-        return trained | {"parameters": sum(x.numel() for x in memory.parameters()), "lengths": lengths}
+        parameters = sum(x.numel() for x in memory.parameters())
+        made = made_by() | {"versions": versions()}
+        return trained | {"parameters": parameters, "lengths": lengths, "made": made}
 
-    amounts = {(name,): steps + setup.books * sum(lengths_of(setup, name)) // TOKENS_PER_STEP for name in MODELS}
+    amounts = {(name,): steps + setup.books * sum(lengths_of(setup, name)) // TOKENS_PER_STEP for name in setup.models}
     figures = run_all(kept, figures, Runs("runs", ("model",), amounts, perform, line, lambda figures: {}))
     plot_questions(out / "questions.png", figures)
     return figures

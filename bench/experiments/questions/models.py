@@ -17,7 +17,6 @@ from ....rmt.associative.memory import AssociativeMemory
 from ....rmt.recurrent.memory import RecurrentMemory
 from ....rmt.runs.models import small_decoder
 from ...speed.measure import tensors_in
-from ..book.experiment import SHUT, gates_of
 from .setup import Setup
 
 
@@ -113,17 +112,15 @@ def build(setup: Setup, name: str, vocabulary: int) -> nn.Module:
     return MODELS[name](setup, small_decoder(vocabulary, setup.segment_len + 2 * setup.memory_tokens, setup.sizes))
 
 
-def _infini(setup: Setup, model: Any, update: str, gate: float = 0.0) -> nn.Module:
-    convert(model, setup.segment_len, update, gate, quiet=True)
-    for each in gates_of(model):
-        each.bias.requires_grad_(gate != SHUT)
-    return Cached(model, setup.segment_len, 1.0 if gate == SHUT else setup.stretch)
+def _recurrent(setup: Setup, model: Any) -> nn.Module:
+    return RecurrentMemory(model, setup.memory_tokens, setup.segment_len, loss="last", noise=setup.noise)
 
 
 MODELS: dict[str, Callable[[Setup, Any], nn.Module]] = {
     "full": lambda setup, model: Cached(model, setup.segment_len),
-    "local": lambda setup, model: _infini(setup, model, "delta", SHUT),
-    "delta": lambda setup, model: _infini(setup, model, "delta"),
-    "rmt": lambda setup, model: RecurrentMemory(model, setup.memory_tokens, setup.segment_len, loss="last"),
+    "delta": lambda setup, model: Cached(
+        convert(model, setup.segment_len, "delta", quiet=True), setup.segment_len, setup.stretch
+    ),
+    "rmt": _recurrent,
     "armt": lambda setup, model: AssociativeMemory(model, setup.memory_tokens, setup.segment_len, d_mem=setup.d_mem),
 }

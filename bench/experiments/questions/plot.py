@@ -13,7 +13,6 @@ from ....runs.pictures import (
     BLUE,
     DPI,
     GREY,
-    LIGHT_GREY,
     ORANGE,
     VERMILION,
     doubling,
@@ -24,7 +23,6 @@ from ....runs.pictures import (
 
 LOOKS = {
     "full": ("full attention", BLACK, "^"),
-    "local": ("segments alone", LIGHT_GREY, "D"),
     "delta": ("Infini-attention, delta", VERMILION, "o"),
     "rmt": ("RMT", BLUE, "s"),
     "armt": ("ARMT", ORANGE, "v"),

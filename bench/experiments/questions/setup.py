@@ -14,6 +14,9 @@ LEAST = dict.fromkeys(
 )
 
 
+NAMES = ("full", "delta", "rmt", "armt")
+
+
 @dataclass(frozen=True)
 class Setup:
     """The settings of the command.
@@ -22,8 +25,10 @@ class Setup:
     vocabulary: Words of the book that are kept, besides those of the facts.
     memory_tokens, d_mem: Of RMT and ARMT.
     stretch: Of Infini-attention, as in `Cached`.
+    noise: Of RMT, on its memory in training.
     segments: Segments of the training texts, by stage; the models are never trained on more.
-    steps, threshold, anneal: As in `Recipe`.
+    steps to later_lr: As in `Recipe`.
+    models: Those to run, which may differ from those of an earlier call.
     lengths: Tokens of the books, as their numbers of segments.
     full_up_to: Tokens of the longest book that full attention reads.
     books: Books per length.
@@ -37,18 +42,21 @@ class Setup:
     memory_tokens: int = 8
     d_mem: int = 16
     stretch: float = 1024.0
+    noise: float = 0.1
     segment_len: int = 64
     segments: tuple[int, ...] = (1, 2, 4, 8)
-    steps: int = 500
+    steps: int = 400
     threshold: float = 0.97
-    anneal: int = 100
+    anneal: int = 150
     batch: int = 64
     later_batch: int = 32
     lr: float = 2e-3
+    later_lr: float = 1e-3
     lengths: tuple[int, ...] = (512, 4096, 32768, 131072, 524288)
     full_up_to: int = 32768
     books: int = 10
     seed: int = 0
+    models: tuple[str, ...] = NAMES
 
     def __post_init__(self) -> None:
         check_least(self, LEAST | {"anneal": 0, "seed": 0})
@@ -62,10 +70,16 @@ class Setup:
             raise SettingError("width", f"must be a multiple of {2 * self.heads}, twice the heads, got {self.width}")
         if not 0 < self.threshold <= 1:
             raise SettingError("threshold", f"must be above 0 and at most 1, got {self.threshold}")
+        for name in self.models:
+            if name not in NAMES:
+                raise SettingError("models", f"must be among {', '.join(NAMES)}, got {name!r}")
+        if self.noise < 0:
+            raise SettingError("noise", f"must be 0 or more, got {self.noise}")
         if self.stretch < 1:
             raise SettingError("stretch", f"must be at least 1, got {self.stretch}")
-        if self.lr <= 0:
-            raise SettingError("lr", f"must be positive, got {self.lr}")
+        for name in ("lr", "later_lr"):
+            if getattr(self, name) <= 0:
+                raise SettingError(name, f"must be positive, got {getattr(self, name)}")
 
     @property
     def sizes(self) -> Sizes:
@@ -84,6 +98,6 @@ class Setup:
             batch=self.batch,
             later_batch=self.later_batch,
             lr=self.lr,
-            later_lr=self.lr,
+            later_lr=self.later_lr,
             beta2=0.98,
         )
