@@ -9,7 +9,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import lm_eval.tasks
 
 from ...runs.peak import peak_bytes

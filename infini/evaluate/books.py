@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -21,17 +21,17 @@ class Asked(Protocol):
     """A question about a book, and its answer, in tokens."""
 
     @property
-    def question(self) -> Sequence[int]: ...
+    def question(self) -> Collection[int]: ...
 
     @property
-    def answer(self) -> Sequence[int]: ...
+    def answer(self) -> Collection[int]: ...
 
 
 class Book(Protocol):
     """A book in tokens, and questions about it, in the order of the facts that answer them."""
 
     @property
-    def text(self) -> Sequence[int]: ...
+    def text(self) -> Collection[int]: ...
 
     @property
     def asked(self) -> Sequence[Asked]: ...

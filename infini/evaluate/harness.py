@@ -48,13 +48,22 @@ def main() -> int:
 
 
 def _asked_model(arguments: list[str]) -> str | None:
-    """Return the kind of model that the arguments name; None where they name none."""
+    """Return the kind of model that the arguments ask for; None where they name no tasks, or a file of settings."""
+    named: dict[str, str | None] = {
+        "--model": None,
+        "-M": None,
+        "--config": None,
+        "-C": None,
+        "--tasks": None,
+        "-t": None,
+    }
     for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument in ("--model", "-M"):
-            return after
-        if argument.startswith("--model="):
-            return argument.partition("=")[2]
-    return None
+        name, equals, value = argument.partition("=")
+        if name in named:
+            named[name] = value if equals else after
+    # lm-eval's default
+    default = "hf" if (named["--tasks"] or named["-t"]) and not (named["--config"] or named["-C"]) else None
+    return named["--model"] or named["-M"] or default
 
 
 if __name__ == "__main__":

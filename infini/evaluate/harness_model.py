@@ -36,7 +36,7 @@ class SegattnLM(HFLM):  # type: ignore[misc]
     Args:
         pretrained: folder or name, as of `segattn evaluate`; or what `load` returned.
         max_length: tokens of the longest prompt with its answer, beyond which lm-eval cuts prompts on the left. None:
-            of a plain model its positions; of a converted model none.
+            nothing is cut, and a plain model is refused prompts that are longer than its positions.
         batch_size: prompts to read at once, or "auto": as many as give a converted model a segment of each in a piece.
         piece: tokens of a prompt to read at once, whole segments. None: about 4096 of all that are read at once.
         on_answers: called with the number of prompts of each batch that is answered; lm-eval's bar is then off.
@@ -68,6 +68,7 @@ class SegattnLM(HFLM):  # type: ignore[misc]
                 f"must be at most the {bound} positions of a model that is not converted, got {max_length}: convert it",
             )
         self.piece, self.on_answers, self.longest = piece, on_answers, 0
+        self.cuts = max_length is not None
         piece_len(loaded.model, piece)
         super().__init__(
             pretrained=loaded.model,
@@ -82,6 +83,27 @@ class SegattnLM(HFLM):  # type: ignore[misc]
         """Answer requests, as HFLM does."""
         answers: list[str] = super().generate_until(requests, disable_tqdm or self.on_answers is not None)
         return answers
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the tokens of prompts and their mask, as HFLM does, cut to `left_truncate_len` tokens if at all.
+
+        Raises:
+            ValueError: a prompt would be cut, and no `max_length` says so.
+        """
+        most = left_truncate_len if self.cuts else None
+        ids, mask = super().tok_batch_encode(strings, padding_side, most, truncation)
+        if left_truncate_len is not None and ids.shape[1] > left_truncate_len:
+            raise ValueError(
+                f"length must leave prompts of at most {left_truncate_len} tokens to a model that is not converted, "
+                f"got one of {ids.shape[1]}: convert it, or read shorter texts"
+            )
+        return ids, mask
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """Read prompts [B, T] piece by piece and go on with them, as HFLM does after reading them at once."""

@@ -57,7 +57,7 @@ def plot_benchmark(path: Path, cells: Sequence[dict[str, Any]], title: str) -> N
     panels[0].set_title(title, loc="left")
     panels[0].legend(frameon=False, fontsize=8)
     if watched:
-        panels[1].set_ylim(bottom=0)
+        panels[1].set_ylim(0, 1.1 * max(cell["peak_bytes"] for cell in watched) / 2**20)
         panels[1].set_ylabel("most memory held by the process, MiB")
     for axes in panels:
         doubling(axes, {length: format_length(length) for length in lengths})

@@ -67,7 +67,8 @@ def draw_book(task: TextTask, length: int, *, seed: int, index: int = 0, split: 
         raise ValueError(f"length must be at least {task.shortest} for the task {task.name}, got {length}")
     questions = task.questions(split)
     drawn = questions[generator.integers(len(questions))]
-    about = [question for question in questions if question.facts == drawn.facts]
+    # the same story may come again
+    about = list({question.text: question for question in questions if question.facts == drawn.facts}.values())
     endings = [task.ending(question) for question in about]
     room = length - max(len(asked) + len(answer) for asked, answer in endings)
     text, places = task.text(drawn, room, generator, split)

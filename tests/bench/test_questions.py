@@ -49,6 +49,7 @@ def model_of(name: str) -> Any:
 @pytest.mark.parametrize("name", ["full", "delta"])
 def test_a_cache_is_called_as_a_memory_is(name: str) -> None:
     model = model_of(name)
+    model.stretch = 1.0
     ids = torch.randint(50, (2, 4 * L))
     labels = torch.full_like(ids, -100)
     labels[:, -1] = ids[:, -1]

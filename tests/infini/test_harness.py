@@ -287,11 +287,17 @@ def test_what_would_lose_the_memory_is_refused(folder: Path, options: dict[str, 
 def test_the_harness_command_takes_no_model_without_memory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments in (["--model", "hf"], ["run", "-M", "hf"], ["--model=hf"]):
+    for arguments in (["--model", "hf"], ["run", "-M", "hf"], ["--model=hf"], []):
         monkeypatch.setattr(sys, "argv", ["harness", *arguments, "--tasks", "ruler"])
         assert harness.main() == 2
         said = capsys.readouterr().err
         assert said == "harness: --model must be segattn, got hf, which loads a model without its memory\n"
+    called = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: called.append(sys.argv))
+    for arguments in (["--model", "segattn", "--tasks", "ruler"], ["ls", "tasks"], ["--config", "a.yaml", "-t", "b"]):
+        monkeypatch.setattr(sys, "argv", ["harness", *arguments])
+        assert harness.main() == 0
+    assert len(called) == 3
 
 
 def invoke(command: str, folder: Path, out: Path, *arguments: str) -> Result:
@@ -364,6 +370,12 @@ def test_command_babilong_reads_files(folder: Path, tmp_path: Path) -> None:
         ("ruler", "converted", ["--batch", "0"], "--batch must be auto or at least 1, got '0'"),
         ("ruler", "converted", ["--piece", "100"], "--piece must be a positive multiple of the model's segments of 96"),
         ("ruler", "plain", ["--lengths", "1K"], "--lengths must be at most the 300 positions of a model that is not"),
+        (
+            "babilong",
+            "plain",
+            ["--tasks", "qa4", "--lengths", "200"],
+            "--lengths must leave prompts of at most 284 tokens to a model",
+        ),
         ("babilong", "converted", ["--tasks", "qa3"], "--tasks must be one of qa1, qa2, qa4, got 'qa3'"),
         ("babilong", "converted", ["--babi", "nowhere"], "--babi must be a folder that holds one file qa1_*_test.txt"),
         ("babilong", "converted", ["--book", "nowhere"], "--book must be a text file in UTF-8, got 'nowhere'"),

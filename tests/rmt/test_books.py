@@ -128,6 +128,12 @@ def test_answers_are_those_of_each_question_alone(task: TextTask, kind: str, len
         assert together.state_bytes == alone[0].state_bytes
 
 
+def test_a_story_that_comes_twice_is_asked_once() -> None:
+    made = make_task("book", people=1, vocabulary_size=20)
+    assert isinstance(made, TextTask)
+    assert [len(draw_book(made, 80, seed=0, index=index).asked) for index in range(5)] == [1] * 5
+
+
 def test_bad_input(task: TextTask) -> None:
     with pytest.raises(ValueError, match=f"length must be at least {task.shortest} for the task book, got 20"):
         draw_book(task, 20, seed=0)

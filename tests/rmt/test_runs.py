@@ -109,8 +109,7 @@ def little_text() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         text = generate_text(6000, seed=0)
         patch.setattr(tasks, "generate_text", lambda words, seed: text)
-        for module in (tasks, attention_maps):
-            patch.setattr(module, "generate_questions", lambda form, split: generate_questions(form, split, 100))
+        patch.setattr(tasks, "generate_questions", lambda form, split: generate_questions(form, split, 100))
         yield
 
 

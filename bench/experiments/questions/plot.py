@@ -42,15 +42,16 @@ def plot_questions(path: Path, figures: dict[str, Any]) -> None:
         above = [100 * cell["interval"][1] - y for y, cell in zip(right, cells, strict=True)]
         look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "label": title}
         shares.errorbar(at, right, yerr=[below, above], capsize=2, elinewidth=0.8, **look)
-        # what keeps nothing has no place on a logarithmic axis
-        memory.plot(at, [cell["kept_bytes"] / 2**10 or None for cell in cells], **look)
+        memory.plot(at, [cell["kept_bytes"] / 2**10 for cell in cells], **look)
     trained = setup["segments"][-1] * setup["segment_len"]
     shares.axvline(trained, color=GREY, linestyle="--", linewidth=1, label=f"trained up to {trained:,} tokens")
     shares.axhline(100 * figures["chance"], color=GREY, linestyle=":", linewidth=1, label="guessing")
     shares.set_ylim(-3, 103)
     shares.set_ylabel("right, %")
     shares.legend(frameon=False, fontsize=8)
-    logarithmic(memory)
+    # of books within a segment nothing is kept
+    if all(cell["kept_bytes"] for run in figures["runs"] for cell in run["lengths"]):
+        logarithmic(memory)
     memory.set_ylabel("kept of a book, KiB")
     for axes in (shares, memory):
         doubling(axes, {length: format_length(length) for length in setup["lengths"]}, fontsize=8)
