@@ -13,6 +13,13 @@ from ..planner.units import in_bytes, in_seconds, in_units
 VARIANTS = {"full": "full attention", "local": "local", "linear": "linear memory", "delta": "delta memory"}
 SCHEMES = {"full": "full attention", "rmt": "RMT", "infini": "Infini-attention, {update}", "armt": "ARMT"}
 TASKS = ("memorize", "detect", "reasoning")
+READERS = {
+    "full": "full attention",
+    "delta": "Infini-attention, delta",
+    "rmt": "RMT",
+    "armt": "ARMT",
+}
+BENCHMARKS = {"ruler": "RULER", "babilong": "BABILong"}
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
 
@@ -127,3 +134,50 @@ def recurrent_lengths(figures: Any) -> str:
         )
     first, *others = map(str, lengths)
     return markdown([f"time of a token, ÷ that of {first} segments; kept", f"{first} segments", *others], rows)
+
+
+def questions(figures: Any) -> str:
+    """Return a row for each model of `python -m segattn.bench.experiments.questions`: what it answers, and keeps."""
+    lengths = figures["setup"]["lengths"]
+    asked = figures["setup"]["books"] * figures["setup"]["people"]
+    rows = []
+    by_model = {run["model"]: run for run in figures["runs"]}
+    for run in (by_model[name] for name in READERS if name in by_model):
+        found = {cell["length"]: cell for cell in run["lengths"]}
+        cells = [f"{100 * found[n]['right']:.1f}" if n in found else "" for n in lengths]
+        kept = [in_bytes(found[n]["kept_bytes"]) for n in lengths if n in found]
+        rows.append([READERS[run["model"]], *cells, kept[0] if len(set(kept)) == 1 else f"{kept[0]} to {kept[-1]}"])
+    rows.append(["guessing", *[f"{100 * figures['chance']:.1f}"] * len(lengths), ""])
+    first, *others = (f"{n:,}" for n in lengths)
+    return markdown([f"right, % of {asked} answers", f"{first} tokens", *others, "kept of a book"], rows)
+
+
+def benchmarks(folder: Path) -> str | None:
+    """Return two rows for each benchmark that `segattn evaluate` has run by lm-eval: memory held and time by length.
+
+    Raises:
+        ValueError: Two benchmarks are of unlike lengths.
+    """
+    lengths: list[int] = []
+    rows = []
+    for name, title in BENCHMARKS.items():
+        figures = figures_in(folder / "lm_eval" / f"{name}.json")
+        if figures is None:
+            continue
+        cells = figures["cells"]
+        found = sorted({cell["length"] for cell in cells})
+        lengths = lengths or found
+        if found != lengths:
+            raise ValueError(f"{name} must be of {lengths} tokens as the other, got {found}")
+        of_length = [[cell for cell in cells if cell["length"] == n] for n in lengths]
+        held = [max(cell["peak_bytes"] for cell in of_n) / 2**20 for of_n in of_length]
+        seconds = [sum(cell["seconds"] for cell in of_n) / sum(cell["samples"] for cell in of_n) for of_n in of_length]
+        right = [sum(cell["score"] for cell in of_n) / len(of_n) for of_n in of_length]
+        tasks = ", ".join(dict.fromkeys(cell["task"] for cell in cells))
+        rows.append([f"{title} ({tasks}): most memory held, MiB", *(f"{x:,.0f}" for x in held)])
+        rows.append(["seconds a text, its making included", *(f"{x:.1f}" for x in seconds)])
+        rows.append(["right, %", *(f"{100 * x:.1f}" for x in right)])
+    if not rows:
+        return None
+    first, *others = (f"{n:,}" for n in lengths)
+    return markdown(["", f"{first} tokens", *others], rows)

@@ -9,7 +9,18 @@ from typing import Any, NamedTuple
 from ..speed.rows import Row
 from ..speed.timing import Times
 from ..speed.workloads import BOTH
-from .experiments import baselines, book, figures_in, markdown, memory_tasks, plan, recurrent_lengths, retrieval
+from .experiments import (
+    baselines,
+    benchmarks,
+    book,
+    figures_in,
+    markdown,
+    memory_tasks,
+    plan,
+    questions,
+    recurrent_lengths,
+    retrieval,
+)
 from .headline import headline
 from .records import Result
 
@@ -164,5 +175,7 @@ TABLES: Mapping[str, Entry] = {
     "plan": _of_file("plan/llama-3-8b.json", plan),
     "memory-tasks": _of_folder(memory_tasks),
     "retrieval": _of_folder(retrieval),
+    "questions": _of_file("questions/questions.json", questions),
+    "benchmarks": _of_folder(benchmarks),
     "recurrent-lengths": _of_file("rmt/lengths.json", recurrent_lengths),
 }

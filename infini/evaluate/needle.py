@@ -84,8 +84,9 @@ class NeedleText:
         """Say whether the tokens `said` are right by the score."""
         if self.score == "tokens":
             return list(said[: len(prompt.answer)]) == prompt.answer
-        return _plain(self.answer) in _plain(self.tokenizer.decode(said))
+        return plain_words(self.answer) in plain_words(self.tokenizer.decode(said))
 
 
-def _plain(text: str) -> str:
+def plain_words(text: str) -> str:
+    """Return a text in lower case, with single blanks for white space."""
     return re.sub(r"\s+", " ", text).strip().casefold()

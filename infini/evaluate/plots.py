@@ -1,14 +1,16 @@
-"""The picture of a perplexity by position."""
+"""The pictures of a perplexity by position, and of a benchmark by length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...runs.pictures import BLUE, DPI, GREY, plain, save_picture
+from ...runs.figures import format_length
+from ...runs.pictures import BLUE, DPI, GREY, LINES, doubling, plain, save_picture
 from .perplexity import Bucket
 
 
@@ -34,6 +36,33 @@ def plot_perplexity(path: Path, document: Sequence[Bucket], segment: Sequence[Bu
     panels[0].set_title(title, loc="left")
     if segment:
         _steps(panels[1], segment, "position inside the segment, tokens")
+    save_picture(figure, path)
+
+
+def plot_benchmark(path: Path, cells: Sequence[dict[str, Any]], title: str) -> None:
+    """Draw the score of each task by length, and the most memory held, where it is known."""
+    lengths = sorted({cell["length"] for cell in cells})
+    watched = [cell for cell in cells if cell["peak_bytes"] is not None]
+    figure = Figure(figsize=(9.6 if watched else 5.6, 3.8), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, 2 if watched else 1, squeeze=False)[0]
+    for task, (color, marker) in zip(dict.fromkeys(cell["task"] for cell in cells), LINES, strict=False):
+        look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "label": task}
+        of_task = [cell for cell in cells if cell["task"] == task]
+        panels[0].plot([x["length"] for x in of_task], [100 * x["score"] for x in of_task], **look)
+        held = [(x["length"], x["peak_bytes"] / 2**20) for x in watched if x["task"] == task]
+        if held:
+            panels[1].plot(*zip(*held, strict=True), **look)
+    panels[0].set_ylim(-3, 103)
+    panels[0].set_ylabel("right, %")
+    panels[0].set_title(title, loc="left")
+    panels[0].legend(frameon=False, fontsize=8)
+    if watched:
+        panels[1].set_ylim(0, 1.1 * max(cell["peak_bytes"] for cell in watched) / 2**20)
+        panels[1].set_ylabel("most memory held by the process, MiB")
+    for axes in panels:
+        doubling(axes, {length: format_length(length) for length in lengths})
+        axes.set_xlabel("tokens of text")
+        plain(axes)
     save_picture(figure, path)
 
 

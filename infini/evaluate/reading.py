@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,15 +46,18 @@ def segment_len_of(model: nn.Module) -> int | None:
     return conversion_of(model).settings.segment_len if is_converted(model) else None
 
 
-def piece_len(model: nn.Module, piece: int | None = None) -> int:
-    """Return the number of tokens to read at once: `piece`, or about 4096 in whole segments.
+def piece_len(model: nn.Module, piece: int | None = None, rows: int = 1) -> int:
+    """Return the number of tokens to read at once of each of `rows` texts.
+
+    Args:
+        piece: this number; None: whole segments, of about 4096 tokens in all rows together.
 
     Raises:
         ValueError: `piece` is below 1, or not a whole number of the model's segments.
     """
     segment = segment_len_of(model) or 1
     if piece is None:
-        return max(1, PIECE_TOKENS // segment) * segment
+        return max(1, PIECE_TOKENS // (segment * rows)) * segment
     if piece < 1 or piece % segment:
         multiple = "at least 1" if segment == 1 else f"a positive multiple of the model's segments of {segment} tokens"
         raise ValueError(f"piece must be {multiple}, got {piece}")
@@ -98,6 +102,15 @@ def read(
         cache = output.past_key_values
         on_tokens(part.numel())
     return Reading(output.logits[:, -1], cache)
+
+
+@torch.no_grad()
+def read_on(model: nn.Module, reading: Reading, tokens: Tensor) -> Reading:
+    """Read tokens [B, T] after a text whose own cache stays as it is, for others to go on from."""
+    _check_text(tokens, 1)
+    cache = reading.cache.copy() if hasattr(reading.cache, "copy") else copy.deepcopy(reading.cache)
+    output = _advance(model, tokens.to(_device(model)), cache, _last_only(model))
+    return Reading(output.logits[:, -1], output.past_key_values)
 
 
 @torch.no_grad()

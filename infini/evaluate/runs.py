@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ...runs.errors import SettingError, named
 from ...runs.figures import earlier_figures, prepare, read_text, versions, write_figures
@@ -12,17 +14,21 @@ from ...runs.settings import check_same
 from ...runs.silence import SILENT
 from ...runs.text import text_sha256
 from . import perplexity as ppl
+from .books import EXTRA, Draw, check_book, measure_books
 from .loading import Loaded, load
 from .needle import NeedleText
 from .passkey import PasskeyText
 from .reading import piece_len
-from .retrieval import RetrievalCell, RetrievalTask, check_positions, check_prompt, measure_grid
-from .settings import Grid, Needle, Positions, Source
+from .retrieval import RetrievalCell, RetrievalTask, check_positions, check_prompt, in_order, measure_grid
+from .settings import Books, Grid, Needle, Positions, Source, Tasks
+
+if TYPE_CHECKING:
+    from .benchmarks import Benchmark
 
 # may change between a run and its continuation, where weights, their dtype, the conversion and the text are compared
 FREE = (
     *("model", "convert", "segment_len", "update", "gates", "dtype", "device", "text", "batch", "piece"),
-    *("lengths", "depths"),
+    *("lengths", "depths", "tasks", "babi", "book"),
 )
 
 
@@ -87,6 +93,51 @@ def run_needle(
     return _retrieve(task, loaded, grid, settings, path, listener, resume)
 
 
+def run_book(
+    source: Source,
+    books: Books,
+    library: Callable[[Loaded], Draw],
+    folder: Path,
+    listener: Listener,
+    *,
+    texts: dict[str, Any] | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Ask questions about books; write book.json after every length, and book.png. Otherwise as `run_passkey`.
+
+    Args:
+        library: from the loaded model to the maker of its books.
+        texts: settings of what the books are made from, kept beside the others.
+    """
+    path = Outputs.of(folder, "book")
+    prepare(path.figures, resume=resume)
+    loaded = load(source)
+    draw = library(loaded)
+    with named(length="lengths", piece="piece", people="people"):
+        for length in books.lengths:
+            check_book(draw(length, 0))
+        check_positions(loaded.model, max(books.lengths) + EXTRA)
+        piece_len(loaded.model, books.piece)
+    settings = asdict(source) | asdict(books) | (texts or {})
+    kept = _earlier(path.figures, resume, settings, loaded.about)
+    figures = _figures("book", settings, loaded.about) | {"cells": kept.get("cells", [])}
+    done = {cell["length"] for cell in figures["cells"]}
+    left = [length for length in books.lengths if length not in done]
+    listener.begin(sum(left) * books.books)
+    try:
+        for length in left:
+            cells = measure_books(loaded, draw, length, books=books.books, piece=books.piece, on_tokens=listener.read)
+            every = [*(RetrievalCell(**cell) for cell in figures["cells"]), *cells]
+            figures["cells"] = [cell._asdict() for cell in in_order(every)]
+            write_figures(path.figures, figures)
+            share = sum(cell.exact for cell in cells) / len(cells)
+            listener.finished(f"{length} tokens: {100 * share:.1f} % right")
+    finally:
+        if figures["cells"]:
+            _draw_cells(path.picture, figures)
+    return figures
+
+
 def run_perplexity(
     source: Source, positions: Positions, folder: Path, listener: Listener = SILENT, *, resume: bool = False
 ) -> dict[str, Any]:
@@ -147,6 +198,57 @@ def run_gates(source: Source, folder: Path) -> dict[str, Any]:
     write_figures(path.figures, figures)
     plot_gates(path.picture, gates.share, gates.layers, "Share of memory per head")
     return figures
+
+
+def run_benchmark(
+    source: Source,
+    tasks: Tasks,
+    benchmark: Benchmark,
+    folder: Path,
+    listener: Listener,
+    *,
+    texts: dict[str, Any] | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Measure tasks of a benchmark by length with lm-eval; write NAME.json after every cell, and NAME.png.
+
+    Otherwise as `run_passkey`.
+
+    Args:
+        texts: settings of what the texts are made from, kept beside the others.
+    """
+    from .benchmarks import BenchmarkCell, measure, model_of
+
+    path = Outputs.of(folder, benchmark.name)
+    tasks.check(benchmark.tasks)
+    prepare(path.figures, resume=resume)
+    loaded = load(source)
+    with named(length="lengths", piece="piece"):
+        check_positions(loaded.model, max(tasks.lengths))
+        lm = model_of(loaded, tasks)
+    settings = asdict(source) | asdict(tasks) | (texts or {})
+    kept = _earlier(path.figures, resume, settings, loaded.about)
+    figures = _figures(benchmark.name, settings, loaded.about) | {"cells": kept.get("cells", [])}
+    done = {(cell["task"], cell["length"]): BenchmarkCell(**cell) for cell in figures["cells"]}
+    left = [(task, length) for length in tasks.lengths for task in tasks.tasks if (task, length) not in done]
+    listener.begin(sum(length for _, length in left) * tasks.samples)
+    try:
+        for task, length in left:
+            lm.on_answers = partial(_count, listener, length)
+            with named(length="lengths", task="tasks"):
+                cell = measure(lm, benchmark, task, length, samples=tasks.samples, seed=tasks.seed)
+            done[task, length] = cell
+            figures["cells"] = [done[place]._asdict() for place in sorted(done)]
+            write_figures(path.figures, figures)
+            listener.finished(f"{task}, {length} tokens: {100 * cell.score:.1f} % right")
+    finally:
+        if done:
+            _draw_benchmark(path.picture, benchmark.title, figures)
+    return figures
+
+
+def _count(listener: Listener, length: int, answers: int) -> None:
+    listener.read(length * answers)
 
 
 def _retrieve(
@@ -232,8 +334,15 @@ def _draw_cells(path: Path, figures: dict[str, Any]) -> None:
     from ...runs.heat_maps import plot_recall
 
     shares = {(cell["depth"], cell["length"]): cell["exact"] for cell in figures["cells"]}
-    title = {"passkey": "Passkey retrieval", "needle": "Needle in a haystack"}[figures["command"]]
+    titles = {"passkey": "Passkey retrieval", "needle": "Needle in a haystack", "book": "Questions about a book"}
+    title = titles[figures["command"]]
     plot_recall(path, shares, title, "answered right, %")
+
+
+def _draw_benchmark(path: Path, title: str, figures: dict[str, Any]) -> None:
+    from .plots import plot_benchmark
+
+    plot_benchmark(path, figures["cells"], title)
 
 
 def _draw_perplexity(path: Path, figures: dict[str, Any]) -> None:

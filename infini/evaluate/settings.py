@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -75,6 +76,60 @@ class Grid:
         for name in ("lengths", "depths"):
             if not getattr(self, name):
                 raise SettingError(name, "must name at least one, got none")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks and lengths of a benchmark that lm-eval runs, and how they are measured.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    tasks: Annotated[tuple[str, ...], "Tasks, with commas."]
+    lengths: Annotated[tuple[int, ...], "Tokens of a text, at most, such as 1K,32K,128K."]
+    samples: Annotated[int, "Texts per task and length."] = 20
+    seed: Annotated[int, "Seed of the random texts."] = 0
+    batch: Annotated[str, "Texts to read at once; auto: as many as there are segments in about 4096 tokens."] = "1"
+    piece: Piece = None
+
+    def __post_init__(self) -> None:
+        check_least(self, {"samples": 1, "seed": 0})
+        for name in ("tasks", "lengths"):
+            if not getattr(self, name):
+                raise SettingError(name, "must name at least one, got none")
+        if self.batch != "auto" and not (self.batch.isascii() and self.batch.isdecimal() and int(self.batch) > 0):
+            raise SettingError("batch", f"must be auto or at least 1, got {self.batch!r}")
+
+    def check(self, known: Collection[str]) -> None:
+        """Check that the tasks are among the known ones.
+
+        Raises:
+            SettingError: of `tasks`, naming the first that is not.
+        """
+        for task in self.tasks:
+            if task not in known:
+                raise SettingError("tasks", f"must be among {', '.join(known)}, got {task!r}")
+
+
+@dataclass(frozen=True)
+class Books:
+    """The books that are read, and what is asked about them.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    lengths: Annotated[tuple[int, ...], "Tokens of a book, questions included, such as 32K,500K."]
+    people: Annotated[int, "Facts in a book, of which each is asked for: a trait of each of 1 to 8 people."] = 4
+    books: Annotated[int, "Books per length."] = 5
+    seed: Annotated[int, "Seed of the random books."] = 0
+    piece: Piece = None
+
+    def __post_init__(self) -> None:
+        check_least(self, {"people": 1, "books": 1, "seed": 0})
+        if not self.lengths:
+            raise SettingError("lengths", "must name at least one, got none")
 
 
 @dataclass(frozen=True)

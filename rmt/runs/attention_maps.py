@@ -16,8 +16,8 @@ from ...runs.figures import make_folder, versions, write_figures
 from ...runs.settings import check_least
 from ..tasks.answers import fewest_segments, right, samples_of
 from ..tasks.batch import Batch
-from ..tasks.facts import babi_file, generate_questions, read_questions
 from ..tasks.make import FORMS
+from ..tasks.texts import TextTask
 from .folder import Run, RunFiles, load_run
 from .plots import Panel, Span, plot_attention
 
@@ -104,8 +104,7 @@ def run_attention(
 
 def sentences_of(run: Run) -> list[Tensor]:
     """Return the token ids [n] of each sentence of the stories that the test's samples are made of."""
-    form, babi = FORMS[run.settings.task].questions, run.settings.babi
-    questions = generate_questions(form, "test") if babi is None else read_questions(babi_file(babi, form, "test"))
+    questions = run.task.questions("test") if isinstance(run.task, TextTask) else []
     facts = sorted({fact for question in questions for fact in question.facts})
     return [torch.tensor(run.encode(fact), device="cpu") for fact in facts]
 

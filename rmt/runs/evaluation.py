@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 from ...runs.errors import SettingError, named
 from ...runs.figures import earlier_figures, prepare, versions, write_figures
+from ...runs.peak import peak_bytes
 from ...runs.settings import check_least
 from ...runs.silence import SILENT
 from ..tasks.answers import answer, chance, fewest_segments, interval, length_of, samples_of
 from . import published
 from .folder import Run, RunFiles, fingerprint, load_run, trained_tokens
-from .peak import peak_bytes
 from .plots import plot_accuracy
 
 

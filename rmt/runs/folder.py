@@ -220,8 +220,8 @@ def fingerprint(settings: TrainSettings) -> str:
     files = []
     if settings.task in FORMS and settings.book is not None:
         files.append(Path(settings.book))
-    if settings.task in FORMS and settings.babi is not None:
-        form = FORMS[settings.task].questions
+    form = FORMS[settings.task].questions if settings.task in FORMS else None
+    if form is not None and settings.babi is not None:
         files += [babi_file(settings.babi, form, split) for split in ("train", "test")]
     digest = hashlib.sha256()
     for file in files:

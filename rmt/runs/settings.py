@@ -40,7 +40,7 @@ class TrainSettings:
         SettingError: naming the setting, what it must be, and what it was.
     """
 
-    task: Annotated[str, "Task to learn: memorize, detect, reasoning; qa1, qa2, qa4; retrieval, copy or reverse."]
+    task: Annotated[str, "Task to learn: memorize, detect, reasoning; qa1, qa2, qa4; book; retrieval, copy or reverse."]
     babi: Annotated[str | None, "Folder of bAbI's files. Default: generated facts."] = None
     book: Annotated[str | None, "File of running text, UTF-8. Default: generated sentences."] = None
     vocabulary: Annotated[int, "Words of the text that are kept, besides those of facts."] = 4000
@@ -193,7 +193,8 @@ class TrainSettings:
         text, small = self.task in FORMS, self.pretrained is None
         of_classes = ", ".join(name for name, form in FORMS.items() if form.kind == "class")
         uses = (
-            ("babi book decoys", text, f"is for tasks of text, {', '.join(FORMS)}"),
+            ("babi", text and self.task != "book", "is for tasks of bAbI's questions"),
+            ("book decoys", text, f"is for tasks of text, {', '.join(FORMS)}"),
             ("key_digits rewrite", self.task == "retrieval", "is for retrieval"),
             ("pretrained", self.classifies, f"is for tasks of classes, {of_classes}"),
             ("freeze", not small, "must come with --pretrained: a model of random weights is not worth keeping"),

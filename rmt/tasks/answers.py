@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..segments import IGNORED
 from .batch import Batch
+from .books import Book
 from .facts import PLACES
 from .make import Task
 from .symbols import CopyTask, RetrievalTask
@@ -102,6 +103,31 @@ def answer(memory: Memory, batch: Batch, segment_len: int, on_read: Callable[[in
         if on_read is not None:
             on_read(rows * (end - begin))
     return Answers(right(logits, (labels[:, last:] if tokens else labels).to(device)), _bytes(state) // rows)
+
+
+@torch.inference_mode()
+def answer_all(memory: Memory, book: Book, segment_len: int, on_read: Callable[[int], None] | None = None) -> Answers:
+    """Read a book once, up to its last whole segment, and answer all of its questions from there.
+
+    Arguments as of `answer`; the result has a row for each question.
+
+    Raises:
+        ValueError: questions or answers are of unlike lengths.
+    """
+    device = next(memory.parameters()).device
+    last = len(book.text) // segment_len * segment_len
+    ids, labels = (x.to(device) for x in book.endings(last))
+    state = None
+    for begin, end in pairwise([*range(0, last, PIECE * segment_len), last]):
+        piece = torch.from_numpy(book.text[begin:end])[None].to(device)
+        state = memory(piece, state=state, output_logits=False).state
+        if on_read is not None:
+            on_read(end - begin)
+    size = 0 if state is None else _bytes(state)
+    if state is not None:
+        state = state.select(torch.zeros(len(ids), dtype=torch.long, device=device))
+    out = memory(ids, state=state, output_logits=True)
+    return Answers(right(out.logits, labels), size)
 
 
 def samples_of(task: Task, first: int, last: int, length: int, seed: int) -> Batch:

@@ -10,6 +10,10 @@ All facts of a story scattered in running text, the answer's tokens to be genera
 
 - qa1, qa2, qa4: as bAbI's tasks of these numbers.
 
+Facts spread evenly over running text, any of which is asked for:
+
+- book: one trait of each of some people; `books.draw_book` asks for all of them.
+
 Symbols alone, tokens to be generated:
 
 - retrieval: key and value pairs, one a segment (ARMT, arXiv 2407.04841).
@@ -29,6 +33,7 @@ from .facts import WORDS, Question, babi_file, generate_questions, read_question
 from .filler import Encode, Filler, split_sentences
 from .symbols import CopyTask, RetrievalTask
 from .texts import Kind, TextTask
+from .traits import generate_traits
 from .vocabulary import GEN, Vocabulary
 
 
@@ -57,16 +62,17 @@ class Task(Protocol):
 class _Form(NamedTuple):
     """The form of a task of facts in text.
 
-    questions: the form of its questions, in `facts.FORMS`.
+    questions: the form of its questions, in `facts.FORMS`; None: generated traits.
     kind: what the labels are, as in `TextTask`.
     support_only: put only the supporting facts into the text.
     at_beginning: put them in front of all text.
     """
 
-    questions: str
+    questions: str | None
     kind: Kind
     support_only: bool = False
     at_beginning: bool = False
+    spread: bool = False
 
 
 FORMS = {
@@ -77,7 +83,9 @@ FORMS = {
     "qa1": _Form("qa1", "token"),
     "qa2": _Form("qa2", "token"),
     "qa4": _Form("qa4", "token"),
+    "book": _Form(None, "token", spread=True),
 }
+PEOPLE = 4
 
 
 def text_task(
@@ -87,6 +95,7 @@ def text_task(
     book: str | Path | None = None,
     kind: Kind | None = None,
     max_facts: int | None = None,
+    people: int | None = None,
     decoys: float = 0.0,
     vocabulary: Vocabulary | None = None,
     vocabulary_size: int = 4000,
@@ -97,13 +106,14 @@ def text_task(
     """Make a task of facts in running text.
 
     Args:
-        name: memorize, detect, reasoning, qa1, qa2 or qa4.
-        babi: folder with bAbI's files; None: generated facts.
+        name: memorize, detect, reasoning, qa1, qa2, qa4 or book.
+        babi: folder with bAbI's files; None: generated facts, as the task book always has them.
         book: text file, in UTF-8; its first 80 % of sentences are for training, the others for the test. None:
             generated sentences of made-up words.
         kind: "class" or "token"; None: "class" for the first three, "token" for the others.
         max_facts: leave out questions with more facts in front of them; None: leave out none. The longest stories of
             qa2 have 88, of 552 words.
+        people: number of people in the task book, from 1 to 8; None: 4.
         decoys: share of the training filler's tokens that are replaced by single ones out of facts, as in `TextTask`.
         vocabulary: that of another task; None: built from the text's training part.
         vocabulary_size: words of the text in a vocabulary built here, besides those of the facts.
@@ -120,8 +130,12 @@ def text_task(
         raise ValueError(f"name must be one of {', '.join(FORMS)}, got {name!r}")
     form = FORMS[name]
     kind = form.kind if kind is None else kind
-    questions = {split: _questions(form, split, babi, max_facts) for split in SPLITS}
-    text = generate_text(100_000, seed=0) if book is None else _read(book)
+    if people is not None and form.questions is not None:
+        raise ValueError(f"people must be left out for {name}, got {people}")
+    if babi is not None and form.questions is None:
+        raise ValueError(f"babi must be left out for {name}, whose facts are generated, got {str(babi)!r}")
+    questions = {split: _questions(form, split, babi, max_facts, people or PEOPLE) for split in SPLITS}
+    text = generate_text(100_000, seed=0) if book is None else read_book(book)
     if encode is None:
         if vocab_size is not None or gen_token is not None:
             raise ValueError("vocab_size and gen_token must come with encode, got one of them without")
@@ -142,6 +156,7 @@ def text_task(
         kind=kind,
         gen_token=gen_token,
         at_beginning=form.at_beginning,
+        spread=form.spread,
         decoys=decoys,
         vocabulary=vocabulary,
     )
@@ -167,9 +182,11 @@ def make_task(name: str, **options: Any) -> Task:
     return TASKS[name](**options)
 
 
-def _questions(form: _Form, split: str, babi: str | Path | None, max_facts: int | None) -> list[Question]:
+def _questions(form: _Form, split: str, babi: str | Path | None, max_facts: int | None, people: int) -> list[Question]:
     """Return the questions of a form, with the facts that are put into the text."""
-    if babi is None:
+    if form.questions is None:
+        questions = generate_traits(split, people)
+    elif babi is None:
         questions = generate_questions(form.questions, split)
     else:
         questions = read_questions(babi_file(babi, form.questions, split))
@@ -185,7 +202,7 @@ def _questions(form: _Form, split: str, babi: str | Path | None, max_facts: int 
     return questions
 
 
-def _read(book: str | Path) -> str:
+def read_book(book: str | Path) -> str:
     """Read a book.
 
     Raises:

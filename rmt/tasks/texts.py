@@ -33,6 +33,7 @@ class TextTask:
         kind: "class": labels are indices of `classes`; "token": labels are the answer's tokens.
         gen_token: the token between question and answer of a token task; None: there is none.
         at_beginning: put facts in front of all filler.
+        spread: put each of n facts into another n-th of the filler, in place of anywhere.
         decoys: share of the filler's tokens that are replaced by single ones out of facts, in half of the training
             samples; from 0 to below 1. Where a book says "garden" seldom, a model may take the word for the fact that
             someone went there. The test's filler is never changed.
@@ -57,6 +58,7 @@ class TextTask:
         kind: Kind = "class",
         gen_token: int | None = None,
         at_beginning: bool = False,
+        spread: bool = False,
         decoys: float = 0.0,
         vocabulary: Vocabulary | None = None,
     ) -> None:
@@ -65,7 +67,7 @@ class TextTask:
         if not 0 <= decoys < 1:
             raise ValueError(f"decoys must be from 0 to below 1, got {decoys}")
         self.name, self.kind, self.vocab_size, self.vocabulary = name, kind, vocab_size, vocabulary
-        self.at_beginning = at_beginning
+        self.at_beginning, self.spread = at_beginning, spread
         self._questions = {split: list(questions.get(split, ())) for split in SPLITS}
         for split in SPLITS:
             if not self._questions[split]:
@@ -99,7 +101,9 @@ class TextTask:
         drawn = [questions[i] for i in generator.integers(len(questions), size=batch_size)]
         rows = np.empty((batch_size, length), np.int64)
         for row, question in zip(rows, drawn, strict=True):
-            self._fill(row, question, generator, split)
+            tail = self._tail(question)
+            text, _ = self.text(question, length - len(tail), generator, split)
+            np.concatenate([text, tail], out=row)
         if self.kind == "class":
             labels = np.array([self.classes.index(question.answer) for question in drawn])
             return Batch(torch.from_numpy(rows), torch.from_numpy(labels))
@@ -109,22 +113,37 @@ class TextTask:
             label[-len(answer) :] = answer
         return Batch(torch.from_numpy(rows), torch.from_numpy(labels))
 
-    def _fill(self, row: Ids, question: Question, generator: np.random.Generator, split: str) -> None:
-        """Fill a row with filler, the facts of a question, and the question."""
+    def questions(self, split: str) -> list[Question]:
+        """Return the questions of a split, "train" or "test"."""
+        return self._questions[split]
+
+    def text(self, question: Question, length: int, generator: np.random.Generator, split: str) -> tuple[Ids, Ids]:
+        """Draw filler with the facts of a question, int64 [length], and where each fact begins."""
         facts = [self._ids(fact) for fact in question.facts]
-        tail = self._tail(question)
-        room = len(row) - sum(map(len, facts)) - len(tail)
-        tokens, gaps = self._filler.draw(generator, room, split)
+        tokens, gaps = self._filler.draw(generator, length - sum(map(len, facts)), split)
         if self._decoys and split == "train":
             tokens = self._with_decoys(generator, tokens)
-        places = np.sort(gaps[generator.integers(len(gaps), size=len(facts))])
-        if self.at_beginning:
-            places[:] = 0
+        places = self._places(generator, gaps, len(facts))
         pieces, done = [], 0
         for place, fact in zip(places, facts, strict=True):
             pieces += [tokens[done:place], fact]
             done = place
-        np.concatenate([*pieces, tokens[done:], tail], out=row)
+        before = np.cumsum([0, *map(len, facts)])[:-1]
+        return np.concatenate([*pieces, tokens[done:]]), places + before
+
+    def ending(self, question: Question) -> tuple[Ids, Ids]:
+        """Return the tokens of a question, with the one behind it that asks for the answer, and those of the answer."""
+        return np.concatenate([self._ids(question.text), self._gen]), self._ids(question.answer)
+
+    def _places(self, generator: np.random.Generator, gaps: Ids, facts: int) -> Ids:
+        """Draw the gaps of the filler that facts stand in, in order."""
+        if self.at_beginning:
+            return np.zeros(facts, np.int64)
+        if self.spread:
+            # gaps end with the filler's length
+            positions = (np.arange(facts) + generator.random(facts)) / facts * gaps[-1]
+            return gaps[np.searchsorted(gaps, positions, side="right") - 1]
+        return np.sort(gaps[generator.integers(len(gaps), size=facts)])
 
     def _with_decoys(self, generator: np.random.Generator, tokens: Ids) -> Ids:
         """Replace a share of a sample's filler by tokens of facts."""
@@ -134,8 +153,7 @@ class TextTask:
 
     def _tail(self, question: Question) -> Ids:
         """Return the end of a sample: the question, and in a token task the answer."""
-        text = self._ids(question.text)
-        return text if self.kind == "class" else np.concatenate([text, self._gen, self._ids(question.answer)])
+        return self._ids(question.text) if self.kind == "class" else np.concatenate(self.ending(question))
 
     def _length(self, question: Question) -> int:
         """Return the tokens of a sample without filler."""

@@ -438,6 +438,33 @@ def test_pairs_held_are_those_up_to_the_first_loss(tmp_path: Path) -> None:
     ]
 
 
+def test_benchmarks_say_memory_and_time_by_length(tmp_path: Path) -> None:
+    assert table("benchmarks", tmp_path) is None
+    cells_of = {
+        "ruler": [("a", 1024, 0.5, 300, 8.0), ("b", 1024, 0.0, 200, 4.0), ("a", 4096, 1.0, 299, 9.0)],
+        "babilong": [("qa1", 4096, 0.25, 310, 30.0), ("qa1", 1024, 0.0, 309, 1.5)],
+    }
+    for name, found in cells_of.items():
+        made = [
+            {"task": task, "length": length, "samples": 4, "score": score, "peak_bytes": mib * 2**20, "seconds": time}
+            for task, length, score, mib, time in found
+        ]
+        keep(tmp_path / "lm_eval" / f"{name}.json", {"cells": made})
+    assert cells(table("benchmarks", tmp_path) or "") == [
+        ["", "1,024 tokens", "4,096"],
+        ["---"] * 3,
+        ["RULER (a, b): most memory held, MiB", "300", "299"],
+        ["seconds a text, its making included", "1.5", "2.2"],
+        ["right, %", "25.0", "100.0"],
+        ["BABILong (qa1): most memory held, MiB", "309", "310"],
+        ["seconds a text, its making included", "0.4", "7.5"],
+        ["right, %", "0.0", "25.0"],
+    ]
+    keep(tmp_path / "lm_eval" / "babilong.json", {"cells": made[:1]})
+    with pytest.raises(ValueError, match=r"babilong must be of \[1024, 4096\] tokens as the other, got \[4096\]"):
+        table("benchmarks", tmp_path)
+
+
 def test_recurrent_lengths_have_a_row_for_each_reader(tmp_path: Path) -> None:
     assert table("recurrent-lengths", tmp_path) is None
     summary = [

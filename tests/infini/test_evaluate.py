@@ -6,7 +6,6 @@ import io
 import json
 import math
 import shutil
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,9 @@ import segattn
 from segattn.cli import evaluate
 from segattn.cli.progress import Reading
 from segattn.infini.evaluate import retrieval
+from segattn.infini.evaluate.books import measure_books
 from segattn.infini.evaluate.gate_map import gate_map
-from segattn.infini.evaluate.harness import harness_class
-from segattn.infini.evaluate.loading import ByteTokenizer, PretrainedTokenizer, fingerprint, load
+from segattn.infini.evaluate.loading import ByteTokenizer, Loaded, PretrainedTokenizer, fingerprint, load
 from segattn.infini.evaluate.needle import NeedleText
 from segattn.infini.evaluate.passkey import FILLER, QUESTION, TASK, PasskeyText
 from segattn.infini.evaluate.perplexity import (
@@ -43,11 +42,14 @@ from segattn.infini.evaluate.perplexity import (
     widths,
 )
 from segattn.infini.evaluate.plots import plot_perplexity
-from segattn.infini.evaluate.reading import cache_bytes, decode, losses, piece_len, read
+from segattn.infini.evaluate.reading import cache_bytes, decode, losses, piece_len, read, read_on
 from segattn.infini.evaluate.retrieval import RetrievalCell, measure, measure_grid
 from segattn.infini.evaluate.runs import Outputs, run_passkey
 from segattn.infini.evaluate.settings import Grid, Source
 from segattn.infini.huggingface.saving import save_gates, save_pretrained
+from segattn.rmt.tasks.books import draw_book
+from segattn.rmt.tasks.make import make_task
+from segattn.rmt.tasks.traits import PEOPLE, TRAITS
 from segattn.runs.errors import SettingError
 from segattn.runs.figures import format_length
 from segattn.runs.heat_maps import plot_gates, plot_recall
@@ -737,43 +739,100 @@ def test_bar_follows_a_run(folder: Path, tmp_path: Path) -> None:
     assert (listener.tokens, listener.total, len(listener.lines)) == (1600, 1600, 2)
 
 
-def test_harness_gets_the_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: Any) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match="pip install lm-eval"):
-        harness_class()
+class Librarian(Answerer):
+    """Says where a person went, by the text that was read, or something else."""
 
-    class HFLM:
-        def __init__(self, **given: Any) -> None:
-            self.given = given
+    def next_byte(self, row: bytes) -> int:
+        text = row.decode()
+        at, trait, name = max(
+            (text.rfind(asked), trait, name)
+            for trait in TRAITS
+            for name in PEOPLE
+            for asked in [trait.question.format(name)]
+        )
+        begin, _, end = trait.fact.format(name, "|").partition("|")
+        told = text.partition(begin)[2].partition(end)[0]
+        said = text[at + len(trait.question.format(name)) :]
+        answer = f" {told}."
+        return ord(answer[min(len(said), len(answer) - 1)]) ^ self.wrong
 
-    registered: dict[str, type] = {}
 
-    def register_model(name: str) -> Any:
-        return lambda made: registered.setdefault(name, made)
+def books_of(people: int, seed: int = 0) -> Any:
+    encode = ByteTokenizer().encode
+    task = make_task("book", people=people, encode=lambda text: encode(f" {text}"), vocab_size=256)
+    return lambda length, index: draw_book(task, length, seed=seed, index=index)
 
-    stubs = {
-        "lm_eval": {},
-        "lm_eval.api": {},
-        "lm_eval.models": {},
-        "lm_eval.api.registry": {"register_model": register_model},
-        "lm_eval.models.huggingface": {"HFLM": HFLM},
-    }
-    for name, members in stubs.items():
-        module = types.ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
-    made = harness_class()
-    assert registered == {"segattn": made}
-    assert issubclass(made, HFLM)
-    pretrained.tokenizer.save_pretrained(tmp_path)
-    model = converted()
-    model.resize_token_embeddings(400)
-    save_pretrained(model, tmp_path)
-    lm = made(str(tmp_path), max_length=4096, batch_size=3, device="cpu", max_batch_size=8)
-    assert segattn.InfiniCache(lm.given["pretrained"]).settings.segment_len == L
-    assert len(lm.given["tokenizer"]) == 400
-    assert (lm.given["max_length"], lm.given["batch_size"], lm.given["max_batch_size"]) == (4096, 3, 8)
-    assert lm.given["backend"] == "causal"
-    assert "device" not in lm.given
-    with pytest.raises(ValueError, match="tokenizer must be one of transformers for lm_eval, got 'bytes'"):
-        made(str(folder / "converted"), 4096, tokenizer="bytes", device="cpu")
+
+def test_a_book_is_read_once_for_all_questions() -> None:
+    for wrong in (False, True):
+        model = Librarian(wrong)
+        read_so_far: list[int] = []
+        loaded = Loaded(model, ByteTokenizer(), {})
+        cells = measure_books(loaded, books_of(3), 9000, books=2, on_tokens=read_so_far.append)
+        assert [(cell.length, cell.depth, cell.samples) for cell in cells] == [
+            (9000, depth, 2) for depth in (0.1667, 0.5, 0.8333)
+        ]
+        assert [cell.exact for cell in cells] == [1.0 - wrong] * 3
+        assert (cells[0].tokens == 1.0) is not wrong
+        # whole pieces, then each question and what is said to it, a token at a time
+        assert sum(read_so_far) < 2 * 9000
+        assert [size for size in model.pieces if size > 100] == read_so_far
+        assert [size for size in read_so_far if size == 4096] == [4096] * 4
+        assert len(read_so_far) == 6
+        questions = [size for size in model.pieces if 1 < size <= 100]
+        assert len(questions) == 6
+        assert max(questions) < 45
+
+
+@pytest.mark.parametrize("kind", ["converted", "plain"])
+def test_a_question_goes_on_from_the_book(kind: str) -> None:
+    """What one question adds is not there for the next one."""
+    model = (converted() if kind == "converted" else tiny()).double()
+    tokens, first, second = (torch.randint(256, (1, n)) for n in (5 * L + 7, 9, L + 3))
+    reading = read(model, tokens, piece=L)
+    kept = cache_bytes(reading.cache)
+    for asked in (first, second, first):
+        asking = read_on(model, reading, asked)
+        said = decode(model, asking, 4)
+        with torch.no_grad():
+            whole = model(torch.cat([tokens, asked], dim=1), use_cache=False).logits[:, -1]
+        assert (asking.logits - whole).abs().max() < 1e-10
+        assert said.shape == (1, 4)
+    assert cache_bytes(reading.cache) == kept
+
+
+def test_command_book(folder: Path, tmp_path: Path) -> None:
+    given = [str(folder / "converted"), *BYTES, "--text", folder / "text.txt", "--books", "2", "--people", "3"]
+    result = invoke("book", "--out", tmp_path, "--lengths", "500,2K", *given)
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "book.json").read_text())
+    assert [(cell["length"], cell["depth"]) for cell in figures["cells"]] == [
+        (length, depth) for length in (500, 2048) for depth in (0.1667, 0.5, 0.8333)
+    ]
+    # the same state for either length
+    assert len({cell["cache_bytes"] for cell in figures["cells"]}) == 1
+    assert "Answers found" in result.stdout
+    assert (tmp_path / "book.png").read_bytes().startswith(b"\x89PNG")
+    again = invoke("book", "--out", tmp_path, "--lengths", "500,1000,2K", *given, "--resume")
+    assert again.exit_code == 0, again.output
+    assert again.stdout.count(" % right") == 1
+    kept = json.loads((tmp_path / "book.json").read_text())["cells"]
+    assert [cell for cell in kept if cell["length"] != 1000] == figures["cells"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--people", "9"], "--people must be from 1 to 8, got 9"),
+        (["--people", "0"], "--people must be at least 1, got 0"),
+        (["--books", "0"], "--books must be at least 1, got 0"),
+        (["--lengths", "90"], "--lengths must be at least"),
+        (["--text", "nowhere.txt"], "--text must be a file that can be read, got 'nowhere.txt'"),
+        (["--piece", "25"], f"--piece must be a positive multiple of the model's segments of {L} tokens, got 25"),
+    ],
+)
+def test_book_names_what_is_wrong(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = invoke("book", str(folder / "converted"), *BYTES, "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"segattn evaluate book: {message}"), result.stderr
+    assert result.stderr.count("\n") == 1

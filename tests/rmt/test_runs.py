@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from segattn.cli import rmt as command
 from segattn.cli.progress import Reading
-from segattn.rmt.runs import attention_maps, published
+from segattn.rmt.runs import published
 from segattn.rmt.runs.attention_maps import Sample, attention_of, find_facts, run_attention, sentences_of
 from segattn.rmt.runs.curriculum import WINDOW, Recipe, Stage, Step, Trainer
 from segattn.rmt.runs.evaluation import Grid, run_evaluation
@@ -109,8 +109,7 @@ def little_text() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         text = generate_text(6000, seed=0)
         patch.setattr(tasks, "generate_text", lambda words, seed: text)
-        for module in (tasks, attention_maps):
-            patch.setattr(module, "generate_questions", lambda form, split: generate_questions(form, split, 100))
+        patch.setattr(tasks, "generate_questions", lambda form, split: generate_questions(form, split, 100))
         yield
 
 
