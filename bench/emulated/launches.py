@@ -14,48 +14,56 @@ from torch import Tensor
 
 from ...kernels.triton.configs import TARGETS, Target
 from ...kernels.triton.launch import Launch, constants, redirecting
+from ...kernels.triton.tiles import Tokens
 from ..compiled.ahead_of_time import build, signature
-from .machine import Run, execute
+from .executor import execute
 from .ptx import Program, parse
 
 # of the targets that kernels are compiled for: those whose code is PTX
 EMULATED = tuple(name for name in TARGETS if name.startswith("sm_"))
+# arguments that kernels write whole, unless their memory held zeros or a part of the sum before
+OUTPUTS = ("out", "after", "dq", "dk", "dv", "memory_delta")
 
 
 @dataclass(frozen=True)
-class Executed:
-    """A launch that has run on the CPU."""
+class Launched:
+    """A launch that was executed; kernel and programs alone of one that was not to its end."""
 
     kernel: str
     programs: int
-    compiling: float  # seconds, near 0 where Triton's cache had the code
-    executing: float  # seconds
-    run: Run
+    compiling: float = 0.0  # seconds, near 0 where Triton's cache had the code
+    executing: float = 0.0  # seconds
 
 
 @contextmanager
-def emulating(target: Target) -> Iterator[list[Executed]]:
+def emulating(target: Target) -> Iterator[list[Launched]]:
     """Execute the launches inside, which take tensors on the CPU, as they would run on `target`; list them.
 
     New tensors begin as NaN, so that what a kernel forgets to write shows.
 
     Raises:
-        CompileError, Unsupported: of a launch that cannot be compiled, or not be executed.
+        CompileError, Unsupported: of a launch that cannot be compiled, or not be executed; from the `with` block.
         Fault: of a launch that does what it must not; from the `with` block.
     """
-    executed: list[Executed] = []
-    with _poisoned(), redirecting(target, lambda launch: executed.append(_execute(launch, target))):
-        yield executed
+    launches: list[Launched] = []
+
+    def take(launch: Launch) -> None:
+        launches.append(Launched(launch.kernel.__name__, launch.programs))
+        launches[-1] = _execute(launch, target)
+
+    with _poisoned(), redirecting(target, take):
+        yield launches
 
 
-def _execute(launch: Launch, target: Target) -> Executed:
+def _execute(launch: Launch, target: Target) -> Launched:
     """Compile and execute one launch."""
     begin = time.perf_counter()
     compiled = build(launch, target)
     program = _parsed(compiled.asm["ptx"])
     built = time.perf_counter()
-    run = execute(program, launch.programs, arguments_of(launch), compiled.metadata.shared)
-    return Executed(launch.kernel.__name__, launch.programs, built - begin, time.perf_counter() - built, run)
+    shared = compiled.metadata.shared
+    execute(program, launch.programs, arguments_of(launch), shared, outputs=outputs_of(launch))
+    return Launched(launch.kernel.__name__, launch.programs, built - begin, time.perf_counter() - built)
 
 
 @cache
@@ -69,6 +77,13 @@ def arguments_of(launch: Launch) -> list[Tensor | int | float]:
     values = constants(launch.kernel, launch.tile) | launch.arguments
     types = signature(launch).types
     return [leaf for name in launch.kernel.arg_names for leaf in _leaves(types[name], values[name])]
+
+
+def outputs_of(launch: Launch) -> list[Tensor]:
+    """Return the tensors of which the kernel must write every element: `OUTPUTS` that hold nothing yet."""
+    values = (launch.arguments.get(name) for name in OUTPUTS)
+    tensors = (value.pointer if isinstance(value, Tokens) else value for value in values)
+    return [x for x in tensors if x is not None and x.numel() and bool(x.isnan().all())]
 
 
 def _leaves(kind: Any, value: Any) -> Iterator[Tensor | int | float]:
