@@ -1,0 +1,290 @@
+"""Matrix instructions of a warp and of a warpgroup: mma.sync, ldmatrix, stmatrix, wgmma.
+
+A fragment is [registers, 32 lanes] of 32-bit words, each with two halves or one tf32 number along K. Which word of a
+matrix a register holds does not depend on the format, so that layouts are stated once, in words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .faults import Fault, Unsupported
+from .formats import HALVES, widen
+from .machine import Machine, Step
+from .ptx import Instruction, Operand
+from .races import Array
+from .registers import NEVER_WRITTEN, Mask, Register, flags_of
+from .tiles import Tile
+
+LANE = np.arange(32)
+ROW, COLUMN = LANE // 4, LANE % 4  # of a lane in 8 rows of 4 words
+
+
+class Layout(NamedTuple):
+    """Where each lane's registers lie in a matrix: rows and columns, [registers, 32]."""
+
+    rows: Array
+    columns: Array
+
+
+def operand_a(registers: int) -> Layout:
+    """Return the layout of A, 16 rows of words: registers go down by 8 rows, then right by 4 words."""
+    r = np.arange(registers)[:, None]
+    return Layout(ROW + 8 * (r % 2), COLUMN + 4 * (r // 2))
+
+
+def operand_b(registers: int) -> Layout:
+    """Return the layout of B transposed, 8 rows of words: registers go right by 4 words."""
+    r = np.arange(registers)[:, None]
+    return Layout(ROW + 0 * r, COLUMN + 4 * r)
+
+
+def result(registers: int) -> Layout:
+    """Return the layout of C and D, 16 rows of float32: pairs of columns, down by 8 rows, then right by 8 columns."""
+    r = np.arange(registers)[:, None]
+    return Layout(ROW + 8 * (r // 2 % 2), 2 * COLUMN + r % 2 + 8 * (r // 4))
+
+
+def numbers(words: Array, kind: str) -> Array:
+    """Return the float32 values of words along the last dimension: two of each for halves."""
+    words = np.ascontiguousarray(words)
+    return widen(words.view(np.uint16) if kind in HALVES else words, kind)
+
+
+class Fragment:
+    """The registers of a matrix operand, in every warp."""
+
+    def __init__(self, machine: Machine, operand: Operand) -> None:
+        names = operand if isinstance(operand, tuple) else (operand,)
+        self.registers = [machine.register(name) for name in names]
+
+    def gather(self) -> Array:
+        """Return the words, [warps, registers, 32]."""
+        return np.stack([r.bits for r in self.registers]).reshape(len(self.registers), -1, 32).swapaxes(0, 1)
+
+    def matrix(self, layout: Layout, rows: int) -> Array:
+        """Return the words as matrices, [warps, rows, words]."""
+        words = self.gather()
+        matrix = np.empty((words.shape[0], rows, int(layout.columns.max()) + 1), np.uint32)
+        matrix[:, layout.rows, layout.columns] = words
+        return matrix
+
+    def scatter(self, words: Array, mask: Mask) -> None:
+        """Write words [warps, registers, 32] to the registers of lanes."""
+        for register, values in zip(self.registers, words.swapaxes(0, 1).reshape(len(self.registers), -1), strict=True):
+            np.copyto(register.bits, values, where=True if mask is None else mask)
+
+    def settle(self, mask: Mask, flags: Array | None) -> None:
+        """Set the flags of lanes that are written."""
+        for register in self.registers:
+            register.settle(mask, flags)
+
+
+def _over_warps(flags: Array | None) -> Array | None:
+    """Return flags spread over each warp, as every lane's result depends on the others'."""
+    return None if flags is None else np.repeat(flags.reshape(-1, 32).max(1), 32)
+
+
+def _shape(instruction: Instruction) -> tuple[int, int, int]:
+    """Return M, N and K."""
+    match = re.search(r"\.m(\d+)n(\d+)k(\d+)", instruction.opcode)
+    if match is None:
+        raise Unsupported(f"the shape of {instruction.opcode}")
+    return int(match[1]), int(match[2]), int(match[3])
+
+
+def multiply(machine: Machine, instruction: Instruction) -> Step:
+    """Bind mma.sync: D = A B + C, 16 × 8, of halves or tf32 into float32."""
+    words, kind = instruction.words, instruction.words[-2]
+    if words[1:3] != ["sync", "aligned"] or words[4:] != ["row", "col", "f32", kind, kind, "f32"]:
+        raise Unsupported(instruction.opcode)
+    M, N, K = _shape(instruction)
+    per_word = 2 if kind in HALVES else 1
+    d, a, b, c = (Fragment(machine, o) for o in instruction.operands)
+    if (M, N) != (16, 8) or len(b.registers) * 4 * per_word != K or kind not in (*HALVES, "tf32"):
+        raise Unsupported(instruction.opcode)
+    layout_a, layout_b, layout_d = operand_a(len(a.registers)), operand_b(len(b.registers)), result(4)
+    inputs = a.registers + b.registers + c.registers
+
+    def run(mask: Mask) -> Mask:
+        machine.whole(mask, 32, instruction.opcode)
+        flags = _over_warps(flags_of(inputs, mask))
+        left, right = numbers(a.matrix(layout_a, 16), kind), numbers(b.matrix(layout_b, 8), kind)
+        product = np.matmul(left, right.swapaxes(1, 2))[:, layout_d.rows, layout_d.columns]
+        d.settle(mask, flags)
+        d.scatter((product + c.gather().view(np.float32)).view(np.uint32), mask)
+        return None
+
+    return run
+
+
+def _matrices(instruction: Instruction) -> tuple[int, bool]:
+    """Return how many 8 × 8 matrices ldmatrix or stmatrix moves, and whether it transposes them."""
+    _, *words = instruction.words
+    words = [w.partition("::")[0] for w in words]
+    count = next((int(w[1:]) for w in words if w in ("x1", "x2", "x4")), 0)
+    rest = [w for w in words if w not in (f"x{count}", "trans")]
+    if not count or rest != ["sync", "aligned", "m8n8", "shared", "b16"]:
+        raise Unsupported(instruction.opcode)
+    return count, "trans" in words
+
+
+def _rows(machine: Machine, operand: Operand, count: int) -> Any:
+    """Return what computes the lanes that hold the addresses of rows, and where those are in shared memory."""
+    address = machine.address(operand, 4)
+    giving = machine.lane < 8 * count
+
+    def compute(mask: Mask) -> tuple[Array, Array]:
+        give = giving if mask is None else giving & mask
+        lanes = np.flatnonzero(give)
+        return lanes, machine.shared.places(address(give), 16, machine.program_of[lanes])
+
+    return compute
+
+
+def load(machine: Machine, instruction: Instruction) -> Step:
+    """Bind ldmatrix: lane i gives the address of row i % 8 of matrix i / 8, and gets a word of each."""
+    count, transposed = _matrices(instruction)
+    target = Fragment(machine, instruction.operands[0])
+    rows = _rows(machine, instruction.operands[1], count)
+
+    def run(mask: Mask) -> Mask:
+        machine.whole(mask, 32, instruction.opcode)
+        lanes, at = rows(mask)
+        data, never = machine.shared.load(at, 16, lanes)
+        halves = data.view(np.uint16).reshape(-1, count, 8, 8)
+        if transposed:
+            halves = halves.swapaxes(2, 3)
+        words = np.ascontiguousarray(halves).view(np.uint32).reshape(-1, count, 32)
+        flags = None
+        if never is not None:
+            flags = np.zeros(machine.count, np.uint8)
+            flags[machine.lanes(mask)] = np.repeat(never.reshape(-1, 8 * count).any(1), 32) * NEVER_WRITTEN
+        for i, register in enumerate(target.registers):
+            register.settle(mask, flags)
+            register.bits[machine.lanes(mask)] = words[:, i].reshape(-1)
+        return None
+
+    return run
+
+
+def store(machine: Machine, instruction: Instruction) -> Step:
+    """Bind stmatrix, the other way than ldmatrix."""
+    count, transposed = _matrices(instruction)
+    origin = Fragment(machine, instruction.operands[1])
+    rows = _rows(machine, instruction.operands[0], count)
+
+    def run(mask: Mask) -> Mask:
+        machine.whole(mask, 32, instruction.opcode)
+        flags = _over_warps(flags_of(origin.registers, mask))
+        words = origin.gather() if mask is None else origin.gather()[mask[::32]]
+        halves = np.ascontiguousarray(words).view(np.uint16).reshape(-1, count, 8, 8)
+        if transposed:
+            halves = halves.swapaxes(2, 3)
+        lanes, at = rows(mask)
+        data = np.ascontiguousarray(halves).view(np.uint8).reshape(-1, 16)
+        machine.shared.store(at, data, lanes, None if flags is None else flags[lanes] > 0)
+        return None
+
+    return run
+
+
+_HOPPER_SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}
+
+
+def warpgroup(machine: Machine, instruction: Instruction) -> Step:
+    """Bind wgmma: its fences, groups and waits, and the products themselves."""
+    words, operands = instruction.words, instruction.operands
+    groups = machine.warpgroups
+    if words[1] == "fence":
+        return lambda mask: machine.whole(mask, 128, instruction.opcode)
+    if words[1] == "commit_group":
+
+        def commit(mask: Mask) -> Mask:
+            machine.whole(mask, 128, instruction.opcode)
+            groups.committed[machine.lanes(mask)] += 1
+            return None
+
+        return commit
+    if words[1] == "wait_group":
+
+        def wait(mask: Mask) -> Mask:
+            machine.whole(mask, 128, instruction.opcode)
+            groups.finish(machine.full(mask), int(operands[0]))  # type: ignore[arg-type]
+            return None
+
+        return wait
+    return _product(machine, instruction)
+
+
+def _product(machine: Machine, instruction: Instruction) -> Step:
+    """Bind wgmma.mma_async: D = A B + D, 64 × N for each warpgroup; A in registers or shared memory."""
+    words, operands, kind = instruction.words, instruction.operands, instruction.words[-1]
+    M, N, K = _shape(instruction)
+    in_registers = isinstance(operands[1], tuple)
+    flags = [int(x) for x in operands[4:]]  # type: ignore[arg-type]
+    signs, transposes = flags[:2], flags[2:]
+    wanted = (2 - in_registers) * (kind in HALVES)
+    if (
+        words[1:4] != ["mma_async", "sync", "aligned"]
+        or words[5:] != ["f32", kind, kind]
+        or kind not in (*HALVES, "tf32")
+        or (64, 16 if kind in HALVES else 8) != (M, K)
+        or signs != [1, 1]
+        or len(transposes) != wanted
+    ):
+        raise Unsupported(instruction.opcode)
+    transpose_b = bool(transposes and transposes[-1])
+    transpose_a = bool(transposes and transposes[0]) and not in_registers
+    d, b = Fragment(machine, operands[0]), machine.source(operands[2], "b64")
+    a = Fragment(machine, operands[1]) if in_registers else machine.source(operands[1], "b64")
+    keep = machine.source(operands[3], "pred")
+    layout_a, layout_d = operand_a(4), result(N // 2)
+    inputs = a.registers if isinstance(a, Fragment) else []
+    reading = [s.register for s in (a, b, keep) if not isinstance(s, Fragment) and s.register]
+
+    def tiles(source: Any, rows: int, transposed: bool, working: Array, leaders: Array) -> Array:
+        descriptors = np.broadcast_to(source.get(), machine.count).reshape(-1, 128)[working]
+        if (descriptors != descriptors[:, :1]).any():
+            raise Fault("matrix descriptor", "the threads of a warpgroup disagree")
+        found = [Tile.of(int(x), _HOPPER_SWIZZLES, 62) for x in descriptors[:, 0]]
+        return machine.tiles.read(found, machine.program_of[leaders], rows, kind, transposed, leaders)
+
+    def run(mask: Mask) -> Mask:
+        machine.whole(mask, 128, instruction.opcode)
+        flags_of(reading, mask)
+        working = machine.full(mask)[::128]
+        leaders = np.flatnonzero(working) * 128
+        tainted = _over_warps(flags_of(inputs, mask))
+        if isinstance(a, Fragment):
+            left = numbers(a.matrix(layout_a, 16), kind).reshape(-1, 64, K)[working]
+        else:
+            left = tiles(a, 64, transpose_a, working, leaders)
+        right = tiles(b, N, transpose_b, working, leaders)
+        product = np.matmul(left, right.swapaxes(1, 2)).reshape(-1, 16, N)[:, layout_d.rows, layout_d.columns]
+        where = np.repeat(working, 128)
+        lanes = np.flatnonzero(where)
+        keeps = np.broadcast_to(keep.get(), machine.count)[lanes]
+        sums = product.swapaxes(0, 1).reshape(len(d.registers), -1)
+        if keeps.any():
+            before = np.stack([r.bits for r in d.registers]).view(np.float32)[:, lanes]
+            sums = np.where(keeps, sums + before, sums)
+            _require_accumulators(d.registers, where & np.broadcast_to(keep.get(), machine.count))
+        for register, values in zip(d.registers, sums.view(np.uint32), strict=True):
+            register.bits[lanes] = values
+            register.flags = None if tainted is None else tainted
+        machine.warpgroups.start(where, d.registers, inputs, machine.tiles.stamp)
+        return None
+
+    return run
+
+
+def _require_accumulators(registers: Sequence[Register], mask: Array) -> None:
+    """Raise a fault if sums that are added to were never written."""
+    for register in registers:
+        if register.flags is not None and (register.flags[mask] & NEVER_WRITTEN).any():
+            raise Fault("uninitialised register", "an accumulator was never written")

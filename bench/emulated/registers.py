@@ -1,0 +1,91 @@
+"""Registers: the bits of every lane, and flags where they are not to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from .faults import Fault, Unsupported
+from .formats import numpy_type
+from .races import Array
+
+Mask = Array | None  # of lanes; None: all
+
+NEVER_WRITTEN = np.uint8(1)
+NOT_ARRIVED = np.uint8(2)  # an asynchronous instruction will write it
+IN_USE = np.uint8(4)  # one reads it
+
+
+class Register:
+    """A register of every lane: its bits, and flags where a lane's are not to be read; flags are None where all are."""
+
+    __slots__ = ("bits", "flags")
+
+    def __init__(self, bits: Array, flags: Array) -> None:
+        self.bits = bits
+        self.flags: Array | None = flags
+
+    def typed(self, name: str) -> Array:
+        """Return a view of the bits as PTX's type `name`: [lanes], pairs as [lanes, 2].
+
+        Raises:
+            Unsupported: the type has another size.
+        """
+        dtype, pair = np.dtype(numpy_type(name)), name.endswith("x2")
+        if (dtype == np.bool_) != (self.bits.dtype == np.bool_) or dtype.itemsize << pair != self.bits.itemsize:
+            raise Unsupported(f".{name} of a register of {self.bits.itemsize} bytes")
+        return self.bits.view(dtype).reshape(-1, 2) if pair else self.bits.view(dtype)
+
+    def low(self, name: str) -> Array:
+        """Return a view of the bits as `typed` does, of wider registers the low bits."""
+        itemsize = np.dtype(numpy_type(name)).itemsize
+        if name.endswith("x2") or self.bits.itemsize <= itemsize:
+            return self.typed(name)
+        return self.bits.view(numpy_type(name))[:: self.bits.itemsize // itemsize]
+
+    def settle(self, mask: Mask, flags: Array | None) -> None:
+        """Set the flags of lanes that are written.
+
+        Raises:
+            Fault: the register waits for an asynchronous instruction.
+        """
+        if self.flags is not None:
+            _require_arrived(self.flags & (NOT_ARRIVED | IN_USE), mask, "writes")
+        if mask is None:
+            self.flags = flags
+        elif self.flags is not None or flags is not None:
+            none = np.uint8(0)
+            merged = np.where(mask, none if flags is None else flags, none if self.flags is None else self.flags)
+            self.flags = merged if merged.any() else None
+
+
+def _require_arrived(flags: Array, mask: Mask, what: str) -> None:
+    """Raise a fault if lanes have flags of an asynchronous instruction."""
+    if (flags if mask is None else flags[mask]).any():
+        raise Fault("asynchronous result", f"{what} a register of an asynchronous instruction before the wait for it")
+
+
+def flags_of(registers: Iterable[Register], mask: Mask) -> Array | None:
+    """Return the flags of several registers together, None where all lanes may be read.
+
+    Raises:
+        Fault: one of them waits for an asynchronous instruction.
+    """
+    flags: Array | None = None
+    for register in registers:
+        if register.flags is not None:
+            flags = register.flags if flags is None else flags | register.flags
+    if flags is None:
+        return None
+    _require_arrived(flags & NOT_ARRIVED, mask, "reads")
+    live = flags & NEVER_WRITTEN
+    live = live if mask is None else live * mask
+    return live if live.any() else None
+
+
+def require_written(registers: Iterable[Register], mask: Mask, use: str) -> None:
+    """Raise a fault if what lanes use depends on a register, or on memory, that was never written."""
+    flags = flags_of(registers, mask)
+    if flags is not None:
+        raise Fault("uninitialised register", f"{use} of {np.count_nonzero(flags)} threads was never written")
