@@ -16,13 +16,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from segattn.bench.emulated.faults import Fault
-
 from segattn.bench.compiled.ahead_of_time import signature
 from segattn.bench.compiled.jobs import KERNELS
 from segattn.bench.emulated import jobs as emulated_jobs
 from segattn.bench.emulated import launches as emulated_launches
 from segattn.bench.emulated.cases import CASES, QUICK, RECORDED
+from segattn.bench.emulated.faults import Fault
 from segattn.bench.emulated.jobs import Job, Measured, Row, execute_all, execute_job, kernels_of, plan
 from segattn.bench.emulated.launches import EMULATED, Launched, arguments_of, emulating, outputs_of
 from segattn.bench.emulated.table import OUTPUTS, failures, table
@@ -235,7 +234,7 @@ def test_rows_are_kept_while_the_sources_are_the_same(tmp_path: Path, monkeypatc
 
 
 def test_launches_are_what_the_code_takes() -> None:
-    """Arguments that are not compiled in, those of tuples one by one; only tensors that start at 16 bytes are aligned."""
+    """Arguments that are not compiled in, those of tuples one by one; tensors aligned where they begin at 16 bytes."""
     x, shifted = view(torch.zeros(1, 2, 40, 16)), view(torch.zeros(1281)[1:].view(1, 2, 40, 16))
     out = view(torch.full((1, 2, 40, 16), math.nan))
     arguments = {"x": x, "shifted": shifted, "missing": None, "out": out, "time": 40, "one": 1, "scale": 0.5, "K": 16}
