@@ -13,7 +13,7 @@ from .formats import BITS, HALVES, SIGNED, flush, narrow, numpy_type, tf32
 from .machine import Machine, Source, Step
 from .ptx import Instruction, Operand
 from .races import Array
-from .registers import Mask, flags_of
+from .registers import HIGH, LOADING, LOW, NEVER_WRITTEN, Mask, flags_of
 
 Function = Callable[..., Any]
 
@@ -181,9 +181,13 @@ def lanewise(
     result: str,
     operands: Sequence[Operand],
     types: Sequence[str],
+    wide: bool = False,
 ) -> Step:
-    """Return what computes a register of type `result` by a function of operands of `types`."""
-    sources = [machine.source(o, t) for o, t in zip(operands, types, strict=True)]
+    """Return what computes a register of type `result` by a function of operands of `types`.
+
+    wide: the operands may be wider registers.
+    """
+    sources = [machine.source(o, t, wide) for o, t in zip(operands, types, strict=True)]
     registers = [s.register for s in sources if s.register]
     register = machine.register(target)
     out, half = register.typed(result), result.removesuffix("x2")
@@ -193,7 +197,7 @@ def lanewise(
         flags = None
         for r in registers:
             if r.flags is not None:
-                flags = flags_of(registers, mask)
+                flags = flags_of(registers, mask, pairs=pairs)
                 break
         if flags is not None or register.flags is not None:
             register.settle(mask, flags)
@@ -328,6 +332,11 @@ def _chosen_flags(a: Source, b: Source, p: Source, choice: Array, mask: Mask) ->
     return functools.reduce(np.bitwise_or, parts) if parts else None
 
 
+def _stacked(high: Array, low: Array) -> Array:
+    """Return pairs, the lower half first."""
+    return np.stack(np.broadcast_arrays(low, high), -1)
+
+
 _ROUND: dict[str, Function] = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 
 
@@ -340,81 +349,69 @@ def convert(machine: Machine, instruction: Instruction) -> Step:
     if rounding:
         raise Unsupported(instruction.opcode)
     if result.endswith("x2"):  # the first operand is the upper half
-        function: Function = lambda high, low: np.stack([low, high], -1)  # noqa: E731
-        machine_pairs = [o for o in operands]
-        return _pair(machine, function, target, result, machine_pairs, kind)
+        return lanewise(machine, _stacked, target, result, operands, [kind, kind], wide=True)
     if result == "tf32":
-        function, result = tf32, "f32"
+        function: Function = tf32
+        result = "f32"
     elif result in (*HALVES, "f32"):
         function = lambda a: a.astype(np.float32)  # noqa: E731
     elif kind in (*HALVES, "f32", "f64"):
         if not modifiers:
             raise Unsupported(instruction.opcode)
-        to_integer, limits = _ROUND[modifiers[0]], np.iinfo(dtype)
-        function = lambda a: np.clip(np.nan_to_num(to_integer(a.astype(np.float64))), limits.min, limits.max).astype(
-            dtype
-        )
+        to_integer, limits = _ROUND[modifiers[0]], (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        function = lambda a: np.clip(np.nan_to_num(to_integer(a.astype(np.float64))), *limits).astype(dtype)  # noqa: E731
     else:
         function = lambda a: a.astype(dtype)  # noqa: E731
-    return lanewise(machine, function, target, result, operands, [kind])
-
-
-def _pair(
-    machine: Machine, function: Function, target: Operand, result: str, operands: Sequence[Operand], kind: str
-) -> Step:
-    lanes = np.zeros(machine.count, np.float32)
-    return lanewise(machine, lambda a, b: function(a + lanes, b + lanes), target, result, operands, [kind, kind])
+    return lanewise(machine, function, target, result, operands, [kind], wide=True)
 
 
 def move(machine: Machine, instruction: Instruction) -> Step:
     """Bind mov: of a register, a number, a special register; of a vector into one register, or the other way."""
     kind = instruction.words[-1]
     target, operand = instruction.operands
-    if isinstance(target, tuple):
-        return _unpack(machine, target, operand, kind)
-    if isinstance(operand, tuple):
-        return _pack(machine, target, operand, kind)
-    return lanewise(machine, lambda a: a, target, kind, [operand], [kind])
-
-
-def _part(kind: str, parts: int) -> Any:
-    return BITS[int(kind[1:]) // 8 // parts]
-
-
-def _unpack(machine: Machine, targets: Sequence[Operand], operand: Operand, kind: str) -> Step:
-    source = machine.source(operand, f"b{kind[1:]}")
-    registers = [source.register] if source.register else []
+    many = operand if isinstance(operand, tuple) else target if isinstance(target, tuple) else (operand,)
+    bits = kind if kind == "pred" else f"b{kind[1:]}"
+    part = bits if len(many) == 1 else f"b{int(kind[1:]) // len(many)}"
+    targets = target if isinstance(target, tuple) else (target,)
+    sources = [machine.source(o, part if many is operand else bits) for o in (many if many is operand else (operand,))]
     outs = [None if t == "_" else machine.register(t) for t in targets]
+    registers = [[s.register] if s.register else [] for s in sources]
+    written = [r for r in outs if r is not None]
 
     def run(mask: Mask) -> Mask:
-        flags = flags_of(registers, mask)
-        parts = (
-            np.ascontiguousarray(np.broadcast_to(source.get(), machine.count))
-            .view(_part(kind, len(outs)))
-            .reshape(machine.count, -1)
-            .copy()
-        )
+        # registers that tcgen05.ld has not yet written may be moved, not used
+        given = [flags_of(r, mask, NEVER_WRITTEN | LOADING, pairs=True) for r in registers]
+        if len(many) == 1:
+            values = sources[0].get()[:, None]
+        elif many is operand:
+            parts = np.empty((machine.count, len(many)), numpy_type(part))
+            for i, source in enumerate(sources):
+                parts[:, i] = source.get()
+            values = parts.view(numpy_type(bits))
+        else:
+            whole = np.ascontiguousarray(np.broadcast_to(sources[0].get(), machine.count))
+            values = whole[:, None].view(numpy_type(part)).copy()
+        moved: list[Array | None] = [None] * len(outs)
+        if any(f is not None for f in given):
+            moved = _moved_flags(given, len(outs))
         for i, register in enumerate(outs):
             if register is not None:
-                register.settle(mask, flags)
-                np.copyto(register.bits, parts[:, i], where=True if mask is None else mask)
+                register.write(values[:, i], mask, moved[i])
+        if any(flags is not None and (flags & LOADING).any() for flags in moved):
+            machine.loading.append(written)
         return None
 
     return run
 
 
-def _pack(machine: Machine, target: Operand, operands: Sequence[Operand], kind: str) -> Step:
-    part = _part(kind, len(operands))
-    sources = [machine.source(o, f"b{8 * np.dtype(part).itemsize}") for o in operands]
-    registers = [s.register for s in sources if s.register]
-    register = machine.register(target)
-    parts = np.zeros((machine.count, len(operands)), part)
-
-    def run(mask: Mask) -> Mask:
-        register.settle(mask, flags_of(registers, mask))
-        for i, source in enumerate(sources):
-            parts[:, i] = source.get()
-        np.copyto(register.bits, parts.view(register.bits.dtype)[:, 0], where=True if mask is None else mask)
-        return None
-
-    return run
+def _moved_flags(given: Sequence[Array | None], parts: int) -> list[Array | None]:
+    """Return the flags of what is packed or unpacked: halves of pairs have their own."""
+    none = np.uint8(0)
+    flags = [none if f is None else f for f in given]
+    if len(flags) == 2 and parts == 1:
+        low, high = (np.where(f & NEVER_WRITTEN, half, none) for f, half in zip(flags, (LOW, HIGH), strict=True))
+        return [low | high | (flags[0] | flags[1]) & LOADING]
+    if len(flags) == 1 and parts == 2:
+        return [np.where(flags[0] & half, NEVER_WRITTEN, none) | flags[0] & LOADING for half in (LOW, HIGH)]
+    whole = functools.reduce(np.bitwise_or, flags)
+    return [whole if parts == len(flags) else np.where(whole & NEVER_WRITTEN, whole | NEVER_WRITTEN, whole)] * parts

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from .memory import Shared
 from .races import Array
-from .registers import IN_USE, NEVER_WRITTEN, NOT_ARRIVED, Register
+from .registers import IN_USE, NOT_ARRIVED, Register, mark, release
 
 
 class Copy(NamedTuple):
@@ -71,26 +70,39 @@ class Warpgroups:
             now = flight.lanes & here & (flight.group < self.committed - later)
             if now.any():
                 ended.append(flight)
-                self.shared.ledger.end_matrix_reads(flight.stamp)
+                self.shared.ledger.end_matrix_reads(flight.stamp, seen=False)
             if (rest := flight.lanes & ~now).any():
                 left.append(flight._replace(lanes=rest))
         self.flights = left
         for registers in {id(f.results): f.results + f.inputs for f in ended}.values():
-            _alter(registers, lambda flags: flags & NEVER_WRITTEN)
+            release(registers, here)
         for flight in left:
             self._mark(flight)
 
     def _mark(self, flight: Flight) -> None:
-        _alter(flight.results, lambda flags: flags | flight.lanes * NOT_ARRIVED)
-        _alter(flight.inputs, lambda flags: flags | flight.lanes * IN_USE)
+        mark(flight.results, flight.lanes, NOT_ARRIVED)
+        mark(flight.inputs, flight.lanes, IN_USE)
 
 
-def _alter(registers: Sequence[Register], change: Callable[[Array], Array]) -> None:
-    """Change the flags of registers, which often share them."""
-    changed: dict[int, Array | None] = {}
-    kept = [r.flags for r in registers]  # so that no id is used again
-    for register, flags in zip(registers, kept, strict=True):
-        if id(flags) not in changed:
-            new = change(np.zeros(1, np.uint8) if flags is None else flags)
-            changed[id(flags)] = new if new.any() else None
-        register.flags = changed[id(flags)]
+class Mbarrier:
+    """A barrier in shared memory at which matrix instructions arrive: each phase ends after `count` arrivals.
+
+    phase: how many have ended. tracked: what ends with the next wait for it.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.left, self.phase = count, count, 0
+        self.tracked: list[Product] = []
+
+    def arrive(self) -> None:
+        """Arrive once."""
+        self.left -= 1
+        if self.left == 0:
+            self.left, self.phase = self.count, self.phase + 1
+
+
+class Product:
+    """A tcgen05.mma under way: the stamp of its reads of shared memory, and where it writes tensor memory."""
+
+    def __init__(self, stamp: int, places: Array) -> None:
+        self.stamp, self.places, self.done = stamp, places, False

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arithmetic, matrix
+from . import arithmetic, matrix, tensor
 from .asynchronous import Copy
 from .faults import Unsupported
 from .formats import BITS, SIGNED, numpy_type
@@ -110,8 +110,7 @@ def _load_parameter(machine: Machine, register: Register, place: Operand, dtype:
     value = _fit(np.frombuffer(machine.parameters[place.base], dtype, 1, place.offset), register)
 
     def run(mask: Mask) -> Mask:
-        register.settle(mask, None)
-        np.copyto(register.bits, value, where=True if mask is None else mask)
+        register.write(value, mask, None)
         return None
 
     return run
@@ -122,7 +121,7 @@ def store(machine: Machine, instruction: Instruction) -> Step:
     space, kind, vector = _access(instruction)
     place, value = instruction.operands
     size = np.dtype(numpy_type(kind)).itemsize
-    sources = [machine.source(v, f"b{8 * size}") for v in elements(value)]
+    sources = [machine.source(v, f"b{8 * size}", wide=True) for v in elements(value)]
     registers = [s.register for s in sources if s.register]
     if len(sources) != vector or space == "param":
         raise Unsupported(instruction.opcode)
@@ -214,11 +213,9 @@ def shuffle(machine: Machine, instruction: Instruction) -> Step:
         inside = other >= high if mode == "up" else other <= high
         origin = np.where(inside, other, lane) + machine.warp * 32
         result = np.broadcast_to(value.get(), machine.count)[origin]
-        register.settle(mask, None if flags is None else flags[origin])
-        np.copyto(register.bits, result, where=True if mask is None else mask)
+        register.write(result, mask, None if flags is None else flags[origin])
         for predicate in within:
-            predicate.settle(mask, None)
-            np.copyto(predicate.bits, inside, where=True if mask is None else mask)
+            predicate.write(inside, mask, None)
         return None
 
     return run
@@ -235,9 +232,8 @@ def _over_warp(machine: Machine, instruction: Instruction, kind: str, reduce: Ca
         flags = flags_of(sources, mask)
         if flags is not None:
             flags = np.repeat(flags.reshape(-1, 32).max(1), 32)
-        register.settle(mask, flags)
         result = np.repeat(reduce(np.broadcast_to(source.get(), machine.count).reshape(-1, 32)), 32)
-        np.copyto(register.bits, result.view(register.bits.dtype), where=True if mask is None else mask)
+        register.write(result.view(register.bits.dtype), mask, flags)
         return None
 
     return run
@@ -274,7 +270,7 @@ def reduce(machine: Machine, instruction: Instruction) -> Step:
     function = _REDUCTIONS[name]
     if kind == "f32" and "NaN" not in modifiers:
         function = np.fmax if name == "max" else np.fmin
-    return _over_warp(machine, instruction, kind, lambda x: np.asarray(function.reduce(x, axis=1)))
+    return _over_warp(machine, instruction, kind, lambda x: np.asarray(function.reduce(x, axis=1, dtype=x.dtype)))
 
 
 def elect(machine: Machine, instruction: Instruction) -> Step:
@@ -287,8 +283,7 @@ def elect(machine: Machine, instruction: Instruction) -> Step:
     def run(mask: Mask) -> Mask:
         machine.whole(mask, 32, instruction.opcode)
         for register, value in outs:
-            register.settle(mask, None)
-            np.copyto(register.bits, value, where=True if mask is None else mask)
+            register.write(value, mask, None)
         return None
 
     return run
@@ -406,6 +401,8 @@ TABLE: dict[str, Binder] = {
     "ldmatrix": matrix.load,
     "stmatrix": matrix.store,
     "wgmma": matrix.warpgroup,
+    "mbarrier": tensor.mbarrier,
+    "tcgen05": tensor.tensor,
 }
 
 

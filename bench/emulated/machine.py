@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .asynchronous import Copies, Warpgroups
+from .asynchronous import Copies, Mbarrier, Warpgroups
 from .faults import Fault, Unsupported
 from .formats import BITS, HALVES, numpy_type, widen
 from .memory import LIMIT, Global, Shared
@@ -85,6 +85,9 @@ class Machine:
         self.copies = Copies(self.shared, self.count)
         self.warpgroups = Warpgroups(self.shared, self.count)
         self.tiles = Operands(self.shared)
+        self.tensor: Any = None
+        self.loading: list[list[Register]] = []  # what tcgen05.ld writes before the wait for it
+        self.mbarriers: dict[int, Mbarrier] = {}
         self.waiting: dict[str, dict[int, Array]] = {"barrier": {}, "mbarrier": {}}
         self.ready: dict[int, Array] = {}
         self.arrived = np.zeros(self.count, np.bool_)
@@ -99,15 +102,15 @@ class Machine:
             raise Unsupported(f"{operand!r} where a register must be")
         return self.registers[operand]
 
-    def source(self, operand: Operand, name: str) -> Source:
-        """Return an operand as values of PTX's type `name`; halves as float32."""
+    def source(self, operand: Operand, name: str, wide: bool = False) -> Source:
+        """Return an operand as values of PTX's type `name`; halves as float32; wide: of a wider register the low bits."""
         register = self.registers.get(operand) if isinstance(operand, str) else None
         if register is not None:
-            values = register.low(name)
+            values = register.low(name) if wide else register.typed(name)
         elif isinstance(operand, int):
             dtype = np.dtype(numpy_type(name))
             if name == "pred":
-                values = np.array(operand != 0)
+                values = np.array([operand != 0])
             else:
                 bits = operand & (1 << 8 * (dtype.itemsize << name.endswith("x2"))) - 1
                 values = np.array(bits, BITS[dtype.itemsize << name.endswith("x2")]).reshape(1).view(dtype)

@@ -112,10 +112,10 @@ class Global:
         width = data.shape[1]
         rows, granules = _granules(at, width)
         writers = _rows(self.writer, granules)
-        before = writers[rows]
-        if ((before != program[:, None]) & (before != NOWHERE)).any():
-            raise Fault("two writers", "another program wrote to the same address")
+        others = (writers[rows] != program[:, None]) & (writers[rows] != NOWHERE)
         writers[rows] = program[:, None]
+        if others.any() or (writers[rows] != program[:, None]).any():
+            raise Fault("two writers", "another program wrote to the same address")
         _rows(self.bytes, width)[at // width] = data
 
     def cells(self, dtype: np.dtype[Any]) -> Array:

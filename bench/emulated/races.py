@@ -22,6 +22,8 @@ ANYONE = _WARP | _LANE
 _CLOCK = 16
 # stamps of what has not ended: writes by cp.async before their wait, reads by matrix instructions before theirs
 IN_FLIGHT = 1 << 62
+# the stamp of what every thread has waited for
+SEEN = 1 << _CLOCK
 
 
 class Order:
@@ -32,10 +34,10 @@ class Order:
 
     def __init__(self, lanes: int, threads: int) -> None:
         thread = np.arange(lanes, dtype=np.int64) % threads
-        self.now, self.threads = 1, threads
+        self.now, self.threads = 2, threads
         self.who = (thread // 32 << 6) | thread % 32
-        self.synced = np.zeros(lanes, np.int64)
-        self.warp_synced = np.zeros(lanes, np.int64)
+        self.synced = np.full(lanes, SEEN | 0xFFFF)
+        self.warp_synced = np.full(lanes, SEEN | 0xFFFF)
         self.fenced = np.zeros(lanes, np.int64)
 
     def stamp(self, lanes: Lanes) -> Array:
@@ -128,12 +130,13 @@ class Ledger:
         self.flights.setdefault(stamp, []).append(chunks)
         return stamp
 
-    def end_matrix_reads(self, stamp: int) -> None:
-        """Note that the reads of a stamp have ended now."""
+    def end_matrix_reads(self, stamp: int, seen: bool) -> None:
+        """Note that the reads of a stamp have ended; seen: every thread has waited for it, else a barrier must follow."""
+        ended = SEEN if seen else ANYONE | self.order.now << _CLOCK
         for chunks in self.flights.pop(stamp, []):
             read = self.read.reshape(-1, 8)
             before = read[chunks]
-            read[chunks] = np.where(before == stamp, ANYONE | self.order.now << _CLOCK, before)
+            read[chunks] = np.where(before == stamp, ended, before)
 
     def _check(self, prior: Array, lanes: Lanes, what: str) -> None:
         """Raise a fault where an earlier access is not ordered before one of the lanes now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -12,9 +12,11 @@ from .races import Array
 
 Mask = Array | None  # of lanes; None: all
 
-NEVER_WRITTEN = np.uint8(1)
+LOW, HIGH = np.uint8(1), np.uint8(16)  # that half of the bits was never written, of pairs one without the other
+NEVER_WRITTEN = LOW | HIGH
 NOT_ARRIVED = np.uint8(2)  # an asynchronous instruction will write it
 IN_USE = np.uint8(4)  # one reads it
+LOADING = np.uint8(8)  # tcgen05.ld will write it, or what it is copied from
 
 
 class Register:
@@ -51,13 +53,39 @@ class Register:
             Fault: the register waits for an asynchronous instruction.
         """
         if self.flags is not None:
-            _require_arrived(self.flags & (NOT_ARRIVED | IN_USE), mask, "writes")
+            _require_arrived(self.flags & (NOT_ARRIVED | IN_USE | LOADING), mask, "writes")
         if mask is None:
-            self.flags = flags
+            self.flags = flags if flags is None or flags.any() else None
         elif self.flags is not None or flags is not None:
             none = np.uint8(0)
             merged = np.where(mask, none if flags is None else flags, none if self.flags is None else self.flags)
             self.flags = merged if merged.any() else None
+
+    def write(self, values: Array, mask: Mask, flags: Array | None) -> None:
+        """Write the bits of all lanes, or of those in the mask, and their flags."""
+        self.settle(mask, flags)
+        np.copyto(self.bits, values, where=True if mask is None else mask)
+
+
+def mark(registers: Sequence[Register], lanes: Array, flag: np.uint8) -> None:
+    """Flag lanes of registers, which often share their flags."""
+    _alter(registers, lambda flags: flags | lanes * flag)
+
+
+def release(registers: Sequence[Register], lanes: Array) -> None:
+    """Take the flags of asynchronous instructions from lanes of registers."""
+    _alter(registers, lambda flags: np.where(lanes, flags & NEVER_WRITTEN, flags))
+
+
+def _alter(registers: Sequence[Register], change: Callable[[Array], Array]) -> None:
+    """Change the flags of registers, once where they share them."""
+    before = [r.flags for r in registers]
+    changed: dict[int, Array | None] = {}
+    for register, flags in zip(registers, before, strict=True):
+        if id(flags) not in changed:
+            new = change(np.zeros(1, np.uint8) if flags is None else flags)
+            changed[id(flags)] = new if new.any() else None
+        register.flags = changed[id(flags)]
 
 
 def _require_arrived(flags: Array, mask: Mask, what: str) -> None:
@@ -66,8 +94,12 @@ def _require_arrived(flags: Array, mask: Mask, what: str) -> None:
         raise Fault("asynchronous result", f"{what} a register of an asynchronous instruction before the wait for it")
 
 
-def flags_of(registers: Iterable[Register], mask: Mask) -> Array | None:
-    """Return the flags of several registers together, None where all lanes may be read.
+def flags_of(
+    registers: Iterable[Register], mask: Mask, carry: np.uint8 = NEVER_WRITTEN, pairs: bool = False
+) -> Array | None:
+    """Return the flags in `carry` of several registers together, None where all lanes may be read.
+
+    pairs: the halves of the registers are computed apart.
 
     Raises:
         Fault: one of them waits for an asynchronous instruction.
@@ -78,8 +110,10 @@ def flags_of(registers: Iterable[Register], mask: Mask) -> Array | None:
             flags = register.flags if flags is None else flags | register.flags
     if flags is None:
         return None
-    _require_arrived(flags & NOT_ARRIVED, mask, "reads")
-    live = flags & NEVER_WRITTEN
+    _require_arrived(flags & (NOT_ARRIVED | LOADING) & ~carry, mask, "reads")
+    live = flags & carry
+    if not pairs:
+        live = np.where(live & NEVER_WRITTEN, live | NEVER_WRITTEN, live)
     live = live if mask is None else live * mask
     return live if live.any() else None
 
