@@ -15,6 +15,8 @@ from ...kernels.decoding import segment_decode
 from ...kernels.memory import memory_read, memory_write
 from ...kernels.reference import feature_map
 from ...kernels.state import MemoryState
+from ..planner import floors
+from ..planner.floors import Sizes, Work
 
 Values = dict[str, Tensor]
 
@@ -29,6 +31,8 @@ class Case(NamedTuple):
     gate: Callable[[str, str], float]
     # the tensors, what is expected → output → the least size that its error is relative to
     least: Callable[[Values, Values], dict[str, float]] = lambda made, expected: {}
+    # bytes of an element → what any implementation must spend; None: not known
+    floor: Callable[[int], Work] | None = None
 
 
 def attention(**changes: object) -> Case:
@@ -40,6 +44,17 @@ def attention(**changes: object) -> Case:
         gate=lambda output, dtype: GATES[dtype].of(output, call),
         least=lambda made, expected: {"dgate": gate_gradient_size(call, made, expected["out"])} if call.gated else {},
     )
+
+
+def whole(width: int) -> Case:
+    """Return a call of whole tiles and segments from an empty memory, whose floor is known."""
+    H, G, T, L = (4, 2, 512, 256) if width <= 64 else (2, 1, 512, 256)
+
+    def floor(itemsize: int) -> Work:
+        sizes = Sizes(1, H, G, T, width, width, L, itemsize)
+        return floors.forward(sizes, "delta") + floors.backward(sizes, "delta")
+
+    return attention(H=H, G=G, Tk=T, segment_len=L, K=width, V=width, with_state=False)._replace(floor=floor)
 
 
 def inference(**changes: object) -> Case:
@@ -158,6 +173,8 @@ CASES: dict[str, Case] = {
     "gated when empty": attention(with_state=False, empty_memory="gated", H=2, G=2),
     "token major scale 1": attention(token_major=True, scale=1.0, H=2, G=1),
     "long segments": attention(Tk=300, segment_len=200, H=2, G=1),
+    "whole tiles K64": whole(64),
+    "whole tiles K128": whole(128),
     "one token": attention(Tk=1, H=1, G=1),
     "pieces": attention(Tk=150, Tq=50),
     "softcap": attention(scale=1.0, softcap=5.0),
@@ -194,6 +211,8 @@ CASES: dict[str, Case] = {
 }
 # every kernel once
 QUICK = ("delta", "decode", "memory corrected")
+# whose instructions and traffic say something of large calls
+COUNTED = ("whole tiles K64", "whole tiles K128", "decode", "memory corrected")
 # of which a device keeps the bits of the outputs
 RECORDED = (
     "delta", "linear", "local", "packed", "padding", "block mask", "softcap", "decode", "memory corrected",

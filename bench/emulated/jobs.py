@@ -21,6 +21,7 @@ from ..compiled.ahead_of_time import CompileError
 from ..processes import each
 from ..speed.machine import versions
 from .cases import CASES, Case
+from .counts import Counts
 from .faults import Fault, Unsupported
 from .launches import Launched, emulating
 
@@ -33,6 +34,7 @@ class Job(NamedTuple):
     target: str
     dtype: str
     call: str
+    counted: bool = False
 
     def __str__(self) -> str:
         return f"{self.call} ({self.dtype}, {self.target})"
@@ -73,16 +75,22 @@ class Row:
             **values
             | {
                 "job": Job(*values["job"]),
-                "launches": tuple(Launched(**x) for x in values["launches"]),
+                "launches": tuple(_launched(**x) for x in values["launches"]),
                 "measured": {name: Measured(*x) for name, x in values["measured"].items()},
             }
         )
 
 
-def plan(targets: Sequence[str], dtypes: Sequence[str], calls: Sequence[str], kernels: Sequence[str]) -> list[Job]:
+def _launched(counts: dict[str, Any] | None, **values: Any) -> Launched:
+    return Launched(counts=None if counts is None else Counts(**counts), **values)
+
+
+def plan(
+    targets: Sequence[str], dtypes: Sequence[str], calls: Sequence[str], kernels: Sequence[str], counted: bool = False
+) -> list[Job]:
     """Return the jobs of calls in which one of the kernels runs."""
     chosen = [name for name in calls if set(kernels) & set(kernels_of(name))]
-    return [Job(*parts) for parts in itertools.product(targets, dtypes, chosen)]
+    return [Job(*parts, counted) for parts in itertools.product(targets, dtypes, chosen)]
 
 
 @cache
@@ -100,7 +108,7 @@ def execute_job(job: Job) -> Row:
     begin = time.monotonic()
     case = CASES[job.call]
     made = case.draw(DTYPES[job.dtype])
-    with emulating(TARGETS[job.target]) as launches:
+    with emulating(TARGETS[job.target], counting=job.counted) as launches:
         try:
             values = case.evaluate(made, "triton")
         except (Fault, Unsupported, CompileError) as error:

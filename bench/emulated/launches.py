@@ -16,6 +16,8 @@ from ...kernels.triton.configs import TARGETS, Target
 from ...kernels.triton.launch import Launch, constants, redirecting
 from ...kernels.triton.tiles import Tokens
 from ..compiled.ahead_of_time import build, signature
+from ..compiled.rules import ATTENTION
+from .counts import Counts, count
 from .executor import execute
 from .ptx import Program, parse
 
@@ -33,13 +35,14 @@ class Launched:
     programs: int
     compiling: float = 0.0  # seconds, near 0 where Triton's cache had the code
     executing: float = 0.0  # seconds
+    counts: Counts | None = None  # where they were asked for
 
 
 @contextmanager
-def emulating(target: Target) -> Iterator[list[Launched]]:
+def emulating(target: Target, *, counting: bool = False) -> Iterator[list[Launched]]:
     """Execute the launches inside, which take tensors on the CPU, as they would run on `target`; list them.
 
-    New tensors begin as NaN, so that what a kernel forgets to write shows.
+    New tensors begin as NaN, so that what a kernel forgets to write shows. counting: what each did is counted.
 
     Raises:
         CompileError, Unsupported: of a launch that cannot be compiled, or not be executed; from the `with` block.
@@ -49,21 +52,24 @@ def emulating(target: Target) -> Iterator[list[Launched]]:
 
     def take(launch: Launch) -> None:
         launches.append(Launched(launch.kernel.__name__, launch.programs))
-        launches[-1] = _execute(launch, target)
+        launches[-1] = _execute(launch, target, counting)
 
     with _poisoned(), redirecting(target, take):
         yield launches
 
 
-def _execute(launch: Launch, target: Target) -> Launched:
+def _execute(launch: Launch, target: Target, counting: bool) -> Launched:
     """Compile and execute one launch."""
     begin = time.perf_counter()
     compiled = build(launch, target)
     program = _parsed(compiled.asm["ptx"])
     built = time.perf_counter()
     shared = compiled.metadata.shared
-    execute(program, launch.programs, arguments_of(launch), shared, outputs=outputs_of(launch))
-    return Launched(launch.kernel.__name__, launch.programs, built - begin, time.perf_counter() - built)
+    outputs, name = outputs_of(launch), launch.kernel.__name__
+    run = execute(program, launch.programs, arguments_of(launch), shared, outputs=outputs, counting=counting)
+    pairs = launch.tile.BLOCK_M * launch.tile.BLOCK_N if name in ATTENTION else None
+    counts = count(program, launch.programs, run, pairs) if counting else None
+    return Launched(name, launch.programs, built - begin, time.perf_counter() - built, counts)
 
 
 @cache

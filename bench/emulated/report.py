@@ -40,6 +40,10 @@ def _parser(targets: Sequence[str]) -> argparse.ArgumentParser:
     found.add_argument("--dtypes", metavar="LIST", help=f"default: {listed(DTYPES)}")
     found.add_argument("--kernels", metavar="LIST", help="such as attend or write_grad, default: all")
     found.add_argument("--calls", metavar="LIST", help="by name, of bench/emulated/cases.py, default: all")
+    found.add_argument(
+        "--counts", action="store_true",
+        help="also what the code of calls with whole tiles moves and issues, unless --calls says which",
+    )  # fmt: skip
     found.add_argument("--quick", action="store_true", help="unless said otherwise, two targets, one dtype, few calls")
     found.add_argument(
         "--against", type=Path, metavar="FILE",
@@ -90,10 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refused("Triton is not installed")
     # these need Triton
     from ..compiled.jobs import KERNELS
-    from .cases import CASES
+    from .cases import CASES, COUNTED
     from .cases import QUICK as QUICK_CALLS
     from .jobs import Row, execute_all, plan
     from .launches import EMULATED
+    from .profile import profile
     from .table import failures, table
 
     given = _parser(EMULATED).parse_args(arguments)
@@ -102,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.against is not None:
         return _against(given.against)
     usual = (*QUICK, QUICK_CALLS) if given.quick else (EMULATED, tuple(DTYPES), tuple(CASES))
+    if given.counts:
+        usual = (*usual[:2], COUNTED)
     begin = time.monotonic()
     try:
         if given.jobs < 1:
@@ -112,13 +119,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kernels = choose_kernels(given.kernels, KERNELS)
     except ValueError as error:
         return _refused(str(error))
-    jobs = plan(targets, dtypes, calls, kernels)
+    jobs = plan(targets, dtypes, calls, kernels, given.counts)
     given.kept.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     done = execute_all(jobs, given.jobs, given.kept)
     rows: list[Row] = list(track(done, "executing", len(jobs), console=console, disable=not console.is_terminal))
     for line in table(rows, kernels):
         sys.stdout.write(f"{line}\n")
+    if given.counts:
+        for line in profile(rows, kernels):
+            sys.stdout.write(f"{line}\n")
     broken = failures(rows)
     if given.json is not None:
         document = {"versions": versions(), "rows": [row.as_json() for row in rows], "failures": broken}
