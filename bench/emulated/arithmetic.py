@@ -205,19 +205,18 @@ def lanewise(
     if isinstance(function, np.ufunc) and half not in HALVES and all(s.fixed is not None for s in sources):
         arrays = [s.fixed for s in sources]
 
-        def direct(mask: Mask) -> Mask:
+        def direct(mask: Mask) -> None:
             settle(mask)
             if mask is None:
                 function(*arrays, out=out)
             else:
                 function(*arrays, out=out, where=mask[:, None] if pairs else mask)
-            return None
 
         return direct
 
     gets = [s.get for s in sources]
 
-    def general(mask: Mask) -> Mask:
+    def general(mask: Mask) -> None:
         settle(mask)
         values = function(*[get() for get in gets])
         if half in HALVES:
@@ -226,7 +225,6 @@ def lanewise(
             out[...] = values
         else:
             np.copyto(out, values, where=mask[:, None] if pairs else mask)
-        return None
 
     return general
 
@@ -286,7 +284,7 @@ def compare(machine: Machine, instruction: Instruction) -> Step:
 def _both(steps: Any) -> Step:
     first, second = steps
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         first(mask)
         return second(mask)  # type: ignore[no-any-return]
 
@@ -304,7 +302,7 @@ def select(machine: Machine, instruction: Instruction) -> Step:
     register = machine.register(target)
     out = register.bits
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         choice = p.get()
         flags = None
         if any(s.register is not None and s.register.flags is not None for s in (a, b, p)):
@@ -316,7 +314,6 @@ def select(machine: Machine, instruction: Instruction) -> Step:
             out[...] = values
         else:
             np.copyto(out, values, where=mask)
-        return None
 
     return run
 
@@ -378,7 +375,7 @@ def move(machine: Machine, instruction: Instruction) -> Step:
     registers = [[s.register] if s.register else [] for s in sources]
     written = [r for r in outs if r is not None]
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         # registers that tcgen05.ld has not yet written may be moved, not used
         given = [flags_of(r, mask, NEVER_WRITTEN | LOADING, pairs=True) for r in registers]
         if len(many) == 1:
@@ -399,7 +396,6 @@ def move(machine: Machine, instruction: Instruction) -> Step:
                 register.write(values[:, i], mask, moved[i])
         if any(flags is not None and (flags & LOADING).any() for flags in moved):
             machine.loading.append(written)
-        return None
 
     return run
 

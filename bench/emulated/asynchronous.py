@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .memory import Shared
-from .races import Array
+from .races import Array, Lanes
 from .registers import IN_USE, NOT_ARRIVED, Register, mark, release
 
 
@@ -27,6 +27,10 @@ class Copies:
         self.shared = shared
         self.committed = np.zeros(lanes, np.int64)
         self.pending: list[Copy] = []
+
+    def commit(self, lanes: Lanes) -> None:
+        """End the group that each lane's next copies would join."""
+        self.committed[lanes] += 1
 
     def land(self, here: Array, later: int) -> None:
         """Land the copies of lanes but for those of each lane's latest groups."""

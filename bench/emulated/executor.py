@@ -26,12 +26,14 @@ def execute(
     *,
     outputs: Sequence[Tensor] = (),
     limit: int = LIMIT,
+    counting: bool = False,
 ) -> Run:
     """Run a kernel of `programs` programs in one dimension, and return what it did. Tensors are written in place.
 
     arguments: in the kernel's order; pointers that are left at the end are null.
     shared: bytes of shared memory of a program.
     outputs: those tensors of which the kernel must write every element; they are poisoned before it.
+    counting: also count what loads and stores move.
     limit: instructions after which a kernel is said never to end.
 
     Raises:
@@ -40,7 +42,7 @@ def execute(
     """
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     memory = Global(tensors, outputs)
-    machine = Machine(program, programs, _parameters(program, arguments, memory), memory, shared)
+    machine = Machine(program, programs, _parameters(program, arguments, memory), memory, shared, counting)
     code = bind(machine)
     try:
         with np.errstate(all="ignore"):

@@ -1,11 +1,11 @@
 """The instruction table: each name with what makes an instruction of it ready to run.
 
-Here are memory, exchange within a warp, and control; the rest is in `arithmetic.py` and `matrix.py`.
+Here are memory, exchange within a warp, and control; the rest is in `arithmetic.py`, `matrix.py` and `tensor.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,136 +13,75 @@ import numpy as np
 from . import arithmetic, matrix, tensor
 from .asynchronous import Copy
 from .faults import Unsupported
-from .formats import BITS, SIGNED, numpy_type
+from .formats import numpy_type
 from .machine import Code, Machine, Step
-from .ptx import Address, Instruction, Operand
+from .ptx import Address, Instruction, elements
 from .races import Array
-from .registers import NEVER_WRITTEN, Mask, Register, flags_of, require_written
-
-
-def elements(operand: Operand) -> Sequence[Operand]:
-    """Return the operands of a vector, or the one."""
-    return operand if isinstance(operand, tuple) and not isinstance(operand, Address) else (operand,)
-
+from .registers import Mask, flags_of, require_written
 
 # what does not change a result here: caches, scopes, orders
-_HINTS = {
-    "cg",
-    "ca",
-    "cs",
-    "lu",
-    "wb",
-    "wt",
-    "gpu",
-    "cta",
-    "sys",
-    "acq_rel",
-    "acquire",
-    "release",
-    "relaxed",
-    "weak",
-    "volatile",
-    "nc",
-}
+_HINTS = set("cg ca cs lu wb wt gpu cta sys acq_rel acquire release relaxed weak volatile nc".split())
 
 
-def _access(instruction: Instruction) -> tuple[str, str, int]:
-    """Return the space, the type and the number of elements of a load, a store or an atomic instruction."""
+def _access(instruction: Instruction) -> tuple[str, np.dtype[Any], int]:
+    """Return the space, the type and the number of elements of a load or store."""
     _, *words, kind = instruction.words
-    vector = next((int(w[1:]) for w in words if w in ("v2", "v4", "v8")), 1)
-    spaces = [w for w in words if w.partition("::")[0] in ("global", "shared", "param")]
-    rest = {w for w in words if w not in ("v2", "v4", "v8", *spaces) and not w.startswith(("L1::", "L2::"))}
-    if len(spaces) != 1 or (rest - _HINTS and instruction.words[0] in ("ld", "st")):
+    vector = next((w for w in words if w in ("v2", "v4", "v8")), "")
+    spaces = [w for w in words if w in ("global", "shared", "shared::cta", "param")]
+    if len(spaces) != 1 or set(words) - _HINTS - {vector, *spaces}:
         raise Unsupported(instruction.opcode)
-    return spaces[0].partition("::")[0], kind, vector
+    return spaces[0].partition("::")[0], np.dtype(numpy_type(kind)), int(vector[1:] or "1")
 
 
 def load(machine: Machine, instruction: Instruction) -> Step:
     """Bind ld: of parameters, of global memory, of shared memory; of vectors."""
-    space, kind, vector = _access(instruction)
+    space, dtype, vector = _access(instruction)
     target, place = instruction.operands
     registers = [machine.register(t) for t in elements(target)]
-    dtype = np.dtype(numpy_type(kind))
     width = dtype.itemsize * vector
     if len(registers) != vector:
         raise Unsupported(f"{instruction.opcode} to {len(registers)} registers")
     if space == "param":
-        return _load_parameter(machine, registers[0], place, dtype)
+        if not isinstance(place, Address) or place.base not in machine.parameters:
+            raise Unsupported(f"parameter {place!r}")
+        value = np.frombuffer(machine.parameters[place.base], dtype, 1, place.offset)
+        return lambda mask: registers[0].write(registers[0].fit(value), mask, None)
     address = machine.address(place, 8 if space == "global" else 4)
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         lanes, addresses = machine.lanes(mask), address(mask)
         if space == "global":
-            data, never = machine.memory.load(machine.memory.places(addresses, width), width), None
+            data, never = machine.memory.load(machine.in_global(addresses, width, lanes), width), None
         else:
-            at = machine.shared.places(addresses, width, machine.program_of[lanes])
-            data, never = machine.shared.load(at, width, lanes)
-        flags = _spread(machine, lanes, never)
+            data, never = machine.shared.load(machine.in_shared(addresses, width, lanes), width, lanes)
         values = data.view(dtype)
         for i, register in enumerate(registers):
-            register.settle(mask, flags)
-            register.bits[lanes] = _fit(values[:, i], register)
-        return None
-
-    return run
-
-
-def _spread(machine: Machine, lanes: Any, never: Array | None) -> Array | None:
-    """Return the flags of all lanes where some of `lanes` read what was never written."""
-    if never is None:
-        return None
-    flags = np.zeros(machine.count, np.uint8)
-    flags[lanes] = never * NEVER_WRITTEN
-    return flags
-
-
-def _fit(values: Array, register: Register) -> Array:
-    """Return values as bits of the register's size, signed ones with their sign."""
-    size = register.bits.itemsize
-    if values.itemsize == size:
-        return values.view(register.bits.dtype)
-    return values.astype(SIGNED[size] if values.dtype.kind == "i" else BITS[size]).view(register.bits.dtype)
-
-
-def _load_parameter(machine: Machine, register: Register, place: Operand, dtype: np.dtype[Any]) -> Step:
-    if not isinstance(place, Address) or place.base not in machine.parameters:
-        raise Unsupported(f"parameter {place!r}")
-    value = _fit(np.frombuffer(machine.parameters[place.base], dtype, 1, place.offset), register)
-
-    def run(mask: Mask) -> Mask:
-        register.write(value, mask, None)
-        return None
+            register.fill(values[:, i], lanes, mask, never)
 
     return run
 
 
 def store(machine: Machine, instruction: Instruction) -> Step:
     """Bind st: to global or shared memory, of vectors."""
-    space, kind, vector = _access(instruction)
+    space, dtype, vector = _access(instruction)
     place, value = instruction.operands
-    size = np.dtype(numpy_type(kind)).itemsize
-    sources = [machine.source(v, f"b{8 * size}", wide=True) for v in elements(value)]
+    sources = [machine.source(v, f"b{8 * dtype.itemsize}", wide=True) for v in elements(value)]
     registers = [s.register for s in sources if s.register]
+    width = dtype.itemsize * vector
     if len(sources) != vector or space == "param":
         raise Unsupported(instruction.opcode)
     address = machine.address(place, 8 if space == "global" else 4)
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         lanes, addresses = machine.lanes(mask), address(mask)
-        data = np.empty((addresses.size, vector), BITS[size])
-        for i, source in enumerate(sources):
-            values = source.get()
-            data[:, i] = values[lanes] if values.size > 1 else values
-        program = machine.program_of[lanes]
-        rows = data.view(np.uint8)
+        data = np.stack([machine.each(source, lanes) for source in sources], 1).view(np.uint8)
         if space == "global":
             require_written(registers, mask, "a value stored to global memory")
-            machine.memory.store(machine.memory.places(addresses, size * vector), rows, program)
+            machine.memory.store(machine.in_global(addresses, width, lanes), data, machine.program_of[lanes])
         else:
             flags = flags_of(registers, mask)
-            at = machine.shared.places(addresses, size * vector, program)
-            machine.shared.store(at, rows, lanes, None if flags is None else flags[lanes] > 0)
-        return None
+            never = None if flags is None else flags[lanes] > 0
+            machine.shared.store(machine.in_shared(addresses, width, lanes), data, lanes, never)
 
     return run
 
@@ -160,50 +99,46 @@ _ATOMICS: dict[str, Callable[..., Any]] = {
 
 def atomic(machine: Machine, instruction: Instruction) -> Step:
     """Bind atom and red on global memory: lane after lane."""
-    space, kind, _ = _access(instruction)
-    words = instruction.words
+    name, *words, kind = instruction.words
     names = [w for w in words if w in _ATOMICS]
-    operands = instruction.operands if words[0] == "atom" else ("_", *instruction.operands)
-    if space != "global" or len(names) != 1 or set(words[1:-1]) - _HINTS - {"global", *names}:
+    if len(names) != 1 or set(words) - _HINTS != {"global", *names}:
         raise Unsupported(instruction.opcode)
+    target, place, *operands = instruction.operands if name == "atom" else ("_", *instruction.operands)
     function, dtype = _ATOMICS[names[0]], np.dtype(numpy_type(kind))
-    address = machine.address(operands[1], 8)
-    sources = [machine.source(o, kind) for o in operands[2:]]
+    address = machine.address(place, 8)
+    sources = [machine.source(o, kind) for o in operands]
     registers = [s.register for s in sources if s.register]
-    target = None if operands[0] == "_" else machine.register(operands[0])
+    result = None if target == "_" else machine.register(target)
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         require_written(registers, mask, "an atomic operand")
-        lanes = np.flatnonzero(machine.full(mask))
-        places = machine.memory.places(address(mask), dtype.itemsize) // dtype.itemsize
+        lanes = machine.lanes(mask)
+        at = machine.in_global(address(mask), dtype.itemsize, lanes)
         cells = machine.memory.cells(dtype)
-        values = [np.broadcast_to(s.get(), machine.count)[lanes] for s in sources]
-        old = np.empty(lanes.size, dtype)
-        for i, place in enumerate(places):
-            old[i] = cells[place]
-            cells[place] = function(old[i], *(v[i] for v in values))
-        machine.memory.mark(places * dtype.itemsize, dtype.itemsize, machine.program_of[lanes])
-        if target is not None:
-            target.settle(mask, None)
-            target.bits[lanes] = old.view(target.bits.dtype)
-        return None
+        old = np.empty(at.size, dtype)
+        for i, (cell, *values) in enumerate(
+            zip(at // dtype.itemsize, *(machine.each(s, lanes) for s in sources), strict=True)
+        ):
+            old[i] = cells[cell]
+            cells[cell] = function(old[i], *values)
+        machine.memory.mark(at, dtype.itemsize, machine.program_of[lanes])
+        if result is not None:
+            result.fill(old, lanes, mask, None)
 
     return run
 
 
 def shuffle(machine: Machine, instruction: Instruction) -> Step:
     """Bind shfl.sync: the value of another lane of the warp, and a predicate for whether it is in range."""
-    mode = instruction.words[2]
-    target, *operands = instruction.operands
-    first, *second = elements(target)
-    register, within = machine.register(first), [machine.register(p) for p in second]
-    value, by, clamp = (machine.source(o, "b32") for o in operands[:3])
+    mode, target = instruction.words[2], instruction.operands[0]
+    register, *within = (machine.register(t) for t in elements(target))
+    value, by, clamp = (machine.source(o, "b32") for o in instruction.operands[1:4])
     sources = [s.register for s in (value, by, clamp) if s.register]
     if mode not in ("up", "down", "bfly", "idx"):
         raise Unsupported(instruction.opcode)
     lane = machine.lane
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
         flags = flags_of(sources, mask)
         step, limits = by.get().astype(np.int64), clamp.get().astype(np.int64)
@@ -212,11 +147,9 @@ def shuffle(machine: Machine, instruction: Instruction) -> Step:
         other = {"up": lane - step, "down": lane + step, "bfly": lane ^ step, "idx": low | (step & 31 & ~segment)}[mode]
         inside = other >= high if mode == "up" else other <= high
         origin = np.where(inside, other, lane) + machine.warp * 32
-        result = np.broadcast_to(value.get(), machine.count)[origin]
-        register.write(result, mask, None if flags is None else flags[origin])
+        register.write(machine.each(value)[origin], mask, None if flags is None else flags[origin])
         for predicate in within:
             predicate.write(inside, mask, None)
-        return None
 
     return run
 
@@ -227,14 +160,11 @@ def _over_warp(machine: Machine, instruction: Instruction, kind: str, reduce: Ca
     source = machine.source(instruction.operands[1], kind)
     sources = [source.register] if source.register else []
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
-        flags = flags_of(sources, mask)
-        if flags is not None:
-            flags = np.repeat(flags.reshape(-1, 32).max(1), 32)
-        result = np.repeat(reduce(np.broadcast_to(source.get(), machine.count).reshape(-1, 32)), 32)
+        flags = matrix.over_warps(flags_of(sources, mask))
+        result = np.repeat(reduce(machine.each(source).reshape(-1, 32)), 32)
         register.write(result.view(register.bits.dtype), mask, flags)
-        return None
 
     return run
 
@@ -244,32 +174,28 @@ _VOTES: dict[str, Callable[[Array], Array]] = {
     "all": lambda p: p.all(1),
     "ballot": lambda p: np.packbits(p, axis=1, bitorder="little").view(np.uint32)[:, 0],
 }
+_REDUCTIONS: dict[str, Any] = {
+    "add": np.add,
+    "and": np.bitwise_and,
+    "max": np.maximum,
+    "min": np.minimum,
+    "or": np.bitwise_or,
+}
 
 
 def vote(machine: Machine, instruction: Instruction) -> Step:
     """Bind vote.sync: whether a predicate holds in any lane or in all, or in which."""
-    if instruction.words[2] not in _VOTES:
-        raise Unsupported(instruction.opcode)
     return _over_warp(machine, instruction, "pred", _VOTES[instruction.words[2]])
-
-
-_REDUCTIONS: dict[str, Any] = {
-    "max": np.maximum,
-    "min": np.minimum,
-    "add": np.add,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-}
 
 
 def reduce(machine: Machine, instruction: Instruction) -> Step:
     """Bind redux.sync: a reduction over the lanes of a warp; of floats, NaN counts only with .NaN."""
     _, _, name, *modifiers, kind = instruction.words
-    if name not in _REDUCTIONS or set(modifiers) - {"NaN"}:
-        raise Unsupported(instruction.opcode)
     function = _REDUCTIONS[name]
-    if kind == "f32" and "NaN" not in modifiers:
-        function = np.fmax if name == "max" else np.fmin
+    if kind == "f32" and modifiers != ["NaN"]:
+        function = {"max": np.fmax, "min": np.fmin}[name]
+    elif kind != "f32" and modifiers:
+        raise Unsupported(instruction.opcode)
     return _over_warp(machine, instruction, kind, lambda x: np.asarray(function.reduce(x, axis=1, dtype=x.dtype)))
 
 
@@ -280,96 +206,70 @@ def elect(machine: Machine, instruction: Instruction) -> Step:
     if index != "_":
         outs.append((machine.register(index), np.zeros(1, np.uint32)))
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
         for register, value in outs:
             register.write(value, mask, None)
-        return None
 
     return run
 
 
 def barrier(machine: Machine, instruction: Instruction) -> Step:
     """Bind bar.sync 0, which all threads of a program reach, and bar.warp.sync."""
-    words, operands = instruction.words, instruction.operands
-    if words[1] == "warp":
-
-        def run(mask: Mask) -> Mask:
-            machine.whole(mask, 32, instruction.opcode)
-            machine.order.barrier(machine.lanes(mask), whole=False)
-            return None
-
-        return run
-    if operands != (0,) or words[1:] not in (["sync"], ["sync", "aligned"]):
+    words, operands = instruction.words[1:], instruction.operands
+    warp = words == ["warp", "sync"]
+    if not warp and (operands != (0,) or words not in (["sync"], ["sync", "aligned"])):
         raise Unsupported(f"{instruction.opcode} {operands}")
 
-    def arrive(mask: Mask) -> Mask:
+    def run(mask: Mask) -> Mask:
         machine.whole(mask, 32, instruction.opcode)
-        return machine.barrier(mask)
+        if not warp:
+            return machine.barrier(mask)
+        machine.order.barrier(machine.lanes(mask), whole=False)
+        return None
 
-    return arrive
-
-
-def leave(machine: Machine, instruction: Instruction) -> Step:
-    """Bind ret and exit."""
-    return machine.leave
-
-
-def nothing(machine: Machine, instruction: Instruction) -> Step:
-    """Bind what changes nothing here."""
-    return lambda mask: None
+    return run
 
 
 def copy(machine: Machine, instruction: Instruction) -> Step:
     """Bind cp.async: copies to shared memory, which end with zeros where their source is shorter; groups and waits."""
-    words, operands = instruction.words, instruction.operands
-    copies = machine.copies
-    if words[1:] == ["async", "commit_group"]:
-
-        def commit(mask: Mask) -> Mask:
-            copies.committed[machine.lanes(mask)] += 1
-            return None
-
-        return commit
-    if words[1:] in (["async", "wait_group"], ["async", "wait_all"]):
-        later = operands[0] if operands else 0
-
-        def wait(mask: Mask) -> Mask:
-            if words[2] == "wait_all":
-                copies.committed[machine.lanes(mask)] += 1
-            copies.land(machine.full(mask), int(later))  # type: ignore[arg-type]
-            return None
-
-        return wait
-    if words[1] != "async" or words[2] not in ("ca", "cg") or words[3:] != ["shared", "global"]:
+    words, operands, copies = instruction.words[1:], instruction.operands, machine.copies
+    if words == ["async", "commit_group"]:
+        return lambda mask: copies.commit(machine.lanes(mask))
+    if words == ["async", "wait_group"]:
+        return lambda mask: copies.land(machine.full(mask), int(operands[0]))  # type: ignore[call-overload]
+    if words[:2] not in (["async", "ca"], ["async", "cg"]) or words[2:] != ["shared", "global"]:
         raise Unsupported(instruction.opcode)
     target, origin = machine.address(operands[0], 4), machine.address(operands[1], 8)
-    width = int(operands[2])  # type: ignore[arg-type]
+    width = int(operands[2])  # type: ignore[call-overload]
     size = machine.source(operands[3] if len(operands) > 3 else width, "u32")
+    sources = [size.register] if size.register else []
 
-    def start(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
+        require_written(sources, mask, "the size of a copy")
         lanes = np.flatnonzero(machine.full(mask))
-        sizes = np.broadcast_to(size.get(), machine.count)[lanes]
+        sizes = machine.each(size, lanes)
         used = sizes > 0
-        if ((sizes != width) & used).any():
+        if (sizes[used] != width).any():
             raise Unsupported(f"{instruction.opcode} of part of its bytes")
         data = np.zeros((lanes.size, width), np.uint8)
-        data[used] = machine.memory.load(machine.memory.places(origin(mask)[used], width), width)
-        at = machine.shared.places(target(mask), width, machine.program_of[lanes])
+        data[used] = machine.memory.load(machine.in_global(origin(mask)[used], width, lanes[used]), width)
+        at = machine.in_shared(target(mask), width, lanes)
         machine.shared.announce(at, width, lanes)
         copies.pending.append(Copy(lanes, copies.committed[lanes], at, data))
-        return None
 
-    return start
+    return run
 
 
 def fence(machine: Machine, instruction: Instruction) -> Step:
-    """Bind fence.proxy.async, which the asynchronous proxy's reads of shared memory need; other fences do nothing."""
+    """Bind fence.proxy.async, which reads by the asynchronous proxy need; fences of order do nothing here."""
+    words = instruction.words[1:]
+    if words[0] == "proxy" and words[1:] not in (["async"], ["async", "shared::cta"]):
+        raise Unsupported(instruction.opcode)
 
-    def run(mask: Mask) -> Mask:
-        if instruction.words[1] == "proxy":
+    def run(mask: Mask) -> None:
+        if words[0] == "proxy":
             machine.order.fenced[machine.lanes(mask)] = machine.order.now
-        return None
 
     return run
 
@@ -391,12 +291,12 @@ TABLE: dict[str, Binder] = {
     "elect": elect,
     "bar": barrier,
     "barrier": barrier,
-    "bra": nothing,
-    "ret": leave,
-    "exit": leave,
+    "bra": lambda machine, instruction: lambda mask: None,
+    "ret": lambda machine, instruction: machine.leave,
+    "exit": lambda machine, instruction: machine.leave,
     "cp": copy,
     "fence": fence,
-    "membar": nothing,
+    "membar": fence,
     "mma": matrix.multiply,
     "ldmatrix": matrix.load,
     "stmatrix": matrix.store,

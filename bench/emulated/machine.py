@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,17 +13,18 @@ from .asynchronous import Copies, Mbarrier, Warpgroups
 from .faults import Fault, Unsupported
 from .formats import BITS, HALVES, numpy_type, widen
 from .memory import LIMIT, Global, Shared
-from .ptx import Address, Instruction, Operand, Program
+from .ptx import Address, Operand, Program
 from .races import Array, Lanes, Order
 from .registers import NEVER_WRITTEN, Mask, Register, require_written
 from .tiles import Operands
+from .traffic import Traffic, global_traffic, shared_traffic
 
 # runs an instruction on lanes, and returns those that must wait where they are
 Step = Callable[[Mask], Mask]
 
 
 class Source(NamedTuple):
-    """An operand that is read: `get` returns the values of all lanes, or one for all; `fixed` where they do not move."""
+    """An operand that is read: `get` returns the values of all lanes, or one for all; `fixed` if they do not move."""
 
     get: Callable[[], Array]
     fixed: Array | None
@@ -38,22 +40,41 @@ class Code(NamedTuple):
     target: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """What a kernel did.
 
-    steps: instructions executed by the machine. issued: instructions by opcode, one for each warp.
+    steps: instructions executed by the machine, each for many lanes at once.
+    issued: of every instruction of the program, by how many warps.
+    operations: of matrix instructions, two for each product that is added.
+    traffic: of instructions by their index in the program, and "global" or "shared", if it was counted.
     """
 
-    steps: int = 0
-    issued: dict[str, int] = field(default_factory=dict)
+    program: Program
+    steps: int
+    issued: tuple[int, ...]
+    operations: int
+    traffic: dict[tuple[int, str], Traffic]
+
+    def by_opcode(self) -> Counter[str]:
+        """Return the instructions that warps executed, by opcode."""
+        counts: Counter[str] = Counter()
+        for instruction, count in zip(self.program.instructions, self.issued, strict=True):
+            counts[instruction.opcode] += count
+        return +counts
 
 
 class Machine:
     """All lanes of a kernel's programs, with their registers and memory."""
 
     def __init__(
-        self, program: Program, programs: int, parameters: dict[str, bytes], memory: Global, shared: int
+        self,
+        program: Program,
+        programs: int,
+        parameters: dict[str, bytes],
+        memory: Global,
+        shared: int,
+        counting: bool = False,
     ) -> None:
         self.program, self.programs, self.threads = program, programs, program.threads
         self.count = programs * program.threads
@@ -82,6 +103,8 @@ class Machine:
             names = [name for name, its in program.registers.items() if its == size]
             bank = np.zeros((len(names), self.count), np.bool_ if size == 1 else BITS[size])
             self.registers |= {name: Register(bits, fresh) for name, bits in zip(names, bank, strict=True)}
+        self.traffic: dict[tuple[int, str], Traffic] | None = {} if counting else None
+        self.operations = 0
         self.copies = Copies(self.shared, self.count)
         self.warpgroups = Warpgroups(self.shared, self.count)
         self.tiles = Operands(self.shared)
@@ -103,7 +126,7 @@ class Machine:
         return self.registers[operand]
 
     def source(self, operand: Operand, name: str, wide: bool = False) -> Source:
-        """Return an operand as values of PTX's type `name`; halves as float32; wide: of a wider register the low bits."""
+        """Return an operand as values of PTX's type `name`, halves as float32; wide: of wider registers the low bits."""
         register = self.registers.get(operand) if isinstance(operand, str) else None
         if register is not None:
             values = register.low(name) if wide else register.typed(name)
@@ -128,6 +151,29 @@ class Machine:
     def lanes(self, mask: Mask) -> Lanes:
         """Return the lanes of a mask, as an index."""
         return slice(None) if mask is None else np.flatnonzero(mask)
+
+    def each(self, source: Source, lanes: Lanes = slice(None)) -> Array:
+        """Return the values of lanes, all of them by default."""
+        return np.broadcast_to(source.get(), self.count)[lanes]
+
+    def in_global(self, addresses: Array, width: int, lanes: Lanes) -> Array:
+        """Return where `width` bytes at the lanes' addresses are in global memory."""
+        at = self.memory.places(addresses, width)
+        if self.traffic is not None and at.size:
+            self._count(global_traffic(self.warp[lanes], at, width))
+        return at
+
+    def in_shared(self, addresses: Array, width: int, lanes: Lanes) -> Array:
+        """Return where `width` bytes at the lanes' addresses are in their programs' shared memory."""
+        if self.traffic is not None:
+            self._count(shared_traffic(self.warp[lanes], self.lane[lanes], addresses, width))
+        return self.shared.places(addresses, width, self.program_of[lanes])
+
+    def _count(self, traffic: Traffic) -> None:
+        """Count traffic for the instruction, of which a copy has both kinds."""
+        assert self.traffic is not None
+        key = self.at, traffic.space
+        self.traffic[key] = self.traffic[key] + traffic if key in self.traffic else traffic
 
     def full(self, mask: Mask) -> Array:
         """Return a mask that may be None as an array."""
@@ -248,7 +294,7 @@ class Machine:
             else:
                 self.merge(at, self.full(mask))
         self._require_end()
-        return Run(steps, _by_opcode(self.program.instructions, issued))
+        return Run(self.program, steps, tuple(issued.tolist()), self.operations, self.traffic or {})
 
     def merge(self, at: int, lanes: Array) -> None:
         """Let lanes go on at an instruction, with those that are there."""
@@ -263,12 +309,3 @@ class Machine:
                 if kind == "barrier" and not any(self.waiting["mbarrier"]):
                     raise Fault("barrier", f"{count} threads wait for others that have ended, or wait elsewhere")
                 raise Fault("deadlock", f"{count} threads wait for ever")
-
-
-def _by_opcode(instructions: Iterable[Instruction], issued: Array) -> dict[str, int]:
-    """Sum counts by opcode."""
-    counts: dict[str, int] = {}
-    for instruction, count in zip(instructions, issued.tolist(), strict=True):
-        if count:
-            counts[instruction.opcode] = counts.get(instruction.opcode, 0) + count
-    return counts

@@ -84,7 +84,7 @@ class Fragment:
             register.settle(mask, flags)
 
 
-def _over_warps(flags: Array | None) -> Array | None:
+def over_warps(flags: Array | None) -> Array | None:
     """Return flags spread over each warp, as every lane's result depends on the others'."""
     return None if flags is None else np.repeat(flags.reshape(-1, 32).max(1), 32)
 
@@ -110,14 +110,14 @@ def multiply(machine: Machine, instruction: Instruction) -> Step:
     layout_a, layout_b, layout_d = operand_a(len(a.registers)), operand_b(len(b.registers)), result(4)
     inputs = a.registers + b.registers + c.registers
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
-        flags = _over_warps(flags_of(inputs, mask))
+        machine.operations += 2 * M * N * K * (np.count_nonzero(machine.full(mask)) // 32)
+        flags = over_warps(flags_of(inputs, mask))
         left, right = numbers(a.matrix(layout_a, 16), kind), numbers(b.matrix(layout_b, 8), kind)
         product = np.matmul(left, right.swapaxes(1, 2))[:, layout_d.rows, layout_d.columns]
         d.settle(mask, flags)
         d.scatter((product + c.gather().view(np.float32)).view(np.uint32), mask)
-        return None
 
     return run
 
@@ -141,7 +141,7 @@ def _rows(machine: Machine, operand: Operand, count: int) -> Any:
     def compute(mask: Mask) -> tuple[Array, Array]:
         give = giving if mask is None else giving & mask
         lanes = np.flatnonzero(give)
-        return lanes, machine.shared.places(address(give), 16, machine.program_of[lanes])
+        return lanes, machine.in_shared(address(give), 16, lanes)
 
     return compute
 
@@ -152,7 +152,7 @@ def load(machine: Machine, instruction: Instruction) -> Step:
     target = Fragment(machine, instruction.operands[0])
     rows = _rows(machine, instruction.operands[1], count)
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
         lanes, at = rows(mask)
         data, never = machine.shared.load(at, 16, lanes)
@@ -160,14 +160,10 @@ def load(machine: Machine, instruction: Instruction) -> Step:
         if transposed:
             halves = halves.swapaxes(2, 3)
         words = np.ascontiguousarray(halves).view(np.uint32).reshape(-1, count, 32)
-        flags = None
         if never is not None:
-            flags = np.zeros(machine.count, np.uint8)
-            flags[machine.lanes(mask)] = np.repeat(never.reshape(-1, 8 * count).any(1), 32) * NEVER_WRITTEN
+            never = np.repeat(never.reshape(-1, 8 * count).any(1), 32)
         for i, register in enumerate(target.registers):
-            register.settle(mask, flags)
-            register.bits[machine.lanes(mask)] = words[:, i].reshape(-1)
-        return None
+            register.fill(words[:, i].reshape(-1), machine.lanes(mask), mask, never)
 
     return run
 
@@ -178,9 +174,9 @@ def store(machine: Machine, instruction: Instruction) -> Step:
     origin = Fragment(machine, instruction.operands[1])
     rows = _rows(machine, instruction.operands[0], count)
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
-        flags = _over_warps(flags_of(origin.registers, mask))
+        flags = over_warps(flags_of(origin.registers, mask))
         words = origin.gather() if mask is None else origin.gather()[mask[::32]]
         halves = np.ascontiguousarray(words).view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
@@ -188,7 +184,6 @@ def store(machine: Machine, instruction: Instruction) -> Step:
         lanes, at = rows(mask)
         data = np.ascontiguousarray(halves).view(np.uint8).reshape(-1, 16)
         machine.shared.store(at, data, lanes, None if flags is None else flags[lanes] > 0)
-        return None
 
     return run
 
@@ -204,18 +199,16 @@ def warpgroup(machine: Machine, instruction: Instruction) -> Step:
         return lambda mask: machine.whole(mask, 128, instruction.opcode)
     if words[1] == "commit_group":
 
-        def commit(mask: Mask) -> Mask:
+        def commit(mask: Mask) -> None:
             machine.whole(mask, 128, instruction.opcode)
             groups.committed[machine.lanes(mask)] += 1
-            return None
 
         return commit
     if words[1] == "wait_group":
 
-        def wait(mask: Mask) -> Mask:
+        def wait(mask: Mask) -> None:
             machine.whole(mask, 128, instruction.opcode)
             groups.finish(machine.full(mask), int(operands[0]))  # type: ignore[arg-type]
-            return None
 
         return wait
     return _product(machine, instruction)
@@ -254,12 +247,13 @@ def _product(machine: Machine, instruction: Instruction) -> Step:
         found = [Tile.of(int(x), _HOPPER_SWIZZLES, 62) for x in descriptors[:, 0]]
         return machine.tiles.read(found, machine.program_of[leaders], rows, kind, transposed, leaders)
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         machine.whole(mask, 128, instruction.opcode)
         flags_of(reading, mask)
         working = machine.full(mask)[::128]
         leaders = np.flatnonzero(working) * 128
-        tainted = _over_warps(flags_of(inputs, mask))
+        machine.operations += 2 * M * N * K * leaders.size
+        tainted = over_warps(flags_of(inputs, mask))
         if isinstance(a, Fragment):
             left = numbers(a.matrix(layout_a, 16), kind).reshape(-1, 64, K)[working]
         else:
@@ -278,7 +272,6 @@ def _product(machine: Machine, instruction: Instruction) -> Step:
             register.bits[lanes] = values
             register.flags = None if tainted is None else tainted
         machine.warpgroups.start(where, d.registers, inputs, machine.tiles.stamp)
-        return None
 
     return run
 

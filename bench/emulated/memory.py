@@ -193,7 +193,7 @@ class Shared:
 
 
 def _granules(at: Array, width: int) -> tuple[Array, int]:
-    """Return which rows of granules of two bytes an access of `width` bytes touches, and how many granules a row has."""
+    """Return which rows of granules of two bytes an access of `width` bytes touches, and the granules of a row."""
     return (at // width, width // 2) if width > 1 else (at // 2, 1)
 
 

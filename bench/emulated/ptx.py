@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Union
 
@@ -35,6 +35,11 @@ class Address(NamedTuple):
 
 # a register, special register, parameter or variable by its name; the bits of a number; an address; {a, b, c} or p|q
 Operand = Union[str, int, Address, tuple["Operand", ...]]  # noqa: UP007, before Python 3.14 it names itself
+
+
+def elements(operand: Operand) -> Sequence[Operand]:
+    """Return the operands of a vector, or the one."""
+    return operand if isinstance(operand, tuple) and not isinstance(operand, Address) else (operand,)
 
 
 @dataclass(frozen=True)

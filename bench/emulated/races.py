@@ -131,7 +131,7 @@ class Ledger:
         return stamp
 
     def end_matrix_reads(self, stamp: int, seen: bool) -> None:
-        """Note that the reads of a stamp have ended; seen: every thread has waited for it, else a barrier must follow."""
+        """Note that the reads of a stamp have ended; seen: every thread has waited for it, else a barrier is due."""
         ended = SEEN if seen else ANYONE | self.order.now << _CLOCK
         for chunks in self.flights.pop(stamp, []):
             read = self.read.reshape(-1, 8)

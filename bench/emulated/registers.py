@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from .faults import Fault, Unsupported
-from .formats import numpy_type
-from .races import Array
+from .formats import BITS, SIGNED, numpy_type
+from .races import Array, Lanes
 
 Mask = Array | None  # of lanes; None: all
 
@@ -65,6 +65,22 @@ class Register:
         """Write the bits of all lanes, or of those in the mask, and their flags."""
         self.settle(mask, flags)
         np.copyto(self.bits, values, where=True if mask is None else mask)
+
+    def fill(self, values: Array, lanes: Lanes, mask: Mask, never: Array | None) -> None:
+        """Write the values of `lanes`, those of the mask; never: of which lanes they were never written themselves."""
+        flags = None
+        if never is not None:
+            flags = np.zeros(self.bits.size, np.uint8)
+            flags[lanes] = never * NEVER_WRITTEN
+        self.settle(mask, flags)
+        self.bits[lanes] = self.fit(values)
+
+    def fit(self, values: Array) -> Array:
+        """Return values as bits of the register's size, signed ones with their sign."""
+        size = self.bits.itemsize
+        if values.itemsize != size:
+            values = values.astype(SIGNED[size] if values.dtype.kind == "i" else BITS[size])
+        return values.view(self.bits.dtype)
 
 
 def mark(registers: Sequence[Register], lanes: Array, flag: np.uint8) -> None:

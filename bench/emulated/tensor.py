@@ -12,7 +12,7 @@ from .machine import Machine, Step
 from .matrix import Fragment, numbers
 from .ptx import Address, Instruction, Operand
 from .races import ANYONE, IN_FLIGHT, SEEN, Array, Ledger
-from .registers import NEVER_WRITTEN, LOADING, Mask, flags_of, mark, release, require_written
+from .registers import LOADING, Mask, flags_of, mark, release, require_written
 from .tiles import Tile
 
 LANES, COLUMNS = 128, 512
@@ -69,7 +69,7 @@ def _allocate(machine: Machine, memory: TensorMemory, instruction: Instruction) 
     address = machine.address(instruction.operands[0], 4)
     count = machine.source(instruction.operands[1], "u32")
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
         first = machine.full(mask) & (machine.lane == 0)
         lanes, program = np.flatnonzero(first), machine.program_of[first]
@@ -79,7 +79,6 @@ def _allocate(machine: Machine, memory: TensorMemory, instruction: Instruction) 
         memory.columns[program] += count.get()[0]
         if (memory.columns > COLUMNS).any() or np.unique(program).size != program.size:
             raise Fault("deadlock", f"waits for ever for {int(count.get()[0])} columns of tensor memory")
-        return None
 
     return run
 
@@ -88,10 +87,9 @@ def _free(machine: Machine, memory: TensorMemory, instruction: Instruction) -> S
     """A warp gives columns back."""
     count = machine.source(instruction.operands[1], "u32")
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         first = machine.full(mask) & (machine.lane == 0)
         memory.columns[machine.program_of[first]] -= count.get()[0]
-        return None
 
     return run
 
@@ -127,32 +125,25 @@ def _load(machine: Machine, memory: TensorMemory, instruction: Instruction) -> S
     """tcgen05.ld: registers have the words after wait::ld."""
     places, target = _words(machine, memory, instruction)
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         at, lanes = places(mask), machine.lanes(mask)
         never = memory.ledger.note_read(at.reshape(-1), 1, np.repeat(np.arange(machine.count)[lanes], at.shape[1]))
         words, blank = memory.words[at], never.reshape(at.shape)
         for i, register in enumerate(target.registers):
-            flags = None
-            if blank[:, i].any():
-                flags = np.zeros(machine.count, np.uint8)
-                flags[lanes] = blank[:, i] * NEVER_WRITTEN
-            register.settle(mask, flags)
-            register.bits[lanes] = words[:, i]
+            register.fill(words[:, i], lanes, mask, blank[:, i] if blank[:, i].any() else None)
         mark(target.registers, machine.full(mask), LOADING)
         machine.loading.append(target.registers)
-        return None
 
     return run
 
 
 def _wait_load(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         for registers in machine.loading:
             release(registers, machine.full(mask))
         machine.loading = [
             r for r in machine.loading if any(x.flags is not None and (x.flags & LOADING).any() for x in r)
         ]
-        return None
 
     return run
 
@@ -161,19 +152,18 @@ def _store(machine: Machine, memory: TensorMemory, instruction: Instruction) -> 
     """tcgen05.st: others may read the words after wait::st and a barrier."""
     places, origin = _words(machine, memory, instruction)
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         at, lanes = places(mask), np.flatnonzero(machine.full(mask))
         flags = flags_of(origin.registers, mask)
         memory.ledger.note_write(at.reshape(-1), 1, np.repeat(lanes, at.shape[1]), stamp=IN_FLIGHT)
         memory.words[at] = np.stack([r.bits[lanes] for r in origin.registers], 1)
         memory.storing.append((lanes if flags is None else lanes[flags[lanes] == 0], at))
-        return None
 
     return run
 
 
 def _wait_store(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         here, left = machine.full(mask), []
         for lanes, at in memory.storing:
             now = here[lanes]
@@ -181,7 +171,6 @@ def _wait_store(machine: Machine, memory: TensorMemory, instruction: Instruction
             if not now.all():
                 left.append((lanes[~now], at[~now]))
         memory.storing = left
-        return None
 
     return run
 
@@ -224,7 +213,7 @@ def _multiply(machine: Machine, memory: TensorMemory, instruction: Instruction) 
     def values(source: Any, lanes: Array) -> list[int]:
         return [int(x) for x in np.broadcast_to(source.get(), machine.count)[lanes]]
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         require_written(used, mask, "an operand of a matrix instruction")
         lanes = np.flatnonzero(machine.full(mask))
         program = machine.program_of[lanes]
@@ -253,6 +242,7 @@ def _multiply(machine: Machine, memory: TensorMemory, instruction: Instruction) 
             left = numbers(memory.words[at], form.kind)
         right = operand(descriptor_b, form.N, form.transposed[1])
         at = block(address_d(mask), form.N)
+        machine.operations += 2 * left.size * form.N
         sums = np.matmul(left, right.swapaxes(1, 2))
         adds = np.broadcast_to(accumulate.get(), machine.count)[lanes]
         if adds.any():
@@ -263,7 +253,6 @@ def _multiply(machine: Machine, memory: TensorMemory, instruction: Instruction) 
         memory.ledger.written[at] = IN_FLIGHT | ANYONE
         for i, p in enumerate(program):
             memory.products[p].append(Product(machine.tiles.stamp, at[i]))
-        return None
 
     return run
 
@@ -292,14 +281,13 @@ def _commit(machine: Machine, memory: TensorMemory, instruction: Instruction) ->
     """tcgen05.commit: an mbarrier learns when the thread's matrix instructions have ended."""
     address = machine.address(instruction.operands[0], 4)
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         lanes = np.flatnonzero(machine.full(mask))
         for place, program in zip(barriers(machine, address(mask), lanes), machine.program_of[lanes], strict=True):
             barrier = machine.mbarriers[place]
             barrier.tracked += memory.products[program]
             barrier.arrive()
         machine.wake("mbarrier", np.isin(machine.program_of, machine.program_of[lanes]))
-        return None
 
     return run
 
@@ -327,7 +315,7 @@ def mbarrier(machine: Machine, instruction: Instruction) -> Step:
     if name != "try_wait":
         count = int(operands[1]) if name == "init" else 0  # type: ignore[arg-type]
 
-        def change(mask: Mask) -> Mask:
+        def change(mask: Mask) -> None:
             lanes = np.flatnonzero(machine.full(mask))
             at = machine.shared.places(address(mask), 8, machine.program_of[lanes])
             machine.shared.store(at, np.zeros((lanes.size, 8), np.uint8), lanes)
@@ -336,7 +324,6 @@ def mbarrier(machine: Machine, instruction: Instruction) -> Step:
                     machine.mbarriers[place] = Mbarrier(count)
                 else:
                     machine.mbarriers.pop(place, None)
-            return None
 
         return change
     return _try_wait(machine, operands, address)
@@ -346,7 +333,7 @@ def _try_wait(machine: Machine, operands: tuple[Operand, ...], address: Any) -> 
     """Bind a wait for the phase of a parity, in which lanes sleep until something arrives."""
     done, parity = machine.register(operands[0]), machine.source(operands[2], "u32")
 
-    def run(mask: Mask) -> Mask:
+    def run(mask: Mask) -> None:
         lanes = np.flatnonzero(machine.full(mask))
         places = np.array(barriers(machine, address(mask), lanes))
         wanted = np.broadcast_to(parity.get(), machine.count)[lanes]

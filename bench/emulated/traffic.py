@@ -1,51 +1,48 @@
-"""Count what code moves while it is executed: sectors of global memory, passes over the banks of shared memory."""
+"""Count what loads, stores and copies move: sectors of global memory, passes over the banks of shared memory."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from .races import Array, Lanes
+from .races import Array
 
-WARP = 32
-SECTOR = 32  # bytes that global memory moves at least
-BANKS, WORD = 32, 4  # of shared memory, and the bytes that each gives in one pass
+SECTOR = 32
+BANKS = 32  # of four bytes
 
 
-class Traffic:
-    """What each instruction of a kernel moved; arrays have an element for each, but for `read` and `written`.
+class Traffic(NamedTuple):
+    """What one instruction moved: accesses of warps, and the bytes of their lanes.
 
-    Attributes:
-        loaded, stored: bytes of global memory, lane by lane.
-        sectors: of global memory, each counted once for a warp's instruction.
-        passes: over shared memory, of which a warp takes several where its lanes need different words of a bank.
-        least: the passes of the same lanes without such conflicts.
-        products: operations of matrix instructions.
-        read, written: for every two bytes of global memory, whether they were.
+    moved: of global memory, 32-byte sectors; of shared memory, passes over the banks. least: the fewest there may be.
     """
 
-    def __init__(self, instructions: int, lanes: int, memory: int) -> None:
-        self.loaded, self.stored, self.sectors, self.passes, self.least, self.products = np.zeros(
-            (6, instructions), np.int64
-        )
-        self.read, self.written = np.zeros((2, memory // 2), np.bool_)
-        self._lane = np.arange(lanes)
+    space: str
+    accesses: int
+    bytes: int
+    moved: int
+    least: int
 
-    def move(self, instruction: int, at: Array, width: int, lanes: Lanes, *, stores: bool) -> None:
-        """Count that lanes load or store `width` bytes of global memory at each place."""
-        (self.stored if stores else self.loaded)[instruction] += at.size * width
-        self.sectors[instruction] += np.unique(self._lane[lanes] // WARP << 40 | at // SECTOR).size
-        granules = max(width // 2, 1)
-        (self.written if stores else self.read).reshape(-1, granules)[at // (2 * granules)] = True
+    def __add__(self, other: Traffic) -> Traffic:  # type: ignore[override]
+        return Traffic(self.space, *(a + b for a, b in zip(self[1:], other[1:], strict=True)))
 
-    def touch(self, instruction: int, at: Array, width: int, lanes: Lanes) -> None:
-        """Count that lanes touch `width` bytes of shared memory at each place; of 16 bytes, eight lanes in a pass."""
-        together = min(BANKS * WORD // width, WARP)
-        group = self._lane[lanes] // together
-        words = at[:, None] // WORD + np.arange(max(width // WORD, 1))
-        needed = np.unique(group[:, None] << 40 | words)
-        banks, counts = np.unique(needed >> 40 << 8 | needed % BANKS, return_counts=True)
-        groups, group_of = np.unique(banks >> 8, return_inverse=True)
-        most = np.zeros(groups.size, np.int64)
-        np.maximum.at(most, group_of, counts)
-        self.passes[instruction] += most.sum()
-        self.least[instruction] += groups.size
+
+def global_traffic(warps: Array, at: Array, width: int) -> Traffic:
+    """Return the traffic of lanes of `warps` that access `width` aligned bytes each."""
+    sectors = np.unique(warps << 48 | at // SECTOR)
+    each = np.unique(warps << 48 | at)  # several lanes may read the same
+    of_warps, counts = np.unique(each >> 48, return_counts=True)
+    return Traffic("global", of_warps.size, at.size * width, sectors.size, int((-(-counts * width // SECTOR)).sum()))
+
+
+def shared_traffic(warps: Array, lanes: Array, at: Array, width: int) -> Traffic:
+    """Return the traffic of lanes of `warps`: a pass has a word of each bank, for as many lanes as 128 bytes serve."""
+    parts = warps * 4 + lanes * max(width, 4) // 128
+    words = at[:, None] // 4 + np.arange(max(width // 4, 1))
+    distinct = np.unique(parts[:, None] << 40 | words)
+    banks, counts = np.unique((distinct >> 40) * BANKS + distinct % BANKS, return_counts=True)
+    first = np.flatnonzero(np.diff(banks // BANKS, prepend=-1))
+    return Traffic(
+        "shared", np.unique(warps).size, at.size * width, int(np.maximum.reduceat(counts, first).sum()), first.size
+    )

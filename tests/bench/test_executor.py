@@ -420,7 +420,7 @@ DONE:
         return 0 if n == 1 else 1 + collatz(n // 2 if n % 2 == 0 else 3 * n + 1)
 
     assert steps.tolist() == [collatz(n) for n in range(1, COUNT + 1)]
-    assert done.issued["mad.lo.s32"] > 2 * max(steps.tolist()) // 3  # a warp at a time, not a lane
+    assert done.by_opcode()["mad.lo.s32"] > 2 * max(steps.tolist()) // 3  # a warp at a time, not a lane
 
 
 def test_atomics_go_one_after_the_other() -> None:

@@ -181,7 +181,7 @@ def test_copies_end_with_zeros() -> None:
     x, out = torch.arange(1, 33, dtype=torch.int32), zeros(32)
     body = COPY.replace("], 4;", "], 4, %r13;")
     size = "    setp.lt.u32 %p1, %r0, 20;\n    selp.b32 %r13, 4, 0, %p1;\n"
-    read = "    cp.async.wait_all;\n    ld.shared.b32 %r10, [%r11];\n" + STORE.replace("%rd0", "%rd1")
+    read = "    cp.async.wait_group 0;\n    ld.shared.b32 %r10, [%r11];\n" + STORE.replace("%rd0", "%rd1")
     run(size + body + read, x[:20], out, shared=128)  # beyond its end nothing is read
     assert torch.equal(out[:20], x[:20])
     assert not out[20:].any()

@@ -102,7 +102,7 @@ def test_mma_ignores_the_last_bits_of_tf32() -> None:
     assert torch.equal(out, spread(a @ b, c_float, 4))
 
 
-@pytest.mark.parametrize(("count", "transposed"), itertools.product([1, 2, 4], [False, True]))
+@pytest.mark.parametrize(("count", "transposed"), list(itertools.product([1, 2, 4], [False, True])))
 def test_ldmatrix_and_stmatrix(count: int, transposed: bool) -> None:
     """Through shared memory whose rows are 48 bytes apart, in the opposite order."""
     matrices = torch.arange(count * 64, dtype=torch.int16).reshape(count, 8, 8)
