@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from .machine import Run
 from .ptx import Instruction, Program
 from .races import Array
-from .traffic import SECTOR, WARP
+from .traffic import SECTOR
 
 # the first of these that an opcode matches is its class
 CLASSES = {
@@ -26,7 +27,8 @@ CLASSES = {
 }
 OTHER = "integer"
 WAITS = r"bar\.|barrier|mbarrier\.try_wait|cp\.async\.wait|wgmma\.wait|tcgen05\.wait"
-_MATRIX = re.compile(r"m(\d+)n(\d+)k(\d+)")
+STORES = ("st", "atom", "red")
+WARP = 32
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,14 @@ class Counts:
 
     Attributes:
         issued: instructions of warps, by class.
-        loop: of those, in the innermost loops with matrix instructions, for each pair of a row and a column that a
-            tile of theirs has: thread instructions, by class; empty where there is no such loop.
+        loop: thread instructions of the innermost loops with matrix instructions, for each pair of a row and a column
+            of the tiles that they work on, by class; empty where there is no such loop.
         loaded, stored: bytes of global memory that lanes asked for.
-        sectors: bytes in the sectors that this took.
-        footprint: bytes of global memory that were read or written at all, each of both once.
-        passes, least: over shared memory, and without bank conflicts.
-        loop_conflicts: passes too many inside those loops.
+        sectors: bytes of the sectors that this took; least: the fewest that hold them.
+        tensors: bytes of the launch's tensors, each once.
+        passes: over shared memory; least_passes: without bank conflicts; loop_conflicts: the difference inside `loop`.
         operations: of matrix instructions.
-        waits: instructions that wait, of one program, by opcode.
+        waits: instructions that wait, of each warp, by opcode.
     """
 
     issued: dict[str, int]
@@ -51,9 +52,10 @@ class Counts:
     loaded: int
     stored: int
     sectors: int
-    footprint: int
-    passes: int
     least: int
+    tensors: int
+    passes: int
+    least_passes: int
     loop_conflicts: int
     operations: int
     waits: dict[str, float]
@@ -64,33 +66,34 @@ def class_of(opcode: str) -> str:
     return next((name for name, pattern in CLASSES.items() if re.match(pattern, opcode)), OTHER)
 
 
-def count(program: Program, programs: int, run: Run, pairs: int | None) -> Counts:
+def count(run: Run, programs: int, arguments: Sequence[Tensor | int | float], pairs: int | None) -> Counts:
     """Return the counts of a launch that was executed with `counting`.
 
     pairs: rows times columns of the tile that a round of a main loop works on; None: it has no such tile.
     """
-    traffic, code, issued = run.traffic, program.instructions, run.by_instruction
-    if traffic is None:
-        raise ValueError("run must be of execute(..., counting=True)")
-    warps, loops = program.threads // WARP, list(main_loops(program))
+    code, issued = run.program.instructions, np.array(run.issued)
+    warps, loops = run.program.threads // WARP, list(main_loops(run.program))
     inside = np.zeros(len(code), np.bool_)
     for loop in loops:
         inside[loop.start : loop.stop] = True
     rounds = sum(int(issued[loop.stop - 1]) for loop in loops) // warps
+    per_pair = WARP / (rounds * pairs) if pairs and rounds else 0.0
+    moved = {at: x for (at, space), x in run.traffic.items() if space == "global"}
+    passed = {at: x for (at, space), x in run.traffic.items() if space == "shared"}
+    stored = sum(x.bytes for at, x in moved.items() if code[at].words[0] in STORES)
+    tensors = {x.untyped_storage().data_ptr(): x.nbytes for x in arguments if isinstance(x, Tensor)}
     return Counts(
         issued=_by_class(code, issued),
-        loop={name: n * WARP / (rounds * pairs) for name, n in _by_class(code, issued * inside).items()}
-        if pairs and rounds
-        else {},
-        loaded=int(traffic.loaded.sum()),
-        stored=int(traffic.stored.sum()),
-        sectors=SECTOR * int(traffic.sectors.sum()),
-        footprint=2 * int(np.count_nonzero(traffic.read) + np.count_nonzero(traffic.written)),
-        passes=int(traffic.passes.sum()),
-        least=int(traffic.least.sum()),
-        loop_conflicts=int((traffic.passes - traffic.least)[inside].sum()),
-        operations=int(traffic.products.sum())
-        + sum(_operations(i) * int(n) for i, n in zip(code, issued, strict=True)),
+        loop={name: n * per_pair for name, n in _by_class(code, issued * inside).items()} if per_pair else {},
+        loaded=sum(x.bytes for x in moved.values()) - stored,
+        stored=stored,
+        sectors=SECTOR * sum(x.moved for x in moved.values()),
+        least=SECTOR * sum(x.least for x in moved.values()),
+        tensors=sum(tensors.values()),
+        passes=sum(x.moved for x in passed.values()),
+        least_passes=sum(x.least for x in passed.values()),
+        loop_conflicts=sum(x.moved - x.least for at, x in passed.items() if inside[at]),
+        operations=run.operations,
         waits={name: n / programs / warps for name, n in _waits(code, issued).items()},
     )
 
@@ -129,13 +132,3 @@ def _waits(code: Sequence[Instruction], issued: Array) -> dict[str, int]:
             name = ".".join(instruction.words[:3])
             sums[name] = sums.get(name, 0) + n
     return sums
-
-
-def _operations(instruction: Instruction) -> float:
-    """Return the operations of a matrix instruction for each warp that issues it, by the shape in its name."""
-    shape = _MATRIX.search(instruction.opcode)
-    if shape is None or class_of(instruction.opcode) != "matrix":
-        return 0
-    m, n, k = map(int, shape.groups())
-    # four warps issue one of wgmma
-    return 2 * m * n * k / (4 if instruction.words[0] == "wgmma" else 1)

@@ -65,10 +65,10 @@ def _execute(launch: Launch, target: Target, counting: bool) -> Launched:
     program = _parsed(compiled.asm["ptx"])
     built = time.perf_counter()
     shared = compiled.metadata.shared
-    outputs, name = outputs_of(launch), launch.kernel.__name__
-    run = execute(program, launch.programs, arguments_of(launch), shared, outputs=outputs, counting=counting)
+    name, arguments = launch.kernel.__name__, arguments_of(launch)
+    run = execute(program, launch.programs, arguments, shared, outputs=outputs_of(launch), counting=counting)
     pairs = launch.tile.BLOCK_M * launch.tile.BLOCK_N if name in ATTENTION else None
-    counts = count(program, launch.programs, run, pairs) if counting else None
+    counts = count(run, launch.programs, arguments, pairs) if counting else None
     return Launched(name, launch.programs, built - begin, time.perf_counter() - built, counts)
 
 

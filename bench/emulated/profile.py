@@ -48,13 +48,12 @@ def _head(*columns: str) -> str:
 
 
 def _traffic(counted: Sequence[Counted]) -> Iterator[str]:
-    """Yield what kernels move through global and shared memory."""
-    yield "\nmemory: kB asked for; those of sectors over these, these over each byte once; shared memory's passes over the least"
+    """Yield what kernels move through global and shared memory; * marks sectors or conflicts that need not be."""
+    yield "\nmemory: kB, sectors over the fewest for them, bytes over each tensor once; passes over those without conflicts"
     yield _head(f"{'loaded':>9}", f"{'stored':>9}", f"{'sectors':>8}", f"{'repeated':>8}", f"{'shared':>6}", "in loops")
     for x in counted:
-        asked = x.sum("loaded") + x.sum("stored")
-        wasted, repeated = x.sum("sectors") / max(asked, 1), asked / max(x.sum("footprint"), 1)
-        conflicts = x.sum("passes") / max(x.sum("least"), 1)
+        wasted, repeated = x.sum("sectors") / max(x.sum("least"), 1), x.sum("sectors") / max(x.sum("tensors"), 1)
+        conflicts = x.sum("passes") / max(x.sum("least_passes"), 1)
         mark = "  *" if wasted > MOST or x.sum("loop_conflicts") else ""
         yield (
             f"{x} {x.sum('loaded') / 1e3:9.1f} {x.sum('stored') / 1e3:9.1f} {wasted:8.2f} {repeated:8.2f} "
@@ -87,14 +86,14 @@ def _floors(rows: Sequence[Row]) -> Iterator[str]:
     """Yield what calls take against what any implementation must spend."""
     yield (
         f"\nfloors\n{'target':7} {'dtype':9} {'call':17} {'10⁶ operations':>14} {'floor':>8} {'ratio':>6} "
-        f"{'kB, each once':>14} {'floor':>8} {'ratio':>6}"
+        f"{'kB, sectors':>14} {'floor':>8} {'ratio':>6}"
     )
     for row in sorted(rows, key=lambda row: row.job):
         floor, counts = CASES[row.job.call].floor, [x.counts for x in row.launches if x.counts is not None]
         if floor is None or not counts:
             continue
         work = floor(DTYPES[row.job.dtype].itemsize)
-        operations, moved = (sum(getattr(x, name) for x in counts) for name in ("operations", "footprint"))
+        operations, moved = (sum(getattr(x, name) for x in counts) for name in ("operations", "sectors"))
         yield (
             f"{row.job.target:7} {row.job.dtype:9} {row.job.call:17} {operations / 1e6:14.1f} "
             f"{work.operations / 1e6:8.1f} {operations / work.operations:6.2f} {moved / 1e3:14.1f} "

@@ -12,47 +12,28 @@ from small_ptx import place, program
 
 from segattn.bench.emulated.counts import Counts, class_of, count, main_loops
 from segattn.bench.emulated.executor import execute
-from segattn.bench.emulated.traffic import Traffic
-
-
-def moved(addresses: Any, width: int, lanes: Any = slice(None), stores: bool = False) -> Traffic:
-    """The traffic of one access to global memory by two warps."""
-    traffic = Traffic(3, 64, 1 << 16)
-    traffic.move(1, np.asarray(addresses), width, lanes, stores=stores)
-    return traffic
+from segattn.bench.emulated.traffic import global_traffic, shared_traffic
 
 
 LANE = np.arange(64)
 
 
 @pytest.mark.parametrize(
-    ("addresses", "width", "sectors", "footprint"),
+    ("at", "width", "sectors", "least"),
     [
-        (4 * LANE, 4, 8, 256),
-        (16 * LANE, 16, 32, 1024),
-        (2 * LANE, 2, 4, 128),
-        (32 * LANE, 4, 64, 256),
-        (4 * LANE + 16, 4, 10, 256),
-        (0 * LANE, 4, 2, 4),
-        (4 * (LANE % 32), 4, 8, 128),
-        (4 * LANE[::-1], 4, 8, 256),
+        (4 * LANE, 4, 8, 8),
+        (16 * LANE, 16, 32, 32),
+        (2 * LANE, 2, 4, 4),
+        (32 * LANE, 4, 64, 8),
+        (4 * LANE + 16, 4, 10, 8),
+        (0 * LANE, 4, 2, 2),
+        (4 * (LANE % 32), 4, 8, 8),
+        (4 * LANE[::-1], 4, 8, 8),
     ],
     ids=["one after the other", "wide", "halves", "far apart", "shifted", "one place", "two warps alike", "backwards"],
 )
-def test_sectors_are_counted_for_each_warp(addresses: Any, width: int, sectors: int, footprint: int) -> None:
-    traffic = moved(addresses, width)
-    assert traffic.sectors.tolist() == [0, sectors, 0]
-    assert traffic.loaded.tolist() == [0, 64 * width, 0]
-    assert 2 * np.count_nonzero(traffic.read) == footprint
-    assert not traffic.written.any()
-    assert not traffic.stored.any()
-
-
-def test_some_lanes_alone_store() -> None:
-    lanes = np.array([0, 1, 40])
-    traffic = moved(4 * lanes, 4, lanes, stores=True)
-    assert (traffic.stored[1], traffic.sectors[1], traffic.loaded[1]) == (12, 2, 0)
-    assert 2 * np.count_nonzero(traffic.written) == 12
+def test_sectors_are_counted_for_each_warp(at: Any, width: int, sectors: int, least: int) -> None:
+    assert global_traffic(LANE // 32, at, width) == ("global", 2, 64 * width, sectors, least)
 
 
 @pytest.mark.parametrize(
@@ -76,12 +57,8 @@ def test_some_lanes_alone_store() -> None:
     ],
 )  # fmt: skip
 def test_passes_over_the_banks(place_of: Callable[[Any], Any], width: int, passes: int, least: int) -> None:
-    traffic = Traffic(1, 64, 1 << 10)
-    warp = LANE[32:]
-    traffic.touch(0, place_of(LANE[:32]), width, warp)
-    assert (traffic.passes[0], traffic.least[0]) == (passes, least)
-    traffic.touch(0, np.concatenate([place_of(LANE[:32])] * 2), width, slice(None))
-    assert (traffic.passes[0], traffic.least[0]) == (3 * passes, 3 * least)
+    at = np.concatenate([place_of(LANE[:32])] * 2)
+    assert shared_traffic(LANE // 32, LANE % 32, at, width) == ("shared", 2, 64 * width, 2 * passes, 2 * least)
 
 
 @pytest.mark.parametrize(
@@ -143,16 +120,16 @@ def counted(pairs: int | None) -> Counts:
     kernel = program(body, ("u64", "u64"), threads=64)
     source, target = torch.zeros(256, dtype=torch.int32), torch.zeros(128, dtype=torch.int32)
     run = execute(kernel, 2, (source, target), 64 * 128, counting=True)
-    return count(kernel, 2, run, pairs)
+    return count(run, 2, (source, target), pairs)
 
 
 def test_counts_of_a_kernel() -> None:
     found = counted(16)
     # every second word is loaded: 8 bytes a lane of sectors, all of them used by half
-    assert (found.loaded, found.stored, found.footprint) == (128 * 4, 128 * 4, 2 * 128 * 4)
-    assert found.sectors == 128 * 8 + 128 * 4
+    assert (found.loaded, found.stored, found.tensors) == (128 * 4, 128 * 4, 256 * 4 + 128 * 4)
+    assert (found.sectors, found.least) == (128 * 8 + 128 * 4, 2 * 128 * 4)
     # 4 warps in 3 rounds, 32 lanes in one bank
-    assert (found.passes, found.least, found.loop_conflicts) == (12 * 32, 12, 12 * 31)
+    assert (found.passes, found.least_passes, found.loop_conflicts) == (12 * 32, 12, 12 * 31)
     assert found.operations == 12 * 2 * 16 * 8 * 16
     assert found.issued["matrix"] == found.issued["shared"] == found.issued["wait"] == 12
     assert found.waits == {"bar.sync": 3.0}
@@ -168,9 +145,3 @@ def test_main_loops_are_the_innermost_with_products() -> None:
     (loop,) = main_loops(kernel)
     assert kernel.instructions[loop.start].opcode.startswith("mma")
     assert kernel.instructions[loop.stop - 1].opcode == "bra"
-
-
-def test_counting_must_be_asked_for() -> None:
-    kernel = program("", ())
-    with pytest.raises(ValueError, match="counting=True"):
-        count(kernel, 1, execute(kernel, 1, (), 0), None)
