@@ -80,7 +80,7 @@ def count(run: Run, programs: int, arguments: Sequence[Tensor | int | float], pa
     per_pair = WARP / (rounds * pairs) if pairs and rounds else 0.0
     moved = {at: x for (at, space), x in run.traffic.items() if space == "global"}
     passed = {at: x for (at, space), x in run.traffic.items() if space == "shared"}
-    stored = sum(x.bytes for at, x in moved.items() if code[at].words[0] in STORES)
+    stored = sum(int(x.bytes) for at, x in moved.items() if code[at].words[0] in STORES)
     tensors = {x.untyped_storage().data_ptr(): x.nbytes for x in arguments if isinstance(x, Tensor)}
     return Counts(
         issued=_by_class(code, issued),
@@ -93,7 +93,7 @@ def count(run: Run, programs: int, arguments: Sequence[Tensor | int | float], pa
         passes=sum(x.moved for x in passed.values()),
         least_passes=sum(x.least for x in passed.values()),
         loop_conflicts=sum(x.moved - x.least for at, x in passed.items() if inside[at]),
-        operations=run.operations,
+        operations=int(run.operations),
         waits={name: n / programs / warps for name, n in _waits(code, issued).items()},
     )
 

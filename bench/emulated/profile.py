@@ -49,7 +49,7 @@ def _head(*columns: str) -> str:
 
 def _traffic(counted: Sequence[Counted]) -> Iterator[str]:
     """Yield what kernels move through global and shared memory; * marks sectors or conflicts that need not be."""
-    yield "\nmemory: kB, sectors over the fewest for them, bytes over each tensor once; passes over those without conflicts"
+    yield "\nmemory: kB; sectors over the fewest, and over the tensors, each once; passes over those without conflicts"
     yield _head(f"{'loaded':>9}", f"{'stored':>9}", f"{'sectors':>8}", f"{'repeated':>8}", f"{'shared':>6}", "in loops")
     for x in counted:
         wasted, repeated = x.sum("sectors") / max(x.sum("least"), 1), x.sum("sectors") / max(x.sum("tensors"), 1)

@@ -14,7 +14,6 @@ from segattn.bench.emulated.counts import Counts, class_of, count, main_loops
 from segattn.bench.emulated.executor import execute
 from segattn.bench.emulated.traffic import global_traffic, shared_traffic
 
-
 LANE = np.arange(64)
 
 
