@@ -83,19 +83,22 @@ def _waits(counted: Sequence[Counted]) -> Iterator[str]:
 
 
 def _floors(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield what calls take against what any implementation must spend."""
+    """Yield what calls take against what any implementation must spend: products, and memory with and without caches."""
     yield (
-        f"\nfloors\n{'target':7} {'dtype':9} {'call':17} {'10⁶ operations':>14} {'floor':>8} {'ratio':>6} "
-        f"{'kB, sectors':>14} {'floor':>8} {'ratio':>6}"
+        f"\nfloors: operations of matrix instructions; kB of each launch's tensors, each once; kB of all sectors\n"
+        f"{'target':7} {'dtype':9} {'call':17} {'10⁶ operations':>14} {'floor':>8} {'ratio':>6} "
+        f"{'kB floor':>9} {'tensors':>9} {'ratio':>6} {'sectors':>9} {'ratio':>6}"
     )
     for row in sorted(rows, key=lambda row: row.job):
         floor, counts = CASES[row.job.call].floor, [x.counts for x in row.launches if x.counts is not None]
         if floor is None or not counts:
             continue
         work = floor(DTYPES[row.job.dtype].itemsize)
-        operations, moved = (sum(getattr(x, name) for x in counts) for name in ("operations", "sectors"))
+        operations, tensors, sectors = (
+            sum(getattr(x, name) for x in counts) for name in ("operations", "tensors", "sectors")
+        )
         yield (
             f"{row.job.target:7} {row.job.dtype:9} {row.job.call:17} {operations / 1e6:14.1f} "
-            f"{work.operations / 1e6:8.1f} {operations / work.operations:6.2f} {moved / 1e3:14.1f} "
-            f"{work.bytes / 1e3:8.1f} {moved / work.bytes:6.2f}"
+            f"{work.operations / 1e6:8.1f} {operations / work.operations:6.2f} {work.bytes / 1e3:9.1f} "
+            f"{tensors / 1e3:9.1f} {tensors / work.bytes:6.2f} {sectors / 1e3:9.1f} {sectors / work.bytes:6.2f}"
         )
