@@ -11,9 +11,9 @@ import numpy as np
 from .faults import Unsupported
 from .formats import BITS, HALVES, SIGNED, flush, narrow, numpy_type, tf32
 from .machine import Machine, Source, Step
-from .ptx import Instruction, Operand
+from .ptx import Instruction, Operand, elements
 from .races import Array
-from .registers import HIGH, LOADING, LOW, NEVER_WRITTEN, Mask, flags_of
+from .registers import HIGH, LOADING, LOW, NEVER_WRITTEN, Mask, checked, flags_of
 
 Function = Callable[..., Any]
 
@@ -32,79 +32,29 @@ def _divide(a: Array, b: Array) -> Array:
     return np.asarray(quotient + ((quotient * b != a) & ((a < 0) != (b < 0))).astype(a.dtype))
 
 
-def _remainder(a: Array, b: Array) -> Array:
-    return np.asarray(a - b * _divide(a, b))
-
-
 def _wide(a: Array, b: Array, c: Array | int = 0) -> Array:
     """Return a b + c in twice the bits of a."""
     double = (SIGNED if a.dtype.kind == "i" else BITS)[2 * a.itemsize]
     return np.asarray(a.astype(double) * b.astype(double) + c)
 
 
-def _high(a: Array, b: Array) -> Array:
-    """Return the upper half of the bits of a b."""
-    if a.itemsize < 8:
-        return (_wide(a, b) >> 8 * a.itemsize).astype(a.dtype)
-    if a.dtype.kind == "i":
-        raise Unsupported("mul.hi.s64")
-    low = np.uint64(0xFFFF_FFFF)
-    half = np.uint64(32)
-    a1, a0, b1, b0 = a >> half, a & low, b >> half, b & low
-    middle = a1 * b0 + (a0 * b0 >> half)
-    return np.asarray(a1 * b1 + (middle >> half) + ((a0 * b1 + (middle & low)) >> half))
-
-
 def _shift(operation: Function) -> Function:
     def shift(a: Array, by: Array) -> Array:
         bits = 8 * a.itemsize
         shifted = operation(a, np.minimum(by, bits - 1).astype(a.dtype))
-        if a.dtype.kind == "i" and operation is np.right_shift:
-            return np.asarray(shifted)
-        return np.where(by < bits, shifted, np.zeros_like(shifted))
+        filled = a.dtype.kind == "i" and operation is np.right_shift  # with the sign
+        return np.where(filled | (by < bits), shifted, np.zeros_like(shifted))
 
     return shift
 
 
-def _bfe(a: Array, position: Array, length: Array) -> Array:
+def _extract(a: Array, position: Array, length: Array) -> Array:
     """Return `length` bits of a from `position` on, signed ones with their sign."""
-    position, length = position & 0xFF, length & 0xFF
-    bits = 8 * a.itemsize
-    wide = a.astype(np.int64)
-    field = np.where(position < bits, wide >> np.minimum(position, bits - 1), -(wide < 0).astype(np.int64))
-    kept = np.minimum(length, bits)
-    mask = (np.int64(1) << kept.astype(np.int64)) - 1
-    field = field & mask
-    if a.dtype.kind == "i":
-        negative = (kept > 0) & (field >> np.maximum(kept.astype(np.int64) - 1, 0) & 1 == 1)
-        field = np.where(negative, field - mask - 1, field)
-    return np.asarray(field.astype(a.dtype))
-
-
-def _permute(a: Array, b: Array, selector: Array) -> Array:
-    """Return four bytes of a and b, each chosen by four bits of the selector: a byte, or its sign."""
-    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    result = np.zeros_like(a)
-    for i in range(4):
-        choice = (selector >> np.uint32(4 * i)).astype(np.uint64)
-        byte = both >> ((choice & np.uint64(7)) << np.uint64(3)) & np.uint64(0xFF)
-        byte = np.where(choice & np.uint64(8), (byte >> np.uint64(7)) * np.uint64(0xFF), byte)
-        result = result | byte.astype(np.uint32) << np.uint32(8 * i)
-    return result
-
-
-def _logic(a: Array, b: Array, c: Array, table: Array) -> Array:
-    """Return for each bit of a, b and c the bit of the table of which they are the index."""
-    terms = (
-        (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in range(8) if int(table[0]) >> i & 1
-    )
-    return functools.reduce(np.bitwise_or, terms, np.zeros_like(a))
-
-
-def _extreme(ordinary: Function, of_nan: Function, words: Sequence[str]) -> Function:
-    """Return the least or greatest of two or three numbers; .NaN: NaN if one is."""
-    two = of_nan if "NaN" in words else ordinary
-    return lambda a, b, *c: functools.reduce(two, c, two(a, b))
+    wide = np.int64 if a.dtype.kind == "i" else np.uint64
+    above = np.minimum(position & 0xFF, 63).astype(wide)
+    unused = (64 - np.clip(length & 0xFF, 1, 64)).astype(wide)
+    field = a.astype(wide) >> above << unused >> unused
+    return np.where(length & 0xFF, field, np.zeros_like(field)).astype(a.dtype)
 
 
 # name, with .lo, .hi or .wide → what it computes, from values in the instruction's type
@@ -112,66 +62,59 @@ FUNCTIONS: dict[str, Function] = {
     "abs": np.abs,
     "add": np.add,
     "and": np.bitwise_and,
-    "bfe": _bfe,
-    "cvta": np.positive,
+    "bfe": _extract,
     "div": _divide,
     "ex2": np.exp2,
     "fma": _fma,
     "lg2": np.log2,
-    "lop3": _logic,
     "mad.lo": lambda a, b, c: a * b + c,
     "mad.wide": _wide,
     "max": np.fmax,
     "min": np.fmin,
     "mul": np.multiply,
-    "mul.hi": _high,
+    "mul.hi": lambda a, b: (_wide(a, b) >> 8 * a.itemsize).astype(a.dtype),
     "mul.lo": np.multiply,
     "mul.wide": _wide,
     "neg": np.negative,
     "not": np.invert,
     "or": np.bitwise_or,
-    "prmt": _permute,
     "rcp": np.reciprocal,
-    "rem": _remainder,
+    "rem": lambda a, b: a - b * _divide(a, b),
     "rsqrt": lambda a: np.reciprocal(np.sqrt(a)),
     "shl": _shift(np.left_shift),
     "shr": _shift(np.right_shift),
     "sqrt": np.sqrt,
     "sub": np.subtract,
-    "tanh": np.tanh,
     "xor": np.bitwise_xor,
 }
-# those whose operands are not all of the instruction's type
-_OTHER_TYPES = {"bfe": ("", "u32", "u32"), "shl": ("", "u32"), "shr": ("", "u32"), "lop3": ("", "", "", "u32")}
+_OF_NAN = {"max": np.maximum, "min": np.minimum}
 # what does not change the result here: approximations are computed in full
-_MODIFIERS = {"rn", "approx", "full", "ftz", "lo", "hi", "wide", "NaN", "to", "global"}
+_MODIFIERS = {"rn", "approx", "full", "ftz", "lo", "hi", "wide", "NaN"}
 
 
 def compute(machine: Machine, instruction: Instruction) -> Step:
     """Bind an instruction of `FUNCTIONS`."""
     name, *modifiers, kind = instruction.words
+    target, *operands = instruction.operands
     key = next((f"{name}.{m}" for m in modifiers if m in ("lo", "hi", "wide")), name)
-    function = FUNCTIONS[key]
-    operands = instruction.operands[1:]
-    types = [t or kind for t in _OTHER_TYPES.get(name, ())] or [kind] * len(operands)
-    result = kind
-    if modifiers and kind in HALVES and modifiers[-1] == "f32":  # halves into a sum in float32
+    function, result, types = FUNCTIONS[key], kind, [kind] * len(operands)
+    if name in ("bfe", "shl", "shr"):
+        types[1:] = ["u32"] * len(types[1:])
+    if kind in HALVES and modifiers[-1:] == ["f32"]:  # halves into a sum in float32
         modifiers.pop()
         result = types[-1] = "f32"
     if key.endswith("wide"):
         result = f"{kind[0]}{2 * int(kind[1:])}"
         types[2:] = [result] * len(types[2:])
-    if set(modifiers) - _MODIFIERS or len(types) != len(operands):
+    if set(modifiers) - _MODIFIERS:
         raise Unsupported(instruction.opcode)
-    if name in ("min", "max") and ("NaN" in modifiers or len(operands) > 2):
-        function = _extreme(function, np.maximum if name == "max" else np.minimum, modifiers)
+    if name in _OF_NAN:  # of two numbers or of three
+        two = _OF_NAN[name] if "NaN" in modifiers else function
+        function = two if len(operands) == 2 else lambda a, b, c: two(two(a, b), c)
     if "ftz" in modifiers:
-        function = _flushing(function)
-    return lanewise(machine, function, instruction.operands[0], result, operands, types)
-
-
-def _flushing(function: Function) -> Function:
-    return lambda *values: flush(np.asarray(function(*map(flush, values)), np.float32))
+        exact = function
+        function = lambda *values: flush(np.asarray(exact(*map(flush, values)), np.float32))  # noqa: E731
+    return lanewise(machine, function, target, result, operands, types)
 
 
 def lanewise(
@@ -191,42 +134,22 @@ def lanewise(
     registers = [s.register for s in sources if s.register]
     register = machine.register(target)
     out, half = register.typed(result), result.removesuffix("x2")
-    pairs = out.ndim == 2
+    pairs, narrowed = out.ndim == 2, half in HALVES
+    gets, arrays = [s.get for s in sources], [s.fixed for s in sources]
+    direct = isinstance(function, np.ufunc) and not narrowed and all(a is not None for a in arrays)
 
-    def settle(mask: Mask) -> None:
-        flags = None
-        for r in registers:
-            if r.flags is not None:
-                flags = flags_of(registers, mask, pairs=pairs)
-                break
-        if flags is not None or register.flags is not None:
+    def run(mask: Mask) -> None:
+        flags = flags_of(registers, mask, pairs=pairs)
+        if flags is not None or register.flags is not None or register.order is not None:
             register.settle(mask, flags)
-
-    if isinstance(function, np.ufunc) and half not in HALVES and all(s.fixed is not None for s in sources):
-        arrays = [s.fixed for s in sources]
-
-        def direct(mask: Mask) -> None:
-            settle(mask)
-            if mask is None:
-                function(*arrays, out=out)
-            else:
-                function(*arrays, out=out, where=mask[:, None] if pairs else mask)
-
-        return direct
-
-    gets = [s.get for s in sources]
-
-    def general(mask: Mask) -> None:
-        settle(mask)
+        where = True if mask is None else mask[:, None] if pairs else mask
+        if direct:
+            function(*arrays, out=out, where=where)
+            return
         values = function(*[get() for get in gets])
-        if half in HALVES:
-            values = narrow(values, half)
-        if mask is None:
-            out[...] = values
-        else:
-            np.copyto(out, values, where=mask[:, None] if pairs else mask)
+        np.copyto(out, narrow(values, half) if narrowed else values, where=where)
 
-    return general
+    return run
 
 
 _COMPARISONS: dict[str, Function] = {
@@ -236,10 +159,6 @@ _COMPARISONS: dict[str, Function] = {
     "le": np.less_equal,
     "gt": np.greater,
     "ge": np.greater_equal,
-    "lo": np.less,
-    "ls": np.less_equal,
-    "hi": np.greater,
-    "hs": np.greater_equal,
     "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
     "nan": lambda a, b: np.isnan(a) | np.isnan(b),
 }
@@ -248,90 +167,55 @@ _COMBINE: dict[str, Function] = {"and": np.logical_and, "or": np.logical_or, "xo
 
 def _comparison(name: str, kind: str) -> Function:
     """Return a comparison by PTX's name: of floats, `ne` is false and what ends in u is true where one is NaN."""
-    floating = kind.removesuffix("x2") in (*HALVES, "f32", "f64")
-    if floating and name == "ne":
+    if kind.removesuffix("x2") not in (*HALVES, "f32"):
+        return _COMPARISONS[name]
+    if name == "ne":
         return lambda a, b: (a < b) | (a > b)
-    if floating and name.endswith("u") and name[:-1] in _COMPARISONS:
-        ordered = _COMPARISONS[name[:-1]]
-        return lambda a, b: ordered(a, b) | np.isnan(a) | np.isnan(b)
-    if name not in _COMPARISONS:
-        raise Unsupported(f"comparison .{name}")
-    return _COMPARISONS[name]
+    ordered = _COMPARISONS[name.removesuffix("u")]
+    return ordered if name in _COMPARISONS else lambda a, b: ordered(a, b) | np.isnan(a) | np.isnan(b)
 
 
 def compare(machine: Machine, instruction: Instruction) -> Step:
-    """Bind setp: a comparison, perhaps combined with a predicate; of pairs, two of them; p|q, its opposite too."""
+    """Bind setp: a comparison, perhaps combined with a predicate; of pairs, two of them."""
     _, name, *modifiers, kind = instruction.words
-    modifiers = [m for m in modifiers if m != "ftz"]
-    function = _comparison(name, kind)
+    function, combine = _comparison(name, kind), [m for m in modifiers if m != "ftz"]
     target, *operands = instruction.operands
-    types = [kind, kind, *(["pred"] * len(modifiers))]
-    if modifiers and modifiers[0] in _COMBINE:
-        with_predicate, plain = _COMBINE[modifiers[0]], function
-        function = lambda a, b, c: with_predicate(plain(a, b), c)  # noqa: E731
-    elif modifiers:
-        raise Unsupported(instruction.opcode)
+    types = [kind, kind, *(["pred"] * len(combine))]
     if not isinstance(target, tuple):
-        return lanewise(machine, function, target, "pred", operands, types)
-    if kind.endswith("x2"):
-        return _both(
-            lanewise(machine, lambda a, b, i=i: function(a, b)[:, i], target[i], "pred", operands, types)
-            for i in range(2)
-        )
-    raise Unsupported(f"{instruction.opcode} to two predicates")
-
-
-def _both(steps: Any) -> Step:
-    first, second = steps
+        whole = (lambda a, b, c: _COMBINE[combine[0]](function(a, b), c)) if combine else function
+        return lanewise(machine, whole, target, "pred", operands, types)
+    if not kind.endswith("x2") or combine:
+        raise Unsupported(f"{instruction.opcode} to two predicates")
+    halves = [
+        lanewise(machine, lambda a, b, i=i: function(a, b)[:, i], t, "pred", operands, types)
+        for i, t in enumerate(target)
+    ]
 
     def run(mask: Mask) -> None:
-        first(mask)
-        return second(mask)  # type: ignore[no-any-return]
+        for half in halves:
+            half(mask)
 
     return run
 
 
 def select(machine: Machine, instruction: Instruction) -> Step:
     """Bind selp: of two values the first where a predicate holds. What is not chosen may be anything."""
-    kind = instruction.words[-1]
     target, *operands = instruction.operands
-    a, b, p = (
-        machine.source(o, t)
-        for o, t in zip(operands, (f"b{8 * np.dtype(numpy_type(kind)).itemsize}",) * 2 + ("pred",), strict=True)
-    )
+    bits = f"b{8 * np.dtype(numpy_type(instruction.words[-1])).itemsize}"
+    a, b, p = (machine.source(o, kind) for o, kind in zip(operands, (bits, bits, "pred"), strict=True))
     register = machine.register(target)
-    out = register.bits
+
+    def flags(source: Source) -> Array | np.uint8:
+        return np.uint8(0) if source.register is None or source.register.flags is None else source.register.flags
 
     def run(mask: Mask) -> None:
         choice = p.get()
-        flags = None
+        chosen = None
         if any(s.register is not None and s.register.flags is not None for s in (a, b, p)):
-            flags = _chosen_flags(a, b, p, choice, mask)
-        if flags is not None or register.flags is not None:
-            register.settle(mask, flags)
-        values = np.where(choice, a.get(), b.get())
-        if mask is None:
-            out[...] = values
-        else:
-            np.copyto(out, values, where=mask)
+            chosen = checked(np.where(choice, flags(a), flags(b)) | flags(p), mask)
+        register.write(np.where(choice, a.get(), b.get()), mask, chosen)
 
     return run
-
-
-def _chosen_flags(a: Source, b: Source, p: Source, choice: Array, mask: Mask) -> Array | None:
-    """Return the flags of the chosen values and of the predicate."""
-    everywhere = np.ones_like(choice) if mask is None else mask
-    chosen = (
-        flags_of([s.register] if s.register else [], where)
-        for s, where in ((a, choice & everywhere), (b, ~choice & everywhere), (p, mask))
-    )
-    parts = [flags for flags in chosen if flags is not None]
-    return functools.reduce(np.bitwise_or, parts) if parts else None
-
-
-def _stacked(high: Array, low: Array) -> Array:
-    """Return pairs, the lower half first."""
-    return np.stack(np.broadcast_arrays(low, high), -1)
 
 
 _ROUND: dict[str, Function] = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
@@ -341,73 +225,61 @@ def convert(machine: Machine, instruction: Instruction) -> Step:
     """Bind cvt: between integers, between floats, from one to the other; two floats to a pair of halves."""
     _, *modifiers, result, kind = instruction.words
     target, *operands = instruction.operands
-    rounding = set(modifiers) - {"rn", "rna", *_ROUND}
-    dtype = numpy_type(result)
-    if rounding:
+    dtype, floating = numpy_type(result), kind in (*HALVES, "f32")
+
+    def function(*values: Array) -> Array:
+        if len(values) == 2:  # the first is the upper half
+            return np.stack(np.broadcast_arrays(*values[::-1]), -1)
+        if result == "tf32":
+            return tf32(values[0])
+        if result in (*HALVES, "f32"):
+            return values[0].astype(np.float32)
+        if floating:
+            limits = np.iinfo(dtype)
+            rounded = np.nan_to_num(_ROUND[modifiers[0]](values[0].astype(np.float64)))
+            return np.clip(rounded, limits.min, limits.max).astype(dtype)
+        return values[0].astype(dtype)
+
+    to_integer = floating and result not in (*HALVES, "f32", "tf32") and not result.endswith("x2")
+    if modifiers not in ([[m] for m in _ROUND] if to_integer else ([], ["rn"], ["rna"])):
         raise Unsupported(instruction.opcode)
-    if result.endswith("x2"):  # the first operand is the upper half
-        return lanewise(machine, _stacked, target, result, operands, [kind, kind], wide=True)
-    if result == "tf32":
-        function: Function = tf32
-        result = "f32"
-    elif result in (*HALVES, "f32"):
-        function = lambda a: a.astype(np.float32)  # noqa: E731
-    elif kind in (*HALVES, "f32", "f64"):
-        if not modifiers:
-            raise Unsupported(instruction.opcode)
-        to_integer, limits = _ROUND[modifiers[0]], (np.iinfo(dtype).min, np.iinfo(dtype).max)
-        function = lambda a: np.clip(np.nan_to_num(to_integer(a.astype(np.float64))), *limits).astype(dtype)  # noqa: E731
-    else:
-        function = lambda a: a.astype(dtype)  # noqa: E731
-    return lanewise(machine, function, target, result, operands, [kind], wide=True)
+    register = "f32" if result == "tf32" else result
+    return lanewise(machine, function, target, register, operands, [kind] * len(operands), wide=True)
 
 
 def move(machine: Machine, instruction: Instruction) -> Step:
     """Bind mov: of a register, a number, a special register; of a vector into one register, or the other way."""
     kind = instruction.words[-1]
-    target, operand = instruction.operands
-    many = operand if isinstance(operand, tuple) else target if isinstance(target, tuple) else (operand,)
-    bits = kind if kind == "pred" else f"b{kind[1:]}"
-    part = bits if len(many) == 1 else f"b{int(kind[1:]) // len(many)}"
-    targets = target if isinstance(target, tuple) else (target,)
-    sources = [machine.source(o, part if many is operand else bits) for o in (many if many is operand else (operand,))]
-    outs = [None if t == "_" else machine.register(t) for t in targets]
-    registers = [[s.register] if s.register else [] for s in sources]
-    written = [r for r in outs if r is not None]
+    given, taken = elements(instruction.operands[1]), elements(instruction.operands[0])
+    size = 1 if kind == "pred" else int(kind[1:]) // 8
+    name = "pred" if kind == "pred" else f"b{8 * size // len(given)}"
+    sources = [machine.source(o, name) for o in given]
+    outs = [None if t == "_" else machine.register(t) for t in taken]
+    dtype = np.dtype(np.bool_ if kind == "pred" else BITS[size // len(taken)])
 
     def run(mask: Mask) -> None:
         # registers that tcgen05.ld has not yet written may be moved, not used
-        given = [flags_of(r, mask, NEVER_WRITTEN | LOADING, pairs=True) for r in registers]
-        if len(many) == 1:
-            values = sources[0].get()[:, None]
-        elif many is operand:
-            parts = np.empty((machine.count, len(many)), numpy_type(part))
-            for i, source in enumerate(sources):
-                parts[:, i] = source.get()
-            values = parts.view(numpy_type(bits))
-        else:
-            whole = np.ascontiguousarray(np.broadcast_to(sources[0].get(), machine.count))
-            values = whole[:, None].view(numpy_type(part)).copy()
-        moved: list[Array | None] = [None] * len(outs)
-        if any(f is not None for f in given):
-            moved = _moved_flags(given, len(outs))
-        for i, register in enumerate(outs):
+        flags = [flags_of([s.register] if s.register else [], mask, NEVER_WRITTEN | LOADING, True) for s in sources]
+        moved = [None] * len(outs) if not any(f is not None for f in flags) else _moved(flags, len(outs))
+        columns = [machine.each(s)[:, None] for s in sources]
+        values = (columns[0] if len(columns) == 1 else np.concatenate(columns, 1)).view(dtype)
+        for register, column, its in zip(outs, values.T, moved, strict=True):
             if register is not None:
-                register.write(values[:, i], mask, moved[i])
-        if any(flags is not None and (flags & LOADING).any() for flags in moved):
-            machine.loading.append(written)
+                register.write(column, mask, its)
+        if any(its is not None and (its & LOADING).any() for its in moved):
+            machine.loading.append([register for register in outs if register is not None])
 
     return run
 
 
-def _moved_flags(given: Sequence[Array | None], parts: int) -> list[Array | None]:
-    """Return the flags of what is packed or unpacked: halves of pairs have their own."""
+def _moved(given: Sequence[Array | None], parts: int) -> list[Array]:
+    """Return the flags of what is packed from several registers, or unpacked to them: halves have their own."""
     none = np.uint8(0)
-    flags = [none if f is None else f for f in given]
-    if len(flags) == 2 and parts == 1:
-        low, high = (np.where(f & NEVER_WRITTEN, half, none) for f, half in zip(flags, (LOW, HIGH), strict=True))
-        return [low | high | (flags[0] | flags[1]) & LOADING]
-    if len(flags) == 1 and parts == 2:
-        return [np.where(flags[0] & half, NEVER_WRITTEN, none) | flags[0] & LOADING for half in (LOW, HIGH)]
+    flags = [np.zeros(1, np.uint8) if f is None else f for f in given]
     whole = functools.reduce(np.bitwise_or, flags)
+    if len(flags) == 2:
+        low, high = (np.where(f & NEVER_WRITTEN, half, none) for f, half in zip(flags, (LOW, HIGH), strict=True))
+        return [whole & LOADING | low | high]
+    if parts == 2:
+        return [whole & LOADING | np.where(whole & half, NEVER_WRITTEN, none) for half in (LOW, HIGH)]
     return [whole if parts == len(flags) else np.where(whole & NEVER_WRITTEN, whole | NEVER_WRITTEN, whole)] * parts

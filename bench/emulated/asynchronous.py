@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from .faults import Fault
 from .memory import Shared
 from .races import Array, Lanes
-from .registers import IN_USE, NOT_ARRIVED, Register, mark, release
+from .registers import IN_USE, NEVER_WRITTEN, NOT_ARRIVED, Register, alter
 
 
 class Copy(NamedTuple):
@@ -60,7 +62,14 @@ class Warpgroups:
     def __init__(self, shared: Shared, lanes: int) -> None:
         self.shared = shared
         self.committed = np.zeros(lanes, np.int64)
+        self.fenced = np.zeros(lanes, np.int64)  # by wgmma.fence, when
         self.flights: list[Flight] = []
+
+    def require_fenced(self, registers: Sequence[Register], lanes: Array) -> None:
+        """Raise a fault if accumulators were written since the last wgmma.fence."""
+        for register in registers:
+            if (register.changed[lanes] > self.fenced[lanes]).any():
+                raise Fault("register fence", "an accumulator was written since the last wgmma.fence")
 
     def start(self, lanes: Array, results: list[Register], inputs: list[Register], stamp: int) -> None:
         """Note a wgmma of lanes."""
@@ -79,13 +88,13 @@ class Warpgroups:
                 left.append(flight._replace(lanes=rest))
         self.flights = left
         for registers in {id(f.results): f.results + f.inputs for f in ended}.values():
-            release(registers, here)
+            alter(registers, lambda flags: np.where(here, flags & NEVER_WRITTEN, flags))
         for flight in left:
             self._mark(flight)
 
     def _mark(self, flight: Flight) -> None:
-        mark(flight.results, flight.lanes, NOT_ARRIVED)
-        mark(flight.inputs, flight.lanes, IN_USE)
+        alter(flight.results, lambda flags: flags | flight.lanes * NOT_ARRIVED)
+        alter(flight.inputs, lambda flags: flags | flight.lanes * IN_USE)
 
 
 class Mbarrier:

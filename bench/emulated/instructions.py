@@ -292,8 +292,8 @@ TABLE: dict[str, Binder] = {
     "bar": barrier,
     "barrier": barrier,
     "bra": lambda machine, instruction: lambda mask: None,
-    "ret": lambda machine, instruction: machine.leave,
-    "exit": lambda machine, instruction: machine.leave,
+    "ret": lambda machine, instruction: machine.full,
+    "exit": lambda machine, instruction: machine.full,
     "cp": copy,
     "fence": fence,
     "membar": fence,
@@ -324,4 +324,4 @@ def bind(machine: Machine) -> list[Code]:
             ) from error
         target = machine.program.labels[str(instruction.operands[0])] if instruction.words[0] == "bra" else -1
         code.append(Code(run, predicate, instruction.negated, target))
-    return code
+    return [*code, Code(machine.full, None, False, -1)]

@@ -114,7 +114,6 @@ class Machine:
         self.waiting: dict[str, dict[int, Array]] = {"barrier": {}, "mbarrier": {}}
         self.ready: dict[int, Array] = {}
         self.arrived = np.zeros(self.count, np.bool_)
-        self.alive = np.ones(self.count, np.bool_)
         self.at = 0
 
     # operands
@@ -126,7 +125,10 @@ class Machine:
         return self.registers[operand]
 
     def source(self, operand: Operand, name: str, wide: bool = False) -> Source:
-        """Return an operand as values of PTX's type `name`, halves as float32; wide: of wider registers the low bits."""
+        """Return an operand as values of PTX's type `name`, halves as float32.
+
+        wide: it may be a wider register, of which the low bits are meant.
+        """
         register = self.registers.get(operand) if isinstance(operand, str) else None
         if register is not None:
             values = register.low(name) if wide else register.typed(name)
@@ -213,9 +215,8 @@ class Machine:
     def wake(self, kind: str, lanes: Array) -> None:
         """Let those of the lanes go on that wait."""
         for at, waiting in list(self.waiting[kind].items()):
-            if (woken := waiting & lanes).any():
-                self.ready[at] = self.ready[at] | woken if at in self.ready else woken
-                self.waiting[kind][at] = waiting & ~woken
+            self.merge(at, waiting & lanes)
+            self.waiting[kind][at] = waiting & ~lanes
         self.waiting[kind] = {at: lanes for at, lanes in self.waiting[kind].items() if lanes.any()}
 
     def barrier(self, mask: Mask) -> Mask:
@@ -232,12 +233,6 @@ class Machine:
         self.wait("barrier", self.at + 1, waiting)
         return waiting
 
-    def leave(self, mask: Mask) -> Mask:
-        """End lanes."""
-        here = self.full(mask)
-        self.alive &= ~here
-        return here
-
     def run(self, code: list[Code], limit: int) -> Run:
         """Execute code until every lane has ended, at most `limit` instructions.
 
@@ -246,59 +241,61 @@ class Machine:
         Raises:
             Fault: from the check that fired.
         """
-        steps, issued, order, ready = 0, np.zeros(len(code), np.int64), self.order, self.ready
+        steps, issued, ready = 0, np.zeros(len(code), np.int64), self.ready
         ready[0] = np.ones(self.count, np.bool_)
         while ready:
             self.at = at = min(ready)
             lanes = ready.pop(at)
             mask: Mask = None if lanes.all() else lanes
             warps = np.count_nonzero(lanes.reshape(-1, 32).any(1))
-            while not ready or at < min(ready):
-                run, predicate, negated, target = code[at]
+            going = True
+            while going and (not ready or at < min(ready)):
                 self.at = at
-                order.now += 1
+                self.order.now += 1
                 steps += 1
                 issued[at] += warps
-                active = mask
-                if predicate is not None:
-                    if predicate.flags is not None:
-                        require_written([predicate], mask, "the predicate")
-                    holds = ~predicate.bits if negated else predicate.bits
-                    active = holds if mask is None else mask & holds
-                    some = active.all()
-                    if some:
-                        active = None
-                    elif not active.any():
-                        at += 1
-                        continue
-                    elif mask is not None and target < 0 and active is not mask and (active == mask).all():
-                        active = mask
-                if target >= 0:
-                    rest = None if active is None else ~active if mask is None else mask & ~active
-                    if rest is None or not rest.any():
-                        at = target
-                        if steps > limit:
-                            raise Fault("deadlock", f"no end after {limit} instructions")
-                        continue
-                    assert active is not None
-                    self.merge(target, active.copy())
-                    self.merge(at + 1, rest)
-                    break
-                waiting = run(active)
+                if steps > limit:
+                    raise Fault("deadlock", f"no end after {limit} instructions")
+                run, _, _, target = code[at]
+                active = self._active(code[at], mask)
                 at += 1
-                if waiting is not None:
-                    rest = ~waiting if mask is None else mask & ~waiting
-                    if rest.any():
-                        self.merge(at, rest)
-                    break
-            else:
-                self.merge(at, self.full(mask))
+                if active is not None and not active.any():
+                    continue
+                if target >= 0:
+                    going, at = self._branch(active, mask, at, target)
+                elif (leaving := run(active)) is not None:
+                    self.merge(at, self.full(mask) & ~leaving)
+                    going = False
+            if going:
+                self.merge(at, lanes)
         self._require_end()
-        return Run(self.program, steps, tuple(issued.tolist()), self.operations, self.traffic or {})
+        return Run(self.program, steps, tuple(issued[:-1].tolist()), self.operations, self.traffic or {})
+
+    def _active(self, code: Code, mask: Mask) -> Mask:
+        """Return the lanes of the mask in which an instruction's predicate holds."""
+        predicate = code.predicate
+        if predicate is None:
+            return mask
+        if predicate.flags is not None:
+            require_written([predicate], mask, "the predicate")
+        active = predicate.bits ^ code.negated
+        if mask is not None:
+            active &= mask
+        return None if active.all() else active
+
+    def _branch(self, taken: Mask, mask: Mask, at: int, target: int) -> tuple[bool, int]:
+        """Return whether all lanes of the mask go on together, and where; else both parts wait their turn."""
+        rest = self.full(mask) & ~self.full(taken)
+        if not rest.any():
+            return True, target
+        self.merge(target, self.full(taken))
+        self.merge(at, rest)
+        return False, at
 
     def merge(self, at: int, lanes: Array) -> None:
-        """Let lanes go on at an instruction, with those that are there."""
-        self.ready[at] = self.ready[at] | lanes if at in self.ready else lanes
+        """Let lanes, if any, go on at an instruction, with those that are there."""
+        if lanes.any():
+            self.ready[at] = self.ready[at] | lanes if at in self.ready else lanes
 
     def _require_end(self) -> None:
         """Raise a fault if lanes wait that nothing can wake."""
@@ -309,3 +306,5 @@ class Machine:
                 if kind == "barrier" and not any(self.waiting["mbarrier"]):
                     raise Fault("barrier", f"{count} threads wait for others that have ended, or wait elsewhere")
                 raise Fault("deadlock", f"{count} threads wait for ever")
+        if self.tensor is not None and self.tensor.columns.any():
+            raise Fault("tensor memory", "it is not given back, and the next program waits for ever")

@@ -14,10 +14,10 @@ import numpy as np
 
 from .faults import Fault, Unsupported
 from .formats import HALVES, widen
-from .machine import Machine, Step
+from .machine import Machine, Source, Step
 from .ptx import Instruction, Operand
 from .races import Array
-from .registers import NEVER_WRITTEN, Mask, Register, flags_of
+from .registers import NEVER_WRITTEN, Mask, Register, alter, flags_of, require_written
 from .tiles import Tile
 
 LANE = np.arange(32)
@@ -193,55 +193,48 @@ _HOPPER_SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}
 
 def warpgroup(machine: Machine, instruction: Instruction) -> Step:
     """Bind wgmma: its fences, groups and waits, and the products themselves."""
-    words, operands = instruction.words, instruction.operands
-    groups = machine.warpgroups
-    if words[1] == "fence":
-        return lambda mask: machine.whole(mask, 128, instruction.opcode)
-    if words[1] == "commit_group":
+    name, operands, groups = instruction.words[1], instruction.operands, machine.warpgroups
+    if name == "mma_async":
+        return _product(machine, instruction)
 
-        def commit(mask: Mask) -> None:
-            machine.whole(mask, 128, instruction.opcode)
+    def run(mask: Mask) -> None:
+        machine.whole(mask, 128, instruction.opcode)
+        if name == "fence":
+            groups.fenced[machine.lanes(mask)] = machine.order.now
+        elif name == "commit_group":
             groups.committed[machine.lanes(mask)] += 1
+        else:
+            groups.finish(machine.full(mask), int(operands[0]))  # type: ignore[call-overload]
 
-        return commit
-    if words[1] == "wait_group":
-
-        def wait(mask: Mask) -> None:
-            machine.whole(mask, 128, instruction.opcode)
-            groups.finish(machine.full(mask), int(operands[0]))  # type: ignore[arg-type]
-
-        return wait
-    return _product(machine, instruction)
+    if instruction.words[2:] != ["sync", "aligned"] or name not in ("fence", "commit_group", "wait_group"):
+        raise Unsupported(instruction.opcode)
+    return run
 
 
 def _product(machine: Machine, instruction: Instruction) -> Step:
     """Bind wgmma.mma_async: D = A B + D, 64 × N for each warpgroup; A in registers or shared memory."""
     words, operands, kind = instruction.words, instruction.operands, instruction.words[-1]
     M, N, K = _shape(instruction)
-    in_registers = isinstance(operands[1], tuple)
-    flags = [int(x) for x in operands[4:]]  # type: ignore[arg-type]
-    signs, transposes = flags[:2], flags[2:]
-    wanted = (2 - in_registers) * (kind in HALVES)
+    signs, transposes = operands[4:6], [x == 1 for x in operands[6:]]
+    in_registers, half = isinstance(operands[1], tuple), kind in HALVES
     if (
-        words[1:4] != ["mma_async", "sync", "aligned"]
-        or words[5:] != ["f32", kind, kind]
+        words[2:4] + words[5:] != ["sync", "aligned", "f32", kind, kind]
         or kind not in (*HALVES, "tf32")
-        or (64, 16 if kind in HALVES else 8) != (M, K)
-        or signs != [1, 1]
-        or len(transposes) != wanted
+        or (M, K, len(transposes)) != (64, 16 if half else 8, (2 - in_registers) * half)
+        or signs != (1, 1)
     ):
         raise Unsupported(instruction.opcode)
-    transpose_b = bool(transposes and transposes[-1])
-    transpose_a = bool(transposes and transposes[0]) and not in_registers
-    d, b = Fragment(machine, operands[0]), machine.source(operands[2], "b64")
+    d, b, keep = Fragment(machine, operands[0]), machine.source(operands[2], "b64"), machine.source(operands[3], "pred")
     a = Fragment(machine, operands[1]) if in_registers else machine.source(operands[1], "b64")
-    keep = machine.source(operands[3], "pred")
     layout_a, layout_d = operand_a(4), result(N // 2)
     inputs = a.registers if isinstance(a, Fragment) else []
-    reading = [s.register for s in (a, b, keep) if not isinstance(s, Fragment) and s.register]
+    read = [s.register for s in (a, b, keep) if isinstance(s, Source) and s.register]
+    for register in d.registers:  # A's follow the data: compilers write them after the fence, and ptxas waits
+        register.watch(machine.order)
 
-    def tiles(source: Any, rows: int, transposed: bool, working: Array, leaders: Array) -> Array:
-        descriptors = np.broadcast_to(source.get(), machine.count).reshape(-1, 128)[working]
+    def tiles(source: Source, rows: int, transposed: bool, leaders: Array) -> Array:
+        """Return the tiles of warpgroups as float32, [warpgroups, rows, K]."""
+        descriptors = machine.each(source).reshape(-1, 128)[leaders // 128]
         if (descriptors != descriptors[:, :1]).any():
             raise Fault("matrix descriptor", "the threads of a warpgroup disagree")
         found = [Tile.of(int(x), _HOPPER_SWIZZLES, 62) for x in descriptors[:, 0]]
@@ -249,35 +242,32 @@ def _product(machine: Machine, instruction: Instruction) -> Step:
 
     def run(mask: Mask) -> None:
         machine.whole(mask, 128, instruction.opcode)
-        flags_of(reading, mask)
-        working = machine.full(mask)[::128]
-        leaders = np.flatnonzero(working) * 128
+        require_written(read, mask, "a matrix descriptor")
+        where = machine.full(mask)
+        lanes, leaders = np.flatnonzero(where), np.flatnonzero(where[::128]) * 128
+        machine.warpgroups.require_fenced(d.registers, lanes)
         machine.operations += 2 * M * N * K * leaders.size
-        tainted = over_warps(flags_of(inputs, mask))
+        never = over_warps(flags_of(inputs, mask))
         if isinstance(a, Fragment):
-            left = numbers(a.matrix(layout_a, 16), kind).reshape(-1, 64, K)[working]
+            left = numbers(a.matrix(layout_a, 16), kind).reshape(-1, 64, K)[leaders // 128]
         else:
-            left = tiles(a, 64, transpose_a, working, leaders)
-        right = tiles(b, N, transpose_b, working, leaders)
+            left = tiles(a, 64, transposes[:1] == [True], leaders)
+        right = tiles(b, N, transposes[-1:] == [True], leaders)
         product = np.matmul(left, right.swapaxes(1, 2)).reshape(-1, 16, N)[:, layout_d.rows, layout_d.columns]
-        where = np.repeat(working, 128)
-        lanes = np.flatnonzero(where)
-        keeps = np.broadcast_to(keep.get(), machine.count)[lanes]
-        sums = product.swapaxes(0, 1).reshape(len(d.registers), -1)
+        sums, keeps = product.swapaxes(0, 1).reshape(len(d.registers), -1), machine.each(keep, lanes)
         if keeps.any():
-            before = np.stack([r.bits for r in d.registers]).view(np.float32)[:, lanes]
-            sums = np.where(keeps, sums + before, sums)
-            _require_accumulators(d.registers, where & np.broadcast_to(keep.get(), machine.count))
+            require_accumulators(d.registers, lanes[keeps])
+            sums = np.where(keeps, sums + np.stack([r.bits[lanes] for r in d.registers]).view(np.float32), sums)
         for register, values in zip(d.registers, sums.view(np.uint32), strict=True):
             register.bits[lanes] = values
-            register.flags = None if tainted is None else tainted
+        alter(d.registers, lambda flags: np.where(where, np.uint8(0) if never is None else never, flags))
         machine.warpgroups.start(where, d.registers, inputs, machine.tiles.stamp)
 
     return run
 
 
-def _require_accumulators(registers: Sequence[Register], mask: Array) -> None:
+def require_accumulators(registers: Sequence[Register], lanes: Array) -> None:
     """Raise a fault if sums that are added to were never written."""
     for register in registers:
-        if register.flags is not None and (register.flags[mask] & NEVER_WRITTEN).any():
+        if register.flags is not None and (register.flags[lanes] & NEVER_WRITTEN).any():
             raise Fault("uninitialised register", "an accumulator was never written")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .faults import Fault, Unsupported
-from .races import IN_FLIGHT, Array, Lanes, Ledger, Order
+from .races import COPIED, IN_FLIGHT, Array, Lanes, Ledger, Order
 
 BASE = 0x7F00_0000_0000  # the first made-up address
 GAP = 4096
@@ -188,7 +188,7 @@ class Shared:
         """Write the rows of `data` that were announced."""
         width = data.shape[1]
         rows, granules = _granules(at, width)
-        self.ledger.written.reshape(-1, granules)[rows] = self.ledger.order.stamp(lanes)[:, None]
+        self.ledger.written.reshape(-1, granules)[rows] = COPIED | self.ledger.order.stamp(lanes)[:, None]
         _rows(self.bytes, width)[at // width] = data
 
 

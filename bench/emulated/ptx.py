@@ -76,8 +76,11 @@ class Program:
     variables: frozenset[str]
 
 
-_LABEL = re.compile(r"([$\w]+):(?!:)\s*")
-_LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)[^/]*(?://\s*(.*))?")
+_TOKEN = re.compile(
+    r"\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n/]*(?://\s*(?P<comment>[^\n]*))?"
+    r"|(?://|\.(?:pragma|file|section)\b)[^\n]*"
+    r"|(?P<brace>[{}])|(?P<label>[$\w]+):(?!:)|(?P<statement>[^;\s][^;]*);"
+)
 
 
 def parse(text: str) -> Program:
@@ -133,44 +136,26 @@ class _Body:
 
     def read(self, text: str, start: int) -> None:
         """Read from `start`, which follows the opening brace, to the brace that closes it."""
-        line, source, statement, begun = text.count("\n", 0, start) + 1, "", "", 0
-        for raw in text[start:].split("\n"):
-            if location := _LOCATION.match(raw.strip()):
-                source = location[3] or f"{self.files.get(location[1], location[1])}:{location[2]}"
-                line += 1
-                continue
-            rest = raw.partition("//")[0].strip()
-            while rest:
-                if not statement:
-                    begun = line
-                    if rest[0] in "{}":
-                        if rest[0] == "{":
-                            self.opened += 1
-                            self.scopes.append(self.opened)
-                        else:
-                            self.scopes.pop()
-                        if not self.scopes:
-                            return
-                        rest = rest[1:].lstrip()
-                        continue
-                    if label := _LABEL.match(rest):
-                        self.labels[_scoped(label[1], self.scopes[-1])] = len(self.instructions)
-                        rest = rest[label.end() :]
-                        continue
-                    if rest.startswith((".pragma", ".file", ".section")):
-                        break
-                part, end, rest = rest.partition(";")
-                statement, rest = f"{statement} {part}", rest.lstrip()
-                if end:
-                    self._statement(statement.strip(), begun, source)
-                    statement = ""
-            line += 1
+        line, source, before = 1, "", 0
+        for token in _TOKEN.finditer(text, start):
+            line, before = line + text.count("\n", before, token.start()), token.start()
+            if token["file"]:
+                source = token["comment"] or f"{self.files.get(token['file'], token['file'])}:{token['line']}"
+            elif token["label"]:
+                self.labels[_scoped(token["label"], self.scopes[-1])] = len(self.instructions)
+            elif token["brace"] == "{":
+                self.opened += 1
+                self.scopes.append(self.opened)
+            elif token["brace"]:
+                self.scopes.pop()
+                if not self.scopes:
+                    return
+            elif token["statement"]:
+                self._statement(token["statement"], line, source)
         raise Unsupported("PTX must close the braces of its kernel")
 
     def _statement(self, statement: str, line: int, source: str) -> None:
         """Note the registers that a statement declares, or its instruction."""
-        if not statement:
-            return
         if declared := re.match(r"\.reg\s*\.(\w+)\s+(.*)", statement):
             if declared[1] not in REGISTERS:
                 raise Unsupported(f"line {line}: registers of type .{declared[1]}")
@@ -182,19 +167,9 @@ class _Body:
         if match is None:
             raise Unsupported(f"line {line}: {statement}")
         negated, predicate, opcode, operands = match.groups()
-        self.instructions.append(
-            (
-                Instruction(
-                    opcode,
-                    tuple(self._operand(x) for x in _split(operands)),
-                    self._name(predicate or ""),
-                    bool(negated),
-                    line,
-                    source,
-                ),
-                tuple(self.scopes),
-            )
-        )
+        parsed = tuple(self._operand(x) for x in _split(operands))
+        instruction = Instruction(opcode, parsed, self._name(predicate or ""), bool(negated), line, source)
+        self.instructions.append((instruction, tuple(self.scopes)))
 
     def _name(self, name: str) -> str:
         """Return the name of a register in the innermost scope that declares it; other names as they are."""

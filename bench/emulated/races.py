@@ -20,6 +20,8 @@ Lanes = Any  # indices of lanes, or slice(None) for all of them
 _LANE, _WARP = 0x3F, 0x3FC0
 ANYONE = _WARP | _LANE
 _CLOCK = 16
+# in the stamp of what cp.async wrote: nobody fences it, as its wait and a barrier are relied upon
+COPIED = 1 << 14
 # stamps of what has not ended: writes by cp.async before their wait, reads by matrix instructions before theirs
 IN_FLIGHT = 1 << 62
 # the stamp of what every thread has waited for
@@ -124,7 +126,7 @@ class Ledger:
         if unfenced.any():
             first = lanes // order.threads * order.threads
             writer = first[:, None] + ((prior & _WARP) >> 6) * 32 + (prior & _LANE)
-            if ((order.fenced[writer] <= prior >> _CLOCK) & unfenced[:, None]).any():
+            if ((order.fenced[writer] <= prior >> _CLOCK) & (prior & COPIED == 0) & unfenced[:, None]).any():
                 raise Fault("proxy fence", "a matrix instruction reads what was written without a fence.proxy.async")
         self.read.reshape(-1, 8)[chunks] = stamp
         self.flights.setdefault(stamp, []).append(chunks)

@@ -8,7 +8,7 @@ import numpy as np
 
 from .faults import Fault, Unsupported
 from .formats import BITS, SIGNED, numpy_type
-from .races import Array, Lanes
+from .races import Array, Lanes, Order
 
 Mask = Array | None  # of lanes; None: all
 
@@ -22,11 +22,19 @@ LOADING = np.uint8(8)  # tcgen05.ld will write it, or what it is copied from
 class Register:
     """A register of every lane: its bits, and flags where a lane's are not to be read; flags are None where all are."""
 
-    __slots__ = ("bits", "flags")
+    __slots__ = ("bits", "changed", "flags", "order")
 
     def __init__(self, bits: Array, flags: Array) -> None:
         self.bits = bits
         self.flags: Array | None = flags
+        # of registers that wgmma uses: when lanes were last written
+        self.order: Order | None = None
+        self.changed = bits[:0]
+
+    def watch(self, order: Order) -> None:
+        """Note from now on when lanes are written."""
+        if self.order is None:
+            self.order, self.changed = order, np.ones(self.bits.size, np.int64)
 
     def typed(self, name: str) -> Array:
         """Return a view of the bits as PTX's type `name`: [lanes], pairs as [lanes, 2].
@@ -54,6 +62,8 @@ class Register:
         """
         if self.flags is not None:
             _require_arrived(self.flags & (NOT_ARRIVED | IN_USE | LOADING), mask, "writes")
+        if self.order is not None:
+            np.copyto(self.changed, self.order.now, where=True if mask is None else mask)
         if mask is None:
             self.flags = flags if flags is None or flags.any() else None
         elif self.flags is not None or flags is not None:
@@ -83,17 +93,7 @@ class Register:
         return values.view(self.bits.dtype)
 
 
-def mark(registers: Sequence[Register], lanes: Array, flag: np.uint8) -> None:
-    """Flag lanes of registers, which often share their flags."""
-    _alter(registers, lambda flags: flags | lanes * flag)
-
-
-def release(registers: Sequence[Register], lanes: Array) -> None:
-    """Take the flags of asynchronous instructions from lanes of registers."""
-    _alter(registers, lambda flags: np.where(lanes, flags & NEVER_WRITTEN, flags))
-
-
-def _alter(registers: Sequence[Register], change: Callable[[Array], Array]) -> None:
+def alter(registers: Sequence[Register], change: Callable[[Array], Array]) -> None:
     """Change the flags of registers, once where they share them."""
     before = [r.flags for r in registers]
     changed: dict[int, Array | None] = {}
@@ -124,8 +124,11 @@ def flags_of(
     for register in registers:
         if register.flags is not None:
             flags = register.flags if flags is None else flags | register.flags
-    if flags is None:
-        return None
+    return None if flags is None else checked(flags, mask, carry, pairs)
+
+
+def checked(flags: Array, mask: Mask, carry: np.uint8 = NEVER_WRITTEN, pairs: bool = False) -> Array | None:
+    """Return those flags in `carry` that lanes have, as `flags_of` does."""
     _require_arrived(flags & (NOT_ARRIVED | LOADING) & ~carry, mask, "reads")
     live = flags & carry
     if not pairs:

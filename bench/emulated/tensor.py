@@ -1,27 +1,31 @@
-"""tcgen05: tensor memory of 128 lanes and 512 columns of 32 bits, and its matrix instructions."""
+"""tcgen05: tensor memory of 128 lanes and 512 columns of 32 bits, its matrix instructions, and mbarriers for them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .asynchronous import Mbarrier, Product
 from .faults import Fault, Unsupported
-from .machine import Machine, Step
+from .machine import Machine, Source, Step
 from .matrix import Fragment, numbers
-from .ptx import Address, Instruction, Operand
+from .ptx import Address, Instruction
 from .races import ANYONE, IN_FLIGHT, SEEN, Array, Ledger
-from .registers import LOADING, Mask, flags_of, mark, release, require_written
+from .registers import LOADING, Mask, Register, alter, flags_of, require_written
 from .tiles import Tile
 
 LANES, COLUMNS = 128, 512
+# the stamp of what a matrix instruction under way writes
+_PRODUCT = IN_FLIGHT | ANYONE
 
 
 class TensorMemory:
     """Tensor memory of every program, with the order of accesses to every word.
 
-    columns: allocated, of each program. storing: places before their wait.
+    columns: allocated, of each program. storing: lanes and places before their wait. products: of each program, under
+    way.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -37,37 +41,43 @@ class TensorMemory:
         Raises:
             Fault: outside the allocated columns.
         """
-        if (lanes >= LANES).any() or (columns < 0).any() or (columns >= self.columns[program]).any():
+        if (lanes >= LANES).any() or (columns >= self.columns[program]).any():
             raise Fault("bounds", f"column {int(columns.max())} of tensor memory is not allocated")
         return (program * LANES + lanes) * COLUMNS + columns
+
+    def require_ready(self, at: Array, lanes: Array) -> None:
+        """Raise a fault unless words may be read by a matrix instruction of each lane."""
+        written = self.ledger.written[at].reshape(len(lanes), -1)
+        others = written != _PRODUCT  # an earlier matrix instruction ends first
+        if (written == 0).any():
+            raise Fault("uninitialised tensor memory", "a matrix instruction reads what was never written")
+        if (others & (written >= IN_FLIGHT)).any():
+            raise Fault("asynchronous copy", "a matrix instruction reads a tcgen05.st before the wait for it")
+        if (others & (written > self.ledger.order.synced[lanes][:, None])).any():
+            raise Fault("race", "a matrix instruction reads tensor memory written since the last barrier")
+
+    def require_free(self, at: Array, lanes: Array) -> None:
+        """Raise a fault unless words may be written by a matrix instruction of each lane."""
+        written, read = (x[at].reshape(len(lanes), -1) for x in (self.ledger.written, self.ledger.read))
+        since = self.ledger.order.synced[lanes][:, None]
+        if ((read > since) | ((written > since) & (written != _PRODUCT))).any():
+            raise Fault("race", "a matrix instruction writes tensor memory touched since the last barrier")
 
 
 def tensor(machine: Machine, instruction: Instruction) -> Step:
     """Bind tcgen05."""
-    binders = {
-        "alloc": _allocate,
-        "dealloc": _free,
-        "ld": _load,
-        "st": _store,
-        "mma": _multiply,
-        "commit": _commit,
-        "wait::ld": _wait_load,
-        "wait::st": _wait_store,
-    }
     name = instruction.words[1]
-    if name in ("relinquish_alloc_permit", "fence::before_thread_sync", "fence::after_thread_sync"):
-        return lambda mask: None
-    if name not in binders or "cta_group::2" in instruction.words:
+    if "cta_group::2" in instruction.words:
         raise Unsupported(instruction.opcode)
     if machine.tensor is None:
         machine.tensor = TensorMemory(machine)
-    return binders[name](machine, machine.tensor, instruction)
+    return _BINDERS[name](machine, machine.tensor, instruction)
 
 
 def _allocate(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
     """A warp writes the first of the columns that it gets to shared memory."""
     address = machine.address(instruction.operands[0], 4)
-    count = machine.source(instruction.operands[1], "u32")
+    count = int(instruction.operands[1])  # type: ignore[call-overload]
 
     def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
@@ -76,47 +86,44 @@ def _allocate(machine: Machine, memory: TensorMemory, instruction: Instruction) 
         start = memory.columns[program].astype(np.uint32)
         at = machine.shared.places(address(first), 4, program)
         machine.shared.store(at, start.view(np.uint8).reshape(-1, 4), lanes)
-        memory.columns[program] += count.get()[0]
-        if (memory.columns > COLUMNS).any() or np.unique(program).size != program.size:
-            raise Fault("deadlock", f"waits for ever for {int(count.get()[0])} columns of tensor memory")
+        np.add.at(memory.columns, program, count)
+        if (memory.columns > COLUMNS).any():
+            raise Fault("deadlock", f"waits for ever for {count} columns of tensor memory")
 
     return run
 
 
 def _free(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
     """A warp gives columns back."""
-    count = machine.source(instruction.operands[1], "u32")
-
-    def run(mask: Mask) -> None:
-        first = machine.full(mask) & (machine.lane == 0)
-        memory.columns[machine.program_of[first]] -= count.get()[0]
-
-    return run
+    count = int(instruction.operands[1])  # type: ignore[call-overload]
+    return lambda mask: np.subtract.at(
+        memory.columns, machine.program_of[machine.full(mask) & (machine.lane == 0)], count
+    )
 
 
-def _words(machine: Machine, memory: TensorMemory, instruction: Instruction) -> tuple[Any, Fragment]:
+def _words(
+    machine: Machine, memory: TensorMemory, instruction: Instruction
+) -> tuple[Callable[[Mask], Array], Fragment]:
     """Return what computes the places [lanes, registers] of a load or store, and its registers."""
-    shape, operands = instruction.words[4], list(instruction.operands)
-    vector = next(o for o in operands if isinstance(o, tuple) and not isinstance(o, Address))
-    where = next(o for o in operands if isinstance(o, Address))
-    split = next((o for o in operands if isinstance(o, int)), 0)
-    registers = Fragment(machine, vector)
-    if shape not in ("32x32b", "16x32bx2") or instruction.words[5:] != [f"x{len(registers.registers)}", "b32"]:
+    shape, operands = instruction.words[4], instruction.operands
+    where, *split = (o for o in operands if isinstance(o, Address | int))
+    registers = Fragment(machine, next(o for o in operands if isinstance(o, tuple) and not isinstance(o, Address)))
+    count = len(registers.registers)
+    if shape not in ("32x32b", "16x32bx2") or instruction.words[5:] != [f"x{count}", "b32"]:
         raise Unsupported(instruction.opcode)
     address = machine.address(where, 4)
 
     def places(mask: Mask) -> Array:
         machine.whole(mask, 32, instruction.opcode)
         lanes, at = machine.lanes(mask), address(mask)
-        lane, column = at >> 16, at & 0xFFFF
+        lane, column, thread = at >> 16, at & 0xFFFF, machine.lane[lanes]
         if shape == "32x32b":
-            lane = lane + machine.lane[lanes]
+            lane = lane + thread
         else:  # the upper half of a warp has the same 16 lanes in other columns
-            lane, column = lane + machine.lane[lanes] % 16, column + machine.lane[lanes] // 16 * split
+            lane, column = lane + thread % 16, column + thread // 16 * split[0]
         if (lane // 32 != machine.warp[lanes] % 4).any():
             raise Fault("bounds", "a warp reaches the lanes of tensor memory of another")
-        columns = column[:, None] + np.arange(len(registers.registers))
-        return memory.places(lane[:, None], columns, machine.program_of[lanes][:, None])
+        return memory.places(lane[:, None], column[:, None] + np.arange(count), machine.program_of[lanes][:, None])
 
     return places, registers
 
@@ -126,12 +133,12 @@ def _load(machine: Machine, memory: TensorMemory, instruction: Instruction) -> S
     places, target = _words(machine, memory, instruction)
 
     def run(mask: Mask) -> None:
-        at, lanes = places(mask), machine.lanes(mask)
-        never = memory.ledger.note_read(at.reshape(-1), 1, np.repeat(np.arange(machine.count)[lanes], at.shape[1]))
-        words, blank = memory.words[at], never.reshape(at.shape)
-        for i, register in enumerate(target.registers):
-            register.fill(words[:, i], lanes, mask, blank[:, i] if blank[:, i].any() else None)
-        mark(target.registers, machine.full(mask), LOADING)
+        at, lanes = places(mask), np.flatnonzero(machine.full(mask))
+        never = memory.ledger.note_read(at.reshape(-1), 1, np.repeat(lanes, at.shape[1])).reshape(at.shape)
+        for register, words, blank in zip(target.registers, memory.words[at].T, never.T, strict=True):
+            register.fill(words, lanes, mask, blank if blank.any() else None)
+        loading = machine.full(mask) * LOADING
+        alter(target.registers, lambda flags: flags | loading)
         machine.loading.append(target.registers)
 
     return run
@@ -139,13 +146,16 @@ def _load(machine: Machine, memory: TensorMemory, instruction: Instruction) -> S
 
 def _wait_load(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
     def run(mask: Mask) -> None:
+        here = machine.full(mask)
         for registers in machine.loading:
-            release(registers, machine.full(mask))
-        machine.loading = [
-            r for r in machine.loading if any(x.flags is not None and (x.flags & LOADING).any() for x in r)
-        ]
+            alter(registers, lambda flags: np.where(here, flags & ~LOADING, flags))
+        machine.loading = [registers for registers in machine.loading if any(_loading(r) for r in registers)]
 
     return run
+
+
+def _loading(register: Register) -> bool:
+    return register.flags is not None and bool((register.flags & LOADING).any())
 
 
 def _store(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
@@ -157,7 +167,9 @@ def _store(machine: Machine, memory: TensorMemory, instruction: Instruction) -> 
         flags = flags_of(origin.registers, mask)
         memory.ledger.note_write(at.reshape(-1), 1, np.repeat(lanes, at.shape[1]), stamp=IN_FLIGHT)
         memory.words[at] = np.stack([r.bits[lanes] for r in origin.registers], 1)
-        memory.storing.append((lanes if flags is None else lanes[flags[lanes] == 0], at))
+        written = np.ones(lanes.size, np.bool_) if flags is None else flags[lanes] == 0
+        memory.ledger.written[at[~written]] = 0
+        memory.storing.append((lanes[written], at[written]))
 
     return run
 
@@ -179,18 +191,22 @@ _SWIZZLES = {0: 16, 2: 128, 4: 64, 6: 32}
 _KINDS = {"kind::f16": {0: "f16", 1: "bf16"}, "kind::tf32": {2: "tf32"}}
 
 
-class Shape:
-    """An instruction descriptor of tcgen05.mma: formats, transpositions, M and N."""
+class Shape(NamedTuple):
+    """What an instruction descriptor of tcgen05.mma says: the format of A and B, which are transposed, M and N."""
 
-    def __init__(self, descriptor: int, kind: str) -> None:
-        kinds = _KINDS[kind]
-        a, b = kinds.get(descriptor >> 7 & 7), kinds.get(descriptor >> 10 & 7)
-        self.M, self.N = (descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8
-        self.transposed = descriptor >> 15 & 1 == 1, descriptor >> 16 & 1 == 1
-        # a float32 result; no sparsity, negation or saturation
-        if a is None or a != b or self.M not in (64, 128) or descriptor >> 4 & 3 != 1 or descriptor & 0xE080600F:
+    kind: str
+    transposed: tuple[bool, bool]
+    M: int
+    N: int
+
+    @classmethod
+    def of(cls, descriptor: int, kind: str) -> Shape:
+        """Read a descriptor. D is in float32; sparsity, negation and saturation are not supported."""
+        a, b = (_KINDS[kind].get(descriptor >> bit & 7) for bit in (7, 10))
+        M, N = (descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8
+        if a is None or a != b or M not in (64, 128) or descriptor >> 4 & 3 != 1 or descriptor & 0xE080600F:
             raise Unsupported(f"tcgen05.mma with the descriptor {descriptor:#x}")
-        self.kind: str = a
+        return cls(a, (descriptor >> 15 & 1 == 1, descriptor >> 16 & 1 == 1), M, N)
 
     def lanes(self) -> Array:
         """Return the lanes of tensor memory that have the rows of A and D: of 64 rows, the lower half of every 32."""
@@ -210,71 +226,44 @@ def _multiply(machine: Machine, memory: TensorMemory, instruction: Instruction) 
     how, accumulate = machine.source(shape, "b32"), machine.source(keep, "pred")
     used = [s.register for s in (descriptor_a, descriptor_b, how, accumulate) if s and s.register]
 
-    def values(source: Any, lanes: Array) -> list[int]:
-        return [int(x) for x in np.broadcast_to(source.get(), machine.count)[lanes]]
-
     def run(mask: Mask) -> None:
         require_written(used, mask, "an operand of a matrix instruction")
         lanes = np.flatnonzero(machine.full(mask))
         program = machine.program_of[lanes]
-        shapes = values(how, lanes)
-        if len(set(shapes)) > 1 or np.unique(program).size != program.size:
+        shapes = set(machine.each(how, lanes).tolist())
+        if len(shapes) > 1 or np.unique(program).size != program.size:
             raise Fault("matrix descriptor", "the threads of one instruction disagree, or are several of one program")
-        form = Shape(shapes[0], kind)
-        rows = form.lanes()
+        form = Shape.of(shapes.pop(), kind)
 
         def block(at: Array, columns: int) -> Array:
-            return memory.places(
-                rows[:, None] + (at >> 16)[:, None, None],
-                (at & 0xFFFF)[:, None, None] + np.arange(columns),
-                program[:, None, None],
-            )
+            """Return the places of the rows of A or D, [programs, M, columns]."""
+            lane, column = form.lanes()[:, None] + (at >> 16)[:, None, None], (at & 0xFFFF)[:, None, None]
+            return memory.places(lane, column + np.arange(columns), program[:, None, None])
 
-        def operand(source: Any, count: int, transposed: bool) -> Array:
-            tiles = [Tile.of(x & ~(1 << 46), _SWIZZLES, 61) for x in values(source, lanes)]
-            return machine.tiles.read(tiles, program, count, form.kind, transposed, lanes)
+        def operand(source: Source, rows: int, transposed: bool) -> Array:
+            tiles = [Tile.of(x & ~(1 << 46), _SWIZZLES, 61) for x in machine.each(source, lanes).tolist()]
+            return machine.tiles.read(tiles, program, rows, form.kind, transposed, lanes)
 
-        if address_a is None:
+        if descriptor_a is not None:
             left = operand(descriptor_a, form.M, form.transposed[0])
-        else:
+        elif address_a is not None:
             at = block(address_a(mask), 8)
-            _require_ready(memory, at, lanes)
+            memory.require_ready(at, lanes)
             left = numbers(memory.words[at], form.kind)
         right = operand(descriptor_b, form.N, form.transposed[1])
-        at = block(address_d(mask), form.N)
         machine.operations += 2 * left.size * form.N
-        sums = np.matmul(left, right.swapaxes(1, 2))
-        adds = np.broadcast_to(accumulate.get(), machine.count)[lanes]
+        sums, at = np.matmul(left, right.swapaxes(1, 2)), block(address_d(mask), form.N)
+        adds = machine.each(accumulate, lanes)
         if adds.any():
-            _require_ready(memory, at[adds], lanes[adds])
+            memory.require_ready(at[adds], lanes[adds])
             sums = np.where(adds[:, None, None], sums + memory.words[at].view(np.float32), sums)
-        _require_free(memory, at, lanes)
+        memory.require_free(at, lanes)
         memory.words[at] = sums.view(np.uint32)
-        memory.ledger.written[at] = IN_FLIGHT | ANYONE
-        for i, p in enumerate(program):
+        memory.ledger.written[at] = _PRODUCT
+        for i, p in enumerate(program.tolist()):
             memory.products[p].append(Product(machine.tiles.stamp, at[i]))
 
     return run
-
-
-def _require_ready(memory: TensorMemory, at: Array, lanes: Array) -> None:
-    """Raise a fault unless words of tensor memory may be read by a matrix instruction of each lane."""
-    prior = memory.ledger.written[at].reshape(len(lanes), -1)
-    mine = prior == IN_FLIGHT | ANYONE  # of an earlier matrix instruction, which ends first
-    if (prior == 0).any():
-        raise Fault("uninitialised tensor memory", "a matrix instruction reads what was never written")
-    if ((prior >= IN_FLIGHT) & ~mine).any():
-        raise Fault("asynchronous copy", "a matrix instruction reads a tcgen05.st before the wait for it")
-    if ((prior > memory.ledger.order.synced[lanes][:, None]) & ~mine).any():
-        raise Fault("race", "a matrix instruction reads tensor memory written since the last barrier")
-
-
-def _require_free(memory: TensorMemory, at: Array, lanes: Array) -> None:
-    """Raise a fault if words of tensor memory that a matrix instruction writes may still be read or written."""
-    since = memory.ledger.order.synced[lanes][:, None]
-    written, read = (x[at].reshape(len(lanes), -1) for x in (memory.ledger.written, memory.ledger.read))
-    if (read > since).any() or ((written > since) & (written != IN_FLIGHT | ANYONE)).any():
-        raise Fault("race", "a matrix instruction writes tensor memory touched since the last barrier")
 
 
 def _commit(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
@@ -283,68 +272,79 @@ def _commit(machine: Machine, memory: TensorMemory, instruction: Instruction) ->
 
     def run(mask: Mask) -> None:
         lanes = np.flatnonzero(machine.full(mask))
-        for place, program in zip(barriers(machine, address(mask), lanes), machine.program_of[lanes], strict=True):
-            barrier = machine.mbarriers[place]
-            barrier.tracked += memory.products[program]
-            barrier.arrive()
-        machine.wake("mbarrier", np.isin(machine.program_of, machine.program_of[lanes]))
+        program = machine.program_of[lanes]
+        barriers, which = _mbarriers(machine, address(mask), lanes)
+        for i, p in zip(which.tolist(), program.tolist(), strict=True):
+            barriers[i].tracked += memory.products[p]
+            barriers[i].arrive()
+        machine.wake("mbarrier", np.isin(machine.program_of, program))
 
     return run
 
 
-def barriers(machine: Machine, addresses: Array, lanes: Array) -> list[int]:
-    """Return the places of mbarriers, which lanes read.
+_BINDERS: dict[str, Callable[[Machine, TensorMemory, Instruction], Step]] = {
+    "alloc": _allocate,
+    "dealloc": _free,
+    "ld": _load,
+    "st": _store,
+    "mma": _multiply,
+    "commit": _commit,
+    "wait::ld": _wait_load,
+    "wait::st": _wait_store,
+    **dict.fromkeys(
+        ("relinquish_alloc_permit", "fence::before_thread_sync", "fence::after_thread_sync"),
+        lambda machine, memory, instruction: lambda mask: None,
+    ),
+}
+
+
+def _mbarriers(machine: Machine, addresses: Array, lanes: Array) -> tuple[list[Mbarrier], Array]:
+    """Return the mbarriers at addresses, each once, and which of them is each lane's. The lanes read them.
 
     Raises:
         Fault: there is none.
     """
     at = machine.shared.places(addresses, 8, machine.program_of[lanes])
     machine.shared.load(at, 8, lanes)
-    places: list[int] = at.tolist()
-    if not set(places) <= set(machine.mbarriers):
+    places, which = np.unique(at, return_inverse=True)
+    if not set(places.tolist()) <= set(machine.mbarriers):
         raise Fault("mbarrier", "there is none at this address")
-    return places
+    return [machine.mbarriers[place] for place in places.tolist()], which
 
 
 def mbarrier(machine: Machine, instruction: Instruction) -> Step:
-    """Bind mbarrier.init, .try_wait.parity and .inval, for the arrivals of tcgen05.commit."""
+    """Bind mbarrier.init, .inval and .try_wait.parity, for the arrivals of tcgen05.commit."""
     name, operands = instruction.words[1], instruction.operands
-    if name not in ("init", "inval", "try_wait") or (name == "try_wait" and instruction.words[2] != "parity"):
+    if name == "try_wait" and instruction.words[2] == "parity":
+        return _try_wait(machine, instruction)
+    if name not in ("init", "inval"):
         raise Unsupported(instruction.opcode)
-    address = machine.address(operands[name == "try_wait"], 4)
-    if name != "try_wait":
-        count = int(operands[1]) if name == "init" else 0  # type: ignore[arg-type]
-
-        def change(mask: Mask) -> None:
-            lanes = np.flatnonzero(machine.full(mask))
-            at = machine.shared.places(address(mask), 8, machine.program_of[lanes])
-            machine.shared.store(at, np.zeros((lanes.size, 8), np.uint8), lanes)
-            for place in at.tolist():
-                if name == "init":
-                    machine.mbarriers[place] = Mbarrier(count)
-                else:
-                    machine.mbarriers.pop(place, None)
-
-        return change
-    return _try_wait(machine, operands, address)
-
-
-def _try_wait(machine: Machine, operands: tuple[Operand, ...], address: Any) -> Step:
-    """Bind a wait for the phase of a parity, in which lanes sleep until something arrives."""
-    done, parity = machine.register(operands[0]), machine.source(operands[2], "u32")
+    address = machine.address(operands[0], 4)
 
     def run(mask: Mask) -> None:
         lanes = np.flatnonzero(machine.full(mask))
-        places = np.array(barriers(machine, address(mask), lanes))
-        wanted = np.broadcast_to(parity.get(), machine.count)[lanes]
-        ended = np.ones(lanes.size, np.bool_)
-        for place in np.unique(places).tolist():
-            barrier, here = machine.mbarriers[place], places == place
-            ended[here] = (barrier.phase & 1) != wanted[here]
-            if ended[here].any():
-                _end(machine, barrier)
-        done.settle(mask, None)
-        done.bits[lanes] = True
+        at = machine.shared.places(address(mask), 8, machine.program_of[lanes])
+        machine.shared.store(at, np.zeros((lanes.size, 8), np.uint8), lanes)
+        for place in at.tolist():
+            machine.mbarriers.pop(place, None)
+            if name == "init":
+                machine.mbarriers[place] = Mbarrier(int(operands[1]))  # type: ignore[call-overload]
+
+    return run
+
+
+def _try_wait(machine: Machine, instruction: Instruction) -> Step:
+    """Bind a wait for the end of a phase of some parity, in which lanes sleep until something arrives."""
+    done, parity = machine.register(instruction.operands[0]), machine.source(instruction.operands[2], "u32")
+    address = machine.address(instruction.operands[1], 4)
+
+    def run(mask: Mask) -> Mask:
+        lanes = np.flatnonzero(machine.full(mask))
+        barriers, which = _mbarriers(machine, address(mask), lanes)
+        ended = np.array([barrier.phase & 1 for barrier in barriers])[which] != machine.each(parity, lanes)
+        for i in np.unique(which[ended]).tolist():
+            _end(machine, barriers[i])
+        done.write(np.ones(1, np.bool_), mask, None)
         if ended.all():
             return None
         waiting = np.zeros(machine.count, np.bool_)
@@ -357,11 +357,13 @@ def _try_wait(machine: Machine, operands: tuple[Operand, ...], address: Any) -> 
 
 def _end(machine: Machine, barrier: Mbarrier) -> None:
     """End the matrix instructions that an mbarrier tracks."""
+    if not barrier.tracked:
+        return
+    memory: Any = machine.tensor
     for product in barrier.tracked:
         if not product.done:
             product.done = True
             machine.shared.ledger.end_matrix_reads(product.stamp, seen=True)
-            machine.tensor.ledger.written[product.places] = SEEN
+            memory.ledger.written[product.places] = SEEN
     barrier.tracked = []
-    for products in machine.tensor.products:
-        products[:] = [p for p in products if not p.done]
+    memory.products = [[p for p in products if not p.done] for products in memory.products]

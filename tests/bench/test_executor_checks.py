@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from segattn.bench.emulated.faults import Fault
 from small_ptx import place, run
+
+from segattn.bench.emulated.faults import Fault
 
 
 def fault(kind: str, body: str, *arguments: Any, **options: Any) -> Fault:
@@ -223,6 +224,11 @@ def test_wgmma_between_its_fences_and_waits() -> None:
     )
     fault("asynchronous result", FILL + BARRIER + FENCE + PRODUCT + "    mov.u32 %r21, 0;\n", out, **HOPPER)
     fault("uninitialised shared memory", BARRIER + FENCE + PRODUCT, out, **HOPPER)
+    unfenced = PRODUCT.replace("    wgmma.fence.sync.aligned;\n", "")
+    fault("register fence", FILL + BARRIER + FENCE + unfenced, out, **HOPPER)
+    again = FILL + BARRIER + FENCE + PRODUCT + WAIT + "{}" + unfenced + WAIT
+    run(again.replace("{}", ""), out, **HOPPER)
+    fault("register fence", again.replace("{}", "    mov.u32 %r22, 0;\n"), out, **HOPPER)
 
 
 def test_tiles_that_wgmma_reads() -> None:

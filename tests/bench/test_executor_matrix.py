@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from segattn.bench.emulated.faults import Fault
 from small_ptx import place, run
 from torch import Tensor
+
+from segattn.bench.emulated.faults import Fault
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
 
@@ -317,9 +318,10 @@ COMMIT = "    @%p3 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::clu
 
 def blackwell(body: str, *arguments: Any, image: Tensor, **options: Any) -> None:
     """Execute a kernel of 128 threads with shared memory as it is in `image`, and tensor memory from %r42 on."""
-    end = image.numel()
-    start = copy_to_shared(end, 128) + f"    mov.u32 %r40, {end};\n    mov.u32 %r41, {end + 8};\n" + SETUP
-    run(start + body, image, *arguments, threads=128, shared=end + 16, target="sm_100a", **options)
+    size = image.numel()
+    start = copy_to_shared(size, 128) + f"    mov.u32 %r40, {size};\n    mov.u32 %r41, {size + 8};\n" + SETUP
+    end = "    bar.sync 0;\n    @%p2 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r42, 512;\n"
+    run(start + body + end, image, *arguments, threads=128, shared=size + 16, target="sm_100a", **options)
 
 
 def descriptor_of(M: int, N: int, kind: str, a: bool, b: bool) -> int:
