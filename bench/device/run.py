@@ -35,7 +35,7 @@ RETRIES = 2
 SHARES = 4
 WIDTHS = (128, 64, 16, 32, 256)
 BAD = ("wrong", "failed")
-TINY_RECORDED = "local"
+TINY_RECORDED = "decode"
 COMPILED = ("FlexAttention local", "compiled torch delta", "compiled torch linear", "compiled eager loop delta")
 
 # pytest-benchmark's version whose JSON this is

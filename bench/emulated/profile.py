@@ -83,7 +83,7 @@ def _waits(counted: Sequence[Counted]) -> Iterator[str]:
 
 
 def _floors(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield what calls take against what any implementation must spend: products, and memory with and without caches."""
+    """Yield what calls take against what any implementation must spend, with all of memory cached and with none."""
     yield (
         f"\nfloors: operations of matrix instructions; kB of each launch's tensors, each once; kB of all sectors\n"
         f"{'target':7} {'dtype':9} {'call':17} {'10⁶ operations':>14} {'floor':>8} {'ratio':>6} "
