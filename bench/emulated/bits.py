@@ -93,7 +93,9 @@ def differences(records: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
             there = np.frombuffer(base64.b64decode(kept["outputs"][name]["sample"]), here.dtype)
             device, executed = (torch.from_numpy(words.copy()).view(x.dtype).double() for words in (there, here))
             yield Difference(
-                *(kept[key] for key in ("call", "dtype", "target")),
+                kept["call"],
+                kept["dtype"],
+                kept["target"],
                 name,
                 float((here == there).mean()),
                 relative_error(device, executed),

@@ -104,12 +104,13 @@ def _leaves(kind: Any, value: Any) -> Iterator[Tensor | int | float]:
 @contextmanager
 def _poisoned() -> Iterator[None]:
     """Let PyTorch fill new memory with NaN, as it does under deterministic algorithms."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filled, strict = memory.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        memory.fill_uninitialized_memory = filled

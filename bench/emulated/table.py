@@ -49,22 +49,20 @@ class Worst(NamedTuple):
 def table(rows: Sequence[Row], kernels: Sequence[str]) -> Iterator[str]:
     """Yield a line for each target, dtype and kernel of which a row has launches, and then the worst of all."""
     yield HEAD
-    lines = []
+    lines: list[tuple[float, str]] = []
     for target in EMULATED:
         for dtype in DTYPES:
             here = [row for row in rows if row.job[:2] == (target, dtype)]
-            lines += [
-                (f"{target:7} {dtype:9} {kernel:19}", _line(kernel, here), _worst(kernel, here))
-                for kernel in kernels
-                if any(_launched(kernel, row) for row in here)
-            ]
-    for name, line, _ in lines:
-        yield f"{name} {line}"
-    nearest = sorted((x for x in lines if x[2] is not None), key=lambda x: -x[2].share)[:WORST]
-    if nearest:
-        yield "\nnearest to their gates"
-        for name, line, _ in nearest:
-            yield f"{name} {line}"
+            for kernel in kernels:
+                if any(_launched(kernel, row) for row in here):
+                    worst = _worst(kernel, here)
+                    line = f"{target:7} {dtype:9} {kernel:19} {_line(kernel, here, worst)}"
+                    lines.append((worst.share if worst else 0.0, line))
+    for _, line in lines:
+        yield line
+    yield "\nnearest to their gates"
+    for _, line in sorted(lines, key=lambda x: -x[0])[:WORST]:
+        yield line
 
 
 def _launched(kernel: str, row: Row) -> bool:
@@ -84,13 +82,12 @@ def _worst(kernel: str, rows: Sequence[Row]) -> Worst | None:
     return max(found, key=lambda x: x.share, default=None)
 
 
-def _line(kernel: str, rows: Sequence[Row]) -> str:
+def _line(kernel: str, rows: Sequence[Row], worst: Worst | None) -> str:
     """Return a kernel's line under `HEAD`, without its name."""
     ran = [(row, launch) for row in rows for launch in row.launches if launch.kernel == kernel]
     calls = len({row.job for row, _ in ran})
     ended = [row for row in rows if row.problem and row.launches and row.launches[-1].kernel == kernel]
     races = sum(row.kind == "race" for row in ended)
-    worst = _worst(kernel, rows)
     error = f"{'-':>8} {'-':>6} {'-':>6}"
     if worst is not None:
         error = f"{worst.measured.error:8.1e} {worst.measured.gate:6.0e} {worst.share:6.2f}"

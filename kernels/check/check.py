@@ -126,8 +126,9 @@ def compare(name: str, call: Call, dtype: str, device: torch.device, backends: S
     exact = {key: x.double() for key, x in made.items()}
     try:
         expected = evaluate(call, exact, "reference")
-    except (ValueError, TypeError) as error:
-        raise OptionError("calls", f"must be of calls that segment_attention takes, got {name!r} ({error})") from None
+    except (ValueError, TypeError) as refusal:
+        problem = f"must be of calls that segment_attention takes, got {name!r} ({refusal})"
+        raise OptionError("calls", problem) from None
     least = {"dgate": gate_gradient_size(call, exact, expected["out"])} if call.gated else {}
     rows: list[Row] = []
     baseline: dict[str, float] = {}
