@@ -15,7 +15,7 @@ from .asynchronous import Copy
 from .faults import Unsupported
 from .formats import numpy_type
 from .machine import Code, Machine, Step
-from .ptx import Address, Instruction, elements
+from .ptx import Address, Instruction, elements, number
 from .races import Array
 from .registers import Mask, flags_of, require_written
 
@@ -170,8 +170,8 @@ def _over_warp(machine: Machine, instruction: Instruction, kind: str, reduce: Ca
 
 
 _VOTES: dict[str, Callable[[Array], Array]] = {
-    "any": lambda p: p.any(1),
-    "all": lambda p: p.all(1),
+    "any": lambda p: np.asarray(p.any(1)),
+    "all": lambda p: np.asarray(p.all(1)),
     "ballot": lambda p: np.packbits(p, axis=1, bitorder="little").view(np.uint32)[:, 0],
 }
 _REDUCTIONS: dict[str, Any] = {
@@ -237,11 +237,13 @@ def copy(machine: Machine, instruction: Instruction) -> Step:
     if words == ["async", "commit_group"]:
         return lambda mask: copies.commit(machine.lanes(mask))
     if words == ["async", "wait_group"]:
-        return lambda mask: copies.land(machine.full(mask), int(operands[0]))  # type: ignore[call-overload]
+        return lambda mask: copies.land(machine.full(mask), number(operands[0]))
     if words[:2] not in (["async", "ca"], ["async", "cg"]) or words[2:] != ["shared", "global"]:
         raise Unsupported(instruction.opcode)
     target, origin = machine.address(operands[0], 4), machine.address(operands[1], 8)
-    width = int(operands[2])  # type: ignore[call-overload]
+    width = number(operands[2])
+    if width not in ((16,) if words[1] == "cg" else (4, 8, 16)):
+        raise Unsupported(f"{instruction.opcode} of {width} bytes")
     size = machine.source(operands[3] if len(operands) > 3 else width, "u32")
     sources = [size.register] if size.register else []
 

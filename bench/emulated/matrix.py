@@ -15,7 +15,7 @@ import numpy as np
 from .faults import Fault, Unsupported
 from .formats import HALVES, widen
 from .machine import Machine, Source, Step
-from .ptx import Instruction, Operand
+from .ptx import Instruction, Operand, number
 from .races import Array
 from .registers import NEVER_WRITTEN, Mask, Register, alter, flags_of, require_written
 from .tiles import Tile
@@ -73,15 +73,10 @@ class Fragment:
         matrix[:, layout.rows, layout.columns] = words
         return matrix
 
-    def scatter(self, words: Array, mask: Mask) -> None:
+    def write(self, words: Array, mask: Mask, flags: Array | None) -> None:
         """Write words [warps, registers, 32] to the registers of lanes."""
         for register, values in zip(self.registers, words.swapaxes(0, 1).reshape(len(self.registers), -1), strict=True):
-            np.copyto(register.bits, values, where=True if mask is None else mask)
-
-    def settle(self, mask: Mask, flags: Array | None) -> None:
-        """Set the flags of lanes that are written."""
-        for register in self.registers:
-            register.settle(mask, flags)
+            register.write(values, mask, flags)
 
 
 def over_warps(flags: Array | None) -> Array | None:
@@ -112,12 +107,11 @@ def multiply(machine: Machine, instruction: Instruction) -> Step:
 
     def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
-        machine.operations += 2 * M * N * K * (np.count_nonzero(machine.full(mask)) // 32)
+        machine.operations += 2 * M * N * K * int(np.count_nonzero(machine.full(mask))) // 32
         flags = over_warps(flags_of(inputs, mask))
         left, right = numbers(a.matrix(layout_a, 16), kind), numbers(b.matrix(layout_b, 8), kind)
         product = np.matmul(left, right.swapaxes(1, 2))[:, layout_d.rows, layout_d.columns]
-        d.settle(mask, flags)
-        d.scatter((product + c.gather().view(np.float32)).view(np.uint32), mask)
+        d.write((product + c.gather().view(np.float32)).view(np.uint32), mask, flags)
 
     return run
 
@@ -204,7 +198,7 @@ def warpgroup(machine: Machine, instruction: Instruction) -> Step:
         elif name == "commit_group":
             groups.committed[machine.lanes(mask)] += 1
         else:
-            groups.finish(machine.full(mask), int(operands[0]))  # type: ignore[call-overload]
+            groups.finish(machine.full(mask), number(operands[0]))
 
     if instruction.words[2:] != ["sync", "aligned"] or name not in ("fence", "commit_group", "wait_group"):
         raise Unsupported(instruction.opcode)

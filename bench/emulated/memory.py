@@ -171,14 +171,21 @@ class Shared:
 
     def load(self, at: Array, width: int, lanes: Lanes) -> tuple[Array, Array | None]:
         """Return `width` bytes from each place, [lanes, width], and which lanes' were never initialised, if any."""
-        never = self.ledger.note_read(*_granules(at, width), lanes).any(1)
+        never: Array = self.ledger.note_read(*_granules(at, width), lanes).any(1)
         return _rows(self.bytes, width)[at // width], never if never.any() else None
 
     def store(self, at: Array, data: Array, lanes: Lanes, flagged: Array | None = None) -> None:
-        """Write the rows of `data`; flagged: the lanes whose data were never initialised."""
+        """Write the rows of `data`; flagged: the lanes whose data were never initialised.
+
+        Raises:
+            Fault: lanes write to the same place, and not the same.
+        """
         width = data.shape[1]
         self.ledger.note_write(*_granules(at, width), lanes, flagged)
-        _rows(self.bytes, width)[at // width] = data
+        memory = _rows(self.bytes, width)
+        memory[at // width] = data
+        if (memory[at // width] != data).any():
+            raise Fault("race", "several threads write different values to the same address")
 
     def announce(self, at: Array, width: int, lanes: Lanes) -> None:
         """Note that `width` bytes will be written at each place by an asynchronous copy."""
@@ -208,5 +215,5 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 
 def _bytes_of(tensor: Tensor) -> Array:
     """Return the bytes of a tensor's storage."""
-    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     return np.asarray(flat.numpy())

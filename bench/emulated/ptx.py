@@ -42,6 +42,17 @@ def elements(operand: Operand) -> Sequence[Operand]:
     return operand if isinstance(operand, tuple) and not isinstance(operand, Address) else (operand,)
 
 
+def number(operand: Operand) -> int:
+    """Return an operand that must be a number.
+
+    Raises:
+        Unsupported: it is not.
+    """
+    if not isinstance(operand, int):
+        raise Unsupported(f"{operand!r} where a number must be")
+    return operand
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One instruction, which runs where `predicate` holds, or where it does not if `negated`."""

@@ -60,9 +60,8 @@ class Ledger:
         self.order = order
         self.written = np.zeros(granules, np.int64)
         self.read = np.zeros(granules, np.int64)
-        self.flights: dict[
-            int, list[Array]
-        ] = {}  # rows of eight granules that matrix instructions read, by their stamp
+        # the rows of eight granules that matrix instructions read, by the stamp of the reads
+        self.flights: dict[int, list[Array]] = {}
 
     def note_read(self, rows: Array, width: int, lanes: Lanes) -> Array:
         """Note that lanes read rows of `width` granules, and return which [lanes, width] were never written.

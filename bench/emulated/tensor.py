@@ -11,7 +11,7 @@ from .asynchronous import Mbarrier, Product
 from .faults import Fault, Unsupported
 from .machine import Machine, Source, Step
 from .matrix import Fragment, numbers
-from .ptx import Address, Instruction
+from .ptx import Address, Instruction, number
 from .races import ANYONE, IN_FLIGHT, SEEN, Array, Ledger
 from .registers import LOADING, Mask, Register, alter, flags_of, require_written
 from .tiles import Tile
@@ -77,7 +77,7 @@ def tensor(machine: Machine, instruction: Instruction) -> Step:
 def _allocate(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
     """A warp writes the first of the columns that it gets to shared memory."""
     address = machine.address(instruction.operands[0], 4)
-    count = int(instruction.operands[1])  # type: ignore[call-overload]
+    count = number(instruction.operands[1])
 
     def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
@@ -95,7 +95,7 @@ def _allocate(machine: Machine, memory: TensorMemory, instruction: Instruction) 
 
 def _free(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
     """A warp gives columns back."""
-    count = int(instruction.operands[1])  # type: ignore[call-overload]
+    count = number(instruction.operands[1])
     return lambda mask: np.subtract.at(
         memory.columns, machine.program_of[machine.full(mask) & (machine.lane == 0)], count
     )
@@ -106,7 +106,8 @@ def _words(
 ) -> tuple[Callable[[Mask], Array], Fragment]:
     """Return what computes the places [lanes, registers] of a load or store, and its registers."""
     shape, operands = instruction.words[4], instruction.operands
-    where, *split = (o for o in operands if isinstance(o, Address | int))
+    where = next(o for o in operands if isinstance(o, Address))
+    split = next((o for o in operands if isinstance(o, int)), 0)
     registers = Fragment(machine, next(o for o in operands if isinstance(o, tuple) and not isinstance(o, Address)))
     count = len(registers.registers)
     if shape not in ("32x32b", "16x32bx2") or instruction.words[5:] != [f"x{count}", "b32"]:
@@ -120,7 +121,7 @@ def _words(
         if shape == "32x32b":
             lane = lane + thread
         else:  # the upper half of a warp has the same 16 lanes in other columns
-            lane, column = lane + thread % 16, column + thread // 16 * split[0]
+            lane, column = lane + thread % 16, column + thread // 16 * split
         if (lane // 32 != machine.warp[lanes] % 4).any():
             raise Fault("bounds", "a warp reaches the lanes of tensor memory of another")
         return memory.places(lane[:, None], column[:, None] + np.arange(count), machine.program_of[lanes][:, None])
@@ -328,7 +329,7 @@ def mbarrier(machine: Machine, instruction: Instruction) -> Step:
         for place in at.tolist():
             machine.mbarriers.pop(place, None)
             if name == "init":
-                machine.mbarriers[place] = Mbarrier(int(operands[1]))  # type: ignore[call-overload]
+                machine.mbarriers[place] = Mbarrier(number(operands[1]))
 
     return run
 

@@ -135,6 +135,10 @@ def test_races_between_warps() -> None:
         + "    setp.eq.s32 %p1, %r0, 0;\n    @%p1 st.shared.b32 [%r12], %r0;\n"
     )
     assert "several warps" in str(fault("race", everyone, **options))
+    # at once: of one value harmless
+    at_once = "    mov.u32 %r11, 0;\n    st.shared.b32 [%r11], {};\n"
+    run(at_once.format("%r11"), **options)
+    assert "different values" in str(fault("race", at_once.format("%r0"), **options))
 
 
 def test_races_of_one_program_do_not_meet_another() -> None:
