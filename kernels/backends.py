@@ -14,6 +14,7 @@ from .validation import check_choice
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
+    from .triton.launch import is_redirected
     from .triton.tiles import INTERPRETED
 
 # every name there is, here or elsewhere
@@ -67,7 +68,7 @@ def _check_triton(q: Tensor, v: Tensor) -> None:
     remedy = "or pass backend='torch'"
     if not HAS_TRITON:
         raise ValueError(f"backend='triton' needs the triton package: pip install triton, {remedy}")
-    if q.device.type != "cuda" and not (INTERPRETED.value and q.device.type == "cpu"):
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and (INTERPRETED.value or is_redirected())):
         raise ValueError(
             f"backend='triton' needs tensors on a GPU, got {q.device}: move them, {remedy}; to try the kernels on a "
             "CPU, slowly, set TRITON_INTERPRET=1 before Python starts"

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.errors import TritonError
 
 from ...kernels.sequences import slot_count
@@ -72,7 +72,9 @@ def signature(launch: Launch) -> Signature:
             # a named tuple stays one: kernels call its members by name
             return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
         if isinstance(value, Tensor):
-            attributes[path] = [["tt.divisibility", 16]]
+            # of storages, GPUs allocate none at less than 256 bytes
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
             return _TYPES[value.dtype]
         if isinstance(value, float):
             return "fp32"
@@ -108,8 +110,8 @@ class Compiled:
     instructions: int
 
 
-def compile_launch(launch: Launch, target: Target) -> Compiled:
-    """Compile for `target` and read the result.
+def build(launch: Launch, target: Target) -> CompiledKernel:
+    """Compile for `target`, or take the result from Triton's cache.
 
     Raises:
         CompileError: the compiler refuses; from what it raised.
@@ -119,9 +121,18 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     tile = launch.tile
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
     try:
-        compiled = triton.compile(source, target=_gpu_target(target), options=options)
+        return triton.compile(source, target=_gpu_target(target), options=options)
     except (TritonError, RuntimeError) as error:
         raise CompileError(f"{type(error).__name__}: {error}") from error
+
+
+def compile_launch(launch: Launch, target: Target) -> Compiled:
+    """Compile for `target` and read the result.
+
+    Raises:
+        CompileError: the compiler refuses; from what it raised.
+    """
+    compiled, tile = build(launch, target), launch.tile
     nvidia = "cubin" in compiled.asm
     registers, spilled, lines = _read_cubin(compiled.asm["cubin"]) if nvidia else _read_amdgcn(compiled.asm["amdgcn"])
     code = [line.instruction for line in lines if line.instruction]

@@ -7,15 +7,13 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cache
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from ...kernels.triton.configs import TABLE, TARGETS, Tile
 from ...kernels.triton.launch import Launch
+from ..processes import each
 from ..speed.workloads import DTYPES
 from .ahead_of_time import ALONE, CASES, Compiled, CompileError, compile_launch, launches_of, signature
 
@@ -113,29 +111,7 @@ def compile_job(job: Job) -> Row:
 
 
 def compile_all(jobs: Sequence[Job], workers: int) -> Iterator[Row]:
-    """Compile jobs in `workers` processes, and yield each row when it is done.
-
-    A compiler may end its process, and with it the pool. The jobs that were under way are then compiled alone, one by
-    one, and the one that ends its process again gives a row with an error.
-    """
-    left = dict.fromkeys(jobs)
-    while left:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            futures = {pool.submit(compile_job, job): job for job in left}
-            for future in as_completed(futures):
-                if not isinstance(future.exception(), BrokenProcessPool):
-                    del left[futures[future]]
-                    yield future.result()
-        # the first that were not answered were under way
-        for job in list(left)[:workers]:
-            del left[job]
-            yield _compile_alone(job)
-
-
-def _compile_alone(job: Job) -> Row:
-    """Compile a job in a process that no other shares, and return its row, an error where the process ends."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        try:
-            return pool.submit(compile_job, job).result()
-        except BrokenProcessPool:
-            return Row(job, launch_of(job).tile, None, "the compiler ended its process")
+    """Compile jobs in `workers` processes, and yield each row when it is done; a compiler may end its process."""
+    return each(
+        compile_job, jobs, workers, lambda job: Row(job, launch_of(job).tile, None, "the compiler ended its process")
+    )

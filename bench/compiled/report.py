@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +19,8 @@ from rich.progress import track
 from ...kernels.backends import HAS_TRITON, takes_width
 from ...kernels.check.check import interpreted
 from ...kernels.triton.configs import TARGETS
+from ..choices import choices, listed
+from ..choices import kernels as choose_kernels
 from ..speed.machine import versions
 from ..speed.workloads import DTYPES
 
@@ -31,11 +33,6 @@ KNOWN_WIDTHS = tuple(str(width) for width in range(1024) if takes_width(width))
 QUICK = (("bfloat16",), ("64",))
 
 
-def _listed(names: Iterable[str]) -> str:
-    """Return names as the command line takes them."""
-    return ",".join(names)
-
-
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     found = argparse.ArgumentParser(
@@ -44,10 +41,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Lists are separated by commas.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("--targets", metavar="LIST", help=f"default: {_listed(TARGETS)}")
-    found.add_argument("--dtypes", metavar="LIST", help=f"default: {_listed(DTYPES)}")
+    found.add_argument("--targets", metavar="LIST", help=f"default: {listed(TARGETS)}")
+    found.add_argument("--dtypes", metavar="LIST", help=f"default: {listed(DTYPES)}")
     found.add_argument(
-        "--widths", metavar="LIST", help=f"K = V, default: {_listed(WIDTHS)}, and {_listed(EDGES)} in {EDGES_DTYPE}"
+        "--widths", metavar="LIST", help=f"K = V, default: {listed(WIDTHS)}, and {listed(EDGES)} in {EDGES_DTYPE}"
     )
     found.add_argument("--kernels", metavar="LIST", help="such as attend or write_grad, default: all")
     found.add_argument("--quick", action="store_true", help="unless said otherwise, one dtype and one width")
@@ -56,39 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default: one per core")
     found.add_argument("--here", action="store_true", help="use the environment that is active, make none")
     return found
-
-
-def _choices(name: str, given: str | None, default: Sequence[str], known: Sequence[str]) -> Sequence[str]:
-    """Return a list from the command line, once its members are known.
-
-    Raises:
-        ValueError: what is not known.
-    """
-    if given is None:
-        return default
-    chosen = given.split(",")
-    for x in chosen:
-        if x not in known:
-            raise ValueError(f"--{name} must be from {_listed(known)}, got {x}")
-    return chosen
-
-
-def _kernels(given: str | None, known: Sequence[str]) -> Sequence[str]:
-    """Return the kernels that a list names, whole, without `_kernel`, or by how their names begin.
-
-    Raises:
-        ValueError: a name that is none of theirs.
-    """
-    if given is None:
-        return known
-    chosen: list[str] = []
-    for x in given.split(","):
-        whole = [name for name in known if x in (name, name.removesuffix("_kernel"))]
-        named = whole or [name for name in known if x and name.startswith(x)]
-        if not named:
-            raise ValueError(f"--kernels must be from {_listed(known)}, got {x}")
-        chosen += named
-    return tuple(dict.fromkeys(chosen))
 
 
 def _refused(why: str) -> int:
@@ -114,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.jobs < 1:
             raise ValueError(f"--jobs must be positive, got {given.jobs}")
-        targets = _choices("targets", given.targets, tuple(TARGETS), tuple(TARGETS))
-        dtypes = _choices("dtypes", given.dtypes, usual_dtypes, tuple(DTYPES))
-        kernels = _kernels(given.kernels, KERNELS)
-        sizes = [int(x) for x in _choices("widths", given.widths, usual_widths, KNOWN_WIDTHS)]
+        targets = choices("targets", given.targets, tuple(TARGETS), tuple(TARGETS))
+        dtypes = choices("dtypes", given.dtypes, usual_dtypes, tuple(DTYPES))
+        kernels = choose_kernels(given.kernels, KERNELS)
+        sizes = [int(x) for x in choices("widths", given.widths, usual_widths, KNOWN_WIDTHS)]
         jobs = plan(targets, dtypes, sizes, kernels)
         if given.widths is None and not given.quick and EDGES_DTYPE in dtypes:
             jobs += plan(targets, [EDGES_DTYPE], [int(x) for x in EDGES], kernels)

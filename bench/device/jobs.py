@@ -85,6 +85,14 @@ def tiles(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, An
     }
 
 
+def bits(job: dict[str, Any], device: torch.device, note: Note) -> dict[str, Any]:
+    """Return the bits of a call's outputs, for `ci/emulate --against`."""
+    from ...kernels.triton.launch import target_of
+    from ..emulated.bits import record
+
+    return record(job["name"], target_of(device).name, device)
+
+
 def case_of(name: str) -> Case:
     """Return the case of that name."""
     return next(x for x in (*workloads.CASES, *workloads.TINY_CASES) if x.name == name)
@@ -134,6 +142,7 @@ JOBS: dict[str, Callable[[dict[str, Any], torch.device, Note], dict[str, Any] | 
     "ceilings": ceilings,
     "check": check,
     "tiles": tiles,
+    "bits": bits,
     "warm": warm,
     "timings": time_case,
     "decode": decode,

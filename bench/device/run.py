@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ...kernels.check.check import default_device
 from ...runs.figures import write_figures
+from ..emulated.cases import RECORDED
 from ..speed.machine import ROOT, commit, device_facts, gpu_limits, machine_info
 from ..speed.workloads import BOTH, CASES, DECODES, DTYPES, MAIN, TINY_CASES, TINY_DECODES, TINY_MAIN
 from .goals import judge
@@ -34,6 +35,7 @@ RETRIES = 2
 SHARES = 4
 WIDTHS = (128, 64, 16, 32, 256)
 BAD = ("wrong", "failed")
+TINY_RECORDED = "decode"
 COMPILED = ("FlexAttention local", "compiled torch delta", "compiled torch linear", "compiled eager loop delta")
 
 # pytest-benchmark's version whose JSON this is
@@ -70,6 +72,7 @@ class Run:
             "ceilings": None,
             "check": [],
             "tiles": [],
+            "bits": [],
             "benchmarks": [],
             "not_timed": [],
             "profile": [],
@@ -141,10 +144,14 @@ def make_job(part: str, tiny: bool, limit: float, **about: Any) -> Job:
 
 
 def check_jobs(tiny: bool) -> list[Job]:
-    """Return the checks, each twice, the tiles, and the jobs that fill the compilers' caches beside them."""
+    """Return the checks, each twice, the tiles, the bits, and the jobs that fill the compilers' caches beside them."""
     if tiny:
         checks = [make_job("check", True, 60, dtype="float32", number=n, share=0) for n in (1, 2)]
-        return [*checks, make_job("tiles", True, 60, dtype="float32", width=16)]
+        return [
+            *checks,
+            make_job("tiles", True, 60, dtype="float32", width=16),
+            make_job("bits", True, 60, name=TINY_RECORDED),
+        ]
     first, second = (
         [
             make_job("check", False, 200, dtype=d, number=n, share=i, shares=SHARES)
@@ -158,7 +165,8 @@ def check_jobs(tiny: bool) -> list[Job]:
     others = [c.name for c in CASES if c.T == MAIN.T and (c.K == 64 or c.dtype == "float16" or c.G != c.H)]
     warm = [make_job("warm", False, 150, name=name) for name in dict.fromkeys((*slow, MAIN.name, *others))]
     soon, common = len(slow) + 1, 2 * len(DTYPES)
-    return [*warm[:soon], *first, *tiles[:common], *warm[soon:], *second, *tiles[common:]]
+    kept = [make_job("bits", False, 60, name=name) for name in RECORDED]
+    return [*warm[:soon], *first, *kept, *tiles[:common], *warm[soon:], *second, *tiles[common:]]
 
 
 def timing_jobs(tiny: bool) -> list[Job]:

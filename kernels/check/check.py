@@ -37,9 +37,18 @@ def interpreted() -> bool:
     return bool(INTERPRETED.value)
 
 
+def _kernels_take(device: torch.device) -> bool:
+    """Return whether kernels take tensors on `device`, on the CPU those that are interpreted, or passed on."""
+    if not HAS_TRITON or device.type not in ("cuda", "cpu"):
+        return False
+    from ..triton.launch import is_redirected
+
+    return device.type == "cuda" or interpreted() or is_redirected()
+
+
 def available(device: torch.device) -> list[str]:
     """List the backends that run on `device` and can be compared, the baseline first."""
-    with_triton = HAS_TRITON and (device.type == "cuda" or (device.type == "cpu" and interpreted()))
+    with_triton = _kernels_take(device)
     return [BASELINE, *(["triton"] if with_triton else [])]
 
 
@@ -108,10 +117,18 @@ def _chosen(option: str, wanted: Sequence[str] | None, names: list[str], where: 
 
 
 def compare(name: str, call: Call, dtype: str, device: torch.device, backends: Sequence[str]) -> list[Row]:
-    """Compare every output and gradient of one call in one dtype, by every backend, with the reference."""
+    """Compare every output and gradient of one call in one dtype, by every backend, with the reference.
+
+    Raises:
+        OptionError: a call that `segment_attention` refuses.
+    """
     made = tensors(call, DTYPES[dtype], device)
     exact = {key: x.double() for key, x in made.items()}
-    expected = evaluate(call, exact, "reference")
+    try:
+        expected = evaluate(call, exact, "reference")
+    except (ValueError, TypeError) as refusal:
+        problem = f"must be of calls that segment_attention takes, got {name!r} ({refusal})"
+        raise OptionError("calls", problem) from None
     least = {"dgate": gate_gradient_size(call, exact, expected["out"])} if call.gated else {}
     rows: list[Row] = []
     baseline: dict[str, float] = {}

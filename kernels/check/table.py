@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 from .calls import Call
@@ -131,3 +132,46 @@ def calls_of(size: str) -> dict[str, Call]:
 
 def _changed(base: Call, changes: Changes) -> Call:
     return replace(base, **({"Tq": changes.get("Tk", base.Tk)} | changes))
+
+
+def call_of(text: str) -> Call:
+    """Return the call that a text such as "H=8,G=2,T=300,K=96,update=linear" describes.
+
+    What it does not name is as in the small table; T stands for Tq and Tk, and tuples are numbers with colons between
+    them: cu_seqlens=0:37:150, spans=3:101:0:60.
+
+    Raises:
+        ValueError: a name that calls do not have, or a value that is none of its kind.
+    """
+    changes: Changes = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in _KINDS:
+            raise ValueError(f"must name {', '.join(_KINDS)}, got {name!r}")
+        read, wanted = _KINDS[name]
+        try:
+            changes |= dict.fromkeys(("Tq", "Tk") if name == "T" else (name,), read(value))
+        except (ValueError, KeyError):
+            raise ValueError(f"must have {wanted} as {name}, got {value!r}") from None
+    return _changed(SMALL, changes)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in text.split(":"))
+
+
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    numbers = _numbers(text)
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+# the type of a call's field → how it is read, and what it must be
+_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "int": (int, "a whole number"),
+    "bool": ({"true": True, "false": False}.__getitem__, "true or false"),
+    "str": (str, "a word"),
+    "float | None": (float, "a number"),
+    "tuple[int, ...] | None": (_numbers, "numbers with colons between them"),
+    "tuple[tuple[int, int], ...] | None": (_pairs, "pairs of numbers with colons between them"),
+}
+_KINDS = {"T": _READERS["int"]} | {field.name: _READERS[str(field.type)] for field in fields(Call)}

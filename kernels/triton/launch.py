@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cache
@@ -31,21 +31,32 @@ class Launch(NamedTuple):
 
 
 # plain globals, as autograd launches from threads of its own
-_recorded: tuple[Target, list[Launch]] | None = None
+_redirected: tuple[Target, Callable[[Launch], None]] | None = None
 _tried: dict[str, Tile] = {}
+
+
+@contextmanager
+def redirecting(target: Target, take: Callable[[Launch], None]) -> Iterator[None]:
+    """Pass the launches inside to `take`, as they would be on `target`, instead of running them."""
+    global _redirected
+    before, _redirected = _redirected, (target, take)
+    try:
+        yield
+    finally:
+        _redirected = before
+
+
+def is_redirected() -> bool:
+    """Return whether launches are passed on, so that their tensors need not be on a GPU."""
+    return _redirected is not None
 
 
 @contextmanager
 def recording(target: Target) -> Iterator[list[Launch]]:
     """List the launches inside, as they would be on `target`, instead of running them: nothing is written."""
-    global _recorded
-    before = _recorded
     launches: list[Launch] = []
-    _recorded = (target, launches)
-    try:
+    with redirecting(target, launches.append):
         yield launches
-    finally:
-        _recorded = before
 
 
 @contextmanager
@@ -99,7 +110,7 @@ def new_tokens(like: Tensor, heads: int, time: int, width: int, padded: bool = F
 
 def tile_of(kernel: Any, like: Tensor, key_width: int, value_width: int) -> Tile:
     """Return the table's tile for `kernel` on the device of `like`, in its dtype."""
-    target = target_of(like.device) if _recorded is None else _recorded[0]
+    target = target_of(like.device) if _redirected is None else _redirected[0]
     tile = _tried.get(kernel.__name__) or tile_for(kernel.__name__, target, like.dtype, key_width, value_width)
     widest_k, widest_v = block(key_width), block(value_width)
     return replace(
@@ -118,8 +129,8 @@ def launch(kernel: Any, programs: int, tile: Tile, like: Tensor, **arguments: An
     """
     if programs == 0:
         return
-    if _recorded is not None:
-        _recorded[1].append(Launch(kernel, programs, tile, arguments))
+    if _redirected is not None:
+        _redirected[1](Launch(kernel, programs, tile, arguments))
         return
     device = torch.cuda.device(like.device) if like.is_cuda else nullcontext()
     try:
@@ -149,7 +160,7 @@ def constants(kernel: Any, tile: Tile) -> dict[str, Any]:
 
 def processors(device: torch.device) -> int:
     """Return the number of the GPU's multiprocessors."""
-    if INTERPRETED.value or _recorded is not None:
+    if INTERPRETED.value or _redirected is not None:
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
@@ -101,6 +102,14 @@ def test_kernels_are_checked_twice_and_under_every_tile(document: dict[str, Any]
     assert {"attend_kernel", "query_grad_kernel", "key_grad_kernel", "scan_kernel"} <= set(tiles["tiles"])
     errors = [x for found in tiles["errors"]["triton"]["float32"].values() for x in found.values()]
     assert all(0 <= error < 1e-5 for error in errors)
+
+
+def test_bits_of_outputs_are_kept(document: dict[str, Any]) -> None:
+    (kept,) = document["bits"]
+    assert (kept["call"], kept["dtype"], kept["target"]) == ("decode", "bfloat16", "interpreter")
+    assert kept["outputs"].keys() == {"out"}
+    # of 2 rows, 6 heads and 64 columns every third element
+    assert len(base64.b64decode(kept["outputs"]["out"]["sample"])) == 2 * 256
 
 
 def test_right_peers_are_timed_beside_their_floors(document: dict[str, Any]) -> None:

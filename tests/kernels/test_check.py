@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from segattn.kernels.check.calls import Call, directions, evaluate, gate_gradien
 from segattn.kernels.check.check import OptionError, run_check
 from segattn.kernels.check.gates import GATES, judge
 from segattn.kernels.check.report import CheckReport, Row
-from segattn.kernels.check.table import TABLE, calls_of
+from segattn.kernels.check.table import SMALL, TABLE, call_of, calls_of
 from segattn.kernels.state import MemoryState, SegmentOutput
 
 commands = pytest.importorskip("segattn.cli.main")
@@ -301,3 +302,39 @@ def test_the_kernels_are_checked_where_they_run(device: torch.device) -> None:
     report = run_check(device, dtypes=["float32"], calls={"one token": calls_of("small")["one token"]})
     assert {row.backend for row in report.rows} == {"torch", "triton"}
     assert report.failures == []
+
+
+def test_a_call_is_read_from_a_text() -> None:
+    assert call_of("H=8,G=2, T=300,K=96,update=linear,causal=false,scale=0.5") == replace(
+        SMALL, H=8, G=2, Tq=300, Tk=300, K=96, update="linear", causal=False, scale=0.5
+    )
+    assert call_of("T=20,Tq=3,cu_seqlens=0:7:20") == replace(SMALL, Tq=3, Tk=20, cu_seqlens=(0, 7, 20))
+    assert call_of("Tk=20,B=2,spans=3:20:0:6") == replace(SMALL, Tq=20, Tk=20, B=2, spans=((3, 20), (0, 6)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must name T, B, H, .*, got ''"),
+        ("H=8,heads=2", "must name T, B, H, .*, got 'heads'"),
+        ("H=1.5", "must have a whole number as H, got '1.5'"),
+        ("causal=0", "must have true or false as causal, got '0'"),
+        ("scale=big", "must have a number as scale, got 'big'"),
+        ("cu_seqlens=0;3", "must have numbers with colons between them as cu_seqlens, got '0;3'"),
+        ("spans=0:3:5", "must have pairs of numbers with colons between them as spans, got '0:3:5'"),
+    ],
+)
+def test_a_text_that_is_no_call_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call_of(text)
+    result = command("--call", text)
+    assert result.exit_code == 2
+
+
+def test_a_call_of_ones_own_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "check.json"
+    result = command("--call", "H=4,G=2,T=33,update=linear", "--dtype", "float32", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    assert (report["calls"], report["size"]) == (1, "given")
+    assert report["errors"]["torch"]["float32"].keys() == {"H=4,G=2,T=33,update=linear"}

@@ -1,0 +1,74 @@
+"""Execute a kernel's PTX on a CPU, every thread of every program, and check what it does."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from .faults import Fault, Unsupported
+from .instructions import bind
+from .machine import Machine, Run
+from .memory import Global
+from .ptx import Program
+
+# a kernel that ends executes fewer instructions than these
+LIMIT = 20_000_000
+
+
+def execute(
+    program: Program,
+    programs: int,
+    arguments: Sequence[Tensor | int | float],
+    shared: int,
+    *,
+    outputs: Sequence[Tensor] = (),
+    limit: int = LIMIT,
+    counting: bool = False,
+) -> Run:
+    """Run a kernel of `programs` programs in one dimension, and return what it did. Tensors are written in place.
+
+    arguments: in the kernel's order; pointers that are left at the end are null.
+    shared: bytes of shared memory of a program.
+    outputs: those tensors of which the kernel must write every element; they are poisoned before it.
+    counting: also count what loads and stores move.
+    limit: instructions after which a kernel is said never to end.
+
+    Raises:
+        Unsupported: the kernel or the call has something that the executor does not know; nothing has run.
+        Fault: a check fired.
+    """
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    memory = Global(tensors, outputs)
+    machine = Machine(program, programs, _parameters(program, arguments, memory), memory, shared, counting)
+    code = bind(machine)
+    try:
+        with np.errstate(all="ignore"):
+            run = machine.run(code, limit)
+        memory.finish()
+    except Fault as fault:
+        instruction = program.instructions[min(machine.at, len(code) - 1)]
+        fault.kernel, fault.line, fault.source = program.name, instruction.line, instruction.source
+        raise
+    return run
+
+
+def _parameters(program: Program, arguments: Sequence[Tensor | int | float], memory: Global) -> dict[str, bytes]:
+    """Return the bytes of the kernel's parameters."""
+    missing = len(program.parameters) - len(arguments)
+    sizes = list(program.parameters.values())
+    if missing < 0 or any(size != 8 for size in sizes[len(arguments) :]):
+        raise Unsupported(f"{program.name} takes {len(program.parameters)} parameters, got {len(arguments)} arguments")
+    values = [_encode(a, size, memory) for a, size in zip(arguments, sizes, strict=False)] + [bytes(8)] * missing
+    return dict(zip(program.parameters, values, strict=True))
+
+
+def _encode(argument: Tensor | int | float, size: int, memory: Global) -> bytes:
+    """Return an argument as the bytes of a parameter."""
+    if isinstance(argument, Tensor):
+        return struct.pack("<Q", memory.address(argument))
+    if isinstance(argument, float):
+        return struct.pack("<f", argument)
+    return struct.pack("<q", argument)[:size]

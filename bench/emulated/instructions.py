@@ -1,0 +1,329 @@
+"""The instruction table: each name with what makes an instruction of it ready to run.
+
+Here are memory, exchange within a warp, and control; the rest is in `arithmetic.py`, `matrix.py` and `tensor.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import arithmetic, matrix, tensor
+from .asynchronous import Copy
+from .faults import Unsupported
+from .formats import numpy_type
+from .machine import Code, Machine, Step
+from .ptx import Address, Instruction, elements, number
+from .races import Array
+from .registers import Mask, flags_of, require_written
+
+# what does not change a result here: caches, scopes, orders
+_HINTS = set("cg ca cs lu wb wt gpu cta sys acq_rel acquire release relaxed weak volatile nc".split())
+
+
+def _access(instruction: Instruction) -> tuple[str, np.dtype[Any], int]:
+    """Return the space, the type and the number of elements of a load or store."""
+    _, *words, kind = instruction.words
+    vector = next((w for w in words if w in ("v2", "v4", "v8")), "")
+    spaces = [w for w in words if w in ("global", "shared", "shared::cta", "param")]
+    if len(spaces) != 1 or set(words) - _HINTS - {vector, *spaces}:
+        raise Unsupported(instruction.opcode)
+    return spaces[0].partition("::")[0], np.dtype(numpy_type(kind)), int(vector[1:] or "1")
+
+
+def load(machine: Machine, instruction: Instruction) -> Step:
+    """Bind ld: of parameters, of global memory, of shared memory; of vectors."""
+    space, dtype, vector = _access(instruction)
+    target, place = instruction.operands
+    registers = [machine.register(t) for t in elements(target)]
+    width = dtype.itemsize * vector
+    if len(registers) != vector:
+        raise Unsupported(f"{instruction.opcode} to {len(registers)} registers")
+    if space == "param":
+        if not isinstance(place, Address) or place.base not in machine.parameters:
+            raise Unsupported(f"parameter {place!r}")
+        value = np.frombuffer(machine.parameters[place.base], dtype, 1, place.offset)
+        return lambda mask: registers[0].write(registers[0].fit(value), mask, None)
+    address = machine.address(place, 8 if space == "global" else 4)
+
+    def run(mask: Mask) -> None:
+        lanes, addresses = machine.lanes(mask), address(mask)
+        if space == "global":
+            data, never = machine.memory.load(machine.in_global(addresses, width, lanes), width), None
+        else:
+            data, never = machine.shared.load(machine.in_shared(addresses, width, lanes), width, lanes)
+        values = data.view(dtype)
+        for i, register in enumerate(registers):
+            register.fill(values[:, i], lanes, mask, never)
+
+    return run
+
+
+def store(machine: Machine, instruction: Instruction) -> Step:
+    """Bind st: to global or shared memory, of vectors."""
+    space, dtype, vector = _access(instruction)
+    place, value = instruction.operands
+    sources = [machine.source(v, f"b{8 * dtype.itemsize}", wide=True) for v in elements(value)]
+    registers = [s.register for s in sources if s.register]
+    width = dtype.itemsize * vector
+    if len(sources) != vector or space == "param":
+        raise Unsupported(instruction.opcode)
+    address = machine.address(place, 8 if space == "global" else 4)
+
+    def run(mask: Mask) -> None:
+        lanes, addresses = machine.lanes(mask), address(mask)
+        data = np.stack([machine.each(source, lanes) for source in sources], 1).view(np.uint8)
+        if space == "global":
+            require_written(registers, mask, "a value stored to global memory")
+            machine.memory.store(machine.in_global(addresses, width, lanes), data, machine.program_of[lanes])
+        else:
+            flags = flags_of(registers, mask)
+            never = None if flags is None else flags[lanes] > 0
+            machine.shared.store(machine.in_shared(addresses, width, lanes), data, lanes, never)
+
+    return run
+
+
+_ATOMICS: dict[str, Callable[..., Any]] = {
+    "add": lambda old, x: old + x,
+    "and": lambda old, x: old & x,
+    "or": lambda old, x: old | x,
+    "exch": lambda old, x: x,
+    "max": max,
+    "min": min,
+    "cas": lambda old, x, y: y if old == x else old,
+}
+
+
+def atomic(machine: Machine, instruction: Instruction) -> Step:
+    """Bind atom and red on global memory: lane after lane."""
+    name, *words, kind = instruction.words
+    names = [w for w in words if w in _ATOMICS]
+    if len(names) != 1 or set(words) - _HINTS != {"global", *names}:
+        raise Unsupported(instruction.opcode)
+    target, place, *operands = instruction.operands if name == "atom" else ("_", *instruction.operands)
+    function, dtype = _ATOMICS[names[0]], np.dtype(numpy_type(kind))
+    address = machine.address(place, 8)
+    sources = [machine.source(o, kind) for o in operands]
+    registers = [s.register for s in sources if s.register]
+    result = None if target == "_" else machine.register(target)
+
+    def run(mask: Mask) -> None:
+        require_written(registers, mask, "an atomic operand")
+        lanes = machine.lanes(mask)
+        at = machine.in_global(address(mask), dtype.itemsize, lanes)
+        cells = machine.memory.cells(dtype)
+        old = np.empty(at.size, dtype)
+        for i, (cell, *values) in enumerate(
+            zip(at // dtype.itemsize, *(machine.each(s, lanes) for s in sources), strict=True)
+        ):
+            old[i] = cells[cell]
+            cells[cell] = function(old[i], *values)
+        machine.memory.mark(at, dtype.itemsize, machine.program_of[lanes])
+        if result is not None:
+            result.fill(old, lanes, mask, None)
+
+    return run
+
+
+def shuffle(machine: Machine, instruction: Instruction) -> Step:
+    """Bind shfl.sync: the value of another lane of the warp, and a predicate for whether it is in range."""
+    mode, target = instruction.words[2], instruction.operands[0]
+    register, *within = (machine.register(t) for t in elements(target))
+    value, by, clamp = (machine.source(o, "b32") for o in instruction.operands[1:4])
+    sources = [s.register for s in (value, by, clamp) if s.register]
+    if mode not in ("up", "down", "bfly", "idx"):
+        raise Unsupported(instruction.opcode)
+    lane = machine.lane
+
+    def run(mask: Mask) -> None:
+        machine.whole(mask, 32, instruction.opcode)
+        flags = flags_of(sources, mask)
+        step, limits = by.get().astype(np.int64), clamp.get().astype(np.int64)
+        segment = limits >> 8 & 31
+        low, high = lane & segment, (lane & segment) | (limits & 31 & ~segment)
+        other = {"up": lane - step, "down": lane + step, "bfly": lane ^ step, "idx": low | (step & 31 & ~segment)}[mode]
+        inside = other >= high if mode == "up" else other <= high
+        origin = np.where(inside, other, lane) + machine.warp * 32
+        register.write(machine.each(value)[origin], mask, None if flags is None else flags[origin])
+        for predicate in within:
+            predicate.write(inside, mask, None)
+
+    return run
+
+
+def _over_warp(machine: Machine, instruction: Instruction, kind: str, reduce: Callable[[Array], Array]) -> Step:
+    """Return what gives every lane of a warp the result of a reduction over [warps, 32]."""
+    register = machine.register(instruction.operands[0])
+    source = machine.source(instruction.operands[1], kind)
+    sources = [source.register] if source.register else []
+
+    def run(mask: Mask) -> None:
+        machine.whole(mask, 32, instruction.opcode)
+        flags = matrix.over_warps(flags_of(sources, mask))
+        result = np.repeat(reduce(machine.each(source).reshape(-1, 32)), 32)
+        register.write(result.view(register.bits.dtype), mask, flags)
+
+    return run
+
+
+_VOTES: dict[str, Callable[[Array], Array]] = {
+    "any": lambda p: np.asarray(p.any(1)),
+    "all": lambda p: np.asarray(p.all(1)),
+    "ballot": lambda p: np.packbits(p, axis=1, bitorder="little").view(np.uint32)[:, 0],
+}
+_REDUCTIONS: dict[str, Any] = {
+    "add": np.add,
+    "and": np.bitwise_and,
+    "max": np.maximum,
+    "min": np.minimum,
+    "or": np.bitwise_or,
+}
+
+
+def vote(machine: Machine, instruction: Instruction) -> Step:
+    """Bind vote.sync: whether a predicate holds in any lane or in all, or in which."""
+    return _over_warp(machine, instruction, "pred", _VOTES[instruction.words[2]])
+
+
+def reduce(machine: Machine, instruction: Instruction) -> Step:
+    """Bind redux.sync: a reduction over the lanes of a warp; of floats, NaN counts only with .NaN."""
+    _, _, name, *modifiers, kind = instruction.words
+    function = _REDUCTIONS[name]
+    if kind == "f32" and modifiers != ["NaN"]:
+        function = {"max": np.fmax, "min": np.fmin}[name]
+    elif kind != "f32" and modifiers:
+        raise Unsupported(instruction.opcode)
+    return _over_warp(machine, instruction, kind, lambda x: np.asarray(function.reduce(x, axis=1, dtype=x.dtype)))
+
+
+def elect(machine: Machine, instruction: Instruction) -> Step:
+    """Bind elect.sync: the first lane of every warp."""
+    index, predicate = elements(instruction.operands[0])
+    outs = [(machine.register(predicate), machine.lane == 0)]
+    if index != "_":
+        outs.append((machine.register(index), np.zeros(1, np.uint32)))
+
+    def run(mask: Mask) -> None:
+        machine.whole(mask, 32, instruction.opcode)
+        for register, value in outs:
+            register.write(value, mask, None)
+
+    return run
+
+
+def barrier(machine: Machine, instruction: Instruction) -> Step:
+    """Bind bar.sync 0, which all threads of a program reach, and bar.warp.sync."""
+    words, operands = instruction.words[1:], instruction.operands
+    warp = words == ["warp", "sync"]
+    if not warp and (operands != (0,) or words not in (["sync"], ["sync", "aligned"])):
+        raise Unsupported(f"{instruction.opcode} {operands}")
+
+    def run(mask: Mask) -> Mask:
+        machine.whole(mask, 32, instruction.opcode)
+        if not warp:
+            return machine.barrier(mask)
+        machine.order.barrier(machine.lanes(mask), whole=False)
+        return None
+
+    return run
+
+
+def copy(machine: Machine, instruction: Instruction) -> Step:
+    """Bind cp.async: copies to shared memory, which end with zeros where their source is shorter; groups and waits."""
+    words, operands, copies = instruction.words[1:], instruction.operands, machine.copies
+    if words == ["async", "commit_group"]:
+        return lambda mask: copies.commit(machine.lanes(mask))
+    if words == ["async", "wait_group"]:
+        return lambda mask: copies.land(machine.full(mask), number(operands[0]))
+    if words[:2] not in (["async", "ca"], ["async", "cg"]) or words[2:] != ["shared", "global"]:
+        raise Unsupported(instruction.opcode)
+    target, origin = machine.address(operands[0], 4), machine.address(operands[1], 8)
+    width = number(operands[2])
+    if width not in ((16,) if words[1] == "cg" else (4, 8, 16)):
+        raise Unsupported(f"{instruction.opcode} of {width} bytes")
+    size = machine.source(operands[3] if len(operands) > 3 else width, "u32")
+    sources = [size.register] if size.register else []
+
+    def run(mask: Mask) -> None:
+        require_written(sources, mask, "the size of a copy")
+        lanes = np.flatnonzero(machine.full(mask))
+        sizes = machine.each(size, lanes)
+        used = sizes > 0
+        if (sizes[used] != width).any():
+            raise Unsupported(f"{instruction.opcode} of part of its bytes")
+        data = np.zeros((lanes.size, width), np.uint8)
+        data[used] = machine.memory.load(machine.in_global(origin(mask)[used], width, lanes[used]), width)
+        at = machine.in_shared(target(mask), width, lanes)
+        machine.shared.announce(at, width, lanes)
+        copies.pending.append(Copy(lanes, copies.committed[lanes], at, data))
+
+    return run
+
+
+def fence(machine: Machine, instruction: Instruction) -> Step:
+    """Bind fence.proxy.async, which reads by the asynchronous proxy need; fences of order do nothing here."""
+    words = instruction.words[1:]
+    if words[0] == "proxy" and words[1:] not in (["async"], ["async", "shared::cta"]):
+        raise Unsupported(instruction.opcode)
+
+    def run(mask: Mask) -> None:
+        if words[0] == "proxy":
+            machine.order.fenced[machine.lanes(mask)] = machine.order.now
+
+    return run
+
+
+Binder = Callable[[Machine, Instruction], Step]
+TABLE: dict[str, Binder] = {
+    **dict.fromkeys((name.partition(".")[0] for name in arithmetic.FUNCTIONS), arithmetic.compute),
+    "mov": arithmetic.move,
+    "cvt": arithmetic.convert,
+    "setp": arithmetic.compare,
+    "selp": arithmetic.select,
+    "ld": load,
+    "st": store,
+    "atom": atomic,
+    "red": atomic,
+    "shfl": shuffle,
+    "vote": vote,
+    "redux": reduce,
+    "elect": elect,
+    "bar": barrier,
+    "barrier": barrier,
+    "bra": lambda machine, instruction: lambda mask: None,
+    "ret": lambda machine, instruction: machine.full,
+    "exit": lambda machine, instruction: machine.full,
+    "cp": copy,
+    "fence": fence,
+    "membar": fence,
+    "mma": matrix.multiply,
+    "ldmatrix": matrix.load,
+    "stmatrix": matrix.store,
+    "wgmma": matrix.warpgroup,
+    "mbarrier": tensor.mbarrier,
+    "tcgen05": tensor.tensor,
+}
+
+
+def bind(machine: Machine) -> list[Code]:
+    """Make the instructions of the machine's program ready.
+
+    Raises:
+        Unsupported: an instruction, or a form of it, that is not known, by its name and line.
+    """
+    code = []
+    for instruction in machine.program.instructions:
+        try:
+            predicate = machine.register(instruction.predicate) if instruction.predicate else None
+            run = TABLE[instruction.words[0]](machine, instruction)
+        except (Unsupported, KeyError, IndexError, ValueError) as error:
+            raise Unsupported(
+                f"{machine.program.name}, line {instruction.line} of its PTX ({instruction.source}): "
+                f"{instruction.opcode} is not supported: {error}"
+            ) from error
+        target = machine.program.labels[str(instruction.operands[0])] if instruction.words[0] == "bra" else -1
+        code.append(Code(run, predicate, instruction.negated, target))
+    return [*code, Code(machine.full, None, False, -1)]

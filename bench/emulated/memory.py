@@ -1,0 +1,219 @@
+"""The memory of executed kernels: the tensors that they are called with, and what every program has to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .faults import Fault, Unsupported
+from .races import COPIED, IN_FLIGHT, Array, Lanes, Ledger, Order
+
+BASE = 0x7F00_0000_0000  # the first made-up address
+GAP = 4096
+LIMIT = 4 << 30  # bytes of all memory together
+NOWHERE = -1
+
+
+class Global:
+    """Global memory: the storages of tensors, gaps between them, of which only the tensors' elements may be touched.
+
+    `outputs` are poisoned with NaN, or the integers of the same bits. Every address has its last writer, a program.
+
+    Raises:
+        Unsupported: an output shares elements with another tensor, or all is too large.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        self.storages = {t.untyped_storage().data_ptr(): t for t in tensors}
+        self.offsets: dict[int, int] = {}
+        end = GAP
+        for pointer, tensor in self.storages.items():
+            self.offsets[pointer] = end
+            end += -(-(tensor.untyped_storage().nbytes() + GAP) // 256) * 256
+        if end > LIMIT:
+            raise Unsupported(f"tensors must fit {LIMIT} bytes of memory, got {end}")
+        self.bytes = np.zeros(end, np.uint8)
+        self.valid = np.zeros(end, np.bool_)
+        self.writer = np.full(end // 2, NOWHERE, np.int32)
+        for pointer, tensor in self.storages.items():
+            start = self.offsets[pointer]
+            self.bytes[start : start + tensor.untyped_storage().nbytes()] = _bytes_of(tensor)
+        self.outputs = list(outputs)
+        self._refuse_overlaps(tensors)
+        for tensor in tensors:
+            self._elements(self.valid, tensor)[...] = True
+        for tensor in outputs:
+            self._elements(self.bytes, tensor)[...] = 0xFF
+
+    def address(self, tensor: Tensor) -> int:
+        """Return the address of a tensor's first element."""
+        storage = tensor.untyped_storage().data_ptr()
+        return BASE + self.offsets[storage] + tensor.data_ptr() - storage
+
+    def _elements(self, memory: Array, tensor: Tensor) -> Array:
+        """Return a view of what `memory`, one value a byte, has for a tensor's elements: its shape, and their bytes."""
+        strides = tuple(stride * tensor.itemsize for stride in tensor.stride())
+        start = memory[self.address(tensor) - BASE :]
+        return np.lib.stride_tricks.as_strided(start, (*tensor.shape, tensor.itemsize), (*strides, 1))
+
+    def _refuse_overlaps(self, tensors: Sequence[Tensor]) -> None:
+        """Refuse outputs that share elements with themselves or another tensor."""
+        taken = np.zeros(self.bytes.size, np.bool_)
+        for tensor in self.outputs:
+            before = np.count_nonzero(taken)
+            self._elements(taken, tensor)[...] = True
+            if np.count_nonzero(taken) != before + tensor.numel() * tensor.itemsize:
+                raise Unsupported("tensors must not overlap: an output shares elements with itself or another output")
+        outputs = {_identity(t) for t in self.outputs}
+        if any(self._elements(taken, t).any() for t in tensors if _identity(t) not in outputs):
+            raise Unsupported("tensors must not overlap: an output shares elements with another argument")
+
+    def places(self, addresses: Array, width: int) -> Array:
+        """Return where `width` bytes from each address are.
+
+        Raises:
+            Fault: an address outside the tensors, or not a multiple of the width.
+        """
+        at = addresses - BASE
+        inside = (at >= 0) & (at + width <= self.bytes.size)
+        safe = at if inside.all() else np.where(inside, at, 0)
+        inside &= self.valid[safe] & self.valid[safe + width - 1]
+        if not inside.all():
+            bad = int(addresses[~inside][0])
+            raise Fault("bounds", f"{width} bytes at {bad:#x} are outside every tensor: {self._nearest(bad - BASE)}")
+        if (at % width).any():
+            raise Fault("alignment", f"{width} bytes at {int(addresses[at % width != 0][0]):#x}")
+        return at
+
+    def _nearest(self, at: int) -> str:
+        """Say where an address is from the start of the tensor's storage before it."""
+        before = [(start, i) for i, start in enumerate(self.offsets.values()) if start <= at]
+        if not before:
+            return "before the first"
+        start, index = max(before)
+        size = list(self.storages.values())[index].untyped_storage().nbytes()
+        return f"{at - start} bytes after the start of storage {index}, of {size} bytes"
+
+    def load(self, at: Array, width: int) -> Array:
+        """Return `width` bytes from each place, [lanes, width]."""
+        return _rows(self.bytes, width)[at // width]
+
+    def store(self, at: Array, data: Array, program: Array) -> None:
+        """Write the rows of `data`, for the programs that lanes belong to.
+
+        Raises:
+            Fault: another program wrote to one of the places.
+        """
+        width = data.shape[1]
+        rows, granules = _granules(at, width)
+        writers = _rows(self.writer, granules)
+        others = (writers[rows] != program[:, None]) & (writers[rows] != NOWHERE)
+        writers[rows] = program[:, None]
+        if others.any() or (writers[rows] != program[:, None]).any():
+            raise Fault("two writers", "another program wrote to the same address")
+        _rows(self.bytes, width)[at // width] = data
+
+    def cells(self, dtype: np.dtype[Any]) -> Array:
+        """Return all of memory as values of a type."""
+        return self.bytes[: self.bytes.size // 8 * 8].view(dtype)
+
+    def mark(self, at: Array, width: int, program: Array) -> None:
+        """Note the programs as the last writers of `width` bytes at each place."""
+        rows, granules = _granules(at, width)
+        _rows(self.writer, granules)[rows] = program[:, None]
+
+    def finish(self) -> None:
+        """Write everything back into the tensors.
+
+        Raises:
+            Fault: an element of an output was not written.
+        """
+        for pointer, tensor in self.storages.items():
+            start = self.offsets[pointer]
+            _bytes_of(tensor)[:] = self.bytes[start : start + tensor.untyped_storage().nbytes()]
+        for i, tensor in enumerate(self.outputs):
+            written = self._elements(np.repeat(self.writer != NOWHERE, 2), tensor).all(-1)
+            if not written.all():
+                first, missing = np.argwhere(~written)[0].tolist(), written.size - np.count_nonzero(written)
+                raise Fault("unwritten output", f"{missing} of {written.size} elements of output {i}, first {first}")
+
+
+class Shared:
+    """Shared memory of every program, one after the other, with the order of accesses to every two bytes.
+
+    size: bytes of one program, of which each has `pitch`.
+    """
+
+    def __init__(self, order: Order, programs: int, size: int) -> None:
+        self.size, self.pitch = size, max(-(-size // 1024) * 1024, 1024)
+        if programs * self.pitch * 9 > LIMIT:
+            raise Unsupported(f"shared memory must fit {LIMIT // 9} bytes, got {programs} programs of {size} bytes")
+        self.bytes = np.zeros(programs * self.pitch, np.uint8)
+        self.ledger = Ledger(order, programs * self.pitch // 2)
+
+    def places(self, addresses: Array, width: int, program: Array) -> Array:
+        """Return where `width` bytes from each address of a program are.
+
+        Raises:
+            Fault: an address outside shared memory, or not a multiple of the width.
+        """
+        if addresses.size and (addresses.min() < 0 or addresses.max() + width > self.size):
+            bad = addresses[(addresses < 0) | (addresses + width > self.size)][0]
+            raise Fault("bounds", f"{width} bytes at {int(bad):#x} are outside the {self.size} of shared memory")
+        if (addresses % width).any():
+            raise Fault("alignment", f"{width} bytes at {int(addresses[addresses % width != 0][0]):#x}")
+        return addresses + program * self.pitch
+
+    def load(self, at: Array, width: int, lanes: Lanes) -> tuple[Array, Array | None]:
+        """Return `width` bytes from each place, [lanes, width], and which lanes' were never initialised, if any."""
+        never: Array = self.ledger.note_read(*_granules(at, width), lanes).any(1)
+        return _rows(self.bytes, width)[at // width], never if never.any() else None
+
+    def store(self, at: Array, data: Array, lanes: Lanes, flagged: Array | None = None) -> None:
+        """Write the rows of `data`; flagged: the lanes whose data were never initialised.
+
+        Raises:
+            Fault: lanes write to the same place, and not the same.
+        """
+        width = data.shape[1]
+        self.ledger.note_write(*_granules(at, width), lanes, flagged)
+        memory = _rows(self.bytes, width)
+        memory[at // width] = data
+        if (memory[at // width] != data).any():
+            raise Fault("race", "several threads write different values to the same address")
+
+    def announce(self, at: Array, width: int, lanes: Lanes) -> None:
+        """Note that `width` bytes will be written at each place by an asynchronous copy."""
+        self.ledger.note_write(*_granules(at, width), lanes, stamp=IN_FLIGHT)
+
+    def land(self, at: Array, data: Array, lanes: Lanes) -> None:
+        """Write the rows of `data` that were announced."""
+        width = data.shape[1]
+        rows, granules = _granules(at, width)
+        self.ledger.written.reshape(-1, granules)[rows] = COPIED | self.ledger.order.stamp(lanes)[:, None]
+        _rows(self.bytes, width)[at // width] = data
+
+
+def _granules(at: Array, width: int) -> tuple[Array, int]:
+    """Return which rows of granules of two bytes an access of `width` bytes touches, and the granules of a row."""
+    return (at // width, width // 2) if width > 1 else (at // 2, 1)
+
+
+def _rows(memory: NDArray[Any], width: int) -> Array:
+    """Return memory as rows of `width`, without what is over."""
+    return memory[: memory.size // width * width].reshape(-1, width)
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _bytes_of(tensor: Tensor) -> Array:
+    """Return the bytes of a tensor's storage."""
+    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    return np.asarray(flat.numpy())

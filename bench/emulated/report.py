@@ -1,0 +1,139 @@
+"""Execute every kernel's code for GPUs that are not here, on the CPU, and compare it with the float64 reference.
+
+Exit status: 0 where all is right, 1 where something is not, 2 where nothing can be executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from ...kernels.backends import HAS_TRITON
+from ...kernels.check.check import interpreted
+from ...kernels.check.gates import DTYPES
+from ..choices import choices, listed
+from ..choices import kernels as choose_kernels
+from ..speed.machine import versions
+
+KEPT = Path("build/emulated.jsonl")
+# targets and dtypes of --quick, whose calls launch every kernel
+QUICK = (("sm_80", "sm_90"), ("bfloat16",))
+
+
+def _parser(targets: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser(
+        prog="ci/emulate",
+        description=__doc__,
+        epilog="Lists are separated by commas.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("--targets", metavar="LIST", help=f"default: {listed(targets)}")
+    found.add_argument("--dtypes", metavar="LIST", help=f"default: {listed(DTYPES)}")
+    found.add_argument("--kernels", metavar="LIST", help="such as attend or write_grad, default: all")
+    found.add_argument("--calls", metavar="LIST", help="by name, of bench/emulated/cases.py, default: all")
+    found.add_argument(
+        "--counts", action="store_true",
+        help="also what the code of calls with whole tiles moves and issues, unless --calls says which",
+    )  # fmt: skip
+    found.add_argument("--quick", action="store_true", help="unless said otherwise, two targets, one dtype, few calls")
+    found.add_argument(
+        "--against", type=Path, metavar="FILE",
+        help="a result of bench/on_device: compare with the bits that it holds, and nothing else",
+    )  # fmt: skip
+    found.add_argument("--json", type=Path, metavar="FILE", help="write the rows as data too")
+    found.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default: one per core")
+    found.add_argument(
+        "--kept", type=Path, default=KEPT, metavar="FILE",
+        help="what is done is kept there, and not done again while the sources are the same, default: %(default)s",
+    )  # fmt: skip
+    found.add_argument("--here", action="store_true", help="use the environment that is active, make none")
+    return found
+
+
+def _refused(why: str) -> int:
+    """Say why nothing can be executed, and return the exit status."""
+    sys.stderr.write(f"ci/emulate: {why}\n")
+    return 2
+
+
+def _against(path: Path) -> int:
+    """Compare the executor with a device's bits; return the exit status."""
+    from ..compiled.ahead_of_time import CompileError
+    from .bits import differences
+    from .faults import Fault, Unsupported
+
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["bits"]
+        found = list(differences(records))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _refused(f"--against must be a result of bench/on_device whose code can be executed: {error}")
+    except (Fault, Unsupported, CompileError) as error:
+        sys.stdout.write(f"{error}\n")
+        return 1
+    wrong = [x for x in found if not x.error <= x.gate]
+    for x in found:
+        sys.stdout.write(f"{x}\n")
+    sys.stdout.write(f"\n{len(records)} calls, {len(wrong)} of {len(found)} outputs too far apart\n")
+    for x in wrong:
+        sys.stdout.write(f"  {x}\n")
+    return 1 if wrong or not found else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    if not HAS_TRITON:
+        return _refused("Triton is not installed")
+    # these need Triton
+    from ..compiled.jobs import KERNELS
+    from .cases import CASES, COUNTED
+    from .cases import QUICK as QUICK_CALLS
+    from .jobs import Row, execute_all, plan
+    from .launches import EMULATED
+    from .profile import profile
+    from .table import failures, table
+
+    given = _parser(EMULATED).parse_args(arguments)
+    if interpreted():
+        return _refused("TRITON_INTERPRET is set, by which kernels are not compiled: unset it")
+    if given.against is not None:
+        return _against(given.against)
+    usual = (*QUICK, QUICK_CALLS) if given.quick else (EMULATED, tuple(DTYPES), tuple(CASES))
+    if given.counts:
+        usual = (*usual[:2], COUNTED)
+    begin = time.monotonic()
+    try:
+        if given.jobs < 1:
+            raise ValueError(f"--jobs must be positive, got {given.jobs}")
+        targets = choices("targets", given.targets, usual[0], EMULATED)
+        dtypes = choices("dtypes", given.dtypes, usual[1], tuple(DTYPES))
+        calls = choices("calls", given.calls, usual[2], tuple(CASES))
+        kernels = choose_kernels(given.kernels, KERNELS)
+    except ValueError as error:
+        return _refused(str(error))
+    jobs = plan(targets, dtypes, calls, kernels, given.counts)
+    given.kept.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    done = execute_all(jobs, given.jobs, given.kept)
+    rows: list[Row] = list(track(done, "executing", len(jobs), console=console, disable=not console.is_terminal))
+    for line in table(rows, kernels):
+        sys.stdout.write(f"{line}\n")
+    if given.counts:
+        for line in profile(rows, kernels):
+            sys.stdout.write(f"{line}\n")
+    broken = failures(rows)
+    if given.json is not None:
+        document = {"versions": versions(), "rows": [row.as_json() for row in rows], "failures": broken}
+        given.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(f"\n{len(rows)} calls in {time.monotonic() - begin:.0f} s, {len(broken)} failures\n")
+    for line in broken:
+        sys.stdout.write(f"  {line}\n")
+    return 1 if broken else 0

@@ -1,0 +1,370 @@
+"""tcgen05: tensor memory of 128 lanes and 512 columns of 32 bits, its matrix instructions, and mbarriers for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .asynchronous import Mbarrier, Product
+from .faults import Fault, Unsupported
+from .machine import Machine, Source, Step
+from .matrix import Fragment, numbers
+from .ptx import Address, Instruction, number
+from .races import ANYONE, IN_FLIGHT, SEEN, Array, Ledger
+from .registers import LOADING, Mask, Register, alter, flags_of, require_written
+from .tiles import Tile
+
+LANES, COLUMNS = 128, 512
+# the stamp of what a matrix instruction under way writes
+_PRODUCT = IN_FLIGHT | ANYONE
+
+
+class TensorMemory:
+    """Tensor memory of every program, with the order of accesses to every word.
+
+    columns: allocated, of each program. storing: lanes and places before their wait. products: of each program, under
+    way.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.words = np.zeros(machine.programs * LANES * COLUMNS, np.uint32)
+        self.ledger = Ledger(machine.order, self.words.size)
+        self.columns = np.zeros(machine.programs, np.int64)
+        self.storing: list[tuple[Array, Array]] = []
+        self.products: list[list[Product]] = [[] for _ in range(machine.programs)]
+
+    def places(self, lanes: Array, columns: Array, program: Array) -> Array:
+        """Return where words are.
+
+        Raises:
+            Fault: outside the allocated columns.
+        """
+        if (lanes >= LANES).any() or (columns >= self.columns[program]).any():
+            raise Fault("bounds", f"column {int(columns.max())} of tensor memory is not allocated")
+        return (program * LANES + lanes) * COLUMNS + columns
+
+    def require_ready(self, at: Array, lanes: Array) -> None:
+        """Raise a fault unless words may be read by a matrix instruction of each lane."""
+        written = self.ledger.written[at].reshape(len(lanes), -1)
+        others = written != _PRODUCT  # an earlier matrix instruction ends first
+        if (written == 0).any():
+            raise Fault("uninitialised tensor memory", "a matrix instruction reads what was never written")
+        if (others & (written >= IN_FLIGHT)).any():
+            raise Fault("asynchronous copy", "a matrix instruction reads a tcgen05.st before the wait for it")
+        if (others & (written > self.ledger.order.synced[lanes][:, None])).any():
+            raise Fault("race", "a matrix instruction reads tensor memory written since the last barrier")
+
+    def require_free(self, at: Array, lanes: Array) -> None:
+        """Raise a fault unless words may be written by a matrix instruction of each lane."""
+        written, read = (x[at].reshape(len(lanes), -1) for x in (self.ledger.written, self.ledger.read))
+        since = self.ledger.order.synced[lanes][:, None]
+        if ((read > since) | ((written > since) & (written != _PRODUCT))).any():
+            raise Fault("race", "a matrix instruction writes tensor memory touched since the last barrier")
+
+
+def tensor(machine: Machine, instruction: Instruction) -> Step:
+    """Bind tcgen05."""
+    name = instruction.words[1]
+    if "cta_group::2" in instruction.words:
+        raise Unsupported(instruction.opcode)
+    if machine.tensor is None:
+        machine.tensor = TensorMemory(machine)
+    return _BINDERS[name](machine, machine.tensor, instruction)
+
+
+def _allocate(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
+    """A warp writes the first of the columns that it gets to shared memory."""
+    address = machine.address(instruction.operands[0], 4)
+    count = number(instruction.operands[1])
+
+    def run(mask: Mask) -> None:
+        machine.whole(mask, 32, instruction.opcode)
+        first = machine.full(mask) & (machine.lane == 0)
+        lanes, program = np.flatnonzero(first), machine.program_of[first]
+        start = memory.columns[program].astype(np.uint32)
+        at = machine.shared.places(address(first), 4, program)
+        machine.shared.store(at, start.view(np.uint8).reshape(-1, 4), lanes)
+        np.add.at(memory.columns, program, count)
+        if (memory.columns > COLUMNS).any():
+            raise Fault("deadlock", f"waits for ever for {count} columns of tensor memory")
+
+    return run
+
+
+def _free(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
+    """A warp gives columns back."""
+    count = number(instruction.operands[1])
+    return lambda mask: np.subtract.at(
+        memory.columns, machine.program_of[machine.full(mask) & (machine.lane == 0)], count
+    )
+
+
+def _words(
+    machine: Machine, memory: TensorMemory, instruction: Instruction
+) -> tuple[Callable[[Mask], Array], Fragment]:
+    """Return what computes the places [lanes, registers] of a load or store, and its registers."""
+    shape, operands = instruction.words[4], instruction.operands
+    where = next(o for o in operands if isinstance(o, Address))
+    split = next((o for o in operands if isinstance(o, int)), 0)
+    registers = Fragment(machine, next(o for o in operands if isinstance(o, tuple) and not isinstance(o, Address)))
+    count = len(registers.registers)
+    if shape not in ("32x32b", "16x32bx2") or instruction.words[5:] != [f"x{count}", "b32"]:
+        raise Unsupported(instruction.opcode)
+    address = machine.address(where, 4)
+
+    def places(mask: Mask) -> Array:
+        machine.whole(mask, 32, instruction.opcode)
+        lanes, at = machine.lanes(mask), address(mask)
+        lane, column, thread = at >> 16, at & 0xFFFF, machine.lane[lanes]
+        if shape == "32x32b":
+            lane = lane + thread
+        else:  # the upper half of a warp has the same 16 lanes in other columns
+            lane, column = lane + thread % 16, column + thread // 16 * split
+        if (lane // 32 != machine.warp[lanes] % 4).any():
+            raise Fault("bounds", "a warp reaches the lanes of tensor memory of another")
+        return memory.places(lane[:, None], column[:, None] + np.arange(count), machine.program_of[lanes][:, None])
+
+    return places, registers
+
+
+def _load(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
+    """tcgen05.ld: registers have the words after wait::ld."""
+    places, target = _words(machine, memory, instruction)
+
+    def run(mask: Mask) -> None:
+        at, lanes = places(mask), np.flatnonzero(machine.full(mask))
+        never = memory.ledger.note_read(at.reshape(-1), 1, np.repeat(lanes, at.shape[1])).reshape(at.shape)
+        for register, words, blank in zip(target.registers, memory.words[at].T, never.T, strict=True):
+            register.fill(words, lanes, mask, blank if blank.any() else None)
+        loading = machine.full(mask) * LOADING
+        alter(target.registers, lambda flags: flags | loading)
+        machine.loading.append(target.registers)
+
+    return run
+
+
+def _wait_load(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
+    def run(mask: Mask) -> None:
+        here = machine.full(mask)
+        for registers in machine.loading:
+            alter(registers, lambda flags: np.where(here, flags & ~LOADING, flags))
+        machine.loading = [registers for registers in machine.loading if any(_loading(r) for r in registers)]
+
+    return run
+
+
+def _loading(register: Register) -> bool:
+    return register.flags is not None and bool((register.flags & LOADING).any())
+
+
+def _store(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
+    """tcgen05.st: others may read the words after wait::st and a barrier."""
+    places, origin = _words(machine, memory, instruction)
+
+    def run(mask: Mask) -> None:
+        at, lanes = places(mask), np.flatnonzero(machine.full(mask))
+        flags = flags_of(origin.registers, mask)
+        memory.ledger.note_write(at.reshape(-1), 1, np.repeat(lanes, at.shape[1]), stamp=IN_FLIGHT)
+        memory.words[at] = np.stack([r.bits[lanes] for r in origin.registers], 1)
+        written = np.ones(lanes.size, np.bool_) if flags is None else flags[lanes] == 0
+        memory.ledger.written[at[~written]] = 0
+        memory.storing.append((lanes[written], at[written]))
+
+    return run
+
+
+def _wait_store(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
+    def run(mask: Mask) -> None:
+        here, left = machine.full(mask), []
+        for lanes, at in memory.storing:
+            now = here[lanes]
+            memory.ledger.written[at[now]] = machine.order.stamp(lanes[now])[:, None]
+            if not now.all():
+                left.append((lanes[~now], at[~now]))
+        memory.storing = left
+
+    return run
+
+
+_SWIZZLES = {0: 16, 2: 128, 4: 64, 6: 32}
+_KINDS = {"kind::f16": {0: "f16", 1: "bf16"}, "kind::tf32": {2: "tf32"}}
+
+
+class Shape(NamedTuple):
+    """What an instruction descriptor of tcgen05.mma says: the format of A and B, which are transposed, M and N."""
+
+    kind: str
+    transposed: tuple[bool, bool]
+    M: int
+    N: int
+
+    @classmethod
+    def of(cls, descriptor: int, kind: str) -> Shape:
+        """Read a descriptor. D is in float32; sparsity, negation and saturation are not supported."""
+        a, b = (_KINDS[kind].get(descriptor >> bit & 7) for bit in (7, 10))
+        M, N = (descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8
+        if a is None or a != b or M not in (64, 128) or descriptor >> 4 & 3 != 1 or descriptor & 0xE080600F:
+            raise Unsupported(f"tcgen05.mma with the descriptor {descriptor:#x}")
+        return cls(a, (descriptor >> 15 & 1 == 1, descriptor >> 16 & 1 == 1), M, N)
+
+    def lanes(self) -> Array:
+        """Return the lanes of tensor memory that have the rows of A and D: of 64 rows, the lower half of every 32."""
+        row = np.arange(self.M)
+        return row if self.M == LANES else row // 16 * 32 + row % 16
+
+
+def _multiply(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
+    """tcgen05.mma: D = A B + D in tensor memory, by one thread of each program; A in tensor or shared memory."""
+    kind = instruction.words[3]
+    d, a, b, shape, keep = instruction.operands
+    if kind not in _KINDS or len(instruction.words) != 4:
+        raise Unsupported(instruction.opcode)
+    address_d, descriptor_b = machine.address(d, 4), machine.source(b, "b64")
+    address_a = machine.address(a, 4) if isinstance(a, Address) else None
+    descriptor_a = None if address_a else machine.source(a, "b64")
+    how, accumulate = machine.source(shape, "b32"), machine.source(keep, "pred")
+    used = [s.register for s in (descriptor_a, descriptor_b, how, accumulate) if s and s.register]
+
+    def run(mask: Mask) -> None:
+        require_written(used, mask, "an operand of a matrix instruction")
+        lanes = np.flatnonzero(machine.full(mask))
+        program = machine.program_of[lanes]
+        shapes = set(machine.each(how, lanes).tolist())
+        if len(shapes) > 1 or np.unique(program).size != program.size:
+            raise Fault("matrix descriptor", "the threads of one instruction disagree, or are several of one program")
+        form = Shape.of(shapes.pop(), kind)
+
+        def block(at: Array, columns: int) -> Array:
+            """Return the places of the rows of A or D, [programs, M, columns]."""
+            lane, column = form.lanes()[:, None] + (at >> 16)[:, None, None], (at & 0xFFFF)[:, None, None]
+            return memory.places(lane, column + np.arange(columns), program[:, None, None])
+
+        def operand(source: Source, rows: int, transposed: bool) -> Array:
+            tiles = [Tile.of(x & ~(1 << 46), _SWIZZLES, 61) for x in machine.each(source, lanes).tolist()]
+            return machine.tiles.read(tiles, program, rows, form.kind, transposed, lanes)
+
+        if descriptor_a is not None:
+            left = operand(descriptor_a, form.M, form.transposed[0])
+        elif address_a is not None:
+            at = block(address_a(mask), 8)
+            memory.require_ready(at, lanes)
+            left = numbers(memory.words[at], form.kind)
+        right = operand(descriptor_b, form.N, form.transposed[1])
+        machine.operations += 2 * left.size * form.N
+        sums, at = np.matmul(left, right.swapaxes(1, 2)), block(address_d(mask), form.N)
+        adds = machine.each(accumulate, lanes)
+        if adds.any():
+            memory.require_ready(at[adds], lanes[adds])
+            sums = np.where(adds[:, None, None], sums + memory.words[at].view(np.float32), sums)
+        memory.require_free(at, lanes)
+        memory.words[at] = sums.view(np.uint32)
+        memory.ledger.written[at] = _PRODUCT
+        for i, p in enumerate(program.tolist()):
+            memory.products[p].append(Product(machine.tiles.stamp, at[i]))
+
+    return run
+
+
+def _commit(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
+    """tcgen05.commit: an mbarrier learns when the thread's matrix instructions have ended."""
+    address = machine.address(instruction.operands[0], 4)
+
+    def run(mask: Mask) -> None:
+        lanes = np.flatnonzero(machine.full(mask))
+        program = machine.program_of[lanes]
+        barriers, which = _mbarriers(machine, address(mask), lanes)
+        for i, p in zip(which.tolist(), program.tolist(), strict=True):
+            barriers[i].tracked += memory.products[p]
+            barriers[i].arrive()
+        machine.wake("mbarrier", np.isin(machine.program_of, program))
+
+    return run
+
+
+_BINDERS: dict[str, Callable[[Machine, TensorMemory, Instruction], Step]] = {
+    "alloc": _allocate,
+    "dealloc": _free,
+    "ld": _load,
+    "st": _store,
+    "mma": _multiply,
+    "commit": _commit,
+    "wait::ld": _wait_load,
+    "wait::st": _wait_store,
+    **dict.fromkeys(
+        ("relinquish_alloc_permit", "fence::before_thread_sync", "fence::after_thread_sync"),
+        lambda machine, memory, instruction: lambda mask: None,
+    ),
+}
+
+
+def _mbarriers(machine: Machine, addresses: Array, lanes: Array) -> tuple[list[Mbarrier], Array]:
+    """Return the mbarriers at addresses, each once, and which of them is each lane's. The lanes read them.
+
+    Raises:
+        Fault: there is none.
+    """
+    at = machine.shared.places(addresses, 8, machine.program_of[lanes])
+    machine.shared.load(at, 8, lanes)
+    places, which = np.unique(at, return_inverse=True)
+    if not set(places.tolist()) <= set(machine.mbarriers):
+        raise Fault("mbarrier", "there is none at this address")
+    return [machine.mbarriers[place] for place in places.tolist()], which
+
+
+def mbarrier(machine: Machine, instruction: Instruction) -> Step:
+    """Bind mbarrier.init, .inval and .try_wait.parity, for the arrivals of tcgen05.commit."""
+    name, operands = instruction.words[1], instruction.operands
+    if name == "try_wait" and instruction.words[2] == "parity":
+        return _try_wait(machine, instruction)
+    if name not in ("init", "inval"):
+        raise Unsupported(instruction.opcode)
+    address = machine.address(operands[0], 4)
+
+    def run(mask: Mask) -> None:
+        lanes = np.flatnonzero(machine.full(mask))
+        at = machine.shared.places(address(mask), 8, machine.program_of[lanes])
+        machine.shared.store(at, np.zeros((lanes.size, 8), np.uint8), lanes)
+        for place in at.tolist():
+            machine.mbarriers.pop(place, None)
+            if name == "init":
+                machine.mbarriers[place] = Mbarrier(number(operands[1]))
+
+    return run
+
+
+def _try_wait(machine: Machine, instruction: Instruction) -> Step:
+    """Bind a wait for the end of a phase of some parity, in which lanes sleep until something arrives."""
+    done, parity = machine.register(instruction.operands[0]), machine.source(instruction.operands[2], "u32")
+    address = machine.address(instruction.operands[1], 4)
+
+    def run(mask: Mask) -> Mask:
+        lanes = np.flatnonzero(machine.full(mask))
+        barriers, which = _mbarriers(machine, address(mask), lanes)
+        ended = np.array([barrier.phase & 1 for barrier in barriers])[which] != machine.each(parity, lanes)
+        for i in np.unique(which[ended]).tolist():
+            _end(machine, barriers[i])
+        done.write(np.ones(1, np.bool_), mask, None)
+        if ended.all():
+            return None
+        waiting = np.zeros(machine.count, np.bool_)
+        waiting[lanes[~ended]] = True
+        machine.wait("mbarrier", machine.at, waiting)
+        return waiting
+
+    return run
+
+
+def _end(machine: Machine, barrier: Mbarrier) -> None:
+    """End the matrix instructions that an mbarrier tracks."""
+    if not barrier.tracked:
+        return
+    memory: Any = machine.tensor
+    for product in barrier.tracked:
+        if not product.done:
+            product.done = True
+            machine.shared.ledger.end_matrix_reads(product.stamp, seen=True)
+            memory.ledger.written[product.places] = SEEN
+    barrier.tracked = []
+    memory.products = [[p for p in products if not p.done] for products in memory.products]

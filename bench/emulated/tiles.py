@@ -1,0 +1,85 @@
+"""Operands of matrix instructions that stand in shared memory: descriptors, swizzles, transposed tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .faults import Fault, Unsupported
+from .formats import HALVES, widen
+from .memory import Shared
+from .races import Array
+
+# the widths in bytes of rows that are swizzled, with the bits of the address that turn 16 bytes about
+SWIZZLES = {128: 7, 64: 3, 32: 1, 16: 0}
+
+
+class Tile(NamedTuple):
+    """An operand in shared memory, from a descriptor: offsets in bytes, and the width of its swizzle.
+
+    leading: between groups of rows' width along M or N if transposed, else between 16 bytes along K without a swizzle.
+    stride: between groups of eight: along K if transposed, else along M or N.
+    """
+
+    start: int
+    leading: int
+    stride: int
+    swizzle: int
+
+    @classmethod
+    def of(cls, descriptor: int, swizzles: dict[int, int], shift: int) -> Tile:
+        """Read a descriptor whose swizzle stands above bit `shift`, by its code."""
+        start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
+        code = descriptor >> shift
+        if code not in swizzles or descriptor >> 49 & 7:
+            raise Unsupported(f"matrix descriptor {descriptor:#x}")
+        return cls(start, leading, stride, swizzles[code])
+
+    def chunks(self, rows: int, row_bytes: int, transposed: bool, itemsize: int) -> Array:
+        """Return the addresses of the operand's pieces of 16 bytes.
+
+        They are [rows, row_bytes / 16] of a tile whose K lies along the row; transposed, [K, rows × itemsize / 16].
+        """
+        S = self.swizzle
+        if transposed:
+            k, piece = np.arange(row_bytes // itemsize)[:, None], np.arange(rows * itemsize // 16)
+            along, groups = (self.leading, self.stride) if S > 16 else (self.stride, self.leading)
+            at = self.start + piece // (S // 16) * along + piece % (S // 16) * 16 + k // 8 * groups + k % 8 * S
+        else:
+            row, piece = np.arange(rows)[:, None], np.arange(row_bytes // 16)
+            at = self.start + row // 8 * self.stride + row % 8 * S + piece * (16 if S > 16 else self.leading)
+        return np.asarray(at ^ (at >> 7 & SWIZZLES[S]) << 4)
+
+
+class Operands:
+    """Tiles of shared memory that matrix instructions read by the asynchronous proxy."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+        self.known: dict[tuple[Any, ...], Array] = {}
+        self.stamp = 0  # of the latest read
+
+    def read(
+        self, tiles: Sequence[Tile], program: Array, rows: int, kind: str, transposed: bool, lanes: Array
+    ) -> Array:
+        """Return tiles as float32, [tiles, rows, K], of the programs, as `lanes` ask for them; 32 bytes along K."""
+        itemsize = 2 if kind in HALVES else 4
+        shared = self.shared
+        at = np.stack([self._chunks(tile, rows, transposed, itemsize) for tile in tiles])
+        if at.min() < 0 or at.max() + 16 > shared.size:
+            raise Fault("bounds", f"a matrix operand outside the {shared.size} bytes of shared memory")
+        chunks = (at + (program * shared.pitch)[:, None, None]) // 16
+        self.stamp = shared.ledger.note_matrix_read(chunks.reshape(len(tiles), -1), lanes)
+        data = shared.bytes.view(np.uint64).reshape(-1, 2)[chunks]
+        data = data.reshape(*chunks.shape[:2], -1).view(np.uint16 if itemsize == 2 else np.uint32)
+        values = widen(data, kind)
+        return values.swapaxes(1, 2) if transposed else values
+
+    def _chunks(self, tile: Tile, *how: Any) -> Array:
+        key = (tile, *how)
+        if key not in self.known:
+            rows, transposed, itemsize = how
+            self.known[key] = tile.chunks(rows, 32, transposed, itemsize)
+        return self.known[key]
