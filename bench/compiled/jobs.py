@@ -65,15 +65,20 @@ def launch_of(job: Job) -> Launch:
     return _launches(job.target, job.dtype, job.width, job.case)[job.place]
 
 
-def plan(targets: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], kernels: Sequence[str]) -> list[Job]:
-    """Return launches that differ for the compiler, each once: every kernel for every target, dtype and width."""
+def plan(
+    targets: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], kernels: Sequence[str], every: bool = False
+) -> list[Job]:
+    """Return launches that differ for the compiler, each once: every kernel for every target, dtype and width.
+
+    every: every case of each dtype and width too, where else one stands for the others.
+    """
     parts = itertools.product(targets, dtypes, widths)
-    return [job for part in parts for job in _plan_one(*part) if job.kernel in kernels]
+    return [job for part in parts for job in _plan_one(*part, every) if job.kernel in kernels]
 
 
-def _plan_one(target: str, dtype: str, width: int) -> list[Job]:
+def _plan_one(target: str, dtype: str, width: int, every: bool) -> list[Job]:
     """Return the launches of one target, dtype and width that differ for the compiler, each once."""
-    whole = (dtype, width) == WHOLE
+    whole = every or (dtype, width) == WHOLE
     jobs: list[Job] = []
     seen: set[str] = set()
     for case in (*CASES, ALONE) if whole else ELSEWHERE:
@@ -82,7 +87,7 @@ def _plan_one(target: str, dtype: str, width: int) -> list[Job]:
             same = repr((job.kernel, signature(launch), launch.tile.num_warps, launch.tile.num_stages))
             known = any(other.kernel == job.kernel for other in jobs)
             new = whole or case == "delta" or not known or (case == "local" and job.kernel == "attend_kernel")
-            if new and same not in seen and (dtype != "float16" or job.kernel in SCALED):
+            if new and same not in seen and (every or dtype != "float16" or job.kernel in SCALED):
                 seen.add(same)
                 jobs.append(job)
     return jobs

@@ -28,6 +28,8 @@ WIDTHS = ("64", "128", "256")
 # beside them in one dtype: narrower than a tile's columns, and than the power of two that holds it
 EDGES = ("24", "80")
 EDGES_DTYPE = "bfloat16"
+# one of every kind for --every: up to a power of two and one short of it, multiples of 16 and of 8 alone
+EVERY = ("16", "24", "32", "48", "64", "80", "128", "136", "192", "200", "256")
 KNOWN_WIDTHS = tuple(str(width) for width in range(1024) if takes_width(width))
 # dtypes and widths of --quick
 QUICK = (("bfloat16",), ("64",))
@@ -48,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--kernels", metavar="LIST", help="such as attend or write_grad, default: all")
     found.add_argument("--quick", action="store_true", help="unless said otherwise, one dtype and one width")
+    found.add_argument(
+        "--every",
+        action="store_true",
+        help=f"every kind of call in every dtype, and unless said otherwise K = V of {_listed(EVERY)}: hours of a core",
+    )
     found.add_argument("--floors", action="store_true", help="also what main loops cost, and what any call must")
     found.add_argument("--json", type=Path, metavar="FILE", help="write the table as data too")
     found.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default: one per core")
@@ -73,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .rules import failures
     from .table import costs, table
 
-    usual_dtypes, usual_widths = QUICK if given.quick else (tuple(DTYPES), WIDTHS)
+    usual_dtypes, usual_widths = QUICK if given.quick else (tuple(DTYPES), EVERY if given.every else WIDTHS)
     begin = time.monotonic()
     try:
         if given.jobs < 1:
@@ -82,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtypes = choices("dtypes", given.dtypes, usual_dtypes, tuple(DTYPES))
         kernels = choose_kernels(given.kernels, KERNELS)
         sizes = [int(x) for x in choices("widths", given.widths, usual_widths, KNOWN_WIDTHS)]
-        jobs = plan(targets, dtypes, sizes, kernels)
-        if given.widths is None and not given.quick and EDGES_DTYPE in dtypes:
+        jobs = plan(targets, dtypes, sizes, kernels, given.every)
+        if given.widths is None and not (given.quick or given.every) and EDGES_DTYPE in dtypes:
             jobs += plan(targets, [EDGES_DTYPE], [int(x) for x in EDGES], kernels)
     except ValueError as error:
         return _refused(str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,9 +23,10 @@ from segattn.bench.choices import kernels
 from segattn.bench.compiled import jobs as compile_jobs
 from segattn.bench.compiled import rules as compile_rules
 from segattn.bench.compiled import table as compile_table
-from segattn.bench.compiled.ahead_of_time import Compiled, resident_warps, signature
+from segattn.bench.compiled.ahead_of_time import CASES, Compiled, resident_warps, signature
 from segattn.bench.compiled.jobs import Job, Row
 from segattn.bench.compiled.machine_code import Loop, amdgcn, blocks, loops, sass, tensor_core
+from segattn.bench.speed.workloads import DTYPES
 from segattn.kernels.triton.configs import TARGETS, Tile
 from segattn.kernels.triton.launch import Launch
 from segattn.kernels.triton.tiles import MemoryTokens
@@ -322,7 +324,9 @@ def test_narrow_and_odd_widths_are_compiled_by_default(monkeypatch: pytest.Monke
     planned: list[tuple[list[str], list[int], Sequence[str]]] = []
     monkeypatch.setattr(compile_report, "interpreted", lambda: False)
 
-    def plan(targets: Sequence[str], dtypes: Sequence[str], widths: list[int], kernels: Sequence[str]) -> list[Job]:
+    def plan(
+        targets: Sequence[str], dtypes: Sequence[str], widths: list[int], kernels: Sequence[str], every: bool = False
+    ) -> list[Job]:
         planned.append((list(dtypes), widths, kernels))
         return []
 
@@ -334,6 +338,23 @@ def test_narrow_and_odd_widths_are_compiled_by_default(monkeypatch: pytest.Monke
     ]
     assert compile_report.main(["--targets=sm_100", "--widths=200"]) == 0
     assert [widths for _, widths, _ in planned[2:]] == [[200]]
+
+
+def test_every_kind_of_call_and_every_class_of_width_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_report = pytest.importorskip("segattn.bench.compiled.report")
+    planned: list[Job] = []
+    monkeypatch.setattr(compile_report, "interpreted", lambda: False)
+    # kernels of the interpreter have no signature
+    monkeypatch.setattr(compile_jobs, "signature", lambda launch: launch.arguments)
+    monkeypatch.setattr(compile_jobs, "compile_all", lambda jobs, workers: planned.extend(jobs) or [])
+    arguments = ["--targets=sm_90", "--kernels=attend,decode"]
+    assert compile_report.main(["--every", *arguments]) == 0
+    kinds = {(job.dtype, job.width, job.case) for job in planned if job.kernel == "attend_kernel"}
+    assert kinds == set(itertools.product(DTYPES, map(int, compile_report.EVERY), CASES))
+    assert {job.width for job in planned if job.kernel == "decode_kernel"} == set(map(int, compile_report.EVERY))
+    planned.clear()
+    assert compile_report.main(["--every", "--widths=40", "--dtypes=float16", *arguments]) == 0
+    assert {(job.dtype, job.width) for job in planned} == {("float16", 40)}
 
 
 def test_the_command_refuses_the_interpreter() -> None:
