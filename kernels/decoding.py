@@ -128,7 +128,8 @@ def _sinks(k: Tensor | None, v: Tensor | None, seen: Tensor | None) -> Sinks | N
     if seen is None:
         return Sinks(k.contiguous(), v.contiguous(), torch.ones(len(k), dtype=torch.bool, device=k.device))
     unseen = ~seen[:, None, None, None]
-    return Sinks(*(x.masked_fill(unseen, 0).contiguous() for x in (k, v)), seen)
+    k, v = (x.masked_fill(unseen, 0).contiguous() for x in (k, v))
+    return Sinks(k, v, seen)
 
 
 @without_autocast
