@@ -43,7 +43,7 @@ def sinks_of(
         .contiguous()
         for x, passed in ((k, sink_k), (v, sink_v))
     )
-    return Sinks(keys, values, seen, max(options.lookback + 1 - before, 0) if isinstance(before, int) else 0)
+    return Sinks(keys, values, seen, 0 if isinstance(before, Tensor) else max(options.lookback + 1 - before, 0))
 
 
 def _first_tokens(x: Tensor, bounds: Tensor | None, count: int) -> Tensor:

@@ -341,8 +341,9 @@ def torch_decode(
     position = (end[:, None] - query_time + torch.arange(query_time, device=q.device))[:, None, :, None]
     j = torch.arange(time, device=q.device)
     held = (j < end[:, None])[:, None, None]
-    # tokens beyond a row's length may be anything, NaN too
-    k, v = k.masked_fill(~held.mT, 0), v.masked_fill(~held.mT, 0)
+    if lengths is not None:
+        # tokens beyond a row's length may be anything, NaN too
+        k, v = k.masked_fill(~held.mT, 0), v.masked_fill(~held.mT, 0)
     seen = held & (position >= 0) & ((j <= position) if options.causal else True)
     if sinks is not None:
         k, v = torch.cat([sinks.k, k], dim=2), torch.cat([sinks.v, v], dim=2)
