@@ -131,7 +131,8 @@ def _sinks(k: Tensor | None, v: Tensor | None, seen: Tensor | None, backend: str
         # the kernel does not load those that a row does not see
         return Sinks(k, v, seen)
     unseen = ~seen[:, None, None, None]
-    return Sinks(*(x.masked_fill(unseen, 0).contiguous() for x in (k, v)), seen)
+    k, v = (x.masked_fill(unseen, 0).contiguous() for x in (k, v))
+    return Sinks(k, v, seen)
 
 
 @without_autocast

@@ -77,7 +77,12 @@ def _grown_loops(rows: Sequence[Row]) -> Iterator[str]:
     attends = {row.job: row for row in rows if row.job.kernel == "attend_kernel" and row.job.dtype != "float32"}
     for job, row in attends.items():
         other = next((r for j, r in attends.items() if j[:3] == job[:3] and j.case == "local"), None)
-        if job.case not in ("delta", "delta, window") or other is None or row.compiled is None or other.compiled is None:
+        if (
+            job.case not in ("delta", "delta, window")
+            or other is None
+            or row.compiled is None
+            or other.compiled is None
+        ):
             continue
         fused, local = row.compiled.loops[:2], other.compiled.loops[:2]
         if min(len(fused), len(local)) < 2:
