@@ -260,11 +260,12 @@ def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list
     state = (torch.empty(N, G, width, width, device="meta"), torch.empty(N, G, width, device="meta"))
     gate, (memory, normalizer) = (torch.empty(H, device="meta"), state) if case.gated else (None, (None, None))
     update = "delta" if case.delta else "linear"
-    numbers = case.num_read, case.num_read, "local", width**-0.5, case.softcap, case.lookback
-    options = Options(L, update, case.causal, *numbers)
-    F = slot_count(N if case.packed else None, B, T, L)
-    sinks = _sinks(F, k, case.sinks) if case.sinks else (None, None, None)
-    inputs = Inputs(q, k, v, memory_q, memory_k, gate, memory, normalizer, *sinks, bounds=bounds)
+    mask = case.num_read, case.num_read
+    options = Options(L, update, case.causal, *mask, "local", width**-0.5, case.softcap, case.lookback)
+    inputs = Inputs(q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds=bounds)
+    if case.sinks:
+        slots = slot_count(N if case.packed else None, B, T, L)
+        inputs = inputs._replace(**_sinks(slots, k, case.sinks))
     with recording(target) as recorded:
         out, m, z, *saved = attention_forward(inputs, *options, True)
         if not case.gated:
@@ -273,10 +274,10 @@ def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list
     return recorded
 
 
-def _sinks(slots: int, k: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sinks(slots: int, k: Tensor, count: int) -> dict[str, Tensor]:
     """Return `count` sinks of every slot without data: keys, values, and whether they are seen."""
     x = k.new_empty(slots, k.shape[1], count, k.shape[3])
-    return x, x, x.new_empty(slots, dtype=torch.bool)
+    return {"sink_k": x, "sink_v": x, "sink_seen": x.new_empty(slots, dtype=torch.bool)}
 
 
 def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Launch]:
@@ -289,8 +290,9 @@ def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Laun
     lengths = torch.empty(B, device="meta", dtype=torch.int32)
     options = Options(T, "delta", True, 0, 0, "local", width**-0.5)
     with recording(target) as recorded:
-        for state, sinks in (((gate, m, z), ()), ((None, None, None), ()), ((gate, m, z), _sinks(B, k, 4))):
-            attention_decode(Inputs(q[:, :, :1], k, k, None, None, *state, *sinks), *options, lengths, None)
+        step = Inputs(q[:, :, :1], k, k, None, None, gate, m, z)
+        for inputs in (step, Inputs(*step[:3]), step._replace(**_sinks(B, k, 4))):
+            attention_decode(inputs, *options, lengths, None)
         read_forward(q, m, z, True)
         read_backward(q, m, z, True, q)
         _, _, *saved = write_forward(k, k, beta, m, z, "delta", True, False)

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--every",
         action="store_true",
-        help=f"every kind of call in every dtype, and unless said otherwise K = V of {_listed(EVERY)}: hours of a core",
+        help=f"every kind of call in every dtype, and unless said otherwise K = V of {listed(EVERY)}: hours of a core",
     )
     found.add_argument("--floors", action="store_true", help="also what main loops cost, and what any call must")
     found.add_argument("--json", type=Path, metavar="FILE", help="write the table as data too")

@@ -31,6 +31,8 @@ ROWS = {
 FEW_ROWS = ("decode_kernel", "sink_grad_kernel")
 # widths at which nothing may be spilled: tiles are chosen for them; masks of the columns of others take registers
 UNSPILLED = (64, 128)
+# cases whose softmax loops may be no longer than those of "local"
+NO_LONGER = ("delta", "delta, window")
 # of a loop's instructions: with more registers in use, an address is computed again
 SLACK = 0.02
 
@@ -74,14 +76,15 @@ def _grown_loops(rows: Sequence[Row]) -> Iterator[str]:
 
     The memory is read behind these loops, and so are the sinks: they must add nothing to them.
     """
-    attends = {row.job: row for row in rows if row.job.kernel == "attend_kernel" and row.job.dtype != "float32"}
-    for job, row in attends.items():
-        other = next((r for j, r in attends.items() if j[:3] == job[:3] and j.case == "local"), None)
-        if job.case not in ("delta", "delta, window"):
+    attends = {
+        row.job: row.compiled.loops[:2]
+        for row in rows
+        if row.compiled is not None and row.job.kernel == "attend_kernel" and row.job.dtype != "float32"
+    }
+    for job, fused in attends.items():
+        local = next((loops for j, loops in attends.items() if j[:3] == job[:3] and j.case == "local"), None)
+        if job.case not in NO_LONGER or local is None:
             continue
-        if other is None or row.compiled is None or other.compiled is None:
-            continue
-        fused, local = row.compiled.loops[:2], other.compiled.loops[:2]
         if min(len(fused), len(local)) < 2:
             yield f"{job}: its two softmax loops were not found"
             continue

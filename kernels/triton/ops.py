@@ -249,9 +249,12 @@ def _inputs(
     written = None if memory_k is k or gate is None else dense_rows(memory_k)
     memory, normalizer = (None, None) if state is None else (x.contiguous() for x in state)
     gate = None if gate is None else gate.contiguous()
-    held = (None, None, None) if sinks is None else (dense_rows(sinks.k), dense_rows(sinks.v), sinks.seen.contiguous())
-    tokens = (dense_rows(x) for x in (q, k, v))
-    return Inputs(*tokens, reading, written, gate, memory, normalizer, *held, bounds)
+    inputs = Inputs(
+        dense_rows(q), dense_rows(k), dense_rows(v), reading, written, gate, memory, normalizer, bounds=bounds
+    )
+    if sinks is None:
+        return inputs
+    return inputs._replace(sink_k=dense_rows(sinks.k), sink_v=dense_rows(sinks.v), sink_seen=sinks.seen.contiguous())
 
 
 def _is_tail(q: Tensor, k: Tensor, options: Options) -> bool:
