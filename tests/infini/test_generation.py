@@ -281,8 +281,8 @@ def test_a_token_at_a_time_has_the_gradient_of_the_whole(trained: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_static_cache_equals_the_whole_eager_and_compiled(name: str) -> None:
-    if name == "opt" and not ROLLBACK:
-        pytest.skip("OPT of transformers 4 makes tensors as long as the text")
+    if name in ("opt", "mixtral", "qwen3_moe") and not ROLLBACK:
+        pytest.skip("that of transformers 4 makes tensors as long as the text, or as the rows of an expert")
     # the compiler is slow, and the layers of most types are alike
     kinds = CONFIGS[name][1].get("layer_types", ["full_attention"])
     alike = len({*kinds}) == 1 and {"no_rope_layer_interval", "n_layer"}.isdisjoint(CONFIGS[name][1])
