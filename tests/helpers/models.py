@@ -109,8 +109,8 @@ REFUSED = ("gpt_oss", "falcon", "bloom")
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 # the version of transformers whose model of a type can be converted and tested, where that is not the first we take
 _SINCE = {
-    **dict.fromkeys(("granitemoe", "qwen2_moe", "deepseek_v3"), (5, 0)),
-    **dict.fromkeys(("ministral3", "nemotron", "stablelm"), (5, 23)),
+    **dict.fromkeys(("qwen2_moe", "deepseek_v3"), (5, 0)),
+    **dict.fromkeys(("granitemoe", "ministral3", "nemotron", "stablelm"), (5, 23)),
 }
 NAMES = tuple(name for name in CONFIGS if name not in REFUSED and _SINCE.get(name, (0,)) <= VERSION)
 # those that a recurrent memory takes
