@@ -104,10 +104,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # types that only a recurrent memory takes
 REFUSED = ("gpt_oss", "falcon", "bloom")
-# where it is not the first version of transformers that we take: the one with a type that can be converted
-_SINCE = {"granitemoe": (5, 0), "qwen2_moe": (5, 0), "ministral3": (5, 23), "nemotron": (5, 23), "stablelm": (5, 23)}
-_VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
-NAMES = tuple(name for name in CONFIGS if name not in REFUSED and _SINCE.get(name, (0,)) <= _VERSION)
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+# the version of transformers whose model of a type can be converted and tested, where that is not the first we take
+_SINCE = {
+    **dict.fromkeys(("qwen2_moe", "deepseek_v3"), (5, 0)),
+    **dict.fromkeys(("granitemoe", "ministral3", "nemotron", "stablelm"), (5, 23)),
+}
+NAMES = tuple(name for name in CONFIGS if name not in REFUSED and _SINCE.get(name, (0,)) <= VERSION)
 # those that a recurrent memory takes
 TAKEN = (*NAMES, *REFUSED)
 # those that differ the most, for tests of what does not depend on attention

@@ -15,7 +15,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from models import CHOSEN, NAMES, OPTIONS, converted, double, make, open_gates, tokens
+from models import CHOSEN, NAMES, OPTIONS, VERSION, converted, double, make, open_gates, tokens
 from torch_defaults import defaults
 
 import segattn
@@ -169,6 +169,8 @@ BOUNDS = torch.tensor([0, 19, 50], dtype=torch.int32)
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_packed_sequences_are_apart_in_layers_that_were_not_converted_too(name: str) -> None:
+    if name == "gpt2" and VERSION < (5, 8):
+        pytest.skip("it drops arguments in older transformers")
     model, ids = segattn.convert(make(name), L, layers=[0], quiet=True), tokens(1, 50)
     open_gates(model)
     ones = torch.ones_like(ids)
@@ -331,6 +333,8 @@ def test_attention_named_without_a_conversion_is_refused() -> None:
 @pytest.mark.parametrize("name", CHOSEN)
 @pytest.mark.parametrize("other", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}], ids=str)
 def test_the_default_dtype_and_device_change_nothing(name: str, other: dict[str, Any]) -> None:
+    if name in ("gemma2", "opt") and VERSION < (5, 23):
+        pytest.skip("that of older transformers makes tensors on the default device, or as long as the text")
     model, ids = make(name), tokens(2, 45)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0

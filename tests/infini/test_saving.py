@@ -17,7 +17,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from models import CONFIGS, NAMES, make
+from models import CONFIGS, NAMES, VERSION, make
 from torch_defaults import defaults
 
 from segattn import RecurrentMemory
@@ -150,6 +150,7 @@ def test_all_settings_come_back(tmp_path: Path, ids: Tensor) -> None:
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
 
 
+@pytest.mark.skipif(VERSION < (5,), reason="transformers 4 makes rotary angles in the default dtype")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(dtype: torch.dtype, tmp_path: Path, ids: Tensor) -> None:
     model, other = converted(), plain()
