@@ -19,6 +19,8 @@ from .settings import Tasks
 
 # from a task, a tokenizer of transformers, a length, a number of samples and a seed to documents, as the task has them
 Documents = Callable[[str, Any, int, int, int], list[dict[str, Any]]]
+# the same with a counter of tokens in the place of a tokenizer
+Stories = Callable[[str, Callable[[str], int], int, int, int], Iterable[dict[str, Any]]]
 
 
 class Benchmark(NamedTuple):
@@ -65,8 +67,15 @@ def ruler() -> Benchmark:
     return Benchmark("ruler", "RULER", tasks, lambda task: "test", str, documents)
 
 
-def babilong(forms: Iterable[str], documents: Documents) -> Benchmark:
-    """Return BABILong, with documents of these tasks: `input`, `question` and `target`."""
+def babilong(forms: Iterable[str], stories: Stories) -> Benchmark:
+    """Return BABILong, with the `input`, `question` and `target` that `stories` makes."""
+
+    def documents(task: str, tokenizer: Any, length: int, samples: int, seed: int) -> list[dict[str, Any]]:
+        def count(text: str) -> int:
+            return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+        return list(stories(task, count, length, samples, seed))
+
     tasks = {form: f"babilong_{form}" for form in forms}
     return Benchmark("babilong", "BABILong", tasks, lambda task: task, lambda length: "acc", documents)
 

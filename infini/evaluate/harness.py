@@ -11,7 +11,9 @@ not downloaded: `segattn evaluate ruler | babilong`.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -39,7 +41,7 @@ def harness_class() -> Any:
 
 def main() -> int:
     """Run the harness's command line; return 2 where it would load the model without its memory."""
-    if (kind := _asked_model(sys.argv)) not in (None, "segattn"):
+    if (kind := _asked_model(sys.argv[1:])) not in (None, "segattn"):
         sys.stderr.write(f"harness: --model must be segattn, got {kind}, which loads a model without its memory\n")
         return 2
     harness_class()
@@ -47,23 +49,15 @@ def main() -> int:
     return 0
 
 
-def _asked_model(arguments: list[str]) -> str | None:
+def _asked_model(arguments: Sequence[str]) -> str | None:
     """Return the kind of model that the arguments ask for; None where they name no tasks, or a file of settings."""
-    named: dict[str, str | None] = {
-        "--model": None,
-        "-M": None,
-        "--config": None,
-        "-C": None,
-        "--tasks": None,
-        "-t": None,
-    }
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, equals, value = argument.partition("=")
-        if name in named:
-            named[name] = value if equals else after
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in (("--model", "-M"), ("--config", "-C"), ("--tasks", "-t")):
+        parser.add_argument(*names, nargs="*", default=[])
+    asked, _ = parser.parse_known_args(arguments)
     # lm-eval's default
-    default = "hf" if (named["--tasks"] or named["-t"]) and not (named["--config"] or named["-C"]) else None
-    return named["--model"] or named["-M"] or default
+    default = ["hf"] if asked.tasks and not asked.config else [None]
+    return (asked.model or default)[0]
 
 
 if __name__ == "__main__":

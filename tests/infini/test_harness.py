@@ -71,10 +71,7 @@ def stories() -> Stories:
 
 @pytest.fixture(scope="module")
 def babilong_benchmark(stories: Stories) -> Benchmark:
-    def documents(task: str, tokenizer: Any, length: int, samples: int, seed: int) -> list[dict[str, Any]]:
-        return stories.documents(task, lambda text: len(tokenizer(text).input_ids), length, samples, seed)
-
-    return babilong(("qa1", "qa4"), documents)
+    return babilong(("qa1", "qa4"), stories.documents)
 
 
 @pytest.fixture(scope="module")

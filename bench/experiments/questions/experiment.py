@@ -21,7 +21,7 @@ from torch import nn
 from ....rmt.runs.curriculum import Trainer
 from ....rmt.tasks.answers import answer_all, interval
 from ....rmt.tasks.books import draw_book
-from ....rmt.tasks.make import make_task
+from ....rmt.tasks.make import text_task
 from ....rmt.tasks.texts import TextTask
 from ....rmt.tasks.traits import TRAITS
 from ....runs.errors import SettingError, named
@@ -44,10 +44,7 @@ def task_of(setup: Setup, text: Path) -> TextTask:
         SettingError: the text cannot be used, or there are too many people.
     """
     with named(book="text", text="text", people="people"):
-        task = make_task("book", book=text, people=setup.people, vocabulary_size=setup.vocabulary)
-    if not isinstance(task, TextTask):
-        raise TypeError(f"the task book must be one of texts, got {type(task).__name__}")
-    return task
+        return text_task("book", book=text, people=setup.people, vocabulary_size=setup.vocabulary)
 
 
 def train(memory: nn.Module, task: TextTask, setup: Setup, on_step: Callable[[], None] = lambda: None) -> Figures:

@@ -92,7 +92,7 @@ def book(
     with _command("book", out).run() as console:
         from ..infini.evaluate.runs import run_book
         from ..rmt.tasks.books import draw_book
-        from ..rmt.tasks.make import make_task
+        from ..rmt.tasks.make import text_task
         from ..runs.figures import read_text
         from ..runs.text import text_sha256
 
@@ -100,9 +100,10 @@ def book(
         texts = {"text": text, "text_sha256": None if text is None else text_sha256(read_text(text))}
 
         def library(loaded: Loaded) -> Draw:
-            encode, model = loaded.tokenizer.encode, loaded.model
+            encode = loaded.tokenizer.encode
+            model: Any = loaded.model
             with named(people="people", text="text"):
-                task = make_task(
+                task = text_task(
                     "book",
                     book=text,
                     people=books.people,
@@ -185,20 +186,9 @@ def babilong(
         with named(form="tasks", babi="babi", book="book", text="book", path="babi"):
             stories = Stories(chosen.tasks, babi, book)
 
-        def documents(task: str, tokenizer: Any, length: int, samples: int, seed: int) -> list[dict[str, Any]]:
-            count = lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
-            return stories.documents(task, count, length, samples, seed)
-
+        asked = benchmark(chosen.tasks, stories.documents)
         with Reading(console, "babilong") as listener:
-            figures = run_benchmark(
-                source,
-                chosen,
-                benchmark(chosen.tasks, documents),
-                out,
-                listener,
-                texts=stories.settings,
-                resume=resume,
-            )
+            figures = run_benchmark(source, chosen, asked, out, listener, texts=stories.settings, resume=resume)
         console.print(_scores(figures, "BABILong"))
         _summary(console, "babilong", out, figures)
 
