@@ -104,6 +104,11 @@ class Ledger:
             stamps = np.where(flagged, 0, stamps)
         written[rows] = stamps[:, None]
 
+    def written_by_others(self, rows: Array, width: int, lanes: Lanes) -> Array:
+        """Return where another warp than a lane's wrote last."""
+        written = self.written.reshape(-1, width)[rows, 0]
+        return np.asarray((written ^ self.order.who[lanes]) & _WARP != 0)
+
     def note_matrix_read(self, chunks: Array, lanes: Array) -> int:
         """Note that matrix instructions read pieces of 16 bytes, [instructions, pieces], issued by `lanes`.
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_ptx import place, program, random_bits, run
+from small_ptx import TEMPLATE, place, program, random_bits, run
 
+from segattn.bench.emulated.executor import execute
 from segattn.bench.emulated.faults import Fault, Unsupported
 from segattn.bench.emulated.ptx import parse
 
@@ -45,17 +46,12 @@ def truncated(a: int, b: int) -> int:
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
-def extract(x: int, position: int, length: int, bits: int, sign: bool) -> int:
-    position, length = position & 255, length & 255
-    top = x >> (bits - 1) if sign else 0
-    if sign and length:
-        top = x >> min(position + length - 1, bits - 1) & 1
-    whole = x | (((1 << 256) - 1) << bits if x >> (bits - 1) and sign else 0)
-    field = whole >> position & ((1 << min(length, 256 - position)) - 1) if position < 256 else 0
-    kept = field & ((1 << min(length, bits)) - 1)
-    if sign and length and top and length < bits:
-        kept |= ((1 << bits) - 1) ^ ((1 << length) - 1)
-    return kept & ((1 << bits) - 1)
+def extract(x: int, position: int, length: int, sign: bool) -> int:
+    """Return bits of 32, bit by bit: beyond the last there are zeros, or signs."""
+    length, last = min(length & 255, 32), position + (length & 255) - 1
+    bits = [x >> min(position + i, 31) & 1 if sign or position + i < 32 else 0 for i in range(length)]
+    fill = x >> min(last, 31) & 1 if sign and length else 0
+    return sum(bit << i for i, bit in enumerate(bits + [fill] * (32 - length)))
 
 
 # instruction, the bytes of its operands, the bytes of its result, what it is of Python's integers
@@ -97,9 +93,9 @@ INTEGERS: list[tuple[str, tuple[int, ...], int, Callable[..., int]]] = [
     ("shr.u32 {0}, {1}, {2};", (4, 4), 4, lambda a, n: a >> n),
     ("shr.s32 {0}, {1}, {2};", (4, 4), 4, lambda a, n: signed(a, 32) >> n),
     ("shr.u64 {0}, {1}, 31;", (8,), 8, lambda a: a >> 31),
-    ("bfe.u32 {0}, {1}, 5, 2;", (4,), 4, lambda a: extract(a, 5, 2, 32, False)),
-    ("bfe.u32 {0}, {1}, {2}, {3};", (4, 4, 4), 4, lambda a, p, n: extract(a, p, n, 32, False)),
-    ("bfe.s32 {0}, {1}, 6, 1;", (4,), 4, lambda a: extract(a, 6, 1, 32, True)),
+    ("bfe.u32 {0}, {1}, 5, 2;", (4,), 4, lambda a: extract(a, 5, 2, False)),
+    ("bfe.u32 {0}, {1}, {2}, {3};", (4, 4, 4), 4, lambda a, p, n: extract(a, p, n, False)),
+    ("bfe.s32 {0}, {1}, 6, 1;", (4,), 4, lambda a: extract(a, 6, 1, True)),
     ("bfe.s32 {0}, {1}, 28, 9;", (4,), 4, lambda a: signed(a, 32) >> 28),
     ("div.s32 {0}, {1}, 7;", (4,), 4, lambda a: truncated(signed(a, 32), 7)),
     ("div.s32 {0}, {1}, -7;", (4,), 4, lambda a: truncated(signed(a, 32), -7)),
@@ -134,7 +130,8 @@ INTEGERS: list[tuple[str, tuple[int, ...], int, Callable[..., int]]] = [
         lambda a, b: a == b and a < 1 << 31,
     ),
     (
-        "setp.lt.s32 %p1, {1}, 0; setp.lt.s32 %p2, {2}, 0; xor.pred %p3, %p1, %p2; not.pred %p4, %p3; selp.b32 {0}, 1, 0, %p4;",
+        "setp.lt.s32 %p1, {1}, 0; setp.lt.s32 %p2, {2}, 0; xor.pred %p3, %p1, %p2; not.pred %p4, %p3; "
+        "selp.b32 {0}, 1, 0, %p4;",
         (4, 4),
         4,
         lambda a, b: (a >> 31) == (b >> 31),
@@ -449,8 +446,6 @@ def test_inline_labels_and_registers_belong_to_their_braces() -> None:
     ],
 )
 def test_refuses_other_ptx(change: tuple[str, str], message: str) -> None:
-    from small_ptx import TEMPLATE
-
     text = TEMPLATE.format(target="sm_90a", source="x", name="k", parameters="", threads=32, loads="", body="")
     parse(text)
     with pytest.raises(Unsupported, match=message):
@@ -463,7 +458,7 @@ def test_refuses_other_ptx(change: tuple[str, str], message: str) -> None:
         "sin.approx.f32 %r10, %r11;",
         "tex.2d.v4.f32.f32 {%r10, %r11, %r12, %r13}, [x, {%r1, %r2}];",
         "cp.async.bulk.shared::cluster.global [%r10], [%rd0], 16, [%r11];",
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r10, %r11, %r12, %r13}, {%r10, %r11, %r12, %r13}, {%r10, %r11}, {%r10, %r11, %r12, %r13};",
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r10, %r11}, {%r10, %r11}, {%r10}, {%r10, %r11};",
         "bar.sync 1, 64;",
         "add.sat.s32 %r10, %r11, %r12;",
         "mov.u32 %r10, %clock;",
@@ -476,6 +471,15 @@ def test_refuses_unknown_instructions_before_anything_runs(instruction: str) -> 
     out = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(Unsupported, match=rf"kernel, line \d+ of its PTX \(hand.py:20\): {instruction.split()[0]}"):
         run(f"    mov.u32 %r13, 7;\n    st.global.b32 [%rd0], %r13;\n    {instruction}", out)
+    assert out.item() == 0
+
+
+def test_refuses_at_its_line_what_only_running_shows() -> None:
+    x, out = torch.ones(8, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    body = "    mov.u32 %r10, 8;\n    mov.u32 %r11, 0;\n    st.global.b32 [%rd1], %r10;\n"
+    body += "    setp.eq.s32 %p1, %r0, 0;\n    @%p1 cp.async.cg.shared.global [%r11], [%rd0], 16, %r10;\n"
+    with pytest.raises(Unsupported, match=r"hand.py:20\): cp.async.cg.shared.global of part"):
+        run(body, x, out, shared=16)
     assert out.item() == 0
 
 
@@ -498,10 +502,9 @@ def test_refuses_what_is_too_large() -> None:
 
 
 def test_refuses_other_arguments() -> None:
+    takes_one = program("", ["u64"])
     with pytest.raises(Unsupported, match="1 parameters, got 2"):
-        from segattn.bench.emulated.executor import execute
-
-        execute(program("", ["u64"]), 1, [torch.zeros(1), 3], 0)
+        execute(takes_one, 1, [torch.zeros(1), 3], 0)
 
 
 def test_a_loop_without_end() -> None:

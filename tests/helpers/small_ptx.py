@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from segattn.bench.emulated.executor import execute
 from segattn.bench.emulated.machine import Run
 from segattn.bench.emulated.ptx import Program, parse
-from torch import Tensor
 
 # the thread's index in its program is %r0, in all programs %r1; parameters stand in %rd0, %rd1, ... (or %r100, ... )
 TEMPLATE = """
