@@ -116,8 +116,6 @@ class Machine:
         self.arrived = np.zeros(self.count, np.bool_)
         self.at = 0
 
-    # operands
-
     def register(self, operand: Operand) -> Register:
         """Return a register by its name."""
         if not isinstance(operand, str) or operand not in self.registers:
@@ -204,8 +202,6 @@ class Machine:
             groups = mask.reshape(-1, threads)
             if (groups.any(1) != groups.all(1)).any():
                 raise Fault("barrier", f"only some of {threads} threads reach {name}")
-
-    # the order of execution
 
     def wait(self, kind: str, at: int, lanes: Array) -> None:
         """Let lanes wait, to go on at an instruction when they are woken."""
