@@ -417,6 +417,60 @@ def test_atomics_go_one_after_the_other() -> None:
     assert sorted(out.tolist()) == list(range(0, 3 * COUNT, 3))
 
 
+@pytest.mark.parametrize(
+    ("stride", "kind", "bytes_of_lanes", "sectors", "least"),
+    [
+        (4, "b32", 128, 4, 4),
+        (64, "b32", 128, 32, 4),  # every lane in a sector of its own
+        (8, "b32", 128, 8, 4),
+        (0, "b32", 128, 1, 1),  # the same for all
+        (16, "v4.b32", 512, 16, 16),
+        (36, "b32", 128, 32, 4),
+    ],
+)
+def test_counts_sectors(stride: int, kind: str, bytes_of_lanes: int, sectors: int, least: int) -> None:
+    x = torch.zeros(4096, dtype=torch.uint8)
+    target = "{%r10, %r11, %r12, %r13}" if kind[0] == "v" else "%r10"
+    body = place("%rd10", "%rd0", stride, "%r0") + f"    ld.global.{kind} {target}, [%rd10];\n"
+    done = run(body, x, programs=2, counting=True)
+    ((_, space), traffic), *others = done.traffic.items()
+    assert space == "global"
+    assert not others
+    assert traffic[1:] == (2, 2 * bytes_of_lanes, 2 * sectors, 2 * least)
+
+
+@pytest.mark.parametrize(
+    ("stride", "kind", "passes", "least"),
+    [
+        (4, "b32", 1, 1),
+        (8, "b32", 2, 1),
+        (128, "b32", 32, 1),
+        (132, "b32", 1, 1),
+        (0, "b32", 1, 1),  # one word for all
+        (2, "b16", 1, 1),
+        (8, "b64", 2, 2),
+        (16, "v4.b32", 4, 4),
+        (128, "v4.b32", 32, 4),
+        (144, "v4.b32", 4, 4),
+    ],
+)
+def test_counts_passes_over_the_banks(stride: int, kind: str, passes: int, least: int) -> None:
+    source = {"v4.b32": "{%r10, %r10, %r10, %r10}", "b64": "%rd10", "b16": "%rs10", "b32": "%r10"}[kind]
+    body = f"    mul.lo.s32 %r11, %r0, {stride};\n    mov.u32 %r10, 0;\n    mov.u64 %rd10, 0;\n    mov.u16 %rs10, 0;\n"
+    done = run(body + f"    st.shared.{kind} [%r11], {source};\n", shared=8192, counting=True)
+    (traffic,) = done.traffic.values()
+    assert (traffic.space, traffic.accesses, traffic.moved, traffic.least) == ("shared", 1, passes, least)
+
+
+def test_counts_what_warps_execute() -> None:
+    done = run(
+        "    setp.lt.u32 %p1, %r0, 32;\n    @%p1 bra END;\n    add.s32 %r10, %r0, 1;\nEND:", threads=96, programs=5
+    )
+    assert done.by_opcode()["bra"] == 15
+    assert done.by_opcode()["add.s32"] == 10
+    assert not done.traffic
+
+
 def test_inline_labels_and_registers_belong_to_their_braces() -> None:
     out = torch.zeros(32, dtype=torch.int32)
     block = """

@@ -88,7 +88,8 @@ def test_mma(kind: str) -> None:
     body += (
         f"    {name} {vector(names(50, 4))}, {vector(names(20, 4))}, {vector(names(30, 2))}, {vector(names(40, 4))};\n"
     )
-    run(body + store(names(50, 4), "%rd3"), *map(words, parts), out, outputs=[out])
+    done = run(body + store(names(50, 4), "%rd3"), *map(words, parts), out, outputs=[out])
+    assert done.operations == 2 * 16 * 8 * K
     assert torch.equal(out, spread(a.float() @ b.float() + c, c_float, 4))
 
 
