@@ -85,7 +85,7 @@ class Warpgroups:
             now = flight.lanes & here & (flight.group < self.committed - later)
             if now.any():
                 ended.append(flight)
-                self.shared.ledger.end_matrix_reads(flight.stamp, seen=False)
+                self.shared.ledger.end_matrix_reads(flight.stamp, self.shared.ledger.order.end(waited=False))
             if (rest := flight.lanes & ~now).any():
                 left.append(flight._replace(lanes=rest))
         self.flights = left

@@ -12,7 +12,7 @@ from .faults import Fault, Unsupported
 from .machine import Machine, Source, Step
 from .matrix import Fragment, numbers
 from .ptx import Address, Instruction, number
-from .races import ANYONE, IN_FLIGHT, SEEN, Array, Ledger
+from .races import ANYONE, IN_FLIGHT, WAITED, Array, Ledger
 from .registers import LOADING, Mask, Register, alter, flags_of, require_written
 from .tiles import Tile
 
@@ -48,7 +48,7 @@ class TensorMemory:
     def require_ready(self, at: Array, lanes: Array) -> None:
         """Raise a fault unless words may be read by a matrix instruction of each lane."""
         written = self.ledger.written[at].reshape(len(lanes), -1)
-        others = written != _PRODUCT  # an earlier matrix instruction ends first
+        others = (written != _PRODUCT) & (written & WAITED == 0)  # an earlier matrix instruction ends first
         if (written == 0).any():
             raise Fault("uninitialised tensor memory", "a matrix instruction reads what was never written")
         if (others & (written >= IN_FLIGHT)).any():
@@ -60,7 +60,7 @@ class TensorMemory:
         """Raise a fault unless words may be written by a matrix instruction of each lane."""
         written, read = (x[at].reshape(len(lanes), -1) for x in (self.ledger.written, self.ledger.read))
         since = self.ledger.order.synced[lanes][:, None]
-        if ((read > since) | ((written > since) & (written != _PRODUCT))).any():
+        if ((read > since) | ((written > since) & (written != _PRODUCT) & (written & WAITED == 0))).any():
             raise Fault("race", "a matrix instruction writes tensor memory touched since the last barrier")
 
 
@@ -349,6 +349,7 @@ def _try_wait(machine: Machine, instruction: Instruction) -> Step:
         ended = np.array([barrier.phase & 1 for barrier in barriers])[which] != machine.each(parity, lanes)
         for i in np.unique(which[ended]).tolist():
             _end(machine, barriers[i])
+        machine.order.wait(lanes[ended])
         done.write(np.ones(1, np.bool_), mask, None)
         if ended.all():
             return None
@@ -368,7 +369,7 @@ def _end(machine: Machine, barrier: Mbarrier) -> None:
     for product in barrier.tracked:
         if not product.done:
             product.done = True
-            machine.shared.ledger.end_matrix_reads(product.stamp, seen=True)
-            memory.ledger.written[product.places] = SEEN
+            machine.shared.ledger.end_matrix_reads(product.stamp, machine.order.end(waited=True))
+            memory.ledger.written[product.places] = machine.order.end(waited=True)
     barrier.tracked = []
     memory.products = [[p for p in products if not p.done] for products in memory.products]

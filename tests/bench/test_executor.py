@@ -409,6 +409,16 @@ DONE:
     assert done.by_opcode()["mad.lo.s32"] > 2 * max(steps.tolist()) // 3  # a warp at a time, not a lane
 
 
+def test_special_registers() -> None:
+    names = ["%tid.x", "%ctaid.x", "%ntid.x", "%nctaid.x", "%tid.y", "%ntid.z", "%laneid", "%warpid"]
+    body = "".join(f"    mov.u32 %r{20 + i}, {name};\n" for i, name in enumerate(names)) + place("%rd10", "%rd0", 32)
+    body += "    st.global.v4.b32 [%rd10], {%r20, %r21, %r22, %r23};\n"
+    body += "    st.global.v4.b32 [%rd10+16], {%r24, %r25, %r26, %r27};\n"
+    out = torch.zeros(2 * 64, 8, dtype=torch.int32)
+    run(body, out, threads=64, programs=2, outputs=[out])
+    assert out.tolist() == [[t, p, 64, 2, 0, 1, t % 32, t // 32] for p in range(2) for t in range(64)]
+
+
 def test_atomics_go_one_after_the_other() -> None:
     counter, out = torch.zeros(1, dtype=torch.int32), torch.zeros(COUNT, dtype=torch.int32)
     body = "    atom.global.gpu.acq_rel.add.u32 %r10, [%rd0], 3;\n" + place("%rd11", "%rd1", 4)

@@ -457,6 +457,17 @@ def test_faults_of_tcgen05(kind: str, wrong: str) -> None:
     assert caught.value.kind == kind, str(caught.value)
 
 
+def test_threads_that_do_not_wait_for_a_product_need_a_barrier() -> None:
+    a, b = draw(0, 128, 16), draw(1, 8, 16)
+    left, right = Operand(a, 32, False, 0, False), Operand(b, 32, False, 6144, False)
+    image, how = shared_image((0, left), (6144, right)), descriptor_of(128, 8, "bf16", False, False)
+    product = PRODUCT.format(how=how, left=left.descriptors[0], right=right.descriptors[0]) + COMMIT
+    one_warp = product + "    @!%p2 bra AFTER;\n" + WAITS + "AFTER:\n"
+    blackwell(one_warp + "    bar.sync 0;\n" + LOAD + WAIT_LOAD, image=image)
+    with pytest.raises(Fault, match="race: reads what was written there by several warps"):
+        blackwell(one_warp + LOAD + WAIT_LOAD, image=image)
+
+
 def test_layouts_have_every_element_once() -> None:
     for layout, elements, shape in (
         (a_half, 8, (16, 16)),
