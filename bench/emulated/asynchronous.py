@@ -10,7 +10,7 @@ import numpy as np
 from .faults import Fault
 from .memory import Shared
 from .races import Array, Lanes
-from .registers import IN_USE, NEVER_WRITTEN, NOT_ARRIVED, Register, alter
+from .registers import NEVER_WRITTEN, NOT_ARRIVED, Register, alter
 
 
 class Copy(NamedTuple):
@@ -47,17 +47,19 @@ class Copies:
 
 
 class Flight(NamedTuple):
-    """A wgmma under way: its lanes, the group that each commits next, the registers it writes and those it reads."""
+    """A wgmma under way: its lanes, the group that each commits next, the registers that it writes."""
 
     lanes: Array
     group: Array
     results: list[Register]
-    inputs: list[Register]
     stamp: int
 
 
 class Warpgroups:
-    """The wgmma of every lane under way. Their registers are not to be touched, nor their tiles, before the wait."""
+    """The wgmma of every lane under way. Their results are not to be touched, nor their tiles, before the wait.
+
+    The PTX ISA says so of A's registers too, but compilers write these anew before the wait, and leave it to ptxas.
+    """
 
     def __init__(self, shared: Shared, lanes: int) -> None:
         self.shared = shared
@@ -71,9 +73,9 @@ class Warpgroups:
             if (register.changed[lanes] > self.fenced[lanes]).any():
                 raise Fault("register fence", "an accumulator was written since the last wgmma.fence")
 
-    def start(self, lanes: Array, results: list[Register], inputs: list[Register], stamp: int) -> None:
+    def start(self, lanes: Array, results: list[Register], stamp: int) -> None:
         """Note a wgmma of lanes."""
-        self.flights.append(Flight(lanes, self.committed.copy(), results, inputs, stamp))
+        self.flights.append(Flight(lanes, self.committed.copy(), results, stamp))
         self._mark(self.flights[-1])
 
     def finish(self, here: Array, later: int) -> None:
@@ -83,18 +85,17 @@ class Warpgroups:
             now = flight.lanes & here & (flight.group < self.committed - later)
             if now.any():
                 ended.append(flight)
-                self.shared.ledger.end_matrix_reads(flight.stamp, seen=False)
+                self.shared.ledger.end_matrix_reads(flight.stamp, self.shared.ledger.order.end(waited=False))
             if (rest := flight.lanes & ~now).any():
                 left.append(flight._replace(lanes=rest))
         self.flights = left
-        for registers in {id(f.results): f.results + f.inputs for f in ended}.values():
+        for registers in {id(f.results): f.results for f in ended}.values():
             alter(registers, lambda flags: np.where(here, flags & NEVER_WRITTEN, flags))
         for flight in left:
             self._mark(flight)
 
     def _mark(self, flight: Flight) -> None:
         alter(flight.results, lambda flags: flags | flight.lanes * NOT_ARRIVED)
-        alter(flight.inputs, lambda flags: flags | flight.lanes * IN_USE)
 
 
 class Mbarrier:

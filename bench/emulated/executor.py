@@ -37,7 +37,8 @@ def execute(
     limit: instructions after which a kernel is said never to end.
 
     Raises:
-        Unsupported: the kernel or the call has something that the executor does not know; nothing has run.
+        Unsupported: the kernel or the call has something that the executor does not know. It is raised before anything
+            runs, but for what only running shows, such as a matrix descriptor; the tensors are as they were.
         Fault: a check fired.
     """
     tensors = [a for a in arguments if isinstance(a, Tensor)]
@@ -48,9 +49,9 @@ def execute(
         with np.errstate(all="ignore"):
             run = machine.run(code, limit)
         memory.finish()
-    except Fault as fault:
-        instruction = program.instructions[min(machine.at, len(code) - 1)]
-        fault.kernel, fault.line, fault.source = program.name, instruction.line, instruction.source
+    except (Fault, Unsupported) as error:
+        instruction = program.instructions[min(machine.at, len(program.instructions) - 1)]
+        error.kernel, error.line, error.source = program.name, instruction.line, instruction.source
         raise
     return run
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 
-class Unsupported(NotImplementedError):  # noqa: N818
-    """Error of PTX, or of a launch, that the executor does not know: raised before anything runs."""
+class LocatedError(Exception):
+    """Error that may name a kernel, a line of its PTX, and the line that `.loc` says it is from."""
 
-
-class Fault(RuntimeError):  # noqa: N818
-    """Error of running code: what a GPU would trap, what compute-sanitizer would report, or what nothing would notice.
-
-    kind: the check that fired, such as "bounds" or "race".
-    kernel, line, source: where, once the machine knows it: the line of the PTX, and what `.loc` says it is from.
-    """
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind, self.reason = kind, reason
-        self.kernel, self.line, self.source = "", 0, ""
+    kernel, line, source = "", 0, ""
 
     def __str__(self) -> str:
         where = f"{self.kernel}, line {self.line} of its PTX ({self.source}): " if self.kernel else ""
-        return f"{where}{self.kind}: {self.reason}"
+        return where + ": ".join(str(arg) for arg in self.args)
+
+
+class Unsupported(LocatedError, NotImplementedError):  # noqa: N818
+    """Error of PTX, or of a launch, that the executor does not know."""
+
+
+class Fault(LocatedError, RuntimeError):  # noqa: N818
+    """Error of running code: what a GPU would trap, what compute-sanitizer would report, or what nothing would notice.
+
+    kind: the check that fired, such as "bounds" or "race".
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(kind, reason)
+        self.kind = kind

@@ -320,10 +320,9 @@ def bind(machine: Machine) -> list[Code]:
             predicate = machine.register(instruction.predicate) if instruction.predicate else None
             run = TABLE[instruction.words[0]](machine, instruction)
         except (Unsupported, KeyError, IndexError, ValueError) as error:
-            raise Unsupported(
-                f"{machine.program.name}, line {instruction.line} of its PTX ({instruction.source}): "
-                f"{instruction.opcode} is not supported: {error}"
-            ) from error
+            refusal = Unsupported(f"{instruction.opcode} is not supported: {error}")
+            refusal.kernel, refusal.line, refusal.source = machine.program.name, instruction.line, instruction.source
+            raise refusal from error
         target = machine.program.labels[str(instruction.operands[0])] if instruction.words[0] == "bra" else -1
         code.append(Code(run, predicate, instruction.negated, target))
     return [*code, Code(machine.full, None, False, -1)]

@@ -64,6 +64,26 @@ class Run:
         return +counts
 
 
+def _special_registers(lane: Array, threads: int, programs: int) -> dict[str, Array]:
+    """Return the values of special registers, of all lanes or one for all."""
+    nought, one = np.zeros(1, np.int64), np.ones(1, np.int64)
+    along_x = {"tid": lane % threads, "ctaid": lane // threads, "ntid": threads * one, "nctaid": programs * one}
+    across = {f"%{name}.{axis}": one if name[0] == "n" else nought for name in along_x for axis in "yz"}
+    warps = {"%laneid": lane % 32, "%warpid": lane % threads // 32}
+    return {f"%{name}.x": values for name, values in along_x.items()} | across | warps
+
+
+def _registers(sizes: dict[str, int], lanes: int) -> dict[str, Register]:
+    """Return registers of `sizes` bytes, never written."""
+    fresh = np.full(lanes, NEVER_WRITTEN)
+    registers = {}
+    for size in set(sizes.values()):
+        names = [name for name, its in sizes.items() if its == size]
+        bank = np.zeros((len(names), lanes), np.bool_ if size == 1 else BITS[size])
+        registers |= {name: Register(bits, fresh) for name, bits in zip(names, bank, strict=True)}
+    return registers
+
+
 class Machine:
     """All lanes of a kernel's programs, with their registers and memory."""
 
@@ -86,23 +106,8 @@ class Machine:
         self.shared = Shared(self.order, programs, shared)
         lane = np.arange(self.count)
         self.lane, self.warp, self.program_of = lane % 32, lane // 32, lane // self.threads
-        self.special = {
-            "%tid.x": lane % self.threads,
-            "%ctaid.x": self.program_of,
-            "%ntid.x": np.full(1, self.threads),
-            "%nctaid.x": np.full(1, programs),
-            "%laneid": self.lane,
-            "%warpid": lane % self.threads // 32,
-        }
-        for axis in "yz":
-            self.special |= {f"%{name}.{axis}": np.full(1, name[0] == "n", np.int64) for name in ("tid", "ctaid")}
-            self.special |= {f"%{name}.{axis}": np.full(1, 1) for name in ("ntid", "nctaid")}
-        fresh = np.full(self.count, NEVER_WRITTEN)
-        self.registers: dict[str, Register] = {}
-        for size in set(program.registers.values()):
-            names = [name for name, its in program.registers.items() if its == size]
-            bank = np.zeros((len(names), self.count), np.bool_ if size == 1 else BITS[size])
-            self.registers |= {name: Register(bits, fresh) for name, bits in zip(names, bank, strict=True)}
+        self.special = _special_registers(lane, self.threads, programs)
+        self.registers = _registers(program.registers, self.count)
         self.traffic: dict[tuple[int, str], Traffic] | None = {} if counting else None
         self.operations = 0
         self.copies = Copies(self.shared, self.count)
@@ -115,8 +120,6 @@ class Machine:
         self.ready: dict[int, Array] = {}
         self.arrived = np.zeros(self.count, np.bool_)
         self.at = 0
-
-    # operands
 
     def register(self, operand: Operand) -> Register:
         """Return a register by its name."""
@@ -204,8 +207,6 @@ class Machine:
             groups = mask.reshape(-1, threads)
             if (groups.any(1) != groups.all(1)).any():
                 raise Fault("barrier", f"only some of {threads} threads reach {name}")
-
-    # the order of execution
 
     def wait(self, kind: str, at: int, lanes: Array) -> None:
         """Let lanes wait, to go on at an instruction when they are woken."""

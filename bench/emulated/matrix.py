@@ -255,7 +255,7 @@ def _product(machine: Machine, instruction: Instruction) -> Step:
         for register, values in zip(d.registers, sums.view(np.uint32), strict=True):
             register.bits[lanes] = values
         alter(d.registers, lambda flags: np.where(where, np.uint8(0) if never is None else never, flags))
-        machine.warpgroups.start(where, d.registers, inputs, machine.tiles.stamp)
+        machine.warpgroups.start(where, d.registers, machine.tiles.stamp)
 
     return run
 

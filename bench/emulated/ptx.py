@@ -11,19 +11,7 @@ from .faults import Unsupported
 
 TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100", "sm_100a", "sm_120", "sm_120a")
 VERSIONS = ((7, 0), (9, 2))  # the oldest and the newest that were read
-REGISTERS = {
-    "pred": 1,
-    "b16": 2,
-    "u16": 2,
-    "s16": 2,
-    "b32": 4,
-    "u32": 4,
-    "s32": 4,
-    "f32": 4,
-    "b64": 8,
-    "u64": 8,
-    "s64": 8,
-}
+REGISTERS = {"pred": 1} | {f"{kind}{8 * size}": size for kind in "bus" for size in (2, 4, 8)} | {"f32": 4}
 
 
 class Address(NamedTuple):

@@ -24,27 +24,36 @@ _CLOCK = 16
 COPIED = 1 << 14
 # stamps of what has not ended: writes by cp.async before their wait, reads by matrix instructions before theirs
 IN_FLIGHT = 1 << 62
-# the stamp of what every thread has waited for
-SEEN = 1 << _CLOCK
+# in the stamp of what tcgen05.mma did: who has waited for it since is ordered after it
+WAITED = 1 << 15
+_START = 1 << _CLOCK | 0xFFFF
 
 
 class Order:
     """What the accesses of each lane come after: `synced` its program's last barrier, `warp_synced` its warp's.
 
-    who: the lane's own part of its stamps. fenced: the clock of the lane's last fence between proxies.
+    who: the lane's own part of its stamps. waited: its last wait at an mbarrier. fenced: the clock of its last fence
+    between proxies.
     """
 
     def __init__(self, lanes: int, threads: int) -> None:
         thread = np.arange(lanes, dtype=np.int64) % threads
         self.now, self.threads = 2, threads
         self.who = (thread // 32 << 6) | thread % 32
-        self.synced = np.full(lanes, SEEN | 0xFFFF)
-        self.warp_synced = np.full(lanes, SEEN | 0xFFFF)
+        self.synced, self.warp_synced, self.waited = (np.full(lanes, _START) for _ in range(3))
         self.fenced = np.zeros(lanes, np.int64)
 
     def stamp(self, lanes: Lanes) -> Array:
         """Return the stamp of an access now."""
         return self.who[lanes] | self.now << _CLOCK
+
+    def end(self, waited: bool) -> int:
+        """Return the stamp of matrix instructions that end now; waited: at an mbarrier, else a barrier is due."""
+        return ANYONE | WAITED * waited | self.now << _CLOCK
+
+    def wait(self, lanes: Lanes) -> None:
+        """Order all later accesses of the lanes after what they have waited for."""
+        self.waited[lanes] = self.now << _CLOCK | 0xFFFF
 
     def barrier(self, lanes: Lanes, whole: bool) -> None:
         """Order all later accesses of the lanes after all earlier ones: of their programs, or only of their warps."""
@@ -75,7 +84,7 @@ class Ledger:
         read = self.read.reshape(-1, width)
         stamps = np.broadcast_to(order.stamp(lanes)[:, None], prior.shape)
         before = read[rows]
-        fresh = before > order.synced[lanes][:, None]
+        fresh = self._since(order.synced, before, lanes)
         if fresh.any():
             stamps = np.where(before >= IN_FLIGHT, before, _several(stamps, before, fresh))
         read[rows] = stamps
@@ -104,6 +113,11 @@ class Ledger:
             stamps = np.where(flagged, 0, stamps)
         written[rows] = stamps[:, None]
 
+    def written_by_others(self, rows: Array, width: int, lanes: Lanes) -> Array:
+        """Return where another warp than a lane's wrote last."""
+        written = self.written.reshape(-1, width)[rows, 0]
+        return np.asarray((written ^ self.order.who[lanes]) & _WARP != 0)
+
     def note_matrix_read(self, chunks: Array, lanes: Array) -> int:
         """Note that matrix instructions read pieces of 16 bytes, [instructions, pieces], issued by `lanes`.
 
@@ -131,22 +145,28 @@ class Ledger:
         self.flights.setdefault(stamp, []).append(chunks)
         return stamp
 
-    def end_matrix_reads(self, stamp: int, seen: bool) -> None:
-        """Note that the reads of a stamp have ended; seen: every thread has waited for it, else a barrier is due."""
-        ended = SEEN if seen else ANYONE | self.order.now << _CLOCK
+    def end_matrix_reads(self, stamp: int, ended: int) -> None:
+        """Note that the reads of a stamp have ended, by the stamp of that end."""
         for chunks in self.flights.pop(stamp, []):
             read = self.read.reshape(-1, 8)
             before = read[chunks]
             read[chunks] = np.where(before == stamp, ended, before)
 
+    def _since(self, synced: Array, prior: Array, lanes: Lanes) -> Array:
+        """Return which earlier accesses come after the lanes' last barriers, and their waits where these count."""
+        recent = prior > synced[lanes][:, None]
+        if recent.any():
+            recent &= (prior & WAITED == 0) | (prior > self.order.waited[lanes][:, None])
+        return np.asarray(recent)
+
     def _check(self, prior: Array, lanes: Lanes, what: str) -> None:
         """Raise a fault where an earlier access is not ordered before one of the lanes now."""
         order = self.order
-        recent = prior > order.warp_synced[lanes][:, None]
+        recent = self._since(order.warp_synced, prior, lanes)
         if not recent.any():
             return
         other = prior ^ order.who[lanes][:, None]
-        bad = (recent & (other & _LANE != 0)) | ((prior > order.synced[lanes][:, None]) & (other & _WARP != 0))
+        bad = (recent & (other & _LANE != 0)) | (self._since(order.synced, prior, lanes) & (other & _WARP != 0))
         bad |= prior >= IN_FLIGHT
         if not bad.any():
             return

@@ -15,7 +15,6 @@ Mask = Array | None  # of lanes; None: all
 LOW, HIGH = np.uint8(1), np.uint8(16)  # that half of the bits was never written, of pairs one without the other
 NEVER_WRITTEN = LOW | HIGH
 NOT_ARRIVED = np.uint8(2)  # an asynchronous instruction will write it
-IN_USE = np.uint8(4)  # one reads it
 LOADING = np.uint8(8)  # tcgen05.ld will write it, or what it is copied from
 
 
@@ -61,7 +60,7 @@ class Register:
             Fault: the register waits for an asynchronous instruction.
         """
         if self.flags is not None:
-            _require_arrived(self.flags & (NOT_ARRIVED | IN_USE | LOADING), mask, "writes")
+            _require_arrived(self.flags & (NOT_ARRIVED | LOADING), mask, "writes")
         if self.order is not None:
             np.copyto(self.changed, self.order.now, where=True if mask is None else mask)
         if mask is None:

@@ -12,7 +12,7 @@ from .faults import Fault, Unsupported
 from .machine import Machine, Source, Step
 from .matrix import Fragment, numbers
 from .ptx import Address, Instruction, number
-from .races import ANYONE, IN_FLIGHT, SEEN, Array, Ledger
+from .races import ANYONE, IN_FLIGHT, WAITED, Array, Ledger
 from .registers import LOADING, Mask, Register, alter, flags_of, require_written
 from .tiles import Tile
 
@@ -48,7 +48,7 @@ class TensorMemory:
     def require_ready(self, at: Array, lanes: Array) -> None:
         """Raise a fault unless words may be read by a matrix instruction of each lane."""
         written = self.ledger.written[at].reshape(len(lanes), -1)
-        others = written != _PRODUCT  # an earlier matrix instruction ends first
+        others = (written != _PRODUCT) & (written & WAITED == 0)  # an earlier matrix instruction ends first
         if (written == 0).any():
             raise Fault("uninitialised tensor memory", "a matrix instruction reads what was never written")
         if (others & (written >= IN_FLIGHT)).any():
@@ -60,7 +60,7 @@ class TensorMemory:
         """Raise a fault unless words may be written by a matrix instruction of each lane."""
         written, read = (x[at].reshape(len(lanes), -1) for x in (self.ledger.written, self.ledger.read))
         since = self.ledger.order.synced[lanes][:, None]
-        if ((read > since) | ((written > since) & (written != _PRODUCT))).any():
+        if ((read > since) | ((written > since) & (written != _PRODUCT) & (written & WAITED == 0))).any():
             raise Fault("race", "a matrix instruction writes tensor memory touched since the last barrier")
 
 
@@ -75,7 +75,7 @@ def tensor(machine: Machine, instruction: Instruction) -> Step:
 
 
 def _allocate(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
-    """A warp writes the first of the columns that it gets to shared memory."""
+    """Bind tcgen05.alloc: a warp writes the first of the columns that it gets to shared memory."""
     address = machine.address(instruction.operands[0], 4)
     count = number(instruction.operands[1])
 
@@ -94,7 +94,7 @@ def _allocate(machine: Machine, memory: TensorMemory, instruction: Instruction) 
 
 
 def _free(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
-    """A warp gives columns back."""
+    """Bind tcgen05.dealloc: a warp gives columns back."""
     count = number(instruction.operands[1])
     return lambda mask: np.subtract.at(
         memory.columns, machine.program_of[machine.full(mask) & (machine.lane == 0)], count
@@ -130,7 +130,7 @@ def _words(
 
 
 def _load(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
-    """tcgen05.ld: registers have the words after wait::ld."""
+    """Bind tcgen05.ld: registers have the words after wait::ld."""
     places, target = _words(machine, memory, instruction)
 
     def run(mask: Mask) -> None:
@@ -146,6 +146,8 @@ def _load(machine: Machine, memory: TensorMemory, instruction: Instruction) -> S
 
 
 def _wait_load(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
+    """Bind tcgen05.wait::ld."""
+
     def run(mask: Mask) -> None:
         here = machine.full(mask)
         for registers in machine.loading:
@@ -160,7 +162,7 @@ def _loading(register: Register) -> bool:
 
 
 def _store(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
-    """tcgen05.st: others may read the words after wait::st and a barrier."""
+    """Bind tcgen05.st: others may read the words after wait::st and a barrier."""
     places, origin = _words(machine, memory, instruction)
 
     def run(mask: Mask) -> None:
@@ -176,6 +178,8 @@ def _store(machine: Machine, memory: TensorMemory, instruction: Instruction) -> 
 
 
 def _wait_store(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
+    """Bind tcgen05.wait::st."""
+
     def run(mask: Mask) -> None:
         here, left = machine.full(mask), []
         for lanes, at in memory.storing:
@@ -216,7 +220,7 @@ class Shape(NamedTuple):
 
 
 def _multiply(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
-    """tcgen05.mma: D = A B + D in tensor memory, by one thread of each program; A in tensor or shared memory."""
+    """Bind tcgen05.mma: D = A B + D in tensor memory, by one thread of each program; A in tensor or shared memory."""
     kind = instruction.words[3]
     d, a, b, shape, keep = instruction.operands
     if kind not in _KINDS or len(instruction.words) != 4:
@@ -268,7 +272,7 @@ def _multiply(machine: Machine, memory: TensorMemory, instruction: Instruction) 
 
 
 def _commit(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
-    """tcgen05.commit: an mbarrier learns when the thread's matrix instructions have ended."""
+    """Bind tcgen05.commit: an mbarrier learns when the thread's matrix instructions have ended."""
     address = machine.address(instruction.operands[0], 4)
 
     def run(mask: Mask) -> None:
@@ -345,6 +349,7 @@ def _try_wait(machine: Machine, instruction: Instruction) -> Step:
         ended = np.array([barrier.phase & 1 for barrier in barriers])[which] != machine.each(parity, lanes)
         for i in np.unique(which[ended]).tolist():
             _end(machine, barriers[i])
+        machine.order.wait(lanes[ended])
         done.write(np.ones(1, np.bool_), mask, None)
         if ended.all():
             return None
@@ -364,7 +369,7 @@ def _end(machine: Machine, barrier: Mbarrier) -> None:
     for product in barrier.tracked:
         if not product.done:
             product.done = True
-            machine.shared.ledger.end_matrix_reads(product.stamp, seen=True)
-            memory.ledger.written[product.places] = SEEN
+            machine.shared.ledger.end_matrix_reads(product.stamp, machine.order.end(waited=True))
+            memory.ledger.written[product.places] = machine.order.end(waited=True)
     barrier.tracked = []
     memory.products = [[p for p in products if not p.done] for products in memory.products]

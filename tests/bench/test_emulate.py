@@ -21,9 +21,11 @@ from segattn.bench.compiled.jobs import KERNELS
 from segattn.bench.emulated import jobs as emulated_jobs
 from segattn.bench.emulated import launches as emulated_launches
 from segattn.bench.emulated.cases import CASES, QUICK, RECORDED
+from segattn.bench.emulated.counts import Counts
 from segattn.bench.emulated.faults import Fault
 from segattn.bench.emulated.jobs import Job, Measured, Row, execute_all, execute_job, kernels_of, plan
 from segattn.bench.emulated.launches import EMULATED, Launched, arguments_of, emulating, outputs_of
+from segattn.bench.emulated.profile import profile
 from segattn.bench.emulated.table import OUTPUTS, failures, table
 from segattn.kernels.check.gates import DTYPES, GATES
 from segattn.kernels.check.gates import OUTPUTS as FORWARD
@@ -186,6 +188,42 @@ def test_faults_are_counted_where_they_happen() -> None:
     lines = list(table([broken, row("linear")], ["attend_kernel", "scan_kernel"]))
     assert [line.split()[8:10] for line in lines[1:3]] == [["1", "0"], ["0", "0"]]
     assert failures([broken]) == ["delta (bfloat16, sm_90): attend_kernel, line 7: race: two warps"]
+
+
+def test_a_profile_adds_up_a_kernels_launches() -> None:
+    counts = Counts(
+        issued={"float": 8},
+        loop={"float": 3.0, "matrix": 1.5},
+        loaded=3000,
+        stored=1000,
+        sectors=6000,
+        least=4000,
+        tensors=2000,
+        passes=30,
+        least_passes=20,
+        loop_conflicts=4,
+        operations=500_000_000,
+        waits={"bar.sync": 2.0},
+    )
+    launches = tuple(Launched("product_kernel", 8, 0.5, 0.25, counts) for _ in range(2))
+    made = row("whole tiles K64", launches=launches)
+    lines = list(profile([made], ["product_kernel"]))
+    traffic, loop, waits, floor = [line for line in lines if line.startswith("sm_90")]
+    assert traffic.split()[-7:] == ["6.0", "2.0", "1.50", "3.00", "1.50", "8", "*"]
+    assert loop.split()[-3:] == ["4.500", "3.000", "1.500"]
+    assert waits.endswith("2.0 bar.sync")
+    work = CASES["whole tiles K64"].floor
+    assert work is not None
+    found = [float(x) for x in floor.split()[-8:]]
+    assert found == pytest.approx(
+        [
+            1000, work(2).operations / 1e6, 1e9 / work(2).operations, work(2).bytes / 1e3, 4, 4e3 / work(2).bytes,
+            12, 12e3 / work(2).bytes,
+        ],
+        abs=0.06,
+    )  # fmt: skip
+    again = Row.of_json(json.loads(json.dumps(made.as_json())))
+    assert again == made
 
 
 def kernel(*names: str) -> Any:

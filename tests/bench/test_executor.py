@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_ptx import place, program, random_bits, run
+from small_ptx import TEMPLATE, place, program, random_bits, run
 
+from segattn.bench.emulated.executor import execute
 from segattn.bench.emulated.faults import Fault, Unsupported
 from segattn.bench.emulated.ptx import parse
 
@@ -45,17 +46,12 @@ def truncated(a: int, b: int) -> int:
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
-def extract(x: int, position: int, length: int, bits: int, sign: bool) -> int:
-    position, length = position & 255, length & 255
-    top = x >> (bits - 1) if sign else 0
-    if sign and length:
-        top = x >> min(position + length - 1, bits - 1) & 1
-    whole = x | (((1 << 256) - 1) << bits if x >> (bits - 1) and sign else 0)
-    field = whole >> position & ((1 << min(length, 256 - position)) - 1) if position < 256 else 0
-    kept = field & ((1 << min(length, bits)) - 1)
-    if sign and length and top and length < bits:
-        kept |= ((1 << bits) - 1) ^ ((1 << length) - 1)
-    return kept & ((1 << bits) - 1)
+def extract(x: int, position: int, length: int, sign: bool) -> int:
+    """Return bits of 32, bit by bit: beyond the last there are zeros, or signs."""
+    length, last = min(length & 255, 32), position + (length & 255) - 1
+    bits = [x >> min(position + i, 31) & 1 if sign or position + i < 32 else 0 for i in range(length)]
+    fill = x >> min(last, 31) & 1 if sign and length else 0
+    return sum(bit << i for i, bit in enumerate(bits + [fill] * (32 - length)))
 
 
 # instruction, the bytes of its operands, the bytes of its result, what it is of Python's integers
@@ -97,9 +93,9 @@ INTEGERS: list[tuple[str, tuple[int, ...], int, Callable[..., int]]] = [
     ("shr.u32 {0}, {1}, {2};", (4, 4), 4, lambda a, n: a >> n),
     ("shr.s32 {0}, {1}, {2};", (4, 4), 4, lambda a, n: signed(a, 32) >> n),
     ("shr.u64 {0}, {1}, 31;", (8,), 8, lambda a: a >> 31),
-    ("bfe.u32 {0}, {1}, 5, 2;", (4,), 4, lambda a: extract(a, 5, 2, 32, False)),
-    ("bfe.u32 {0}, {1}, {2}, {3};", (4, 4, 4), 4, lambda a, p, n: extract(a, p, n, 32, False)),
-    ("bfe.s32 {0}, {1}, 6, 1;", (4,), 4, lambda a: extract(a, 6, 1, 32, True)),
+    ("bfe.u32 {0}, {1}, 5, 2;", (4,), 4, lambda a: extract(a, 5, 2, False)),
+    ("bfe.u32 {0}, {1}, {2}, {3};", (4, 4, 4), 4, lambda a, p, n: extract(a, p, n, False)),
+    ("bfe.s32 {0}, {1}, 6, 1;", (4,), 4, lambda a: extract(a, 6, 1, True)),
     ("bfe.s32 {0}, {1}, 28, 9;", (4,), 4, lambda a: signed(a, 32) >> 28),
     ("div.s32 {0}, {1}, 7;", (4,), 4, lambda a: truncated(signed(a, 32), 7)),
     ("div.s32 {0}, {1}, -7;", (4,), 4, lambda a: truncated(signed(a, 32), -7)),
@@ -134,7 +130,8 @@ INTEGERS: list[tuple[str, tuple[int, ...], int, Callable[..., int]]] = [
         lambda a, b: a == b and a < 1 << 31,
     ),
     (
-        "setp.lt.s32 %p1, {1}, 0; setp.lt.s32 %p2, {2}, 0; xor.pred %p3, %p1, %p2; not.pred %p4, %p3; selp.b32 {0}, 1, 0, %p4;",
+        "setp.lt.s32 %p1, {1}, 0; setp.lt.s32 %p2, {2}, 0; xor.pred %p3, %p1, %p2; not.pred %p4, %p3; "
+        "selp.b32 {0}, 1, 0, %p4;",
         (4, 4),
         4,
         lambda a, b: (a >> 31) == (b >> 31),
@@ -412,12 +409,76 @@ DONE:
     assert done.by_opcode()["mad.lo.s32"] > 2 * max(steps.tolist()) // 3  # a warp at a time, not a lane
 
 
+def test_special_registers() -> None:
+    names = ["%tid.x", "%ctaid.x", "%ntid.x", "%nctaid.x", "%tid.y", "%ntid.z", "%laneid", "%warpid"]
+    body = "".join(f"    mov.u32 %r{20 + i}, {name};\n" for i, name in enumerate(names)) + place("%rd10", "%rd0", 32)
+    body += "    st.global.v4.b32 [%rd10], {%r20, %r21, %r22, %r23};\n"
+    body += "    st.global.v4.b32 [%rd10+16], {%r24, %r25, %r26, %r27};\n"
+    out = torch.zeros(2 * 64, 8, dtype=torch.int32)
+    run(body, out, threads=64, programs=2, outputs=[out])
+    assert out.tolist() == [[t, p, 64, 2, 0, 1, t % 32, t // 32] for p in range(2) for t in range(64)]
+
+
 def test_atomics_go_one_after_the_other() -> None:
     counter, out = torch.zeros(1, dtype=torch.int32), torch.zeros(COUNT, dtype=torch.int32)
     body = "    atom.global.gpu.acq_rel.add.u32 %r10, [%rd0], 3;\n" + place("%rd11", "%rd1", 4)
     run(body + "    st.global.b32 [%rd11], %r10;", counter, out, programs=2, outputs=[out])
     assert counter.item() == 3 * COUNT
     assert sorted(out.tolist()) == list(range(0, 3 * COUNT, 3))
+
+
+@pytest.mark.parametrize(
+    ("stride", "kind", "bytes_of_lanes", "sectors", "least"),
+    [
+        (4, "b32", 128, 4, 4),
+        (64, "b32", 128, 32, 4),  # every lane in a sector of its own
+        (8, "b32", 128, 8, 4),
+        (0, "b32", 128, 1, 1),  # the same for all
+        (16, "v4.b32", 512, 16, 16),
+        (36, "b32", 128, 32, 4),
+    ],
+)
+def test_counts_sectors(stride: int, kind: str, bytes_of_lanes: int, sectors: int, least: int) -> None:
+    x = torch.zeros(4096, dtype=torch.uint8)
+    target = "{%r10, %r11, %r12, %r13}" if kind[0] == "v" else "%r10"
+    body = place("%rd10", "%rd0", stride, "%r0") + f"    ld.global.{kind} {target}, [%rd10];\n"
+    done = run(body, x, programs=2, counting=True)
+    ((_, space), traffic), *others = done.traffic.items()
+    assert space == "global"
+    assert not others
+    assert traffic[1:] == (2, 2 * bytes_of_lanes, 2 * sectors, 2 * least)
+
+
+@pytest.mark.parametrize(
+    ("stride", "kind", "passes", "least"),
+    [
+        (4, "b32", 1, 1),
+        (8, "b32", 2, 1),
+        (128, "b32", 32, 1),
+        (132, "b32", 1, 1),
+        (0, "b32", 1, 1),  # one word for all
+        (2, "b16", 1, 1),
+        (8, "b64", 2, 2),
+        (16, "v4.b32", 4, 4),
+        (128, "v4.b32", 32, 4),
+        (144, "v4.b32", 4, 4),
+    ],
+)
+def test_counts_passes_over_the_banks(stride: int, kind: str, passes: int, least: int) -> None:
+    source = {"v4.b32": "{%r10, %r10, %r10, %r10}", "b64": "%rd10", "b16": "%rs10", "b32": "%r10"}[kind]
+    body = f"    mul.lo.s32 %r11, %r0, {stride};\n    mov.u32 %r10, 0;\n    mov.u64 %rd10, 0;\n    mov.u16 %rs10, 0;\n"
+    done = run(body + f"    st.shared.{kind} [%r11], {source};\n", shared=8192, counting=True)
+    (traffic,) = done.traffic.values()
+    assert (traffic.space, traffic.accesses, traffic.moved, traffic.least) == ("shared", 1, passes, least)
+
+
+def test_counts_what_warps_execute() -> None:
+    done = run(
+        "    setp.lt.u32 %p1, %r0, 32;\n    @%p1 bra END;\n    add.s32 %r10, %r0, 1;\nEND:", threads=96, programs=5
+    )
+    assert done.by_opcode()["bra"] == 15
+    assert done.by_opcode()["add.s32"] == 10
+    assert not done.traffic
 
 
 def test_inline_labels_and_registers_belong_to_their_braces() -> None:
@@ -449,8 +510,6 @@ def test_inline_labels_and_registers_belong_to_their_braces() -> None:
     ],
 )
 def test_refuses_other_ptx(change: tuple[str, str], message: str) -> None:
-    from small_ptx import TEMPLATE
-
     text = TEMPLATE.format(target="sm_90a", source="x", name="k", parameters="", threads=32, loads="", body="")
     parse(text)
     with pytest.raises(Unsupported, match=message):
@@ -463,7 +522,7 @@ def test_refuses_other_ptx(change: tuple[str, str], message: str) -> None:
         "sin.approx.f32 %r10, %r11;",
         "tex.2d.v4.f32.f32 {%r10, %r11, %r12, %r13}, [x, {%r1, %r2}];",
         "cp.async.bulk.shared::cluster.global [%r10], [%rd0], 16, [%r11];",
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r10, %r11, %r12, %r13}, {%r10, %r11, %r12, %r13}, {%r10, %r11}, {%r10, %r11, %r12, %r13};",
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r10, %r11}, {%r10, %r11}, {%r10}, {%r10, %r11};",
         "bar.sync 1, 64;",
         "add.sat.s32 %r10, %r11, %r12;",
         "mov.u32 %r10, %clock;",
@@ -476,6 +535,15 @@ def test_refuses_unknown_instructions_before_anything_runs(instruction: str) -> 
     out = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(Unsupported, match=rf"kernel, line \d+ of its PTX \(hand.py:20\): {instruction.split()[0]}"):
         run(f"    mov.u32 %r13, 7;\n    st.global.b32 [%rd0], %r13;\n    {instruction}", out)
+    assert out.item() == 0
+
+
+def test_refuses_at_its_line_what_only_running_shows() -> None:
+    x, out = torch.ones(8, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    body = "    mov.u32 %r10, 8;\n    mov.u32 %r11, 0;\n    st.global.b32 [%rd1], %r10;\n"
+    body += "    setp.eq.s32 %p1, %r0, 0;\n    @%p1 cp.async.cg.shared.global [%r11], [%rd0], 16, %r10;\n"
+    with pytest.raises(Unsupported, match=r"hand.py:20\): cp.async.cg.shared.global of part"):
+        run(body, x, out, shared=16)
     assert out.item() == 0
 
 
@@ -498,10 +566,9 @@ def test_refuses_what_is_too_large() -> None:
 
 
 def test_refuses_other_arguments() -> None:
+    takes_one = program("", ["u64"])
     with pytest.raises(Unsupported, match="1 parameters, got 2"):
-        from segattn.bench.emulated.executor import execute
-
-        execute(program("", ["u64"]), 1, [torch.zeros(1), 3], 0)
+        execute(takes_one, 1, [torch.zeros(1), 3], 0)
 
 
 def test_a_loop_without_end() -> None:

@@ -135,9 +135,10 @@ def test_races_between_warps() -> None:
         + "    setp.eq.s32 %p1, %r0, 0;\n    @%p1 st.shared.b32 [%r12], %r0;\n"
     )
     assert "several warps" in str(fault("race", everyone, **options))
-    # at once: of one value harmless
+    # at once: harmless by one warp, or of one value
     at_once = "    mov.u32 %r11, 0;\n    st.shared.b32 [%r11], {};\n"
     run(at_once.format("%r11"), **options)
+    run(at_once.format("%r0"), shared=256)
     assert "different values" in str(fault("race", at_once.format("%r0"), **options))
 
 

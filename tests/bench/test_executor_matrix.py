@@ -88,7 +88,8 @@ def test_mma(kind: str) -> None:
     body += (
         f"    {name} {vector(names(50, 4))}, {vector(names(20, 4))}, {vector(names(30, 2))}, {vector(names(40, 4))};\n"
     )
-    run(body + store(names(50, 4), "%rd3"), *map(words, parts), out, outputs=[out])
+    done = run(body + store(names(50, 4), "%rd3"), *map(words, parts), out, outputs=[out])
+    assert done.operations == 2 * 16 * 8 * K
     assert torch.equal(out, spread(a.float() @ b.float() + c, c_float, 4))
 
 
@@ -260,7 +261,8 @@ def test_wgmma(kind: str, swizzle: int, a_from: str, b_from: str) -> None:
         if a_from != "registers":
             body += f"    mov.b64 %rd20, {left.descriptors[s]};\n"
         body += f"    mov.b64 %rd21, {right.descriptors[s]};\n"
-        body += f"    wgmma.mma_async.sync.aligned.m64n{N}k{step}.f32.{kind}.{kind} {vector(d)}, {operand}, %rd21, {int(s > 0)}, 1, 1{transposes};\n"
+        name = f"wgmma.mma_async.sync.aligned.m64n{N}k{step}.f32.{kind}.{kind}"
+        body += f"    {name} {vector(d)}, {operand}, %rd21, {int(s > 0)}, 1, 1{transposes};\n"
     body += "    wgmma.commit_group.sync.aligned;\n    wgmma.wait_group.sync.aligned 0;\n" + store(d, "%rd2")
     out = torch.zeros(128, N // 2)
     run(body, image, words(fragments), out, threads=128, shared=image.numel(), outputs=[out])
@@ -283,11 +285,11 @@ def test_wgmma_of_several_warpgroups_and_programs() -> None:
     descriptor = Operand(a[0, :64], 32, False, 0, True).descriptors[0]
     size = tiles[0].numel()
     body = f"    mov.u32 %r16, %ctaid.x;\n    mad.wide.u32 %rd0, %r16, {size}, %rd0;\n" + copy_to_shared(size, 256)
-    body += f"    shr.u32 %r17, %r0, 7;\n    mul.wide.u32 %rd20, %r17, 128;\n    add.s64 %rd20, %rd20, {descriptor};\n    mov.b64 %rd21, {descriptor + 256};\n"
-    body += f"    wgmma.fence.sync.aligned;\n    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {vector(names(100, 4))}, %rd20, %rd21, 0, 1, 1, 0, 0;\n"
-    body += "    wgmma.commit_group.sync.aligned;\n    wgmma.wait_group.sync.aligned 0;\n" + store(
-        names(100, 4), "%rd1"
-    )
+    body += f"    shr.u32 %r17, %r0, 7;\n    mul.wide.u32 %rd20, %r17, 128;\n    add.s64 %rd20, %rd20, {descriptor};\n"
+    body += f"    mov.b64 %rd21, {descriptor + 256};\n    wgmma.fence.sync.aligned;\n"
+    name, d = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16", names(100, 4)
+    body += f"    {name} {vector(d)}, %rd20, %rd21, 0, 1, 1, 0, 0;\n    wgmma.commit_group.sync.aligned;\n"
+    body += "    wgmma.wait_group.sync.aligned 0;\n" + store(d, "%rd1")
     out = torch.zeros(2, 2, 128, 4)
     run(body, torch.stack(tiles), out, threads=256, programs=2, shared=size, outputs=[out])
     product = (a.float() @ b.float().transpose(1, 2)).reshape(2, 2, 64, 8)
@@ -305,6 +307,8 @@ SETUP = """
     bar.sync 0;
     ld.shared.b32 %r42, [%r40];
 """
+# the lanes of tensor memory that a warp may touch
+WARP_LANES = "    shr.u32 %r43, %r0, 5;\n    shl.b32 %r43, %r43, 21;\n    add.s32 %r43, %r43, %r42;\n"
 WAITS = """
     {
     .reg .pred complete;
@@ -322,6 +326,12 @@ def blackwell(body: str, *arguments: Any, image: Tensor, **options: Any) -> None
     start = copy_to_shared(size, 128) + f"    mov.u32 %r40, {size};\n    mov.u32 %r41, {size + 8};\n" + SETUP
     end = "    bar.sync 0;\n    @%p2 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r42, 512;\n"
     run(start + body + end, image, *arguments, threads=128, shared=size + 16, target="sm_100a", **options)
+
+
+def fetch(registers: list[str]) -> str:
+    """Return the lines that load a row of tensor memory."""
+    shape = f"32x32b.x{len(registers)}.b32"
+    return f"    tcgen05.ld.sync.aligned.{shape} {vector(registers)}, [%r43 + 0];\n    tcgen05.wait::ld.sync.aligned;\n"
 
 
 def descriptor_of(M: int, N: int, kind: str, a: bool, b: bool) -> int:
@@ -352,7 +362,7 @@ def test_tcgen05(M: int, swizzle: int, a_from: str, b_from: str) -> None:
     held = torch.zeros(128, K, dtype=torch.bfloat16)
     for lane, r in row_of.items():
         held[lane] = a[r]
-    body += "    shr.u32 %r43, %r0, 5;\n    shl.b32 %r43, %r43, 21;\n    add.s32 %r43, %r43, %r42;\n"
+    body += WARP_LANES
     if a_from == "tensor memory":
         body += (
             load(names(200, 32), "%rd1")
@@ -362,13 +372,10 @@ def test_tcgen05(M: int, swizzle: int, a_from: str, b_from: str) -> None:
     body += f"    mov.u32 %r44, {how};\n"
     for s in range(4):
         operand = f"[ %r42 + {256 + 8 * s} ]" if a_from == "tensor memory" else "%rd20"
-        body += f"    mov.b64 %rd20, {left.descriptors[s]};\n    mov.b64 %rd21, {right.descriptors[s]};\n    setp.ne.s32 %p4, {s}, 0;\n"
+        body += f"    mov.b64 %rd20, {left.descriptors[s]};\n    mov.b64 %rd21, {right.descriptors[s]};\n"
+        body += f"    setp.ne.s32 %p4, {s}, 0;\n"
         body += f"    @%p3 tcgen05.mma.cta_group::1.kind::f16 [ %r42 + 0 ], {operand}, %rd21, %r44, %p4;\n"
-    body += (
-        COMMIT
-        + WAITS
-        + f"    tcgen05.ld.sync.aligned.32x32b.x64.b32 {vector(names(300, 64))}, [%r43 + 0];\n    tcgen05.wait::ld.sync.aligned;\n"
-    )
+    body += COMMIT + WAITS + fetch(names(300, 64))
     if M == 64:  # only half of the lanes have rows
         body += "    and.b32 %r45, %r0, 16;\n    setp.eq.s32 %p5, %r45, 0;\n"
         body += store(names(300, 64), "%rd2").replace("    st", "    @%p5 st")
@@ -387,8 +394,7 @@ def test_tcgen05_in_tf32() -> None:
     body = f"    mov.u32 %r44, {descriptor_of(128, 16, 'tf32', False, False)};\n    setp.ne.s32 %p4, %r44, %r44;\n"
     body += f"    mov.b64 %rd20, {left.descriptors[0]};\n    mov.b64 %rd21, {right.descriptors[0]};\n"
     body += "    @%p3 tcgen05.mma.cta_group::1.kind::tf32 [ %r42 + 0 ], %rd20, %rd21, %r44, %p4;\n" + COMMIT + WAITS
-    body += "    shr.u32 %r43, %r0, 5;\n    shl.b32 %r43, %r43, 21;\n    add.s32 %r43, %r43, %r42;\n"
-    body += f"    tcgen05.ld.sync.aligned.32x32b.x16.b32 {vector(names(300, 16))}, [%r43 + 0];\n    tcgen05.wait::ld.sync.aligned;\n"
+    body += WARP_LANES + fetch(names(300, 16))
     out = torch.zeros(128, 16)
     blackwell(body + store(names(300, 16), "%rd1"), out, image=shared_image((0, left), (8192, right)))
     assert torch.equal(out, a @ b.T)
@@ -397,15 +403,11 @@ def test_tcgen05_in_tf32() -> None:
 def test_tensor_memory_in_halves_of_a_warp() -> None:
     """16x32bx2: lanes 16 to 31 have the same 16 rows, in columns further right."""
     values = torch.arange(128 * 4, dtype=torch.int32)
-    body = (
-        load(names(200, 4), "%rd1")
-        + "    shr.u32 %r43, %r0, 5;\n    shl.b32 %r43, %r43, 21;\n    add.s32 %r43, %r43, %r42;\n"
-    )
-    body += f"    tcgen05.st.sync.aligned.16x32bx2.x4.b32 [%r43 + 0], 4, {vector(names(200, 4))};\n    tcgen05.wait::st.sync.aligned;\n    bar.warp.sync -1;\n"
-    body += f"    tcgen05.ld.sync.aligned.32x32b.x8.b32 {vector(names(300, 8))}, [%r43 + 0];\n    tcgen05.wait::ld.sync.aligned;\n"
-    body += "    and.b32 %r45, %r0, 16;\n    setp.eq.s32 %p5, %r45, 0;\n" + store(names(300, 8), "%rd2").replace(
-        "    st", "    @%p5 st"
-    )
+    body = load(names(200, 4), "%rd1") + WARP_LANES
+    body += f"    tcgen05.st.sync.aligned.16x32bx2.x4.b32 [%r43 + 0], 4, {vector(names(200, 4))};\n"
+    body += "    tcgen05.wait::st.sync.aligned;\n    bar.warp.sync -1;\n" + fetch(names(300, 8))
+    body += "    and.b32 %r45, %r0, 16;\n    setp.eq.s32 %p5, %r45, 0;\n"
+    body += store(names(300, 8), "%rd2").replace("    st", "    @%p5 st")
     out = torch.zeros(128, 8, dtype=torch.int32)
     blackwell(body, values, out, image=torch.zeros(2048, dtype=torch.uint8))
     rows = values.reshape(4, 2, 16, 4)
@@ -453,6 +455,17 @@ def test_faults_of_tcgen05(kind: str, wrong: str) -> None:
     with pytest.raises(Fault) as caught:
         blackwell(product + wrong.replace("{again}", product), image=image)
     assert caught.value.kind == kind, str(caught.value)
+
+
+def test_threads_that_do_not_wait_for_a_product_need_a_barrier() -> None:
+    a, b = draw(0, 128, 16), draw(1, 8, 16)
+    left, right = Operand(a, 32, False, 0, False), Operand(b, 32, False, 6144, False)
+    image, how = shared_image((0, left), (6144, right)), descriptor_of(128, 8, "bf16", False, False)
+    product = PRODUCT.format(how=how, left=left.descriptors[0], right=right.descriptors[0]) + COMMIT
+    one_warp = product + "    @!%p2 bra AFTER;\n" + WAITS + "AFTER:\n"
+    blackwell(one_warp + "    bar.sync 0;\n" + LOAD + WAIT_LOAD, image=image)
+    with pytest.raises(Fault, match="race: reads what was written there by several warps"):
+        blackwell(one_warp + LOAD + WAIT_LOAD, image=image)
 
 
 def test_layouts_have_every_element_once() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from segattn.bench.emulated.executor import execute
 from segattn.bench.emulated.machine import Run
 from segattn.bench.emulated.ptx import Program, parse
-from torch import Tensor
 
 # the thread's index in its program is %r0, in all programs %r1; parameters stand in %rd0, %rd1, ... (or %r100, ... )
 TEMPLATE = """
@@ -70,11 +71,12 @@ def run(
     outputs: Sequence[Tensor] = (),
     target: str = "sm_90a",
     limit: int = 100_000,
+    counting: bool = False,
 ) -> Run:
     """Execute a kernel on arguments."""
     kinds = ["u64" if isinstance(a, Tensor) else "f32" if isinstance(a, float) else "u32" for a in arguments]
     parsed = program(body, kinds, threads=threads, target=target)
-    return execute(parsed, programs, arguments, shared, outputs=outputs, limit=limit)
+    return execute(parsed, programs, arguments, shared, outputs=outputs, limit=limit, counting=counting)
 
 
 def place(register: str, base: str, size: int, index: str = "%r1") -> str:
