@@ -186,6 +186,14 @@ def product_kernel(
     if normalizer is not None:
         z = load_vector(normalizer.z + at * K, 0, BLOCK_K, K)
         inverse_peak = tl.load(normalizer.inverse_peak + at)
+    # in half precision A's factors are split along z, since σ(x) / σ(x) z times z is 1: rests alone are rounded
+    SPLIT: tl.constexpr = (y is None) and (x.pointer.dtype.element_ty != tl.float32)
+    if SPLIT:
+        share = reciprocal(tl.sum(z * z, 0))
+        z_columns = load_vector(normalizer.z + at * K, column, COLUMNS, K) * share
+        common = 0.0
+        rests = tl.zeros([BLOCK_K], tl.float32)
+        rests_columns = tl.zeros([COLUMNS], tl.float32)
     for member in range(0, members):
         head = group * members + member
         tokens = head_of(x, segment.row, head, end - offset)
@@ -200,7 +208,9 @@ def product_kernel(
             features = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], features, 0.0)
             if normalizer is not None:
                 most = largest(features, 0, BLOCK_K)
-                features *= inverse_weight(tl.sum(features * z[None, :], 1), most, inverse_peak)[:, None]
+                known = tl.sum(features * z[None, :], 1)
+                inverse = inverse_weight(known, most, inverse_peak)
+                features *= inverse[:, None]
             weights = tl.full([BLOCK_N], 1.0, tl.float32) * weight
             if beta is not None:
                 weights *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
@@ -210,14 +220,26 @@ def product_kernel(
                 else:
                     delta = tl.load(memory_delta + at_rows + i, mask=i < end, other=0.0)
                     total -= tl.sum(features * (weights * delta)[:, None], 0)
-            if y is None:
-                other = load_rows(tokens, start - offset, column, BLOCK_N, COLUMNS, W)
-                other = rounded(feature_map(other, ELU), x.pointer.dtype.element_ty)
+            scale = 1.0
+            if SPLIT:
+                weights = tl.where(inverse != 0, weights, 0.0)
+                features -= (z * share)[None, :]
+                other = feature_map(load_rows(tokens, start - offset, column, BLOCK_N, COLUMNS, W), ELU)
+                other -= known[:, None] * z_columns[None, :]
+                common += tl.sum(weights * known, 0)
+                rests += tl.sum(features * (weights * known)[:, None], 0)
+                rests_columns += tl.sum(other * weights[:, None], 0)
+                other, scale = operand(other, x.pointer.dtype.element_ty)
+            elif y is None:
+                other = feature_map(load_rows(tokens, start - offset, column, BLOCK_N, COLUMNS, W), ELU)
             else:
                 y_head = head_of(y, segment.row, head, end - offset)
                 other = load_rows(y_head, start - offset, column, BLOCK_N, COLUMNS, W)
             scaled, factor = operand(features * weights[:, None], other.dtype)
-            acc += dot(tl.trans(scaled), other, None) * factor
+            acc += dot(tl.trans(scaled), other, None) * (factor * scale)
+    if SPLIT:
+        acc += (z * share)[:, None] * (common * z_columns + rests_columns)[None, :]
+        acc += rests[:, None] * z_columns[None, :]
     if normalizer is not None:
         acc *= inverse_peak
         total *= inverse_peak

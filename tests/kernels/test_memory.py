@@ -235,6 +235,29 @@ def test_the_normalizers_gradient_survives_keys_that_are_alike(feature_map: str 
         assert error(mine[0, head], expected[0, head]) < GATES[dtype].through_delta
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_normalizers_gradient_survives_segments_of_keys_that_are_alike(dtype: torch.dtype) -> None:
+    """Segments longer than what the memory holds: the gradient of M, and with it z's, comes through their products."""
+    device, heads, K, V, L = "cuda" if torch.cuda.is_available() else "cpu", 2, 64, 64, 64
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=DOUBLE).to(device)
+
+    k, v = (0.3 * normal(1, heads, 2 * L, K)).to(dtype).double(), normal(1, heads, 2 * L, V).to(dtype).double()
+    before = memory_write(0.3 * normal(1, heads, 4, K), normal(1, heads, 4, V))
+    before = MemoryState(*(x.float().double() for x in before))
+    dmemory = normal(1, heads, K, V)
+    gradients = []
+    for backend, tokens, of_state in (("triton", dtype, torch.float32), ("reference", DOUBLE, DOUBLE)):
+        state = MemoryState(*(x.to(of_state).requires_grad_() for x in before))
+        x, y, gate = k.to(tokens), v.to(tokens), torch.zeros(heads, device=device, dtype=of_state)
+        after = segment_attention(x, x, y, segment_len=L, gate=gate, state=state, backend=backend).state
+        gradients.append(torch.autograd.grad(after.memory, state.normalizer, dmemory.to(of_state))[0])
+    for head in range(heads):
+        assert error(gradients[0][0, head], gradients[1][0, head]) < GATES[dtype].through_delta
+
+
 def test_the_kernels_read_and_write_strided_tensors() -> None:
     """Token-major inputs, an expanded gradient, several rows and grouped heads."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
