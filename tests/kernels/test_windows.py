@@ -148,6 +148,23 @@ def test_what_is_not_seen_may_be_anything(backend: str, device: torch.device) ->
     assert found["dsink_k"][0, :, 2:].any(-1).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_short_row_looks_back_at_no_padding(backend: str) -> None:
+    """Two tokens amid NaN, in a row whose other segments are empty: nothing of it in values or gradients."""
+    inside = slice(12, 14)
+    bare = [torch.randn(1, 2, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    padded = [F.pad(x.detach(), (0, 0, 12, 6), value=float("nan")).requires_grad_() for x in bare]
+    options = {"segment_len": 5, "lookback": 1, "gate": torch.zeros(2, dtype=torch.float64), "backend": backend}
+    expected = segment_attention(*bare, **options).out
+    out = segment_attention(*padded, spans=torch.tensor([[12, 14]]), **options).out
+    assert error(out[:, :, inside], expected) < 1e-12
+    wanted = torch.autograd.grad(expected.square().sum(), bare)
+    for grad, x in zip(torch.autograd.grad(out.square().sum(), padded), wanted, strict=True):
+        assert error(grad[:, :, inside], x) < 1e-12
+        assert not grad[:, :, :12].any()
+        assert not grad[:, :, 14:].any()
+
+
 def test_gradients_of_many_slots_are_summed_in_float32() -> None:
     """A sequence of 3000 segments in bfloat16, which would stop counting at 256; spare slots count for none."""
     slots = torch.ones(3007, 1, 2, dtype=torch.bfloat16)
