@@ -48,11 +48,12 @@ def plot_questions(path: Path, figures: dict[str, Any]) -> None:
     shares.axhline(100 * figures["chance"], color=GREY, linestyle=":", linewidth=1, label="guessing")
     shares.set_ylim(-3, 103)
     shares.set_ylabel("right, %")
-    shares.legend(frameon=False, fontsize=8)
     # of books within a segment nothing is kept
     if all(cell["kept_bytes"] for run in figures["runs"] for cell in run["lengths"]):
         logarithmic(memory)
     memory.set_ylabel("kept of a book, KiB")
+    # the other panel has no room for it
+    memory.legend(*shares.get_legend_handles_labels(), loc=(0.55, 0.5), frameon=False, fontsize=8)
     for axes in (shares, memory):
         doubling(axes, {length: format_length(length) for length in setup["lengths"]}, fontsize=8)
         axes.set_xlabel("tokens of the book")

@@ -41,7 +41,7 @@ class Setup:
     heads: int = 4
     memory_tokens: int = 8
     d_mem: int = 16
-    stretch: float = 1024.0
+    stretch: float = 65536.0
     noise: float = 0.1
     segment_len: int = 64
     segments: tuple[int, ...] = (1, 2, 4, 8)
