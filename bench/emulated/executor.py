@@ -27,6 +27,7 @@ def execute(
     outputs: Sequence[Tensor] = (),
     limit: int = LIMIT,
     counting: bool = False,
+    strict: bool = False,
 ) -> Run:
     """Run a kernel of `programs` programs in one dimension, and return what it did. Tensors are written in place.
 
@@ -34,6 +35,8 @@ def execute(
     shared: bytes of shared memory of a program.
     outputs: those tensors of which the kernel must write every element; they are poisoned before it.
     counting: also count what loads and stores move.
+    strict: a matrix instruction that reads what cp.async wrote needs a fence.proxy.async too. Compilers often leave it
+        out, and rely on the copy's wait and a barrier.
     limit: instructions after which a kernel is said never to end.
 
     Raises:
@@ -44,6 +47,7 @@ def execute(
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     memory = Global(tensors, outputs)
     machine = Machine(program, programs, _parameters(program, arguments, memory), memory, shared, counting)
+    machine.order.strict = strict
     code = bind(machine)
     try:
         with np.errstate(all="ignore"):

@@ -76,7 +76,7 @@ def _special_registers(lane: Array, threads: int, programs: int) -> dict[str, Ar
 def _registers(sizes: dict[str, int], lanes: int) -> dict[str, Register]:
     """Return registers of `sizes` bytes, never written."""
     fresh = np.full(lanes, NEVER_WRITTEN)
-    registers = {}
+    registers: dict[str, Register] = {}
     for size in set(sizes.values()):
         names = [name for name, its in sizes.items() if its == size]
         bank = np.zeros((len(names), lanes), np.bool_ if size == 1 else BITS[size])

@@ -33,7 +33,7 @@ class Order:
     """What the accesses of each lane come after: `synced` its program's last barrier, `warp_synced` its warp's.
 
     who: the lane's own part of its stamps. waited: its last wait at an mbarrier. fenced: the clock of its last fence
-    between proxies.
+    between proxies. strict: what cp.async wrote needs such a fence too.
     """
 
     def __init__(self, lanes: int, threads: int) -> None:
@@ -42,6 +42,7 @@ class Order:
         self.who = (thread // 32 << 6) | thread % 32
         self.synced, self.warp_synced, self.waited = (np.full(lanes, _START) for _ in range(3))
         self.fenced = np.zeros(lanes, np.int64)
+        self.strict = False
 
     def stamp(self, lanes: Lanes) -> Array:
         """Return the stamp of an access now."""
@@ -139,7 +140,9 @@ class Ledger:
         if unfenced.any():
             first = lanes // order.threads * order.threads
             writer = first[:, None] + ((prior & _WARP) >> 6) * 32 + (prior & _LANE)
-            if ((order.fenced[writer] <= prior >> _CLOCK) & (prior & COPIED == 0) & unfenced[:, None]).any():
+            if (
+                (order.fenced[writer] <= prior >> _CLOCK) & (order.strict | (prior & COPIED == 0)) & unfenced[:, None]
+            ).any():
                 raise Fault("proxy fence", "a matrix instruction reads what was written without a fence.proxy.async")
         self.read.reshape(-1, 8)[chunks] = stamp
         self.flights.setdefault(stamp, []).append(chunks)
