@@ -256,6 +256,7 @@ def move(machine: Machine, instruction: Instruction) -> Step:
     sources = [machine.source(o, name) for o in given]
     outs = [None if t == "_" else machine.register(t) for t in taken]
     dtype = np.dtype(np.bool_ if kind == "pred" else BITS[size // len(taken)])
+    copied = len(given) == len(taken) == 1 and sources[0].register is not None
 
     def run(mask: Mask) -> None:
         # registers that tcgen05.ld has not yet written may be moved, not used
@@ -265,7 +266,7 @@ def move(machine: Machine, instruction: Instruction) -> Step:
         values = (columns[0] if len(columns) == 1 else np.concatenate(columns, 1)).view(dtype)
         for register, column, its in zip(outs, values.T, moved, strict=True):
             if register is not None:
-                register.write(column, mask, its)
+                register.write(column, mask, its, copied)
         if any(its is not None and (its & LOADING).any() for its in moved):
             machine.loading.append([register for register in outs if register is not None])
 

@@ -35,6 +35,7 @@ class Job(NamedTuple):
     dtype: str
     call: str
     counted: bool = False
+    strict: bool = False
 
     def __str__(self) -> str:
         return f"{self.call} ({self.dtype}, {self.target})"
@@ -86,11 +87,11 @@ def _launched(counts: dict[str, Any] | None, **values: Any) -> Launched:
 
 
 def plan(
-    targets: Sequence[str], dtypes: Sequence[str], calls: Sequence[str], kernels: Sequence[str], counted: bool = False
+    targets: Sequence[str], dtypes: Sequence[str], calls: Sequence[str], kernels: Sequence[str], *how: bool
 ) -> list[Job]:
-    """Return the jobs of calls in which one of the kernels runs."""
+    """Return the jobs of calls in which one of the kernels runs; how: the last fields of them all."""
     chosen = [name for name in calls if set(kernels) & set(kernels_of(name))]
-    return [Job(*parts, counted) for parts in itertools.product(targets, dtypes, chosen)]
+    return [Job(*parts, *how) for parts in itertools.product(targets, dtypes, chosen)]
 
 
 @cache
@@ -108,7 +109,7 @@ def execute_job(job: Job) -> Row:
     begin = time.monotonic()
     case = CASES[job.call]
     made = case.draw(DTYPES[job.dtype])
-    with emulating(TARGETS[job.target], counting=job.counted) as launches:
+    with emulating(TARGETS[job.target], counting=job.counted, strict=job.strict) as launches:
         try:
             values = case.evaluate(made, "triton")
         except (Fault, Unsupported, CompileError) as error:

@@ -39,10 +39,15 @@ class Launched:
 
 
 @contextmanager
-def emulating(target: Target, *, counting: bool = False) -> Iterator[list[Launched]]:
+def emulating(target: Target, *, counting: bool = False, strict: bool = False) -> Iterator[list[Launched]]:
     """Execute the launches inside, which take tensors on the CPU, as they would run on `target`; list them.
 
-    New tensors begin as NaN, so that what a kernel forgets to write shows. counting: what each did is counted.
+    New tensors begin as NaN, so that what a kernel forgets to write shows.
+
+    Args:
+        target: a GPU whose code is PTX.
+        counting: whether what each launch does is counted.
+        strict: as `execute` takes it.
 
     Raises:
         CompileError, Unsupported: of a launch that cannot be compiled, or not be executed; from the `with` block.
@@ -52,21 +57,21 @@ def emulating(target: Target, *, counting: bool = False) -> Iterator[list[Launch
 
     def take(launch: Launch) -> None:
         launches.append(Launched(launch.kernel.__name__, launch.programs))
-        launches[-1] = _execute(launch, target, counting)
+        launches[-1] = _execute(launch, target, counting, strict)
 
     with _poisoned(), redirecting(target, take):
         yield launches
 
 
-def _execute(launch: Launch, target: Target, counting: bool) -> Launched:
+def _execute(launch: Launch, target: Target, counting: bool, strict: bool) -> Launched:
     """Compile and execute one launch."""
     begin = time.perf_counter()
     compiled = build(launch, target)
     program = _parsed(compiled.asm["ptx"])
     built = time.perf_counter()
     shared = compiled.metadata.shared
-    name, arguments = launch.kernel.__name__, arguments_of(launch)
-    run = execute(program, launch.programs, arguments, shared, outputs=outputs_of(launch), counting=counting)
+    name, arguments, outputs = launch.kernel.__name__, arguments_of(launch), outputs_of(launch)
+    run = execute(program, launch.programs, arguments, shared, outputs=outputs, counting=counting, strict=strict)
     pairs = launch.tile.BLOCK_M * launch.tile.BLOCK_N if name in ATTENTION else None
     counts = count(run, launch.programs, arguments, pairs) if counting else None
     return Launched(name, launch.programs, built - begin, time.perf_counter() - built, counts)

@@ -53,15 +53,16 @@ class Register:
             return self.typed(name)
         return self.bits.view(numpy_type(name))[:: self.bits.itemsize // itemsize]
 
-    def settle(self, mask: Mask, flags: Array | None) -> None:
-        """Set the flags of lanes that are written.
+    def settle(self, mask: Mask, flags: Array | None, copied: bool = False) -> None:
+        """Set the flags of lanes that are written; copied: with what another register holds.
 
         Raises:
             Fault: the register waits for an asynchronous instruction.
         """
         if self.flags is not None:
             _require_arrived(self.flags & (NOT_ARRIVED | LOADING), mask, "writes")
-        if self.order is not None:
+        if self.order is not None and not copied:
+            # compilers name accumulators anew behind wgmma.fence, and ptxas gives both names one register
             np.copyto(self.changed, self.order.now, where=True if mask is None else mask)
         if mask is None:
             self.flags = flags if flags is None or flags.any() else None
@@ -70,9 +71,9 @@ class Register:
             merged = np.where(mask, none if flags is None else flags, none if self.flags is None else self.flags)
             self.flags = merged if merged.any() else None
 
-    def write(self, values: Array, mask: Mask, flags: Array | None) -> None:
-        """Write the bits of all lanes, or of those in the mask, and their flags."""
-        self.settle(mask, flags)
+    def write(self, values: Array, mask: Mask, flags: Array | None, copied: bool = False) -> None:
+        """Write the bits of all lanes, or of those in the mask, and their flags, as `settle` does."""
+        self.settle(mask, flags, copied)
         np.copyto(self.bits, values, where=True if mask is None else mask)
 
     def fill(self, values: Array, lanes: Lanes, mask: Mask, never: Array | None) -> None:

@@ -44,6 +44,10 @@ def _parser(targets: Sequence[str]) -> argparse.ArgumentParser:
         "--counts", action="store_true",
         help="also what the code of calls with whole tiles moves and issues, unless --calls says which",
     )  # fmt: skip
+    found.add_argument(
+        "--strict", action="store_true",
+        help="what cp.async copied needs a fence before a matrix instruction reads it, beside its wait and a barrier",
+    )  # fmt: skip
     found.add_argument("--quick", action="store_true", help="unless said otherwise, two targets, one dtype, few calls")
     found.add_argument(
         "--against", type=Path, metavar="FILE",
@@ -119,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kernels = choose_kernels(given.kernels, KERNELS)
     except ValueError as error:
         return _refused(str(error))
-    jobs = plan(targets, dtypes, calls, kernels, given.counts)
+    jobs = plan(targets, dtypes, calls, kernels, given.counts, given.strict)
     given.kept.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     done = execute_all(jobs, given.jobs, given.kept)

@@ -49,7 +49,7 @@ class Worst(NamedTuple):
 def table(rows: Sequence[Row], kernels: Sequence[str]) -> Iterator[str]:
     """Yield a line for each target, dtype and kernel of which a row has launches, and then the worst of all."""
     yield HEAD
-    lines: list[tuple[float, str]] = []
+    lines: list[tuple[str, float | None]] = []
     for target in EMULATED:
         for dtype in DTYPES:
             here = [row for row in rows if row.job[:2] == (target, dtype)]
@@ -57,11 +57,12 @@ def table(rows: Sequence[Row], kernels: Sequence[str]) -> Iterator[str]:
                 if any(_launched(kernel, row) for row in here):
                     worst = _worst(kernel, here)
                     line = f"{target:7} {dtype:9} {kernel:19} {_line(kernel, here, worst)}"
-                    lines.append((worst.share if worst else 0.0, line))
-    for _, line in lines:
+                    lines.append((line, worst.share if worst else None))
+    for line, _ in lines:
         yield line
     yield "\nnearest to their gates"
-    for _, line in sorted(lines, key=lambda x: -x[0])[:WORST]:
+    measured = [(share, line) for line, share in lines if share is not None]
+    for _, line in sorted(measured, reverse=True)[:WORST]:
         yield line
 
 

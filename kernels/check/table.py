@@ -160,6 +160,10 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(x) for x in text.split(":"))
 
 
+def _number_or_numbers(text: str) -> int | tuple[int, ...]:
+    return _numbers(text) if ":" in text else int(text)
+
+
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:
     numbers = _numbers(text)
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
@@ -170,7 +174,9 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (int, "a whole number"),
     "bool": ({"true": True, "false": False}.__getitem__, "true or false"),
     "str": (str, "a word"),
+    "str | None": (str, "a word"),
     "float | None": (float, "a number"),
+    "int | tuple[int, ...]": (_number_or_numbers, "a whole number, or several with colons between them"),
     "tuple[int, ...] | None": (_numbers, "numbers with colons between them"),
     "tuple[tuple[int, int], ...] | None": (_pairs, "pairs of numbers with colons between them"),
 }

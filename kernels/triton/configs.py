@@ -185,6 +185,16 @@ _WIDTHS = {
 }
 
 
+# kernels that loop over tiles of K columns beside tiles of V, and targets whose products read them from shared memory
+_ATTENTION = ("attend_kernel", "query_grad_kernel", "key_grad_kernel")
+_ASYNCHRONOUS = ("sm_90", "sm_100")
+
+
+def _ragged(width: int) -> bool:
+    """Return whether a tile, whose columns are a power of two, has columns that there are none of."""
+    return width & (width - 1) != 0
+
+
 def family(target: str) -> str:
     """Return the target whose rows of the table `target` takes.
 
@@ -229,6 +239,9 @@ def tile_for(kernel: str, target: Target, dtype: torch.dtype, key_width: int, va
     width = next(width for width in _WIDTHS[kernel, bits] if width >= widest)
     rows = TABLE[kernel, bits, width]
     tile = replace(rows.get(kin, rows[""]), PRECISION="ieee" if kin.startswith("gfx") else "tf32x3")
+    if kernel in _ATTENTION and kin in _ASYNCHRONOUS and _ragged(key_width) != _ragged(value_width):
+        # ragged tiles pass through registers: Triton 3.7 fences these before the copies beside them have landed
+        tile = replace(tile, num_stages=1)
     if target.shared >= TARGETS[kin].shared:
         return tile
     while shared_bytes(kernel, tile, bits, key_width, value_width) > target.shared:

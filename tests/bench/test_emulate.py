@@ -226,6 +226,24 @@ def test_a_profile_adds_up_a_kernels_launches() -> None:
     assert again == made
 
 
+def test_the_figures_of_the_kernels_are_those_that_were_counted() -> None:
+    text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "bench" / "results" / "emulated" / "counts.json").read_text(encoding="utf-8"))["rows"]
+    columns = []
+    for made in sorted((Row.of_json(x) for x in rows), key=lambda x: x.job.call, reverse=True):
+        floor, counts = CASES[made.job.call].floor, {x.kernel: x.counts for x in made.launches if x.counts}
+        assert floor is not None
+        work = floor(2)
+        sums = [sum(getattr(x.counts, name) for x in made.launches) for name in ("operations", "tensors", "sectors")]
+        loops = [sum(counts[f"{name}_kernel"].loop.values()) for name in ("attend", "query_grad", "key_grad")]
+        columns.append([sums[0] / work.operations, sums[1] / work.bytes, sums[2] / work.bytes, *loops])
+    section = text.partition("### Counted")[2].partition("\n## ")[0]
+    shown = [line.split("|")[2:4] for line in section.splitlines() if line.startswith("| ")][2:]
+    assert [[float(x) for x in pair] for pair in shown] == [
+        [round(a, 2), round(b, 2)] for a, b in zip(*columns, strict=True)
+    ]
+
+
 def kernel(*names: str) -> Any:
     params = [SimpleNamespace(name=name, is_constexpr=name.isupper()) for name in names]
     return SimpleNamespace(params=params, arg_names=list(names), do_not_specialize=[], __name__="kernel")

@@ -234,6 +234,7 @@ def test_wgmma_between_its_fences_and_waits() -> None:
     again = FILL + BARRIER + FENCE + PRODUCT + WAIT + "{}" + unfenced + WAIT
     run(again.replace("{}", ""), out, **HOPPER)
     fault("register fence", again.replace("{}", "    mov.u32 %r22, 0;\n"), out, **HOPPER)
+    run(again.replace("{}", "    mov.u32 %r22, %r23;\n"), out, **HOPPER)
 
 
 def test_tiles_that_wgmma_reads() -> None:

@@ -35,7 +35,7 @@ from hypothesis import given, settings
 from segattn import MemoryState, memory_read, memory_write, segment_attention
 from segattn.kernels import backends
 from segattn.kernels.state import Options
-from segattn.kernels.triton.configs import TABLE, TARGETS, Tile
+from segattn.kernels.triton.configs import TABLE, TARGETS, Tile, tile_for
 from segattn.kernels.triton.launch import Launch, dense_rows, recording, trying
 from segattn.kernels.triton.ops import Inputs, attention_backward, attention_forward
 
@@ -366,6 +366,21 @@ def test_a_launch_has_a_grid_of_one_dimension(monkeypatch: pytest.MonkeyPatch) -
     launch.launch(Kernel(), 70000, next(iter(TILES.values())), torch.empty(1))
     assert grids == [(70000,)]
     assert attention.launch is launch.launch
+
+
+@pytest.mark.parametrize("kernel", ["attend_kernel", "query_grad_kernel", "key_grad_kernel"])
+def test_one_ragged_width_is_not_pipelined(kernel: str) -> None:
+    """A copy into shared memory beside a tile that passes through registers would not be fenced, says `ci/emulate`."""
+
+    def stages(target: str, key_width: int, value_width: int) -> int:
+        return tile_for(kernel, TARGETS[target], torch.bfloat16, key_width, value_width).num_stages
+
+    for target in ("sm_90", "sm_100"):
+        assert stages(target, 24, 64) == stages(target, 200, 256) == stages(target, 128, 72) == 1
+        assert (
+            min(stages(target, 64, 64), stages(target, 128, 64), stages(target, 24, 40), stages(target, 256, 256)) > 1
+        )
+    assert stages("sm_80", 24, 64) > 1
 
 
 @pytest.mark.parametrize("window", [{}, {"lookback": 1, "sinks": 4}], ids=str)
