@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("segattn", "FRAGMENT")
+NAMESPACE = "segattn"
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _LIBRARY.define("copied(Tensor x) -> Tensor")
 _LIBRARY.impl("copied", torch.clone, "CompositeExplicitAutograd")
-torch.library.register_fake("segattn::copied", torch.empty_like, lib=_LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::copied", torch.empty_like, lib=_LIBRARY)
 
 
 def savable(*tensors: Tensor | None) -> tuple[Any, ...]:

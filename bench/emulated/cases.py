@@ -186,6 +186,12 @@ CASES: dict[str, Case] = {
     "padding last queries": attention(B=2, spans=((3, 101), (90, 101)), Tq=40, update="linear"),
     "block mask": attention(Tk=150, **_MASK),
     "block mask packed softcap": attention(Tk=150, **_MASK, cu_seqlens=(0, 61, 150), softcap=5.0),
+    "lookback": attention(lookback=1),
+    "lookback packed": attention(**_PACKED, lookback=1),
+    "sinks": attention(sinks=4, own_sinks="segment"),
+    "window": attention(lookback=1, sinks=4, own_sinks="segment"),
+    "window local K24 V40": attention(lookback=1, sinks=17, own_sinks="segment", gated=False, K=24, V=40),
+    "window K128 V128": attention(lookback=1, sinks=4, own_sinks="segment", K=128, V=128, H=2, G=1),
     "inference": inference(),
     "inference packed local": inference(**_PACKED, gated=False),
     "decode": decoding(),
@@ -210,7 +216,7 @@ CASES: dict[str, Case] = {
     "memory K256 V256": memory(K=256, V=256, H=2, G=1),
 }
 # every kernel once
-QUICK = ("delta", "decode", "memory corrected")
+QUICK = ("delta", "window", "decode", "memory corrected")
 # whose instructions and traffic say something of large calls
 COUNTED = ("whole tiles K64", "whole tiles K128", "decode", "memory corrected")
 # of which a device keeps the bits of the outputs

@@ -25,6 +25,7 @@ OUTPUTS = {
     "weight_sums_kernel": ("dnormalizer",),
     "write_grad_kernel": ("dmemory_k", "dk", "dv", "dbeta"),
     "key_grad_kernel": ("dk", "dv"),
+    "sink_grad_kernel": ("dsink_k", "dsink_v"),
 }
 HEAD = (
     f"{'target':7} {'dtype':9} {'kernel':19} {'calls':>5} {'programs':>8} {'error':>8} {'gate':>6} {'share':>6} "
