@@ -25,7 +25,7 @@ ROPE = ("segment", "sequence", None)
 
 
 class InfiniState(NamedTuple):
-    """What an `InfiniAttention` keeps of the tokens it has read: a value of constant size, differentiable.
+    """Hold what an `InfiniAttention` keeps of the tokens it has read: a value of constant size, differentiable.
 
     memory: MemoryState of the completed segments, float32; with lookback=1, of all of them but the last.
     keys, values: [B, G, P, K] of the tokens that the memory does not hold, before rotary embedding: the unfinished
@@ -214,7 +214,7 @@ class InfiniAttention(nn.Module):
         if spans is not None or cu_seqlens is not None or memory is None:
             return out, None
         # cloned, so that the rest of a long piece is not kept alive
-        tail = max(k.shape[2] // self.segment_len - self.lookback, 0) * self.segment_len
+        tail = self._folded(k.shape[2])
         kept = (None, None) if sinks is None or begin + tail == 0 else (x.clone() for x in sinks)
         return out, InfiniState(memory, k[:, :, tail:].clone(), v[:, :, tail:].clone(), read + total, *kept)
 
@@ -279,7 +279,7 @@ class InfiniAttention(nn.Module):
         if (heads, width) != (self.kv_heads, self.head_width) or time >= most:
             wanted = f"[B, {self.kv_heads}, P < {most}, {self.head_width}]"
             raise ValueError(f"state must hold keys of shape {wanted}, got {list(state.keys.shape)}")
-        held = max(state.position // self.segment_len - self.lookback, 0) * self.segment_len
+        held = self._folded(state.position)
         if state.position - held != time:
             raise ValueError(
                 f"state must hold the last {state.position - held} tokens of its {state.position} for segments of "
@@ -294,6 +294,10 @@ class InfiniAttention(nn.Module):
                     f"state.{name} must be {list(shape) if held and self.sinks else None}, got {got}: it is of a layer "
                     "of other sinks"
                 )
+
+    def _folded(self, tokens: int) -> int:
+        """Return how many of a text's first tokens are in the memory, and no longer among the keys."""
+        return max(tokens // self.segment_len - self.lookback, 0) * self.segment_len
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)

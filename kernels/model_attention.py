@@ -9,22 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .attention import segment_attention
+from .attention_arguments import with_effect
 from .validation import check_integer
 
-# arguments that models hand on to their attention, and that change nothing in it
-WITHOUT_EFFECT = frozenset(
-    {
-        "cache_position",
-        "cu_seq_lens_k",
-        "deterministic",
-        "max_length_k",
-        "max_length_q",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "use_cache",
-    }
-)
+# of packed texts, whose offsets are those of the queries
+HARMLESS = frozenset({"cu_seq_lens_k", "max_length_k", "max_length_q"})
 
 
 def model_attention(
@@ -105,11 +94,10 @@ def _check_others(module: nn.Module, arguments: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it does.
     """
-    others = {name for name, x in arguments.items() if x is not None and x is not False} - WITHOUT_EFFECT
-    if others:
+    if others := with_effect(arguments, HARMLESS):
         raise ValueError(
             f"attn_implementation must be another for a model whose {type(module).__name__} passes "
-            f"{', '.join(sorted(others))} to its attention, which this one does not take"
+            f"{', '.join(others)} to its attention, which this one does not take"
         )
 
 

@@ -75,7 +75,7 @@ register_pytree_node(
 
 
 class SegmentOutput(NamedTuple):
-    """What `segment_attention` returns.
+    """Hold what `segment_attention` returns.
 
     out: [B, H, Tq, V] in q's dtype.
     state: the memory after every segment completed inside k and v, less the last `lookback` of them; None when the call

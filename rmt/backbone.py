@@ -20,7 +20,7 @@ ROUNDING = 1e-6
 
 
 class Outputs(NamedTuple):
-    """What a model returns for embeddings.
+    """Hold what a model returns for embeddings.
 
     hidden: rows of the last layer [B, T, d].
     logits: [B, T, C], [B, C], or None.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Extension(NamedTuple):
-    """What reading a few more tokens of a segment returns.
+    """Hold what reading a few more tokens of a segment returns.
 
     logits: [B, vocabulary] after the last token; None once the segment is written.
     state: the memory, changed only where the segment is written.

@@ -40,7 +40,7 @@ DRAWING = ("temperature", "top_k", "top_p")
 
 
 class Writer(GenerationMixin):
-    """What transformers' `generate` needs of a model: logits for a text, whose last segments stand in for the cache.
+    """Give transformers' `generate` what it needs: logits for a text, whose last segments stand in for the cache.
 
     Args:
         model: what the memory is around; its `generation_config`, if it has one, has the defaults.

@@ -41,7 +41,7 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a job: `compiled`, or the `error` that the compiler raised."""
+    """Hold what became of a job: `compiled`, or the `error` that the compiler raised."""
 
     job: Job
     tile: Tile

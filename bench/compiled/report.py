@@ -6,7 +6,6 @@ Exit status: 0 where nothing does, 1 where something does, 2 where nothing can b
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ from ...kernels.check.check import interpreted
 from ...kernels.triton.configs import TARGETS
 from ..choices import choices, listed
 from ..choices import kernels as choose_kernels
-from ..speed.machine import versions
+from ..outcome import finish, refused
 from ..speed.workloads import DTYPES
 
 WIDTHS = ("64", "128", "256")
@@ -64,8 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _refused(why: str) -> int:
     """Say why nothing can be compiled, and return the exit status."""
-    sys.stderr.write(f"ci/compile: {why}\n")
-    return 2
+    return refused("ci/compile", why)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,11 +101,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.floors:
         for line in costs(rows):
             sys.stdout.write(f"{line}\n")
-    broken = failures(rows)
-    if given.json is not None:
-        document = {"versions": versions(), "rows": [row.as_json() for row in rows], "failures": broken}
-        given.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(f"\n{len(rows)} compiled in {time.monotonic() - begin:.0f} s, {len(broken)} failures\n")
-    for line in broken:
-        sys.stdout.write(f"  {line}\n")
-    return 1 if broken else 0
+    done_in = f"{len(rows)} compiled in {time.monotonic() - begin:.0f} s"
+    return finish(done_in, rows, failures(rows), given.json)

@@ -95,7 +95,7 @@ def _grown_loops(rows: Sequence[Row]) -> Iterator[str]:
 
 
 class Rate(NamedTuple):
-    """What a multiprocessor does in one clock: instructions of threads begun, and operations of bfloat16 products."""
+    """Hold what a multiprocessor does in one clock: instructions of threads, and operations of bfloat16 products."""
 
     instructions: int
     operations: int

@@ -50,7 +50,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a job.
+    """Hold what became of a job.
 
     Attributes:
         measured: by the name of an output or gradient; nothing where the call had no end.

@@ -42,7 +42,7 @@ class Code(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What a kernel did.
+    """Hold what a kernel did.
 
     steps: instructions executed by the machine, each for many lanes at once.
     issued: of every instruction of the program, by how many warps.

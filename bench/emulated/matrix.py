@@ -25,7 +25,7 @@ ROW, COLUMN = LANE // 4, LANE % 4  # of a lane in 8 rows of 4 words
 
 
 class Layout(NamedTuple):
-    """Where each lane's registers lie in a matrix: rows and columns, [registers, 32]."""
+    """Say where each lane's registers lie in a matrix: rows and columns, [registers, 32]."""
 
     rows: Array
     columns: Array

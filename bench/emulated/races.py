@@ -30,7 +30,7 @@ _START = 1 << _CLOCK | 0xFFFF
 
 
 class Order:
-    """What the accesses of each lane come after: `synced` its program's last barrier, `warp_synced` its warp's.
+    """Hold what the accesses of each lane come after: `synced` its program's last barrier, `warp_synced` its warp's.
 
     who: the lane's own part of its stamps. waited: its last wait at an mbarrier. fenced: the clock of its last fence
     between proxies. strict: what cp.async wrote needs such a fence too.

@@ -21,7 +21,7 @@ from ...kernels.check.check import interpreted
 from ...kernels.check.gates import DTYPES
 from ..choices import choices, listed
 from ..choices import kernels as choose_kernels
-from ..speed.machine import versions
+from ..outcome import finish, refused
 
 KEPT = Path("build/emulated.jsonl")
 # targets and dtypes of --quick, whose calls launch every kernel
@@ -65,8 +65,7 @@ def _parser(targets: Sequence[str]) -> argparse.ArgumentParser:
 
 def _refused(why: str) -> int:
     """Say why nothing can be executed, and return the exit status."""
-    sys.stderr.write(f"ci/emulate: {why}\n")
-    return 2
+    return refused("ci/emulate", why)
 
 
 def _against(path: Path) -> int:
@@ -133,11 +132,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.counts:
         for line in profile(rows, kernels):
             sys.stdout.write(f"{line}\n")
-    broken = failures(rows)
-    if given.json is not None:
-        document = {"versions": versions(), "rows": [row.as_json() for row in rows], "failures": broken}
-        given.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(f"\n{len(rows)} calls in {time.monotonic() - begin:.0f} s, {len(broken)} failures\n")
-    for line in broken:
-        sys.stdout.write(f"  {line}\n")
-    return 1 if broken else 0
+    done_in = f"{len(rows)} calls in {time.monotonic() - begin:.0f} s"
+    return finish(done_in, rows, failures(rows), given.json)

@@ -197,7 +197,7 @@ _KINDS = {"kind::f16": {0: "f16", 1: "bf16"}, "kind::tf32": {2: "tf32"}}
 
 
 class Shape(NamedTuple):
-    """What an instruction descriptor of tcgen05.mma says: the format of A and B, which are transposed, M and N."""
+    """Hold what an instruction descriptor of tcgen05.mma says: the format of A and B, which are transposed, M and N."""
 
     kind: str
     transposed: tuple[bool, bool]

@@ -13,7 +13,7 @@ BANKS = 32  # of four bytes
 
 
 class Traffic(NamedTuple):
-    """What one instruction moved: accesses of warps, and the bytes of their lanes.
+    """Hold what one instruction moved: accesses of warps, and the bytes of their lanes.
 
     moved: of global memory, 32-byte sectors; of shared memory, passes over the banks. least: the fewest there may be.
     """

@@ -20,7 +20,7 @@ from .shapes import Shape
 
 
 class Traffic(NamedTuple):
-    """What one rank sends.
+    """Hold what one rank sends.
 
     bytes: of all messages.
     messages: the number that are sent one after another.
@@ -87,7 +87,7 @@ class Split:
 
     @property
     def has_segments(self) -> bool:
-        """Whether every rank can have a segment, the last one an unfinished one."""
+        """Return whether every rank can have a segment, the last one an unfinished one."""
         return self.ranks <= -(-self.length // self.segment_len)
 
 

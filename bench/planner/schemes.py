@@ -181,7 +181,7 @@ class Local(Full):
 
     @property
     def several(self) -> bool:
-        """Whether the text has more than one segment."""
+        """Return whether the text has more than one segment."""
         return self.plan.length > self.plan.segment_len
 
     def segments_of(self, tokens: int) -> int:

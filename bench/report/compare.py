@@ -43,7 +43,7 @@ UNCLEAR = ("cannot tell", "not in B")
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one measurement.
+    """Hold what became of one measurement.
 
     verdict: One of `REGRESSIONS`, of `UNCLEAR`, or "same", "faster", "less memory".
     is_ours: Of this package.
@@ -61,12 +61,12 @@ class Change:
 
     @property
     def is_regression(self) -> bool:
-        """Whether this package has become worse."""
+        """Return whether this package has become worse."""
         return self.is_ours and self.verdict in REGRESSIONS
 
     @property
     def is_unclear(self) -> bool:
-        """Whether this package may have become worse."""
+        """Return whether this package may have become worse."""
         return self.is_ours and self.verdict in UNCLEAR
 
     @property

@@ -15,7 +15,7 @@ FACTS = ("cpu_capability", "threads", "torch", "triton", "python", "cuda", "hip"
 
 
 class Key(NamedTuple):
-    """What is measured: two rows of one key are measurements of the same."""
+    """Hold what is measured: two rows of one key are measurements of the same."""
 
     device: str
     group: str

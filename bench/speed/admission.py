@@ -26,7 +26,7 @@ class DeviceLostError(RuntimeError):
 
 
 class Admission(NamedTuple):
-    """Whether a peer may be timed.
+    """Say whether a peer may be timed.
 
     status: "right", or why not: "skipped", "failed", "wrong", "out of memory"; reason: in words.
     errors: Relative RMS errors, by output.

@@ -43,7 +43,7 @@ class Deviation(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What is computed, by the fields of `Peer`."""
+    """Say what is computed, by the fields of `Peer`."""
 
     update: str | None
     full: bool
@@ -54,7 +54,7 @@ Results = Mapping[str, Tensor]
 
 
 class Reference(NamedTuple):
-    """What a case's results are held to, by output.
+    """Hold what a case's results are held to, by output.
 
     expected: The results of the reference in float64.
     sizes: The norms that errors are relative to.

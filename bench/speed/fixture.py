@@ -26,7 +26,7 @@ def replayed() -> float:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every benchmark needs: pytest-benchmark's fixture, and the options of the command line.
+    """Hold what every benchmark needs: pytest-benchmark's fixture, and the options of the command line.
 
     keep: Takes a row of the table.
     most_rounds: Timed rounds at most.

@@ -65,7 +65,7 @@ class Row:
 
     @property
     def is_ours(self) -> bool:
-        """Whether the peer is this package."""
+        """Return whether the peer is this package."""
         return self.peer.startswith(OURS)
 
     @property

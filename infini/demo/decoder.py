@@ -33,7 +33,7 @@ class DecoderConfig:
 
 
 class DecoderState(NamedTuple):
-    """What a `Decoder` keeps of the tokens that it has read: a state per layer, and the last tokens [B, neighbours]."""
+    """Hold what a `Decoder` keeps of the tokens it has read: a state per layer, and the last tokens [B, neighbours]."""
 
     layers: list[InfiniState]
     tokens: Tensor

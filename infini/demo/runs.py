@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
 
 
 class Listener(Protocol):
-    """What a run reports its progress to."""
+    """Take note of a run's progress."""
 
     def trained(self, step: int, steps: int, loss: float, accuracy: float) -> None:
         """Take note of a training step; the accuracy is that of the last twenty."""

@@ -20,7 +20,7 @@ LOSS_ROWS = 512
 
 
 class Reading(NamedTuple):
-    """What a model returns at the end of a text.
+    """Hold what a model returns at the end of a text.
 
     logits: [B, vocabulary], after the last token.
     cache: as the model returned it.

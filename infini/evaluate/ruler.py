@@ -20,7 +20,7 @@ ANSWER_VT, ANSWER_CWE = 30, 120
 
 
 class Needle(NamedTuple):
-    """What is hidden in a task of needles, in the words of lm-eval's generator."""
+    """Hold what is hidden in a task of needles, in the words of lm-eval's generator."""
 
     haystack: str
     key: str

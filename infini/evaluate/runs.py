@@ -33,7 +33,7 @@ FREE = (
 
 
 class Listener(Protocol):
-    """What a run reports its progress to."""
+    """Take note of a run's progress."""
 
     def begin(self, tokens: int) -> None:
         """Take note of the number of tokens that are to be read."""

@@ -141,7 +141,7 @@ class InfiniCache(Cache):
 
     @property
     def rows(self) -> Rows:
-        """How far each row has been read."""
+        """Return how far each row has been read."""
         return self._first.rows
 
     @property
@@ -151,7 +151,7 @@ class InfiniCache(Cache):
 
     @property
     def recording(self) -> bool:
-        """Whether the last completed segment stays unfolded, for `crop`."""
+        """Return whether the last completed segment stays unfolded, for `crop`."""
         return self._first.record_past
 
     @property
@@ -205,7 +205,7 @@ class InfiniCache(Cache):
 
     @property
     def is_open(self) -> bool:
-        """Whether the rows can go on: none has ended with padding."""
+        """Return whether the rows can go on: none has ended with padding."""
         return self.rows.open
 
     def is_empty(self) -> bool:

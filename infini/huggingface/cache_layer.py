@@ -14,7 +14,7 @@ from ...kernels.state import MemoryState
 
 
 class LayerState(NamedTuple):
-    """What a converted layer keeps of the tokens that it has read.
+    """Hold what a converted layer keeps of the tokens that it has read.
 
     memory: MemoryState of the completed segments.
     keys, values: [B, G, P, K] of the unfinished segment as attention uses them; P is the longest tail of a row, and

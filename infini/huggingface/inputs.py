@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ...kernels import validation as check
+from ...kernels.attention_arguments import with_effect
 from .cache import InfiniCache
 from .rows import Rows, TokenColumns
 from .settings import Conversion
@@ -17,11 +18,11 @@ from .static_cache import StaticInfiniCache
 
 # what a call or a layer may pass on to attention, and converted layers make nothing of: their positions and bounds of
 # packed sequences come with the pass, segments stand in for a window, and the others are for a loss or other layers
-WITHOUT_EFFECT = frozenset(
+HARMLESS = frozenset(
     (
-        *("position_ids", "cache_position", "use_cache", "sliding_window", "is_causal", "deterministic"),
+        *("position_ids", "sliding_window", "is_causal"),
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "token_type_ids"),
-        *("num_items_in_batch", "ignore_index", "shift_labels"),
+        *("ignore_index", "shift_labels"),
     )
 )
 
@@ -36,9 +37,7 @@ def check_arguments(arguments: Mapping[str, Any], source: str) -> None:
     Raises:
         ValueError: one of them would change the attention of a plain model, or may, such as attention sinks (`s_aux`).
     """
-    given = {name for name, x in arguments.items() if x is not None and x is not False}
-    others = sorted(name for name in given - WITHOUT_EFFECT if not name.startswith("output_"))
-    if others:
+    if others := [name for name in with_effect(arguments, HARMLESS) if not name.startswith("output_")]:
         raise ValueError(
             f"{', '.join(others)} must be left out for a converted model, whose attention has no such thing, got from "
             f"{source}"

@@ -31,7 +31,7 @@ FAR = 2**20
 
 
 class Probe(NamedTuple):
-    """What was read of a model.
+    """Hold what was read of a model.
 
     layers: the traits of those layers that were asked for, by index.
     learnt: whether positions are added to the embeddings of tokens.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """How far each row of a batch has been read.
+    """Say how far each row of a batch has been read.
 
     The *tail* of a row is its unfinished segment: the tokens behind those that were written to the memory, that is
     folded. All tails end in the last column.

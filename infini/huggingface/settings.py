@@ -56,7 +56,7 @@ class Settings:
 
 @dataclass
 class Conversion:
-    """What `convert` did to a model, and what `revert` needs to undo it.
+    """Hold what `convert` did to a model, and what `revert` needs to undo it.
 
     settings: the arguments of `convert`.
     depth: number of layers of the model.

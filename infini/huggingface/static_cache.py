@@ -218,7 +218,7 @@ class StaticInfiniCache(Cache):
 
     @property
     def rows(self) -> Rows:
-        """How far each row has been read; reading it waits for the device."""
+        """Return how far each row has been read; reading it waits for the device."""
         lengths = tuple(self.lengths.tolist())
         length = self.settings.segment_len
         return Rows(int(self.columns), lengths, tuple(n // length * length for n in lengths))

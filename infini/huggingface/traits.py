@@ -10,7 +10,7 @@ from ..rotary import unrotate
 
 
 class Rotary(NamedTuple):
-    """How queries and keys are rotated.
+    """Describe how queries and keys are rotated.
 
     interleaved, last: as in `unrotate`.
     angles: the entries of the cosine and sine that hold one angle for each pair of channels: the first of two equal
@@ -37,7 +37,7 @@ class Rotary(NamedTuple):
 
 
 class Traits(NamedTuple):
-    """What a converted layer needs to know of its attention.
+    """Hold what a converted layer needs to know of its attention.
 
     heads, groups: query heads H and key/value heads G.
     key_width, value_width: K and V.

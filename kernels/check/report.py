@@ -32,7 +32,7 @@ class Row:
 
     @property
     def comparison(self) -> tuple[str, str, str]:
-        """What was run twice to get this row."""
+        """Return what was run twice to get this row."""
         return self.backend, self.dtype, self.call
 
 

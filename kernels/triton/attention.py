@@ -41,7 +41,7 @@ from .write import SegmentMemory, normalizer_at
 
 
 class Reading(NamedTuple):
-    """What a call reads from a memory."""
+    """Hold what a call reads from a memory."""
 
     q: Any  # memory_q [B, H, Tq, K]
     gate: Tensor  # float32 [H]
@@ -53,7 +53,7 @@ class Reading(NamedTuple):
 
 
 class SavedRows(NamedTuple):
-    """What the queries' backward needs of the forward."""
+    """Hold what the queries' backward needs of the forward."""
 
     local: Any  # A_dot [B, H, Tq, V]; None where there is no memory, as the output is A_dot then
     lse2: Any  # float32 [B, H, Tq] log2 Σ exp(score) − log2(1 − w), w being the weight of the memory

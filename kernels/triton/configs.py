@@ -24,7 +24,7 @@ class Tile:
 
 
 class Target(NamedTuple):
-    """What kernels are compiled for, and the shared memory that a program may have there, in bytes."""
+    """Name what kernels are compiled for, and the shared memory that a program may have there, in bytes."""
 
     name: str
     shared: int

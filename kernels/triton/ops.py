@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
 
 
 class SavedMemory(NamedTuple):
-    """What a backward needs of a write. What a call does not have is an empty tensor."""
+    """Hold what a backward needs of a write. What a call does not have is an empty tensor."""
 
     matrix: Tensor  # as `SegmentMemory` and its normalizer
     residual: Tensor

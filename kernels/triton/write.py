@@ -330,7 +330,7 @@ def scan_kernel(
 
 
 class Written(NamedTuple):
-    """What a write returns."""
+    """Hold what a write returns."""
 
     before: SegmentMemory
     erased: Tensor | None  # float32 [F, G, K, K] A; None by the linear rule

@@ -94,7 +94,7 @@ def erasure(
 
 
 class StateAfter(NamedTuple):
-    """Where the gradients of one segment's state lie: of M and z after it, C + Cᵀ, and z before it."""
+    """Say where the gradients of one segment's state lie: of M and z after it, C + Cᵀ, and z before it."""
 
     dmemory: Any
     dnormalizer: Any

@@ -22,7 +22,7 @@ States = list[MemoryState | None]
 
 
 class Options(NamedTuple):
-    """What all cells share.
+    """Hold what all cells share.
 
     schedule: one of SCHEDULES.
     features: of queries and keys.

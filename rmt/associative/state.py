@@ -11,7 +11,7 @@ from ..trainer import read_by_fields
 
 
 class AssociativeState(NamedTuple):
-    """What an `AssociativeMemory` keeps of the segments it has read: constant in size, a value, differentiable.
+    """Hold what an `AssociativeMemory` keeps of the segments it has read: constant in size, a value, differentiable.
 
     memories: one for each layer with a memory, in order: memory [B, 1, K, d] and normalizer [B, 1, K] with
         K = 2 · nu · d_mem, float32 (float64 for a float64 model).
@@ -37,7 +37,7 @@ class AssociativeState(NamedTuple):
 
 @read_by_fields
 class AssociativeOutput(NamedTuple):
-    """What a call of `AssociativeMemory` returns.
+    """Hold what a call of `AssociativeMemory` returns.
 
     loss: mean cross-entropy over the labels that count, 0 where none does; None without labels.
     logits: [B, T, vocabulary], meaningless at padding; None unless they were wanted.

@@ -9,25 +9,15 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ...kernels.attention import segment_attention
+from ...kernels.attention_arguments import with_effect
 
 IMPLEMENTATION = "segattn_block"
-# arguments that models hand on to their attention, and that change nothing inside a segment with a mask of its own
-WITHOUT_EFFECT = frozenset(
-    {
-        "is_causal",
-        "position_ids",
-        "cache_position",
-        "use_cache",
-        "deterministic",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-    }
-)
+# inside a segment with a mask of its own
+HARMLESS = frozenset({"is_causal", "position_ids"})
 
 
 class Block(NamedTuple):
-    """What a call passes to attention in place of a mask.
+    """Hold what a call passes to attention in place of a mask.
 
     num_read, num_write: rows of memory at the two ends.
     spans: bounds of each sequence, int32 [B, 2]; None: all rows.
@@ -63,10 +53,9 @@ def block_attention(
             "the model runs on attention='segattn' of a RecurrentMemory, must be called through it, and must hand "
             "arguments on to its attention; set_attn_implementation('sdpa') gives it its own attention back"
         )
-    others = {name for name, x in kwargs.items() if x is not None and x is not False} - WITHOUT_EFFECT
-    if others:
+    if others := with_effect(kwargs, HARMLESS):
         raise ValueError(
-            f"attention must be None for a model whose {type(module).__name__} passes {', '.join(sorted(others))} to "
+            f"attention must be None for a model whose {type(module).__name__} passes {', '.join(others)} to "
             "its attention, which attention='segattn' does not take"
         )
     if dropout:

@@ -29,7 +29,7 @@ from .settings import RecurrentSettings
 
 
 class Caller(NamedTuple):
-    """What of a model and a memory's settings a call depends on.
+    """Hold the parts of a model and of a memory's settings that a call depends on.
 
     kind: "decoder" or "encoder".
     layout: where tokens and memory stand among a segment's rows.

@@ -10,7 +10,7 @@ from ..trainer import read_by_fields
 
 
 class RecurrentState(NamedTuple):
-    """What one call of a `RecurrentMemory` hands on to the next.
+    """Hold what one call of a `RecurrentMemory` hands on to the next.
 
     memory: [B, m, d], written by the last segment of each row.
     """
@@ -32,7 +32,7 @@ class RecurrentState(NamedTuple):
 
 @read_by_fields
 class RecurrentOutput(NamedTuple):
-    """What a call of `RecurrentMemory` returns.
+    """Hold what a call of `RecurrentMemory` returns.
 
     loss: mean cross-entropy over the labels that count, 0 where none does; None without labels.
     logits: [B, T, C] of every token, or [B, C] of each row's last segment; None unless they were wanted.

@@ -106,12 +106,12 @@ class Stage(NamedTuple):
 
     @property
     def annealed(self) -> bool:
-        """Whether the rate falls to nothing."""
+        """Return whether the rate falls to nothing."""
         return self.threshold is None
 
     @property
     def kind(self) -> tuple[int, int, bool]:
-        """What makes it the same stage in a resumed run: tokens, tokens per segment, and whether the rate falls."""
+        """Return what makes it the same stage in a resumed run: tokens, tokens per segment, whether the rate falls."""
         return self.length, self.segment_len, self.annealed
 
     def rate(self, step: int, warm_up: int) -> float:
@@ -183,19 +183,19 @@ class Trainer:
 
     @property
     def over(self) -> bool:
-        """Whether every stage is done."""
+        """Return whether every stage is done."""
         return self.stage == len(self.plan)
 
     @property
     def converged(self) -> bool:
-        """Whether the present stage has reached its threshold."""
+        """Return whether the present stage has reached its threshold."""
         threshold = self.plan[self.stage].threshold
         full = len(self._own()) == WINDOW
         return threshold is not None and full and self.log[-1].running >= threshold
 
     @property
     def stage_over(self) -> bool:
-        """Whether the present stage has no step left."""
+        """Return whether the present stage has no step left."""
         return self.step >= self.plan[self.stage].steps or self.converged
 
     def advance(self) -> Step:

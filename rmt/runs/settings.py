@@ -140,7 +140,7 @@ class TrainSettings:
 
     @property
     def classifies(self) -> bool:
-        """Whether the task has classes, and the model is an encoder."""
+        """Return whether the task has classes, and the model is an encoder."""
         from ..tasks.make import FORMS
 
         return self.task in FORMS and FORMS[self.task].kind == "class"

@@ -24,7 +24,7 @@ BATCH = 25
 
 
 class Memory(Protocol):
-    """What is used of a `RecurrentMemory` or `AssociativeMemory`."""
+    """Hold what is used of a `RecurrentMemory` or `AssociativeMemory`."""
 
     def __call__(self, input_ids: Tensor, **options: Any) -> Any: ...
 

@@ -22,7 +22,7 @@ from .setup import Setup
 
 @dataclass(frozen=True)
 class CachedSettings:
-    """What the curriculum sets; the segments of a converted model stay as long as they are."""
+    """Hold what the curriculum sets; the segments of a converted model stay as long as they are."""
 
     segment_len: int
 
@@ -47,7 +47,7 @@ class Kept:
 
 
 class CachedOutput(NamedTuple):
-    """What a call of a `Cached` returns, as that of a `RecurrentMemory`."""
+    """Hold what a call of a `Cached` returns, as that of a `RecurrentMemory`."""
 
     loss: Tensor | None
     logits: Tensor | None
