@@ -119,6 +119,8 @@ def test_the_trainer_of_the_readme_predicts(make: Callable[[], Any], tmp_path: P
             TypeError, match="for compute_metrics and predict, Hugging Face's Trainer needs the predict"
         ):
             call()
+    loss_alone = transformers.Trainer(memory, arguments, eval_dataset=data).evaluate()["eval_loss"]
+    assert loss_alone == pytest.approx(expected.loss.item(), rel=1e-5)
     unlabelled = trainer.predict(blank)
     torch.testing.assert_close(torch.from_numpy(unlabelled.predictions), expected.logits)
 
