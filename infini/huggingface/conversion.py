@@ -62,7 +62,9 @@ class LayerGate(Gate):
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the layer."""
         settings = self.settings
-        window = f", lookback={settings.lookback}, sinks={settings.sinks}" if settings.lookback or settings.sinks else ""
+        window = (
+            f", lookback={settings.lookback}, sinks={settings.sinks}" if settings.lookback or settings.sinks else ""
+        )
         return f"{super().extra_repr()}, segment_len={settings.segment_len}, update={settings.update!r}{window}"
 
 

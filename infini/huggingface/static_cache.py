@@ -193,7 +193,9 @@ class StaticInfiniCache(Cache):
         self.settings = settings = conversion.settings
         for name in ("lookback", "sinks", "memory_maps"):
             if value := getattr(settings, name):
-                raise ValueError(f"model must be converted without {name} for a static cache, got {value}: use InfiniCache")
+                raise ValueError(
+                    f"model must be converted without {name} for a static cache, got {value}: use InfiniCache"
+                )
         if settings.memory_layers != settings.layers:
             raise ValueError(
                 "model must have a memory in every layer for a static cache, got memory_layers="

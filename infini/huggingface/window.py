@@ -75,7 +75,10 @@ class Window(NamedTuple):
         folded = self.rows.folded
         past = folded[0] if len(set(folded)) == 1 else torch.tensor(folded, device=k.device)
         return lookback | {
-            "sinks": self.settings.sinks, "sink_k": keys.to(k.dtype), "sink_v": values.to(v.dtype), "past": past
+            "sinks": self.settings.sinks,
+            "sink_k": keys.to(k.dtype),
+            "sink_v": values.to(v.dtype),
+            "past": past,
         }
 
     def left(self, traits: Traits, state: LayerState, sinks: tuple[Tensor, Tensor] | None) -> LayerState:
