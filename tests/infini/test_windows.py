@@ -14,7 +14,8 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from models import OPTIONS, VERSION, make, open_gates, tokens
+from models import CONFIGS, OPTIONS, VERSION, make, open_gates, tokens
+from models import NAMES as ALL
 
 import segattn
 from segattn.infini.huggingface import interface
@@ -83,20 +84,20 @@ def test_with_gates_closed_a_lookback_is_the_mask_of_two_segments(name: str) -> 
 
 
 def one_layer(name: str, **changes: Any) -> Any:
-    kinds = (
-        {} if name not in ("gemma2", "gemma3_text", "cohere2", "llama4_text") else {"layer_types": ["full_attention"]}
-    )
-    return make(name, num_hidden_layers=1, **kinds, **changes)
+    kinds = {"layer_types": ["full_attention"]} if "layer_types" in CONFIGS[name][1] else {}
+    return make(name, **{"num_hidden_layers": 1} | kinds | changes)
 
 
-CASES = [(name, {}) for name in NAMES] + [
+# without learnt positions, which cannot stand before a window, and queries that are scaled by their position
+ROTARY = tuple(name for name in ALL if name not in ("gpt2", "opt", "gpt_bigcode", "ministral3"))
+CASES = [(name, {}) for name in ROTARY] + [
     ("llama", {"rope_parameters": {"rope_theta": 1e4} | x}) for x in SCALED.values()
 ]
 
 
 @pytest.mark.skipif(VERSION < (5, 0), reason="rotary embeddings are configured by other names")
 @pytest.mark.parametrize("lookback", [0, 1])
-@pytest.mark.parametrize(("name", "changes"), CASES, ids=[*NAMES, *SCALED])
+@pytest.mark.parametrize(("name", "changes"), CASES, ids=[*ROTARY, *SCALED])
 def test_a_segment_with_sinks_is_a_text_of_sinks_and_window(name: str, changes: dict[str, Any], lookback: int) -> None:
     """Read [sinks, window] as a text of its own by the plain model, for every segment: one layer sees no more."""
     sinks, ids = 3, tokens(2, TIME)
@@ -400,6 +401,14 @@ def test_a_rotary_embedding_that_depends_on_the_length_of_a_call(options: dict[s
     length = L + 2 if options.get("sinks") else 4 * L
     with pytest.raises(ValueError, match="where the model's 'dynamic' rotary embedding begins to depend on the length"):
         windowed("llama", {"rope_parameters": rope, "max_position_embeddings": length}, **options)
+
+
+@pytest.mark.skipif("ministral3" not in ALL, reason="older transformers lack the type")
+def test_queries_that_are_scaled_by_their_position() -> None:
+    with pytest.raises(ValueError, match="convert every layer with lookback=0, and segments that end where it begins"):
+        windowed("ministral3")
+    model, ids = windowed("ministral3", lookback=0), tokens(2, TIME)
+    close(in_pieces(model, ids, [9, *[1] * 20, 16])[0], logits(model, ids))
 
 
 def test_a_model_whose_rotary_embedding_has_no_module() -> None:
