@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -315,6 +316,40 @@ def test_saved_and_loaded(way: str, tmp_path: Path) -> None:
     assert torch.equal(logits(plain, ids), logits(make(), ids))
 
 
+def test_an_entry_of_the_first_version_has_no_window_and_a_memory_in_every_layer(tmp_path: Path) -> None:
+    model, ids = windowed(lookback=0, sinks=0), tokens(2, TIME)
+    segattn.save_pretrained(model, tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    entry = config["segment_attention"] | {"version": 1}
+    for name in ("lookback", "sinks", "memory_maps", "memory_layers"):
+        del entry[name]
+    file.write_text(json.dumps(config | {"segment_attention": entry}))
+    loaded = segattn.from_pretrained(tmp_path, quiet=True)
+    assert conversion_of(loaded).settings == conversion_of(model).settings
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_maps_in_peft_are_trained_and_saved(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    kept = ["segattn_gate", "segattn_memory_q", "segattn_memory_k"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=kept)
+    model, ids = peft.get_peft_model(windowed(memory_maps=True), config), tokens(2, TIME)
+    groups = segattn.parameter_groups(model, 1e-1)
+    matrices = {id(x) for x in groups[0]["params"]}
+    trained = {n: x for n, x in model.named_parameters() if x.requires_grad and "segattn_memory" in n}
+    assert len(trained) == 2 * 2 * 2
+    assert all((id(x) in matrices) == n.endswith("weight") for n, x in trained.items())
+    before = {n: x.detach().clone() for n, x in trained.items()}
+    model.train()(ids, labels=ids, use_cache=False).loss.backward()
+    torch.optim.SGD(groups).step()
+    assert all((x != before[n]).any() for n, x in trained.items())
+    segattn.save_gates(model, tmp_path / "gates")
+    held = safetensors_torch.load_file(tmp_path / "gates")
+    mine = trained["base_model.model.model.layers.1.self_attn.segattn_memory_q.modules_to_save.default.weight"]
+    assert torch.equal(held["1.segattn_memory_q.weight"], mine)
+
+
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     file = tmp_path / "gates"
     for saved, options in (({"memory_maps": True}, {}), ({}, {"memory_maps": True})):
@@ -365,6 +400,11 @@ def test_a_pass_that_reads_no_memory_is_warned_of() -> None:
         model(tokens(1, 2 * L), use_cache=False)
 
 
+def parallel(model: Any) -> None:
+    with segattn.sequence_parallel(model, None):
+        pass
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "lookback": (lambda: windowed(lookback=2), "lookback must be 0 or 1 segments, got 2"),
     "sinks": (lambda: windowed(sinks=L + 1), f"sinks must be at most segment_len = {L}, got {L + 1}"),
@@ -375,6 +415,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "learnt positions": (
         lambda: windowed("gpt2", lookback=0),
         "must be 0 for a model with learnt positions, got 0 and 3",
+    ),
+    "sequence parallel": (
+        lambda: parallel(windowed()),
+        "with lookback=0 and sinks=0 for sequence_parallel, got 1 and 3",
     ),
     "static cache": (lambda: segattn.StaticInfiniCache(windowed()), "without lookback for a static cache"),
     "static cache, maps": (
