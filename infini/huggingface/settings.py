@@ -65,7 +65,6 @@ class Conversion:
     restart: whether positions start again from 0 with each segment.
     inputs: argument names of the module that runs the layers, in order; that of its cache is `past_key_values`.
     handles: the hooks on the model.
-    warned: whether its user has been warned of training on texts that read no memory.
     """
 
     settings: Settings
@@ -75,7 +74,6 @@ class Conversion:
     restart: bool
     inputs: tuple[str, ...]
     handles: list[RemovableHandle] = field(default_factory=list)
-    warned: bool = False
 
     @property
     def native(self) -> tuple[int, ...]:
@@ -136,7 +134,9 @@ def trunk_of(model: nn.Module) -> Any:
     if hasattr(getattr(model, "config", None), ENTRY):
         raise ValueError(
             f"{got}, though its configuration has the settings of one that is: transformers makes plain models of such "
-            "a configuration or checkpoint. Load the checkpoint with segattn.from_pretrained, or call segattn.convert"
+            "a configuration or checkpoint. To have it converted, load the checkpoint with segattn.from_pretrained or "
+            "call segattn.convert; to have a plain one, which needs no revert, make it from "
+            "type(config).from_dict(config.to_dict())"
         )
     raise ValueError(f"{got}: call segattn.convert first")
 
