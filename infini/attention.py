@@ -17,6 +17,7 @@ from ..kernels.exchange import Ranks, agree_on_runs, modes
 from ..kernels.sequence_parallel import sequence_parallel_attention, under_context_parallel
 from ..kernels.sinks import first_tokens
 from ..kernels.state import MemoryState, SegmentOutput
+from ..kernels.text import check_no_wider
 from ..runs.untrained import warn_untrained_piece
 from .gate import Gate
 from .memory_map import MemoryMap
@@ -229,6 +230,8 @@ class InfiniAttention(nn.Module):
         check.check_offsets(cu_seqlens, spans, x)
         if x.ndim != 3 or x.shape[-1] != self.q_proj.in_features:
             raise ValueError(f"x must have shape [B, T, {self.q_proj.in_features}], got {list(x.shape)}")
+        if (dtype := self.q_proj.weight.dtype).is_floating_point:
+            check_no_wider("x", x, dtype)
         if state is not None and (spans is not None or cu_seqlens is not None):
             raise ValueError("state cannot go with spans or cu_seqlens: feed each row by itself, got both")
         if state is not None:

@@ -41,10 +41,20 @@ def check_text(
         fits = x.ndim == 3 and width in (None, x.shape[2])
     if not fits or not x.shape[0] or not x.shape[1]:
         raise ValueError(f"{name} must be {shape} of at least one token, got {list(x.shape)}")
-    wider = input_ids is None and dtype is not None and torch.promote_types(x.dtype, dtype) != dtype
-    if wider and (x.dtype == torch.float64 or not autocast_holds(x.device.type)):
-        raise TypeError(f"inputs_embeds must be of the model's dtype, {dtype}, got {x.dtype}")
+    if input_ids is None and dtype is not None:
+        check_no_wider(name, x, dtype)
     return x
+
+
+def check_no_wider(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Check that floats are no wider than a model's weights; autocast narrows all but float64.
+
+    Raises:
+        TypeError: they are.
+    """
+    fits = torch.promote_types(x.dtype, dtype) == dtype
+    if not (fits or (x.dtype != torch.float64 and autocast_holds(x.device.type))):
+        raise TypeError(f"{name} must be of the model's dtype, {dtype}, got {x.dtype}")
 
 
 def check_labels(name: str, labels: object, letters: str, shape: Sequence[int]) -> Tensor:

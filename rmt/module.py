@@ -43,6 +43,18 @@ class MemoryModule(TextGeneration, Checkpointing, nn.Module):
         """
         raise NotImplementedError
 
+    def _refuse_graph(self, instead: str) -> None:
+        """Refuse to become one graph; without fullgraph=True, torch.compile then leaves the call as it is.
+
+        Raises:
+            ValueError: the call is being compiled.
+        """
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{type(self).__name__} must not be compiled whole, by torch.compile(fullgraph=True) or torch.export, "
+                f"since its loop over segments follows the lengths of the texts: {instead}"
+            )
+
     def _warn_untrained(self, rows: list[tuple[int, int]], state: Any) -> None:
         """Warn once of training on texts of one segment, given the columns at which each row begins and ends."""
         limit = "segment_len", self.settings.segment_len

@@ -26,7 +26,7 @@ _MISSING = {
 
 def missing(name: str, kind: str) -> AttributeError | None:
     """Return the error of an attribute that a memory lacks, and that is looked for by its name; None of others."""
-    return AttributeError(_MISSING[name].format(kind=f"a {kind}", name=name)) if name in _MISSING else None
+    return AttributeError(_MISSING[name].format(kind=kind, name=name)) if name in _MISSING else None
 
 
 def read_by_fields(output: type[Output]) -> type[Output]:

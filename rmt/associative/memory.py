@@ -187,8 +187,10 @@ class AssociativeMemory(MemoryModule):
             TypeError, ValueError: naming the argument, what it must be, and what it was.
 
         Warns:
-            UntrainedMemoryWarning: once, in training: two calls in turn had neither texts of more than a segment nor a state.
+            UntrainedMemoryWarning: once, in training: two calls in turn had no text longer than a segment and no
+                state.
         """
+        self._refuse_graph("compile its model's layers in place, for layer in model.model.layers: layer.compile()")
         x = check_inputs(input_ids, inputs_embeds, self.memory_tokens)
         batch, time = x.shape[:2]
         rows = bounds(attention_mask, batch, time)

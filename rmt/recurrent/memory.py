@@ -189,9 +189,11 @@ class RecurrentMemory(MemoryModule):
             TypeError, ValueError: naming the argument, what it must be, and what it was.
 
         Warns:
-            UntrainedMemoryWarning: once, in training: two calls in turn had neither texts of more than a segment nor a state.
+            UntrainedMemoryWarning: once, in training: two calls in turn had no text longer than a segment and no
+                state.
         """
         settings = self.settings
+        self._refuse_graph("call its compile(), which compiles the pass over a segment")
         x = check_inputs(input_ids, inputs_embeds, self.memory)
         batch, time = x.shape[:2]
         rows = bounds(attention_mask, batch, time)

@@ -174,8 +174,7 @@ class Trainer:
         self.seconds = 0.0
         self.log: list[Step] = []
         self.done: list[dict[str, Any]] = []
-        if max(stage.segments for stage in self.plan) > 1:
-            expect_short_texts(memory)
+        expect_short_texts(memory)
         self._enter(0)
         torch.manual_seed(seed)
 
