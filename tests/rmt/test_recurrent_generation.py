@@ -122,7 +122,7 @@ def test_what_generate_is_given() -> None:
         ),
         (ids, {"state": module.memory}, "state must be a RecurrentState, got Parameter"),
         (ids[:, :0], {}, r"input_ids must be \[B, T\] of at least one token, got \[2, 0\]"),
-        (ids[0], {}, r"input_ids must have shape \[B, T\], got \[7\]"),
+        (ids[0], {}, r"input_ids must be \[B, T\] of at least one token, got \[7\]"),
         (ids.tolist(), {}, "input_ids must be an int32 or int64 tensor, got list"),
         (ids, {"temperature": 0.5}, "must come with do_sample=True, got one of them without"),
     ]

@@ -149,7 +149,7 @@ def test_bad_calls() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({}, "input_ids or inputs_embeds must be given, and not both"),
         ({"input_ids": ids.float()}, "input_ids must be an int32 or int64 tensor, got torch.float32"),
-        ({"input_ids": ids[0]}, r"input_ids must have shape \[B, T\], got \[9\]"),
+        ({"input_ids": ids[0]}, r"input_ids must be \[B, T\] of at least one token, got \[9\]"),
         ({"input_ids": ids[:, :0]}, r"input_ids must be \[B, T\] of at least one token, got \[2, 0\]"),
         (
             {"inputs_embeds": torch.zeros(2, 3, 8)},
