@@ -72,7 +72,6 @@ def test_pieces_and_longer_texts_train_a_memory(kind: str) -> None:
     def quiet() -> None:
         read(L)
         read(L + 1)
-        read(L)
         # two texts in pieces of a segment
         for _ in range(2):
             read(L, read(L, read(L)))

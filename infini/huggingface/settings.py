@@ -134,9 +134,8 @@ def trunk_of(model: nn.Module) -> Any:
     if hasattr(getattr(model, "config", None), ENTRY):
         raise ValueError(
             f"{got}, though its configuration has the settings of one that is: transformers makes plain models of such "
-            "a configuration or checkpoint. To have it converted, load the checkpoint with segattn.from_pretrained or "
-            "call segattn.convert; to have a plain one, which needs no revert, make it from "
-            "type(config).from_dict(config.to_dict())"
+            "a configuration or checkpoint. Load the checkpoint with segattn.from_pretrained, or call segattn.convert; "
+            "to have a plain one, which needs no revert, make it from type(config).from_dict(config.to_dict())"
         )
     raise ValueError(f"{got}: call segattn.convert first")
 
