@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -111,7 +112,7 @@ def _refuse_paged(model: Any, *args: Any, **kwargs: Any) -> None:
     )
 
 
-_INSTEAD = {
+_INSTEAD: dict[str, Callable[..., Any]] = {
     "_prepare_model_inputs": _prepare_inputs,
     "_prepare_cache_for_generation": _prepare_cache,
     "init_continuous_batching": _refuse_paged,
