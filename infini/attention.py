@@ -17,6 +17,8 @@ from ..kernels.exchange import Ranks, agree_on_runs, modes
 from ..kernels.sequence_parallel import sequence_parallel_attention, under_context_parallel
 from ..kernels.sinks import first_tokens
 from ..kernels.state import MemoryState, SegmentOutput
+from ..kernels.text import check_no_wider
+from ..runs.untrained import warn_untrained_piece
 from .gate import Gate
 from .memory_map import MemoryMap
 from .rotary import rotate
@@ -173,6 +175,10 @@ class InfiniAttention(nn.Module):
             TypeError, ValueError: x has another width; the state is of another type, batch or layer, or comes with
                 spans or cu_seqlens; or `segment_attention` refuses the arguments. With a group, on every rank.
             RuntimeError: with a group, PyTorch's context_parallel is on.
+
+        Warns:
+            UntrainedMemoryWarning: once, in training: two calls in turn had no state, and no text long enough to read a
+                memory.
         """
         ranks = None if group is None else Ranks.of(group)
         operation: Callable[..., SegmentOutput] = segment_attention
@@ -183,6 +189,7 @@ class InfiniAttention(nn.Module):
             times = self._agree(ranks, x, state, spans, cu_seqlens)
             first, total = sum(times[: ranks.rank]), sum(times)
             operation = partial(sequence_parallel_attention, group=ranks, check_ranks=False)
+        self._warn_untrained(state, total, spans, cu_seqlens)
         q = _normalised(self._heads(self.q_proj(x)), self.q_norm)
         k = _normalised(self._heads(self.k_proj(x)), self.k_norm)
         v = self._heads(self.v_proj(x))
@@ -223,6 +230,8 @@ class InfiniAttention(nn.Module):
         check.check_offsets(cu_seqlens, spans, x)
         if x.ndim != 3 or x.shape[-1] != self.q_proj.in_features:
             raise ValueError(f"x must have shape [B, T, {self.q_proj.in_features}], got {list(x.shape)}")
+        if (dtype := self.q_proj.weight.dtype).is_floating_point:
+            check_no_wider("x", x, dtype)
         if state is not None and (spans is not None or cu_seqlens is not None):
             raise ValueError("state cannot go with spans or cu_seqlens: feed each row by itself, got both")
         if state is not None:
@@ -294,6 +303,19 @@ class InfiniAttention(nn.Module):
                     f"state.{name} must be {list(shape) if held and self.sinks else None}, got {got}: it is of a layer "
                     "of other sinks"
                 )
+
+    def _warn_untrained(
+        self, state: InfiniState | None, time: int, spans: Tensor | None, cu_seqlens: Tensor | None
+    ) -> None:
+        """Warn once of training on texts that end before a memory is read; `time` is their number of tokens."""
+
+        def longest() -> int:
+            bounds = spans if cu_seqlens is None else torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)
+            return time if bounds is None else int(bounds.diff(dim=1).max())
+
+        name = "(1 + lookback) · segment_len" if self.lookback else "segment_len"
+        limit = name, (1 + self.lookback) * self.segment_len
+        warn_untrained_piece(self, state is not None, limit, longest, name="x")
 
     def _folded(self, tokens: int) -> int:
         """Return how many of a text's first tokens are in the memory, and no longer among the keys."""

@@ -52,7 +52,7 @@ def check_floating(name: str, x: object) -> None:
 def check_ids(name: str, x: object) -> Tensor:
     """Return a tensor of token ids or labels, once its dtype is checked."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     return x
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..kernels import validation as check
+from ..kernels.text import check_text
 
 
 def check_sizes(num_memory_tokens: int, segment_len: int, bptt: int | None) -> None:
@@ -24,23 +26,15 @@ def check_sizes(num_memory_tokens: int, segment_len: int, bptt: int | None) -> N
         check.check_integer("bptt", bptt, 1)
 
 
-def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, width: int) -> Tensor:
-    """Return the token ids [B, T] or the embeddings [B, T, d], whichever the caller passed.
+def check_inputs(input_ids: object, inputs_embeds: object, like: Tensor) -> Tensor:
+    """Return the token ids [B, T], or the embeddings [B, T, d] in the memory's dtype or a wider one.
+
+    Args:
+        input_ids, inputs_embeds: what the caller passed.
+        like: rows of the memory [m, d].
 
     Raises:
         TypeError, ValueError: both or neither are passed; another dtype, shape or width; no row or no token.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("input_ids or inputs_embeds must be given, and not both")
-    if inputs_embeds is not None:
-        name, x, shape = "inputs_embeds", inputs_embeds, f"[B, T, d = {width}]"
-        check.check_floating(name, x)
-        fits = x.ndim == 3 and x.shape[2] == width
-    else:
-        name, x, shape = "input_ids", check.check_ids("input_ids", input_ids), "[B, T]"
-        fits = x.ndim == 2
-    if not fits:
-        raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
-    if not x.shape[0] or not x.shape[1]:
-        raise ValueError(f"{name} must have a row and a token in it, got shape {list(x.shape)}")
-    return x
+    x = check_text(input_ids, inputs_embeds, like.shape[1], like.dtype)
+    return x.to(torch.promote_types(x.dtype, like.dtype)) if x.is_floating_point() else x

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runs.untrained import warn_untrained_piece
 from .checkpointing import Checkpointing
 from .generation import TextGeneration
-from .trainer import no_config
+from .trainer import missing
 
 
 class MemoryModule(TextGeneration, Checkpointing, nn.Module):
@@ -30,8 +31,8 @@ class MemoryModule(TextGeneration, Checkpointing, nn.Module):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "config":
-            raise no_config(type(self).__name__)
+        if (error := missing(name, type(self).__name__)) is not None:
+            raise error
         return super().__getattr__(name)
 
     def _fit(self, model: nn.Module) -> None:
@@ -41,6 +42,23 @@ class MemoryModule(TextGeneration, Checkpointing, nn.Module):
             TypeError, ValueError: it cannot; the memory is unchanged.
         """
         raise NotImplementedError
+
+    def _refuse_graph(self, instead: str) -> None:
+        """Refuse to become one graph; without fullgraph=True, torch.compile then leaves the call as it is.
+
+        Raises:
+            ValueError: the call is being compiled.
+        """
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{type(self).__name__} must not be compiled whole, by torch.compile(fullgraph=True) or torch.export, "
+                f"since its loop over segments follows the lengths of the texts: {instead}"
+            )
+
+    def _warn_untrained(self, rows: list[tuple[int, int]], state: Any) -> None:
+        """Warn once of training on texts of one segment, given the columns at which each row begins and ends."""
+        limit = "segment_len", self.settings.segment_len
+        warn_untrained_piece(self, state is not None, limit, lambda: max(end - begin for begin, end in rows))
 
 
 def draw_memory_tokens(embeddings: Tensor, count: int) -> nn.Parameter:

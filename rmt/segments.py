@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.text import token_runs
+
 # labels that do not count, as in PyTorch and transformers
 IGNORED = -100
 
@@ -75,19 +77,7 @@ def bounds(attention_mask: Tensor | None, batch: int, time: int) -> list[tuple[i
         raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
     if attention_mask.shape != (batch, time):
         raise ValueError(f"attention_mask must have shape [B, T] = {[batch, time]}, got {list(attention_mask.shape)}")
-    real = attention_mask.bool()
-    # one copy to the host, for all rows
-    count, first, last = torch.stack(
-        (real.sum(1), real.long().argmax(1), time - 1 - real.flip(1).long().argmax(1))
-    ).tolist()
-    for row in range(batch):
-        if count[row] == 0:
-            raise ValueError(f"attention_mask must have a token in every row, got row {row} without one")
-        if last[row] - first[row] + 1 != count[row]:
-            raise ValueError(
-                f"attention_mask must have a row's tokens side by side, got padding between those of row {row}"
-            )
-    return [(begin, end + 1) for begin, end in zip(first, last, strict=True)]
+    return token_runs(attention_mask)
 
 
 def cut(rows: list[tuple[int, int]], segment_len: int, alignment: str = "left") -> list[Segment]:

@@ -1,4 +1,4 @@
-"""What Hugging Face's Trainer is told of its settings that do not suit a memory, where it first meets the memory."""
+"""What users of Hugging Face's models and Trainer are told where a memory is none of these models."""
 
 from __future__ import annotations
 
@@ -10,12 +10,23 @@ Output = TypeVar("Output", bound=tuple[Any, ...])
 _README = "rmt/README.md, 'With other libraries'"
 
 
-def no_config(kind: str) -> AttributeError:
-    """Return the error of a memory's `config`, which Trainer reads where it is to smooth labels."""
-    return AttributeError(
-        f"label_smoothing_factor must be 0 where Hugging Face's Trainer trains {kind}, which has no config (its "
-        f"model's is model.config): pass compute_loss_func, which gets outputs.logits ({_README})"
-    )
+# attributes of a Hugging Face model that a memory lacks, and what to do instead
+_MISSING = {
+    "config": "label_smoothing_factor must be 0 where Hugging Face's Trainer trains {kind}, which has no config (its "
+    f"model's is model.config): pass compute_loss_func, which gets outputs.logits ({_README})",
+    **dict.fromkeys(
+        ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"),
+        "{kind} has no {name}, as a paged cache (continuous batching) cannot hold a memory: call generate with a batch "
+        "of prompts and an attention_mask",
+    ),
+    "save_pretrained": "{kind} has no {name}: save its model by model.save_pretrained, and the memory by "
+    "segattn.save_memory",
+}
+
+
+def missing(name: str, kind: str) -> AttributeError | None:
+    """Return the error of an attribute that a memory lacks, and that is looked for by its name; None of others."""
+    return AttributeError(_MISSING[name].format(kind=kind, name=name)) if name in _MISSING else None
 
 
 def read_by_fields(output: type[Output]) -> type[Output]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.state import MemoryState
+from ...runs.untrained import expect_short_texts
 from ..gate import parameter_groups
 from .decoder import Decoder, DecoderState
 from .passkey import PasskeyTask
@@ -56,6 +57,7 @@ class Trainer:
 
     def __init__(self, model: Decoder, task: PasskeyTask, recipe: Recipe, seed: int) -> None:
         self.model, self.task, self.recipe = model, task, recipe
+        expect_short_texts(model)
         self.shortest = -(-task.shortest // model.config.segment_len)
         if recipe.segments < self.shortest:
             raise ValueError(f"segments must be at least {self.shortest} to hold a sample, got {recipe.segments}")

@@ -11,13 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
 
 from ...kernels.validation import check_bool
 from ..gate import Gate
 from ..memory_map import MemoryMap
-from . import forward
-from .cache import InfiniCache
+from . import forward, generation, labels
 from .convertible import (
     check_learnt_length,
     check_rotary_calls,
@@ -48,8 +46,6 @@ from .settings import (
 from .traits import Traits
 
 Model = TypeVar("Model", bound=nn.Module)
-_PREPARE_CACHE = "_prepare_cache_for_generation"
-_PAGED = "init_continuous_batching"
 
 
 class LayerGate(Gate):
@@ -184,9 +180,9 @@ def convert(
     if not all(layer.hands_on for layer in traits.values()):
         for module in layers_of(trunk):
             keep(module.register_forward_pre_hook(forward.begin_layer, with_kwargs=True))
-    for name, instead in ((_PREPARE_CACHE, partial(_prepare_cache, model)), (_PAGED, _refuse_paged)):
-        if hasattr(model, name):
-            setattr(model, name, instead)
+    if names := labels.arguments_with_labels(model):
+        keep(model.register_forward_pre_hook(partial(labels.check, names, trunk), with_kwargs=True))
+    generation.take_over(model)
     if not quiet:
         print(f"converted {len(chosen)}/{len(attentions)} attention layers of {type(model).__name__}", file=sys.stderr)  # noqa: T201
     return model
@@ -213,9 +209,7 @@ def revert(model: Model) -> Model:
                 delattr(attention, name)
     trunk.config._attn_implementation = conversion.original
     delattr(trunk.config, ENTRY)
-    for module in model.modules():
-        for name in (_PREPARE_CACHE, _PAGED):
-            module.__dict__.pop(name, None)
+    generation.give_back(model)
     forget(trunk)
     return model
 
@@ -237,44 +231,3 @@ def _own_config(model: nn.Module, shared: Any) -> Any:
         if getattr(module, "config", None) is shared:
             module.config = config
     return config
-
-
-def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-    """Make the cache of `generate`: an `InfiniCache` where transformers would make one that grows.
-
-    A cache that the caller passed stays, and the forward refuses it where it is of another kind.
-
-    Raises:
-        ValueError: the caller asks for another kind by its name, or for settings of one.
-    """
-    name = cache_name(trunk_of(model))
-    passed = model_kwargs.get(name)
-    for option, taken in (("cache_implementation", (None, "dynamic")), ("cache_config", (None,))):
-        if (value := getattr(generation_config, option, None)) not in taken and passed is None:
-            raise ValueError(
-                f"{option} must be left out for a converted model, got {value!r}: generate makes an InfiniCache, whose "
-                "size does not grow; one of fixed size, which compiles, is passed as "
-                "past_key_values=segattn.StaticInfiniCache(model, batch_size)"
-            )
-    getattr(type(model), _PREPARE_CACHE)(model, generation_config, model_kwargs, *args, **kwargs)
-    if generation_config.is_assistant and model_kwargs.get("attention_mask") is not None:
-        # transformers drops a mask of ones, and for an assistant takes every pad_token_id in the prompt for padding
-        mask = model_kwargs["attention_mask"].cummax(dim=1).values
-        model_kwargs["attention_mask"], model_kwargs["position_ids"] = mask, (mask.cumsum(1) - 1).clamp(min=0)
-    if passed is None and type(model_kwargs.get(name)) is DynamicCache:
-        cache = InfiniCache(model)
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        model_kwargs[name] = cache
-
-
-def _refuse_paged(*args: Any, **kwargs: Any) -> None:
-    """Refuse continuous batching, whose paged cache cannot hold a memory.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        "a converted model must not generate with a paged cache (generate_batch, continuous batching), which cannot "
-        "hold a memory: call generate with prompts padded on the left"
-    )

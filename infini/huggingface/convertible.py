@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...kernels.validation import check_integer
-from .settings import Settings, attentions_of, is_converted
+from .settings import Settings, attentions_of, is_converted, layers_of
 from .traits import Traits
 
 # of attention that adds a bias by distance
@@ -45,11 +45,6 @@ def checked_trunk(model: nn.Module) -> Any:
             f"model must be a text model, got the {kind} around one, which makes masks of its own: load the text model "
             "alone"
         )
-    if getattr(config, "add_cross_attention", False):
-        raise ValueError(
-            "model must attend to its own text alone, got one with cross-attention: load it with "
-            "add_cross_attention=False"
-        )
     instead = "segattn.RecurrentMemory(mask='causal') leaves attention as it is"
     parameters = {name for module in model.modules() for name in inspect.signature(module.forward).parameters}
     if parameters.intersection(_BIASES) and getattr(config, "alibi", True):
@@ -64,6 +59,12 @@ def checked_trunk(model: nn.Module) -> Any:
         raise ValueError(
             f"model must have one stack of layers with causal attention, got {len(trunks)} in {kind}: {instead}"
         )
+    if crossing := sorted({type(module).__name__ for layer in layers_of(trunks[0]) for module in _crossing(layer)}):
+        off = "load it with add_cross_attention=False" if getattr(config, "add_cross_attention", False) else instead
+        raise ValueError(
+            f"model must attend to its own text alone, got one with cross-attention: {off} (that of {kind} is "
+            f"{', '.join(crossing)})"
+        )
     attentions = attentions_of(trunks[0])
     if without := [layer for layer, attention in enumerate(attentions) if attention is None]:
         raise ValueError(
@@ -76,6 +77,11 @@ def checked_trunk(model: nn.Module) -> Any:
             f"{type(attentions[0]).__name__} computes its own: {instead}"
         )
     return trunks[0]
+
+
+def _crossing(layer: nn.Module) -> list[nn.Module]:
+    """Return the cross-attention in a decoder's layer: attention that says of itself that it is not causal."""
+    return [module for module in layer.modules() if getattr(module, "is_causal", None) is False]
 
 
 def checked_layers(layers: Iterable[int] | None, depth: int, config: Any, convert_sliding: bool) -> tuple[int, ...]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...runs.errors import UntrainedMemoryWarning
+from ...runs.untrained import warn_untrained
 from .cache import InfiniCache
 from .forward_pass import ARGUMENT, ROTARY, Carried, ForwardPass
-from .inputs import cache_of, check_arguments, check_tokens, is_on, packed_sequences, set_positions, token_columns
+from .inputs import cache_of, check_arguments, check_tokens, is_on, set_positions, token_columns
 from .interface import IMPLEMENTATION
+from .packing import packed_sequences
 from .parallel import begin_on_ranks, ranks_of, refuse_other_schemes
 from .rows import Rows
 from .settings import Conversion, conversion_of
@@ -47,26 +46,29 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     if trunk.config._attn_implementation != IMPLEMENTATION:
         raise RuntimeError(
             f"the model's attention must be {IMPLEMENTATION!r}, got {trunk.config._attn_implementation!r}, which was "
-            "set after convert: call segattn.revert first"
+            f"set after convert: call segattn.revert first, or set_attn_implementation({IMPLEMENTATION!r}) to go on"
         )
     check_arguments({name: x for name, x in inputs.items() if name not in conversion.inputs}, "the call")
     if inputs.get("is_causal") is False:
         raise ValueError("is_causal must be True for a converted model, whose memory holds what came before, got False")
     refuse_other_schemes()
+    limit = conversion.settings.without_memory
     if (ranks := ranks_of(trunk)) is not None:
         time = begin_on_ranks(trunk, conversion, ranks, inputs, tokens)
         inputs[ARGUMENT] = ForwardPass(conversion, ranks=ranks)
-        _warn_of_short_texts(trunk, conversion, lambda: time)
+        warn_untrained(trunk, limit, lambda: time, how="convert")
         return (), inputs
-    check_tokens(inputs)
+    check_tokens(trunk, inputs)
+    # with a cache that the call asks for, a later piece may bring a row its first token
+    begins = bool(inputs.get("use_cache")) or inputs.get("past_key_values") is not None
     cache = cache_of(trunk, conversion, inputs, tokens.shape[0])
-    if isinstance(cache, StaticInfiniCache) and tokens.shape[1] == 1:
+    if isinstance(cache, StaticInfiniCache) and tokens.shape[1] == 1 and inputs.get("cu_seq_lens_q") is None:
         inputs["position_ids"] = cache.lengths[:, None] % conversion.settings.segment_len
         inputs[ARGUMENT] = ForwardPass(conversion, static=cache)
     else:
-        inputs[ARGUMENT] = forward = _begin_columns(trunk, conversion, cache, inputs, tokens)
+        inputs[ARGUMENT] = forward = _begin_columns(trunk, conversion, cache, inputs, tokens, begins)
         if forward.cache is None:
-            _warn_of_short_texts(trunk, conversion, partial(_longest_text, forward, inputs))
+            warn_untrained(trunk, limit, partial(_longest_text, forward, inputs), how="convert")
     return (), inputs
 
 
@@ -83,11 +85,15 @@ def _begin_columns(
     cache: InfiniCache | StaticInfiniCache | None,
     inputs: dict[str, Any],
     tokens: Tensor,
+    begins: bool,
 ) -> ForwardPass:
-    """Return the pass over new columns [B, T], and set its positions and cache among the inputs."""
+    """Return the pass over new columns [B, T], and set its positions and cache among the inputs.
+
+    begins: whether more columns may follow, so that a row may have no token yet.
+    """
     (batch, time), settings = tokens.shape[:2], conversion.settings
     rows = Rows.fresh(batch) if cache is None or cache.is_empty() else cache.rows
-    columns = token_columns(inputs.get("attention_mask"), rows, time)
+    columns = token_columns(inputs.get("attention_mask"), rows, time, begins)
     packed = packed_sequences(inputs, rows, columns, time, tokens.device)
     if packed is not None and cache is not None:
         if inputs.get("past_key_values") is not None:
@@ -98,6 +104,8 @@ def _begin_columns(
     # a segment more is kept where tokens may be taken back
     keep = settings.lookback + (cache is not None and cache.recording)
     after = rows.after(columns, time, settings.segment_len, keep=keep)
+    if isinstance(cache, StaticInfiniCache) and not after.open:
+        raise ValueError("attention_mask must end with ones for a static cache, got padding on the right")
     width = max(rows.tails, default=0) + time if packed is None else batch * time
     inputs["past_key_values"] = cache
     set_positions(inputs, conversion, rows, columns, packed, tokens)
@@ -111,32 +119,6 @@ def _begin_columns(
         window=window_of(trunk, conversion, rows, after, width, packed is not None, tokens.device),
         states=None if cache is None else cache.states,
     )
-
-
-def _warn_of_short_texts(trunk: nn.Module, conversion: Conversion, longest: Callable[[], int]) -> None:
-    """Warn once of a pass in training, without a cache, that ends before a memory is read.
-
-    Args:
-        trunk: the module that runs the layers.
-        conversion: how the model was converted.
-        longest: returns the number of tokens of the longest text; called only where the answer matters.
-
-    Warns:
-        UntrainedMemoryWarning: the longest text is no longer than what local attention sees.
-    """
-    # a graph of torch.compile holds no warnings
-    if torch.compiler.is_compiling() or conversion.warned or not (trunk.training and torch.is_grad_enabled()):
-        return
-    seen, lookback = conversion.settings.window, conversion.settings.lookback
-    if (tokens := longest()) <= seen:
-        conversion.warned = True
-        name = "2 · segment_len" if lookback else "segment_len"
-        warnings.warn(
-            f"no memory is trained: input_ids must be longer than {name}, {seen}, for a text to read its memory, got "
-            f"texts of at most {tokens} tokens: pass longer blocks, or convert with a smaller segment_len",
-            UntrainedMemoryWarning,
-            stacklevel=2,
-        )
 
 
 def _longest_text(forward: ForwardPass, inputs: dict[str, Any]) -> int:

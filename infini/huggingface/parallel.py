@@ -137,7 +137,7 @@ def _problem(trunk: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Except
             "shard_batch's shift_labels to segattn.mean_loss"
         )
     try:
-        check_tokens(inputs)
+        check_tokens(trunk, inputs)
     except (TypeError, ValueError) as error:
         return error
     if inputs.get("past_key_values") is not None or inputs.get("use_cache"):

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import validation as check
+from ...runs.untrained import warn_untrained
 from ..loss import IGNORED, cross_entropy_sum, shifted
 from .cache import InfiniCache
-from .settings import conversion_of
+from .settings import conversion_of, trunk_of
 
 
 class Piece(NamedTuple):
@@ -78,6 +79,9 @@ def read_in_pieces(
     Raises:
         TypeError, ValueError: an argument is not as above, the model is not converted or returns no logits, or its
             gradient checkpointing would lose the gradient of the state.
+
+    Warns:
+        UntrainedMemoryWarning: once, in training: no text is longer than a segment.
     """
     check.check_integer("piece_len", piece_len, 1)
     if detach_every is not None:
@@ -85,6 +89,8 @@ def read_in_pieces(
     before = 0 if cache is None or cache.is_empty() else cache.rows.columns
     _check_tensors(input_ids, labels, attention_mask, before)
     check_checkpointing(model)
+    limit = conversion_of(model).settings.without_memory
+    warn_untrained(trunk_of(model), limit, lambda: _longest_text(input_ids, attention_mask, cache), how="convert")
     targets = _targets(input_ids, labels, attention_mask).split(piece_len, dim=1)
     counts = torch.stack([(target != IGNORED).sum() for target in targets]).tolist()
     parts = list(zip(input_ids.split(piece_len, dim=1), targets, counts, strict=True))
@@ -202,6 +208,13 @@ def _targets(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None) -> T
             # padding does not predict the first token of a row either
             labels = labels.masked_fill(~(real & F.pad(real, (1, 0), value=True)[:, :-1]), IGNORED)
     return shifted(labels)
+
+
+def _longest_text(input_ids: Tensor, mask: Tensor | None, cache: InfiniCache | None) -> int:
+    """Return the number of tokens of the longest text, with what a cache holds of it."""
+    if mask is not None:
+        return int(mask.sum(1).max())
+    return input_ids.shape[1] + (0 if cache is None else max(cache.rows.lengths, default=0))
 
 
 def _counted(tokens: int) -> int:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.text import token_runs
+
 
 class Rows(NamedTuple):
     """Say how far each row of a batch has been read.
@@ -132,19 +134,7 @@ class TokenColumns(NamedTuple):
         Raises:
             ValueError: the tokens of a row are not one run.
         """
-        mask = mask.bool()
-        if bool(mask.all()):
+        if bool(mask.bool().all()):
             return None
-        time = mask.shape[1]
-        first = mask.int().argmax(1)
-        last = time - mask.flip(1).int().argmax(1)
-        count = mask.sum(1)
-        firsts, lasts, counts = torch.stack([first, last, count]).tolist()
-        for row, (begin, end, tokens) in enumerate(zip(firsts, lasts, counts, strict=True)):
-            if tokens and end - begin != tokens:
-                raise ValueError(
-                    f"attention_mask must hold one run of ones in each row, with padding only around it: row {row} has "
-                    f"{tokens} ones between {begin} and {end}. generate makes such a mask of a prompt that holds "
-                    "pad_token_id: pass it attention_mask=torch.ones_like(input_ids)"
-                )
-        return cls(tuple(first if n else 0 for first, n in zip(firsts, counts, strict=True)), tuple(counts))
+        runs = token_runs(mask, without_tokens=True)
+        return cls(tuple(begin for begin, _ in runs), tuple(end - begin for begin, end in runs))

@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ...runs.checkpoint import replacing, whole
+from ...runs.errors import first_line
 from .conversion import convert, revert
 from .convertible import check_weights
 from .gate_files import Place, check_gate, checked_gates, files_with_gates, gate_keys, opened, places, read_gates
@@ -116,7 +118,7 @@ def from_pretrained(
             "weights are not read"
         )
     place = {name: kwargs[name] for name in _PLACE if name in kwargs}
-    config = AutoConfig.from_pretrained(path, **place).get_text_config(decoder=True)
+    config = _config(path, place)
     if getattr(config, ENTRY, None) is None:
         raise ValueError(
             f"{path} must be of a converted model, got a plain checkpoint, without {ENTRY!r} in its config.json: load "
@@ -128,12 +130,47 @@ def from_pretrained(
     files = files_with_gates(path, kwargs.get("variant"), place)
     tensors = {key: gate for file in files for key, gate in read_gates(file).items()}
     gates = checked_gates(tensors, settings, depth, config, str(path))
-    with _gates_not_reported():
+    with _gates_not_reported(), _unknown_argument_named(model_class):
         model = model_class.from_pretrained(path, **kwargs)
     # the layers that were converted, with a sliding window or not
     convert(model, **vars(settings), convert_sliding=True, quiet=quiet)
     _fill(model, gates, str(path))
     return model
+
+
+def _config(path: str | os.PathLike[str], place: dict[str, Any]) -> Any:
+    """Return the text model's configuration in a checkpoint.
+
+    Raises:
+        OSError: there is no checkpoint, neither a folder nor one of the hub.
+    """
+    wanted = "path must be a folder that segattn.save_pretrained wrote, or a name on the hub"
+    folder = Path(path, place.get("subfolder", ""))
+    if Path(path).exists() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{wanted}, got {str(path)!r}, where there is no {folder / 'config.json'}")
+    try:
+        return AutoConfig.from_pretrained(path, **place).get_text_config(decoder=True)
+    except OSError as error:
+        raise OSError(f"{wanted}, got {str(path)!r}, which is neither: {first_line(error)}") from error
+
+
+@contextmanager
+def _unknown_argument_named(model_class: Any) -> Iterator[None]:
+    """Name an argument that no model takes, which transformers hands down to the model's constructor.
+
+    Raises:
+        TypeError: there is one.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if (unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error))) is None:
+            raise
+        raise TypeError(
+            f"{unknown[1]} must be an argument of {model_class.__name__}.from_pretrained or an entry of the model's "
+            "configuration, which it is not: leave it out. The settings of convert are those that the model was saved "
+            "with"
+        ) from error
 
 
 def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:

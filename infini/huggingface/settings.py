@@ -71,6 +71,11 @@ class Settings:
         """The number of tokens that local attention sees at most, without the sinks."""
         return (1 + self.lookback) * self.segment_len
 
+    @property
+    def without_memory(self) -> tuple[str, int]:
+        """How many of a text's first tokens see no memory: the number's name, and the number."""
+        return "(1 + lookback) · segment_len" if self.lookback else "segment_len", self.window
+
 
 @dataclass
 class Conversion:
@@ -84,7 +89,6 @@ class Conversion:
         pass from the first token that is not in the memory. Else they count over the whole text.
     inputs: argument names of the module that runs the layers, in order; that of its cache is `past_key_values`.
     handles: the hooks on the model.
-    warned: whether its user has been warned of training on texts that read no memory.
     """
 
     settings: Settings
@@ -94,7 +98,6 @@ class Conversion:
     restart: bool
     inputs: tuple[str, ...]
     handles: list[RemovableHandle] = field(default_factory=list)
-    warned: bool = False
 
     @property
     def period(self) -> int | None:
@@ -162,7 +165,8 @@ def trunk_of(model: nn.Module) -> Any:
     if hasattr(getattr(model, "config", None), ENTRY):
         raise ValueError(
             f"{got}, though its configuration has the settings of one that is: transformers makes plain models of such "
-            "a configuration or checkpoint. Load the checkpoint with segattn.from_pretrained, or call segattn.convert"
+            "a configuration or checkpoint. Load the checkpoint with segattn.from_pretrained, or call segattn.convert; "
+            "to have a plain one, which needs no revert, make it from type(config).from_dict(config.to_dict())"
         )
     raise ValueError(f"{got}: call segattn.convert first")
 

@@ -220,7 +220,7 @@ class StaticInfiniCache(Cache):
             torch._dynamo.mark_static_address(x)
 
     recording = False
-    # a piece that ends with padding is refused
+    # a piece that ends with padding is refused before it is read
     is_open = True
 
     @property
@@ -255,10 +255,7 @@ class StaticInfiniCache(Cache):
 
         Raises:
             RuntimeError: the state has a gradient, which buffers cannot keep.
-            ValueError: a row ends with padding.
         """
-        if not rows.open:
-            raise ValueError("attention_mask must end with ones for a static cache, got padding on the right")
         if any(x.requires_grad for state in states.values() for x in state.tensors()):
             raise RuntimeError(
                 "past_key_values must be an InfiniCache for gradients, got a StaticInfiniCache, which has none: call "

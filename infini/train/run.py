@@ -21,6 +21,7 @@ from ...runs.figures import prepare, versions, write_figures
 from ...runs.interrupts import InterruptedRunError
 from ...runs.settings import check_same
 from ...runs.silence import SILENT
+from ...runs.untrained import expect_short_texts
 from ..evaluate.loading import Tokenizer
 from ..huggingface.settings import conversion_of
 from ..sharding import runs_of
@@ -120,7 +121,7 @@ def run_training(
     trainer = Trainer(model, settings, mesh, device)
     if settings.length <= trainer.segment_len:
         # once, and not by every process
-        conversion_of(model).warned = True
+        expect_short_texts(model)
         if is_first():
             warnings.warn(
                 f"no memory is trained: length must be more than segment_len, {trainer.segment_len}, for a row to read "

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from ...kernels import validation as check
 from ...kernels.inference import normal
 from ...kernels.state import MemoryState
+from ...kernels.text import check_labels
 from ..backbone import (
     OFFLOAD_THE_MODEL,
     check_not_offloaded,
@@ -184,14 +185,18 @@ class AssociativeMemory(MemoryModule):
 
         Raises:
             TypeError, ValueError: naming the argument, what it must be, and what it was.
+
+        Warns:
+            UntrainedMemoryWarning: once, in training: two calls in turn had no text longer than a segment and no
+                state.
         """
-        x = check_inputs(input_ids, inputs_embeds, self.memory_tokens.shape[1])
+        self._refuse_graph("compile its model's layers in place, for layer in model.model.layers: layer.compile()")
+        x = check_inputs(input_ids, inputs_embeds, self.memory_tokens)
         batch, time = x.shape[:2]
         rows = bounds(attention_mask, batch, time)
+        self._warn_untrained(rows, state)
         if labels is not None:
-            # PyTorch's cross-entropy takes int64 alone
-            labels = check.check_ids("labels", labels).long()
-            check.check_shape("labels", labels, "[B, T]", (batch, time))
+            labels = check_labels("labels", labels, "[B, T]", (batch, time))
         hidden, state = self._read_text(x if input_ids is None else self.embed(x), rows, self._state(state, batch))
         # no token reads what the last segment writes
         hidden = with_zero_gradients(hidden, (part for memory in state.memories for part in memory))
@@ -285,7 +290,7 @@ class AssociativeMemory(MemoryModule):
         return F.cross_entropy(logits.to(check.state_dtype(logits)), targets, reduction="sum")
 
     def _start_text(self, input_ids: Tensor, state: AssociativeState | None) -> AssociativeState:
-        return self._state(state, check_inputs(input_ids, None, self.memory_tokens.shape[1]).shape[0])
+        return self._state(state, check_inputs(input_ids, None, self.memory_tokens).shape[0])
 
     def _read_segments(
         self, input_ids: Tensor, rows: list[tuple[int, int]], state: AssociativeState

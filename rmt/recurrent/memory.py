@@ -187,11 +187,17 @@ class RecurrentMemory(MemoryModule):
 
         Raises:
             TypeError, ValueError: naming the argument, what it must be, and what it was.
+
+        Warns:
+            UntrainedMemoryWarning: once, in training: two calls in turn had no text longer than a segment and no
+                state.
         """
         settings = self.settings
-        x = check_inputs(input_ids, inputs_embeds, self.memory.shape[1])
+        self._refuse_graph("call its compile(), which compiles the pass over a segment")
+        x = check_inputs(input_ids, inputs_embeds, self.memory)
         batch, time = x.shape[:2]
         rows = bounds(attention_mask, batch, time)
+        self._warn_untrained(rows, state)
         targets = None if labels is None else targets_of(labels, settings.kind, rows, time)
         keep = labels is None if output_logits is None else output_logits
         memory = self._state(state, batch).memory
@@ -316,7 +322,7 @@ class RecurrentMemory(MemoryModule):
     def _start_text(self, input_ids: Tensor, state: RecurrentState | None) -> RecurrentState:
         if self.settings.kind != "decoder":
             raise TypeError("generate is for decoders, got a RecurrentMemory of kind 'encoder'")
-        return self._state(state, check_inputs(input_ids, None, self.memory.shape[1]).shape[0])
+        return self._state(state, check_inputs(input_ids, None, self.memory).shape[0])
 
     def _read_segments(self, input_ids: Tensor, rows: list[tuple[int, int]], state: RecurrentState) -> RecurrentState:
         memory = state.memory

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import validation as check
+from ...kernels.text import check_labels
 from ..segments import IGNORED, Segment, next_tokens
 
 
@@ -22,12 +22,9 @@ def targets_of(labels: Tensor, kind: str, rows: list[tuple[int, int]], time: int
     Raises:
         TypeError, ValueError: labels of another dtype or shape.
     """
-    # PyTorch's cross-entropy takes int64 alone
-    labels = check.check_ids("labels", labels).long()
-    if labels.ndim == 1 and kind == "encoder":
-        check.check_shape("labels", labels, "[B]", (len(rows),))
-        return labels
-    check.check_shape("labels", labels, "[B, T]", (len(rows), time))
+    if kind == "encoder" and isinstance(labels, Tensor) and labels.ndim == 1:
+        return check_labels("labels", labels, "[B]", (len(rows),))
+    labels = check_labels("labels", labels, "[B, T]", (len(rows), time))
     if kind == "decoder":
         return next_tokens(labels, rows)
     at = torch.arange(time, device=labels.device)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...runs.untrained import expect_short_texts
 from ..tasks.answers import fewest_segments, length_of, right
 from ..tasks.make import Task
 
@@ -173,6 +174,7 @@ class Trainer:
         self.seconds = 0.0
         self.log: list[Step] = []
         self.done: list[dict[str, Any]] = []
+        expect_short_texts(memory)
         self._enter(0)
         torch.manual_seed(seed)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from ...runs.checkpoint import read_checkpoint, save_checkpoint, save_weights
-from ...runs.errors import SettingError, named
+from ...runs.errors import SettingError, UntrainedMemoryWarning, named
 from ...runs.figures import prepare, versions, write_figures
 from ...runs.interrupts import InterruptedRunError, deferred_interrupt
 from ...runs.settings import check_same
@@ -53,6 +54,9 @@ def run_training(
     Raises:
         SettingError: a setting that cannot be, or, with `resume`, differs from the checkpoint's.
         InterruptedRunError: by Ctrl-C, with the checkpoint written.
+
+    Warns:
+        UntrainedMemoryWarning: no stage has a text of more than a segment.
     """
     files = RunFiles.of(folder)
     saved = _checkpoint(files.checkpoint) if resume else None
@@ -71,6 +75,12 @@ def run_training(
         trainer = Trainer(run.memory, run.task, settings.tokens, settings.recipe(), settings.seed)
         # fail on a length that cannot be drawn before the hours that lead to it
         samples_of(run.task, 0, 1, trainer.plan[-1].length, TEST_SEED)
+    if max(stage.segments for stage in trainer.plan) == 1:
+        warnings.warn(
+            f"no memory is trained: segments must go beyond 1 for a text to read its memory, got {settings.segments}",
+            UntrainedMemoryWarning,
+            stacklevel=2,
+        )
     data = fingerprint(settings)
     if saved is None:
         prepare(files.checkpoint, files.figures, resume=False)

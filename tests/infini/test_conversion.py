@@ -587,11 +587,9 @@ def test_bad_calls() -> None:
     for wrong in (ids[None], ids[0], ids[:, :0]):
         with pytest.raises(ValueError, match=r"input_ids must be \[B, T\] of at least one token, got \["):
             model(wrong)
-    with pytest.raises(TypeError, match=r"input_ids must be an integer tensor, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"input_ids must be an int32 or int64 tensor, got torch\.float32"):
         model(ids.float())
-    with pytest.raises(
-        ValueError, match=r"inputs_embeds must be \[B, T, width\] of at least one token, got \[20, 32\]"
-    ):
+    with pytest.raises(ValueError, match=r"inputs_embeds must be \[B, T, 32\] of at least one token, got \[20, 32\]"):
         model(inputs_embeds=torch.zeros(20, 32))
     with pytest.raises(ValueError, match=r"position_ids must be \[1 or 2, 20\], got \[20\]"):
         model(ids, position_ids=torch.arange(20))

@@ -268,7 +268,7 @@ def test_checkpointing_that_drops_the_keys_of_other_layers_is_refused(name: str)
         ({"labels": torch.ones(1, 39, dtype=torch.long)}, ValueError, r"labels must be .*\[1, 40\], got \[1, 39\]"),
         ({"attention_mask": torch.ones(1, 39)}, ValueError, r"attention_mask must be \[1, 40\], got \[1, 39\]"),
         ({"labels": torch.full((1, 40), -100)}, ValueError, "labels must hold a token to predict"),
-        ({"labels": torch.ones(1, 40)}, TypeError, "labels must be an integer tensor, got torch.float32"),
+        ({"labels": torch.ones(1, 40)}, TypeError, "labels must be an int32 or int64 tensor, got torch.float32"),
     ],
 )
 def test_bad_input_is_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -396,7 +396,7 @@ def test_compiled_without_a_break() -> None:
 def test_a_pass_that_reads_no_memory_is_warned_of() -> None:
     model = windowed().train()
     model(tokens(1, 2 * L + 1), use_cache=False)
-    with pytest.warns(segattn.UntrainedMemoryWarning, match=f"longer than 2 · segment_len, {2 * L}"):
+    with pytest.warns(segattn.UntrainedMemoryWarning, match=rf"longer than \(1 \+ lookback\) · segment_len, {2 * L}"):
         model(tokens(1, 2 * L), use_cache=False)
 
 

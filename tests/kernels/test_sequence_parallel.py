@@ -303,7 +303,7 @@ def test_the_module_reads_two_pieces_over_ranks(seen, rope):
     ("name", "said"),
     {
         "shapes": "ValueError: shift_labels must be [B, t] as logits [B, t, vocabulary], got [2, 4] and [2, 5, 9]",
-        "kinds": "TypeError: shift_labels must be an integer tensor, got torch.float32",
+        "kinds": "TypeError: shift_labels must be an int32 or int64 tensor, got torch.float32",
         "vocabulary": "ValueError: shift_labels must be -100 or below the vocabulary of 9, got 9 to 9",
         "logits": "TypeError: logits must be bfloat16, float16, float32 or float64, got torch.int64",
         "gradients": "ValueError: gradients must be one of 'averaged', 'summed', got 'both'",

@@ -209,7 +209,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "past shape": (ValueError, r"past must have shape \[N\] = \[2\], got \[3\]", {"sinks": 3, "past": ints(0, 4, 8)}),
     "past dtype": (
         TypeError,
-        "past must be an integer tensor, got torch.float32",
+        "past must be an int32 or int64 tensor, got torch.float32",
         {"sinks": 3, "past": torch.zeros(B)},
     ),
     "past type": (TypeError, "past must be an integer, got list", {"sinks": 3, "past": [0, 4]}),

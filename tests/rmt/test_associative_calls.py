@@ -387,10 +387,10 @@ BAD: dict[str, tuple[type[Exception], Callable[[AssociativeMemory], Any]]] = {
         ),
     ),
     "input_ids or inputs_embeds must be given, and not both": (ValueError, lambda m: m()),
-    r"input_ids must have shape \[B, T\], got \[4\]": (ValueError, lambda m: m(models.tokens(1, 4)[0])),
-    "input_ids must be an integer tensor, got torch.float32": (TypeError, lambda m: m(torch.ones(1, 4))),
-    r"input_ids must have a row and a token in it, got shape \[1, 0\]": (ValueError, lambda m: m(models.tokens(1, 0))),
-    r"inputs_embeds must have shape \[B, T, d = 32\]": (
+    r"input_ids must be \[B, T\] of at least one token, got \[4\]": (ValueError, lambda m: m(models.tokens(1, 4)[0])),
+    "input_ids must be an int32 or int64 tensor, got torch.float32": (TypeError, lambda m: m(torch.ones(1, 4))),
+    r"input_ids must be \[B, T\] of at least one token, got \[1, 0\]": (ValueError, lambda m: m(models.tokens(1, 0))),
+    r"inputs_embeds must be \[B, T, 32\] of at least one token": (
         ValueError,
         lambda m: m(inputs_embeds=torch.ones(1, 4, 31, dtype=DOUBLE)),
     ),

@@ -121,9 +121,9 @@ def test_what_generate_is_given() -> None:
             r"state must have shape \[B, m, d\] = \[2, 3, 32\], got \[3, 3, 32\]",
         ),
         (ids, {"state": module.memory}, "state must be a RecurrentState, got Parameter"),
-        (ids[:, :0], {}, r"input_ids must have a row and a token in it, got shape \[2, 0\]"),
-        (ids[0], {}, r"input_ids must have shape \[B, T\], got \[7\]"),
-        (ids.tolist(), {}, "input_ids must be an integer tensor, got list"),
+        (ids[:, :0], {}, r"input_ids must be \[B, T\] of at least one token, got \[2, 0\]"),
+        (ids[0], {}, r"input_ids must be \[B, T\] of at least one token, got \[7\]"),
+        (ids.tolist(), {}, "input_ids must be an int32 or int64 tensor, got list"),
         (ids, {"temperature": 0.5}, "must come with do_sample=True, got one of them without"),
     ]
     for prompt, options, message in wrong:

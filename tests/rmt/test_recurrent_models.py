@@ -148,18 +148,21 @@ def test_bad_calls() -> None:
     mask = torch.ones(2, L + 2)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({}, "input_ids or inputs_embeds must be given, and not both"),
-        ({"input_ids": ids.float()}, "input_ids must be an integer tensor, got torch.float32"),
-        ({"input_ids": ids[0]}, r"input_ids must have shape \[B, T\], got \[9\]"),
-        ({"input_ids": ids[:, :0]}, r"input_ids must have a row and a token in it, got shape \[2, 0\]"),
-        ({"inputs_embeds": torch.zeros(2, 3, 8)}, r"inputs_embeds must have shape \[B, T, d = 32\], got \[2, 3, 8\]"),
+        ({"input_ids": ids.float()}, "input_ids must be an int32 or int64 tensor, got torch.float32"),
+        ({"input_ids": ids[0]}, r"input_ids must be \[B, T\] of at least one token, got \[9\]"),
+        ({"input_ids": ids[:, :0]}, r"input_ids must be \[B, T\] of at least one token, got \[2, 0\]"),
+        (
+            {"inputs_embeds": torch.zeros(2, 3, 8)},
+            r"inputs_embeds must be \[B, T, 32\] of at least one token, got \[2, 3, 8\]",
+        ),
         ({"input_ids": ids, "labels": ids[:, 1:]}, r"labels must have shape \[B, T\] = \[2, 9\], got \[2, 8\]"),
         ({"input_ids": ids, "labels": ids[:, 0]}, r"labels must have shape \[B, T\] = \[2, 9\], got \[2\]"),
-        ({"input_ids": ids, "labels": ids.float()}, "labels must be an integer tensor, got torch.float32"),
+        ({"input_ids": ids, "labels": ids.float()}, "labels must be an int32 or int64 tensor, got torch.float32"),
         ({"input_ids": ids, "attention_mask": mask[:, 1:]}, r"attention_mask must have shape \[B, T\] = \[2, 9\]"),
         ({"input_ids": ids, "attention_mask": mask * 0}, "must have a token in every row, got row 0 without one"),
         (
             {"input_ids": ids, "attention_mask": mask.index_fill(1, torch.tensor([4]), 0)},
-            "must have a row's tokens side by side, got padding between those of row 0",
+            "attention_mask must hold one run of ones in each row, with padding only around it: row 0 has",
         ),
         ({"input_ids": ids, "state": torch.zeros(2, M, 32)}, "state must be a RecurrentState, got Tensor"),
         (

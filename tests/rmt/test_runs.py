@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import signal
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ from segattn.rmt.tasks.facts import generate_questions
 from segattn.rmt.tasks.make import make_task
 from segattn.rmt.tasks.vocabulary import CLS, SEP
 from segattn.runs.checkpoint import load_checkpoint
-from segattn.runs.errors import SettingError
+from segattn.runs.errors import SettingError, UntrainedMemoryWarning
 from segattn.runs.interrupts import InterruptedRunError
 from segattn.runs.text import generate_text
 
@@ -203,6 +204,16 @@ def test_stages_follow_each_other() -> None:
     assert [stage.annealed for stage in plan] == [False] * 4 + [True]
     assert [plan[0].rate(step, 4) for step in (0, 1, 3, 4, 39)] == [0.125, 0.25, 0.5, 0.5, 0.5]
     assert [plan[4].rate(step, 4) for step in (0, 4, 7)] == [0.25, 0.125, 0.03125]
+
+
+def test_a_curriculum_that_trains_no_memory_is_warned_of(tmp_path: Path) -> None:
+    said = r"no memory is trained: segments must go beyond 1 for a text to read its memory, got \(1,\)"
+    with pytest.warns(UntrainedMemoryWarning, match=said) as caught:
+        run_training(replace(TINY, segments=(1,)), tmp_path / "one", Quiet())
+    assert len([one for one in caught if one.category is UntrainedMemoryWarning]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UntrainedMemoryWarning)
+        run_training(replace(TINY, steps=2), tmp_path / "two", Quiet())
 
 
 def test_short_segments_come_before_whole_ones() -> None:

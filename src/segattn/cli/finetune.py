@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +14,6 @@ import typer
 from rich.console import Console
 
 from ..infini.train.settings import TrainSettings
-from ..runs.errors import UntrainedMemoryWarning
 from .options import options_of
 from .progress import Progress, is_due
 from .shell import Command, print_files, quiet_transformers
@@ -70,7 +68,7 @@ def finetune(
         from ..infini.train.processes import agreed, is_first, joined
         from ..infini.train.run import Outputs, resumed, run_training
 
-        with joined(device, timeout) as place, _together(command), _warnings_in_a_line(command):
+        with joined(device, timeout) as place, _together(command):
             settings, steps = agreed(lambda: resumed(out, given) if resume else (TrainSettings(**given), 0))
             console = Console(soft_wrap=True, highlight=False, quiet=not is_first())
             with Steps(console, f"already done: {steps} steps; --steps goes on to more") as listener:
@@ -118,23 +116,6 @@ def _together(command: Command) -> Iterator[None]:
 def _is_saved(out: Path) -> bool:
     # without `checkpoints.whole`: Ctrl-C may have broken into the import of PyTorch
     return any(out.glob("checkpoints/step-*/.metadata"))
-
-
-@contextmanager
-def _warnings_in_a_line(command: Command) -> Iterator[None]:
-    """Print the warnings of a run in one line, as its errors, and leave others alone."""
-    with warnings.catch_warnings():
-        show = warnings.showwarning
-
-        def line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if category is UntrainedMemoryWarning:
-                command.say(str(message))
-            else:
-                show(message, category, *where, **more)
-
-        warnings.showwarning = line
-        warnings.simplefilter("always", UntrainedMemoryWarning)
-        yield
 
 
 def _note(figures: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import typer
 from rich.console import Console
 
-from ..runs.errors import SettingError
+from ..runs.errors import SettingError, UntrainedMemoryWarning
 from ..runs.interrupts import InterruptedRunError
 
 # module that is missing → what brings it
@@ -64,7 +65,8 @@ class Command:
     def run(self) -> Iterator[Console]:
         """Yield the console to print to, and end the process with one line where `ending` knows one."""
         try:
-            yield Console(soft_wrap=True, highlight=False)
+            with self._warnings_in_a_line():
+                yield Console(soft_wrap=True, highlight=False)
         except BaseException as error:
             ending = self.ending(error)
             if ending is None:
@@ -95,6 +97,22 @@ class Command:
     def way_on(self) -> str:
         """Return how to go on, to be put behind a message; nothing where there is no way yet."""
         return f"; {self.again}" if self.again and self.saved() else ""
+
+    @contextmanager
+    def _warnings_in_a_line(self) -> Iterator[None]:
+        """Print each warning of a memory that is not trained in one line, as errors, and leave others alone."""
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+                if category is UntrainedMemoryWarning:
+                    self.say(str(message))
+                else:
+                    show(message, category, *where, **more)
+
+            warnings.showwarning = line
+            warnings.simplefilter("always", UntrainedMemoryWarning)
+            yield
 
     def _nothing_saved(self) -> str:
         return "; there is nothing to go on from yet" if self.again else ""
