@@ -155,7 +155,7 @@ def attend_kernel(
         # behind the window, so that no row's peak is still −inf where none are seen
         keys, values = sinks_of(sinks, slot, group)
         acc, peak, total = softmax_loop(
-            (acc, peak, total), queries, from_sinks(i, window, sinks), keys, values, 0, keys.stop,
+            (acc, peak, total), queries, from_sinks(i, window, sinks, slope), keys, values, 0, keys.stop,
             spanning(segment, 0, keys.stop), None, factor, softcap, slope, True, False, K, V,
             sink_block(sinks.count, BLOCK_N),
         )  # fmt: skip

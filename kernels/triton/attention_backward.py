@@ -198,7 +198,7 @@ def query_grad_kernel(
     if sinks is not None:
         keys, values = sinks_of(sinks, slot, group)
         acc = query_loop(
-            acc, queries, douts, lse2, row_delta, from_sinks(i, window, sinks), keys, values, 0, keys.stop,
+            acc, queries, douts, lse2, row_delta, from_sinks(i, window, sinks, slope), keys, values, 0, keys.stop,
             spanning(segment, 0, keys.stop), None, factor, softcap, slope, True, False, K, V,
             sink_block(sinks.count, BLOCK_N),
         )  # fmt: skip

@@ -42,8 +42,10 @@ def sink_grad_kernel(
     segment = segment_at(slot, slots, segments, segment_len, time)
     offset = time - query_time
     keys, values = sinks_of(sinks, slot, group)
-    # every query sees them, as if they stood directly before its window
-    j = keys_of(segment, segment_len, LOOKBACK).begin - sinks.count + first + tl.arange(0, ROWS)
+    # every query sees them, as if they stood where its segment begins; distances are those from before its window
+    j = segment.begin + tl.zeros([ROWS], tl.int32)
+    if slopes is not None:
+        j = keys_of(segment, segment_len, LOOKBACK).begin - sinks.count + first + tl.arange(0, ROWS)
     first_query = tl.maximum(segment.begin, offset)
     steps = tl.where(keys.stop > 0, tl.cdiv(tl.maximum(segment.end - first_query, 0), BLOCK_M), 0)
     dkeys, dvalues = key_loop(

@@ -191,9 +191,11 @@ def sinks_of(sinks, slot, group):
 
 
 @triton.jit
-def from_sinks(i, window, sinks):
-    """Return the positions of queries, counted from the first sink on, which stand directly before the window."""
-    return i - window.begin + sinks.count
+def from_sinks(i, window, sinks, slope):
+    """Return queries' positions as sinks count them, which stand directly before the window; i itself without slope."""
+    if slope is not None:
+        i = i - window.begin + sinks.count
+    return i
 
 
 @triton.jit
@@ -368,17 +370,17 @@ def scores(a, b, factor, softcap):
 @triton.jit
 def of_head(values, head):
     """Return a head's value, for powers of two; None where there are none."""
-    if values is None:
-        return None
-    return tl.load(values + head) * LOG2_E
+    if values is not None:
+        values = tl.load(values + head) * LOG2_E
+    return values
 
 
 @triton.jit
 def of_heads(values, head, inside):
     """Return the values of the heads [rows] that are `inside`, for powers of two; None where there are none."""
-    if values is None:
-        return None
-    return tl.load(values + head, mask=inside, other=0.0) * LOG2_E
+    if values is not None:
+        values = tl.load(values + head, mask=inside, other=0.0) * LOG2_E
+    return values
 
 
 @triton.jit
@@ -393,9 +395,12 @@ def biased(x, i, j, slope):
 def no_keys(ROWS: tl.constexpr, COLUMNS: tl.constexpr, sink_logit=None):
     """Return Σ p v, the scores' peak and Σ p where no key has been seen, but perhaps a sink logit."""
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if sink_logit is None:
-        return acc, tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    return acc, tl.zeros([ROWS], tl.float32) + sink_logit, tl.full([ROWS], 1.0, tl.float32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if sink_logit is not None:
+        peak = total + sink_logit
+        total += 1.0
+    return acc, peak, total
 
 
 @triton.jit
