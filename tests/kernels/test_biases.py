@@ -65,7 +65,7 @@ def test_a_logit_may_be_far_from_the_scores(size: float, backend: str, device: t
 @pytest.mark.parametrize("backend", PRECISE)
 @pytest.mark.parametrize("causal", [True, False])
 def test_alibi_is_a_bias_of_the_scores(causal: bool, backend: str, device: torch.device) -> None:
-    """One segment, by PyTorch's attention; where it is causal, one that grows with the place of the key, as in Bloom."""
+    """By PyTorch's attention, of one segment; where it is causal, a key's place times the slope, as in Bloom."""
     dtype, limit = PRECISE[backend]
     q, k, v = (drawn(2, n, 21, 16, dtype=dtype, device=device) for n in (4, 2, 2))
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=dtype, device=device)
