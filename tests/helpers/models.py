@@ -103,7 +103,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
 }
 # types that only a recurrent memory takes
-REFUSED = ("gpt_oss", "falcon", "bloom")
+REFUSED = ("falcon", "bloom")
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 # the version of transformers whose model of a type can be converted and tested, where that is not the first we take
 _SINCE = {
@@ -130,9 +130,11 @@ def make(name: str = "llama", **changes: Any) -> transformers.PreTrainedModel:
     how = {"attn_implementation": "eager"} if name == "gemma2" else {}
     model = transformers.AutoModelForCausalLM.from_config(config, **how).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for place, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
+            if place.endswith(".sinks"):
+                parameter.normal_()
     return model
 
 
