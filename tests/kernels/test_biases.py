@@ -107,3 +107,32 @@ def test_decoding_wants_no_gradient_of_logits() -> None:
     x = torch.randn(1, 1, 3, 16)
     with pytest.raises(RuntimeError, match="segment_decode has no gradients"):
         segment_decode(x[:, :, :1], x, x, sink_logits=torch.zeros(1, requires_grad=True))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("name", "options"), [("bloom", {}), ("falcon", {"alibi": True})])
+def test_alibi_is_that_of_models(name: str, options: dict[str, Any], padded: bool) -> None:
+    """What enters the output projection of Bloom's and Falcon's own attention, of the rows that are no padding."""
+    pytest.importorskip("transformers")
+    import models
+
+    model, ids, mask = models.make(name, **options).double(), models.tokens(2, 19), torch.ones(2, 19).long()
+    # behind the text: before it, rows that see nothing make Bloom's own attention NaN
+    mask[0, 19 - 6 * padded :] = 0
+    attention = [m for m in model.modules() if type(m).__name__.endswith("Attention")][-1]
+    seen: dict[str, torch.Tensor] = {}
+    attention.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(alibi=kwargs["alibi"] if "alibi" in kwargs else args[1]), with_kwargs=True
+    )
+    attention.query_key_value.register_forward_hook(lambda _, args, out: seen.update(qkv=out))
+    attention.dense.register_forward_pre_hook(lambda _, args: seen.update(out=args[0]))
+    with torch.no_grad():
+        model(ids, attention_mask=mask, use_cache=False)
+    split = getattr(attention, "_reshape", None) or attention._split_heads
+    q, k, v = (x if x.shape[2] == 19 else x.transpose(1, 2) for x in split(seen["qkv"]))
+    bias = seen["alibi"].reshape(2, 4, -1)[1]
+    slopes = (bias[:, 2] - bias[:, 1]) * (attention.inv_norm_factor if name == "falcon" else 1)
+    spans = torch.stack([torch.zeros(2).long(), mask.sum(1)], 1)
+    out = segment_attention(q, k, v, segment_len=19, spans=spans, alibi_slopes=slopes, backend="torch").out
+    real = mask.bool()
+    assert error(out.transpose(1, 2).flatten(2)[real], seen["out"][real]) < 1e-6
