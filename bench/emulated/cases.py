@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.check.calls import Call, apply, evaluate, gate_gradient_size, gradients, tensors
+from ...kernels.check.calls import Call, apply, evaluate, gradient_sizes, gradients, tensors
 from ...kernels.check.gates import GATES, OUTPUTS
 from ...kernels.decoding import segment_decode
 from ...kernels.memory import memory_read, memory_write
@@ -42,7 +42,7 @@ def attention(**changes: object) -> Case:
         draw=lambda dtype: tensors(call, dtype),
         evaluate=lambda made, backend: evaluate(call, made, backend),
         gate=lambda output, dtype: GATES[dtype].of(output, call),
-        least=lambda made, expected: {"dgate": gate_gradient_size(call, made, expected["out"])} if call.gated else {},
+        least=lambda made, expected: gradient_sizes(call, made, expected["out"]),
     )
 
 

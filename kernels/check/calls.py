@@ -201,3 +201,25 @@ def gate_gradient_size(call: Call, made: dict[str, Tensor], out: Tensor) -> floa
     local = evaluate(replace(call, gated=False), tokens, "reference")["out"]
     terms = _direction(out) * (out - local) * (1 - made["gate"].detach().sigmoid())[:, None, None]
     return float(terms.norm())
+
+
+def sink_gradient_size(call: Call, made: dict[str, Tensor]) -> float:
+    """Return the size that the gradient of the sink logits has on average over projections, as that of the gate.
+
+    It is the sum of -(1 - w) p do A_dot over rows and values, p being the weight of the sink logit in a row.
+    """
+    tokens = {name: x for name, x in made.items() if name in ("q", "k", "v", "sink_k", "sink_v")}
+    plain = evaluate(replace(call, gated=False, sink_logits=False), tokens, "reference")["out"]
+    tokens["sink_logits"] = made["sink_logits"]
+    local = evaluate(replace(call, gated=False), tokens, "reference")["out"]
+    # 0 in rows of padding, where both are
+    weight = 1 - ((local * plain).sum(-1, keepdim=True) / plain.square().sum(-1, keepdim=True)).nan_to_num(nan=1.0)
+    if call.gated:
+        weight = weight * (1 - made["gate"].detach().sigmoid())[:, None, None]
+    return float((_direction(local) * weight * local).norm())
+
+
+def gradient_sizes(call: Call, made: dict[str, Tensor], out: Tensor) -> dict[str, float]:
+    """Return the least sizes that errors of gradients are relative to, of those whose terms may cancel."""
+    sizes = {"dgate": gate_gradient_size(call, made, out)} if call.gated else {}
+    return sizes | ({"dsink_logits": sink_gradient_size(call, made)} if call.sink_logits else {})
