@@ -300,8 +300,8 @@ def attend_sequences(
         out = attend_slots(queries, seen.k, seen.v, visible, False, biases, options, first_query - seen.first)
     else:
         held = None if options.causal else seen.held
-        at = first_query - seen.first
-        out = attend_slots(queries, seen.k, seen.v, held, options.causal, biases, options, at)
+        place = first_query - seen.first
+        out = attend_slots(queries, seen.k, seen.v, held, options.causal, biases, options, place)
     if aligned and not alone:
         rows = (slots.begin - seen.first)[:, None] + torch.arange(width, device=k.device)
         rows = rows.clamp(max=seen_width - 1)[:, None, :, None]
