@@ -89,7 +89,7 @@ def sequence_parallel_attention(
         "softcap": softcap,
         "backend": backend,
     }
-    per_head = {"gate": gate, "sink_logits": sink_logits, "alibi_slopes": alibi_slopes}
+    per_head: dict[str, Any] = {"gate": gate, "sink_logits": sink_logits, "alibi_slopes": alibi_slopes}
     tensors = {"q": q, "k": k, "v": v, "memory_q": memory_q, "memory_k": memory_k}
     problem: Exception | None = under_context_parallel("a sequence over several processes")
     if cu_seqlens is not None or spans is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,9 +103,9 @@ def decoding(**changes: object) -> Case:
         rest = dict(made)
         state = MemoryState(rest.pop("memory"), rest.pop("normalizer")) if step.gated else None
         lengths = torch.tensor(step.lengths, dtype=torch.int32, device=made["q"].device)
-        options = {"causal": step.causal, "softcap": step.softcap, "backend": backend}
+        options: dict[str, Any] = {"causal": step.causal, "softcap": step.softcap, "backend": backend}
         options["alibi_slopes"] = Call(H=step.H, alibi=step.alibi).slopes(made["q"])
-        return {"out": segment_decode(**rest, lengths=lengths, state=state, **options)}  # type: ignore[arg-type]
+        return {"out": segment_decode(**rest, lengths=lengths, state=state, **options)}
 
     return Case(draw, run, lambda output, dtype: GATES[dtype].outputs)
 
