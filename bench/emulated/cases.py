@@ -105,7 +105,7 @@ def decoding(**changes: object) -> Case:
         lengths = torch.tensor(step.lengths, dtype=torch.int32, device=made["q"].device)
         options: dict[str, Any] = {"causal": step.causal, "softcap": step.softcap, "backend": backend}
         options["alibi_slopes"] = Call(H=step.H, alibi=step.alibi).slopes(made["q"])
-        return {"out": segment_decode(**rest, lengths=lengths, state=state, **options)}
+        return {"out": segment_decode(**rest, lengths=lengths, state=state, **options)}  # type: ignore[arg-type]
 
     return Case(draw, run, lambda output, dtype: GATES[dtype].outputs)
 
