@@ -18,7 +18,7 @@ HARMLESS = frozenset(
 
 
 def with_effect(arguments: Mapping[str, Any], harmless: frozenset[str] = frozenset()) -> list[str]:
-    """Return the names of arguments that may change the output of attention, such as sinks (`s_aux`), in order.
+    """Return the names of arguments that may change the output of attention, such as a bias of the scores, in order.
 
     Args:
         arguments: by their names; None and False count as left out.

@@ -30,6 +30,7 @@ def model_attention(
     is_causal: bool | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend inside segments of a plain model's text, without a memory.
@@ -49,6 +50,7 @@ def model_attention(
         is_causal: default `module.is_causal`, or True where it has none.
         position_ids: [B or 1, Tq], by which packed texts and caches with room for more tokens are told, and refused.
         cu_seq_lens_q: int32 [N + 1], offsets of packed texts, B = 1.
+        s_aux: [H], learnt sink logits, as `sink_logits` in `segment_attention`.
         kwargs: those that change nothing in attention, or are None.
 
     Returns:
@@ -84,12 +86,13 @@ def model_attention(
         causal=causal,
         scale=scaling,
         softcap=softcap,
+        sink_logits=s_aux,
     )
     return out.transpose(1, 2), None
 
 
 def _check_others(module: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Check that a model hands on nothing else that would change its attention, such as sinks (`s_aux`).
+    """Check that a model hands on nothing else that would change its attention, such as a bias of the scores.
 
     Raises:
         ValueError: it does.

@@ -43,6 +43,8 @@ def sequence_parallel_attention(
     softcap: float | None = None,
     lookback: int = 0,
     sinks: int = 0,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     backend: str | None = None,
     want_state: bool = True,
     check_ranks: bool = True,
@@ -57,8 +59,8 @@ def sequence_parallel_attention(
         group: a `torch.distributed.ProcessGroup`, or one dimension of a `DeviceMesh`, such as mesh["sp"].
         q, k, v: this rank's run, [B, H, T, K], [B, G, T, K] and [B, G, T, V]: whole segments, as many as one likes; the
             last rank's may end with an unfinished one.
-        segment_len, gate, update, memory_q, memory_k, causal, empty_memory, scale, softcap, backend: as in
-            `segment_attention`, the same on every rank.
+        segment_len, gate, update, memory_q, memory_k, causal, empty_memory, scale, softcap, sink_logits, alibi_slopes,
+            backend: as in `segment_attention`, the same on every rank.
         state: the memory before the whole sequence. On every rank or on none; rank 0's is read and gets the gradient.
         cu_seqlens, spans: not taken, must be None.
         lookback, sinks: not taken, must be 0.
@@ -87,6 +89,7 @@ def sequence_parallel_attention(
         "softcap": softcap,
         "backend": backend,
     }
+    per_head: dict[str, Any] = {"gate": gate, "sink_logits": sink_logits, "alibi_slopes": alibi_slopes}
     tensors = {"q": q, "k": k, "v": v, "memory_q": memory_q, "memory_k": memory_k}
     problem: Exception | None = under_context_parallel("a sequence over several processes")
     if cu_seqlens is not None or spans is not None:
@@ -100,19 +103,19 @@ def sequence_parallel_attention(
             f"got lookback = {lookback}, sinks = {sinks}"
         )
     if check_ranks:
-        problem = problem or _problem(tensors, gate, state, options)
-        settings = {} if problem else {**_settings(tensors, gate, state, options), "want_state": want_state}
+        problem = problem or _problem(tensors, per_head, state, options)
+        settings = {} if problem else {**_settings(tensors, per_head, state, options), "want_state": want_state}
         agree_on_runs(ranks, settings, 0 if problem else q.shape[2], segment_len, problem)
     elif problem:
         raise problem
     if ranks.size == 1 or gate is None:
-        one = segment_attention(q, k, v, gate=gate, memory_q=memory_q, memory_k=memory_k, state=state, **options)
+        one = segment_attention(q, k, v, memory_q=memory_q, memory_k=memory_k, state=state, **per_head, **options)
         return one if want_state else SegmentOutput(one.out, None)
     written = k if memory_k is None else memory_k
     if autocast_holds(k.device.type):
         written, v = autocast(written), autocast(v)
     before, after = _states(ranks, written, v, state, segment_len, update, backend, want_state)
-    out, _ = segment_attention(q, k, v, gate=gate, memory_q=memory_q, memory_k=memory_k, state=before, **options)
+    out, _ = segment_attention(q, k, v, memory_q=memory_q, memory_k=memory_k, state=before, **per_head, **options)
     return SegmentOutput(out, after)
 
 
@@ -198,7 +201,10 @@ def _maps(k: Tensor, v: Tensor, start: MemoryState, segment_len: int, backend: s
 
 
 def _problem(
-    tensors: dict[str, Tensor | None], gate: Tensor | None, state: MemoryState | None, options: dict[str, Any]
+    tensors: dict[str, Tensor | None],
+    per_head: dict[str, Tensor | None],
+    state: MemoryState | None,
+    options: dict[str, Any],
 ) -> Exception | None:
     """Return the error that `segment_attention` raises for this rank's call cut to no tokens, or None."""
     try:
@@ -211,14 +217,17 @@ def _problem(
                     f"{name} must have 4 dimensions [batch, heads, time, width] and q's time, got {list(x.shape)}"
                 )
         cut = {name: None if x is None else x[:, :, :0] for name, x in tensors.items()}
-        segment_attention(**cut, gate=gate, state=state, **options)  # type: ignore[arg-type]
+        segment_attention(**cut, **per_head, state=state, **options)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         return error
     return None
 
 
 def _settings(
-    tensors: dict[str, Tensor | None], gate: Tensor | None, state: MemoryState | None, options: dict[str, Any]
+    tensors: dict[str, Tensor | None],
+    per_head: dict[str, Tensor | None],
+    state: MemoryState | None,
+    options: dict[str, Any],
 ) -> dict[str, object]:
     """Return the settings that must be equal on every rank, by name."""
     sizes = {
@@ -228,5 +237,5 @@ def _settings(
         for dim, what in ((0, "batch size"), (1, "heads"), (3, "width"))
     }
     kinds = {f"{name}'s dtype": x.dtype for name, x in tensors.items() if x is not None}
-    passed = {f"{name} given": x is not None for name, x in {**tensors, "gate": gate, "state": state}.items()}
+    passed = {f"{name} given": x is not None for name, x in {**tensors, **per_head, "state": state}.items()}
     return {**options, **kinds, **sizes, **passed, **modes(tensors["q"].device.type)}  # type: ignore[union-attr]

@@ -36,7 +36,7 @@ def check_arguments(arguments: Mapping[str, Any], source: str) -> None:
         source: what passes them, for the error.
 
     Raises:
-        ValueError: one of them would change the attention of a plain model, or may, such as attention sinks (`s_aux`).
+        ValueError: one of them would change the attention of a plain model, or may, such as a bias of the scores.
     """
     if others := [name for name in with_effect(arguments, HARMLESS) if not name.startswith("output_")]:
         raise ValueError(

@@ -71,6 +71,7 @@ def segment_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     cache: Any = None,
     segattn_pass: ForwardPass | None = None,
     segattn_rotary: Any = None,
@@ -85,6 +86,7 @@ def segment_attention_forward(
         attention_mask: what `segment_mask` returned, and with it the pass and the rotary embedding, where other
             arguments do not get here.
         scaling, dropout, softcap: of the local scores.
+        s_aux: [H], learnt sink logits, as `sink_logits` in `segment_attention`.
         cache: transformers' paged cache, which is refused.
         segattn_pass: the forward pass.
         segattn_rotary: the rotary embedding: cosine and sine, or one complex tensor of both.
@@ -108,7 +110,9 @@ def segment_attention_forward(
     if module.layer_idx not in segattn_pass.conversion.settings.layers:
         implementation = segattn_pass.conversion.original
         mask = attention_mask.build(implementation) if isinstance(attention_mask, NativeMask) else attention_mask
-        options = {"scaling": scaling, "dropout": dropout, **kwargs} | ({} if softcap is None else {"softcap": softcap})
+        optional = {"softcap": softcap, "s_aux": s_aux}
+        options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        options |= {name: x for name, x in optional.items() if x is not None}
         return _native(module, implementation)(module, query, key, value, mask, **options)
     check_arguments(kwargs, f"its {type(module).__name__}")
     if dropout:
@@ -116,7 +120,7 @@ def segment_attention_forward(
             f"attention dropout must be 0 in training, got {dropout}: set it to 0 in the configuration before loading "
             "(attention_dropout, or attn_pdrop of GPT-2)"
         )
-    out = _converted(module, query, key, value, scaling, softcap, segattn_pass, segattn_rotary)
+    out = _converted(module, query, key, value, scaling, softcap, s_aux, segattn_pass, segattn_rotary)
     return out.transpose(1, 2), None
 
 
@@ -133,6 +137,7 @@ def _converted(
     v: Tensor,
     scale: float | None,
     softcap: float | None,
+    sink_logits: Tensor | None,
     forward: ForwardPass,
     rotary: Any,
 ) -> Tensor:
@@ -144,7 +149,7 @@ def _converted(
         raise RuntimeError(f"{type(module).__name__} must be called with position_embeddings by name, got none")
     memory_q, memory_k = traits.without_positions(q, k, rotary)
     if forward.static is not None:
-        return forward.static.layers[layer].step(gate, q, k, v, memory_q, memory_k, scale, softcap)
+        return forward.static.layers[layer].step(gate, q, k, v, memory_q, memory_k, scale, softcap, sink_logits)
     state = forward.states[layer]
     if state is not None and forward.cache is not None:
         _check_state(state, k)
@@ -164,6 +169,7 @@ def _converted(
         state=None if state is None else state.memory,
         scale=scale,
         softcap=softcap,
+        sink_logits=sink_logits,
         **({} if window is None else window.arguments(traits, sinks, k, v)),
     )
     if packed:

@@ -236,8 +236,9 @@ def _read(attention: _Attention, last: int) -> Traits:
     if len(parts) > 2 or any(part.ndim != 3 for part in parts):
         attention.refuse("get one angle for each token and pair of channels, as position_embeddings [B, T, R]")
     turned = attention(attention.rows)
-    if turned.others.get("s_aux") is not None:
-        attention.refuse("have no learnt sink logits (s_aux), which segment attention does not add to its softmax")
+    sinks = turned.others.get("s_aux")
+    if sinks is not None and sinks.shape != turned.q.shape[1:2]:
+        attention.refuse(f"have one learnt sink logit (s_aux) for each of its {turned.q.shape[1]} heads")
     _check_positions(attention, last)
     scaling, passed = getattr(attention.module, "scaling", None), turned.others.get("scaling")
     return Traits(

@@ -103,6 +103,7 @@ class StaticInfiniLayer(ConvertedLayer):
         memory_k: Tensor,
         scale: float | None,
         softcap: float | None,
+        sink_logits: Tensor | None,
     ) -> Tensor:
         """Return the attention [B, H, 1, V] of one new token in each row, without a branch."""
         rows = torch.arange(q.shape[0], device=q.device)
@@ -121,6 +122,7 @@ class StaticInfiniLayer(ConvertedLayer):
             empty_memory=self.settings.empty_memory,
             scale=scale,
             softcap=softcap,
+            sink_logits=None if sink_logits is None else sink_logits.detach(),
             counters=self.counters,
             backend=self.settings.backend,
         )

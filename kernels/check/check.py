@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import HAS_TRITON, show_config
-from .calls import Call, evaluate, gate_gradient_size, tensors
+from .calls import Call, evaluate, gradient_sizes, tensors
 from .gates import BASELINE, DTYPES, GATES, judge, relative_error
 from .report import DIFFERS, CheckReport, Row
 from .table import calls_of
@@ -129,7 +129,7 @@ def compare(name: str, call: Call, dtype: str, device: torch.device, backends: S
     except (ValueError, TypeError) as refusal:
         problem = f"must be of calls that segment_attention takes, got {name!r} ({refusal})"
         raise OptionError("calls", problem) from None
-    least = {"dgate": gate_gradient_size(call, exact, expected["out"])} if call.gated else {}
+    least = gradient_sizes(call, exact, expected["out"])
     rows: list[Row] = []
     baseline: dict[str, float] = {}
     for backend in dict.fromkeys((BASELINE, *backends)):

@@ -39,14 +39,17 @@ def block_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     segattn_block: Block | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within one segment: query [B, H, Tq, K], key and value [B, G, T, ·] → [B, Tq, H, V].
 
+    s_aux: [H], learnt sink logits, as `sink_logits` in `segment_attention`.
+
     Raises:
         ValueError: a call that does not come from a `RecurrentMemory`, dropout, a window shorter than the segment, or
-            another argument that would change the output, such as attention sinks (`s_aux`).
+            another argument that would change the output, such as a bias of the scores.
     """
     if segattn_block is None:
         raise ValueError(
@@ -75,6 +78,7 @@ def block_attention(
         spans=segattn_block.spans,
         scale=scaling,
         softcap=softcap,
+        sink_logits=s_aux,
     )
     return out.transpose(1, 2), None
 

@@ -66,6 +66,7 @@ NAMES = {
     "exaone4": "Exaone 4",
     "deepseek_v3": "DeepSeek-V3",
     "gpt_oss": "GPT-OSS",
+    "mimo_v2_flash": "MiMo-V2-Flash",
     "falcon": "Falcon",
     "bloom": "Bloom",
 }

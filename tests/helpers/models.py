@@ -99,16 +99,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
     ),
     "gpt_oss": ("GptOssConfig", _sizes(experts=True, head_dim=8) | _FULL),
+    "mimo_v2_flash": ("MiMoV2FlashConfig", _sizes(experts=True, head_dim=8) | _KINDS),
     "falcon": ("FalconConfig", _sizes("num_key_value_heads", "intermediate_size", num_kv_heads=2)),
     "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
 }
 # types that only a recurrent memory takes
-REFUSED = ("gpt_oss", "falcon", "bloom")
+REFUSED = ("falcon", "bloom")
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 # the version of transformers whose model of a type can be converted and tested, where that is not the first we take
 _SINCE = {
     **dict.fromkeys(("qwen2_moe", "deepseek_v3"), (5, 0)),
-    **dict.fromkeys(("granitemoe", "ministral3", "nemotron", "stablelm"), (5, 23)),
+    **dict.fromkeys(("granitemoe", "mimo_v2_flash", "ministral3", "nemotron", "stablelm"), (5, 23)),
 }
 NAMES = tuple(name for name in CONFIGS if name not in REFUSED and _SINCE.get(name, (0,)) <= VERSION)
 # those that a recurrent memory takes
@@ -130,9 +131,11 @@ def make(name: str = "llama", **changes: Any) -> transformers.PreTrainedModel:
     how = {"attn_implementation": "eager"} if name == "gemma2" else {}
     model = transformers.AutoModelForCausalLM.from_config(config, **how).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for place, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
+            if place.endswith(".sinks"):
+                parameter.normal_()
     return model
 
 

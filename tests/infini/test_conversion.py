@@ -23,7 +23,7 @@ from segattn.infini.huggingface import interface
 from segattn.infini.huggingface.settings import conversion_of
 from segattn.infini.rotary import unrotate
 from segattn.kernels import reference
-from segattn.kernels.state import MemoryState, Options
+from segattn.kernels.state import HeadBiases, MemoryState, Options
 
 L = 16
 
@@ -45,7 +45,8 @@ def test_attention_is_the_definition_on_the_models_own_queries_keys_and_values(
 
     def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
         out, _ = interface.segment_attention_forward(module, q, k, v, mask, **kwargs)
-        seen.append((module, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5, kwargs.get("softcap"), out))
+        scale, softcap, sinks = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
+        seen.append((module, q, k, v, scale or k.shape[-1] ** -0.5, softcap, sinks, out))
         return out, None
 
     def without_positions(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -63,16 +64,18 @@ def test_attention_is_the_definition_on_the_models_own_queries_keys_and_values(
     for module, args, kwargs in calls[:]:
         module(*args, **kwargs)
     assert len(seen) == len(plain) == 2
-    assert {softcap for *_, softcap, _ in seen} == {2.0 if name == "gemma2" else None}
+    assert {softcap for *_, softcap, _, _ in seen} == {2.0 if name == "gemma2" else None}
+    assert sum(sinks is not None for *_, sinks, _ in seen) == {"gpt_oss": 2, "mimo_v2_flash": 1}.get(name, 0)
     # some rotate in float32, whatever their dtype
     tolerance = 1e-6 if name in ("cohere", "cohere2", "llama4_text") else 1e-9
-    for (module, q, k, v, scale, softcap, out), (memory_q, memory_k) in zip(seen, plain, strict=True):
+    for (module, q, k, v, scale, softcap, sinks, out), (memory_q, memory_k) in zip(seen, plain, strict=True):
         if name == "opt":
             memory_q = memory_q / module.scaling
         state = MemoryState.zeros(2, k.shape[1], k.shape[3], v.shape[3], dtype=torch.float64)
         options = Options(L, update, True, 0, 0, "local", scale, softcap)
         gate = module.segattn_gate().double()
-        wanted, _ = reference.reference_attention(q, k, v, memory_q, memory_k, gate, state, None, None, options)
+        inputs, biases = (q, k, v, memory_q, memory_k, gate, state, None, None), HeadBiases(sink_logits=sinks)
+        wanted, _ = reference.reference_attention(*inputs, biases, options)
         torch.testing.assert_close(
             out.transpose(1, 2), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item()
         )
@@ -95,6 +98,25 @@ def test_up_to_one_segment_nothing_changes_and_revert_undoes_everything(name: st
     assert list(before) == list(model.state_dict())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
+def test_up_to_one_segment_learnt_sinks_are_trained_as_before() -> None:
+    model, ids = double(make("gpt_oss")), tokens(2, L)
+
+    def grads() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return {
+            name: x.grad.clone() for name, x in model.named_parameters() if name.endswith(("sinks", "q_proj.weight"))
+        }
+
+    before = grads()
+    segattn.convert(model, L, quiet=True)
+    after = grads()
+    assert len(before) == 4
+    for name, grad in before.items():
+        assert grad.abs().min() > 0
+        torch.testing.assert_close(after[name], grad, rtol=1e-9, atol=1e-12)
 
 
 def test_converted_again_after_revert() -> None:
@@ -414,9 +436,9 @@ def test_a_printed_model_shows_its_settings_until_it_is_reverted(name: str) -> N
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 INSTEAD = r"segattn\.RecurrentMemory\(mask='causal'\) leaves attention as it is"
 REFUSALS: dict[str, tuple[Any, str]] = {
-    "learnt sink logits": (
-        lambda: make("gpt_oss"),
-        r"layer 0 .* GptOssAttention must have no learnt sink .*segattn\.RecurrentM",
+    "learnt sink logits of other heads": (
+        lambda: with_sinks(make("gpt_oss"), 3),
+        r"layer 0 .* GptOssAttention must have one learnt sink logit \(s_aux\) for each of its 4 heads",
     ),
     "alibi": (
         lambda: make("bloom"),
@@ -451,6 +473,11 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         "layer 0 .* HunYuanDenseV1Attention must rotate pairs of channels as its last step",
     ),
 }
+
+
+def with_sinks(model: Any, count: int) -> Any:
+    model.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(count))
+    return model
 
 
 def with_norms(model: Any) -> Any:
@@ -643,8 +670,8 @@ def test_arguments_that_change_attention_are_refused_by_name(training: bool) -> 
 def test_arguments_that_a_layer_adds_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = converted(), tokens(1, 20)
     attention = model.model.layers[1].self_attn
-    monkeypatch.setattr(attention, "forward", partial(attention.forward, s_aux=torch.zeros(4)))
-    with pytest.raises(ValueError, match=r"s_aux must be left out .* got from its LlamaAttention"):
+    monkeypatch.setattr(attention, "forward", partial(attention.forward, position_bias=torch.zeros(4)))
+    with pytest.raises(ValueError, match=r"position_bias must be left out .* got from its LlamaAttention"):
         model(ids)
 
 

@@ -16,7 +16,7 @@ from torch_defaults import defaults
 
 from segattn.kernels import attention
 from segattn.kernels.check import check
-from segattn.kernels.check.calls import Call, directions, evaluate, gate_gradient_size, tensors
+from segattn.kernels.check.calls import Call, directions, evaluate, gate_gradient_size, sink_gradient_size, tensors
 from segattn.kernels.check.check import OptionError, run_check
 from segattn.kernels.check.gates import GATES, judge
 from segattn.kernels.check.report import CheckReport, Row
@@ -227,6 +227,13 @@ def test_the_size_of_the_gates_gradient_is_what_it_is_on_average() -> None:
     made = {name: x.double() for name, x in tensors(call, torch.float32, CPU).items()}
     expected = evaluate(call, made, "reference")
     assert gate_gradient_size(call, made, expected["out"]) == pytest.approx(float(expected["dgate"].norm()), rel=0.2)
+
+
+def test_the_size_of_the_sink_logits_gradient_is_what_it_is_on_average() -> None:
+    call = Call(B=1, H=64, G=64, Tq=40, Tk=40, K=16, V=16, segment_len=8, gated=False, sink_logits=True)
+    made = {name: x.double() for name, x in tensors(call, torch.float32, CPU).items()}
+    expected = evaluate(call, made, "reference")
+    assert sink_gradient_size(call, made) == pytest.approx(float(expected["dsink_logits"].norm()), rel=0.2)
 
 
 def test_tensors_are_those_of_the_call() -> None:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 L = 16
 # a name that no build has
 NAME = "segattn_of_the_hub"
-PLAIN = ("llama", "qwen3", "gpt2", "opt", "phi3")
+PLAIN = ("llama", "qwen3", "gpt2", "opt", "phi3", "gpt_oss")
 
 
 def builder() -> Any:
@@ -152,7 +152,7 @@ def test_a_plain_model_computes_by_name_what_it_did(name: str, by_name: str) -> 
     """Logits of padded texts, and every parameter's gradient."""
     found = []
     for implementation in (None, by_name):
-        model = models.make(name).double()
+        model = models.double(models.make(name))
         if implementation:
             model.set_attn_implementation(implementation)
         ids, mask = models.tokens(3, 37), torch.ones(3, 37).long()
@@ -239,7 +239,7 @@ def test_what_attention_cannot_honour_is_refused(by_name: str) -> None:
         ({"attention_mask": torch.ones(2, 1, 53, 53)}, r"= \[2, 1, 53, 53\], got torch.float32 \[2, 1, 53, 53\]"),
         ({"dropout": 0.1}, "attention dropout must be 0 in training, got 0.1"),
         ({"sliding_window": 20}, "sliding_window must be at least a segment, 53 tokens, got 20"),
-        ({"s_aux": gate}, "must be another for a model whose LlamaAttention passes s_aux to its attention"),
+        ({"position_bias": gate}, "for a model whose LlamaAttention passes position_bias to its attention"),
     ]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):

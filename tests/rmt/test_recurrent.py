@@ -144,7 +144,6 @@ def test_decoder_equals_a_plain_loop(name: str, mask: str, attention: str | None
 @pytest.mark.parametrize("name", [name for name in OWN if name in models.TAKEN])
 def test_a_fused_mask_is_refused_by_name(name: str) -> None:
     wanted = {
-        "gpt_oss": "GptOssAttention passes s_aux to its attention",
         "falcon": "a model whose attention can be chosen, got FalconForCausalLM",
         "bloom": "a model whose attention can be chosen, got BloomForCausalLM",
     }

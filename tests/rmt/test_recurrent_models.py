@@ -380,28 +380,10 @@ def test_experts_whose_rows_are_rounded_in_batches_keep_to_a_mask(kind: str, dty
             RecurrentMemory(model, M, L)
 
 
-def test_attention_that_segment_attention_does_not_compute_is_refused_by_name() -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.GptOssConfig(
-        vocab_size=models.VOCABULARY,
-        **sizes,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        layer_types=["full_attention"] * 2,
-        pad_token_id=0,
-    )
-    model, ids = transformers.GptOssForCausalLM(config).eval(), models.tokens(1, L)
-    before, attention = model(ids).logits, model.config._attn_implementation
-    for mask in ("paper", "causal"):
-        with pytest.raises(ValueError, match=r"attention must be None for .* GptOssAttention passes s_aux to its"):
-            RecurrentMemory(model, M, L, mask=mask, attention="segattn")
-    assert model.config._attn_implementation == attention
-    assert torch.equal(model(ids).logits, before)
+def test_arguments_that_segment_attention_does_not_take_are_refused_by_name() -> None:
     q = torch.randn(1, 2, 5, 8)
     block = block_attention.Block(2, 2, None)
-    for name in ("position_bias", "sinks", "indices", "s_aux", "output_attentions", "unheard_of"):
+    for name in ("position_bias", "sinks", "indices", "output_attentions", "unheard_of"):
         with pytest.raises(ValueError, match=f"Linear passes {name} to its attention, which attention='segattn' does"):
             block_attention.block_attention(nn.Linear(1, 1), q, q, q, None, segattn_block=block, **{name: True})
     block_attention.block_attention(
