@@ -8,6 +8,7 @@ import typer
 
 from . import evaluate, plan, rmt
 from .check import check, config
+from .conversions import convert_report
 from .demo import demo
 from .finetune import finetune
 
@@ -19,6 +20,7 @@ app.command()(demo)
 app.command()(check)
 app.command()(config)
 app.command()(finetune)
+app.command(name="convert-report")(convert_report)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(rmt.app, name="rmt")
 app.add_typer(plan.app, name="plan")
