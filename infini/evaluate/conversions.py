@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +88,7 @@ def run_conversions(
             if name not in rows:
                 if name != FULL:
                     _convert(model, name, arguments[name])
-                rows[name] = _measure(model, name, tokens, listener)
+                rows[name] = measure(model, name, tokens, listener.read)
                 if name != FULL:
                     revert(model)
                 listener.finished(f"{name}: perplexity {rows[name].perplexity:.4g}")
@@ -134,9 +134,10 @@ def _convert(model: Any, name: str, arguments: dict[str, Any]) -> None:
         ) from None
 
 
-def _measure(model: Any, name: str, tokens: list[int], listener: Listener) -> Row:
+def measure(model: Any, name: str, tokens: Sequence[int], on_tokens: Callable[[int], None] = lambda count: None) -> Row:
+    """Return the figures of a model that reads a text of at least 16 tokens; `on_tokens` is called with those read."""
     widths = ppl.Widths(math.ceil(len(tokens) / BUCKETS), None, None)
-    [document] = ppl.measure_documents(model, [tokens], widths, on_tokens=listener.read)
+    [document] = ppl.measure_documents(model, [tokens], widths, on_tokens=on_tokens)
     buckets, each = ppl.by_position([document], widths), BUCKETS // QUARTERS
     return Row(
         name,

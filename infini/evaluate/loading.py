@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -148,7 +149,7 @@ def _loading(source: Source) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, struct.error) as error:
         raise SettingError(
             "model", f"must be a folder or name of a causal language model, got {source.model!r}: {first_line(error)}"
         ) from None
@@ -188,7 +189,7 @@ def _tokenizer(source: Source) -> Tokenizer:
     try:
         place = place_of(name)
         return PretrainedTokenizer(AutoTokenizer.from_pretrained(place.name, **place.arguments))
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, struct.error) as error:
         reason = first_line(error).strip()
         # transformers lists its ways in further lines
         reason = "transformers finds none there" if reason.endswith(":") else reason

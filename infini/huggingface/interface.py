@@ -21,6 +21,7 @@ from .cache_layer import LayerState
 from .forward_pass import Carried, ForwardPass
 from .inputs import check_arguments
 from .settings import ENTRY, GATE
+from .watching import AttentionCall
 
 # the name of attention in a converted model's configuration
 IMPLEMENTATION = "segattn"
@@ -115,7 +116,11 @@ def segment_attention_forward(
             f"attention dropout must be 0 in training, got {dropout}: set it to 0 in the configuration before loading "
             "(attention_dropout, or attn_pdrop of GPT-2)"
         )
-    out = _converted(module, query, key, value, scaling, softcap, segattn_pass, segattn_rotary)
+    watcher, run = segattn_pass.conversion.watcher, partial(_run_converted, module, scaling, softcap, segattn_pass)
+    if watcher is None:
+        out = run(query, key, value, segattn_rotary)
+    else:
+        out = watcher(AttentionCall(module, query, key, value, scaling, softcap, run, segattn_rotary))
     return out.transpose(1, 2), None
 
 
@@ -125,14 +130,14 @@ def _native(module: nn.Module, implementation: str) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
-def _converted(
+def _run_converted(
     module: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     scale: float | None,
     softcap: float | None,
     forward: ForwardPass,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     rotary: Any,
 ) -> Tensor:
     """Return the output [B, H, T, V] of a converted layer, and leave its state with the pass."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -20,6 +20,8 @@ ENTRY = "segment_attention"
 VERSION = 1
 # name of the gate in the attention of a converted layer
 GATE = "segattn_gate"
+MAP_Q = "segattn_memory_q"
+MAP_K = "segattn_memory_k"
 # the name of the argument that takes a cache, which newer transformers call otherwise
 PAST = "past_key_values"
 _ON_TRUNK = "segattn_conversion"
@@ -66,6 +68,7 @@ class Conversion:
     inputs: argument names of the module that runs the layers, in order; that of its cache is `past_key_values`.
     handles: the hooks on the model.
     warned: whether its user has been warned of training on texts that read no memory.
+    watcher: runs the attention of converted layers in their place, while a model is `watched`.
     """
 
     settings: Settings
@@ -76,6 +79,7 @@ class Conversion:
     inputs: tuple[str, ...]
     handles: list[RemovableHandle] = field(default_factory=list)
     warned: bool = False
+    watcher: Callable[..., Any] | None = None
 
     @property
     def native(self) -> tuple[int, ...]:

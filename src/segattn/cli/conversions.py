@@ -39,19 +39,20 @@ def convert_report(
         chosen = settings_from(Conversions, given | {"conversions": names})
         with Reading(console, "convert-report") as listener:
             figures = run_conversions(checkpoint, chosen, out, listener, resume=resume)
-        console.print(_table(figures))
+        title = f"Perplexity of {chosen.tokens:,} tokens, untrained"
+        console.print(perplexities(figures["rows"], title))
         print_files(console, Outputs.of(out, "convert-report")._asdict())
 
 
-def _table(figures: dict[str, Any]) -> Table:
-    rows = figures["rows"]
-    table = Table(title=f"Perplexity of {figures['settings']['tokens']:,} tokens, untrained", title_justify="left")
-    table.add_column("conversion")
+def perplexities(rows: list[dict[str, Any]], title: str) -> Table:
+    """Return a table of the perplexity of each way to read a text, by quarters of it, and of what is kept."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("conversion", no_wrap=True)
     for quarter in range(1, 1 + len(rows[0]["quarters"])):
         table.add_column(f"quarter {quarter}", justify="right")
     for column in ("all", "kept, KiB"):
         table.add_column(column, justify="right")
     for row in rows:
-        perplexities = (f"{x:.4g}" for x in (*row["quarters"], row["perplexity"]))
-        table.add_row(row["conversion"], *perplexities, f"{row['cache_bytes'] / 2**10:,.0f}")
+        figures = (f"{x:.4g}" for x in (*row["quarters"], row["perplexity"]))
+        table.add_row(row["conversion"], *figures, f"{row['cache_bytes'] / 2**10:,.0f}")
     return table
