@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .precision import KeptWide
 
-class Gate(nn.Module):
+
+class Gate(KeptWide):
     """The gate β, one number per query head; sigmoid(β) weighs the memory (arXiv 2404.07143, equation 10).
 
     Calling it returns β, float32 [H], as a new tensor: a call, unlike a read of the parameter, runs hooks that gather
     sharded parameters, which may free the parameter's memory as soon as it ends. β stays float32 when the model is
-    cast. The parameter is named `bias` because trainers apply no weight
-    decay to that name: decay would pull β to 0, and every head to half memory.
+    cast. The parameter is named `bias` because trainers apply no weight decay to that name: decay would pull β to 0, and
+    every head to half memory.
 
     Args:
         heads: query heads, H.
@@ -35,15 +36,6 @@ class Gate(nn.Module):
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the gate."""
         return f"heads={self.bias.numel()}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
-        def in_float32(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == torch.float32 else x.to(moved.device, torch.float32)
-
-        # of the parameter and of its gradient alike
-        super()._apply(in_float32, recurse)
-        return self
 
 
 def parameter_groups(

@@ -23,27 +23,34 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
-def unrotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, last: bool = False) -> Tensor:
-    """Undo the rotary embedding of x [B, heads, T, K], computing in float32 or wider.
+def rotate_by(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, last: bool = False) -> Tensor:
+    """Rotate x [B, heads, T, K] by angles whose cosines and sines are passed, computing in float32 or wider.
 
     Args:
-        x: rotated queries or keys.
+        x: queries or keys.
         cos, sin: [1 or B, T, R / 2] of the angles, one for each pair of the R ≤ K rotated channels. A common scale of
-            both, as YaRN and longrope have one, is undone too.
+            both, as YaRN and longrope have one, multiplies these channels.
         interleaved: the pairs are channels 2i and 2i + 1; default: channel i of the rotated channels' first half and
             channel i of their second.
         last: the rotated channels are the last ones of a head; default: the first.
 
     Returns:
-        x before the rotation, in x's dtype.
+        x after the rotation, in x's dtype.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (part.to(device=x.device, dtype=dtype).unsqueeze(1) for part in (cos, sin))
     width = 2 * cos.shape[-1]
     begin = x.shape[-1] - width if last else 0
-    rotated = x[..., begin : begin + width].to(dtype)
-    left, right = (rotated[..., ::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
+    turned = x[..., begin : begin + width].to(dtype)
+    left, right = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    pair = left * cos - right * sin, right * cos + left * sin
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([x[..., :begin], turned.to(x.dtype), x[..., begin + width :]], dim=-1)
+
+
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, last: bool = False) -> Tensor:
+    """Undo `rotate_by`: the arguments and the result are those, the other way round."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(dtype), sin.to(dtype)
     squared = cos * cos + sin * sin
-    pair = (left * cos + right * sin) / squared, (right * cos - left * sin) / squared
-    plain = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([x[..., :begin], plain.to(x.dtype), x[..., begin + width :]], dim=-1)
+    return rotate_by(x, cos / squared, -sin / squared, interleaved=interleaved, last=last)

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .cache_layer import ConvertedLayer, LayerState, new_columns
 from .rows import Rows
-from .settings import conversion_of, trunk_of
+from .settings import Settings, conversion_of, trunk_of
 
 
 class InfiniLayer(ConvertedLayer):
@@ -20,9 +20,9 @@ class InfiniLayer(ConvertedLayer):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, segment_len: int) -> None:
+    def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.segment_len = segment_len
+        self.settings = settings
         self.record_past = False
         self.reset()
 
@@ -48,12 +48,12 @@ class InfiniLayer(ConvertedLayer):
         """
         if torch.is_grad_enabled() or new[0].shape[2] > 1 or torch.compiler.is_compiling():
             return super().joined(state, new)
-        old = (state.keys, state.memory_keys, state.values)
+        old = state.tail
         batch, _, length, _ = old[0].shape
         dtypes = [torch.promote_types(tail.dtype, token.dtype) for tail, token in zip(old, new, strict=True)]
         fits = self.room and self.room[0].shape[0] == batch and self.room[0].shape[2] > length
         if not fits or dtypes != [room.dtype for room in self.room]:
-            places = max(length + 1, min(self.segment_len, 2 * length + 64))
+            places = max(length + 1, min(self.settings.window, 2 * length + 64))
             # a tensor made in inference mode could not be written outside of it
             with torch.inference_mode(False):
                 self.room = [
@@ -84,25 +84,24 @@ class InfiniLayer(ConvertedLayer):
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, columns - tokens_to_remove)
         if self.state is None or removed == 0:
             return
-        if removed > min(self.rows.tails):
+        most = self.rows.removable(self.settings.lookback * self.settings.segment_len)
+        if removed > most:
             raise ValueError(
-                f"crop must take back at most the {min(self.rows.tails)} tokens that are not in the memory yet, got "
+                f"crop must take back at most the {most} tokens that no memory or lookback depends on yet, got "
                 f"{removed}: call activate_past_recording() before they are read, which keeps a segment more; assisted "
                 "decoding may have as many candidates (num_assistant_tokens, prompt_lookup_num_tokens)"
             )
         self.rows = self.rows.without(removed)
-        length = self.state.keys.shape[2] - removed
         # all tails end in the last column
-        self.state = LayerState(self.state.memory, *(x[:, :, :length] for x in self.state[1:]))
+        self.state = self.state.cut(slice(self.state.keys.shape[2] - removed))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows of these indices, in this order."""
         if self.state is not None:
             self.rows = self.rows.select(beam_idx)
-            memory, *tail = self.state.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+            kept = self.state.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
             # the row with the longest tail may be gone
-            unused = self.state.keys.shape[2] - max(self.rows.tails)
-            self.state = LayerState(memory, *(x[:, :, unused:] for x in tail))
+            self.state = kept.cut(slice(kept.keys.shape[2] - max(self.rows.tails), None))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, the copies next to each other."""
@@ -114,8 +113,9 @@ class InfiniCache(Cache):
     """The cache of a converted model: for each converted layer its memory and its unfinished segment.
 
     Pass it to `generate` or `forward` as `past_key_values`; both make one where none is passed and caching is on. A
-    converted layer keeps at most one segment of keys and values and the memory, MemoryState([B, G, K, V], [B, G, K])
-    in float32, however long the text. Layers that were not converted cache keys and values as before.
+    converted layer keeps at most one segment of keys and values (with a lookback two), its sinks, and the memory,
+    MemoryState([B, G, K, V], [B, G, K]) in float32, however long the text. Layers that were not converted cache keys
+    and values as before.
 
     Args:
         model: a converted model, or a model that wraps one.
@@ -129,7 +129,7 @@ class InfiniCache(Cache):
         self.settings = conversion.settings
         native: list[Any] = list(DynamicCache(config=trunk_of(model).config).layers) if conversion.native else []
         layers = [
-            InfiniLayer(self.settings.segment_len)
+            InfiniLayer(self.settings)
             if layer in self.settings.layers
             else native[layer]
             if layer < len(native)
@@ -167,10 +167,11 @@ class InfiniCache(Cache):
 
     @property
     def max_bytes(self) -> int:
-        """Bytes of the tensors with a tail of L tokens, its greatest length."""
-        length = self.settings.segment_len
-        tails = [x for state in self.states.values() if state is not None for x in state[1:]]
-        free = (x.element_size() * (length - x.shape[2]) * x.shape[0] * x.shape[1] * x.shape[3] for x in tails)
+        """Bytes of the tensors with a tail of L tokens, its greatest length, with a lookback 2 L; and with all sinks."""
+        states = [state for state in self.states.values() if state is not None]
+        missing = [(x, self.settings.window - x.shape[2]) for state in states for x in state.tail]
+        sinks = [(x, self.settings.sinks) for s in states if s.sink_keys is None for x in (s.memory_keys, s.values)]
+        free = (x.element_size() * n * x.shape[0] * x.shape[1] * x.shape[3] for x, n in missing + sinks)
         return self.num_bytes + sum(free)
 
     def commit(self, rows: Rows, states: dict[int, LayerState]) -> None:

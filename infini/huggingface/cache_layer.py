@@ -16,24 +16,38 @@ from ...kernels.state import MemoryState
 class LayerState(NamedTuple):
     """Hold what a converted layer keeps of the tokens that it has read.
 
-    memory: MemoryState of the completed segments.
-    keys, values: [B, G, P, K] of the unfinished segment as attention uses them; P is the longest tail of a row, and
+    memory: MemoryState of the completed segments, with a lookback of all but the last; None: the layer has no memory.
+    keys, values: [B, G, P, K] of the tokens behind them as attention uses them; P is the longest tail of a row, and
         shorter tails end with it.
     memory_keys: [B, G, P, K], the keys before rotary embedding.
+    sink_keys, sink_values: [B, G, n, K] of each row's first n tokens, the keys before rotary embedding, where a row has
+        begun to fold; of other rows, which have these tokens in their tails, of no account. None: no row has begun to.
     """
 
-    memory: MemoryState
+    memory: MemoryState | None
     keys: Tensor
     memory_keys: Tensor
     values: Tensor
+    sink_keys: Tensor | None = None
+    sink_values: Tensor | None = None
+
+    @property
+    def tail(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts that grow with the tail."""
+        return self.keys, self.memory_keys, self.values
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LayerState:
         """Return the state with `change` applied to each tensor."""
-        return LayerState(MemoryState(*map(change, self.memory)), *map(change, self[1:]))
+        memory = None if self.memory is None else MemoryState(*map(change, self.memory))
+        return LayerState(memory, *(None if x is None else change(x) for x in self[1:]))
+
+    def cut(self, columns: slice) -> LayerState:
+        """Return the state with these columns of the tail."""
+        return LayerState(self.memory, *(x[:, :, columns] for x in self.tail), *self[4:])
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all tensors of the state."""
-        return (*self.memory, *self[1:])
+        return tuple(x for x in (*(self.memory or ()), *self[1:]) if x is not None)
 
 
 class ConvertedLayer(CacheLayerMixin):
@@ -50,7 +64,7 @@ class ConvertedLayer(CacheLayerMixin):
 
     def joined(self, state: LayerState, new: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         """Return the tail's keys, memory keys and values, each followed by the new ones [B, G, T, ·]."""
-        return tuple(torch.cat(pair, dim=2) for pair in zip(state[1:], new, strict=True))
+        return tuple(torch.cat(pair, dim=2) for pair in zip(state.tail, new, strict=True))
 
     def get_max_length(self) -> int:
         """Return -1: the length of a text is not limited."""

@@ -15,14 +15,25 @@ from transformers.cache_utils import DynamicCache
 
 from ...kernels.validation import check_bool
 from ..gate import Gate
+from ..memory_map import MemoryMap
 from . import forward
 from .cache import InfiniCache
-from .convertible import check_learnt_length, check_rotary_length, check_weights, checked_layers, checked_trunk
+from .convertible import (
+    check_learnt_length,
+    check_rotary_calls,
+    check_rotary_length,
+    check_weights,
+    checked_layers,
+    checked_memory_layers,
+    checked_trunk,
+)
 from .interface import IMPLEMENTATION
 from .probe import probe
 from .settings import (
     ENTRY,
     GATE,
+    MAP_K,
+    MAP_Q,
     PAST,
     Conversion,
     Settings,
@@ -34,6 +45,7 @@ from .settings import (
     record,
     trunk_of,
 )
+from .traits import Traits
 
 Model = TypeVar("Model", bound=nn.Module)
 _PREPARE_CACHE = "_prepare_cache_for_generation"
@@ -49,7 +61,11 @@ class LayerGate(Gate):
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the layer."""
-        return f"{super().extra_repr()}, segment_len={self.settings.segment_len}, update={self.settings.update!r}"
+        settings = self.settings
+        window = (
+            f", lookback={settings.lookback}, sinks={settings.sinks}" if settings.lookback or settings.sinks else ""
+        )
+        return f"{super().extra_repr()}, segment_len={settings.segment_len}, update={settings.update!r}{window}"
 
 
 def convert(
@@ -60,6 +76,10 @@ def convert(
     layers: Iterable[int] | None = None,
     *,
     convert_sliding: bool = False,
+    lookback: int = 0,
+    sinks: int = 0,
+    memory_maps: bool = False,
+    memory_layers: Iterable[int] | None = None,
     empty_memory: str = "local",
     backend: str | None = None,
     quiet: bool = False,
@@ -67,14 +87,18 @@ def convert(
     """Give a pretrained decoder attention inside segments and a memory across them.
 
     This is Infini-attention, arXiv 2404.07143, equations 6 to 10. The model is changed in place: each converted layer
-    gets a gate β, one number per query head, float32 [H].
+    with a memory gets a gate β, one number per query head, float32 [H].
 
     On texts of up to one segment the model gives the logits that it gave before, up to rounding: the same bits where
     its attention was PyTorch's ("sdpa") and no row is padded on the left; otherwise they differ by up to 2e-7 where
     they are of order 1, in float32. Of longer texts it makes little before it is trained to use its memory.
 
     Positions are counted from the first token of each row. They start again from 0 with each segment where every layer
-    is converted or positions are learnt. The model gets a copy of its configuration, which other models may share.
+    is converted or positions are learnt. With a lookback a key is seen from two segments: where every layer is
+    converted, a pass then begins at position 0 with the first token that is not in the memory, and positions run on
+    through it; the keys that a cache keeps are rotated anew for the next one. Sinks stand just before the window. So
+    rotary distances are those in a cache of sinks and window alone, at most (1 + lookback) · L + sinks: choose these
+    within the length that the model was trained on. The model gets a copy of its configuration, which other models may share.
 
     As `past_key_values` the model then takes an `InfiniCache` or a `StaticInfiniCache`, and makes the former where it
     is passed none. It refuses any other cache, an empty one too, since it could not fill it. `generate` makes an
@@ -90,6 +114,13 @@ def convert(
         gate_init: initial value of β; sigmoid(β) is the weight of the memory.
         layers: layers to convert, negative ones counted from the end; default all, except those with a sliding window.
         convert_sliding: also convert layers that have a sliding window.
+        lookback: 1 lets a token also see the whole segment before its own, which the memory then holds one segment
+            later; 0 or 1. As in `segment_attention`.
+        sinks: the number of a text's first tokens that all later ones see, at most L.
+        memory_maps: give the memory of each layer a learnt map of its queries and of its keys, one for each head
+            (`MemoryMap`), the identity at first; float32.
+        memory_layers: converted layers that have a memory, negative ones counted from the end; the others see their
+            segments, lookback and sinks alone, and have no gate. Default: all converted layers.
         empty_memory, backend: as in `segment_attention`.
         quiet: do not report on stderr how many layers were converted.
 
@@ -104,16 +135,29 @@ def convert(
     trunk = checked_trunk(model)
     config, attentions = trunk.config, attentions_of(trunk)
     chosen = checked_layers(layers, len(attentions), config, convert_sliding)
-    settings = Settings(segment_len, update, gate_init, chosen, empty_memory, backend)
+    remembering = checked_memory_layers(memory_layers, len(attentions), chosen)
+    settings = Settings(
+        segment_len,
+        update,
+        gate_init,
+        chosen,
+        empty_memory,
+        backend,
+        lookback=lookback,
+        sinks=sinks,
+        memory_maps=memory_maps,
+        memory_layers=remembering,
+    )
     for layer in chosen:
         check_weights(attentions[layer].parameters())
-    traits, learnt = probe(trunk, attentions, chosen, settings.segment_len)
+    traits, learnt = probe(trunk, attentions, chosen, None if lookback else settings.segment_len)
     # learnt positions end with a segment; rotary ones must go on where layers that were not converted look further back
     restart = learnt or len(chosen) == len(attentions)
     if learnt:
-        check_learnt_length(config, segment_len)
-    if restart:
-        check_rotary_length(config, segment_len)
+        check_learnt_length(config, settings)
+    if restart or lookback or sinks:
+        check_rotary_length(config, settings, restart)
+    check_rotary_calls(traits, settings)
     past = cache_name(trunk)
     inputs = tuple(PAST if name == past else name for name in inspect.signature(trunk.forward).parameters)
     original = config._attn_implementation
@@ -133,8 +177,8 @@ def convert(
     keep(trunk.register_forward_hook(forward.finish, with_kwargs=True))
     for attention in attentions:
         keep(attention.register_forward_pre_hook(forward.begin_attention, with_kwargs=True))
-    for layer in chosen:
-        setattr(attentions[layer], GATE, _gate(attentions[layer], traits[layer].heads, settings))
+    for layer in remembering:
+        _add_memory(attentions[layer], traits[layer], settings)
     if not all(layer.hands_on for layer in traits.values()):
         for module in layers_of(trunk):
             keep(module.register_forward_pre_hook(forward.begin_layer, with_kwargs=True))
@@ -162,8 +206,9 @@ def revert(model: Model) -> Model:
     for handle in conversion.handles:
         handle.remove()
     for attention in attentions_of(trunk):
-        if hasattr(attention, GATE):
-            delattr(attention, GATE)
+        for name in (GATE, MAP_Q, MAP_K):
+            if hasattr(attention, name):
+                delattr(attention, name)
     trunk.config._attn_implementation = conversion.original
     delattr(trunk.config, ENTRY)
     for module in model.modules():
@@ -173,10 +218,14 @@ def revert(model: Model) -> Model:
     return model
 
 
-def _gate(attention: nn.Module, heads: int, settings: Settings) -> Gate:
+def _add_memory(attention: nn.Module, traits: Traits, settings: Settings) -> None:
+    """Give an attention its gate and, where they are asked for, its maps."""
     # a parameter made in inference mode could never be trained
     with torch.inference_mode(False), next(attention.parameters()).device:
-        return LayerGate(heads, settings)
+        setattr(attention, GATE, LayerGate(traits.heads, settings))
+        if settings.memory_maps:
+            setattr(attention, MAP_Q, MemoryMap(traits.heads, traits.key_width))
+            setattr(attention, MAP_K, MemoryMap(traits.groups, traits.key_width))
 
 
 def _own_config(model: nn.Module, shared: Any) -> Any:

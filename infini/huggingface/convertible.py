@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...kernels.validation import check_integer
-from .settings import attentions_of, is_converted
+from .settings import Settings, attentions_of, is_converted
+from .traits import Traits
 
 # of attention that adds a bias by distance
 _BIASES = ("alibi", "position_bias")
@@ -90,15 +91,7 @@ def checked_layers(layers: Iterable[int] | None, depth: int, config: Any, conver
         TypeError, ValueError: `layers` holds no integers, is empty, lies outside of the model, or names layers with a
             sliding window though `convert_sliding` is False.
     """
-    if layers is not None and not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be a list of integers, got {layers!r}")
-    indices = range(depth) if layers is None else [check_integer("layers", layer, -depth) for layer in layers]
-    for layer in indices:
-        if not -depth <= layer < depth:
-            raise ValueError(f"layers must lie in [{-depth}, {depth}), got {layer}")
-    indices = sorted({layer % depth for layer in indices})
-    if not indices:
-        raise ValueError("layers must name at least one layer, got none")
+    indices = _counted("layers", range(depth) if layers is None else layers, depth)
     sliding = [] if convert_sliding else [layer for layer in indices if _slides(config, layer)]
     if sliding and (layers is not None or sliding == indices):
         raise ValueError(
@@ -106,6 +99,32 @@ def checked_layers(layers: Iterable[int] | None, depth: int, config: Any, conver
             "them segments instead"
         )
     return tuple(layer for layer in indices if layer not in sliding)
+
+
+def checked_memory_layers(layers: Iterable[int] | None, depth: int, converted: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the layers that get a memory, sorted and counted from 0; None: all converted ones.
+
+    Raises:
+        TypeError, ValueError: `layers` holds no integers, is empty, or lies outside of the model.
+    """
+    return converted if layers is None else tuple(_counted("memory_layers", layers, depth))
+
+
+def _counted(name: str, layers: Iterable[int], depth: int) -> list[int]:
+    """Return layers sorted and counted from 0; at least one.
+
+    Raises:
+        TypeError, ValueError: they are no integers, or outside of the model, or there are none.
+    """
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"{name} must be a list of integers, got {layers!r}")
+    indices = [check_integer(name, layer, -depth) for layer in layers]
+    for layer in indices:
+        if not -depth <= layer < depth:
+            raise ValueError(f"{name} must lie in [{-depth}, {depth}), got {layer}")
+    if not indices:
+        raise ValueError(f"{name} must name at least one layer, got none")
+    return sorted({layer % depth for layer in indices})
 
 
 def _slides(config: Any, layer: int) -> bool:
@@ -120,16 +139,21 @@ def _window(config: Any) -> int:
     return getattr(config, "sliding_window", None) or config.attention_chunk_size
 
 
-def check_learnt_length(config: Any, segment_len: int) -> None:
-    """Check that a segment is no longer than the learnt positions.
+def check_learnt_length(config: Any, settings: Settings) -> None:
+    """Check that learnt positions suffice for a segment, beyond which nothing is seen.
 
     Raises:
-        ValueError: it is.
+        ValueError: they do not, or there is a lookback or a sink, which would have the positions of other tokens.
     """
-    if segment_len > (most := config.max_position_embeddings):
+    if settings.lookback or settings.sinks:
+        raise ValueError(
+            f"lookback and sinks must be 0 for a model with learnt positions, got {settings.lookback} and "
+            f"{settings.sinks}: these begin anew with each segment, and a token keeps its own when it is looked back at"
+        )
+    if settings.segment_len > (most := config.max_position_embeddings):
         raise ValueError(
             f"segment_len must be at most the {most} learnt positions of the model, which begin anew with each "
-            f"segment, got {segment_len}"
+            f"segment, got {settings.segment_len}"
         )
 
 
@@ -146,8 +170,13 @@ def check_weights(parameters: Iterable[Tensor]) -> None:
         )
 
 
-def check_rotary_length(config: Any, segment_len: int) -> None:
-    """Check that rotary frequencies do not depend on a call's largest position as long as that is inside a segment.
+def check_rotary_length(config: Any, settings: Settings, restart: bool) -> None:
+    """Check that rotary frequencies do not depend on a call's largest position as far as positions go.
+
+    Args:
+        config: of the model.
+        settings: how it is to be converted.
+        restart: whether positions start again, with each segment or with each pass.
 
     Raises:
         ValueError: they do.
@@ -156,10 +185,33 @@ def check_rotary_length(config: Any, segment_len: int) -> None:
     kind = rope.get("rope_type", rope.get("type"))
     if kind not in ("dynamic", "longrope"):
         return
+    depends = f"the model's {kind!r} rotary embedding begins to depend on the length of a call"
+    if settings.lookback or (settings.sinks and not restart):
+        raise ValueError(
+            f"lookback must be 0, and every layer converted for sinks, where {depends}, as positions then run on "
+            f"through a call, got lookback={settings.lookback}, sinks={settings.sinks}: a text in pieces would not equal "
+            "the whole"
+        )
     most = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     most = most or config.max_position_embeddings
-    if segment_len > most:
+    if settings.segment_len + settings.sinks > most:
+        sinks = f" and {settings.sinks} sinks" if settings.sinks else ""
         raise ValueError(
-            f"segment_len must be at most {most}, where the model's {kind!r} rotary embedding begins to depend on the "
-            f"length of a call, got {segment_len}: a text in pieces would not equal the whole"
+            f"segment_len must be at most {most}, where {depends}, got {settings.segment_len}{sinks}: a text in pieces "
+            "would not equal the whole"
+        )
+
+
+def check_rotary_calls(layers: Mapping[int, Traits], settings: Settings) -> None:
+    """Check that the model can be asked for the rotary embedding of other positions than those of its input.
+
+    Raises:
+        ValueError: it cannot, and with a lookback or sinks it would have to.
+    """
+    if not (settings.lookback or settings.sinks):
+        return
+    if others := [i for i, traits in layers.items() if traits.rotary is not None and traits.rotary.call is None]:
+        raise ValueError(
+            f"lookback and sinks must be 0 for a model whose layers {others} get a rotary embedding that no module of "
+            f"the model makes of position_ids, got {settings.lookback} and {settings.sinks}"
         )

@@ -19,6 +19,7 @@ from .parallel import begin_on_ranks, ranks_of, refuse_other_schemes
 from .rows import Rows
 from .settings import Conversion, conversion_of
 from .static_cache import StaticInfiniCache
+from .window import window_of
 
 # the argument of layers and of their attention that gets to every attention function
 MASK = "attention_mask"
@@ -63,7 +64,7 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
         inputs["position_ids"] = cache.lengths[:, None] % conversion.settings.segment_len
         inputs[ARGUMENT] = ForwardPass(conversion, static=cache)
     else:
-        inputs[ARGUMENT] = forward = _begin_columns(conversion, cache, inputs, tokens)
+        inputs[ARGUMENT] = forward = _begin_columns(trunk, conversion, cache, inputs, tokens)
         if forward.cache is None:
             _warn_of_short_texts(trunk, conversion, partial(_longest_text, forward, inputs))
     return (), inputs
@@ -77,10 +78,14 @@ def rename(
 
 
 def _begin_columns(
-    conversion: Conversion, cache: InfiniCache | StaticInfiniCache | None, inputs: dict[str, Any], tokens: Tensor
+    trunk: nn.Module,
+    conversion: Conversion,
+    cache: InfiniCache | StaticInfiniCache | None,
+    inputs: dict[str, Any],
+    tokens: Tensor,
 ) -> ForwardPass:
     """Return the pass over new columns [B, T], and set its positions and cache among the inputs."""
-    (batch, time), segment_len = tokens.shape[:2], conversion.settings.segment_len
+    (batch, time), settings = tokens.shape[:2], conversion.settings
     rows = Rows.fresh(batch) if cache is None or cache.is_empty() else cache.rows
     columns = token_columns(inputs.get("attention_mask"), rows, time)
     packed = packed_sequences(inputs, rows, columns, time, tokens.device)
@@ -90,7 +95,10 @@ def _begin_columns(
                 "past_key_values must be None for packed sequences, which end at different places of a segment"
             )
         cache, inputs["use_cache"] = None, False
-    after = rows.after(columns, time, segment_len, keep_last=cache is not None and cache.recording)
+    # a segment more is kept where tokens may be taken back
+    keep = settings.lookback + (cache is not None and cache.recording)
+    after = rows.after(columns, time, settings.segment_len, keep=keep)
+    width = max(rows.tails, default=0) + time if packed is None else batch * time
     inputs["past_key_values"] = cache
     set_positions(inputs, conversion, rows, columns, packed, tokens)
     return ForwardPass(
@@ -100,6 +108,7 @@ def _begin_columns(
         after=after,
         spans=None if packed is not None else rows.spans(columns, time, tokens.device),
         cu_seqlens=packed,
+        window=window_of(trunk, conversion, rows, after, width, packed is not None, tokens.device),
         states=None if cache is None else cache.states,
     )
 
@@ -113,17 +122,18 @@ def _warn_of_short_texts(trunk: nn.Module, conversion: Conversion, longest: Call
         longest: returns the number of tokens of the longest text; called only where the answer matters.
 
     Warns:
-        UntrainedMemoryWarning: the longest text is no longer than a segment.
+        UntrainedMemoryWarning: the longest text is no longer than what local attention sees.
     """
     # a graph of torch.compile holds no warnings
     if torch.compiler.is_compiling() or conversion.warned or not (trunk.training and torch.is_grad_enabled()):
         return
-    segment_len = conversion.settings.segment_len
-    if (tokens := longest()) <= segment_len:
+    seen, lookback = conversion.settings.window, conversion.settings.lookback
+    if (tokens := longest()) <= seen:
         conversion.warned = True
+        name = "2 · segment_len" if lookback else "segment_len"
         warnings.warn(
-            f"no memory is trained: input_ids must be longer than segment_len, {segment_len}, for a text to read its "
-            f"memory, got texts of at most {tokens} tokens: pass longer blocks, or convert with a smaller segment_len",
+            f"no memory is trained: input_ids must be longer than {name}, {seen}, for a text to read its memory, got "
+            f"texts of at most {tokens} tokens: pass longer blocks, or convert with a smaller segment_len",
             UntrainedMemoryWarning,
             stacklevel=2,
         )

@@ -13,6 +13,7 @@ from .cache_layer import LayerState
 from .rows import Rows
 from .settings import Conversion
 from .static_cache import StaticInfiniCache
+from .window import Window
 
 # the arguments of every layer's attention that carry the pass, and the cosine and sine of the rotary embedding
 ARGUMENT = "segattn_pass"
@@ -32,6 +33,7 @@ class ForwardPass:
     rows, after: how far each row has been read before the pass, and after it.
     spans: int32 [B, 2], bounds of each row's tokens among its tail and the new columns, as in `segment_attention`.
     cu_seqlens: int32 [N + 1], bounds of packed sequences among all rows laid end to end.
+    window: what is seen beside segments; None: nothing.
     states: states before the pass, by layer; None where nothing has been read.
     left: states after the pass, by layer, added as the layers run.
     ranks: the processes over which the texts are spread, which have been checked to agree.
@@ -48,13 +50,14 @@ class ForwardPass:
         after: Rows = EMPTY,
         spans: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        window: Window | None = None,
         states: dict[int, LayerState | None] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.conversion = conversion
         self.cache, self.static = cache, static
         self.rows, self.after = rows, after
-        self.spans, self.cu_seqlens = spans, cu_seqlens
+        self.spans, self.cu_seqlens, self.window = spans, cu_seqlens, window
         self.states = dict.fromkeys(conversion.settings.layers) if states is None else states
         self.left: dict[int, LayerState] = {}
         self.ranks = ranks

@@ -1,4 +1,4 @@
-"""The gates in safetensors files: where they are, and whether they are complete and fit the model."""
+"""Gates and memory maps in safetensors files: where they are, and whether they are complete and fit the model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,22 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from .settings import GATE, Settings
+from .settings import GATE, MAP_K, MAP_Q, Settings
 
-# a gate's key ends with the layer's index, at most one name, and the gate
-_KEY = re.compile(rf"(?:.*\.)?(\d+)(?:\.[^.]+)?\.{GATE}\.bias")
+# the parameters of a layer's memory: a number for each query head, and what each head's map multiplies by and adds
+BETA = f"{GATE}.bias"
+_MAPS = tuple(f"{name}.{part}" for name in (MAP_Q, MAP_K) for part in ("weight", "bias"))
+# a key ends with the layer's index, at most one name, and the parameter
+_KEY = re.compile(rf"(?:.*\.)?(\d+)(?:\.[^.]+)?\.({'|'.join(map(re.escape, (BETA, *_MAPS)))})")
+
+# a layer's index and the name of a parameter inside its attention
+Place = tuple[int, str]
+
+
+def places(settings: Settings) -> list[Place]:
+    """Return where the gates and maps of a converted model are."""
+    names = (BETA, *_MAPS) if settings.memory_maps else (BETA,)
+    return [(layer, name) for layer in settings.memory_layers for name in names]
 
 
 @contextmanager
@@ -41,7 +53,7 @@ def opened(file: str) -> Iterator[Any]:
 
 
 def read_gates(file: str) -> dict[str, Tensor]:
-    """Return the gates in a safetensors file by their keys, whatever else it holds."""
+    """Return the gates and maps in a safetensors file by their keys, whatever else it holds."""
     with opened(file) as handle:
         return {key: handle.get_tensor(key) for key in filter(_is_gate, handle.keys())}
 
@@ -73,38 +85,41 @@ def files_with_gates(path: str | os.PathLike[str], variant: str | None, place: d
     return [find(name) for name in sorted({shard for key, shard in shards.items() if _is_gate(key)})]
 
 
-def gate_keys(keys: Iterable[str], settings: Settings, where: str) -> dict[int, str]:
-    """Return the keys of the gates among all keys of a state dict, by layer.
+def gate_keys(keys: Iterable[str], settings: Settings, where: str) -> dict[Place, str]:
+    """Return the keys of gates and maps among all keys of a state dict.
 
     Raises:
-        ValueError: a converted layer has no gate, or more than one, or another layer has one.
+        ValueError: a layer with a memory lacks one, or has more than one, or another layer has one.
     """
-    by_layer: dict[int, str] = {}
-    extra = []
+    found: dict[Place, str] = {}
+    wanted, extra = places(settings), []
     for key in filter(_is_gate, keys):
         match = _KEY.fullmatch(key)
-        layer = int(match[1]) if match else None
-        if layer is None or layer not in settings.layers or layer in by_layer:
+        place = (int(match[1]), match[2]) if match else None
+        if place is None or place not in wanted or place in found:
             extra.append(key)
         else:
-            by_layer[layer] = key
-    missing = [layer for layer in settings.layers if layer not in by_layer]
+            found[place] = key
+    missing = [place for place in wanted if place not in found]
     if missing or extra:
+        each = "one gate and two memory maps" if settings.memory_maps else "one gate"
         raise ValueError(
-            f"{where} must hold one gate for each of the layers {list(settings.layers)}, and no other: it lacks "
-            f"those of {missing}, and {extra} should not be there. A converted model saved again by transformers "
-            "alone has none: load it with transformers and convert it anew"
+            f"{where} must hold {each} for each of the layers {list(settings.memory_layers)}, and no other: it lacks "
+            f"those of {sorted({layer for layer, _ in missing})}, and {extra} should not be there. A converted model "
+            "saved again by transformers alone has none: load it with transformers and convert it anew"
         )
-    return by_layer
+    return found
 
 
 def checked_gates(
     tensors: dict[str, Tensor], settings: Settings, depth: int, config: Any, where: str
-) -> dict[int, Tensor]:
-    """Return the gates [H] by layer, if they are those of a model of this configuration.
+) -> dict[Place, Tensor]:
+    """Return the gates [H] and maps, if they are those of a model of this configuration.
+
+    The shapes of maps, which a configuration does not say in one way, are left to who loads them.
 
     Args:
-        tensors: gates by key.
+        tensors: gates and maps by key.
         settings: how the model was converted.
         depth: number of layers of the model that the gates come from.
         config: configuration of the model that they go to; None: `convert` is to refuse it.
@@ -117,25 +132,31 @@ def checked_gates(
     if hasattr(config, "num_hidden_layers"):
         if depth != config.num_hidden_layers:
             raise ValueError(f"{where} must be of a model of {config.num_hidden_layers} layers, got one of {depth}")
-        for key in keys.values():
-            check_gate(key, tensors[key], config.num_attention_heads, where)
-    return {layer: tensors[key] for layer, key in keys.items()}
+        for (_, name), key in keys.items():
+            check_gate(key, tensors[key], (config.num_attention_heads,) if name == BETA else None, where)
+    return {place: tensors[key] for place, key in keys.items()}
 
 
-def check_gate(key: str, gate: Tensor, heads: int, where: str) -> None:
-    """Check that a gate is floating-point, [H], and finite.
+def check_gate(key: str, x: Tensor, shape: tuple[int, ...] | None, where: str) -> None:
+    """Check that a gate, [H], or a part of a map is floating-point, of this shape, and finite.
+
+    Args:
+        key: its key.
+        x: the gate, or part of a map.
+        shape: of the model; None: not known.
+        where: the file or model that it is in.
 
     Raises:
         ValueError: it is not.
     """
-    if gate.shape != (heads,) or not gate.is_floating_point():
-        raise ValueError(
-            f"{where}: {key} must be of shape [{heads}], a number for each of the model's query heads, got "
-            f"{list(gate.shape)} of {gate.dtype}"
-        )
-    if not bool(gate.isfinite().all()):
-        raise ValueError(f"{where}: {key} must hold finite numbers, got {gate.tolist()}")
+    if (shape is not None and x.shape != shape) or not x.is_floating_point():
+        wanted = f"of shape {list(x.shape if shape is None else shape)}"
+        which = ", a number for each of the model's query heads" if key.endswith(BETA) else ", as in the model"
+        raise ValueError(f"{where}: {key} must be {wanted}{which}, got {list(x.shape)} of {x.dtype}")
+    if not bool(x.isfinite().all()):
+        got = x.tolist() if x.ndim == 1 else f"{int((~x.isfinite()).sum())} that are not"
+        raise ValueError(f"{where}: {key} must hold finite numbers, got {got}")
 
 
 def _is_gate(key: str) -> bool:
-    return GATE in key.split(".")
+    return not {GATE, MAP_Q, MAP_K}.isdisjoint(key.split("."))

@@ -227,14 +227,15 @@ def set_positions(
     Raises:
         ValueError: layers that were not converted cannot tell the packed sequences apart.
     """
-    (batch, time), segment_len = tokens.shape[:2], conversion.settings.segment_len
+    (batch, time), period = tokens.shape[:2], conversion.period
     if packed is not None:
         positions = positions_in_sequences(packed, batch, time)
         _check_native(conversion, positions)
         inputs["attention_mask"] = None
-        inputs["position_ids"] = positions % segment_len if conversion.restart else positions
-    elif conversion.restart:
-        inputs["position_ids"] = rows.positions(columns, time, segment_len, tokens.device).expand(batch, -1)
+        inputs["position_ids"] = positions if period is None else positions % period
+    elif conversion.restart or conversion.settings.sinks:
+        positions = rows.positions(columns, time, tokens.device, in_text=not conversion.restart).expand(batch, -1)
+        inputs["position_ids"] = positions if period is None else positions % period
         if conversion.native and columns is None and inputs.get("past_key_values") is None:
             # else every segment would be taken for a sequence
             inputs["attention_mask"] = tokens.new_ones(batch, time, dtype=torch.long)

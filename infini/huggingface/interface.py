@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -20,7 +21,7 @@ from ...kernels.validation import state_dtype
 from .cache_layer import LayerState
 from .forward_pass import Carried, ForwardPass
 from .inputs import check_arguments
-from .settings import ENTRY, GATE
+from .settings import ENTRY, GATE, MAP_K, MAP_Q, Settings
 from .watching import AttentionCall
 
 # the name of attention in a converted model's configuration
@@ -105,7 +106,7 @@ def segment_attention_forward(
         raise ValueError(
             "cache must be None: a paged cache (continuous batching) cannot hold a memory; use InfiniCache"
         )
-    if not hasattr(module, GATE):
+    if module.layer_idx not in segattn_pass.conversion.settings.layers:
         implementation = segattn_pass.conversion.original
         mask = attention_mask.build(implementation) if isinstance(attention_mask, NativeMask) else attention_mask
         options = {"scaling": scaling, "dropout": dropout, **kwargs} | ({} if softcap is None else {"softcap": softcap})
@@ -141,7 +142,8 @@ def _run_converted(
     rotary: Any,
 ) -> Tensor:
     """Return the output [B, H, T, V] of a converted layer, and leave its state with the pass."""
-    settings, layer, gate = forward.conversion.settings, module.layer_idx, getattr(module, GATE)()
+    settings, layer, window = forward.conversion.settings, module.layer_idx, forward.window
+    gate = getattr(module, GATE)() if layer in settings.memory_layers else None
     traits = forward.conversion.traits[layer]
     if traits.rotary is not None and rotary is None:
         raise RuntimeError(f"{type(module).__name__} must be called with position_embeddings by name, got none")
@@ -156,8 +158,14 @@ def _run_converted(
     if packed:
         batch = q.shape[0]
         q, k, v, memory_q, memory_k = (_end_to_end(x) for x in (q, k, v, memory_q, memory_k))
+    cu_seqlens, spans = (None if x is None else x.to(q.device) for x in (forward.cu_seqlens, forward.spans))
+    sinks = None
+    if window is not None:
+        bounds = spans if cu_seqlens is None else torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)
+        sinks = window.sinks(state, memory_k, v, bounds)
+    mapped_q, mapped_k = _mapped(module, settings, memory_q, memory_k)
     operation: Callable[..., SegmentOutput] = segment_attention
-    if forward.ranks is not None:
+    if forward.ranks is not None and gate is not None:
         operation = partial(sequence_parallel_attention, group=forward.ranks, want_state=False, check_ranks=False)
     out, memory = operation(
         q,
@@ -166,23 +174,35 @@ def _run_converted(
         segment_len=settings.segment_len,
         gate=gate,
         update=settings.update,
-        memory_q=memory_q,
-        memory_k=memory_k,
+        memory_q=mapped_q,
+        memory_k=mapped_k,
         state=None if state is None else state.memory,
-        cu_seqlens=None if forward.cu_seqlens is None else forward.cu_seqlens.to(q.device),
-        spans=None if forward.spans is None else forward.spans.to(q.device),
+        cu_seqlens=cu_seqlens,
+        spans=spans,
         empty_memory=settings.empty_memory,
         scale=scale,
         softcap=softcap,
         backend=settings.backend,
+        **({} if window is None else window.arguments(traits, sinks, k, v)),
     )
     if packed:
         return out.unflatten(2, (batch, -1)).squeeze(0).transpose(0, 1)
     if forward.cache is not None:
-        if forward.cache.recording:
-            memory = _folded(forward, state, memory_k, v)
-        forward.left[layer] = _left(memory, k, memory_k, v, max(forward.after.tails), state is not None)
+        if forward.cache.recording and memory is not None:
+            memory = _folded(forward, state, mapped_k, v)
+        left = _left(memory, k, memory_k, v, max(forward.after.tails), state is not None)
+        forward.left[layer] = left if window is None else window.left(traits, left, sinks)
     return out
+
+
+def _mapped(module: Any, settings: Settings, memory_q: Tensor, memory_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a layer's memory is read and written by: queries and keys after its maps, where it has any."""
+    if not settings.memory_maps or module.layer_idx not in settings.memory_layers:
+        return memory_q, memory_k
+    writes = memory_k.shape[2] // settings.segment_len > settings.lookback
+    # a call without a whole segment to write does not look at the keys, of which decoding would map all at each step
+    mapped_k = getattr(module, MAP_K)(memory_k) if writes or torch.is_grad_enabled() else memory_k
+    return getattr(module, MAP_Q)(memory_q), mapped_k
 
 
 def _check_state(state: LayerState, k: Tensor) -> None:
@@ -201,8 +221,6 @@ def _end_to_end(x: Tensor) -> Tensor:
 
 def _left(memory: MemoryState | None, k: Tensor, memory_k: Tensor, v: Tensor, tail: int, joined: bool) -> LayerState:
     """Return the state after a pass: the memory, and the last `tail` columns."""
-    if memory is None:
-        raise RuntimeError("attention with a gate must return a memory")
     parts = (x[:, :, x.shape[2] - tail :] for x in (k, memory_k, v))
     # cloned, so that the rest of a long piece is not kept alive; a joined tail is a new tensor already
     return LayerState(memory, *(x if joined and x.shape[2] == k.shape[2] else x.clone() for x in parts))
@@ -212,7 +230,7 @@ def _folded(forward: ForwardPass, state: LayerState | None, memory_k: Tensor, v:
     """Return the memory with only those segments written that the pass folds: not the last completed one."""
     settings = forward.conversion.settings
     length, update, backend = settings.segment_len, settings.update, settings.backend
-    if state is None:
+    if state is None or state.memory is None:
         batch, groups, _, width = memory_k.shape
         memory = MemoryState.zeros(batch, groups, width, v.shape[3], device=v.device, dtype=state_dtype(v))
     else:

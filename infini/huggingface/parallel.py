@@ -38,11 +38,17 @@ def sequence_parallel(model: nn.Module, group: Any) -> Iterator[None]:
 
     Raises:
         TypeError: `group` is of another type.
-        ValueError: the model is not converted in every layer, or is in such a context already; or this process is not
-            in the group.
+        ValueError: the model is not converted in every layer, or with lookback or sinks, or is in such a context
+            already; or this process is not in the group.
     """
     trunk, ranks = trunk_of(model), Ranks.of(group)
-    if native := conversion_of(model).native:
+    conversion = conversion_of(model)
+    if (settings := conversion.settings).lookback or settings.sinks:
+        raise ValueError(
+            f"model must be converted with lookback=0 and sinks=0 for sequence_parallel, got {settings.lookback} and "
+            f"{settings.sinks}: tokens of other ranks are not seen"
+        )
+    if native := conversion.native:
         raise ValueError(
             f"model must have every layer converted, as others see the whole text: layers {list(native)} are not "
             "(convert_sliding=True converts those with a sliding window)"

@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from .forward_pass import ARGUMENT
 from .settings import layers_of
-from .traits import Rotary, Traits
+from .traits import Rotary, RotaryCall, Traits
 
 IMPLEMENTATION = "segattn_probe"
 # the angles of the last one are large
@@ -75,6 +75,7 @@ class _Attention:
         generator = torch.Generator("cpu").manual_seed(0)
         rows = torch.randn(self.hidden.shape, generator=generator, device="cpu", dtype=torch.float32)
         self.rows = rows.to(self.hidden)
+        self.rotary_call: RotaryCall | None = None
 
     @property
     def embeddings(self) -> Any:
@@ -113,14 +114,15 @@ class _Attention:
 
 
 @torch.no_grad()
-def probe(trunk: Any, attentions: list[Any], layers: tuple[int, ...], segment_len: int) -> Probe:
+def probe(trunk: Any, attentions: list[Any], layers: tuple[int, ...], period: int | None) -> Probe:
     """Read what is particular to the attention of each layer that is to be converted.
 
     Args:
         trunk: the module that runs the layers.
         attentions: the attention of every layer.
         layers: those to be converted.
-        segment_len: tokens per segment, L.
+        period: tokens after which positions start again where every layer is converted or positions are learnt; None:
+            they run on.
 
     Raises:
         ValueError: an attention cannot be converted; it is named, with why.
@@ -132,8 +134,8 @@ def probe(trunk: Any, attentions: list[Any], layers: tuple[int, ...], segment_le
         first: Tensor = calls[min(calls)].hidden
         # of equal rows, and before any attention
         learnt = not _close(first, first[:, :1].expand_as(first))
-        restart = learnt or len(layers) == len(attentions)
-        return Probe({layer: _read(calls[layer], segment_len - 1 if restart else FAR) for layer in layers}, learnt)
+        restart = period is not None and (learnt or len(layers) == len(attentions))
+        return Probe({layer: _read(calls[layer], period - 1 if restart else FAR) for layer in layers}, learnt)
 
 
 @contextmanager
@@ -177,11 +179,45 @@ def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
     weight = trunk.get_input_embeddings().weight
     embeds = torch.ones(1, rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     try:
-        trunk(inputs_embeds=embeds, use_cache=False, **{ARGUMENT: None})
+        with _rotary_calls(trunk) as rotary:
+            trunk(inputs_embeds=embeds, use_cache=False, **{ARGUMENT: None})
     finally:
         for handle in handles:
             handle.remove()
+    for attention in calls.values():
+        same = (call for call, embeddings in rotary if _equal(embeddings, attention.embeddings))
+        attention.rotary_call = next(same, None)
     return calls
+
+
+@contextmanager
+def _rotary_calls(trunk: Any) -> Iterator[list[tuple[RotaryCall, Any]]]:
+    """Note the calls of modules outside of layers that take positions, and what they return."""
+    calls: list[tuple[RotaryCall, Any]] = []
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        _, *options = inspect.signature(module.forward).bind(*args, **kwargs).arguments.items()
+        calls.append((RotaryCall(name, tuple((key, x) for key, x in options if key != "position_ids")), output))
+
+    inside = {module for layer in layers_of(trunk) for module in layer.modules()}
+    handles = [
+        module.register_forward_hook(lambda *call, name=name: note(name, *call), with_kwargs=True)
+        for name, module in trunk.named_modules()
+        if name and module not in inside and "position_ids" in inspect.signature(module.forward).parameters
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _equal(x: Any, y: Any) -> bool:
+    """Return whether two rotary embeddings are equal."""
+    if isinstance(x, tuple) and isinstance(y, tuple):
+        return len(x) == len(y) and all(map(_equal, x, y))
+    both = isinstance(x, Tensor) and isinstance(y, Tensor)
+    return both and x.shape == y.shape and torch.equal(x, y.to(x.device))
 
 
 def _read(attention: _Attention, last: int) -> Traits:
@@ -258,7 +294,7 @@ def _rotary(attention: _Attention, turned: _Seen) -> Rotary | None:
         # the best of them, since half precision tells those apart badly that hardly turn the largest channels
         best = min(range(len(ways)), key=lambda way: float((undone[way] - wanted).float().norm()))
         if _close(undone[best], wanted):
-            return ways[best]
+            return ways[best]._replace(call=attention.rotary_call)
     return attention.refuse("rotate pairs of channels as its last step: the memory must be free of positions")
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 class Rows(NamedTuple):
     """Say how far each row of a batch has been read.
 
-    The *tail* of a row is its unfinished segment: the tokens behind those that were written to the memory, that is
-    folded. All tails end in the last column.
+    The *tail* of a row is what is not in the memory: its unfinished segment, with a lookback the one before it too.
+    What has been written to the memory is *folded*. All tails end in the last column.
 
     columns: columns read, tokens and padding.
     lengths: tokens read, by row.
@@ -35,18 +35,26 @@ class Rows(NamedTuple):
         """The number of tokens in each row's tail."""
         return tuple(length - folded for length, folded in zip(self.lengths, self.folded, strict=True))
 
-    def after(self, tokens: TokenColumns | None, time: int, segment_len: int, *, keep_last: bool = False) -> Rows:
-        """Return the rows after `time` more columns, with every completed segment folded.
+    def removable(self, lookback: int) -> int:
+        """Return how many tokens can be taken back of every row, where each sees `lookback` tokens before its segment.
+
+        What comes after them then still has these in the tail, or the row's beginning.
+        """
+        rows = zip(self.tails, self.folded, strict=True)
+        return min(tail - (lookback if folded else 0) for tail, folded in rows)
+
+    def after(self, tokens: TokenColumns | None, time: int, segment_len: int, *, keep: int = 0) -> Rows:
+        """Return the rows after `time` more columns, with completed segments folded.
 
         Args:
             tokens: those of the columns that hold tokens; None: all of them.
             time: number of new columns.
             segment_len: tokens per segment, L.
-            keep_last: leave the last completed segment unfolded, so that tokens can be taken back.
+            keep: number of completed segments to leave unfolded, those last completed.
         """
         counts = (time,) * len(self.lengths) if tokens is None else tokens.counts
         lengths = tuple(length + count for length, count in zip(self.lengths, counts, strict=True))
-        whole = (length // segment_len * segment_len - keep_last * segment_len for length in lengths)
+        whole = ((length // segment_len - keep) * segment_len for length in lengths)
         folded = tuple(max(before, after) for before, after in zip(self.folded, whole, strict=True))
         ends = tokens is not None and any(end < time and n for end, n in zip(tokens.ends, lengths, strict=True))
         return Rows(self.columns + time, lengths, folded, self.open and not ends)
@@ -83,14 +91,23 @@ class Rows(NamedTuple):
                 bounds.append((width - tail if length else width + first, width + end))
         return torch.tensor(bounds, dtype=torch.int32, device=device)
 
-    def positions(self, tokens: TokenColumns | None, time: int, segment_len: int, device: torch.device) -> Tensor:
-        """Return the position of each new column in its segment, int64 [1 or B, T]; that of padding is 0."""
+    def positions(
+        self, tokens: TokenColumns | None, time: int, device: torch.device, *, in_text: bool = False
+    ) -> Tensor:
+        """Return the position of each new column, int64 [1 or B, T], counted from the row's tail; that of padding is 0.
+
+        Args:
+            tokens, time: as in `after`.
+            device: where the positions are to be.
+            in_text: count from the row's first token instead.
+        """
         firsts = (0,) * len(self.lengths) if tokens is None else tokens.firsts
-        starts = [tail - first for tail, first in zip(self.tails, firsts, strict=True)]
+        counted = self.lengths if in_text else self.tails
+        starts = [read - first for read, first in zip(counted, firsts, strict=True)]
         if len(set(starts)) == 1:
             starts = starts[:1]
         steps = torch.arange(time, device=device)
-        return (torch.tensor(starts, device=device)[:, None] + steps).clamp(min=0) % segment_len
+        return (torch.tensor(starts, device=device)[:, None] + steps).clamp(min=0)
 
 
 class TokenColumns(NamedTuple):

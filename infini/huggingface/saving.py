@@ -1,4 +1,7 @@
-"""Save and load converted models: in a checkpoint that transformers can read too, or their gates alone. No pickles."""
+"""Save and load converted models: in a checkpoint that transformers can read too, or their gates alone. No pickles.
+
+With the gates go the memory maps, where a model has them.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,22 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ...runs.checkpoint import replacing, whole
-from .conversion import convert
+from .conversion import convert, revert
 from .convertible import check_weights
-from .gate_files import check_gate, checked_gates, files_with_gates, gate_keys, opened, read_gates
-from .settings import ENTRY, GATE, Settings, attentions_of, conversion_of, is_converted, read_entry, trunk_of
+from .gate_files import Place, check_gate, checked_gates, files_with_gates, gate_keys, opened, places, read_gates
+from .settings import (
+    ENTRY,
+    GATE,
+    MAP_K,
+    MAP_Q,
+    Settings,
+    attentions_of,
+    conversion_of,
+    is_converted,
+    read_entry,
+    trunk_of,
+)
+from .traits import Traits
 
 Model = TypeVar("Model", bound=nn.Module)
 # the arguments of transformers' from_pretrained that say where the files are
@@ -33,7 +48,7 @@ _PLACE = "cache_dir force_download local_files_only proxies revision subfolder t
 def save_pretrained(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
     """Write a converted model with its gates and settings into a folder, from which `from_pretrained` loads it.
 
-    The gates are in the model's safetensors files, float32 whatever the other weights are. The settings are in its
+    The gates, and memory maps where it has them, are in the model's safetensors files, float32 whatever the other weights are. The settings are in its
     `config.json`, entry "segment_attention", which also names the function that loads them. transformers alone reports
     the gates as unexpected keys, and loads the model without memory.
 
@@ -117,12 +132,14 @@ def from_pretrained(
         model = model_class.from_pretrained(path, **kwargs)
     # the layers that were converted, with a sliding window or not
     convert(model, **vars(settings), convert_sliding=True, quiet=quiet)
-    _fill(model, gates)
+    _fill(model, gates, str(path))
     return model
 
 
 def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the gates and settings of a converted model into one small safetensors file, for `load_gates`.
+
+    Memory maps, where the model has them, are written with the gates.
 
     For models that are too large to save again, or whose other weights did not change. Of a model that PEFT wraps, the
     gates of the active adapter are written. Where `fully_shard` (FSDP2) has spread the gates, every process calls this
@@ -136,13 +153,13 @@ def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the model is not converted, or its gates are partitioned (DeepSpeed), offloaded (accelerate) or not
             finite.
     """
-    conversion = conversion_of(model)
-    biases, tensors = _biases(model), {}
-    for layer, bias in biases.items():
-        gate, key = whole(bias).detach(), f"{layer}.{GATE}.bias"
-        check_gate(key, gate, conversion.traits[layer].heads, type(model).__name__)
-        tensors[key] = gate.float().cpu().contiguous()
-    if any(isinstance(bias, DTensor) for bias in biases.values()) and get_rank() > 0:
+    conversion, tensors = conversion_of(model), {}
+    parameters = _parameters(model)
+    for (layer, name), parameter in parameters.items():
+        x, key = whole(parameter).detach(), f"{layer}.{name}"
+        check_gate(key, x, _shape(conversion.traits[layer], name), type(model).__name__)
+        tensors[key] = x.float().cpu().contiguous()
+    if any(isinstance(parameter, DTensor) for parameter in parameters.values()) and get_rank() > 0:
         return
     entry = conversion.as_entry() | {"load_with": "segattn.load_gates"}
     with replacing(Path(path)) as beside:
@@ -181,30 +198,48 @@ def load_gates(model: Model, path: str | os.PathLike[str], *, quiet: bool = Fals
         raise ValueError(f"{where}: {ENTRY} is damaged ({error}): save the gates again") from error
     settings, depth = read_entry(entry, where)
     gates = checked_gates(read_gates(where), settings, depth, _text_config(model), where)
-    if is_converted(model):
-        _check_same(conversion_of(model).settings, settings, where)
-    else:
+    fresh = not is_converted(model)
+    if fresh:
         convert(model, **vars(settings), convert_sliding=True, quiet=quiet)
-    _fill(model, gates)
+    else:
+        _check_same(conversion_of(model).settings, settings, where)
+    try:
+        _fill(model, gates, where)
+    except ValueError:
+        if fresh:
+            revert(model)
+        raise
     return model
 
 
-def _biases(model: nn.Module) -> dict[int, Any]:
-    """Return the parameters of the gates by layer; of a gate that PEFT wraps, that of the active adapter."""
-    attentions = attentions_of(trunk_of(model))
-    biases = {layer: getattr(attentions[layer], GATE).bias for layer in conversion_of(model).settings.layers}
-    check_weights(biases.values())
-    return biases
+def _parameters(model: nn.Module) -> dict[Place, Any]:
+    """Return the parameters of gates and maps; where PEFT wraps these, those of the active adapter."""
+    attentions, found = attentions_of(trunk_of(model)), {}
+    for layer, name in places(conversion_of(model).settings):
+        module, _, part = name.partition(".")
+        found[layer, name] = getattr(getattr(attentions[layer], module), part)
+    check_weights(found.values())
+    return found
 
 
-def _fill(model: nn.Module, gates: dict[int, Tensor]) -> None:
-    biases = _biases(model)
-    for layer, bias in biases.items():
-        if isinstance(bias, DTensor) or bias.shape != gates[layer].shape:
+def _shape(traits: Traits, name: str) -> tuple[int, ...]:
+    """Return the shape of a parameter of a gate or a map."""
+    heads, width = traits.groups if MAP_K in name else traits.heads, traits.key_width
+    if GATE in name:
+        return (heads,)
+    return (heads, width, width) if name.endswith("weight") else (heads * width,)
+
+
+def _fill(model: nn.Module, gates: dict[Place, Tensor], where: str) -> None:
+    traits, parameters = conversion_of(model).traits, _parameters(model)
+    for (layer, name), x in gates.items():
+        shape, parameter = _shape(traits[layer], name), parameters[layer, name]
+        check_gate(f"{layer}.{name}", x, shape, where)
+        if isinstance(parameter, DTensor) or parameter.shape != shape:
             raise ValueError("model must not be sharded or partitioned yet, got gates that are: load them first")
     with torch.no_grad():
-        for layer, bias in biases.items():
-            bias.copy_(gates[layer])
+        for place, parameter in parameters.items():
+            parameter.copy_(gates[place])
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -215,7 +250,8 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _check_same(wanted: Settings, got: Settings, where: str) -> None:
-    for name in ("segment_len", "update", "layers", "empty_memory"):
+    depending = ("segment_len", "update", "layers", "empty_memory", "lookback", "sinks", "memory_maps", "memory_layers")
+    for name in depending:
         if getattr(wanted, name) != getattr(got, name):
             raise ValueError(
                 f"{where} must be of a model converted with {name}={getattr(wanted, name)!r}, as this one is, got "
@@ -229,7 +265,8 @@ def _gates_not_reported() -> Iterator[None]:
 
     def keep(record: logging.LogRecord) -> bool:
         rows = [line for line in record.getMessage().splitlines() if "|" in line][1:]
-        return not rows or not all(GATE in row and "UNEXPECTED" in row for row in rows)
+        ours = (any(name in row for name in (GATE, MAP_Q, MAP_K)) and "UNEXPECTED" in row for row in rows)
+        return not rows or not all(ours)
 
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(keep)

@@ -17,8 +17,10 @@ from .traits import Traits
 
 # name of the entry in a model's configuration, and the version of its contents
 ENTRY = "segment_attention"
-VERSION = 1
-# name of the gate in the attention of a converted layer
+VERSION = 2
+# what an entry of version 1 lacks; its layers with a memory are all that were converted
+_SINCE_2 = {"lookback": 0, "sinks": 0, "memory_maps": False}
+# names of what the attention of a converted layer gets: the gate, and the maps of the memory's queries and keys
 GATE = "segattn_gate"
 MAP_Q = "segattn_memory_q"
 MAP_K = "segattn_memory_k"
@@ -29,7 +31,7 @@ _ON_TRUNK = "segattn_conversion"
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `convert`, checked; `layers` are the converted ones, counted from 0."""
+    """The arguments of `convert`, checked; `layers` are the converted ones, counted from 0, as are `memory_layers`."""
 
     segment_len: int
     update: str = "delta"
@@ -37,11 +39,19 @@ class Settings:
     layers: tuple[int, ...] = ()
     empty_memory: str = "local"
     backend: str | None = None
+    lookback: int = 0
+    sinks: int = 0
+    memory_maps: bool = False
+    memory_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check.check_integer("segment_len", self.segment_len, 2)
         check.check_choice("update", self.update, check.UPDATES)
         check.check_choice("empty_memory", self.empty_memory, check.EMPTY_MEMORY)
+        check.check_lookback(self.lookback, self.sinks, self.segment_len, False)
+        check.check_bool("memory_maps", self.memory_maps)
+        if others := sorted({*self.memory_layers} - {*self.layers}):
+            raise ValueError(f"memory_layers must be among the converted layers {list(self.layers)}, got {others}")
         check_backend(self.backend)
         if isinstance(self.gate_init, bool) or not isinstance(self.gate_init, (int, float)):
             raise TypeError(f"gate_init must be a number, got {type(self.gate_init).__name__}")
@@ -53,7 +63,13 @@ class Settings:
         entry = asdict(self)
         # where the operation runs is not a property of the weights
         del entry["backend"]
-        return {"version": VERSION, "load_with": "segattn.from_pretrained", **entry, "layers": list(self.layers)}
+        lists = {"layers": list(self.layers), "memory_layers": list(self.memory_layers)}
+        return {"version": VERSION, "load_with": "segattn.from_pretrained", **entry, **lists}
+
+    @property
+    def window(self) -> int:
+        """The number of tokens that local attention sees at most, without the sinks."""
+        return (1 + self.lookback) * self.segment_len
 
 
 @dataclass
@@ -64,7 +80,8 @@ class Conversion:
     depth: number of layers of the model.
     traits: what is particular to the attention of each converted layer, by its index.
     original: name of the attention implementation before.
-    restart: whether positions start again from 0 with each segment.
+    restart: whether rotary or learnt positions start again: from 0 with each segment or, with a lookback, with each
+        pass from the first token that is not in the memory. Else they count over the whole text.
     inputs: argument names of the module that runs the layers, in order; that of its cache is `past_key_values`.
     handles: the hooks on the model.
     warned: whether its user has been warned of training on texts that read no memory.
@@ -80,6 +97,11 @@ class Conversion:
     handles: list[RemovableHandle] = field(default_factory=list)
     warned: bool = False
     watcher: Callable[..., Any] | None = None
+
+    @property
+    def period(self) -> int | None:
+        """Tokens after which positions start again within a pass, or None."""
+        return self.settings.segment_len if self.restart and not self.settings.lookback else None
 
     @property
     def native(self) -> tuple[int, ...]:
@@ -103,13 +125,16 @@ def read_entry(entry: object, where: str) -> tuple[Settings, int]:
     """
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where} must have an entry {ENTRY!r}, as models saved after convert do; it has none")
-    if entry.get("version") != VERSION:
-        raise ValueError(f"{where}: {ENTRY} must be of version {VERSION}, got {entry.get('version')!r}")
+    if (version := entry.get("version")) not in (1, VERSION):
+        raise ValueError(f"{where}: {ENTRY} must be of version 1 or {VERSION}, got {version!r}")
+    if version == 1:
+        entry = {**_SINCE_2, "memory_layers": entry.get("layers"), **entry}
     names = {field.name for field in fields(Settings)} - {"backend"}
     if missing := sorted({*names, "native"} - set(entry)):
         raise ValueError(f"{where}: {ENTRY} must hold {', '.join(missing)}, which it lacks")
     try:
-        settings = Settings(**{name: entry[name] for name in names - {"layers"}}, layers=tuple(entry["layers"]))
+        lists = {name: tuple(entry[name]) for name in ("layers", "memory_layers")}
+        settings = Settings(**{name: entry[name] for name in names - {*lists}}, **lists)
         layers = sorted([*settings.layers, *entry["native"]])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {ENTRY} is damaged ({error}): save the model or its gates again") from error

@@ -142,7 +142,7 @@ class StaticInfiniLayer(ConvertedLayer):
         width, tails = state.keys.shape[2], torch.tensor(rows.tails, device=self.memory.device)
         steps = torch.arange(width, device=tails.device)
         places = (steps + width - tails[:, None]).clamp(max=width - 1)
-        for buffer, x in zip(self.tail(), state[1:], strict=True):
+        for buffer, x in zip(self.tail(), state.tail, strict=True):
             buffer[:, :, :width] = _at(x, places)
         for buffer, x in zip((self.memory, self.normalizer), state.memory, strict=True):
             buffer.copy_(x)
@@ -172,13 +172,14 @@ class StaticInfiniCache(Cache):
     values [B, G, L, ·] in the model's dtype, and two memories [B, G, K, V] with normalizers [B, G, K] in float32.
 
     Args:
-        model: a converted model, with every layer converted.
+        model: a converted model, with every layer converted; without lookback, sinks and memory maps, and with a memory
+            in every layer.
         batch_size: number of rows of every call, B.
 
     Raises:
         TypeError: `batch_size` is not an integer.
-        ValueError: the model is not converted, not in every layer, or without weights, as when accelerate offloads it;
-            or `batch_size` is below 1.
+        ValueError: the model is not converted, not in every layer, not as above, or without weights, as when accelerate
+            offloads it; or `batch_size` is below 1.
     """
 
     def __init__(self, model: nn.Module, batch_size: int = 1) -> None:
@@ -189,8 +190,18 @@ class StaticInfiniCache(Cache):
                 f"model must have every layer converted for a static cache, got {list(conversion.native)} that are "
                 "not: use InfiniCache"
             )
+        self.settings = settings = conversion.settings
+        for name in ("lookback", "sinks", "memory_maps"):
+            if value := getattr(settings, name):
+                raise ValueError(
+                    f"model must be converted without {name} for a static cache, got {value}: use InfiniCache"
+                )
+        if settings.memory_layers != settings.layers:
+            raise ValueError(
+                "model must have a memory in every layer for a static cache, got memory_layers="
+                f"{list(settings.memory_layers)}: use InfiniCache"
+            )
         check_weights(trunk.parameters())
-        self.settings = conversion.settings
         device = next(trunk.parameters()).device
         # buffers made in inference mode could not be written outside of it
         with torch.inference_mode(False):

@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..rotary import unrotate
+from ..rotary import rotate_by, unrotate
+
+
+class RotaryCall(NamedTuple):
+    """Name the call of a model's module that makes a rotary embedding.
+
+    module: its name inside the module that runs the layers.
+    options: its arguments besides hidden states and positions, such as the type of layer.
+    """
+
+    module: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, trunk: Any, positions: Tensor) -> Any:
+        """Return the rotary embedding of positions, int64 [1 or B, T], negative ones too."""
+        # of the hidden states it takes the device and dtype alone
+        like = torch.empty(1, device=positions.device, dtype=torch.float32)
+        return trunk.get_submodule(self.module)(like, position_ids=positions, **dict(self.options))
 
 
 class Rotary(NamedTuple):
@@ -15,11 +33,13 @@ class Rotary(NamedTuple):
     interleaved, last: as in `unrotate`.
     angles: the entries of the cosine and sine that hold one angle for each pair of channels: the first of two equal
         "halves", one of two equal "neighbours", or "all".
+    call: what makes the embeddings; None: it is no module of the model.
     """
 
     interleaved: bool
     last: bool
     angles: str
+    call: RotaryCall | None = None
 
     def undo(self, x: Tensor, embeddings: Any) -> Tensor:
         """Return queries or keys [B, heads, T, K] before the rotation.
@@ -28,12 +48,18 @@ class Rotary(NamedTuple):
             x: rotated queries or keys.
             embeddings: cosine and sine [1 or B, T, ·], or one complex tensor of both.
         """
+        return unrotate(x, *self._angles(embeddings), interleaved=self.interleaved, last=self.last)
+
+    def redo(self, x: Tensor, embeddings: Any) -> Tensor:
+        """Return queries or keys after the rotation: the inverse of `undo`."""
+        return rotate_by(x, *self._angles(embeddings), interleaved=self.interleaved, last=self.last)
+
+    def _angles(self, embeddings: Any) -> tuple[Tensor, Tensor]:
+        """Return the cosine and sine of one angle for each pair of channels."""
         cos, sin = (embeddings.real, embeddings.imag) if isinstance(embeddings, Tensor) else embeddings
         if self.angles == "halves":
-            cos, sin = (x.chunk(2, dim=-1)[0] for x in (cos, sin))
-        elif self.angles == "neighbours":
-            cos, sin = cos[..., ::2], sin[..., ::2]
-        return unrotate(x, cos, sin, interleaved=self.interleaved, last=self.last)
+            return cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]
+        return (cos[..., ::2], sin[..., ::2]) if self.angles == "neighbours" else (cos, sin)
 
 
 class Traits(NamedTuple):

@@ -321,14 +321,17 @@ def test_arguments_that_are_refused(refused: dict[str, Any], tmp_path: Path) -> 
 
 
 ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
-    "version": ({"version": 2}, r"^\S+config.json: segment_attention must be of version 1, got 2$"),
+    "version": ({"version": 3}, r"^\S+config.json: segment_attention must be of version 1 or 2, got 3$"),
     "update": ({"update": "gamma"}, "update"),
     "segment_len": ({"segment_len": "7"}, "segment_len"),
     "no layers": ({"layers": None}, "damaged"),
-    "other layers": ({"layers": [0, 1, 3]}, "must name every layer once"),
+    "other layers": ({"layers": [0, 1, 3], "memory_layers": [0, 1]}, "must name every layer once"),
     "layer twice": ({"layers": [0, 1, 1, 2]}, "must name every layer once"),
-    "fewer layers": ({"layers": [0, 1], "native": [2]}, r"\['model.layers.2.self_attn.segattn_gate.bias'\] should not"),
-    "more layers": ({"layers": [0, 1, 2, 3]}, r"lacks those of \[3\]"),
+    "fewer layers": (
+        {"layers": [0, 1], "memory_layers": [0, 1], "native": [2]},
+        r"\['model.layers.2.self_attn.segattn_gate.bias'\] should not",
+    ),
+    "more layers": ({"layers": [0, 1, 2, 3], "memory_layers": [0, 1, 2, 3]}, r"lacks those of \[3\]"),
     "deeper": ({"native": [3]}, "must be of a model of 3 layers, got one of 4"),
 }
 

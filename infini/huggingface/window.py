@@ -1,0 +1,154 @@
+"""What the segments of a pass see beside themselves: sinks and the segment before, and their rotary positions.
+
+Local attention depends on distances alone, so positions begin where that keeps them small: at a row's tail, which begins
+with the segment looked back at. Sinks stand just before the window of each segment, as in a cache that holds sinks and
+window alone; no distance is greater than (1 + lookback) · L + sinks, however long the text.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels.sinks import first_tokens
+from .cache_layer import LayerState
+from .rows import Rows
+from .settings import Conversion, Settings
+from .traits import RotaryCall, Traits
+
+# rotary embeddings by the calls that made them
+Embeddings = dict[RotaryCall, Any]
+
+
+class Window(NamedTuple):
+    """Hold what the layers of a pass need beside the tokens of their segments.
+
+    settings: how the model was converted.
+    rows, after: how far each row has been read before the pass, and after it.
+    places: at how many places the sinks stand: 1, or one for each segment; 0: no segment of the pass sees them.
+    sinks_at: the embeddings of these places, of positions [1 or B, places · sinks].
+    tails_at: those of the tail after the pass, of positions [1 or B, P]; empty where it stays where it stands.
+    """
+
+    settings: Settings
+    rows: Rows
+    after: Rows
+    places: int
+    sinks_at: Embeddings
+    tails_at: Embeddings
+
+    def sinks(
+        self, state: LayerState | None, memory_k: Tensor, v: Tensor, bounds: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return keys and values of the sinks [N, G, n, ·], before rotary embedding; None: there are none.
+
+        Args:
+            state: what the layer keeps of the tokens before.
+            memory_k, v: [B, G, T, ·] from the first token of each row's tail on, before rotary embedding.
+            bounds: int [N, 2] of the sequences among these columns; None: whole rows.
+        """
+        count = self.settings.sinks
+        if not count or not (self.places or any(self.after.folded)):
+            return None
+        kept = None if state is None or state.sink_keys is None else (state.sink_keys, state.sink_values)
+        if kept is not None and all(self.rows.folded):
+            return kept
+        first = first_tokens(memory_k, bounds, count), first_tokens(v, bounds, count)
+        if kept is None or not any(self.rows.folded):
+            return first
+        begun = torch.tensor(self.rows.folded, device=v.device)[:, None, None, None] > 0
+        return tuple(torch.where(begun, old, new) for old, new in zip(kept, first, strict=True))
+
+    def arguments(self, traits: Traits, sinks: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> dict[str, Any]:
+        """Return the arguments of `segment_attention` that say what is seen beside a segment of k and v."""
+        lookback = {"lookback": self.settings.lookback}
+        if not self.places or sinks is None:
+            return lookback
+        keys, values = sinks
+        if traits.rotary is not None:
+            each = keys.repeat(1, 1, self.places, 1)
+            keys = traits.rotary.redo(each, self.sinks_at[traits.rotary.call])
+            if self.places > 1:
+                keys = keys.unflatten(2, (self.places, -1))
+        folded = self.rows.folded
+        past = folded[0] if len(set(folded)) == 1 else torch.tensor(folded, device=k.device)
+        return lookback | {
+            "sinks": self.settings.sinks,
+            "sink_k": keys.to(k.dtype),
+            "sink_v": values.to(v.dtype),
+            "past": past,
+        }
+
+    def left(self, traits: Traits, state: LayerState, sinks: tuple[Tensor, Tensor] | None) -> LayerState:
+        """Return the state that a layer leaves, with its tail where it stands in the next pass, and with the sinks.
+
+        Args:
+            traits: of the layer.
+            state: what it leaves, the tail where it stood in this pass.
+            sinks: what `sinks` returned.
+        """
+        if traits.rotary is not None and self.tails_at:
+            keys = traits.rotary.redo(state.memory_keys, self.tails_at[traits.rotary.call])
+            state = state._replace(keys=keys.to(state.keys.dtype))
+        if sinks is None or not any(self.after.folded):
+            return state
+        # cloned, so that the rest of a long piece is not kept alive
+        keys, values = sinks if all(self.rows.folded) else (x.clone() for x in sinks)
+        return state._replace(sink_keys=keys, sink_values=values)
+
+
+def window_of(
+    trunk: Any, conversion: Conversion, rows: Rows, after: Rows, columns: int, packed: bool, device: torch.device
+) -> Window | None:
+    """Return what a pass sees beside its segments, None where that is nothing.
+
+    Args:
+        trunk: the module that runs the layers.
+        conversion: how the model was converted.
+        rows, after: how far each row has been read before the pass, and after it.
+        columns: number of columns of tails and new tokens together, of packed rows those laid end to end.
+        packed: whether the rows are packed sequences.
+        device: where the tokens are.
+    """
+    settings = conversion.settings
+    length, lookback = settings.segment_len, settings.lookback
+    if not (lookback or settings.sinks):
+        return None
+    segments = -(-columns // length)
+    last = segments if packed else -(-max(after.lengths, default=0) // length)
+    places = 0
+    if settings.sinks and last > lookback + 1:
+        places = segments if conversion.period is None else 1
+    sinks_at = _embeddings(trunk, conversion, _sink_positions(conversion, rows, places, device)) if places else {}
+    tails_at = {}
+    if conversion.restart and lookback and not packed and after.folded != rows.folded:
+        tails_at = _embeddings(trunk, conversion, _tail_positions(after, device))
+    return Window(settings, rows, after, places, sinks_at, tails_at)
+
+
+def _embeddings(trunk: Any, conversion: Conversion, positions: Tensor) -> Embeddings:
+    calls = dict.fromkeys(traits.rotary.call for traits in conversion.traits.values() if traits.rotary is not None)
+    return {call: call(trunk, positions) for call in calls if call is not None}
+
+
+def _sink_positions(conversion: Conversion, rows: Rows, places: int, device: torch.device) -> Tensor:
+    """Return the positions of the sinks [1 or B, places · sinks]: those just before the window of each segment."""
+    settings = conversion.settings
+    steps = torch.arange(-settings.sinks, 0, device=device)
+    if conversion.period is not None:
+        return steps[None]
+    windows = (torch.arange(places, device=device) - settings.lookback) * settings.segment_len
+    positions = (windows[:, None] + steps).flatten()
+    if conversion.restart:
+        return positions[None]
+    # positions count over the whole text
+    return torch.tensor(rows.folded, device=device)[:, None] + positions
+
+
+def _tail_positions(rows: Rows, device: torch.device) -> Tensor:
+    """Return the positions of the tails [B, P], each counted from its first token; 0 before it."""
+    tails = torch.tensor(rows.tails, device=device)
+    width = max(rows.tails)
+    return (torch.arange(width, device=device) - width + tails[:, None]).clamp(min=0)
