@@ -120,12 +120,12 @@ def _stretches(tokenizer: Tokenizer, texts: Sequence[str], adaptation: Adaptatio
     Raises:
         SettingError: a text is too short.
     """
-    tokens, measured = (tokenizer.encode(text) for text in (texts[0], texts[-1]))
+    tokens, measured = (tokenizer.encode(text)[adaptation.skip :] for text in (texts[0], texts[-1]))
     prefix, count = tokenizer.prefix, adaptation.rows + 1
     with named(length="eval_tokens", text="text"):
         held_out = documents_of(measured, prefix, adaptation.eval_tokens)[0]
     if len(held_out) < adaptation.eval_tokens:
-        problem = f"must be at most those of the text, {len(held_out)}, got {adaptation.eval_tokens}"
+        problem = f"must be at most those of the text, {len(held_out)} after --skip, got {adaptation.eval_tokens}"
         raise SettingError("eval_tokens", problem)
     if len(texts) == 1:
         tokens = tokens[len(held_out) :]

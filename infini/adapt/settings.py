@@ -32,13 +32,15 @@ class Adaptation:
     map_lr: Annotated[float, "Learning rate of the maps, which falls in the same way."] = 3e-3
     own: Annotated[bool, "Fit each layer to what the layers below it put out as fitted, not in full attention."] = False
     eval_tokens: Annotated[int, "Tokens to measure perplexity on; the model's positions must suffice for them."] = 4096
+    skip: Annotated[int, "Tokens of each text to skip first, as those of a book's front matter."] = 0
     seed: Annotated[int, "Seed of the order of stretches."] = 0
 
     def __post_init__(self) -> None:
         for name in ("text", "eval_text"):
             object.__setattr__(self, name, absolute(getattr(self, name)))
         check_least(
-            self, {"segment_len": 2, "length": 2, "rows": 1, "steps": 0, "eval_tokens": 16, "seed": 0, "sinks": 0}
+            self,
+            {"segment_len": 2, "length": 2, "rows": 1, "steps": 0, "eval_tokens": 16, "seed": 0, "sinks": 0, "skip": 0},
         )
         for name in ("gate_lr", "map_lr"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):

@@ -74,10 +74,12 @@ def run_conversions(
     if about["conversion"] is not None:
         raise SettingError("model", f"must be plain, got {checkpoint.model!r}, which is converted already")
     with named(length="tokens", text="text"):
-        tokens = ppl.documents_of(tokenizer.encode(text), tokenizer.prefix, conversions.tokens)[0]
+        tokens = ppl.documents_of(tokenizer.encode(text)[conversions.skip :], tokenizer.prefix, conversions.tokens)[0]
         check_positions(model, len(tokens))
     if len(tokens) < conversions.tokens:
-        raise SettingError("tokens", f"must be at most those of the text, {len(tokens)}, got {conversions.tokens}")
+        raise SettingError(
+            "tokens", f"must be at most those of the text, {len(tokens)} after --skip, got {conversions.tokens}"
+        )
     settings = asdict(checkpoint) | asdict(conversions) | {"text_sha256": text_sha256(text)}
     kept = earlier_run(path.figures, resume, settings, about)
     rows = {row["conversion"]: Row(**row) for row in kept.get("rows", ())}
@@ -119,8 +121,8 @@ def arguments_of(conversion: str) -> dict[str, Any]:
         except (KeyError, ValueError):
             raise SettingError(
                 "conversions",
-                "must be tokens per segment and words such as gate=-4, lookback=1, sinks=4, update=linear, got "
-                f"{conversion!r}",
+                "must be tokens per segment and words such as gate=-4, update=linear, lookback=1, sinks=4, "
+                f"got {conversion!r}",
             ) from None
     return arguments
 

@@ -17,10 +17,10 @@ NEEDLE = {
     "question": "What is the best thing to do in San Francisco? The best thing to do in San Francisco is",
     "answer": "eat a sandwich and sit in Dolores Park on a sunny day",
 }
-# a gate of -20 is no memory: first segments alone, then gates, then what lookback and sinks bring
+# a gate of -20 is no memory: segments alone, with a memory, with what lookback and sinks let local attention see
 CONVERSIONS = (
     *("256 gate=-20", "256 gate=0", "256 gate=-2", "256 gate=-4"),
-    *("128 gate=-20 lookback=1", "128 gate=-20 lookback=1 sinks=4"),
+    *("128 gate=-20 lookback=1", "128 gate=-20 lookback=1 sinks=4", "256 gate=-20 lookback=1"),
     *("256 gate=-20 lookback=1 sinks=4", "256 gate=-4 lookback=1 sinks=4"),
     *("512 gate=-20 sinks=4", "512 gate=-20 lookback=1 sinks=4"),
 )
@@ -215,9 +215,10 @@ class Conversions:
         "Conversions, with commas: tokens per segment, then words such as gate=-4, lookback=1, sinks=4, update=linear.",
     ] = CONVERSIONS
     tokens: Annotated[int, "Tokens of the text to read; the model's positions must suffice for full attention."] = 4096
+    skip: Annotated[int, "Tokens of the text to skip first, as those of a book's front matter."] = 0
 
     def __post_init__(self) -> None:
-        check_least(self, {"tokens": 16})
+        check_least(self, {"tokens": 16, "skip": 0})
         if not self.conversions:
             raise SettingError("conversions", "must name at least one, got none")
 

@@ -63,14 +63,14 @@ Watcher = Callable[[AttentionCall], Tensor]
 def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """Let `watcher` run the attention of every converted layer, in passes without a cache over rows without padding.
 
-    Positions then count over the whole text, as full attention needs them. Local attention knows distances alone, so
-    that the converted layers give what they gave before, up to rounding.
-
-    Raises:
-        ValueError: the model has learnt positions, which end with a segment.
+    Rotary positions then run on over the whole text, as full attention needs them; local attention knows distances
+    alone, so that the converted layers give what they gave before, up to rounding.
     """
     conversion = conversion_of(model)
-    restart, conversion.restart, conversion.watcher = conversion.restart, False, watcher
+    restart = conversion.restart
+    # with a lookback positions run on through a pass in any case
+    conversion.restart = restart and bool(conversion.settings.lookback)
+    conversion.watcher = watcher
     try:
         yield
     finally:

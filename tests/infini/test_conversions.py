@@ -69,13 +69,20 @@ def invoke(folder: Path, out: Path, *arguments: str) -> Result:
 
 
 def test_rows_are_the_perplexities_of_the_models(folder: Path, tmp_path: Path) -> None:
-    said = invoke(folder, tmp_path, "--conversions", "256 gate=0, 24  gate=-20,24 gate=1.5 update=linear")
+    said = invoke(
+        folder,
+        tmp_path,
+        "--conversions",
+        "256 gate=0, 24  gate=-20,24 gate=1.5 update=linear,24 gate=-20 lookback=1 sinks=3",
+    )
     assert said.exit_code == 0, said.output
     figures = json.loads((tmp_path / "convert-report.json").read_text())
     rows = {row["conversion"]: row for row in figures["rows"]}
-    assert list(rows) == [FULL, "256 gate=0", "24 gate=-20", "24 gate=1.5 update=linear"]
     linear = segattn.convert(tiny(), 24, "linear", 1.5, quiet=True)
-    for name, model in ((FULL, tiny()), ("24 gate=1.5 update=linear", linear)):
+    window = segattn.convert(tiny(), 24, lookback=1, sinks=3, gate_init=-20, quiet=True)
+    models = {FULL: tiny(), "24 gate=1.5 update=linear": linear, "24 gate=-20 lookback=1 sinks=3": window}
+    assert list(rows) == [FULL, "256 gate=0", "24 gate=-20", *list(models)[1:]]
+    for name, model in models.items():
         wanted = nats(model, folder)
         # sixteen parts of 13 tokens; the first token of the text is not predicted
         parts = [wanted[max(0, begin - 1) : begin + 12] for begin in range(0, TOKENS, 13)]
@@ -130,6 +137,7 @@ def test_the_model_is_plain_again_after_each_row(folder: Path, tmp_path: Path) -
     [
         (["--conversions", "24 gates=1"], "--conversions must be tokens per segment and words"),
         (["--conversions", "24 gate=low"], "got '24 gate=low'"),
+        (["--conversions", "24 lookback=2"], "lookback must be 0 or 1"),
         (["--conversions", "1 gate=0"], "segment_len must be at least 2"),
         (["--conversions", " ,"], "--conversions must name at least one"),
         (["--tokens", "3"], "--tokens must be at least 16"),
@@ -145,7 +153,7 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path, arguments: list[st
 def test_texts_and_models_must_do(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Call me.")
     checkpoint = Checkpoint(str(folder / "plain"), "bytes", device="cpu")
-    with pytest.raises(SettingError, match="tokens must be at most those of the text, 8, got 100"):
+    with pytest.raises(SettingError, match="tokens must be at most those of the text, 8 after --skip, got 100"):
         run_conversions(checkpoint, Conversions(str(tmp_path / "short.txt"), tokens=100), tmp_path / "a")
     converted = Checkpoint(str(folder / "converted"), "bytes", device="cpu")
     with pytest.raises(SettingError, match=r"model must be plain, got '.*converted', which is converted already"):
