@@ -16,8 +16,8 @@ class Gate(KeptWide):
 
     Calling it returns β, float32 [H], as a new tensor: a call, unlike a read of the parameter, runs hooks that gather
     sharded parameters, which may free the parameter's memory as soon as it ends. β stays float32 when the model is
-    cast. The parameter is named `bias` because trainers apply no weight decay to that name: decay would pull β to 0, and
-    every head to half memory.
+    cast. The parameter is named `bias` because trainers apply no weight decay to that name: decay would pull β to 0,
+    and every head to half memory.
 
     Args:
         heads: query heads, H.

@@ -167,10 +167,10 @@ class InfiniCache(Cache):
 
     @property
     def max_bytes(self) -> int:
-        """Bytes of the tensors with a tail of L tokens, its greatest length, with a lookback 2 L; and with all sinks."""
+        """Bytes of the tensors with the longest tail, L tokens, with a lookback 2 L, and with the sinks."""
         states = [state for state in self.states.values() if state is not None]
         missing = [(x, self.settings.window - x.shape[2]) for state in states for x in state.tail]
-        sinks = [(x, self.settings.sinks) for s in states if s.sink_keys is None for x in (s.memory_keys, s.values)]
+        sinks = [(x, self.settings.sinks) for s in states if s.sinks is None for x in (s.memory_keys, s.values)]
         free = (x.element_size() * n * x.shape[0] * x.shape[1] * x.shape[3] for x, n in missing + sinks)
         return self.num_bytes + sum(free)
 

@@ -20,16 +20,15 @@ class LayerState(NamedTuple):
     keys, values: [B, G, P, K] of the tokens behind them as attention uses them; P is the longest tail of a row, and
         shorter tails end with it.
     memory_keys: [B, G, P, K], the keys before rotary embedding.
-    sink_keys, sink_values: [B, G, n, K] of each row's first n tokens, the keys before rotary embedding, where a row has
-        begun to fold; of other rows, which have these tokens in their tails, of no account. None: no row has begun to.
+    sinks: keys before rotary embedding and values, [B, G, n, ·], of each row's first n tokens; of rows that have these
+        in their tails yet, of no account. None: all rows have them there, or the model has no sinks.
     """
 
     memory: MemoryState | None
     keys: Tensor
     memory_keys: Tensor
     values: Tensor
-    sink_keys: Tensor | None = None
-    sink_values: Tensor | None = None
+    sinks: tuple[Tensor, Tensor] | None = None
 
     @property
     def tail(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,15 +38,17 @@ class LayerState(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> LayerState:
         """Return the state with `change` applied to each tensor."""
         memory = None if self.memory is None else MemoryState(*map(change, self.memory))
-        return LayerState(memory, *(None if x is None else change(x) for x in self[1:]))
+        sinks = None if self.sinks is None else (change(self.sinks[0]), change(self.sinks[1]))
+        return LayerState(memory, change(self.keys), change(self.memory_keys), change(self.values), sinks)
 
     def cut(self, columns: slice) -> LayerState:
         """Return the state with these columns of the tail."""
-        return LayerState(self.memory, *(x[:, :, columns] for x in self.tail), *self[4:])
+        keys, memory_keys, values = (x[:, :, columns] for x in self.tail)
+        return LayerState(self.memory, keys, memory_keys, values, self.sinks)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all tensors of the state."""
-        return tuple(x for x in (*(self.memory or ()), *self[1:]) if x is not None)
+        return (*(self.memory or ()), *self.tail, *(self.sinks or ()))
 
 
 class ConvertedLayer(CacheLayerMixin):

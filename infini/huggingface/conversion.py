@@ -98,7 +98,9 @@ def convert(
     converted, a pass then begins at position 0 with the first token that is not in the memory, and positions run on
     through it; the keys that a cache keeps are rotated anew for the next one. Sinks stand just before the window. So
     rotary distances are those in a cache of sinks and window alone, at most (1 + lookback) · L + sinks: choose these
-    within the length that the model was trained on. The model gets a copy of its configuration, which other models may share.
+    within the length that the model was trained on.
+
+    The model gets a copy of its configuration, which other models may share.
 
     As `past_key_values` the model then takes an `InfiniCache` or a `StaticInfiniCache`, and makes the former where it
     is passed none. It refuses any other cache, an empty one too, since it could not fill it. `generate` makes an

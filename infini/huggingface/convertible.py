@@ -188,9 +188,9 @@ def check_rotary_length(config: Any, settings: Settings, restart: bool) -> None:
     depends = f"the model's {kind!r} rotary embedding begins to depend on the length of a call"
     if settings.lookback or (settings.sinks and not restart):
         raise ValueError(
-            f"lookback must be 0, and every layer converted for sinks, where {depends}, as positions then run on "
-            f"through a call, got lookback={settings.lookback}, sinks={settings.sinks}: a text in pieces would not equal "
-            "the whole"
+            f"lookback must be 0, and for sinks every layer converted, where {depends}, as positions then run on "
+            f"through a call, got lookback={settings.lookback}, sinks={settings.sinks}: a text in pieces would not "
+            "equal the whole"
         )
     most = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     most = most or config.max_position_embeddings

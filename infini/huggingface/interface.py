@@ -221,9 +221,14 @@ def _end_to_end(x: Tensor) -> Tensor:
 
 def _left(memory: MemoryState | None, k: Tensor, memory_k: Tensor, v: Tensor, tail: int, joined: bool) -> LayerState:
     """Return the state after a pass: the memory, and the last `tail` columns."""
-    parts = (x[:, :, x.shape[2] - tail :] for x in (k, memory_k, v))
-    # cloned, so that the rest of a long piece is not kept alive; a joined tail is a new tensor already
-    return LayerState(memory, *(x if joined and x.shape[2] == k.shape[2] else x.clone() for x in parts))
+    whole = LayerState(memory, k, memory_k, v)
+    if joined and k.shape[2] == tail:
+        # new tensors already
+        return whole
+    parts = (x[:, :, x.shape[2] - tail :] for x in whole.tail)
+    # cloned, so that the rest of a long piece is not kept alive
+    keys, memory_keys, values = (x.clone() for x in parts)
+    return LayerState(memory, keys, memory_keys, values)
 
 
 def _folded(forward: ForwardPass, state: LayerState | None, memory_k: Tensor, v: Tensor) -> MemoryState:

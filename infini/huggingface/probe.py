@@ -134,8 +134,9 @@ def probe(trunk: Any, attentions: list[Any], layers: tuple[int, ...], period: in
         first: Tensor = calls[min(calls)].hidden
         # of equal rows, and before any attention
         learnt = not _close(first, first[:, :1].expand_as(first))
-        restart = period is not None and (learnt or len(layers) == len(attentions))
-        return Probe({layer: _read(calls[layer], period - 1 if restart else FAR) for layer in layers}, learnt)
+        restart = learnt or len(layers) == len(attentions)
+        last = period - 1 if period is not None and restart else FAR
+        return Probe({layer: _read(calls[layer], last) for layer in layers}, learnt)
 
 
 @contextmanager

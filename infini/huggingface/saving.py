@@ -48,9 +48,9 @@ _PLACE = "cache_dir force_download local_files_only proxies revision subfolder t
 def save_pretrained(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
     """Write a converted model with its gates and settings into a folder, from which `from_pretrained` loads it.
 
-    The gates, and memory maps where it has them, are in the model's safetensors files, float32 whatever the other weights are. The settings are in its
-    `config.json`, entry "segment_attention", which also names the function that loads them. transformers alone reports
-    the gates as unexpected keys, and loads the model without memory.
+    The gates, and memory maps where it has them, are in the model's safetensors files, float32 whatever the other
+    weights are. The settings are in its `config.json`, entry "segment_attention", which also names the function that
+    loads them. transformers alone reports the gates as unexpected keys, and loads the model without memory.
 
     Args:
         model: a converted Hugging Face model; merge adapters first.

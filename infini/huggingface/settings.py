@@ -134,13 +134,12 @@ def read_entry(entry: object, where: str) -> tuple[Settings, int]:
         raise ValueError(f"{where}: {ENTRY} must hold {', '.join(missing)}, which it lacks")
     try:
         lists = {name: tuple(entry[name]) for name in ("layers", "memory_layers")}
-        settings = Settings(**{name: entry[name] for name in names - {*lists}}, **lists)
-        layers = sorted([*settings.layers, *entry["native"]])
+        layers = sorted([*lists["layers"], *entry["native"]])
+        if layers == list(range(len(layers))):
+            return Settings(**{name: entry[name] for name in names} | lists), len(layers)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {ENTRY} is damaged ({error}): save the model or its gates again") from error
-    if layers != list(range(len(layers))):
-        raise ValueError(f"{where}: {ENTRY} must name every layer once, as one of layers or of native, got {layers}")
-    return settings, len(layers)
+    raise ValueError(f"{where}: {ENTRY} must name every layer once, as one of layers or of native, got {layers}")
 
 
 def is_converted(model: nn.Module) -> bool:

@@ -135,7 +135,8 @@ class StaticInfiniLayer(ConvertedLayer):
         width, tails = max(rows.tails), torch.tensor(rows.tails, device=self.memory.device)
         places = (torch.arange(width, device=tails.device) - width + tails[:, None]).clamp(min=0)
         memory = MemoryState(self.memory.clone(), self.normalizer.clone())
-        return LayerState(memory, *(_at(x, places) for x in self.tail()))
+        keys, memory_keys, values = (_at(x, places) for x in self.tail())
+        return LayerState(memory, keys, memory_keys, values)
 
     def store(self, rows: Rows, state: LayerState) -> None:
         """Write the state that such a piece has left into the buffers."""
@@ -144,7 +145,7 @@ class StaticInfiniLayer(ConvertedLayer):
         places = (steps + width - tails[:, None]).clamp(max=width - 1)
         for buffer, x in zip(self.tail(), state.tail, strict=True):
             buffer[:, :, :width] = _at(x, places)
-        for buffer, x in zip((self.memory, self.normalizer), state.memory, strict=True):
+        for buffer, x in zip((self.memory, self.normalizer), state.memory or (), strict=True):
             buffer.copy_(x)
         self.next_memory.copy_(self.memory)
         self.next_normalizer.copy_(self.normalizer)

@@ -1,8 +1,8 @@
 """What the segments of a pass see beside themselves: sinks and the segment before, and their rotary positions.
 
-Local attention depends on distances alone, so positions begin where that keeps them small: at a row's tail, which begins
-with the segment looked back at. Sinks stand just before the window of each segment, as in a cache that holds sinks and
-window alone; no distance is greater than (1 + lookback) · L + sinks, however long the text.
+Local attention depends on distances alone, so positions begin where that keeps them small: at a row's tail, which
+begins with the segment looked back at. Sinks stand just before the window of each segment, as in a cache that holds
+sinks and window alone; no distance is greater than (1 + lookback) · L + sinks, however long the text.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class Window(NamedTuple):
         count = self.settings.sinks
         if not count or not (self.places or any(self.after.folded)):
             return None
-        kept = None if state is None or state.sink_keys is None else (state.sink_keys, state.sink_values)
+        kept = None if state is None else state.sinks
         if kept is not None and all(self.rows.folded):
             return kept
         first = first_tokens(memory_k, bounds, count), first_tokens(v, bounds, count)
-        if kept is None or not any(self.rows.folded):
+        if kept is None:
             return first
         begun = torch.tensor(self.rows.folded, device=v.device)[:, None, None, None] > 0
-        return tuple(torch.where(begun, old, new) for old, new in zip(kept, first, strict=True))
+        return torch.where(begun, kept[0], first[0]), torch.where(begun, kept[1], first[1])
 
     def arguments(self, traits: Traits, sinks: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> dict[str, Any]:
         """Return the arguments of `segment_attention` that say what is seen beside a segment of k and v."""
@@ -67,7 +67,7 @@ class Window(NamedTuple):
         if not self.places or sinks is None:
             return lookback
         keys, values = sinks
-        if traits.rotary is not None:
+        if traits.rotary is not None and traits.rotary.call is not None:
             each = keys.repeat(1, 1, self.places, 1)
             keys = traits.rotary.redo(each, self.sinks_at[traits.rotary.call])
             if self.places > 1:
@@ -89,14 +89,13 @@ class Window(NamedTuple):
             state: what it leaves, the tail where it stood in this pass.
             sinks: what `sinks` returned.
         """
-        if traits.rotary is not None and self.tails_at:
+        if self.tails_at and traits.rotary is not None and traits.rotary.call is not None:
             keys = traits.rotary.redo(state.memory_keys, self.tails_at[traits.rotary.call])
             state = state._replace(keys=keys.to(state.keys.dtype))
         if sinks is None or not any(self.after.folded):
             return state
         # cloned, so that the rest of a long piece is not kept alive
-        keys, values = sinks if all(self.rows.folded) else (x.clone() for x in sinks)
-        return state._replace(sink_keys=keys, sink_values=values)
+        return state._replace(sinks=sinks if all(self.rows.folded) else (sinks[0].clone(), sinks[1].clone()))
 
 
 def window_of(

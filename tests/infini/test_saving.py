@@ -325,7 +325,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "update": ({"update": "gamma"}, "update"),
     "segment_len": ({"segment_len": "7"}, "segment_len"),
     "no layers": ({"layers": None}, "damaged"),
-    "other layers": ({"layers": [0, 1, 3], "memory_layers": [0, 1]}, "must name every layer once"),
+    "other layers": ({"layers": [0, 1, 3]}, "must name every layer once"),
     "layer twice": ({"layers": [0, 1, 1, 2]}, "must name every layer once"),
     "fewer layers": (
         {"layers": [0, 1], "memory_layers": [0, 1], "native": [2]},
@@ -463,7 +463,7 @@ TAMPERED: dict[str, tuple[dict[str, Any], str]] = {
     "a gate more": ({"tensors": {"3.segattn_gate.bias": torch.zeros(3)}}, "3.segattn_gate.bias.* should not be there"),
     "integers": ({"tensors": {"1.segattn_gate.bias": torch.zeros(3, dtype=torch.int64)}}, "of torch.int64"),
     "deeper": ({"entry": {"native": [3, 4]}}, "must be of a model of 3 layers, got one of 5"),
-    "version": ({"entry": {"version": 99}}, "must be of version 1, got 99"),
+    "version": ({"entry": {"version": 99}}, "must be of version 1 or 2, got 99"),
     "update": ({"entry": {"update": None}}, "update"),
     "layers": ({"entry": {"layers": "all"}}, "must name every layer once"),
 }

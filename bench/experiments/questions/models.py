@@ -100,7 +100,7 @@ def _multiply(cache: InfiniCache, factor: float) -> None:
     states = {
         layer: kept._replace(memory=MemoryState(*(x * factor for x in kept.memory)))
         for layer, kept in cache.states.items()
-        if kept is not None
+        if kept is not None and kept.memory is not None
     }
     cache.commit(cache.rows, states)
 
