@@ -67,19 +67,21 @@ def plot_benchmark(path: Path, cells: Sequence[dict[str, Any]], title: str) -> N
 
 
 def plot_conversions(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Draw the perplexity of each conversion by position in the text, the first row on top of the others."""
+    """Draw the perplexity of each row by position in the text, over that of the first row."""
     figure = Figure(figsize=(9.6, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    looks = [(style, color) for style in ("-", "--", ":") for color, _ in LINES[1:]]
-    for row, (style, color) in zip(rows, [("-", BLACK), *looks], strict=False):
-        buckets = row["by_position"]
-        centres = [(bucket["begin"] + bucket["end"]) / 2 for bucket in buckets]
+    colors = [color for color, _ in LINES if color != BLACK]
+    looks = [("-", BLACK), *((style, color) for style in ("-", "--", ":") for color in colors)]
+    for row, (style, color) in zip(rows, looks, strict=False):
+        pairs = list(zip(row["by_position"], rows[0]["by_position"], strict=True))
+        centres = [(bucket["begin"] + bucket["end"]) / 2 for bucket, _ in pairs]
+        ratios = [bucket["perplexity"] / first["perplexity"] for bucket, first in pairs]
         label = f"{row['conversion']}: {row['perplexity']:.4g}"
-        axes.plot(centres, [x["perplexity"] for x in buckets], style, color=color, linewidth=1.5, label=label)
+        axes.plot(centres, ratios, style, color=color, linewidth=1.5, label=label)
     logarithmic(axes)
     plain(axes, grid="y")
     axes.set_xlabel("position in the text, tokens")
-    axes.set_ylabel("perplexity")
+    axes.set_ylabel(f"perplexity ÷ {rows[0]['conversion']}")
     axes.set_title(title, loc="left")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_picture(figure, path)
