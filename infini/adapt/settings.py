@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ...runs.errors import SettingError
-from ...runs.settings import absolute, check_least
+from ...runs.settings import check_least
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,6 @@ class Adaptation:
     seed: Annotated[int, "Seed of the order of stretches."] = 0
 
     def __post_init__(self) -> None:
-        for name in ("text", "eval_text"):
-            object.__setattr__(self, name, absolute(getattr(self, name)))
         check_least(
             self,
             {"segment_len": 2, "length": 2, "rows": 1, "steps": 0, "eval_tokens": 16, "seed": 0, "sinks": 0, "skip": 0},
