@@ -51,19 +51,22 @@ class Recipe(NamedTuple):
     seed: int
 
 
-def fit_layer(call: AttentionCall, recipe: Recipe, on_step: Callable[[], None] = lambda: None) -> LayerFit:
+def fit_layer(
+    call: AttentionCall, full: Tensor, recipe: Recipe, on_step: Callable[[], None] = lambda: None
+) -> LayerFit:
     """Fit the gate, and the maps where there are any, of the layer that is called; the last row is held out.
 
     The loss of a head is its squared error over that of the window alone, so that no head outweighs another.
 
     Args:
         call: of a converted layer with a memory, with at least two rows.
+        full: [B, H, T, V], the outputs to fit to.
         on_step: called after each step.
     """
     parameters = memory_parameters(call.attention)
     gate = parameters[f"{GATE}.bias"]
     maps = [parameter for parameter in parameters.values() if parameter is not gate]
-    rows = [_Row(call.rows(row, row + 1), recipe.first, gate) for row in range(len(call.q))]
+    rows = [_Row(call.rows(i, i + 1), full[i : i + 1], recipe.first, gate) for i in range(len(full))]
     *fitted, held_out = rows
     with torch.no_grad():
         gate.copy_(_best_gate(fitted))
@@ -96,10 +99,10 @@ def memory_parameters(attention: nn.Module) -> dict[str, nn.Parameter]:
 class _Row:
     """A stretch of text at one layer: what is wanted, what the window alone gives, and the energy that it misses."""
 
-    def __init__(self, call: AttentionCall, first: int, gate: nn.Parameter) -> None:
+    def __init__(self, call: AttentionCall, full: Tensor, first: int, gate: nn.Parameter) -> None:
         self.call, self.first, self.gate = call, first, gate
         with torch.no_grad():
-            self.full = call.full()[:, :, first:].float()
+            self.full = full[:, :, first:].float()
             self.window = self._with_gate(WINDOW_ALONE)
             self.missed = _energy(self.window - self.full)
         self.beyond = float(self.missed.sum() / _energy(self.full).sum())

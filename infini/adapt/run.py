@@ -170,19 +170,25 @@ def _fit(
     left = [layer for layer in conversion_of(model).settings.layers if layer not in layers]
     listener.begin(len(left) * recipe.steps)
 
+    count = len(rows)
+
     def fit(call: AttentionCall) -> Tensor:
+        full = call.rows(0, count).full()
+        # with --own the stretches are read twice side by side: in full attention, and as the fitted layers read them
+        fitted = call.rows(count, 2 * count) if adaptation.own else call
         if call.layer not in layers:
-            fitted = fit_layer(call, recipe, on_step=lambda: listener.read(1))
-            layers[call.layer] = fitted._asdict()
+            figures = fit_layer(fitted, full, recipe, on_step=lambda: listener.read(1))
+            layers[call.layer] = figures._asdict()
             tensors[call.layer] = {name: x.detach().cpu() for name, x in memory_parameters(call.attention).items()}
             content = {"settings": dict(settings), "layers": layers, "tensors": tensors}
             save_checkpoint(path, content | {"fingerprint": loaded.about["fingerprint"]})
-            listener.finished(_said_of_layer(fitted))
-        return call.segmented() if adaptation.own else call.full()
+            listener.finished(_said_of_layer(figures))
+        return torch.cat([full, fitted.segmented()]) if adaptation.own else full
 
     if left:
+        inputs = rows.repeat(2, 1) if adaptation.own else rows
         with torch.no_grad(), watched(model, fit):
-            trunk_of(model)(input_ids=rows.to(model.device), use_cache=False)
+            trunk_of(model)(input_ids=inputs.to(model.device), use_cache=False)
     return [layers[layer] for layer in sorted(layers)]
 
 

@@ -85,7 +85,7 @@ def test_a_layer_is_fitted(options: dict[str, Any]) -> None:
     def fit(call: AttentionCall) -> Tensor:
         held_out = call.rows(2, 3)
         # the best gates of the stretches that are fitted to are better than those beside them
-        fit_layer(call, Recipe(first, 0, 0.05, 0.003, 0))
+        fit_layer(call, call.full(), Recipe(first, 0, 0.05, 0.003, 0))
         best = call.attention.segattn_gate.bias.clone()
         fitted_to = call.rows(0, 2)
         at_best = losses(fitted_to, first)
@@ -94,7 +94,7 @@ def test_a_layer_is_fitted(options: dict[str, Any]) -> None:
             assert (losses(fitted_to, first, best + step) >= at_best)[inside].all()
         before = losses(held_out, first)
         count: list[int] = []
-        fitted = fit_layer(call, Recipe(first, 30, 0.05, 0.02, 0), on_step=lambda: count.append(1))
+        fitted = fit_layer(call, call.full(), Recipe(first, 30, 0.05, 0.02, 0), on_step=lambda: count.append(1))
         assert len(count) == 30
         assert fitted.before == pytest.approx(before.tolist(), rel=1e-4)
         assert fitted.after == pytest.approx(losses(held_out, first).tolist(), rel=1e-4)
@@ -174,10 +174,10 @@ def test_command_and_its_files(folder: Path, tmp_path: Path) -> None:
 def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_adaptation(checkpoint(folder), adaptation(folder), tmp_path / "whole")
 
-    def stop(call: AttentionCall, recipe: Recipe, **options: Any) -> Any:
+    def stop(call: AttentionCall, full: Tensor, recipe: Recipe, **options: Any) -> Any:
         if call.layer == 1:
             raise KeyboardInterrupt
-        return fit_layer(call, recipe, **options)
+        return fit_layer(call, full, recipe, **options)
 
     monkeypatch.setattr(run, "fit_layer", stop)
     with pytest.raises(KeyboardInterrupt):
