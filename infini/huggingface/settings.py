@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -89,6 +89,7 @@ class Conversion:
         pass from the first token that is not in the memory. Else they count over the whole text.
     inputs: argument names of the module that runs the layers, in order; that of its cache is `past_key_values`.
     handles: the hooks on the model.
+    watcher: runs the attention of converted layers in their place, while a model is `watched`.
     """
 
     settings: Settings
@@ -98,6 +99,7 @@ class Conversion:
     restart: bool
     inputs: tuple[str, ...]
     handles: list[RemovableHandle] = field(default_factory=list)
+    watcher: Callable[..., Any] | None = None
 
     @property
     def period(self) -> int | None:

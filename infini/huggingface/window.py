@@ -146,7 +146,8 @@ def _sink_positions(conversion: Conversion, rows: Rows, places: int, device: tor
     if conversion.restart:
         return positions[None]
     # positions count over the whole text
-    return torch.tensor(rows.folded, device=device)[:, None] + positions
+    folded = rows.folded[:1] if len(set(rows.folded)) == 1 else rows.folded
+    return torch.tensor(folded, device=device)[:, None] + positions
 
 
 def _tail_positions(rows: Rows, device: torch.device) -> Tensor:

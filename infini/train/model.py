@@ -91,7 +91,8 @@ def _convert(model: Any, settings: TrainSettings) -> None:
                 raise SettingError(name, f"must be the model's, {held!r}, or left out, got {value!r}")
         return
     try:
-        convert(model, **given, quiet=True)
+        # from scratch both halves of attention learn at once; a pretrained model is to change little at first
+        convert(model, **given, **({} if settings.model else {"gate_init": 0.0}), quiet=True)
     except (TypeError, ValueError) as error:
         name, _, problem = str(error).partition(" ")
         wrong = SettingError(name, problem) if name in given else SettingError("model", f"cannot be: {error}")

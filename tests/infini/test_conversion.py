@@ -378,6 +378,17 @@ def test_the_default_dtype_and_device_change_nothing(name: str, other: dict[str,
     assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(mine, wanted, strict=True))
 
 
+def test_an_untrained_memory_hardly_changes_a_model() -> None:
+    ids = tokens(2, 5 * L)
+
+    def read(**options: Any) -> Tensor:
+        return logits(segattn.convert(make(), L, quiet=True, **options), ids)
+
+    alone = read(gate_init=-60.0)
+    assert torch.equal(read(), read(gate_init=-4.0))
+    assert 0 < (read() - alone).norm() < 0.2 * (read(gate_init=0.0) - alone).norm()
+
+
 def test_converted_in_inference_mode_it_can_still_be_trained() -> None:
     model = make()
     with torch.inference_mode():

@@ -193,9 +193,11 @@ def test_steps_are_those_of_a_plain_loop(settings: TrainSettings, alone: None, p
     for name, value in weights(trainer.model).items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=2e-4, msg=name)
     shares = torch.cat([value.sigmoid() for name, value in wanted.items() if "segattn_gate" in name])
-    found = [figures[f"gate_{name}"] for name in ("least", "mean", "largest")]
-    assert found == pytest.approx([shares.min().item(), shares.mean().item(), shares.max().item()], abs=1e-4)
-    assert figures["gate_largest"] - figures["gate_least"] > 1e-3
+    found = torch.tensor([figures[f"gate_{name}"] for name in ("least", "mean", "largest")])
+    # as β, since shares begin at 0.018, where they move little
+    moved = torch.stack([shares.min(), shares.mean(), shares.max()]).logit()
+    assert found.logit().tolist() == pytest.approx(moved.tolist(), abs=4e-4)
+    assert moved[2] - moved[0] > 4e-3
 
 
 def test_every_row_comes_once_before_any_comes_again() -> None:

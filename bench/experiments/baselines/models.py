@@ -77,7 +77,7 @@ def _recurrent(setup: BaselineSetup, seed: int) -> nn.Module:
 
 
 def _infini(update: str, setup: BaselineSetup, seed: int) -> nn.Module:
-    return convert(build_llama(setup, "full", seed), setup.segment_len, update, quiet=True)
+    return convert(build_llama(setup, "full", seed), setup.segment_len, update, gate_init=0.0, quiet=True)
 
 
 def _read_recurrent(model: RecurrentMemory, rows: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -119,7 +119,7 @@ def _recurrent(setup: Setup, model: Any) -> nn.Module:
 MODELS: dict[str, Callable[[Setup, Any], nn.Module]] = {
     "full": lambda setup, model: Cached(model, setup.segment_len),
     "delta": lambda setup, model: Cached(
-        convert(model, setup.segment_len, "delta", quiet=True), setup.segment_len, setup.stretch
+        convert(model, setup.segment_len, "delta", gate_init=0.0, quiet=True), setup.segment_len, setup.stretch
     ),
     "rmt": _recurrent,
     "armt": lambda setup, model: AssociativeMemory(model, setup.memory_tokens, setup.segment_len, d_mem=setup.d_mem),

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from . import evaluate, plan, rmt
+from .adapt import adapt
 from .check import check, config
+from .conversions import convert_report
 from .demo import demo
 from .finetune import finetune
 
@@ -19,6 +21,8 @@ app.command()(demo)
 app.command()(check)
 app.command()(config)
 app.command()(finetune)
+app.command(name="convert-report")(convert_report)
+app.command()(adapt)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(rmt.app, name="rmt")
 app.add_typer(plan.app, name="plan")

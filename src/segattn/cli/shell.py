@@ -22,6 +22,7 @@ INSTALL = {
     "datasets": "'segattn[data]'",
     "matplotlib": "'segattn[cli]'",
     "peft": "peft",
+    "gguf": "'segattn[pretrained]'",
     **dict.fromkeys(("lm_eval", "nltk", "wonderwords", "scipy"), "'segattn[lm-eval]'"),
 }
 UNITS = {"K": 2**10, "M": 2**20}

@@ -1,0 +1,53 @@
+"""The settings of an adaptation. Each field's string is the help of its option."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from ...runs.errors import SettingError
+from ...runs.settings import check_least
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How a plain model is converted and fitted to its own full attention.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    text: Annotated[str, "File of the text to fit to, UTF-8."]
+    eval_text: Annotated[str | None, "File of another text to measure on. Default: the first tokens of --text."] = None
+    segment_len: Annotated[int, "Tokens per segment."] = 256
+    lookback: Annotated[int, "Whole segments that local attention sees before its own, 0 or 1."] = 1
+    sinks: Annotated[int, "First tokens of a text that all others see."] = 4
+    update: Annotated[str, "Update rule of the memory: delta or linear."] = "delta"
+    maps: Annotated[bool, "Fit maps of the memory's queries and keys too, not its gates alone."] = True
+    length: Annotated[int, "Tokens of each stretch of text that is fitted to."] = 4096
+    rows: Annotated[int, "Stretches to fit to; one more is held out, on which losses are measured."] = 8
+    steps: Annotated[int, "Steps of the optimizer for each layer, each on one stretch."] = 64
+    gate_lr: Annotated[float, "Learning rate of the gates, which falls to 0 as a cosine."] = 5e-2
+    map_lr: Annotated[float, "Learning rate of the maps, which falls in the same way."] = 3e-3
+    own: Annotated[bool, "Fit each layer on what the fitted layers below it put out, not on the plain model's."] = False
+    eval_tokens: Annotated[int, "Tokens to measure perplexity on; the model's positions must suffice for them."] = 4096
+    skip: Annotated[int, "Tokens of each text to skip first, as those of a book's front matter."] = 0
+    seed: Annotated[int, "Seed of the order of stretches."] = 0
+
+    def __post_init__(self) -> None:
+        check_least(
+            self,
+            {"segment_len": 2, "length": 2, "rows": 1, "steps": 0, "eval_tokens": 16, "seed": 0, "sinks": 0, "skip": 0},
+        )
+        for name in ("gate_lr", "map_lr"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise SettingError(name, f"must be 0 or more, got {getattr(self, name)}")
+        if self.length <= self.window:
+            problem = f"must be more than the {self.window} tokens that local attention sees, got {self.length}"
+            raise SettingError("length", problem)
+
+    @property
+    def window(self) -> int:
+        """The number of tokens that local attention sees at most, without the sinks."""
+        return (1 + self.lookback) * self.segment_len

@@ -1,0 +1,156 @@
+"""What conversions cost before any training: the perplexity of one text in full attention, and in each of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...runs.errors import SettingError, named
+from ...runs.figures import prepare, read_text, write_figures
+from ...runs.silence import SILENT
+from ...runs.text import text_sha256
+from ..huggingface.conversion import convert, revert
+from . import perplexity as ppl
+from .loading import load
+from .retrieval import check_positions
+from .runs import Listener, Outputs, begin_figures, earlier_run
+from .settings import Checkpoint, Conversions, Source
+
+# of a text, in the table; each is several buckets of the picture
+QUARTERS = 4
+BUCKETS = 16
+FULL = "full attention"
+# words of a conversion → the argument of `convert`, and what reads its value
+WORDS: dict[str, tuple[str, Any]] = {
+    "segment_len": ("segment_len", int),
+    "gate": ("gate_init", float),
+    "lookback": ("lookback", int),
+    "sinks": ("sinks", int),
+    "update": ("update", str),
+}
+
+
+class Row(NamedTuple):
+    """The figures of one way to read the text.
+
+    conversion: its words, or "full attention".
+    quarters: perplexity in each quarter of the text.
+    perplexity: of the whole text.
+    by_position: perplexity in smaller parts, for a picture.
+    cache_bytes: kept at the text's end, to go on from there.
+    """
+
+    conversion: str
+    quarters: list[float]
+    perplexity: float
+    by_position: list[dict[str, Any]]
+    cache_bytes: int
+    seconds: float
+
+
+def run_conversions(
+    checkpoint: Checkpoint, conversions: Conversions, folder: Path, listener: Listener = SILENT, *, resume: bool = False
+) -> dict[str, Any]:
+    """Measure every conversion; write convert-report.json after each, and convert-report.png.
+
+    Args:
+        checkpoint: of a plain model.
+        resume: keep the conversions that the folder has, and measure the others.
+
+    Returns:
+        Every figure of the run, as in the JSON file.
+
+    Raises:
+        SettingError: naming an option that cannot be or, with `resume`, is not the earlier run's.
+    """
+    path = Outputs.of(folder, "convert-report")
+    arguments = {text: arguments_of(text) for text in conversions.conversions}
+    text = read_text(conversions.text)
+    prepare(path.figures, resume=resume)
+    model, tokenizer, about = load(Source(**asdict(checkpoint)))
+    if about["conversion"] is not None:
+        raise SettingError("model", f"must be plain, got {checkpoint.model!r}, which is converted already")
+    with named(length="tokens", text="text"):
+        tokens = ppl.documents_of(tokenizer.encode(text)[conversions.skip :], tokenizer.prefix, conversions.tokens)[0]
+        check_positions(model, len(tokens))
+    if len(tokens) < conversions.tokens:
+        raise SettingError(
+            "tokens", f"must be at most those of the text, {len(tokens)} after --skip, got {conversions.tokens}"
+        )
+    settings = asdict(checkpoint) | asdict(conversions) | {"text_sha256": text_sha256(text)}
+    kept = earlier_run(path.figures, resume, settings, about)
+    rows = {row["conversion"]: Row(**row) for row in kept.get("rows", ())}
+    figures = begin_figures("convert-report", settings, about)
+    listener.begin((len(tokens) - 1) * len({FULL, *arguments} - rows.keys()))
+    try:
+        for name in (FULL, *arguments):
+            if name not in rows:
+                if name != FULL:
+                    _convert(model, name, arguments[name])
+                rows[name] = measure(model, name, tokens, listener.read)
+                if name != FULL:
+                    revert(model)
+                listener.finished(f"{name}: perplexity {rows[name].perplexity:.4g}")
+            figures["rows"] = [rows[name]._asdict() for name in (FULL, *arguments) if name in rows]
+            write_figures(path.figures, figures)
+    finally:
+        if rows:
+            # matplotlib takes a second to import, and only this needs it
+            from .plots import plot_conversions
+
+            plot_conversions(path.picture, figures["rows"], f"Perplexity of {len(tokens):,} tokens, untrained")
+    return figures
+
+
+def arguments_of(conversion: str) -> dict[str, Any]:
+    """Return the arguments of `convert` that a conversion's words say, such as "256 gate=-4 lookback=1 sinks=4".
+
+    Raises:
+        SettingError: of `conversions`.
+    """
+    arguments: dict[str, Any] = {}
+    first, *rest = conversion.split() or [""]
+    for word in (first if "=" in first else f"segment_len={first}", *rest):
+        name, _, value = word.partition("=")
+        try:
+            argument, read = WORDS[name]
+            arguments[argument] = read(value)
+        except (KeyError, ValueError):
+            raise SettingError(
+                "conversions",
+                "must be tokens per segment and words such as gate=-4, update=linear, lookback=1, sinks=4, "
+                f"got {conversion!r}",
+            ) from None
+    return arguments
+
+
+def _convert(model: Any, name: str, arguments: dict[str, Any]) -> None:
+    try:
+        convert(model, **arguments, quiet=True)
+    except (TypeError, ValueError) as error:
+        raise SettingError(
+            "conversions", f"must be what the model can be converted to, got {name!r}: {error}"
+        ) from None
+
+
+def measure(model: Any, name: str, tokens: Sequence[int], on_tokens: Callable[[int], None] = lambda count: None) -> Row:
+    """Return the figures of a model that reads a text of at least 16 tokens; `on_tokens` is called with those read."""
+    widths = ppl.Widths(math.ceil(len(tokens) / BUCKETS), None, None)
+    [document] = ppl.measure_documents(model, [tokens], widths, on_tokens=on_tokens)
+    buckets, each = ppl.by_position([document], widths), BUCKETS // QUARTERS
+    return Row(
+        name,
+        [_perplexity(buckets[begin : begin + each]) for begin in range(0, len(buckets), each)],
+        _perplexity(buckets),
+        [bucket._asdict() for bucket in buckets],
+        document.cache_bytes,
+        document.seconds,
+    )
+
+
+def _perplexity(buckets: Sequence[ppl.Bucket]) -> float:
+    tokens = sum(bucket.tokens for bucket in buckets)
+    return math.exp(sum(bucket.nats * bucket.tokens for bucket in buckets) / tokens)

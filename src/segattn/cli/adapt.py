@@ -1,0 +1,39 @@
+"""The command `segattn adapt`: a converted model that uses its memory, fitted to its own full attention."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..infini.adapt.settings import Adaptation
+from ..infini.evaluate.settings import Checkpoint
+from .conversions import perplexities
+from .options import Out, Resume, options_of, settings_from
+from .progress import Reading
+from .shell import Command, print_files
+
+FOLDER = Path("segattn-adapt")
+
+
+@options_of(Checkpoint, Adaptation, arguments=("model",))
+def adapt(out: Out = FOLDER, resume: Resume = False, **given: Any) -> None:
+    """Convert a plain model, and fit its memory layer after layer to its own full attention; nothing else is trained.
+
+    The perplexity of a text that was not fitted to is shown beside full attention, the window without a memory,
+    and the model before the fit.
+    Ctrl-C leaves the layers that are fitted.
+    The model is in OUT/model, for segattn.from_pretrained, and segattn finetune goes on from it.
+    """
+    checkpoint = out / "checkpoint.pt"
+    again = f"go on with the same command and --resume --out {shlex.quote(str(out))}"
+    command = Command("adapt", {"model": "MODEL"}, again, checkpoint.is_file, "fewer --rows, or a smaller --length")
+    with command.run() as console:
+        from ..infini.adapt.run import Outputs, run_adaptation
+
+        settings = settings_from(Checkpoint, given), settings_from(Adaptation, given)
+        with Reading(console, "adapt") as listener:
+            figures = run_adaptation(*settings, out, listener, resume=resume)
+        tokens = figures["settings"]["eval_tokens"]
+        console.print(perplexities(figures["rows"], f"Perplexity of {tokens:,} tokens, memory fitted"))
+        print_files(console, Outputs.of(out)._asdict())

@@ -1,0 +1,172 @@
+"""`segattn convert-report`: perplexities are those of the models themselves, and rows are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+commands = pytest.importorskip("segattn.cli.main")
+from typer.testing import CliRunner, Result
+
+import segattn
+from segattn.infini.evaluate.conversions import FULL, arguments_of, run_conversions
+from segattn.infini.evaluate.settings import Checkpoint, Conversions
+from segattn.infini.huggingface.saving import save_pretrained
+from segattn.runs.errors import SettingError
+from segattn.runs.text import generate_text
+
+TOKENS = 203
+
+
+def tiny() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints, plain and converted, and running text."""
+    folder: Path = tmp_path_factory.mktemp("models")
+    tiny().save_pretrained(folder / "plain")
+    save_pretrained(segattn.convert(tiny(), 24, quiet=True), folder / "converted")
+    (folder / "text.txt").write_text(generate_text(400, seed=1), encoding="utf-8")
+    return folder
+
+
+def nats(model: Any, folder: Path) -> Tensor:
+    """Return the losses of a text's tokens but the first, by one forward."""
+    tokens = torch.tensor([list((folder / "text.txt").read_bytes())[:TOKENS]])
+    with torch.no_grad():
+        return F.cross_entropy(model(tokens).logits[0, :-1], tokens[0, 1:], reduction="none").double()
+
+
+def invoke(folder: Path, out: Path, *arguments: str) -> Result:
+    given = ["convert-report", str(folder / "plain"), "--text", str(folder / "text.txt"), "--tokens", str(TOKENS)]
+    return CliRunner().invoke(
+        commands.app,
+        [*given, "--tokenizer", "bytes", "--device", "cpu", "--out", str(out), *arguments],
+        env={"COLUMNS": "200"},
+    )
+
+
+def test_rows_are_the_perplexities_of_the_models(folder: Path, tmp_path: Path) -> None:
+    said = invoke(
+        folder,
+        tmp_path,
+        "--conversions",
+        "256 gate=0, 24  gate=-20,24 gate=1.5 update=linear,24 gate=-20 lookback=1 sinks=3",
+    )
+    assert said.exit_code == 0, said.output
+    figures = json.loads((tmp_path / "convert-report.json").read_text())
+    rows = {row["conversion"]: row for row in figures["rows"]}
+    linear = segattn.convert(tiny(), 24, "linear", 1.5, quiet=True)
+    window = segattn.convert(tiny(), 24, lookback=1, sinks=3, gate_init=-20, quiet=True)
+    models = {FULL: tiny(), "24 gate=1.5 update=linear": linear, "24 gate=-20 lookback=1 sinks=3": window}
+    assert list(rows) == [FULL, "256 gate=0", "24 gate=-20", *list(models)[1:]]
+    for name, model in models.items():
+        wanted = nats(model, folder)
+        # sixteen parts of 13 tokens; the first token of the text is not predicted
+        parts = [wanted[max(0, begin - 1) : begin + 12] for begin in range(0, TOKENS, 13)]
+        quarters = [torch.cat(parts[begin : begin + 4]).mean().exp().item() for begin in range(0, 16, 4)]
+        assert rows[name]["quarters"] == pytest.approx(quarters, rel=1e-5)
+        assert rows[name]["perplexity"] == pytest.approx(wanted.mean().exp().item(), rel=1e-5)
+        assert [x["perplexity"] for x in rows[name]["by_position"]] == pytest.approx(
+            [part.mean().exp().item() for part in parts], rel=1e-5
+        )
+        for value in (rows[name]["perplexity"], *rows[name]["quarters"]):
+            assert f"{value:.4g}" in said.output
+    # a segment that holds the whole text is full attention
+    assert rows["256 gate=0"]["perplexity"] == pytest.approx(rows[FULL]["perplexity"], rel=1e-6)
+    # segments without memory are texts of their own at positions that begin anew, but predict on from the last one
+    assert rows["24 gate=-20"]["perplexity"] != pytest.approx(rows[FULL]["perplexity"], rel=1e-3)
+    # keys and values of two layers, two heads of four channels, of each token but the last
+    assert rows[FULL]["cache_bytes"] == 2 * 2 * 2 * 4 * 4 * (TOKENS - 1)
+    assert (tmp_path / "convert-report.png").stat().st_size > 1000
+
+
+def test_kept_rows_are_not_measured_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert invoke(folder, tmp_path, "--conversions", "24 gate=0").exit_code == 0
+    again = invoke(folder, tmp_path, "--conversions", "24 gate=0")
+    assert again.exit_code == 2
+    assert "must not hold figures of an earlier run" in again.output
+    path = tmp_path / "convert-report.json"
+    figures = json.loads(path.read_text())
+    figures["rows"][1]["perplexity"] = 12345.0
+    path.write_text(json.dumps(figures))
+    assert invoke(folder, tmp_path, "--conversions", "24 gate=-2,24 gate=0", "--resume").exit_code == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["conversion"] for row in rows] == [FULL, "24 gate=-2", "24 gate=0"]
+    assert rows[2]["perplexity"] == 12345.0
+    assert rows[0] == figures["rows"][0]
+    other = invoke(folder, tmp_path, "--conversions", "24 gate=0", "--resume", "--tokens", "100")
+    assert other.exit_code == 2
+    assert "--tokens must be the earlier run's" in other.output
+
+
+def test_the_model_is_plain_again_after_each_row(folder: Path, tmp_path: Path) -> None:
+    def order(*names: str) -> dict[str, float]:
+        settings = Conversions(str(folder / "text.txt"), names, TOKENS)
+        checkpoint = Checkpoint(str(folder / "plain"), "bytes", device="cpu")
+        rows = run_conversions(checkpoint, settings, tmp_path / names[0])["rows"]
+        return {row["conversion"]: row["perplexity"] for row in rows}
+
+    assert order("24 gate=3", "32 gate=-1") == order("32 gate=-1", "24 gate=3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--conversions", "24 gates=1"], "--conversions must be tokens per segment and words"),
+        (["--conversions", "24 gate=low"], "got '24 gate=low'"),
+        (["--conversions", "24 lookback=2"], "lookback must be 0 or 1"),
+        (["--conversions", "1 gate=0"], "segment_len must be at least 2"),
+        (["--conversions", " ,"], "--conversions must name at least one"),
+        (["--tokens", "3"], "--tokens must be at least 16"),
+        (["--tokens", "257"], "--tokens must be at most the 256 positions"),
+    ],
+)
+def test_what_is_wrong_is_named(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    said = invoke(folder, tmp_path, *arguments)
+    assert said.exit_code == 2, said.output
+    assert message in " ".join(said.output.split())
+
+
+def test_texts_and_models_must_do(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Call me.")
+    checkpoint = Checkpoint(str(folder / "plain"), "bytes", device="cpu")
+    with pytest.raises(SettingError, match="tokens must be at most those of the text, 8 after --skip, got 100"):
+        run_conversions(checkpoint, Conversions(str(tmp_path / "short.txt"), tokens=100), tmp_path / "a")
+    converted = Checkpoint(str(folder / "converted"), "bytes", device="cpu")
+    with pytest.raises(SettingError, match=r"model must be plain, got '.*converted', which is converted already"):
+        run_conversions(converted, Conversions(str(folder / "text.txt"), tokens=100), tmp_path / "b")
+
+
+def test_words_are_arguments_of_convert() -> None:
+    assert arguments_of("256 gate=-4 lookback=1 sinks=4 update=linear") == {
+        "segment_len": 256,
+        "gate_init": -4.0,
+        "lookback": 1,
+        "sinks": 4,
+        "update": "linear",
+    }
+    assert arguments_of("segment_len=128") == {"segment_len": 128}
+    assert math.isclose(arguments_of("12 gate=1e-3")["gate_init"], 1e-3)
