@@ -76,8 +76,8 @@ def evaluate(
     segment = model.config.segment_len
     cells, sizes = [], {}
     for length in lengths:
-        for i, depth in enumerate(depths):
-            generator = torch.Generator().manual_seed(seed + 1_000_003 * length + 97 * i + 1)
+        for depth in depths:
+            generator = torch.Generator().manual_seed(seed + 1_000_003 * length + round(388 * depth) + 1)
             drawn = task.sample(samples, length, generator, depth=depth, jitter=segment // 2, held_out=True)
             logits, state = stream(model, drawn.tokens[:, :-1], task.digits, piece=8 * segment)
             logits = logits.cpu()
