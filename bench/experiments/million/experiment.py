@@ -67,7 +67,7 @@ def train(setup: Setup, update: str, seed: int, advance: Advance) -> tuple[Train
 
 
 def summary(setup: Setup, cells: Sequence[Figures]) -> list[Figures]:
-    """Return, for each rule, length and depth, the passkeys recalled whole by all seeds, and how many were asked for."""
+    """Return, for each rule, length and depth, how many passkeys all seeds recalled whole, and of how many."""
     table = []
     for update in setup.updates:
         for length in setup.lengths:
