@@ -96,7 +96,7 @@ def experiment(setup: Setup, out: Path) -> Figures:
         update, seed, length, depth = job
         trainer, seconds = trained(update, seed)
         begin = time.process_time()
-        drawn: dict[str, Any] = {"samples": setup.samples, "seed": seed}
+        drawn: dict[str, Any] = {"samples": (setup.samples,), "seed": seed}
         found = evaluate(trainer.model, trainer.task, lengths=(length,), depths=(depth,), **drawn)
         advance(amounts[job], "")
         cell = found.cells[0]
