@@ -52,9 +52,9 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, state: InfiniState | None) -> tuple[Tensor, InfiniState]:
+    def forward(self, x: Tensor, state: InfiniState | None, last: int = 0) -> tuple[Tensor, InfiniState]:
         attended, state = self.attention(self.attention_norm(x), state)
-        x = x + attended
+        x = (x + attended)[:, -last:]
         return x + self.down(F.silu(self.up(self.feed_forward_norm(x)))), state
 
 
@@ -91,9 +91,11 @@ class Decoder(nn.Module):
             x = x + weight * embedded[:, count - distance : -distance]
         layers = []
         for i, block in enumerate(self.blocks):
-            x, after = block(x, None if state is None else state.layers[i])
+            # the feed-forward layer of the last block is wanted at these positions alone
+            wanted = last if i == len(self.blocks) - 1 else 0
+            x, after = block(x, None if state is None else state.layers[i], wanted)
             layers.append(after)
-        return self.head(self.norm(x[:, -last:])), DecoderState(layers, tokens[:, tokens.shape[1] - count :])
+        return self.head(self.norm(x)), DecoderState(layers, tokens[:, tokens.shape[1] - count :])
 
     def gates(self) -> Tensor:
         """Return sigmoid(β) [layers, heads], the memory's share of each head."""

@@ -57,7 +57,7 @@ def evaluate(
     *,
     lengths: Sequence[int],
     depths: Sequence[float],
-    samples: int,
+    samples: Sequence[int],
     seed: int,
     on_cell: Callable[[Cell], None] = lambda cell: None,
 ) -> Evaluation:
@@ -69,21 +69,21 @@ def evaluate(
     Args:
         lengths: tokens of a text, with question and answer.
         depths: place of the passkey, 0 at the beginning, 1 before the question, give or take half a segment.
-        samples: texts per length and depth.
+        samples: texts per depth, for each length.
         seed: of the samples; those of a cell do not depend on the other cells.
         on_cell: called with each cell when it is done.
     """
     segment = model.config.segment_len
     cells, sizes = [], {}
-    for length in lengths:
-        for i, depth in enumerate(depths):
-            generator = torch.Generator().manual_seed(seed + 1_000_003 * length + 97 * i + 1)
-            drawn = task.sample(samples, length, generator, depth=depth, jitter=segment // 2, held_out=True)
+    for length, texts in zip(lengths, samples, strict=True):
+        for depth in depths:
+            generator = torch.Generator().manual_seed(seed + 1_000_003 * length + round(388 * depth) + 1)
+            drawn = task.sample(texts, length, generator, depth=depth, jitter=segment // 2, held_out=True)
             logits, state = stream(model, drawn.tokens[:, :-1], task.digits, piece=8 * segment)
             logits = logits.cpu()
             right = exact(logits, drawn.key).float().mean().item()
             digits = logits.argmax(dim=-1).eq(drawn.key).float().mean().item()
-            cells.append(Cell(length, depth, samples, right, digits))
+            cells.append(Cell(length, depth, texts, right, digits))
             sizes[length] = state_bytes(state)
             on_cell(cells[-1])
     return Evaluation(cells, sizes)

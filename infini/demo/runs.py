@@ -64,7 +64,7 @@ def finished_figures(settings: DemoSettings, folder: Path) -> dict[str, Any] | N
     """Return the figures of a finished run with these very settings and this text in `folder`; None without one."""
     try:
         figures: dict[str, Any] = json.loads(Outputs.of(folder).figures.read_text(encoding="utf-8"))
-        same = figures["settings"] == asdict(settings) and figures["text_sha256"] == text_sha256(_text(settings))
+        same = figures["settings"] == _plain(settings) and figures["text_sha256"] == text_sha256(_text(settings))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return figures if same else None
@@ -74,7 +74,7 @@ def build(settings: DemoSettings) -> tuple[Trainer, str]:
     """Return a run before its first step, and the fingerprint of its text.
 
     Raises:
-        SettingError: of `text` or `segment_len`: no sample can be drawn from the text, or it has no room.
+        SettingError: of `text`, `segment_len` or `lengths`: no sample can be drawn from the text, or it has no room.
     """
     text = _text(settings)
     try:
@@ -86,6 +86,10 @@ def build(settings: DemoSettings) -> tuple[Trainer, str]:
         raise SettingError(
             "segment_len",
             f"must be at least {need}, so that {settings.segments} segments hold a sample, got {settings.segment_len}",
+        )
+    if min(settings.lengths) < task.shortest:
+        raise SettingError(
+            "lengths", f"must be at least {task.shortest}, so that they hold a sample, got {min(settings.lengths)}"
         )
     torch.manual_seed(settings.seed)
     config = DecoderConfig(
@@ -121,7 +125,7 @@ def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume
     prepare(*Outputs.of(folder), resume=resume)
     _train(trainer, settings, fingerprint, folder, listener, before)
     trained = time.perf_counter()
-    lengths = settings.lengths()
+    lengths = settings.lengths
     done = 0
 
     def on_cell(cell: Cell) -> None:
@@ -130,7 +134,7 @@ def run_demo(settings: DemoSettings, folder: Path, listener: Listener, *, resume
         listener.evaluated(done, len(lengths) * len(DEPTHS), cell)
 
     model, task = trainer.model.eval(), trainer.task
-    drawn: dict[str, int] = {"samples": settings.samples, "seed": settings.seed}
+    drawn: dict[str, Any] = {"samples": settings.texts(), "seed": settings.seed}
     evaluation = evaluate(model, task, lengths=lengths, depths=DEPTHS, **drawn, on_cell=on_cell)
     seconds = {"train": before + trained - begin, "evaluate": time.perf_counter() - trained}
     figures = _figures(settings, fingerprint, trainer, evaluation, seconds)
@@ -188,7 +192,7 @@ def _figures(
 ) -> dict[str, Any]:
     model = trainer.model
     return {
-        "settings": asdict(settings),
+        "settings": _plain(settings),
         "text_sha256": fingerprint,
         "recipe": asdict(trainer.recipe),
         "model": asdict(model.config) | {"parameters": sum(p.numel() for p in model.parameters())},
@@ -213,6 +217,11 @@ def _write(figures: dict[str, Any], evaluation: Evaluation, trainer: Trainer, ou
     plot_recall(outputs.recall, recall, title, label, figures["trained_length"])
     plot_gates(outputs.gates, gates, range(len(gates)), "Share of memory per head")
     write_figures(outputs.figures, figures)
+
+
+def _plain(settings: DemoSettings) -> dict[str, Any]:
+    """Return the settings as they are read from the JSON file."""
+    return asdict(settings) | {"lengths": list(settings.lengths)}
 
 
 def _text(settings: DemoSettings) -> str:

@@ -10,9 +10,10 @@ from ...runs.errors import SettingError
 from ...runs.settings import absolute, check_least
 
 UPDATES = ("delta", "linear")
-LEAST = {"steps": 1, "segment_len": 1, "segments": 1, "seed": 0, "reach": 1, "samples": 1}
+LEAST = {"steps": 1, "segment_len": 1, "segments": 1, "seed": 0, "samples": 1}
 # may change between a run and its continuation: a checkpoint's weights do not depend on them, and its text is compared
-FREE = ("text", "reach", "samples", "device")
+FREE = ("text", "lengths", "samples", "device")
+LENGTHS = (2**8, 2**10, 2**12, 2**14, 2**17, 2**20)
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,30 @@ class DemoSettings:
     segments: Annotated[int, "Segments of the longest training text."] = 8
     update: Annotated[str, "Update rule of the memory: delta or linear."] = "delta"
     seed: Annotated[int, "Seed of weights, samples and made-up text."] = 0
-    reach: Annotated[int, "Length of the longest text tested, in trained lengths."] = 64
-    samples: Annotated[int, "Texts tested per length and depth."] = 40
+    lengths: Annotated[tuple[int, ...], "Tokens of the texts tested. Default: 256,1K,4K,16K,128K,1M."] = LENGTHS
+    samples: Annotated[int | None, "Texts tested per length and depth. Default: 40, of long texts fewer."] = None
     device: Annotated[str, "Where to run, such as cpu or cuda; so small a model needs no GPU."] = "cpu"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", absolute(self.text))
         check_least(self, LEAST)
+        if not self.lengths or min(self.lengths) < 1:
+            raise SettingError("lengths", f"must be numbers from 1 on, at least one, got {list(self.lengths)}")
         if self.update not in UPDATES:
             raise SettingError("update", f"must be one of {', '.join(map(repr, UPDATES))}, got {self.update!r}")
         usable_device(self.device)
 
-    def lengths(self) -> list[int]:
-        """Return the lengths of the evaluation: the trained length, doubled as often as `reach` allows."""
-        trained = self.segments * self.segment_len
-        return [trained * 2**i for i in range(self.reach.bit_length())]
+    def texts(self) -> list[int]:
+        """Return the texts per depth of each length: `samples`, or 40 of at most 2**20 tokens in all, at least 2."""
+        return [self.samples or max(2, min(40, 2**20 // length)) for length in self.lengths]
+
+
+def doubled(trained: int, reach: int) -> tuple[int, ...]:
+    """Return the trained length, doubled as often as `reach`, a multiple of it, allows.
+
+    Raises:
+        SettingError: of `reach`: it is below 1.
+    """
+    if reach < 1:
+        raise SettingError("reach", f"must be at least 1, got {reach}")
+    return tuple(trained * 2**i for i in range(reach.bit_length()))

@@ -36,7 +36,7 @@ class Recipe:
     warm_up: int = 20
     curriculum: float = 0.5
     stretched: float = 0.75
-    stretch: float = 4096.0
+    stretch: float = 2.0**20
     clip: float = 1.0
 
 

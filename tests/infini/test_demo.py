@@ -21,7 +21,7 @@ from segattn.infini.demo.decoder import Decoder, DecoderConfig
 from segattn.infini.demo.evaluation import Cell, evaluate, state_bytes, stream
 from segattn.infini.demo.passkey import MARKER, PasskeyTask
 from segattn.infini.demo.runs import DEPTHS, Outputs, build, finished_figures, run_demo
-from segattn.infini.demo.settings import FREE, DemoSettings
+from segattn.infini.demo.settings import FREE, DemoSettings, doubled
 from segattn.infini.demo.training import Recipe, Trainer, stretch
 from segattn.runs.checkpoint import load_checkpoint, save_checkpoint
 from segattn.runs.errors import SettingError
@@ -37,7 +37,7 @@ from typer.testing import CliRunner
 from segattn.cli import demo
 from segattn.runs.heat_maps import plot_recall
 
-SMALL = DemoSettings(steps=6, segments=3, reach=2, samples=3)
+SMALL = DemoSettings(steps=6, segments=3, lengths=(96, 192), samples=3)
 
 
 class Quiet:
@@ -116,6 +116,18 @@ def test_the_default_dtype_and_device_change_no_text_and_no_sample(other: dict[s
     assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(mine, wanted, strict=True))
 
 
+@pytest.mark.parametrize("update", ["delta", "linear"])
+def test_last_positions_are_those_of_all(task: PasskeyTask, update: str) -> None:
+    model = decoder(task, update).double()
+    tokens = task.sample(2, 75, generator()).tokens
+    whole, state = model(tokens)
+    for last in (1, 5, 75):
+        logits, after = model(tokens, last=last)
+        assert logits.shape[1] == last
+        assert (logits - whole[:, -last:]).abs().max() < 1e-12
+        assert torch.equal(after.layers[1].memory.memory, state.layers[1].memory.memory)
+
+
 def test_statements_stand_at_their_depth(task: PasskeyTask) -> None:
     room = 200 - task.shortest
     assert task.sample(4, 200, generator(), depth=0).start.tolist() == [0] * 4
@@ -167,11 +179,13 @@ def test_streaming_equals_reading_whole(task: PasskeyTask, update: str) -> None:
 
 def test_evaluation_is_of_constant_memory_and_reproducible(task: PasskeyTask) -> None:
     model = decoder(task)
-    options: dict[str, Any] = {"depths": (0.0, 1.0), "samples": 4, "seed": 0}
-    first = evaluate(model, task, lengths=(64, 512), **options)
-    assert [(cell.length, cell.depth) for cell in first.cells] == [(64, 0.0), (64, 1.0), (512, 0.0), (512, 1.0)]
+    options: dict[str, Any] = {"depths": (0.0, 1.0), "seed": 0}
+    first = evaluate(model, task, lengths=(64, 512), samples=(3, 4), **options)
+    cells = [(cell.length, cell.depth, cell.samples) for cell in first.cells]
+    assert cells == [(64, 0.0, 3), (64, 1.0, 3), (512, 0.0, 4), (512, 1.0, 4)]
     assert len(set(first.state_bytes.values())) == 1
-    assert evaluate(model, task, lengths=(512,), **options).cells == first.cells[2:]
+    again = evaluate(model, task, lengths=(512,), samples=(4,), **options | {"depths": (1.0,)})
+    assert again.cells == first.cells[3:]
 
 
 def test_state_bytes_are_per_text(task: PasskeyTask) -> None:
@@ -202,7 +216,7 @@ def test_a_short_run_learns() -> None:
     assert trainer.losses[0] > 6
     assert sum(trainer.losses[-20:]) / 20 < 0.3
     trainer.model.eval()
-    cells = evaluate(trainer.model, trainer.task, lengths=(96,), depths=DEPTHS, samples=40, seed=0).cells
+    cells = evaluate(trainer.model, trainer.task, lengths=(96,), depths=DEPTHS, samples=(40,), seed=0).cells
     # chance is 1e-5
     assert sum(cell.exact for cell in cells) / len(cells) > 0.7
 
@@ -269,6 +283,20 @@ def test_a_finished_run_of_another_text_is_another_run(tmp_path: Path) -> None:
         run_demo(settings, out, Quiet())
     Outputs.of(out).figures.write_text("[]", encoding="utf-8")
     assert finished_figures(settings, out) is None
+
+
+def test_lengths_and_their_texts() -> None:
+    usual = DemoSettings()
+    assert dict(zip(usual.lengths, usual.texts(), strict=True)) == {
+        **dict.fromkeys((256, 1024, 4096, 16384), 40),
+        131072: 8,
+        1048576: 2,
+    }
+    assert DemoSettings(samples=20).texts() == [20] * 6
+    assert doubled(96, 1) == (96,)
+    assert doubled(96, 7) == (96, 192, 384)
+    with pytest.raises(SettingError, match=r"lengths must be numbers from 1 on, at least one, got \[\]"):
+        DemoSettings(lengths=())
 
 
 def test_interrupted_run_goes_on_to_the_same_figures(tmp_path: Path) -> None:
@@ -344,7 +372,7 @@ def test_evaluation_asks_for_each_depth_in_unread_text(task: PasskeyTask, monkey
     monkeypatch.setattr(task, "sample", spy)
     torch.manual_seed(0)
     model = Decoder(DecoderConfig(vocabulary=len(task.words), segment_len=16))
-    evaluate(model, task, lengths=[64, 128], depths=[0.0, 0.5, 1.0], samples=2, seed=0)
+    evaluate(model, task, lengths=[64, 128], depths=[0.0, 0.5, 1.0], samples=[2, 2], seed=0)
     assert asked == [(length, depth, True) for length in (64, 128) for depth in (0.0, 0.5, 1.0)]
 
 
@@ -396,11 +424,17 @@ def test_command_shows_what_it_writes(tmp_path: Path) -> None:
     for path in Outputs.of(tmp_path):
         assert str(path) in result.stdout
         assert path.is_file()
-    again = CliRunner().invoke(commands.app, ["demo", "--resume", "--samples", "2", "--out", str(tmp_path)])
-    assert again.exit_code == 0, again.output
-    resumed = json.loads((tmp_path / "figures.json").read_text())
-    assert resumed["settings"] == figures["settings"] | {"samples": 2}
-    assert resumed["loss"] == figures["loss"]
+    for option, value, changed in (
+        ("samples", "2", 2),
+        ("lengths", "1K,64", [64, 1024]),
+        ("reach", "4", [64, 128, 256]),
+    ):
+        again = CliRunner().invoke(commands.app, ["demo", "--resume", f"--{option}", value, "--out", str(tmp_path)])
+        assert again.exit_code == 0, again.output
+        resumed = json.loads((tmp_path / "figures.json").read_text())
+        name = "samples" if option == "samples" else "lengths"
+        assert resumed["settings"] == figures["settings"] | {name: changed}
+        assert resumed["loss"] == figures["loss"]
 
 
 @pytest.mark.parametrize(
@@ -410,6 +444,11 @@ def test_command_shows_what_it_writes(tmp_path: Path) -> None:
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--segment-len", "0"], "--segment-len must be at least 1, got 0"),
         (["--segment-len", "4"], "--segment-len must be at least 5, so that 8 segments hold a sample, got 4"),
+        (["--lengths", "10"], "--lengths must be at least 34, so that they hold a sample, got 10"),
+        (["--lengths", "1K,,2K"], "--lengths must be numbers from 1 on with commas, as 256,16K,1M, got '1K,,2K'"),
+        (["--lengths", "1K", "--reach", "2"], "--reach cannot go with --lengths, got both"),
+        (["--reach", "0"], "--reach must be at least 1, got 0"),
+        (["--samples", "0"], "--samples must be at least 1, got 0"),
         (["--device", "abacus"], "--device must be one that PyTorch can use here, such as 'cpu', got 'abacus'"),
         (["--text", "no-such-file"], "--text must be a file that can be read, got 'no-such-file'"),
         (["--seed", str(2**64)], f"--seed must be below 2**32, got {2**64}"),
