@@ -49,8 +49,15 @@ class AttentionCall(NamedTuple):
     def full(self) -> Tensor:
         """Return the output [B, H, T, V] of full attention."""
         whole = max(2, self.q.shape[2])
-        scores = {"scale": self.scale, "softcap": self.softcap, "sink_logits": self.sink_logits}
-        return segment_attention(self.q, self.k, self.v, segment_len=whole, **scores).out
+        return segment_attention(
+            self.q,
+            self.k,
+            self.v,
+            segment_len=whole,
+            scale=self.scale,
+            softcap=self.softcap,
+            sink_logits=self.sink_logits,
+        ).out
 
     def segmented(self) -> Tensor:
         """Return the output [B, H, T, V] of the layer as it is converted, with gradients to its gate and maps."""
