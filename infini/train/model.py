@@ -90,9 +90,10 @@ def _convert(model: Any, settings: TrainSettings) -> None:
             if value != held:
                 raise SettingError(name, f"must be the model's, {held!r}, or left out, got {value!r}")
         return
+    # from scratch both halves of attention learn at once; a pretrained model is to change little at first
+    scratch: dict[str, Any] = {} if settings.model is not None else {"gate_init": 0.0}
     try:
-        # from scratch both halves of attention learn at once; a pretrained model is to change little at first
-        convert(model, **given, **({} if settings.model else {"gate_init": 0.0}), quiet=True)
+        convert(model, **given, **scratch, quiet=True)
     except (TypeError, ValueError) as error:
         name, _, problem = str(error).partition(" ")
         wrong = SettingError(name, problem) if name in given else SettingError("model", f"cannot be: {error}")
