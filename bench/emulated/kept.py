@@ -7,6 +7,7 @@ import hashlib
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,9 +58,9 @@ class Kept:
     def add(self, place: Path, launch: Executable, before: list[np.ndarray], seconds: float) -> None:
         """Keep a launch; before: copies of its storages, as `copies` made them."""
         now = enumerate(zip(_storages(launch), before, strict=True))
-        changed = {str(i): new for i, (new, old) in now if not np.array_equal(new, old)}
+        changed: dict[str, Any] = {str(i): new for i, (new, old) in now if not np.array_equal(new, old)}
         cut = place.with_suffix(f".{os.getpid()}.npz")
-        np.savez(cut, seconds=np.array(seconds), **changed)
+        np.savez(cut, **changed, seconds=np.array(seconds))
         cut.replace(place)
 
 
@@ -80,7 +81,12 @@ def executor() -> str:
     trees = [ast.parse((ROOM / f"{name}.py").read_text(encoding="utf-8")) for name in EXECUTOR]
     for node in (node for tree in trees for node in ast.walk(tree)):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             del body[0]
     text = " ".join([np.__version__, str(torch.__version__), *map(ast.dump, trees)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -49,8 +49,8 @@ def _parser(targets: Sequence[str]) -> argparse.ArgumentParser:
     )  # fmt: skip
     found.add_argument(
         "--mutations", type=int, metavar="N",
-        help="spoil the code instead, one instruction at a time, and say what the checks notice: every barrier, fence and "
-        "wait of a kernel, N of its masks, fragments and offsets",
+        help="spoil the code instead, one instruction at a time, and say what the checks notice: every barrier, fence "
+        "and wait of a kernel, N of its masks, fragments and offsets",
     )  # fmt: skip
     found.add_argument("--quick", action="store_true", help="unless said otherwise, two targets, one dtype, few calls")
     found.add_argument(

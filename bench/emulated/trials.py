@@ -59,8 +59,10 @@ class Trial:
         races = Races(machine) if mutant.kind == "barrier" else None
         try:
             self.execute(machine, mutant, _changed(machine, mutant))
-        except (Fault, Unsupported) as error:
-            return Verdict(NOTICED, error.kind if isinstance(error, Fault) else "refused")
+        except Fault as fault:
+            return Verdict(NOTICED, fault.kind)
+        except Unsupported:
+            return Verdict(NOTICED, "refused")
         error = self.error(machine)
         if error > self.gate:
             return Verdict(NOTICED, "result")
@@ -193,7 +195,7 @@ class Races:
         def end(stamp: int, ended: int, _do: Any = ledger.end_matrix_reads) -> None:
             if not ended & WAITED:
                 for chunks in ledger.flights.get(stamp, []):
-                    note(chunks.reshape(-1), 8, one << np.uint64(MATRIX), False)
+                    note(chunks.reshape(-1), 8, np.array(one << np.uint64(MATRIX)), False)
             _do(stamp, ended)
 
         def barrier(lanes: Any, whole: bool, _do: Any = order.barrier) -> None:
@@ -204,7 +206,7 @@ class Races:
 
         def reads(rows: Array, width: int, lanes: Any, _do: Any = ledger.note_read) -> Array:
             note(rows, width, bits(lanes), False)
-            return _do(rows, width, lanes)  # type: ignore[no-any-return]
+            return _do(rows, width, lanes)
 
         def writes(rows: Array, width: int, lanes: Any, *more: Any, _do: Any = ledger.note_write, **named: Any) -> None:
             note(rows, width, bits(lanes), True)

@@ -18,12 +18,11 @@ import torch
 pytest.importorskip("triton")
 from segattn.bench.compiled.ahead_of_time import signature
 from segattn.bench.compiled.jobs import KERNELS
-from segattn.bench.emulated import jobs as emulated_jobs
 from segattn.bench.emulated import launches as emulated_launches
 from segattn.bench.emulated.cases import CASES, QUICK, RECORDED
 from segattn.bench.emulated.counts import Counts
 from segattn.bench.emulated.faults import Fault
-from segattn.bench.emulated.jobs import Job, Measured, Row, execute_all, execute_job, kernels_of, plan
+from segattn.bench.emulated.jobs import Job, Measured, Row, execute_job, kernels_of, plan
 from segattn.bench.emulated.launches import EMULATED, Launched, arguments_of, emulating, outputs_of
 from segattn.bench.emulated.profile import profile
 from segattn.bench.emulated.table import OUTPUTS, failures, table
