@@ -18,7 +18,6 @@ from ...kernels.triton.launch import recording
 from ..compiled.ahead_of_time import CompileError
 from ..processes import each
 from .cases import CASES, Case
-from .counts import Counts
 from .faults import Fault, Unsupported
 from .launches import Launched, emulating
 
@@ -62,22 +61,6 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         """Return the row as plain values."""
         return asdict(self) | {"job": list(self.job), "measured": {k: list(v) for k, v in self.measured.items()}}
-
-    @classmethod
-    def of_json(cls, values: dict[str, Any]) -> Row:
-        """Return the row that `as_json` gave the values of."""
-        return cls(
-            **values
-            | {
-                "job": Job(*values["job"]),
-                "launches": tuple(_launched(**x) for x in values["launches"]),
-                "measured": {name: Measured(*x) for name, x in values["measured"].items()},
-            }
-        )
-
-
-def _launched(counts: dict[str, Any] | None, **values: Any) -> Launched:
-    return Launched(counts=None if counts is None else Counts(**counts), **values)
 
 
 def plan(

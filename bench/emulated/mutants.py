@@ -65,7 +65,9 @@ def _misplaced(at: int, x: Instruction) -> Iterator[Mutant]:
         ):
             moved = operand._replace(offset=operand.offset + _width(x))
             operands = (*x.operands[:i], moved, *x.operands[i + 1 :])
-            yield Mutant(at, "offset", f"{operand.base} + {operand.offset} by {_width(x)} more", replace(x, operands=operands))
+            yield Mutant(
+                at, "offset", f"{operand.base} + {operand.offset} by {_width(x)} more", replace(x, operands=operands)
+            )
 
 
 def _width(x: Instruction) -> int:

@@ -16,13 +16,17 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from small_ptx import program
+
 from segattn.bench.compiled.ahead_of_time import signature
 from segattn.bench.compiled.jobs import KERNELS
 from segattn.bench.emulated import launches as emulated_launches
 from segattn.bench.emulated.cases import CASES, QUICK, RECORDED
 from segattn.bench.emulated.counts import Counts
+from segattn.bench.emulated.executor import Executable, execute
 from segattn.bench.emulated.faults import Fault
 from segattn.bench.emulated.jobs import Job, Measured, Row, execute_job, kernels_of, plan
+from segattn.bench.emulated.kept import Kept, copies
 from segattn.bench.emulated.launches import EMULATED, Launched, arguments_of, emulating, outputs_of
 from segattn.bench.emulated.profile import profile
 from segattn.bench.emulated.table import OUTPUTS, failures, table
@@ -221,20 +225,18 @@ def test_a_profile_adds_up_a_kernels_launches() -> None:
         ],
         abs=0.06,
     )  # fmt: skip
-    again = Row.of_json(json.loads(json.dumps(made.as_json())))
-    assert again == made
 
 
 def test_the_figures_of_the_kernels_are_those_that_were_counted() -> None:
     text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
     rows = json.loads((ROOT / "bench" / "results" / "emulated" / "counts.json").read_text(encoding="utf-8"))["rows"]
     columns = []
-    for made in sorted((Row.of_json(x) for x in rows), key=lambda x: x.job.call, reverse=True):
-        floor, counts = CASES[made.job.call].floor, {x.kernel: x.counts for x in made.launches if x.counts}
+    for made in sorted(rows, key=lambda row: row["job"][2], reverse=True):
+        floor, counts = CASES[made["job"][2]].floor, {x["kernel"]: x["counts"] for x in made["launches"]}
         assert floor is not None
         work = floor(2)
-        sums = [sum(getattr(x.counts, name) for x in made.launches) for name in ("operations", "tensors", "sectors")]
-        loops = [sum(counts[f"{name}_kernel"].loop.values()) for name in ("attend", "query_grad", "key_grad")]
+        sums = [sum(x["counts"][name] for x in made["launches"]) for name in ("operations", "tensors", "sectors")]
+        loops = [sum(counts[f"{name}_kernel"]["loop"].values()) for name in ("attend", "query_grad", "key_grad")]
         columns.append([sums[0] / work.operations, sums[1] / work.bytes, sums[2] / work.bytes, *loops])
     section = text.partition("### Counted")[2].partition("\n## ")[0]
     shown = [line.split("|")[2:4] for line in section.splitlines() if line.startswith("| ")][2:]
@@ -267,6 +269,29 @@ def test_a_fault_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     found = execute_job(Job("sm_80", "float32", "delta"))
     assert (found.kind, found.problem, found.measured) == ("bounds", "bounds: behind q", {})
     assert [launch.kernel for launch in found.launches] == ["product_kernel"]
+
+
+def test_launches_are_kept_by_what_they_execute(tmp_path: Path) -> None:
+    """The same code from the same memory is not executed again; wherever it stands in a source."""
+    load, rest = "    ld.global.b32 %r10, [%rd0];\n", "    st.global.b32 [%rd1], %r10;\n"
+    kinds, kept = ["u64", "u64"], Kept(tmp_path / "kept")
+
+    def launch(body: str, first: float) -> Executable:
+        x, out = torch.full((1,), first), torch.full((1,), math.nan)
+        return Executable("kernel", program(body, kinds), 1, [x, out], 0, [out])
+
+    made = launch(load + rest, 3.0)
+    place, before = kept.place(made), copies(made)
+    assert kept.take(place, made) is None
+    execute(*made[1:5], outputs=made.outputs)
+    kept.add(place, made, before, 0.5)
+    again = launch(load + "    .loc 1 30 0\n" + rest, 3.0)
+    assert kept.place(again) == place
+    assert kept.take(place, again) == 0.5
+    assert again.outputs[0].item() == 3
+    assert kept.place(launch(load + rest, 4.0)) != place
+    assert kept.place(launch(load + load + rest, 3.0)) != place
+    assert kept.place(made._replace(programs=2)) != place
 
 
 def test_launches_are_what_the_code_takes() -> None:
