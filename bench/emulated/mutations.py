@@ -195,6 +195,7 @@ def document(spoilt: Sequence[Spoilt], each: int, seed: int) -> dict[str, Any]:
     return {
         "each": each,
         "seed": seed,
+        "calls": sorted({(x.target, x.call) for x in spoilt}),
         "tallies": [asdict(x) for x in tallies(spoilt)],
         "reasons": [[*key, n] for key, n in sorted(reasons.items())],
         "holes": [x.as_json() for x in spoilt if x.what == HOLE],
