@@ -238,7 +238,7 @@ def test_the_figures_of_the_kernels_are_those_that_were_counted() -> None:
         sums = [sum(x["counts"][name] for x in made["launches"]) for name in ("operations", "tensors", "sectors")]
         loops = [sum(counts[f"{name}_kernel"]["loop"].values()) for name in ("attend", "query_grad", "key_grad")]
         columns.append([sums[0] / work.operations, sums[1] / work.bytes, sums[2] / work.bytes, *loops])
-    section = text.partition("### Counted")[2].partition("\n## ")[0]
+    section = text.partition("### Counted")[2].partition("\n##")[0]
     shown = [line.split("|")[2:4] for line in section.splitlines() if line.startswith("| ")][2:]
     assert [[float(x) for x in pair] for pair in shown] == [
         [round(a, 2), round(b, 2)] for a, b in zip(*columns, strict=True)
