@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
 # none of these is in git
-IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "segattn-demo", "checkpoint.pt", "model")
+IGNORED = shutil.ignore_patterns(".*", "build", "__pycache__", "*.egg-info", "segattn-demo", "checkpoint.pt", "model")
 
 
 def run(*arguments: str, folder: Path, **environment: str) -> str:

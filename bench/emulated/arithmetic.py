@@ -57,6 +57,15 @@ def _extract(a: Array, position: Array, length: Array) -> Array:
     return np.where(length & 0xFF, field, np.zeros_like(field)).astype(a.dtype)
 
 
+def _permute(a: Array, b: Array, selector: Array) -> Array:
+    """Return four of the eight bytes of b and a, by number; with 8 added to the number, the byte's sign instead."""
+    both = b.astype(np.uint64) << np.uint64(32) | a
+    numbers = [(selector >> np.uint32(4 * i) & np.uint32(15)).astype(np.uint64) for i in range(4)]
+    chosen = [both >> (n & np.uint64(7)) * np.uint64(8) & np.uint64(255) for n in numbers]
+    signed = [np.where(n > 7, (x >> np.uint64(7)) * np.uint64(255), x) for n, x in zip(numbers, chosen, strict=True)]
+    return np.stack(np.broadcast_arrays(*signed), -1).astype(np.uint8).view(np.uint32)[..., 0]
+
+
 # name, with .lo, .hi or .wide → what it computes, from values in the instruction's type
 FUNCTIONS: dict[str, Function] = {
     "abs": np.abs,
@@ -78,6 +87,7 @@ FUNCTIONS: dict[str, Function] = {
     "neg": np.negative,
     "not": np.invert,
     "or": np.bitwise_or,
+    "prmt": _permute,
     "rcp": np.reciprocal,
     "rem": lambda a, b: a - b * _divide(a, b),
     "rsqrt": lambda a: np.reciprocal(np.sqrt(a)),

@@ -228,6 +228,8 @@ CASES: dict[str, Case] = {
 QUICK = ("delta", "window", "decode", "memory corrected")
 # whose instructions and traffic say something of large calls
 COUNTED = ("whole tiles K64", "whole tiles K128", "decode", "memory corrected")
+# whose code is spoilt: every kernel, both rules, loops of several rounds
+SPOILT = ("delta", "decode", "memory corrected", "window", "linear")
 # of which a device keeps the bits of the outputs
 RECORDED = (
     "delta", "linear", "local", "packed", "padding", "block mask", "softcap", "decode", "memory corrected",

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from .faults import Fault, Unsupported
-from .instructions import bind
+from .instructions import bind_all
 from .machine import Machine, Run
 from .memory import Global
 from .ptx import Program
 
 # a kernel that ends executes fewer instructions than these
 LIMIT = 20_000_000
+
+
+class Executable(NamedTuple):
+    """A launch, compiled: its kernel's name, and what `execute` takes."""
+
+    kernel: str
+    program: Program
+    programs: int
+    arguments: Sequence[Tensor | int | float]
+    shared: int
+    outputs: Sequence[Tensor]
 
 
 def execute(
@@ -27,7 +39,6 @@ def execute(
     outputs: Sequence[Tensor] = (),
     limit: int = LIMIT,
     counting: bool = False,
-    strict: bool = False,
 ) -> Run:
     """Run a kernel of `programs` programs in one dimension, and return what it did. Tensors are written in place.
 
@@ -35,8 +46,6 @@ def execute(
     shared: bytes of shared memory of a program.
     outputs: those tensors of which the kernel must write every element; they are poisoned before it.
     counting: also count what loads and stores move.
-    strict: a matrix instruction that reads what cp.async wrote needs a fence.proxy.async too. Compilers often leave it
-        out, and rely on the copy's wait and a barrier.
     limit: instructions after which a kernel is said never to end.
 
     Raises:
@@ -44,20 +53,31 @@ def execute(
             runs, but for what only running shows, such as a matrix descriptor; the tensors are as they were.
         Fault: a check fired.
     """
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    memory = Global(tensors, outputs)
-    machine = Machine(program, programs, _parameters(program, arguments, memory), memory, shared, counting)
-    machine.order.strict = strict
-    code = bind(machine)
+    machine = load(program, programs, arguments, shared, outputs, counting)
+    code = bind_all(machine)
     try:
         with np.errstate(all="ignore"):
             run = machine.run(code, limit)
-        memory.finish()
+        machine.memory.require_outputs()
+        machine.memory.write_back()
     except (Fault, Unsupported) as error:
         instruction = program.instructions[min(machine.at, len(program.instructions) - 1)]
         error.kernel, error.line, error.source = program.name, instruction.line, instruction.source
         raise
     return run
+
+
+def load(
+    program: Program,
+    programs: int,
+    arguments: Sequence[Tensor | int | float],
+    shared: int,
+    outputs: Sequence[Tensor] = (),
+    counting: bool = False,
+) -> Machine:
+    """Return a machine that has not begun; arguments as `execute` takes them. Its memory is a copy of the tensors."""
+    memory = Global([a for a in arguments if isinstance(a, Tensor)], outputs)
+    return Machine(program, programs, _parameters(program, arguments, memory), memory, shared, counting)
 
 
 def _parameters(program: Program, arguments: Sequence[Tensor | int | float], memory: Global) -> dict[str, bytes]:

@@ -308,21 +308,24 @@ TABLE: dict[str, Binder] = {
 }
 
 
-def bind(machine: Machine) -> list[Code]:
-    """Make the instructions of the machine's program ready.
+def bind(machine: Machine, instruction: Instruction) -> Code:
+    """Make an instruction ready.
 
     Raises:
-        Unsupported: an instruction, or a form of it, that is not known, by its name and line.
+        Unsupported: the instruction, or its form, is not known, by its name and line.
     """
-    code = []
-    for instruction in machine.program.instructions:
-        try:
-            predicate = machine.register(instruction.predicate) if instruction.predicate else None
-            run = TABLE[instruction.words[0]](machine, instruction)
-        except (Unsupported, KeyError, IndexError, ValueError) as error:
-            refusal = Unsupported(f"{instruction.opcode} is not supported: {error}")
-            refusal.kernel, refusal.line, refusal.source = machine.program.name, instruction.line, instruction.source
-            raise refusal from error
-        target = machine.program.labels[str(instruction.operands[0])] if instruction.words[0] == "bra" else -1
-        code.append(Code(run, predicate, instruction.negated, target))
+    try:
+        predicate = machine.register(instruction.predicate) if instruction.predicate else None
+        run = TABLE[instruction.words[0]](machine, instruction)
+    except (Unsupported, KeyError, IndexError, ValueError) as error:
+        refusal = Unsupported(f"{instruction.opcode} is not supported: {error}")
+        refusal.kernel, refusal.line, refusal.source = machine.program.name, instruction.line, instruction.source
+        raise refusal from error
+    target = machine.program.labels[str(instruction.operands[0])] if instruction.words[0] == "bra" else -1
+    return Code(run, predicate, instruction.negated, target)
+
+
+def bind_all(machine: Machine) -> list[Code]:
+    """Make the instructions of the machine's program ready, and the end behind them."""
+    code = [bind(machine, instruction) for instruction in machine.program.instructions]
     return [*code, Code(machine.full, None, False, -1)]

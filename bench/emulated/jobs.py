@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +17,9 @@ from ...kernels.triton.configs import TARGETS
 from ...kernels.triton.launch import recording
 from ..compiled.ahead_of_time import CompileError
 from ..processes import each
-from ..speed.machine import versions
 from .cases import CASES, Case
-from .counts import Counts
 from .faults import Fault, Unsupported
 from .launches import Launched, emulating
-
-ROOMS = Path(__file__).resolve().parents[2]
 
 
 class Job(NamedTuple):
@@ -35,7 +29,6 @@ class Job(NamedTuple):
     dtype: str
     call: str
     counted: bool = False
-    strict: bool = False
 
     def __str__(self) -> str:
         return f"{self.call} ({self.dtype}, {self.target})"
@@ -69,29 +62,13 @@ class Row:
         """Return the row as plain values."""
         return asdict(self) | {"job": list(self.job), "measured": {k: list(v) for k, v in self.measured.items()}}
 
-    @classmethod
-    def of_json(cls, values: dict[str, Any]) -> Row:
-        """Return the row that `as_json` gave the values of."""
-        return cls(
-            **values
-            | {
-                "job": Job(*values["job"]),
-                "launches": tuple(_launched(**x) for x in values["launches"]),
-                "measured": {name: Measured(*x) for name, x in values["measured"].items()},
-            }
-        )
-
-
-def _launched(counts: dict[str, Any] | None, **values: Any) -> Launched:
-    return Launched(counts=None if counts is None else Counts(**counts), **values)
-
 
 def plan(
-    targets: Sequence[str], dtypes: Sequence[str], calls: Sequence[str], kernels: Sequence[str], *how: bool
+    targets: Sequence[str], dtypes: Sequence[str], calls: Sequence[str], kernels: Sequence[str], counted: bool = False
 ) -> list[Job]:
-    """Return the jobs of calls in which one of the kernels runs; how: the last fields of them all."""
+    """Return the jobs of calls in which one of the kernels runs."""
     chosen = [name for name in calls if set(kernels) & set(kernels_of(name))]
-    return [Job(*parts, *how) for parts in itertools.product(targets, dtypes, chosen)]
+    return [Job(*parts, counted) for parts in itertools.product(targets, dtypes, chosen)]
 
 
 @cache
@@ -103,13 +80,13 @@ def kernels_of(call: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(launch.kernel.__name__ for launch in launches))
 
 
-def execute_job(job: Job) -> Row:
-    """Execute a job's call, and measure it."""
+def execute_job(job: Job, kept: Path | None = None) -> Row:
+    """Execute a job's call, and measure it; kept: as `emulating` takes it."""
     torch.set_num_threads(1)
     begin = time.monotonic()
     case = CASES[job.call]
     made = case.draw(DTYPES[job.dtype])
-    with emulating(TARGETS[job.target], counting=job.counted, strict=job.strict) as launches:
+    with emulating(TARGETS[job.target], counting=job.counted, kept=kept) as launches:
         try:
             values = case.evaluate(made, "triton")
         except (Fault, Unsupported, CompileError) as error:
@@ -138,39 +115,8 @@ def execute_all(jobs: Sequence[Job], workers: int, kept: Path | None) -> Iterato
     """Execute jobs in `workers` processes, and yield each row when it is there.
 
     Args:
-        kept: a file of one row a line, to which rows are added; those in it of the same sources are not made again.
+        kept: a folder of launches, as `emulating` takes it.
     """
-    sources = fingerprint()
-    done = _read(kept, sources)
-    yield from (done[job] for job in jobs if job in done)
-    left = [job for job in jobs if job not in done]
-    for row in each(execute_job, left, workers, lambda job: Row(job, (), {}, 0.0, "its process ended", "ended")):
-        if kept is not None and row.kind != "ended":
-            with kept.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"sources": sources, **row.as_json()}) + "\n")
-        yield row
-
-
-def fingerprint() -> str:
-    """Return a hash of the kernels, the executor, the calls, and the versions of what compiles them."""
-    digest = hashlib.sha256(json.dumps(versions()).encode())
-    for room in ("kernels", "bench/compiled", "bench/emulated"):
-        for path in sorted((ROOMS / room).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _read(kept: Path | None, sources: str) -> dict[Job, Row]:
-    """Return the rows of a file that come from these sources; a line that was cut short is none."""
-    rows: dict[Job, Row] = {}
-    if kept is None or not kept.exists():
-        return rows
-    for line in kept.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if values.pop("sources") == sources:
-            row = Row.of_json(values)
-            rows[row.job] = row
-    return rows
+    yield from each(
+        partial(execute_job, kept=kept), jobs, workers, lambda job: Row(job, (), {}, 0.0, "its process ended", "ended")
+    )

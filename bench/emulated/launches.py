@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from ...kernels.triton.tiles import Tokens
 from ..compiled.ahead_of_time import build, signature
 from ..compiled.rules import ATTENTION
 from .counts import Counts, count
-from .executor import execute
+from .executor import Executable, execute
+from .kept import Kept, copies
 from .ptx import Program, parse
 
 # of the targets that kernels are compiled for: those whose code is PTX
@@ -39,7 +41,13 @@ class Launched:
 
 
 @contextmanager
-def emulating(target: Target, *, counting: bool = False, strict: bool = False) -> Iterator[list[Launched]]:
+def emulating(
+    target: Target,
+    *,
+    counting: bool = False,
+    kept: Path | None = None,
+    before: Callable[[Executable], None] | None = None,
+) -> Iterator[list[Launched]]:
     """Execute the launches inside, which take tensors on the CPU, as they would run on `target`; list them.
 
     New tensors begin as NaN, so that what a kernel forgets to write shows.
@@ -47,34 +55,51 @@ def emulating(target: Target, *, counting: bool = False, strict: bool = False) -
     Args:
         target: a GPU whose code is PTX.
         counting: whether what each launch does is counted.
-        strict: as `execute` takes it.
+        kept: a folder, as `Kept` says, of launches that need not be executed again; those that are counted are.
+        before: is called with each launch before it is executed.
 
     Raises:
         CompileError, Unsupported: of a launch that cannot be compiled, or not be executed; from the `with` block.
         Fault: of a launch that does what it must not; from the `with` block.
     """
     launches: list[Launched] = []
+    store = None if kept is None or counting else Kept(kept)
 
     def take(launch: Launch) -> None:
         launches.append(Launched(launch.kernel.__name__, launch.programs))
-        launches[-1] = _execute(launch, target, counting, strict)
+        launches[-1] = _execute(launch, target, counting, store, before)
 
     with _poisoned(), redirecting(target, take):
         yield launches
 
 
-def _execute(launch: Launch, target: Target, counting: bool, strict: bool) -> Launched:
-    """Compile and execute one launch."""
+def _execute(
+    launch: Launch, target: Target, counting: bool, kept: Kept | None, before: Callable[[Executable], None] | None
+) -> Launched:
+    """Compile one launch, and execute it unless it is kept."""
     begin = time.perf_counter()
-    compiled = build(launch, target)
-    program = _parsed(compiled.asm["ptx"])
+    made = compiled(launch, target)
+    if before is not None:
+        before(made)
     built = time.perf_counter()
-    shared = compiled.metadata.shared
-    name, arguments, outputs = launch.kernel.__name__, arguments_of(launch), outputs_of(launch)
-    run = execute(program, launch.programs, arguments, shared, outputs=outputs, counting=counting, strict=strict)
-    pairs = launch.tile.BLOCK_M * launch.tile.BLOCK_N if name in ATTENTION else None
-    counts = count(run, launch.programs, arguments, pairs) if counting else None
-    return Launched(name, launch.programs, built - begin, time.perf_counter() - built, counts)
+    place = None if kept is None else kept.place(made)
+    if kept is not None and place is not None and (seconds := kept.take(place, made)) is not None:
+        return Launched(made.kernel, made.programs, built - begin, seconds)
+    old = copies(made)
+    run = execute(made.program, made.programs, made.arguments, made.shared, outputs=made.outputs, counting=counting)
+    seconds = time.perf_counter() - built
+    if kept is not None and place is not None:
+        kept.add(place, made, old, seconds)
+    pairs = launch.tile.BLOCK_M * launch.tile.BLOCK_N if made.kernel in ATTENTION else None
+    counts = count(run, made.programs, made.arguments, pairs) if counting else None
+    return Launched(made.kernel, made.programs, built - begin, seconds, counts)
+
+
+def compiled(launch: Launch, target: Target) -> Executable:
+    """Compile a launch, or take the result from Triton's cache."""
+    made = build(launch, target)
+    name, program, shared = launch.kernel.__name__, _parsed(made.asm["ptx"]), made.metadata.shared
+    return Executable(name, program, launch.programs, arguments_of(launch), shared, outputs_of(launch))
 
 
 @cache

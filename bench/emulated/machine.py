@@ -258,7 +258,7 @@ class Machine:
                 if steps > limit:
                     raise Fault("deadlock", f"no end after {limit} instructions")
                 run, _, _, target = code[at]
-                active = self._active(code[at], mask)
+                active = self.active(code[at], mask)
                 at += 1
                 if active is not None and not active.any():
                     continue
@@ -272,7 +272,7 @@ class Machine:
         self._require_end()
         return Run(self.program, steps, tuple(issued[:-1].tolist()), self.operations, self.traffic or {})
 
-    def _active(self, code: Code, mask: Mask) -> Mask:
+    def active(self, code: Code, mask: Mask) -> Mask:
         """Return the lanes of the mask in which an instruction's predicate holds."""
         predicate = code.predicate
         if predicate is None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .faults import Fault, Unsupported
-from .races import COPIED, IN_FLIGHT, Array, Lanes, Ledger, Order
+from .races import IN_FLIGHT, Array, Lanes, Ledger, Order
 
 BASE = 0x7F00_0000_0000  # the first made-up address
 GAP = 4096
@@ -42,7 +42,7 @@ class Global:
         self.writer = np.full(end // 2, NOWHERE, np.int32)
         for pointer, tensor in self.storages.items():
             start = self.offsets[pointer]
-            self.bytes[start : start + tensor.untyped_storage().nbytes()] = _bytes_of(tensor)
+            self.bytes[start : start + tensor.untyped_storage().nbytes()] = bytes_of(tensor)
         self.outputs = list(outputs)
         self._refuse_overlaps(tensors)
         for tensor in tensors:
@@ -60,6 +60,11 @@ class Global:
         strides = tuple(stride * tensor.itemsize for stride in tensor.stride())
         start = memory[self.address(tensor) - BASE :]
         return np.lib.stride_tricks.as_strided(start, (*tensor.shape, tensor.itemsize), (*strides, 1))
+
+    def values(self, tensor: Tensor, memory: Array | None = None) -> Tensor:
+        """Return a tensor with the elements that it has here, or in a copy of `bytes`."""
+        data = np.array(self._elements(self.bytes if memory is None else memory, tensor))
+        return torch.from_numpy(data).view(tensor.dtype).reshape(tensor.shape)
 
     def _refuse_overlaps(self, tensors: Sequence[Tensor]) -> None:
         """Refuse outputs that share elements with themselves or another tensor."""
@@ -127,15 +132,14 @@ class Global:
         rows, granules = _granules(at, width)
         _rows(self.writer, granules)[rows] = program[:, None]
 
-    def finish(self) -> None:
-        """Write everything back into the tensors.
-
-        Raises:
-            Fault: an element of an output was not written.
-        """
+    def write_back(self) -> None:
+        """Write everything into the tensors."""
         for pointer, tensor in self.storages.items():
             start = self.offsets[pointer]
-            _bytes_of(tensor)[:] = self.bytes[start : start + tensor.untyped_storage().nbytes()]
+            bytes_of(tensor)[:] = self.bytes[start : start + tensor.untyped_storage().nbytes()]
+
+    def require_outputs(self) -> None:
+        """Raise a fault if an element of an output was not written."""
         for i, tensor in enumerate(self.outputs):
             written = self._elements(np.repeat(self.writer != NOWHERE, 2), tensor).all(-1)
             if not written.all():
@@ -197,7 +201,7 @@ class Shared:
         """Write the rows of `data` that were announced."""
         width = data.shape[1]
         rows, granules = _granules(at, width)
-        self.ledger.written.reshape(-1, granules)[rows] = COPIED | self.ledger.order.stamp(lanes)[:, None]
+        self.ledger.written.reshape(-1, granules)[rows] = self.ledger.order.stamp(lanes)[:, None]
         _rows(self.bytes, width)[at // width] = data
 
 
@@ -215,7 +219,7 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def _bytes_of(tensor: Tensor) -> Array:
+def bytes_of(tensor: Tensor) -> Array:
     """Return the bytes of a tensor's storage."""
     flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     return np.asarray(flat.numpy())

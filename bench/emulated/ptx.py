@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Union
 
 from .faults import Unsupported
@@ -73,6 +75,13 @@ class Program:
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
     variables: frozenset[str]
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the instructions, wherever they come from in a source."""
+        code = [(x.opcode, x.operands, x.predicate, x.negated) for x in self.instructions]
+        rest = self.target, self.parameters, self.threads, self.registers, self.labels, sorted(self.variables)
+        return hashlib.sha256(repr((rest, code)).encode()).hexdigest()[:16]
 
 
 _TOKEN = re.compile(

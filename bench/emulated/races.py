@@ -2,6 +2,12 @@
 
 Every access leaves a stamp: the machine's clock, the warp and the lane. Two accesses, one of them a write, are ordered
 if a barrier of the whole program lies between them, or, within a warp, one of the warp.
+
+wgmma and tcgen05.mma read shared memory by the asynchronous proxy. What the generic proxy wrote they see behind a
+fence.proxy.async alone: of the writer after the write, or of the reader after the barrier (PTX ISA, "Async proxy"). The
+copies of cp.async belong to the generic proxy too, only those of cp.async.bulk to the asynchronous one, and a copy is
+written when its wait has ended, so a fence before the wait does not count. Triton takes it so (ProxyFenceInsertion.cpp,
+pull requests 9610 and 10552), after a B200 gave wrong results without the fence (pytorch/pytorch issue 181248).
 """
 
 from __future__ import annotations
@@ -20,8 +26,6 @@ Lanes = Any  # indices of lanes, or slice(None) for all of them
 _LANE, _WARP = 0x3F, 0x3FC0
 ANYONE = _WARP | _LANE
 _CLOCK = 16
-# in the stamp of what cp.async wrote: nobody fences it, as its wait and a barrier are relied upon
-COPIED = 1 << 14
 # stamps of what has not ended: writes by cp.async before their wait, reads by matrix instructions before theirs
 IN_FLIGHT = 1 << 62
 # in the stamp of what tcgen05.mma did: who has waited for it since is ordered after it
@@ -33,7 +37,7 @@ class Order:
     """Hold what the accesses of each lane come after: `synced` its program's last barrier, `warp_synced` its warp's.
 
     who: the lane's own part of its stamps. waited: its last wait at an mbarrier. fenced: the clock of its last fence
-    between proxies. strict: what cp.async wrote needs such a fence too.
+    between proxies.
     """
 
     def __init__(self, lanes: int, threads: int) -> None:
@@ -42,7 +46,6 @@ class Order:
         self.who = (thread // 32 << 6) | thread % 32
         self.synced, self.warp_synced, self.waited = (np.full(lanes, _START) for _ in range(3))
         self.fenced = np.zeros(lanes, np.int64)
-        self.strict = False
 
     def stamp(self, lanes: Lanes) -> Array:
         """Return the stamp of an access now."""
@@ -140,9 +143,7 @@ class Ledger:
         if unfenced.any():
             first = lanes // order.threads * order.threads
             writer = first[:, None] + ((prior & _WARP) >> 6) * 32 + (prior & _LANE)
-            if (
-                (order.fenced[writer] <= prior >> _CLOCK) & (order.strict | (prior & COPIED == 0)) & unfenced[:, None]
-            ).any():
+            if ((order.fenced[writer] <= prior >> _CLOCK) & unfenced[:, None]).any():
                 raise Fault("proxy fence", "a matrix instruction reads what was written without a fence.proxy.async")
         self.read.reshape(-1, 8)[chunks] = stamp
         self.flights.setdefault(stamp, []).append(chunks)

@@ -6,6 +6,7 @@ Exit status: 0 where all is right, 1 where something is not, 2 where nothing can
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
 from ...kernels.backends import HAS_TRITON
 from ...kernels.check.check import interpreted
@@ -23,7 +24,9 @@ from ..choices import choices, listed
 from ..choices import kernels as choose_kernels
 from ..outcome import finish, refused
 
-KEPT = Path("build/emulated.jsonl")
+KEPT = Path("build/emulated")
+# by which mutants are drawn
+SEED = 0
 # targets and dtypes of --quick, whose calls launch every kernel
 QUICK = (("sm_80", "sm_90"), ("bfloat16",))
 
@@ -45,8 +48,9 @@ def _parser(targets: Sequence[str]) -> argparse.ArgumentParser:
         help="also what the code of calls with whole tiles moves and issues, unless --calls says which",
     )  # fmt: skip
     found.add_argument(
-        "--strict", action="store_true",
-        help="what cp.async copied needs a fence before a matrix instruction reads it, beside its wait and a barrier",
+        "--mutations", type=int, metavar="N",
+        help="spoil the code instead, one instruction at a time, and say what the checks notice: every barrier, fence "
+        "and wait of a kernel, N of its masks, fragments and offsets",
     )  # fmt: skip
     found.add_argument("--quick", action="store_true", help="unless said otherwise, two targets, one dtype, few calls")
     found.add_argument(
@@ -56,8 +60,9 @@ def _parser(targets: Sequence[str]) -> argparse.ArgumentParser:
     found.add_argument("--json", type=Path, metavar="FILE", help="write the rows as data too")
     found.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default: one per core")
     found.add_argument(
-        "--kept", type=Path, default=KEPT, metavar="FILE",
-        help="what is done is kept there, and not done again while the sources are the same, default: %(default)s",
+        "--kept", type=Path, default=KEPT, metavar="FOLDER",
+        help="what launches write is kept there: code that has not changed is not executed again from the same memory, "
+        "default: %(default)s",
     )  # fmt: skip
     found.add_argument("--here", action="store_true", help="use the environment that is active, make none")
     return found
@@ -91,13 +96,32 @@ def _against(path: Path) -> int:
     return 1 if wrong or not found else 0
 
 
+def _mutations(
+    targets: Sequence[str], dtypes: Sequence[str], calls: Sequence[str], each: int, kept: Path, file: Path | None
+) -> int:
+    """Spoil the code of calls, and return the exit status: 0 where the checks notice as much as they must."""
+    from .mutations import GOAL, Job, document, launch_count, lines, spoil_all, tallies
+
+    jobs = [Job(*parts) for parts in itertools.product(targets, dtypes, calls)]
+    console, total = Console(stderr=True), sum(launch_count(job.call) for job in jobs)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("spoiling", total=total)
+        kept.mkdir(parents=True, exist_ok=True)
+        spoilt = spoil_all(jobs, each, SEED, kept / "mutations.jsonl", kept, lambda: bar.advance(task))
+    for line in lines(spoilt):
+        sys.stdout.write(f"{line}\n")
+    if file is not None:
+        file.write_text(json.dumps(document(spoilt, each, SEED), indent=1) + "\n", encoding="utf-8")
+    return 0 if tallies(spoilt)[-1].share >= GOAL else 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     if not HAS_TRITON:
         return _refused("Triton is not installed")
     # these need Triton
     from ..compiled.jobs import KERNELS
-    from .cases import CASES, COUNTED
+    from .cases import CASES, COUNTED, SPOILT
     from .cases import QUICK as QUICK_CALLS
     from .jobs import Row, execute_all, plan
     from .launches import EMULATED
@@ -110,20 +134,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.against is not None:
         return _against(given.against)
     usual = (*QUICK, QUICK_CALLS) if given.quick else (EMULATED, tuple(DTYPES), tuple(CASES))
+    if given.mutations is not None:
+        usual = (("sm_80", "sm_90", "sm_100"), ("bfloat16",), SPOILT)
     if given.counts:
         usual = (*usual[:2], COUNTED)
     begin = time.monotonic()
     try:
         if given.jobs < 1:
             raise ValueError(f"--jobs must be positive, got {given.jobs}")
+        if given.mutations is not None and given.mutations < 1:
+            raise ValueError(f"--mutations must be positive, got {given.mutations}")
         targets = choices("targets", given.targets, usual[0], EMULATED)
         dtypes = choices("dtypes", given.dtypes, usual[1], tuple(DTYPES))
         calls = choices("calls", given.calls, usual[2], tuple(CASES))
         kernels = choose_kernels(given.kernels, KERNELS)
     except ValueError as error:
         return _refused(str(error))
-    jobs = plan(targets, dtypes, calls, kernels, given.counts, given.strict)
-    given.kept.parent.mkdir(parents=True, exist_ok=True)
+    if given.mutations is not None:
+        return _mutations(targets, dtypes, calls, given.mutations, given.kept, given.json)
+    jobs = plan(targets, dtypes, calls, kernels, given.counts)
     console = Console(stderr=True)
     done = execute_all(jobs, given.jobs, given.kept)
     rows: list[Row] = list(track(done, "executing", len(jobs), console=console, disable=not console.is_terminal))

@@ -72,7 +72,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     },
     ("query_grad_kernel", 16, 64): {
         "": _tile(128, 64, warps=8, stages=3),
-        "sm_100": _tile(64, 64, 32),
+        "sm_100": _tile(128, 64, 32, warps=8, stages=3),
         "sm_120": _tile(128, 64, 32, warps=8, stages=3),
         "gfx942": _tile(64, 32, stages=1),
     },
@@ -95,11 +95,12 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("key_grad_kernel", 16, 128): {
         "": _tile(64, 64, warps=8),
         "sm_90": _tile(32, 128, warps=8, stages=3),
-        "sm_100": _tile(64, 128, warps=8),
+        "sm_100": _tile(64, 128, warps=8, stages=3),
         "gfx942": _tile(32, 32, stages=1),
     },
     ("key_grad_kernel", 16, 256): {
         "": _tile(32, 64, warps=8),
+        "sm_100": _tile(32, 64, warps=8, stages=3),
         "sm_120": _tile(32, 32, warps=8, stages=1),
         "gfx942": _tile(16, 16, stages=1),
     },

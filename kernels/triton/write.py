@@ -189,7 +189,8 @@ def product_kernel(
     # in half precision A's factors are split along z, since σ(x) / σ(x) z times z is 1: rests alone are rounded
     SPLIT: tl.constexpr = (y is None) and (x.pointer.dtype.element_ty != tl.float32)
     if SPLIT:
-        share = reciprocal(tl.sum(z * z, 0))
+        # maximum: fused into an addition, a square would be rounded in one of two lanes, and their sums differ by a bit
+        share = reciprocal(tl.sum(tl.maximum(z * z, 0.0), 0))
         z_columns = load_vector(normalizer.z + at * K, column, COLUMNS, K) * share
         common = 0.0
         rests = tl.zeros([BLOCK_K], tl.float32)

@@ -16,14 +16,17 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from small_ptx import program
+
 from segattn.bench.compiled.ahead_of_time import signature
 from segattn.bench.compiled.jobs import KERNELS
-from segattn.bench.emulated import jobs as emulated_jobs
 from segattn.bench.emulated import launches as emulated_launches
 from segattn.bench.emulated.cases import CASES, QUICK, RECORDED
 from segattn.bench.emulated.counts import Counts
+from segattn.bench.emulated.executor import Executable, execute
 from segattn.bench.emulated.faults import Fault
-from segattn.bench.emulated.jobs import Job, Measured, Row, execute_all, execute_job, kernels_of, plan
+from segattn.bench.emulated.jobs import Job, Measured, Row, execute_job, kernels_of, plan
+from segattn.bench.emulated.kept import Kept, copies
 from segattn.bench.emulated.launches import EMULATED, Launched, arguments_of, emulating, outputs_of
 from segattn.bench.emulated.profile import profile
 from segattn.bench.emulated.table import OUTPUTS, failures, table
@@ -53,7 +56,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path, dict[str, Any]]:
     """The short form."""
     folder = tmp_path_factory.mktemp("emulated")
-    kept, out = folder / "kept.jsonl", folder / "rows.json"
+    kept, out = folder / "kept", folder / "rows.json"
     done = command("segattn.bench.emulated", "--quick", f"--kept={kept}", f"--json={out}")
     assert done.returncode == 0, done.stdout + done.stderr
     return done, kept, json.loads(out.read_text(encoding="utf-8"))
@@ -82,10 +85,10 @@ def test_what_is_done_is_not_done_again(
     finished: tuple[subprocess.CompletedProcess[str], Path, dict[str, Any]],
 ) -> None:
     done, kept, _ = finished
-    before = kept.read_text(encoding="utf-8")
+    before = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
     again = command("segattn.bench.emulated", "--quick", f"--kept={kept}")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert kept.read_text(encoding="utf-8") == before
+    assert {path.name: path.stat().st_mtime_ns for path in kept.iterdir()} == before
     # but for the seconds in its last line
     assert again.stdout.splitlines()[:-1] == done.stdout.splitlines()[:-1]
 
@@ -222,22 +225,20 @@ def test_a_profile_adds_up_a_kernels_launches() -> None:
         ],
         abs=0.06,
     )  # fmt: skip
-    again = Row.of_json(json.loads(json.dumps(made.as_json())))
-    assert again == made
 
 
 def test_the_figures_of_the_kernels_are_those_that_were_counted() -> None:
     text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
     rows = json.loads((ROOT / "bench" / "results" / "emulated" / "counts.json").read_text(encoding="utf-8"))["rows"]
     columns = []
-    for made in sorted((Row.of_json(x) for x in rows), key=lambda x: x.job.call, reverse=True):
-        floor, counts = CASES[made.job.call].floor, {x.kernel: x.counts for x in made.launches if x.counts}
+    for made in sorted(rows, key=lambda row: row["job"][2], reverse=True):
+        floor, counts = CASES[made["job"][2]].floor, {x["kernel"]: x["counts"] for x in made["launches"]}
         assert floor is not None
         work = floor(2)
-        sums = [sum(getattr(x.counts, name) for x in made.launches) for name in ("operations", "tensors", "sectors")]
-        loops = [sum(counts[f"{name}_kernel"].loop.values()) for name in ("attend", "query_grad", "key_grad")]
+        sums = [sum(x["counts"][name] for x in made["launches"]) for name in ("operations", "tensors", "sectors")]
+        loops = [sum(counts[f"{name}_kernel"]["loop"].values()) for name in ("attend", "query_grad", "key_grad")]
         columns.append([sums[0] / work.operations, sums[1] / work.bytes, sums[2] / work.bytes, *loops])
-    section = text.partition("### Counted")[2].partition("\n## ")[0]
+    section = text.partition("### Counted")[2].partition("\n##")[0]
     shown = [line.split("|")[2:4] for line in section.splitlines() if line.startswith("| ")][2:]
     assert [[float(x) for x in pair] for pair in shown] == [
         [round(a, 2), round(b, 2)] for a, b in zip(*columns, strict=True)
@@ -270,23 +271,27 @@ def test_a_fault_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [launch.kernel for launch in found.launches] == ["product_kernel"]
 
 
-def test_rows_are_kept_while_the_sources_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, jobs = tmp_path / "kept.jsonl", [row().job, row("linear").job]
-    asked: list[Job] = []
+def test_launches_are_kept_by_what_they_execute(tmp_path: Path) -> None:
+    """The same code from the same memory is not executed again; wherever it stands in a source."""
+    load, rest = "    ld.global.b32 %r10, [%rd0];\n", "    st.global.b32 [%rd1], %r10;\n"
+    kinds, kept = ["u64", "u64"], Kept(tmp_path / "kept")
 
-    def each(do: Any, left: list[Job], workers: int, ended: Any) -> Any:
-        asked.extend(left)
-        return [row(job.call) for job in left]
+    def launch(body: str, first: float) -> Executable:
+        x, out = torch.full((1,), first), torch.full((1,), math.nan)
+        return Executable("kernel", program(body, kinds), 1, [x, out], 0, [out])
 
-    monkeypatch.setattr(emulated_jobs, "each", each)
-    assert list(execute_all(jobs[:1], 1, kept)) == [row()]
-    with kept.open("a") as file:
-        file.write('{"sources": "cut sh')
-    assert list(execute_all(jobs, 1, kept)) == [row(), row("linear")]
-    assert asked == jobs
-    monkeypatch.setattr(emulated_jobs, "fingerprint", lambda: "other sources")
-    list(execute_all(jobs, 1, kept))
-    assert asked == jobs + jobs
+    made = launch(load + rest, 3.0)
+    place, before = kept.place(made), copies(made)
+    assert kept.take(place, made) is None
+    execute(*made[1:5], outputs=made.outputs)
+    kept.add(place, made, before, 0.5)
+    again = launch(load + "    .loc 1 30 0\n" + rest, 3.0)
+    assert kept.place(again) == place
+    assert kept.take(place, again) == 0.5
+    assert again.outputs[0].item() == 3
+    assert kept.place(launch(load + rest, 4.0)) != place
+    assert kept.place(launch(load + load + rest, 3.0)) != place
+    assert kept.place(made._replace(programs=2)) != place
 
 
 def test_launches_are_what_the_code_takes() -> None:

@@ -42,6 +42,16 @@ def signed(x: int, bits: int) -> int:
     return x - (1 << bits) if x >> (bits - 1) else x
 
 
+def permuted(a: int, b: int, selector: int) -> int:
+    """Return four bytes of eight, or of their signs."""
+    eight, chosen = a.to_bytes(4, "little") + b.to_bytes(4, "little"), []
+    for i in range(4):
+        number = selector >> 4 * i & 15
+        byte = eight[number & 7]
+        chosen.append(byte if number < 8 else 255 * (byte >> 7))
+    return int.from_bytes(chosen, "little")
+
+
 def truncated(a: int, b: int) -> int:
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
@@ -97,6 +107,8 @@ INTEGERS: list[tuple[str, tuple[int, ...], int, Callable[..., int]]] = [
     ("bfe.u32 {0}, {1}, {2}, {3};", (4, 4, 4), 4, lambda a, p, n: extract(a, p, n, False)),
     ("bfe.s32 {0}, {1}, 6, 1;", (4,), 4, lambda a: extract(a, 6, 1, True)),
     ("bfe.s32 {0}, {1}, 28, 9;", (4,), 4, lambda a: signed(a, 32) >> 28),
+    ("prmt.b32 {0}, {1}, {2}, 0x5410U;", (4, 4), 4, lambda a, b: permuted(a, b, 0x5410)),
+    ("prmt.b32 {0}, {1}, {2}, {3};", (4, 4, 4), 4, lambda a, b, s: permuted(a, b, s)),
     ("div.s32 {0}, {1}, 7;", (4,), 4, lambda a: truncated(signed(a, 32), 7)),
     ("div.s32 {0}, {1}, -7;", (4,), 4, lambda a: truncated(signed(a, 32), -7)),
     ("rem.s32 {0}, {1}, 7;", (4,), 4, lambda a: signed(a, 32) - 7 * truncated(signed(a, 32), 7)),

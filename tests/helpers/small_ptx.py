@@ -72,12 +72,11 @@ def run(
     target: str = "sm_90a",
     limit: int = 100_000,
     counting: bool = False,
-    strict: bool = False,
 ) -> Run:
     """Execute a kernel on arguments."""
     kinds = ["u64" if isinstance(a, Tensor) else "f32" if isinstance(a, float) else "u32" for a in arguments]
     parsed = program(body, kinds, threads=threads, target=target)
-    return execute(parsed, programs, arguments, shared, outputs=outputs, limit=limit, counting=counting, strict=strict)
+    return execute(parsed, programs, arguments, shared, outputs=outputs, limit=limit, counting=counting)
 
 
 def place(register: str, base: str, size: int, index: str = "%r1") -> str:

@@ -1,0 +1,151 @@
+"""Code with one instruction spoilt: what the checks notice, why they do not notice the rest, and the table of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from small_ptx import program
+
+pytest.importorskip("triton")
+from segattn.bench.emulated.executor import Executable
+from segattn.bench.emulated.mutants import EACH, KINDS, mutants, sample
+from segattn.bench.emulated.mutations import GOAL, Judged, Spoilt, Tally, lines, tallies
+from segattn.bench.emulated.trials import HOLE, NOTICED, REDUNDANT, UNREACHED, Trial, Verdict
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# two warps exchange words that copies bring; the second barrier orders nothing, and %p2 holds nowhere
+EXCHANGE = """
+    shl.b32 %r11, %r0, 2;
+    mad.wide.u32 %rd10, %r0, 4, %rd0;
+    cp.async.ca.shared.global [%r11], [%rd10], 4;
+    cp.async.commit_group;
+    cp.async.wait_group 0;
+    bar.sync 0;
+    xor.b32 %r12, %r11, 128;
+    ld.shared.b32 %r10, [%r12];
+    setp.lt.s32 %p1, %r0, 60;
+    setp.gt.s32 %p2, %r0, 70;
+    mad.wide.u32 %rd11, %r0, 4, %rd1;
+    @%p1 st.global.b32 [%rd11], %r10;
+    bar.sync 0;
+    @!%p2 bra END;
+    bar.sync 0;
+END:
+"""
+PRODUCT = """
+    mad.wide.u32 %rd10, %r0, 16, %rd0;
+    mad.wide.u32 %rd11, %r0, 16, %rd1;
+    ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%rd10];
+    mov.b32 %r20, 0;
+    mov.b32 %r21, 0;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r30, %r31, %r32, %r33}, {%r10, %r11, %r12, %r13},
+        {%r10, %r13}, {%r20, %r21, %r20, %r21};
+    st.global.v4.b32 [%rd11], {%r30, %r31, %r32, %r33};
+"""
+
+
+def judged(body: str, *tensors: torch.Tensor, threads: int, shared: int = 0) -> dict[tuple[str, str, str], Verdict]:
+    """Return what becomes of every mutant, by its kind, its instruction and its change."""
+    parsed = program(body, ["u64"] * len(tensors), threads=threads)
+    trial = Trial(Executable("kernel", parsed, 1, tensors, shared, tensors[1:]), 1e-2)
+    return {
+        (m.kind, f"{m.at} {parsed.instructions[m.at].opcode}", m.change): trial.judge(m)
+        for m in mutants(parsed)
+        if parsed.instructions[m.at].source == "hand.py:20"
+    }
+
+
+def test_what_the_checks_notice() -> None:
+    found = judged(EXCHANGE, torch.arange(1.0, 65.0), torch.zeros(60), threads=64, shared=256)
+    verdicts = [(kind, change, *verdict) for (kind, _, change), verdict in found.items()]
+    assert verdicts == [
+        ("offset", "%r11 + 0 by 4 more", NOTICED, "bounds"),
+        ("offset", "%rd10 + 0 by 4 more", NOTICED, "bounds"),
+        ("wait", "for all but 1", NOTICED, "asynchronous copy"),
+        ("barrier", "taken out", NOTICED, "race"),
+        ("offset", "%r12 + 0 by 4 more", NOTICED, "bounds"),
+        ("bound", "setp.le.s32", NOTICED, "bounds"),
+        ("bound", "setp.ge.s32", REDUNDANT, "it does the same wherever it runs"),
+        ("mask", "without %p1", NOTICED, "bounds"),
+        ("offset", "%rd11 + 0 by 4 more", NOTICED, "bounds"),
+        ("barrier", "taken out", REDUNDANT, "no two warps meet across it"),
+        ("barrier", "taken out", UNREACHED, "no call gets there"),
+    ]
+
+
+def test_swapped_fragments() -> None:
+    x = torch.randn(32 * 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = judged(PRODUCT, x, torch.zeros(32 * 4), threads=32)
+    swapped = [verdict for (kind, _, _), verdict in found.items() if kind == "fragment"]
+    same = Verdict(REDUNDANT, "it does the same wherever it runs")  # of the zeros that are added
+    assert swapped == [Verdict(NOTICED, "result")] * 3 + [same]
+
+
+def test_what_reaches_no_result_is_redundant() -> None:
+    """A load without its mask, of a value that is multiplied by nought; and one whose value is used after all."""
+    load = """
+    mad.wide.u32 %rd10, %r0, 4, %rd0;
+    mad.wide.u32 %rd11, %r0, 4, %rd1;
+    setp.lt.s32 %p1, %r0, 16;
+    mov.b32 %r10, 0;
+    @%p1 ld.global.b32 %r10, [%rd10];
+    mov.b32 %r11, 0f3F800000;
+    selp.b32 %r11, %r11, 0, %p1;
+    {}
+    st.global.b32 [%rd11], %r12;
+"""
+    for use, expected in (
+        ("mul.f32 %r12, %r10, %r11;", Verdict(REDUNDANT, "nothing that it changes reaches a result")),
+        ("mov.b32 %r12, %r10;", Verdict(NOTICED, "result")),
+    ):
+        found = judged(load.format(use), torch.arange(1.0, 33.0), torch.zeros(32), threads=32)
+        assert [verdict for (kind, _, _), verdict in found.items() if kind == "mask"] == [expected]
+
+
+def test_a_sample_has_every_barrier_and_wait() -> None:
+    parsed = program(EXCHANGE, ["u64", "u64"], threads=64)
+    all_of, few = list(mutants(parsed)), sample(parsed, 1, 0)
+    assert few == sample(parsed, 1, 0)
+    counts = Counter(m.kind for m in few)
+    assert {kind: counts[kind] for kind in EACH if counts[kind]} == {"barrier": 3, "wait": 1}
+    assert all(counts[kind] == 1 for kind in KINDS if kind not in EACH and any(m.kind == kind for m in all_of))
+    assert {m.kind for m in all_of} <= set(KINDS)
+
+
+def spoilt(what: str, kind: str = "barrier", why: str = "race") -> Spoilt:
+    return Spoilt("sm_90", "scan_kernel", "d", 7, kind, "bar.sync", "taken out", "write.py:1", what, why, "delta")
+
+
+def test_the_table_counts_shares() -> None:
+    rows = [spoilt(NOTICED)] * 3 + [spoilt(HOLE, why="below the gate"), spoilt(REDUNDANT), spoilt(UNREACHED, "mask")]
+    assert tallies(rows)[0] == Tally("sm_90 scan_kernel", 3, 1, 1, 1)
+    assert tallies(rows)[-1].share == 0.75
+    text = list(lines(rows))
+    assert text[1].split() == ["sm_90", "scan_kernel", "3", "75.0%", "1", "1", "1"]
+    assert "barrier        3  race" in text
+
+
+def test_launches_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "judged.jsonl"
+    Judged(path).add(("a", 1), [spoilt(NOTICED)])
+    assert Judged(path).done == {("a", 1): [spoilt(NOTICED)]}
+
+
+def test_the_table_that_is_shown_is_the_one_that_was_measured() -> None:
+    text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8").partition("### Spoilt")[2].partition("\n## ")[0]
+    made = json.loads((ROOT / "bench" / "results" / "emulated" / "mutations.json").read_text(encoding="utf-8"))
+    measured = {x["name"]: Tally(**x) for x in made["tallies"]}
+    shown = [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][2:]
+    assert {row[0] for row in shown} == {*KINDS, "all"}
+    for name, *cells in shown:
+        tally = measured[name]
+        assert cells == [
+            str(tally.noticed), f"{tally.share:.1%}", str(tally.holes), str(tally.redundant), str(tally.unreached)
+        ]  # fmt: skip
+    assert measured["all"].share >= GOAL
+    assert measured["all"].holes == len(made["holes"])
