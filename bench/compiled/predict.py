@@ -65,7 +65,8 @@ class Workload(NamedTuple):
         """Return every launch, of local attention alone or of the whole."""
         case = CASES["local"] if local else CASES["delta"]._replace(delta=self.update == "delta")
         shape = Shape(self.B, self.H, self.G, self.T, self.L)
-        return launches(TARGETS[self.target], DTYPES[DTYPE], self.K, case, shape)
+        target = TARGETS[self.target]._replace(processors=GPUS[self.target].multiprocessors)
+        return launches(target, DTYPES[DTYPE], self.K, case, shape)
 
 
 WORKLOADS = (
@@ -143,6 +144,13 @@ def _members(launch: Launch) -> int:
     return launch.arguments["x"].heads // launch.arguments["groups"]
 
 
+def _write_grad(launch: Launch) -> Work:
+    passes = 1 if launch.arguments["grads"].curvature is None else 3
+    # the first loop is that of tokens that were not written
+    rounds = (0, launch.arguments["steps"], *_several(*[_chunks(launch)] * passes))
+    return Work(rounds, rounds)
+
+
 WORK: dict[str, Callable[[Launch], Work]] = {
     "attend_kernel": _attend,
     "query_grad_kernel": _query_grad,
@@ -153,9 +161,7 @@ WORK: dict[str, Callable[[Launch], Work]] = {
     "scan_kernel": _even(lambda x: (x.arguments["segments"],)),
     "curvature_kernel": _even(lambda x: _several(math.ceil(x.arguments["V"] / x.tile.CHUNK))),
     "weight_sums_kernel": _even(lambda x: (_tiles(x), *_several(_chunks(x), _chunks(x)))),
-    "write_grad_kernel": _even(
-        lambda x: _several(*[_chunks(x)] * (1 if x.arguments["grads"].curvature is None else 3))
-    ),
+    "write_grad_kernel": _write_grad,
 }
 
 

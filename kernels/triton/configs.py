@@ -24,10 +24,11 @@ class Tile:
 
 
 class Target(NamedTuple):
-    """Name what kernels are compiled for, and the shared memory that a program may have there, in bytes."""
+    """Name what kernels are compiled for, the shared memory that a program may have there, and multiprocessors."""
 
     name: str
-    shared: int
+    shared: int  # bytes
+    processors: int = 4
 
 
 TARGETS = {

@@ -181,19 +181,20 @@ def product_kernel(
     at = tl.cast(slot, tl.int64) * groups + group
     members = x.heads // groups
     acc = tl.zeros([BLOCK_K, COLUMNS], tl.float32)
-    total = tl.zeros([BLOCK_K], tl.float32)
     column = tile * COLUMNS
+    # summed over their rows at the end: warps would wait for each other at every tile
+    totals = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     if normalizer is not None:
         z = load_vector(normalizer.z + at * K, 0, BLOCK_K, K)
         inverse_peak = tl.load(normalizer.inverse_peak + at)
-    # in half precision A's factors are split along z, since σ(x) / σ(x) z times z is 1: rests alone are rounded
+    # in half precision A = Σ weight · σ z · uᵀ u, u = σ(x) / σ(x) z, and u is split along z: as u z = 1, it is z / z z
+    # and a rest, which alone is rounded
     SPLIT: tl.constexpr = (y is None) and (x.pointer.dtype.element_ty != tl.float32)
     if SPLIT:
-        share = reciprocal(tl.sum(z * z, 0))
-        z_columns = load_vector(normalizer.z + at * K, column, COLUMNS, K) * share
-        common = 0.0
-        rests = tl.zeros([BLOCK_K], tl.float32)
-        rests_columns = tl.zeros([COLUMNS], tl.float32)
+        along = z * reciprocal(tl.sum(z * z, 0))
+        along_columns = load_vector(normalizer.z + at * K, column, COLUMNS, K) * reciprocal(tl.sum(z * z, 0))
+        commons = tl.zeros([BLOCK_N], tl.float32)
+        totals_columns = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
     for member in range(0, members):
         head = group * members + member
         tokens = head_of(x, segment.row, head, end - offset)
@@ -216,19 +217,22 @@ def product_kernel(
                 weights *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
             if sums is not None:
                 if memory_delta is None:
-                    total += tl.sum(features, 0)
+                    totals += features
                 else:
                     delta = tl.load(memory_delta + at_rows + i, mask=i < end, other=0.0)
-                    total -= tl.sum(features * (weights * delta)[:, None], 0)
+                    totals -= features * (weights * delta)[:, None]
             scale = 1.0
             if SPLIT:
-                weights = tl.where(inverse != 0, weights, 0.0)
-                features -= (z * share)[None, :]
-                other = feature_map(load_rows(tokens, start - offset, column, BLOCK_N, COLUMNS, W), ELU)
-                other -= known[:, None] * z_columns[None, :]
-                common += tl.sum(weights * known, 0)
-                rests += tl.sum(features * (weights * known)[:, None], 0)
-                rests_columns += tl.sum(other * weights[:, None], 0)
+                weights = tl.where(inverse != 0, weights * known, 0.0)
+                features -= along[None, :]
+                commons += weights
+                totals += features * weights[:, None]
+                if COLUMNS == BLOCK_K:
+                    other = features
+                else:
+                    other = feature_map(load_rows(tokens, start - offset, column, BLOCK_N, COLUMNS, W), ELU)
+                    other = other * inverse[:, None] - along_columns[None, :]
+                    totals_columns += other * weights[:, None]
                 other, scale = operand(other, x.pointer.dtype.element_ty)
             elif y is None:
                 other = feature_map(load_rows(tokens, start - offset, column, BLOCK_N, COLUMNS, W), ELU)
@@ -237,9 +241,12 @@ def product_kernel(
                 other = load_rows(y_head, start - offset, column, BLOCK_N, COLUMNS, W)
             scaled, factor = operand(features * weights[:, None], other.dtype)
             acc += dot(tl.trans(scaled), other, None) * (factor * scale)
+    total = tl.sum(totals, 0)
     if SPLIT:
-        acc += (z * share)[:, None] * (common * z_columns + rests_columns)[None, :]
-        acc += rests[:, None] * z_columns[None, :]
+        if COLUMNS == BLOCK_K:
+            totals_columns = totals
+        common = tl.sum(commons, 0) * along_columns + tl.sum(totals_columns, 0)
+        acc += along[:, None] * common[None, :] + total[:, None] * along_columns[None, :]
     if normalizer is not None:
         acc *= inverse_peak
         total *= inverse_peak
@@ -443,10 +450,10 @@ def write(
     """
     groups = k.shape[1]
     delta = update == "delta"
-    added, sums = products(k, v, groups, layout, beta=beta, elu=elu, summed=not delta and not corrected)
+    added, sums = products(k, v, groups, layout, beta=beta, elu=elu, summed=not corrected)
     gamma = None
-    if delta or corrected:
-        sums, gamma = sum_keys(k, normalizer if corrected else None, layout, elu)
+    if corrected:
+        sums, gamma = sum_keys(k, normalizer, layout, elu)
     z_before, z = sum_normalizers(normalizer, sums, layout)
     erased = None
     if delta:
