@@ -13,7 +13,7 @@ from .inference import savable
 from .reference import reference_attention
 from .sequences import checked_bounds
 from .sinks import sinks_of
-from .state import MemoryState, Options, SegmentOutput, Sinks, empty_output
+from .state import HeadBiases, MemoryState, Options, SegmentOutput, Sinks, empty_output
 from .torch.attention import torch_attention
 
 if HAS_TRITON:
@@ -43,6 +43,8 @@ def segment_attention(
     sinks: int = 0,
     sink_k: Tensor | None = None,
     sink_v: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     past: int | Tensor = 0,
     backend: str | None = None,
 ) -> SegmentOutput:
@@ -80,6 +82,10 @@ def segment_attention(
         sink_k, sink_v: their keys and values, k's dtype: [N, G, sinks, K] and [N, G, sinks, V] with N states, or
             [N, G, S, sinks, ·], one for each of the S = ceil(Tk / L) segments of k (for rotary positions within the
             window). Default: the first tokens of k and v.
+        sink_logits: [H], one more logit of each head's softmax, of nothing: exp(sink_logits) joins the sum that the
+            weights are divided by (attention sinks as in GPT-OSS, arXiv 2508.10925). Neither scaled nor capped.
+        alibi_slopes: [H]; a score loses slope · |i − j| (ALiBi, arXiv 2108.12409), after the cap. Not trained. Sinks
+            stand directly before the window, whatever their distance in the sequence.
         past: tokens of each sequence before the first of k, whole segments: an integer, or one for each as integers
             [N]. Above 0 sink_k and sink_v must be passed. Not looked at without sinks.
         backend: "triton", "torch", "reference", or None: triton on a GPU (torch for float64), torch elsewhere. triton
@@ -111,6 +117,7 @@ def segment_attention(
     lookback, sinks = check.check_lookback(lookback, sinks, segment_len, bool(num_read or num_write))
     scale = check.check_scale(scale, q)
     softcap = check.check_softcap(softcap)
+    biases = check.check_biases(sink_logits, alibi_slopes, q)
     options = Options(segment_len, update, causal, num_read, num_write, empty_memory, scale, softcap, lookback)
     chosen = resolve(backend, q, v)
 
@@ -139,26 +146,28 @@ def segment_attention(
         gate = gate + memory_k[:, :, :0].sum(dtype=gate.dtype)
     memory_q, memory_k = q if memory_q is None else memory_q, k if memory_k is None else memory_k
     if chosen != "reference":
-        check.check_no_tangent(q, k, v, memory_q, memory_k, sink_k, sink_v, gate, *(state or ()))
+        check.check_no_tangent(q, k, v, memory_q, memory_k, sink_k, sink_v, gate, *biases, *(state or ()))
     extra = sinks_of(k, v, sink_k, sink_v, past, bounds, sinks, options) if sinks else None
-    return _run(chosen, q, k, v, memory_q, memory_k, gate, state, bounds, extra, options)
+    return _run(chosen, q, k, v, memory_q, memory_k, gate, state, bounds, extra, biases, options)
 
 
 @without_autocast
 def _run(
     backend: str, q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
-    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, options: Options,
+    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, biases: HeadBiases,
+    options: Options,
 ) -> SegmentOutput:  # fmt: skip
     """Run a checked call. bounds [N, 2]: rows' spans, or N sequences packed into one row; None for whole rows."""
-    q, k, v, memory_q, memory_k, gate, bounds, *held = savable(
-        q, k, v, memory_q, memory_k, gate, bounds, *(state or ())
+    q, k, v, memory_q, memory_k, gate, bounds, slopes, logits, *held = savable(
+        q, k, v, memory_q, memory_k, gate, bounds, *biases, *(state or ())
     )
+    biases = HeadBiases(slopes, logits)
     state = None if state is None else MemoryState(*held)
     if backend == "triton":
-        return triton_attention(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, options)
+        return triton_attention(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, biases, options)
     if backend == "torch":
-        return torch_attention(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, options)
-    return reference_attention(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, options)
+        return torch_attention(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, biases, options)
+    return reference_attention(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, biases, options)
 
 
 def _empty(sequences: int, k: Tensor, v: Tensor) -> MemoryState:

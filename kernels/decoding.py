@@ -9,7 +9,7 @@ from . import validation as check
 from .autocast import autocast, autocast_holds, without_autocast
 from .backends import HAS_TRITON, resolve
 from .reference import reference_decode
-from .state import MemoryState, Options, Sinks
+from .state import HeadBiases, MemoryState, Options, Sinks
 from .torch.attention import torch_decode
 
 if HAS_TRITON:
@@ -32,6 +32,8 @@ def segment_decode(
     sink_k: Tensor | None = None,
     sink_v: Tensor | None = None,
     sink_seen: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     counters: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -50,7 +52,7 @@ def segment_decode(
         memory_q: what the memory is read by; default q.
         state: the memory before this segment, float32; needed with a gate. With a lookback of 1 that before the
             previous segment.
-        causal, empty_memory, scale, softcap, backend: as in `segment_attention`.
+        causal, empty_memory, scale, softcap, sink_logits, alibi_slopes, backend: as in `segment_attention`.
         sink_k, sink_v: [B, G, n, K] and [B, G, n, V], the keys and values of each row's sinks, which are not in k.
         sink_seen: bool [B], which rows see their sinks; read on the device, as `lengths`. Default: all of them.
         counters: int32 [B · G] of zeros, left as zeros, for the kernel to count by. Default: made in each call, by a
@@ -71,6 +73,7 @@ def segment_decode(
     check.check_bool("causal", causal)
     check.check_choice("empty_memory", empty_memory, check.EMPTY_MEMORY)
     scale = check.check_scale(scale, q)
+    biases = check.check_biases(sink_logits, alibi_slopes, q)
     if (gate is None) != (state is None):
         raise ValueError("gate and state go together: pass both, or neither for local attention alone")
     if gate is not None:
@@ -97,7 +100,7 @@ def segment_decode(
         check.check_device(name, x, "q", q)
     if counters is not None and not counters.is_contiguous():
         raise ValueError(f"counters must be contiguous, got strides {list(counters.stride())}")
-    tensors = (q, k, v, gate, memory_q, sink_k, sink_v, *(state or ()))
+    tensors = (q, k, v, gate, memory_q, sink_k, sink_v, *biases, *(state or ()))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise RuntimeError("segment_decode has no gradients: call it under torch.no_grad(), or use segment_attention")
     chosen = resolve(backend, q, v)
@@ -118,7 +121,7 @@ def segment_decode(
     )
     memory_q = q if memory_q is None else memory_q
     sinks = _sinks(sink_k, sink_v, sink_seen, chosen)
-    return _run(chosen, q, k, v, memory_q, gate, state, lengths, sinks, counters, options)
+    return _run(chosen, q, k, v, memory_q, gate, state, lengths, sinks, biases, counters, options)
 
 
 def _sinks(k: Tensor | None, v: Tensor | None, seen: Tensor | None, backend: str) -> Sinks | None:
@@ -138,11 +141,11 @@ def _sinks(k: Tensor | None, v: Tensor | None, seen: Tensor | None, backend: str
 @without_autocast
 def _run(
     backend: str, q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
-    lengths: Tensor | None, sinks: Sinks | None, counters: Tensor | None, options: Options,
+    lengths: Tensor | None, sinks: Sinks | None, biases: HeadBiases, counters: Tensor | None, options: Options,
 ) -> Tensor:  # fmt: skip
     """Run a checked call by one of the backends."""
     if backend == "triton":
-        return triton_decode(q, k, v, memory_q, gate, state, lengths, sinks, counters, options)
+        return triton_decode(q, k, v, memory_q, gate, state, lengths, sinks, biases, counters, options)
     if backend == "torch":
-        return torch_decode(q, k, v, memory_q, gate, state, lengths, sinks, options)
-    return reference_decode(q, k, v, memory_q, gate, state, lengths, sinks, options)
+        return torch_decode(q, k, v, memory_q, gate, state, lengths, sinks, biases, options)
+    return reference_decode(q, k, v, memory_q, gate, state, lengths, sinks, biases, options)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .state import MemoryState, Options, SegmentOutput, Sinks, least_weight
+from .state import HeadBiases, MemoryState, Options, SegmentOutput, Sinks, least_weight
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -17,12 +17,22 @@ def feature_map(x: Tensor) -> Tensor:
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: Options) -> Tensor:
-    """Return softmax(q kᵀ · scale) v over the visible keys, scores perhaps capped; visible [Lq, Lk]."""
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, distance: Tensor, biases: HeadBiases, options: Options
+) -> Tensor:
+    """Return softmax(q kᵀ · scale) v over the visible keys, scores perhaps capped and biased.
+
+    visible, distance: [Lq, Lk], may a query see a key, and how far is it.
+    """
     scores = q @ k.mT * options.scale
     if options.softcap is not None:
         scores = options.softcap * (scores / options.softcap).tanh()
+    if biases.slopes is not None:
+        scores = scores - biases.slopes[:, None, None] * distance
     scores = scores.masked_fill(~visible, float("-inf"))
+    if biases.sink_logits is not None:
+        sink = biases.sink_logits[:, None, None].expand(-1, scores.shape[1], 1)
+        scores, v = torch.cat([scores, sink], dim=2), F.pad(v, (0, 0, 0, 1))
     return scores.softmax(-1) @ v
 
 
@@ -71,6 +81,7 @@ def attend_sequence(
     state: MemoryState | None,
     first_query: int,
     sinks: Sinks | None,
+    biases: HeadBiases,
     options: Options,
 ) -> tuple[Tensor, MemoryState | None]:
     """Run one sequence: q [H, Tq, K] from position `first_query` on; k, v [H, T, ·] repeated over the group.
@@ -85,12 +96,17 @@ def attend_sequence(
         segment = slice(start, min(start + L, length))
         window = slice(max(start - lookback * L, 0), segment.stop)
         rows = slice(max(start - first_query, 0), max(segment.stop - first_query, 0))
-        visible = visibility(position[first_query:][rows], position[window], length, options)
+        i, j = position[first_query:][rows], position[window]
+        visible, distance = visibility(i, j, length, options), (i[:, None] - j).abs()
         keys, values = k[:, window], v[:, window]
         if sinks is not None and sinks.seen[s]:
+            count = sinks.k.shape[2]
             keys, values = torch.cat([sinks.k[s], keys], dim=1), torch.cat([sinks.v[s], values], dim=1)
-            visible = F.pad(visible, (sinks.k.shape[2], 0), value=True)
-        out = softmax_attention(q[:, rows], keys, values, visible, options)
+            visible = F.pad(visible, (count, 0), value=True)
+            # as if they stood directly before the window
+            front = torch.arange(window.start - count, window.start, device=q.device)
+            distance = torch.cat([i[:, None] - front, distance], dim=1)
+        out = softmax_attention(q[:, rows], keys, values, visible, distance, biases, options)
         if gate is not None and states:
             before = states[max(s - lookback, 0)]
             out = blend(out, *read(feature_map(memory_q[:, rows]), before), gate, options.empty_memory)
@@ -102,7 +118,8 @@ def attend_sequence(
 
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
-    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, options: Options,
+    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, biases: HeadBiases,
+    options: Options,
 ) -> SegmentOutput:  # fmt: skip
     """Run a call sequence by sequence.
 
@@ -114,6 +131,7 @@ def reference_attention(
     wide_q, wide_mq = q.to(dtype), memory_q.to(dtype)
     wide_k, wide_v, wide_mk = (x.to(dtype).repeat_interleave(repeat, 1) for x in (k, v, memory_k))
     wide_gate = None if gate is None else gate.to(dtype)
+    biases = HeadBiases(*(None if x is None else x.to(dtype) for x in biases))
     out, states = q.new_zeros(*q.shape[:3], v.shape[3]), []
     spans = [[0, time]] * batch if bounds is None else bounds.tolist()
     slot = 0
@@ -130,6 +148,7 @@ def reference_attention(
             None if state is None else MemoryState(*(x[n].repeat_interleave(repeat, 0) for x in state)),
             max(offset - begin, 0),
             None if sinks is None else _of_slots(sinks, slot, dtype, repeat),
+            biases,
             options,
         )
         # every row has the slots of a whole one, packed sequences their own
@@ -153,7 +172,7 @@ def _of_slots(sinks: Sinks, first: int, dtype: torch.dtype, repeat: int) -> Sink
 
 def reference_decode(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
-    lengths: Tensor | None, sinks: Sinks | None, options: Options,
+    lengths: Tensor | None, sinks: Sinks | None, biases: HeadBiases, options: Options,
 ) -> Tensor:  # fmt: skip
     """Run a decoding step row by row, each as the call of `segment_attention` that it stands for."""
     time, query_time = k.shape[2], q.shape[2]
@@ -165,6 +184,6 @@ def reference_decode(
         extra = None if sinks is None else Sinks(sinks.k[row], sinks.v[row], sinks.seen[row])
         q_row, memory_row = (x[row, :, first:] for x in (q, memory_q))
         out[row, :, first:] = reference_attention(
-            q_row, keys, values, memory_row, keys, gate, before, None, extra, options
+            q_row, keys, values, memory_row, keys, gate, before, None, extra, biases, options
         ).out
     return out

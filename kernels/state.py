@@ -1,4 +1,4 @@
-"""The values that cross the operation's boundary: the memory's state, the result, a call's options and sinks."""
+"""The values that cross the operation's boundary: the memory's state, the result, a call's options, sinks, biases."""
 
 from __future__ import annotations
 
@@ -98,6 +98,18 @@ class Options(NamedTuple):
     scale: float
     softcap: float | None = None
     lookback: int = 0
+
+
+class HeadBiases(NamedTuple):
+    """What each query head adds to its softmax; [H] each, in the state's dtype, or None."""
+
+    slopes: Tensor | None = None  # a score loses slope · |i − j|
+    sink_logits: Tensor | None = None  # one more score of every row, without a value
+
+    @property
+    def present(self) -> bool:
+        """Whether there are any."""
+        return self.slopes is not None or self.sink_logits is not None
 
 
 class Sinks(NamedTuple):

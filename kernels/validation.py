@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .state import MemoryState
+from .state import HeadBiases, MemoryState
 
 UPDATES = ("delta", "linear")
 EMPTY_MEMORY = ("local", "gated")
@@ -112,6 +112,19 @@ def check_gate(gate: Tensor, q: Tensor) -> None:
     check_floating("gate", gate)
     check_shape("gate", gate, "[H]", (q.shape[1],))
     check_device("gate", gate, "q", q)
+
+
+def check_biases(sink_logits: Tensor | None, alibi_slopes: Tensor | None, q: Tensor) -> HeadBiases:
+    """Return what each query head adds to its softmax, checked: floats [H] on q's device, slopes without gradients."""
+    for name, x in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
+        if x is not None:
+            check_floating(name, x)
+            check_shape(name, x, "[H]", (q.shape[1],))
+            check_device(name, x, "q", q)
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes must not require gradients, which they do not get: pass alibi_slopes.detach()")
+    dtype = state_dtype(q)
+    return HeadBiases(*(None if x is None else x.to(dtype) for x in (alibi_slopes, sink_logits)))
 
 
 def check_state(state: object, sequences: int, k: Tensor, v: Tensor) -> MemoryState:

@@ -226,6 +226,7 @@ class Case(NamedTuple):
     softcap: float | None = None
     lookback: int = 0
     sinks: int = 0
+    biased: bool = False  # by sink logits and ALiBi's slopes
 
 
 CASES = {
@@ -236,6 +237,7 @@ CASES = {
     "local, block mask": Case(gated=False, num_read=8),
     "delta, capped": Case(softcap=50.0),
     "delta, window": Case(lookback=1, sinks=4),
+    "delta, window, biased": Case(lookback=1, sinks=4, biased=True),
 }
 ALONE = "alone"
 
@@ -276,6 +278,8 @@ def launches(target: Target, dtype: torch.dtype, width: int, case: Case, shape: 
     mask = case.num_read, case.num_read
     options = Options(L, update, case.causal, *mask, "local", width**-0.5, case.softcap, case.lookback)
     inputs = Inputs(q, k, v, memory_q, memory_k, gate, memory, normalizer, bounds=bounds)
+    if case.biased:
+        inputs = inputs._replace(sink_logits=gate, slopes=gate)
     if case.sinks:
         slots = slot_count(N if case.packed else None, B, T, L)
         inputs = inputs._replace(**_sinks(slots, k, case.sinks))
@@ -304,7 +308,9 @@ def memory_launches(target: Target, dtype: torch.dtype, width: int) -> list[Laun
     options = Options(T, "delta", True, 0, 0, "local", width**-0.5)
     with recording(target) as recorded:
         step = Inputs(q[:, :, :1], k, k, None, None, gate, m, z)
-        for inputs in (step, Inputs(*step[:3]), step._replace(**_sinks(B, k, 4))):
+        with_sinks = step._replace(**_sinks(B, k, 4))
+        biased = with_sinks._replace(sink_logits=gate, slopes=gate)
+        for inputs in (step, Inputs(*step[:3]), with_sinks, biased):
             attention_decode(inputs, *options, lengths, None)
         read_forward(q, m, z, True)
         read_backward(q, m, z, True, q)

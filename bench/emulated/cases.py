@@ -82,6 +82,8 @@ class Step:
     gated: bool = True
     causal: bool = True
     softcap: float | None = None
+    sink_logits: bool = False
+    alibi: bool = False
 
 
 def decoding(**changes: object) -> Case:
@@ -90,6 +92,7 @@ def decoding(**changes: object) -> Case:
 
     def draw(dtype: torch.dtype) -> Values:
         call = Call(len(step.lengths), step.H, step.G, step.Tq, step.L, step.K, step.V, gated=step.gated)
+        call = replace(call, sink_logits=step.sink_logits)
         made = {name: x.detach() for name, x in tensors(call, dtype).items() if name != "memory_k"}
         for row, length in enumerate(step.lengths):
             for name in ("k", "v"):
@@ -101,6 +104,7 @@ def decoding(**changes: object) -> Case:
         state = MemoryState(rest.pop("memory"), rest.pop("normalizer")) if step.gated else None
         lengths = torch.tensor(step.lengths, dtype=torch.int32, device=made["q"].device)
         options = {"causal": step.causal, "softcap": step.softcap, "backend": backend}
+        options["alibi_slopes"] = Call(H=step.H, alibi=step.alibi).slopes(made["q"])
         return {"out": segment_decode(**rest, lengths=lengths, state=state, **options)}  # type: ignore[arg-type]
 
     return Case(draw, run, lambda output, dtype: GATES[dtype].outputs)
@@ -192,11 +196,16 @@ CASES: dict[str, Case] = {
     "window": attention(lookback=1, sinks=4, own_sinks="segment"),
     "window local K24 V40": attention(lookback=1, sinks=17, own_sinks="segment", gated=False, K=24, V=40),
     "window K128 V128": attention(lookback=1, sinks=4, own_sinks="segment", K=128, V=128, H=2, G=1),
+    "sink logits": attention(sink_logits=True),
+    "sink logits local K128 V128": attention(sink_logits=True, gated=False, K=128, V=128, H=2, G=1),
+    "alibi": attention(alibi=True),
+    "alibi sink logits window": attention(alibi=True, sink_logits=True, lookback=1, sinks=4, own_sinks="segment"),
     "inference": inference(),
     "inference packed local": inference(**_PACKED, gated=False),
     "decode": decoding(),
     "decode three queries": decoding(Tq=3, lengths=(131, 2), softcap=5.0),
     "decode local": decoding(gated=False, causal=False, Tq=2),
+    "decode alibi sink logits": decoding(alibi=True, sink_logits=True),
     "memory": memory(),
     "memory linear": memory(update="linear", strengths=False),
     "memory corrected": memory(corrected=True),

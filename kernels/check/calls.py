@@ -51,12 +51,22 @@ class Call:
     own_sinks: str | None = None
     # tokens before k; a tuple: of each sequence
     past: int | tuple[int, ...] = 0
+    # each head has a logit of nothing, and a slope of ALiBi
+    sink_logits: bool = False
+    alibi: bool = False
     seed: int = 0
 
     @property
     def sequences(self) -> int:
         """The number of sequences, each with a state of its own."""
         return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def slopes(self, like: Tensor) -> Tensor | None:
+        """Return ALiBi's slopes [H] on the device of `like`, steep enough for short segments."""
+        if not self.alibi:
+            return None
+        heads = torch.arange(1, self.H + 1, device=like.device)
+        return 0.3 / heads.to(torch.promote_types(like.dtype, torch.float32))
 
     @property
     def pasts(self) -> tuple[int, ...]:
@@ -79,7 +89,7 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
 
     Returns:
         q, k, v; with a gate also gate and, as the call has them, memory_q, memory_k, memory and normalizer; sink_k and
-        sink_v if the call passes its own.
+        sink_v if the call passes its own; sink_logits if it has them.
     """
     generator = torch.Generator().manual_seed(call.seed)
 
@@ -96,6 +106,8 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
         "v": tokens(call.G, call.Tk, call.V),
     }
     wide = {}
+    if call.sink_logits:
+        wide["sink_logits"] = normal(call.H)
     if call.gated:
         wide["gate"] = normal(call.H)
         if call.own_memory_inputs:
@@ -135,6 +147,7 @@ def apply(call: Call, made: dict[str, Tensor], backend: str | None = None, **cha
         "softcap": call.softcap,
         "lookback": call.lookback,
         "sinks": call.sinks,
+        "alibi_slopes": call.slopes(made["q"]),
         "past": _offsets(call.pasts, device) if isinstance(call.past, tuple) else call.past,
         "cu_seqlens": _offsets(call.cu_seqlens, device),
         "spans": _offsets(call.spans, device),
@@ -184,7 +197,7 @@ def gate_gradient_size(call: Call, made: dict[str, Tensor], out: Tensor) -> floa
     It is the sum of g (1 - g) do (A_mem - A_dot) = (1 - g) do (out - A_dot) over rows and values, whose terms may
     cancel where there are few heads: what is left is then no measure of an error.
     """
-    tokens = {name: x for name, x in made.items() if name in ("q", "k", "v", "sink_k", "sink_v")}
+    tokens = {name: x for name, x in made.items() if name in ("q", "k", "v", "sink_k", "sink_v", "sink_logits")}
     local = evaluate(replace(call, gated=False), tokens, "reference")["out"]
     terms = _direction(out) * (out - local) * (1 - made["gate"].detach().sigmoid())[:, None, None]
     return float(terms.norm())

@@ -15,34 +15,64 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..sequences import Slots, gather_tokens, scatter_tokens, slots_of, window
-from ..state import MemoryState, Options, SegmentOutput, Sinks, empty_output
+from ..state import HeadBiases, MemoryState, Options, SegmentOutput, Sinks, empty_output
 from .memory import blend_into, fold_segments, read_and_blend
 
 
-def attend_slots_capped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, softcap: float
+def attend_slots_by_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    first: Tensor | None,
+    slopes: Tensor | None,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
-    """Attend as `attend_slots` with capped scores, which no fused attention of PyTorch has: the scores are stored."""
-    dtype, groups = torch.promote_types(q.dtype, torch.float32), k.shape[1]
-    q, k = q.to(dtype).unflatten(1, (groups, q.shape[1] // groups)), k.to(dtype).unsqueeze(2)
-    scores = softcap * (q @ k.mT * (scale / softcap)).tanh()
+    """Attend as `attend_slots` with scores that are stored, capped and biased, as no attention of PyTorch does."""
+    dtype, (query_time, time) = torch.promote_types(q.dtype, torch.float32), (q.shape[2], k.shape[2])
+    groups, members = k.shape[1], q.shape[1] // k.shape[1]
+    q, k = q.to(dtype).unflatten(1, (groups, members)), k.to(dtype).unsqueeze(2)
+    scores = q @ k.mT * (scale if softcap is None else scale / softcap)
+    if softcap is not None:
+        scores = softcap * scores.tanh()
+    if slopes is not None:
+        i = torch.arange(query_time, device=q.device) + (time - query_time if first is None else first[:, None])
+        distance = (i.unsqueeze(-1) - torch.arange(time, device=q.device)).abs().to(dtype)
+        scores = scores - slopes.view(groups, members, 1, 1) * distance[..., None, None, :, :]
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask.unsqueeze(2)), float("-inf"))
-    return (scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v.unsqueeze(2)).flatten(
-        1, 2
-    )
+    if sink_logits is not None:
+        sink = sink_logits.view(groups, members, 1, 1).expand(*scores.shape[:4], 1)
+        scores = torch.cat([scores, sink], dim=4)
+    weights = scores.softmax(-1)[..., :time].to(v.dtype)
+    return (weights @ v.unsqueeze(2)).flatten(1, 2)
 
 
-def attend_slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, options: Options) -> Tensor:
-    """Attend inside slots, q [F, H, Lq, K], k [F, G, Lk, K] and v [F, G, Lk, V], padded where K and V differ."""
-    if options.softcap is not None:
-        capped = (q, k, v, mask, is_causal, options.scale, options.softcap)
+def attend_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    biases: HeadBiases,
+    options: Options,
+    first: Tensor | None = None,
+) -> Tensor:
+    """Attend inside slots, q [F, H, Lq, K], k [F, G, Lk, K] and v [F, G, Lk, V], padded where K and V differ.
+
+    first [F]: which of its keys a slot's first query stands at; None: the queries stand at the last ones.
+    """
+    if options.softcap is not None or biases.present:
+        call = (q, k, v, mask, is_causal, first, *biases, options.scale, options.softcap)
         if torch.is_grad_enabled():
             # the scores are computed again for the backward, rather than kept
-            return checkpoint(attend_slots_capped, *capped, use_reentrant=False)
-        return attend_slots_capped(*capped)
+            return checkpoint(attend_slots_by_scores, *call, use_reentrant=False)
+        return attend_slots_by_scores(*call)
     key_width, value_width = q.shape[-1], v.shape[-1]
     if key_width < value_width:
         q, k = (F.pad(x, (0, value_width - key_width)) for x in (q, k))
@@ -55,23 +85,24 @@ def attend_slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal
     return out[..., :value_width]
 
 
-def attend_slots_causally(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+def attend_slots_causally(q: Tensor, k: Tensor, v: Tensor, biases: HeadBiases, options: Options) -> Tensor:
     """Attend causally by queries at the last of the keys' positions.
 
     Under autograd no mask is kept: queries of zeros stand at the positions before them instead. Windows of two segments
-    share one, of a segment's rows, where that is faster: on a CPU, and with capped scores.
+    share one, of a segment's rows, where that is faster: on a CPU, and where scores are stored.
     """
     query_time, time = q.shape[2], k.shape[2]
     if query_time == time:
-        return attend_slots(q, k, v, None, True, options)
+        return attend_slots(q, k, v, None, True, biases, options)
     window = time > options.segment_len and time >= 2 * query_time
-    if torch.is_grad_enabled() and not (window and (q.device.type == "cpu" or options.softcap is not None)):
-        out = attend_slots(F.pad(q, (0, 0, time - query_time, 0)), k, v, None, True, options)
+    stored = options.softcap is not None or biases.present
+    if torch.is_grad_enabled() and not (window and (q.device.type == "cpu" or stored)):
+        out = attend_slots(F.pad(q, (0, 0, time - query_time, 0)), k, v, None, True, biases, options)
         return out[:, :, time - query_time :]
     if query_time == 1:
-        return attend_slots(q, k, v, None, False, options)
+        return attend_slots(q, k, v, None, False, biases, options)
     mask = torch.ones(query_time, time, dtype=torch.bool, device=q.device).tril(time - query_time)
-    return attend_slots(q, k, v, mask, False, options)
+    return attend_slots(q, k, v, mask, False, biases, options)
 
 
 def blend(local: Tensor, memory_q: Tensor, state: MemoryState, gate: Tensor, options: Options) -> Tensor:
@@ -132,6 +163,7 @@ def attend_rows(
     gate: Tensor | None,
     state: MemoryState | None,
     sinks: Sinks | None,
+    biases: HeadBiases,
     options: Options,
 ) -> SegmentOutput:
     """Attend in rows of equal length: slots are views of q, k and v where strides allow.
@@ -167,9 +199,9 @@ def attend_rows(
             for own, x, more in zip((keys, values), (k, v), extra, strict=True)
         )
         if options.causal:
-            out = attend_slots_causally(queries, keys, values, options)
+            out = attend_slots_causally(queries, keys, values, biases, options)
         else:
-            out = attend_slots(queries, keys, values, None, False, options)
+            out = attend_slots(queries, keys, values, None, False, biases, options)
         if gate is not None and state is not None:
             i = max(segment - lookback, 0)
             j = i + stop - segment
@@ -182,16 +214,16 @@ def attend_rows(
     return SegmentOutput(outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), state)
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, biases: HeadBiases, options: Options) -> Tensor:
     """Attend in rows of one segment under the RMT mask, block by block: no mask of T × T is needed."""
     time = k.shape[2]
     first, body = time - q.shape[2], time - options.num_write
     read, write = q[:, :, : max(options.num_read - first, 0)], q[:, :, max(body - first, 0) :]
     tokens = q[:, :, read.shape[2] : q.shape[2] - write.shape[2]]
     blocks = (
-        attend_slots(read, k[:, :, : options.num_read], v[:, :, : options.num_read], None, False, options),
-        attend_slots_causally(tokens, k[:, :, :body], v[:, :, :body], options),
-        attend_slots(write, k, v, None, False, options),
+        attend_slots(read, k[:, :, : options.num_read], v[:, :, : options.num_read], None, False, biases, options),
+        attend_slots_causally(tokens, k[:, :, :body], v[:, :, :body], biases, options),
+        attend_slots(write, k, v, None, False, biases, options),
     )
     return torch.cat(blocks, dim=2)
 
@@ -238,6 +270,7 @@ def attend_sequences(
     state: MemoryState | None,
     bounds: Tensor,
     sinks: Sinks | None,
+    biases: HeadBiases,
     options: Options,
 ) -> SegmentOutput:
     """Attend in sequences of any lengths: tokens are gathered into slots and scattered back."""
@@ -264,9 +297,11 @@ def attend_sequences(
         i = first_query[:, None] + torch.arange(query_time, device=k.device)
         j = seen.first[:, None] + torch.arange(seen_width, device=k.device)
         visible = (j[:, None] <= i[:, :, None]).unsqueeze(1) & seen.held
-        out = attend_slots(queries, seen.k, seen.v, visible, False, options)
+        out = attend_slots(queries, seen.k, seen.v, visible, False, biases, options, first_query - seen.first)
     else:
-        out = attend_slots(queries, seen.k, seen.v, None if options.causal else seen.held, options.causal, options)
+        held = None if options.causal else seen.held
+        at = first_query - seen.first
+        out = attend_slots(queries, seen.k, seen.v, held, options.causal, biases, options, at)
     if aligned and not alone:
         rows = (slots.begin - seen.first)[:, None] + torch.arange(width, device=k.device)
         rows = rows.clamp(max=seen_width - 1)[:, None, :, None]
@@ -284,10 +319,12 @@ def attend_sequences(
     if query_time and options.num_read and options.causal:
         at = window(slots, slots.begin, options.num_read, query_time, offset)
         read_k, read_v = (x[:, :, : options.num_read] for x in (seen.k, seen.v))
-        parts.append((attend_slots(gather_tokens(q, at), read_k, read_v, None, False, options), at))
+        parts.append((attend_slots(gather_tokens(q, at), read_k, read_v, None, False, biases, options), at))
     if query_time and options.num_write and options.causal:
-        at = window(slots, slots.end - options.num_write, options.num_write, query_time, offset)
-        parts.append((attend_slots(gather_tokens(q, at), seen.k, seen.v, seen.held, False, options), at))
+        first_query = slots.end - options.num_write
+        at = window(slots, first_query, options.num_write, query_time, offset)
+        writing, place = gather_tokens(q, at), first_query - seen.first
+        parts.append((attend_slots(writing, seen.k, seen.v, seen.held, False, biases, options, place), at))
     return SegmentOutput(scatter_tokens(parts, batch, query_time), state)
 
 
@@ -309,22 +346,23 @@ def fold_sequences(
 
 def torch_attention(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
-    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, options: Options,
+    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, biases: HeadBiases,
+    options: Options,
 ) -> SegmentOutput:  # fmt: skip
     """Run a call of `segment_attention` on every segment at once.
 
     bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows.
     """
     if bounds is not None:
-        return attend_sequences(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, options)
+        return attend_sequences(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, biases, options)
     if options.causal and (options.num_read or options.num_write):
-        return SegmentOutput(attend_blocks(q, k, v, options), state)
-    return attend_rows(q, k, v, memory_q, memory_k, gate, state, sinks, options)
+        return SegmentOutput(attend_blocks(q, k, v, biases, options), state)
+    return attend_rows(q, k, v, memory_q, memory_k, gate, state, sinks, biases, options)
 
 
 def torch_decode(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
-    lengths: Tensor | None, sinks: Sinks | None, options: Options,
+    lengths: Tensor | None, sinks: Sinks | None, biases: HeadBiases, options: Options,
 ) -> Tensor:  # fmt: skip
     """Run a call of `segment_decode`. lengths [B]: tokens in each row of k and v, the last of them q's."""
     batch, _, query_time, _ = q.shape
@@ -334,11 +372,12 @@ def torch_decode(
         k, v = k[:, :, : max(1, longest)], v[:, :, : max(1, longest)]
         lengths = lengths if shortest < max(1, longest, query_time) else None
     if lengths is None and query_time == 1 and sinks is None:
-        out = attend_slots(q, k, v, None, False, options)
+        out = attend_slots(q, k, v, None, False, biases, options)
         return out if gate is None or state is None else blend(out, memory_q, state, gate, options)
     time = k.shape[2]
     end = torch.full((batch,), time, device=q.device) if lengths is None else lengths.clamp(max=time)
-    position = (end[:, None] - query_time + torch.arange(query_time, device=q.device))[:, None, :, None]
+    first = end - query_time
+    position = (first[:, None] + torch.arange(query_time, device=q.device))[:, None, :, None]
     j = torch.arange(time, device=q.device)
     held = (j < end[:, None])[:, None, None]
     if lengths is not None:
@@ -348,8 +387,8 @@ def torch_decode(
     if sinks is not None:
         k, v = torch.cat([sinks.k, k], dim=2), torch.cat([sinks.v, v], dim=2)
         front = sinks.seen[:, None, None, None].expand(-1, -1, query_time, sinks.k.shape[2])
-        seen = torch.cat([front, seen], dim=3)
-    out = attend_slots(q, k, v, seen | (position < 0), False, options)
+        seen, first = torch.cat([front, seen], dim=3), first + sinks.k.shape[2]
+    out = attend_slots(q, k, v, seen | (position < 0), False, biases, options, first)
     if gate is not None and state is not None:
         out = blend(out, memory_q, state, gate, options)
     return out.masked_fill(position < 0, 0)

@@ -10,20 +10,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sequences import Layout
-from ..state import Options, Sinks
-from .launch import launch, new_tokens, segment_arguments, tile_of, view, view_sinks
+from ..state import HeadBiases, Options, Sinks
+from .launch import launch, new_tokens, segment_arguments, tile_of, view, view_biases, view_sinks
 from .tiles import (
     LENGTHS,
     MemoryTokens,
+    biased,
     block,
     dot,
     feature_map,
+    from_sinks,
     head_of,
     keys_of,
     keys_seen,
     load_chunk,
     load_rows,
     memory_inverse,
+    no_keys,
+    of_head,
     query_slot,
     read_slot,
     rounded,
@@ -65,7 +69,7 @@ class SavedRows(NamedTuple):
 
 @triton.jit
 def softmax_loop(
-    state, queries, i, keys, values, first, last, segment, memory_tokens, factor, softcap,
+    state, queries, i, keys, values, first, last, segment, memory_tokens, factor, softcap, slope,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Fold keys [first, last) into the online softmax in powers of two: Σ p v, the peak of the scores, Σ p."""
@@ -74,9 +78,9 @@ def softmax_loop(
     BLOCK_V: tl.constexpr = acc.shape[1]
     for start in range(first, last, BLOCK_N):
         key = load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K, MASKED)
-        x = scores(queries, key, factor, softcap)
+        j = start + tl.arange(0, BLOCK_N)
+        x = biased(scores(queries, key, factor, softcap), i[:, None], j[None, :], slope)
         if MASKED:
-            j = start + tl.arange(0, BLOCK_N)
             x = tl.where(visible(i[:, None], j[None, :], segment, memory_tokens, CAUSAL), x, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(x, 1))
         p = tl.exp2(x - new_peak[:, None])
@@ -103,7 +107,7 @@ def recall(acc, share, x, first, matrix, ELU: tl.constexpr, K: tl.constexpr, V: 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attend_kernel(
-    q, k, v, sinks, reading, out, saved,
+    q, k, v, sinks, biases, reading, out, saved,
     slots, time, query_time, segment_len, segments, tiles, memory_tokens, scale, softcap,
     LOOKBACK: tl.constexpr, KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
@@ -135,24 +139,25 @@ def attend_kernel(
     window = keys_of(segment, segment_len, LOOKBACK)
     full, last = keys_seen(first, window, memory_tokens, BLOCK_M, BLOCK_N, CAUSAL)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    slope = None if biases is None else of_head(biases.slopes, head)
+    sink_logit = None if biases is None else of_head(biases.sink_logits, head)
+    acc, peak, total = no_keys(BLOCK_M, BLOCK_V, sink_logit)
     factor = score_factor(scale, softcap)
     acc, peak, total = softmax_loop(
         (acc, peak, total), queries, i, keys, values, window.begin, full, window, memory_tokens, factor, softcap,
-        False, CAUSAL, K, V, BLOCK_N,
+        slope, False, CAUSAL, K, V, BLOCK_N,
     )  # fmt: skip
     acc, peak, total = softmax_loop(
         (acc, peak, total), queries, i, keys, values, full, last, window, memory_tokens, factor, softcap,
-        True, CAUSAL, K, V, BLOCK_N,
+        slope, True, CAUSAL, K, V, BLOCK_N,
     )  # fmt: skip
     if sinks is not None:
         # behind the window, so that no row's peak is still −inf where none are seen
         keys, values = sinks_of(sinks, slot, group)
         acc, peak, total = softmax_loop(
-            (acc, peak, total), queries, i, keys, values, 0, keys.stop, spanning(segment, 0, keys.stop), None,
-            factor, softcap, True, False, K, V, sink_block(sinks.count, BLOCK_N),
+            (acc, peak, total), queries, from_sinks(i, window, sinks, slope), keys, values, 0, keys.stop,
+            spanning(segment, 0, keys.stop), None, factor, softcap, slope, True, False, K, V,
+            sink_block(sinks.count, BLOCK_N),
         )  # fmt: skip
     lse2 = peak + tl.log2(total)
     acc = acc / total[:, None]
@@ -182,13 +187,16 @@ def query_programs(q: Tensor, layout: Layout, rows: int) -> tuple[int, int]:
     return layout.sequences * (layout.per_row - (layout.time - q.shape[2]) // layout.segment_len), tiles
 
 
-def call_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options) -> dict[str, Any]:
+def call_arguments(
+    q: Tensor, k: Tensor, v: Tensor, biases: HeadBiases, layout: Layout, options: Options
+) -> dict[str, Any]:
     """Return the arguments that every kernel over the scores takes."""
     masked = options.num_read + options.num_write > 0
     return {
         "q": view(q),
         "k": view(k),
         "v": view(v),
+        "biases": view_biases(biases),
         **segment_arguments(layout),
         "query_time": q.shape[2],
         "memory_tokens": MemoryTokens(options.num_read, options.num_write) if masked else None,
@@ -200,8 +208,8 @@ def call_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Opt
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, reading: Reading | None, layout: Layout, options: Options,
-    save: bool,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, biases: HeadBiases, reading: Reading | None, layout: Layout,
+    options: Options, save: bool,
 ) -> tuple[Tensor, SavedRows | None]:  # fmt: skip
     """Return the output [B, H, Tq, V] and, if `save`, what a backward needs; without a memory, local attention."""
     heads, query_time = q.shape[1:3]
@@ -216,7 +224,7 @@ def attend(
     slots, tiles = query_programs(q, layout, tile.BLOCK_M)
     launch(
         attend_kernel, slots * heads * tiles, tile, q,
-        **call_arguments(q, k, v, layout, options), sinks=view_sinks(sinks), out=view(out),
+        **call_arguments(q, k, v, biases, layout, options), sinks=view_sinks(sinks), out=view(out),
         reading=None if reading is None else reading.view(), saved=None if saved is None else saved.view(), tiles=tiles,
         KEEP_GATE=options.empty_memory == "gated",
     )  # fmt: skip

@@ -14,16 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sequences import Layout
-from ..state import Options, Sinks
+from ..state import HeadBiases, Options, Sinks
 from .attention import Reading, SavedRows, call_arguments, query_programs
 from .launch import launch, new_tokens, tile_of, view, view_sinks
 from .tiles import (
     LENGTHS,
+    biased,
     block,
     capped_grad,
     dot,
     feature_map,
     feature_map_grad,
+    from_sinks,
     head_of,
     inverse_weight,
     keys_of,
@@ -32,6 +34,7 @@ from .tiles import (
     load_chunk,
     load_rows,
     load_vector,
+    of_head,
     queries_of,
     query_slot,
     read_slot,
@@ -51,17 +54,17 @@ from .write import normalizer_at
 @triton.jit
 def query_loop(
     acc, queries, douts, lse2, row_delta, i, keys, values, first, last, segment, memory_tokens, factor, softcap,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
+    slope, MASKED: tl.constexpr, CAUSAL: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Return acc + Σ over keys [first, last) of p' (do vᵀ − D) k."""
     BLOCK_K: tl.constexpr = queries.shape[1]
     BLOCK_V: tl.constexpr = douts.shape[1]
     for start in range(first, last, BLOCK_N):
         key = load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K, MASKED)
+        j = start + tl.arange(0, BLOCK_N)
         x = scores(queries, key, factor, softcap)
-        p = tl.exp2(x - lse2[:, None])
+        p = tl.exp2(biased(x, i[:, None], j[None, :], slope) - lse2[:, None])
         if MASKED:
-            j = start + tl.arange(0, BLOCK_N)
             p = tl.where(visible(i[:, None], j[None, :], segment, memory_tokens, CAUSAL), p, 0.0)
         value = load_rows(values, start, 0, BLOCK_N, BLOCK_V, V, MASKED)
         dx = capped_grad(p * (dot(douts, tl.trans(value), None) - row_delta[:, None]), x, softcap)
@@ -124,12 +127,20 @@ class QueryGrads(NamedTuple):
     q: Any
     memory_q: Any  # None where the memory reads by q
     gate: Tensor | None  # [H]; [slots, H, tiles] as a kernel leaves it
+    sink_logits: Tensor | None  # as the gate's
     deltas: RowDeltas
+
+
+@triton.jit
+def row_sum(x):
+    """Return the sum of a vector [rows] as [1]."""
+    # a row of a matrix: where one product feeds it, Triton 3.7 cannot lay out the sum of a vector on sm_100
+    return tl.sum(x[None, :], 1)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def query_grad_kernel(
-    q, k, v, sinks, reading, saved, dout, grads,
+    q, k, v, sinks, biases, reading, saved, dout, grads,
     slots, time, query_time, segment_len, segments, tiles, memory_tokens, scale, softcap,
     LOOKBACK: tl.constexpr, KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
@@ -153,6 +164,8 @@ def query_grad_kernel(
     if first >= segment.end:
         if reading is not None:
             tl.store(grads.gate + program, 0.0)
+        if grads.sink_logits is not None:
+            tl.store(grads.sink_logits + program, 0.0)
         return
     i = first + tl.arange(0, BLOCK_M)
     inside = i < segment.end
@@ -171,30 +184,34 @@ def query_grad_kernel(
         memory_delta, inverse = recall_adjoint(x, at, douts, reading.memory, at_memory, g, dx, True, K, V, CHUNK)
         tl.store(grads.deltas.memory + at_rows, memory_delta, mask=inside)
         gated = ((inverse != 0) | KEEP_GATE) & inside
-        # a row of a matrix: where one product feeds it, Triton 3.7 cannot lay out the sum of a vector on sm_100
-        to_gate = tl.sum(tl.where(gated, memory_delta - row_delta, 0.0)[None, :], 1)
+        to_gate = row_sum(tl.where(gated, memory_delta - row_delta, 0.0))
         tl.store(grads.gate + program + tl.arange(0, 1), g * (1 - g) * to_gate)
     queries = load_rows(head_of(q, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_K, K)
     lse2 = tl.load(saved.lse2 + at_rows, mask=inside, other=float("inf"))
+    slope = None if biases is None else of_head(biases.slopes, head)
+    if grads.sink_logits is not None:
+        p = tl.exp2(of_head(biases.sink_logits, head) - lse2)
+        tl.store(grads.sink_logits + program + tl.arange(0, 1), -row_sum(p * row_delta))
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     factor = score_factor(scale, softcap)
+    window = keys_of(segment, segment_len, LOOKBACK)
     if sinks is not None:
         keys, values = sinks_of(sinks, slot, group)
         acc = query_loop(
-            acc, queries, douts, lse2, row_delta, i, keys, values, 0, keys.stop, spanning(segment, 0, keys.stop), None,
-            factor, softcap, True, False, K, V, sink_block(sinks.count, BLOCK_N),
+            acc, queries, douts, lse2, row_delta, from_sinks(i, window, sinks, slope), keys, values, 0, keys.stop,
+            spanning(segment, 0, keys.stop), None, factor, softcap, slope, True, False, K, V,
+            sink_block(sinks.count, BLOCK_N),
         )  # fmt: skip
     keys = head_of(k, segment.row, group, segment.end)
     values = head_of(v, segment.row, group, segment.end)
-    window = keys_of(segment, segment_len, LOOKBACK)
     full, last = keys_seen(first, window, memory_tokens, BLOCK_M, BLOCK_N, CAUSAL)
     acc = query_loop(
         acc, queries, douts, lse2, row_delta, i, keys, values, window.begin, full, window, memory_tokens,
-        factor, softcap, False, CAUSAL, K, V, BLOCK_N,
+        factor, softcap, slope, False, CAUSAL, K, V, BLOCK_N,
     )  # fmt: skip
     acc = query_loop(
         acc, queries, douts, lse2, row_delta, i, keys, values, full, last, window, memory_tokens,
-        factor, softcap, True, CAUSAL, K, V, BLOCK_N,
+        factor, softcap, slope, True, CAUSAL, K, V, BLOCK_N,
     )  # fmt: skip
     acc *= scale
     dqueries = head_of(grads.q, segment.row, head, stop)
@@ -207,8 +224,8 @@ def query_grad_kernel(
 
 
 def query_grads(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, reading: Reading | None, saved: SavedRows, dout: Tensor,
-    layout: Layout, options: Options,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, biases: HeadBiases, reading: Reading | None, saved: SavedRows,
+    dout: Tensor, layout: Layout, options: Options,
 ) -> QueryGrads:  # fmt: skip
     """Return the gradients of what stands at the queries; of the memory's alone where they are not q itself."""
     heads, query_time, key_width = q.shape[1:]
@@ -219,14 +236,16 @@ def query_grads(
     own = reading is not None and reading.q is not q
     dmemory_q = new_tokens(q, heads, query_time, key_width, padded) if own else None
     deltas = RowDeltas(torch.empty_like(saved.lse2), None if reading is None else torch.empty_like(saved.lse2))
-    dgate = None if reading is None else saved.lse2.new_empty((slots, heads, tiles))
+    sums = (reading, biases.sink_logits)
+    dgate, dlogits = (None if x is None else saved.lse2.new_empty((slots, heads, tiles)) for x in sums)
     launch(
         query_grad_kernel, slots * heads * tiles, tile, q,
-        **call_arguments(q, k, v, layout, options), sinks=view_sinks(sinks), saved=saved.view(),
+        **call_arguments(q, k, v, biases, layout, options), sinks=view_sinks(sinks), saved=saved.view(),
         reading=None if reading is None else reading.view(), dout=view(dout), tiles=tiles,
-        grads=QueryGrads(view(dq), view(dmemory_q), dgate, deltas), KEEP_GATE=options.empty_memory == "gated",
+        grads=QueryGrads(view(dq), view(dmemory_q), dgate, dlogits, deltas), KEEP_GATE=options.empty_memory == "gated",
     )  # fmt: skip
-    return QueryGrads(dq, dmemory_q, None if dgate is None else dgate.sum((0, 2)), deltas)
+    dgate, dlogits = (None if x is None else x.sum((0, 2)) for x in (dgate, dlogits))
+    return QueryGrads(dq, dmemory_q, dgate, dlogits, deltas)
 
 
 class Walk(NamedTuple):
@@ -241,7 +260,7 @@ class Walk(NamedTuple):
 @triton.jit
 def key_loop(
     grads, keys, values, j, q, dout, lse2, row_delta, group, members, walk, offset, query_time, segment, memory_tokens,
-    factor, softcap, MASKED: tl.constexpr, CAUSAL: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    factor, softcap, slopes, MASKED: tl.constexpr, CAUSAL: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Return dk + Σ p' (do vᵀ − D) q and dv + Σ p' do, over the queries of the group's heads.
@@ -264,12 +283,13 @@ def key_loop(
         stop = segment.end - offset
         query = load_rows(head_of(q, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_K, K, MASKED)
         x = scores(keys, query, factor, softcap)
+        biased_x = biased(x, i[None, :], j[:, None], of_head(slopes, head))
         if MASKED:
             inside = i < segment.end
-            p = tl.exp2(x - tl.load(lse2 + at_rows + rows, mask=inside, other=float("inf"))[None, :])
+            p = tl.exp2(biased_x - tl.load(lse2 + at_rows + rows, mask=inside, other=float("inf"))[None, :])
             p = tl.where(visible(i[None, :], j[:, None], segment, memory_tokens, CAUSAL), p, 0.0)
         else:
-            p = tl.exp2(x - tl.load(lse2 + at_rows + rows)[None, :])
+            p = tl.exp2(biased_x - tl.load(lse2 + at_rows + rows)[None, :])
         do = load_rows(head_of(dout, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_V, V, MASKED)
         dv = dot(rounded(p, do.dtype), do, dv)
         dp = dot(values, tl.trans(do), None)
@@ -287,7 +307,7 @@ def key_loop(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def key_grad_kernel(
-    q, k, v, lse2, dout, row_delta, dk, dv,
+    q, k, v, biases, lse2, dout, row_delta, dk, dv,
     slots, time, query_time, segment_len, segments, tiles, memory_tokens, scale, softcap,
     LOOKBACK: tl.constexpr, ADD_DK: tl.constexpr, ADD_DV: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -328,16 +348,17 @@ def key_grad_kernel(
     whole = tl.maximum(queries.end - full, 0) // BLOCK_M
     left = tl.cdiv(tl.maximum(queries.end - full - whole * BLOCK_M, 0), MASKED_M)
     factor = score_factor(scale, softcap)
+    slopes = None if biases is None else biases.slopes
     members = q.heads // k.heads
     dkeys, dvalues = key_loop(
         (dkeys, dvalues), keys, values, j, q, dout, lse2, row_delta, group, members,
         Walk(first_seen, diagonal + left, diagonal, whole * BLOCK_M), offset, query_time, queries, memory_tokens,
-        factor, softcap, True, CAUSAL, K, V, MASKED_M,
+        factor, softcap, slopes, True, CAUSAL, K, V, MASKED_M,
     )  # fmt: skip
     dkeys, dvalues = key_loop(
         (dkeys, dvalues), keys, values, j, q, dout, lse2, row_delta, group, members,
         Walk(full, whole, 0, 0), offset, query_time, queries, memory_tokens,
-        factor, softcap, False, CAUSAL, K, V, BLOCK_M,
+        factor, softcap, slopes, False, CAUSAL, K, V, BLOCK_M,
     )  # fmt: skip
     dkeys *= scale
     to_k, to_v = head_of(dk, segment.row, group, end), head_of(dv, segment.row, group, end)
@@ -350,8 +371,8 @@ def key_grad_kernel(
 
 
 def key_grads(
-    q: Tensor, k: Tensor, v: Tensor, lse2: Tensor, dout: Tensor, row_delta: Tensor, dk: Tensor | None,
-    dv: Tensor | None, layout: Layout, options: Options,
+    q: Tensor, k: Tensor, v: Tensor, biases: HeadBiases, lse2: Tensor, dout: Tensor, row_delta: Tensor,
+    dk: Tensor | None, dv: Tensor | None, layout: Layout, options: Options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return dk and dv, added to the dk and dv that are passed, if they are."""
     groups, time, key_width = k.shape[1:]
@@ -363,7 +384,7 @@ def key_grads(
     dv = new_tokens(v, groups, time, v.shape[3], padded) if dv is None else dv
     launch(
         key_grad_kernel, layout.total * groups * tiles, tile, q,
-        **call_arguments(q, k, v, layout, options), lse2=lse2, dout=view(dout), row_delta=row_delta,
+        **call_arguments(q, k, v, biases, layout, options), lse2=lse2, dout=view(dout), row_delta=row_delta,
         dk=view(dk), dv=view(dv), tiles=tiles, ADD_DK=add_dk, ADD_DV=add_dv,
     )  # fmt: skip
     return dk, dv

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..state import MemoryState, Options, Sinks
-from .launch import launch, new_tokens, processors, tile_of, view, view_sinks
+from ..state import HeadBiases, MemoryState, Options, Sinks
+from .launch import launch, new_tokens, processors, tile_of, view, view_biases, view_sinks
 from .tiles import (
     LENGTHS,
     Memory,
+    biased,
     block,
     dot,
     feature_map,
@@ -25,6 +26,8 @@ from .tiles import (
     load_chunk,
     load_rows,
     load_vector,
+    no_keys,
+    of_heads,
     peak_reciprocal,
     rounded,
     row_operand,
@@ -53,16 +56,8 @@ def part_at(parts, part, BLOCK_M: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def no_keys(BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Return Σ p v, the scores' peak and Σ p where no key has been seen."""
-    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    return acc, peak, tl.zeros([BLOCK_M], tl.float32)
-
-
-@triton.jit
 def attend_tail(
-    state, queries, position, keys, values, first, factor, softcap,
+    state, queries, position, keys, values, first, factor, softcap, slope,
     CAUSAL: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys from `first` on into Σ p v, the scores' peak and Σ p; a row that sees none keeps a sum of 0."""
@@ -72,6 +67,7 @@ def attend_tail(
     for start in range(first, keys.stop, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         x = scores(queries, load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K), factor, softcap)
+        x = biased(x, position[:, None], j[None, :], None if slope is None else slope[:, None])
         seen = (j < keys.stop)[None, :] & (position >= 0)[:, None]
         if CAUSAL:
             seen = seen & (j[None, :] <= position[:, None])
@@ -111,7 +107,7 @@ def read_state(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
-    q, k, v, sinks, memory_q, out, gate, state, lengths, parts, sums, counters,
+    q, k, v, sinks, biases, memory_q, out, gate, state, lengths, parts, sums, counters,
     time, query_time, splits, split_len, scale, softcap,
     KEEP_GATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -137,6 +133,7 @@ def decode_kernel(
     r = tl.arange(0, BLOCK_M)
     inside = r < members * query_time
     position = end - query_time + r % query_time
+    head = group * members + r // query_time
     first_part = tl.cast(at, tl.int64) * (splits + 1)
     if part < splits:
         first = part * split_len
@@ -145,16 +142,17 @@ def decode_kernel(
             queries = gather_rows(q, group * members, row, r, query_time, inside, 0, block(K))
             keys, values = head_of(k, row, group, stop), head_of(v, row, group, stop)
             factor = score_factor(scale, softcap)
+            slope = None if biases is None else of_heads(biases.slopes, head, inside)
             nothing = no_keys(BLOCK_M, BLOCK_V)
             acc, peak, total = attend_tail(
-                nothing, queries, position, keys, values, first, factor, softcap, CAUSAL, K, V, BLOCK_N
+                nothing, queries, position, keys, values, first, factor, softcap, slope, CAUSAL, K, V, BLOCK_N
             )
             if sinks is not None:
                 keys, values = sinks_of(sinks, row, group)
                 first = tl.where(part == 0, 0, keys.stop)
                 acc, peak, total = attend_tail(
-                    (acc, peak, total), queries, position, keys, values, first, factor, softcap, False, K, V,
-                    sink_block(sinks.count, BLOCK_N),
+                    (acc, peak, total), queries, position + sinks.count, keys, values, first, factor, softcap, slope,
+                    False, K, V, sink_block(sinks.count, BLOCK_N),
                 )  # fmt: skip
             target, columns = part_at(parts, first_part + part, BLOCK_M, V)
             tl.store(target, acc, mask=columns)
@@ -171,7 +169,8 @@ def decode_kernel(
     done = tl.atomic_add(counters + at, 1, sem="acq_rel")
     if done == count - 1:
         tl.store(counters + at, 0)
-        acc, peak, total = no_keys(BLOCK_M, BLOCK_V)
+        sink_logit = None if biases is None else of_heads(biases.sink_logits, head, inside)
+        acc, peak, total = no_keys(BLOCK_M, BLOCK_V, sink_logit)
         for split in range(0, tl.cdiv(end, split_len)):
             split_peak = tl.load(sums + (first_part + split) * 2 * BLOCK_M + r, cache_modifier=".cg")
             split_total = tl.load(sums + (first_part + split) * 2 * BLOCK_M + BLOCK_M + r, cache_modifier=".cg")
@@ -184,7 +183,6 @@ def decode_kernel(
             acc = acc * shrink[:, None] + values * added[:, None]
             peak = new_peak
         acc *= tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)[:, None]
-        head = group * members + r // query_time
         if state is not None:
             g = tl.sigmoid(tl.load(gate + head, mask=inside, other=0.0))
             inverse = tl.load(sums + (first_part + splits) * 2 * BLOCK_M + r, cache_modifier=".cg")
@@ -199,7 +197,7 @@ def decode_kernel(
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, memory_q: Tensor, gate: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, biases: HeadBiases, memory_q: Tensor, gate: Tensor | None,
     state: MemoryState | None, lengths: Tensor | None, counters: Tensor | None, options: Options,
 ) -> Tensor:  # fmt: skip
     """Return out [B, H, Tq, V] of the last Tq of lengths [B] tokens in k and v.
@@ -221,10 +219,10 @@ def decode(
         counters = q.new_zeros(batch * groups, dtype=torch.int32)
     launch(
         decode_kernel, batch * groups * (splits + (state is not None)), tile, q,
-        q=view(q), k=view(k), v=view(v), sinks=view_sinks(sinks), memory_q=view(memory_q), out=view(out), gate=gate,
-        state=None if state is None else Memory(*state), lengths=lengths, parts=parts, sums=sums, counters=counters,
-        time=time, query_time=query_time, splits=splits, split_len=split_len, scale=options.scale,
-        softcap=options.softcap, CAUSAL=options.causal,
+        q=view(q), k=view(k), v=view(v), sinks=view_sinks(sinks), biases=view_biases(biases), memory_q=view(memory_q),
+        out=view(out), gate=gate, state=None if state is None else Memory(*state), lengths=lengths, parts=parts,
+        sums=sums, counters=counters, time=time, query_time=query_time, splits=splits, split_len=split_len,
+        scale=options.scale, softcap=options.softcap, CAUSAL=options.causal,
         KEEP_GATE=options.empty_memory == "gated", BLOCK_M=rows,
     )  # fmt: skip
     return out

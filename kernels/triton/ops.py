@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..sequences import layout_of, slot_count
-from ..state import MemoryState, Options, SegmentOutput, Sinks
+from ..state import HeadBiases, MemoryState, Options, SegmentOutput, Sinks
 from .attention import Reading, SavedRows, attend
 from .attention_backward import key_grads, query_grads
 from .decode import decode
@@ -36,6 +36,8 @@ class Inputs(NamedTuple):
     normalizer: Tensor | None = None  # float32 [N, G, K], contiguous
     sink_k: Tensor | None = None  # as `Sinks`; None: no sinks
     sink_v: Tensor | None = None
+    sink_logits: Tensor | None = None  # as `HeadBiases`
+    slopes: Tensor | None = None
     sink_seen: Tensor | None = None
     bounds: Tensor | None = None  # int64 [N, 2]: spans of rows, or sequences packed into one row; None: whole rows
 
@@ -44,6 +46,10 @@ class Inputs(NamedTuple):
         if self.sink_k is None or self.sink_v is None or self.sink_seen is None:
             return None
         return Sinks(self.sink_k, self.sink_v, self.sink_seen)
+
+    def biases(self) -> HeadBiases:
+        """Return what each head adds to its softmax."""
+        return HeadBiases(self.slopes, self.sink_logits)
 
 
 class SavedMemory(NamedTuple):
@@ -92,11 +98,11 @@ def attention_forward(inputs: list[Tensor | None], options: Options, save: bool)
     q, k, v, memory_q, memory_k, gate, memory, normalizer, *_ = call
     layout = layout_of(call.bounds, q.shape[0], k.shape[2], options.segment_len, options.lookback)
     if gate is None or memory is None or normalizer is None:
-        out, rows = attend(q, k, v, call.sinks(), None, layout, options, save)
+        out, rows = attend(q, k, v, call.sinks(), call.biases(), None, layout, options, save)
         return [out, *or_empty(q, None, None, *(rows or (None, None)), *NOTHING)]
     written = write(k if memory_k is None else memory_k, v, memory, normalizer, layout, options.update, save=save)
     reading = Reading(q if memory_q is None else memory_q, gate, written.before)
-    out, rows = attend(q, k, v, call.sinks(), reading, layout, options, save)
+    out, rows = attend(q, k, v, call.sinks(), call.biases(), reading, layout, options, save)
     saved = SavedMemory.of(written) if save else NOTHING
     return [out, written.memory, written.normalizer, *or_empty(q, *(rows or (None, None)), *saved)]
 
@@ -122,7 +128,7 @@ register("attend", attention_forward, _forward_shapes)
 def attention_backward(
     inputs: list[Tensor | None], saved: list[Tensor], options: Options, dout: Tensor, dstate: list[Tensor]
 ) -> list[Tensor]:
-    """Return the gradients of `Inputs` up to sink_v, empty where there is none.
+    """Return the gradients of `Inputs` up to sink_logits, empty where there is none.
 
     saved: the fields of `SavedRows`, with the output as A_dot where there is no memory, and of `SavedMemory`.
     dstate: of the memory and normalizer after; nothing where there is no memory.
@@ -134,13 +140,13 @@ def attention_backward(
     dout = dense_rows(dout)
     before, groups = saved_memory.before(), k.shape[1]
     reading = None if gate is None else Reading(q if memory_q is None else memory_q, gate, before)
-    sinks = call.sinks()
-    query = query_grads(q, k, v, sinks, reading, rows, dout, layout, options)
+    sinks, biases = call.sinks(), call.biases()
+    query = query_grads(q, k, v, sinks, biases, reading, rows, dout, layout, options)
     softmax = rows.lse2, dout, query.deltas.local
-    dsinks = (None, None) if sinks is None else sink_grads(q, sinks, *softmax, layout, options)
+    dsinks = (None, None) if sinks is None else sink_grads(q, sinks, biases.slopes, *softmax, layout, options)
     if reading is None:
-        dk, dv = key_grads(q, k, v, *softmax, None, None, layout, options)
-        return [query.q, dk, dv, *or_empty(q, None, None, None, None, None, *dsinks)]
+        dk, dv = key_grads(q, k, v, biases, *softmax, None, None, layout, options)
+        return [query.q, dk, dv, *or_empty(q, None, None, None, None, None, *dsinks, query.sink_logits)]
     from_reads = products(
         reading.q, dout, groups, layout, normalizer=before.normalizer, gate=gate, memory_delta=query.deltas.memory,
         read=True, summed=True,
@@ -152,8 +158,8 @@ def attention_backward(
     )
     dwritten, dv, _ = write_grads(written, v, before.normalizer, grads, layout)
     shared = memory_k is None
-    dk, dv = key_grads(q, k, v, *softmax, dwritten if shared else None, dv, layout, options)
-    others = query.memory_q, None if shared else dwritten, query.gate, dm, dz, *dsinks
+    dk, dv = key_grads(q, k, v, biases, *softmax, dwritten if shared else None, dv, layout, options)
+    others = query.memory_q, None if shared else dwritten, query.gate, dm, dz, *dsinks, query.sink_logits
     return [query.q, dk, dv, *or_empty(q, *others)]
 
 
@@ -161,7 +167,7 @@ def attention_backward(
 def _backward_shapes(
     inputs: list[Tensor | None], saved: list[Tensor], options: Options, dout: Tensor, dstate: list[Tensor]
 ) -> list[Tensor]:
-    q, k, v, memory_q, memory_k, gate, _, _, *sinks, _, _ = Inputs(*inputs)  # type: ignore[arg-type]
+    q, k, v, memory_q, memory_k, gate, _, _, *sinks, _, _, _ = Inputs(*inputs)  # type: ignore[arg-type]
     tokens = [None if x is None else new_tokens(x, *x.shape[1:]) for x in (q, k, v, memory_q, memory_k)]
     state = (None, None, None) if gate is None else (gate, *dstate)
     others = [None if x is None else x.new_empty(x.shape) for x in (*state, *sinks)]
@@ -180,7 +186,7 @@ def attention_decode(
     q, k, v, memory_q, _, gate, memory, normalizer, *_ = call
     state = None if memory is None or normalizer is None else MemoryState(memory, normalizer)
     reading = q if memory_q is None else memory_q
-    return decode(q, k, v, call.sinks(), reading, gate, state, lengths, counters, options)
+    return decode(q, k, v, call.sinks(), call.biases(), reading, gate, state, lengths, counters, options)
 
 
 @with_flat_options
@@ -217,19 +223,19 @@ class SegmentAttention(torch.autograd.Function):
         dstate = () if inputs.gate is None else dstate
         grads = torch.ops.segattn.attend_backward(inputs, saved, *ctx.options, dout, dstate)
         # a memory and normalizer come with a gate
-        present = inputs._replace(memory=inputs.gate, normalizer=inputs.gate)[:-2]
-        return None, *(None if x is None else grad for x, grad in zip(present, grads, strict=True)), None, None
+        present = inputs._replace(memory=inputs.gate, normalizer=inputs.gate)[:-3]
+        return None, *(None if x is None else grad for x, grad in zip(present, grads, strict=True)), None, None, None
 
 
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
-    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, options: Options,
+    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, biases: HeadBiases, options: Options,
 ) -> SegmentOutput:  # fmt: skip
     """Run a call of `segment_attention` by the kernels.
 
     bounds [N, 2]: the rows' spans, or N sequences packed into one row; None for whole rows.
     """
-    inputs = _inputs(q, k, v, memory_q, memory_k, gate, state, bounds, sinks)
+    inputs = _inputs(q, k, v, memory_q, memory_k, gate, state, bounds, sinks, biases)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         out, memory, normalizer = SegmentAttention.apply(options, *distinct(*inputs))
     elif bounds is None and _is_tail(q, k, options):
@@ -242,16 +248,18 @@ def triton_attention(
 
 def _inputs(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, memory_k: Tensor, gate: Tensor | None,
-    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None,
+    state: MemoryState | None, bounds: Tensor | None, sinks: Sinks | None, biases: HeadBiases,
 ) -> Inputs:  # fmt: skip
     """Return a call's tensors as the kernels take them: copied where a kernel could not step through them."""
     reading = None if memory_q is q or gate is None else dense_rows(memory_q)
     written = None if memory_k is k or gate is None else dense_rows(memory_k)
     memory, normalizer = (None, None) if state is None else (x.contiguous() for x in state)
     gate = None if gate is None else gate.contiguous()
+    slopes, logits = (None if x is None else x.contiguous() for x in biases)
     inputs = Inputs(
-        dense_rows(q), dense_rows(k), dense_rows(v), reading, written, gate, memory, normalizer, bounds=bounds
-    )
+        dense_rows(q), dense_rows(k), dense_rows(v), reading, written, gate, memory, normalizer,
+        slopes=slopes, sink_logits=logits, bounds=bounds,
+    )  # fmt: skip
     if sinks is None:
         return inputs
     return inputs._replace(sink_k=dense_rows(sinks.k), sink_v=dense_rows(sinks.v), sink_seen=sinks.seen.contiguous())
@@ -276,7 +284,7 @@ def _last_sinks(sinks: Sinks, batch: int) -> dict[str, Tensor]:
 
 def triton_decode(
     q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
-    lengths: Tensor | None, sinks: Sinks | None, counters: Tensor | None, options: Options,
+    lengths: Tensor | None, sinks: Sinks | None, biases: HeadBiases, counters: Tensor | None, options: Options,
 ) -> Tensor:  # fmt: skip
     """Run a call of `segment_decode` by the kernels.
 
@@ -292,5 +300,5 @@ def triton_decode(
             f"use segment_attention, or pass backend='torch'"
         )
     lengths = None if lengths is None else lengths.contiguous()
-    inputs = _inputs(q, k, v, memory_q, k, gate, state, None, sinks)
+    inputs = _inputs(q, k, v, memory_q, k, gate, state, None, sinks, biases)
     return torch.ops.segattn.decode(inputs, *options, lengths, counters)

@@ -64,6 +64,13 @@ class SinkTokens(NamedTuple):
     count: Any  # tl.constexpr, n
 
 
+class Biases(NamedTuple):
+    """What each query head adds to its softmax, float32 [H], or None: `HeadBiases`, as an argument of a kernel."""
+
+    slopes: Any
+    sink_logits: Any
+
+
 class MemoryTokens(NamedTuple):
     """The memory tokens of RMT at the ends of a sequence; None where a call has none, so that no kernel masks them."""
 
@@ -181,6 +188,14 @@ def sinks_of(sinks, slot, group):
     """Return the keys and values of a slot's sinks of one head: up to as many as its segment sees."""
     stop = tl.where(tl.load(sinks.seen + slot), sinks.count, 0)
     return head_of(sinks.k, slot, group, stop), head_of(sinks.v, slot, group, stop)
+
+
+@triton.jit
+def from_sinks(i, window, sinks, slope):
+    """Return queries' positions as sinks count them, which stand directly before the window; i itself without slope."""
+    if slope is not None:
+        i = i - window.begin + sinks.count
+    return i
 
 
 @triton.jit
@@ -350,6 +365,42 @@ def dot(a, b, acc):
 def scores(a, b, factor, softcap):
     """Return the scores a bᵀ · factor of two tiles of rows, capped, for powers of two."""
     return capped(dot(a, tl.trans(b), None) * factor, softcap)
+
+
+@triton.jit
+def of_head(values, head):
+    """Return a head's value, for powers of two; None where there are none."""
+    if values is not None:
+        values = tl.load(values + head) * LOG2_E
+    return values
+
+
+@triton.jit
+def of_heads(values, head, inside):
+    """Return the values of the heads [rows] that are `inside`, for powers of two; None where there are none."""
+    if values is not None:
+        values = tl.load(values + head, mask=inside, other=0.0) * LOG2_E
+    return values
+
+
+@triton.jit
+def biased(x, i, j, slope):
+    """Return scores x less slope · |i − j|, for queries at i and keys at j; x itself where slope is None."""
+    if slope is not None:
+        x -= slope * tl.abs(i.to(tl.float32) - j.to(tl.float32))
+    return x
+
+
+@triton.jit
+def no_keys(ROWS: tl.constexpr, COLUMNS: tl.constexpr, sink_logit=None):
+    """Return Σ p v, the scores' peak and Σ p where no key has been seen, but perhaps a sink logit."""
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if sink_logit is not None:
+        peak = total + sink_logit
+        total += 1.0
+    return acc, peak, total
 
 
 @triton.jit

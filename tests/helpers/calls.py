@@ -40,6 +40,8 @@ def tensors(call: Call, dtype: torch.dtype, device: torch.device | str = "cpu") 
     }
     if call.own_sinks is not None:
         made |= {"sink_k": normal(*call.sink_shape(call.K)), "sink_v": normal(*call.sink_shape(call.V))}
+    if call.sink_logits:
+        made["sink_logits"] = normal(call.H, to=wide)
     if call.gated:
         made["gate"] = normal(call.H, to=wide)
         if call.own_memory_inputs:
@@ -121,6 +123,31 @@ KINDS = {
     "softcap": Call(scale=1.0, softcap=1.5),
     "softcap, decode": Call(scale=1.0, softcap=1.5, Tq=2, Tk=4),
     "softcap, packed": Call(scale=1.0, softcap=1.5, B=1, cu_seqlens=(0, 5, 5, 6, 14, 23)),
+    "sink logits": Call(sink_logits=True),
+    "sink logits, local, decode": Call(sink_logits=True, gated=False, Tq=2, Tk=9),
+    "sink logits, softcap, packed": Call(sink_logits=True, scale=1.0, softcap=1.5, B=1, cu_seqlens=(0, 5, 5, 14, 23)),
+    "sink logits, window": Call(sink_logits=True, lookback=1, sinks=3),
+    "sink logits, no queries": Call(sink_logits=True, Tq=0, Tk=18),
+    "sink logits, block mask": Call(sink_logits=True, gated=False, Tq=9, Tk=9, segment_len=9, num_read=2, num_write=3),
+    "alibi": Call(alibi=True),
+    "alibi, bidirectional": Call(alibi=True, causal=False, H=6, G=1),
+    "alibi, in pieces": Call(alibi=True, Tq=14, Tk=18, gated=False),
+    "alibi, softcap": Call(alibi=True, scale=1.0, softcap=1.5),
+    "alibi, packed": Call(alibi=True, B=1, cu_seqlens=(0, 5, 5, 6, 14, 23)),
+    "alibi, packed, last queries": Call(alibi=True, B=1, Tq=11, cu_seqlens=(0, 5, 5, 6, 14, 23)),
+    "alibi, padding, bidirectional": Call(alibi=True, spans=((3, 21), (0, 6)), causal=False),
+    "alibi, window": Call(alibi=True, lookback=1, sinks=3),
+    "alibi, window, decode": Call(alibi=True, lookback=1, sinks=3, own_sinks="sequence", past=10, Tq=1, Tk=8),
+    "alibi, window, packed, past": Call(
+        alibi=True, lookback=1, sinks=2, own_sinks="segment", past=(5, 0, 0, 15), B=1, cu_seqlens=(0, 2, 2, 13, 23)
+    ),
+    "alibi, block mask, packed": Call(
+        alibi=True, B=1, gated=False, Tq=15, Tk=15, segment_len=9, num_read=2, num_write=3, cu_seqlens=(0, 8, 15)
+    ),
+    "alibi, sink logits": Call(alibi=True, sink_logits=True, update="linear"),
+    "alibi, sink logits, window, padding": Call(
+        alibi=True, sink_logits=True, lookback=1, sinks=3, Tq=8, spans=((2, 23), (18, 23))
+    ),
     "packed": Call(B=1, cu_seqlens=(0, 5, 5, 6, 14, 23)),
     "packed, one sequence": Call(B=1, cu_seqlens=(0, 23)),
     "packed, linear": Call(B=1, cu_seqlens=(0, 12, 23), update="linear", with_state=False),
@@ -201,6 +228,8 @@ def random_calls(draw: st.DrawFn) -> Call:
         causal=draw(booleans),
         scale=draw(st.sampled_from([None, 0.05, 1.0, 3.0])),
         softcap=draw(st.sampled_from([None, None, 2.0, 50.0])),
+        sink_logits=draw(booleans),
+        alibi=draw(booleans),
         seed=draw(integers(0, 2**31)),
     )
     kind = draw(st.sampled_from(["rows", "spans", "packed", "block mask"]))

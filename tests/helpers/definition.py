@@ -36,10 +36,13 @@ def one_head(
     sink_k: Array | None = None,
     sink_v: Array | None = None,
     past: int = 0,
+    sink_logit: float | None = None,
+    slope: float = 0.0,
 ) -> tuple[Array, Array, Array]:
     """Return out [Tq, V], M [K, V] and z [K] of one head of one sequence; q [Tq, K] are its last positions.
 
-    sink_k [S, n, K] and sink_v [S, n, V]: the sinks as every segment sees them, beyond its window.
+    sink_k [S, n, K] and sink_v [S, n, V]: the sinks as every segment sees them, beyond its window, before
+    which they stand.
     """
     time, width = k.shape
     first = time - len(q)
@@ -60,17 +63,20 @@ def one_head(
     out = np.zeros((len(q), v.shape[1]))
     for i in range(first, time):
         segment = i // segment_len
+        begin = max(segment - lookback, 0) * segment_len
         seen = [
-            (k[j], v[j])
-            for j in range(max(segment - lookback, 0) * segment_len, min((segment + 1) * segment_len, time))
+            (j, k[j], v[j])
+            for j in range(begin, min((segment + 1) * segment_len, time))
             if j <= i or not causal or j < num_read or i >= time - num_write
         ]
         if sink_k is not None and past // segment_len + segment > lookback:
-            seen += zip(sink_k[segment], sink_v[segment], strict=True)
-        weights, total = np.zeros(v.shape[1]), 0.0
-        for key, value in seen:
+            places = range(begin - sink_k.shape[1], begin)
+            seen += zip(places, sink_k[segment], sink_v[segment], strict=True)
+        weights, total = np.zeros(v.shape[1]), 0.0 if sink_logit is None else math.exp(sink_logit)
+        for j, key, value in seen:
             score = scale * (q[i - first] @ key)
-            p = math.exp(score if softcap is None else softcap * math.tanh(score / softcap))
+            score = score if softcap is None else softcap * math.tanh(score / softcap)
+            p = math.exp(score - slope * abs(i - j))
             weights += p * value
             total += p
         local = weights / total

@@ -92,6 +92,9 @@ def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, .
         sink_k, sink_v = (drawn(2, 1, 3, x.shape[3], dtype=x.dtype) for x in (given.k, given.v))
         return given._replace(sink_k=sink_k, sink_v=sink_v, sink_seen=torch.tensor([False, True], device=device))
 
+    def with_biases(given: Inputs) -> Inputs:
+        return given._replace(sink_logits=drawn(2), slopes=drawn(2).abs())
+
     def backward(given: Inputs, chosen: Options = options) -> tuple[Any, ...]:
         out, memory, normalizer, *saved = ops.attend(given, *chosen, True)
         dout = drawn(*out.shape, dtype=out.dtype)
@@ -122,6 +125,7 @@ def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, .
         "attend packed": (ops.attend, (inputs(True, packed=True), *options, False)),
         "attend local": (ops.attend, (inputs(False), *options, True)),
         "attend window": (ops.attend, (with_sinks(inputs(True)), *window._replace(update="linear"), True)),
+        "attend biased": (ops.attend, (with_biases(inputs(True)), *options, True)),
         "attend token major": (ops.attend, (major, *options, True)),
         "attend backward": (ops.attend_backward, backward(inputs(True))),
         "attend backward half": (ops.attend_backward, backward(inputs(True, torch.float16, own=False), linear)),
@@ -129,10 +133,13 @@ def kernel_operations(device: torch.device) -> dict[str, tuple[Any, tuple[Any, .
         "attend backward local": (ops.attend_backward, backward(inputs(False))),
         "attend backward window": (ops.attend_backward, backward(with_sinks(inputs(True)), window)),
         "attend backward sinks half": (ops.attend_backward, backward(with_sinks(inputs(False, torch.float16)))),
+        "attend backward biased": (ops.attend_backward, backward(with_biases(inputs(True, packed=True)))),
+        "attend backward local biased": (ops.attend_backward, backward(with_biases(inputs(False, torch.bfloat16)))),
         "attend backward token major": (ops.attend_backward, backward(major)),
         "decode": (ops.decode, (step, *options, None, None)),
         "decode into counters": (ops.decode, (asked, *gated, lengths, counters)),
         "decode sinks": (ops.decode, (asked._replace(**sinks), *options, lengths, counters)),
+        "decode biased": (ops.decode, (with_biases(asked), *options, lengths, counters)),
         "decode local half": (ops.decode, (local, *seen_by_all, lengths, None)),
         "read": (ops.read, (q, *state, True)),
         "read mapped half": (ops.read, (half[0], *state, False)),
@@ -165,6 +172,8 @@ def test_opcheck_of_the_kernels(device: torch.device, subtests: pytest.Subtests)
         "window, in pieces",
         "window, packed, past",
         "window, unequal past, decode",
+        "alibi, sink logits",
+        "alibi, packed",
     ],
 )
 def test_one_graph(name: str, device: torch.device) -> None:
@@ -322,6 +331,7 @@ KERNEL_KINDS = (
     "local",
     "decode",
     "window",
+    "alibi, sink logits",
 )
 
 

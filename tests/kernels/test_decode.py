@@ -37,6 +37,8 @@ class Step:
     sinks: int = 0
     # which rows see them; None: all
     seen: tuple[bool, ...] | None = None
+    sink_logits: bool = False
+    alibi: bool = False
 
 
 def inputs(step: Step, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -68,6 +70,10 @@ def inputs(step: Step, dtype: torch.dtype, device: torch.device) -> dict[str, An
         made["sink_seen"] = torch.tensor(step.seen, device=device)
         for name in ("sink_k", "sink_v"):
             made[name][~made["sink_seen"]] = float("nan")
+    if step.sink_logits:
+        made["sink_logits"] = torch.randn(step.H, generator=generator).to(device)
+    if step.alibi:
+        made["alibi_slopes"] = 0.3 / torch.arange(1, step.H + 1, device=device)
     if step.gated:
         made["gate"] = torch.randn(step.H, generator=generator).to(device)
         if step.own_memory_q:
@@ -119,6 +125,13 @@ STEPS = {
     "sinks, no memory": Step(sinks=17, gated=False, Tq=2, lengths=None, seen=(True, False)),
     "sinks, seen by all": Step(sinks=1, gated=False, Tq=2, causal=False),
     "sinks, fewer tokens than queries": Step(sinks=2, Tq=3, lengths=(2, 0), seen=(True, True)),
+    "sink logits": Step(sink_logits=True, Tq=2),
+    "sink logits, no memory, rows without tokens": Step(sink_logits=True, gated=False, lengths=(0, 20)),
+    "sink logits, longer than its splits": Step(B=1, G=2, L=150, lengths=(133,), sink_logits=True, alibi=True),
+    "alibi": Step(alibi=True, Tq=3, lengths=(18, 3)),
+    "alibi, seen by all": Step(alibi=True, Tq=3, lengths=None, causal=False, gated=False),
+    "alibi, one query": Step(alibi=True, lengths=None),
+    "alibi, sinks of some rows": Step(B=3, alibi=True, sinks=3, lengths=(20, 7, 2), seen=(False, True, False)),
 }
 
 

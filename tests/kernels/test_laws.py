@@ -22,6 +22,9 @@ UPDATES = ("delta", "linear")
 # what gives the same numbers by another way: to the last digits of float64, or by the kernels bit for bit
 EQUAL = {"torch": (torch.float64, 1e-12), "triton": (torch.float32, 0.0)}
 
+# tensors that rows and sequences share
+OF_HEADS = ("gate", "sink_logits")
+
 
 def fitted(call: Call, backend: str) -> Call:
     """Return the call in widths that the backend takes; the kernels, which may be interpreted, get fewer heads."""
@@ -57,6 +60,7 @@ def test_pieces_equal_the_whole(data: st.DataObject) -> None:
     )
     sinks = data.draw(st.integers(0, call.segment_len))
     call = replace(call, lookback=data.draw(st.integers(0, 1)), sinks=sinks)
+    call = replace(call, sink_logits=data.draw(st.booleans()), alibi=data.draw(st.booleans()))
     cuts = sorted(data.draw(st.sets(st.integers(1, 28), max_size=6)))
     made = tensors(call, torch.float64)
     whole = apply(call, made)
@@ -77,6 +81,8 @@ def test_pieces_equal_the_whole(data: st.DataObject) -> None:
             lookback=call.lookback,
             sinks=sinks,
             past=held,
+            sink_logits=made.get("sink_logits"),
+            alibi_slopes=call.slopes(made["q"]),
             **passed,
         )
         held += max((last - held) // call.segment_len - call.lookback, 0) * call.segment_len
@@ -92,6 +98,7 @@ def test_pieces_equal_the_whole(data: st.DataObject) -> None:
     [
         "rows", "left padding", "right padding", "padding, last queries", "padding, bidirectional", "local",
         "window", "sinks of each segment", "window, padding, past", "window, unequal past, decode",
+        "sink logits", "alibi", "alibi, sink logits, window, padding",
     ],
 )  # fmt: skip
 def test_a_row_equals_that_row_alone(name: str, backend: str, device: torch.device) -> None:
@@ -101,7 +108,7 @@ def test_a_row_equals_that_row_alone(name: str, backend: str, device: torch.devi
     together = apply(call, made, backend)
     for b in range(2):
         alone = replace(call, B=1, spans=None if call.spans is None else call.spans[b : b + 1], past=call.pasts[b])
-        one = apply(alone, {key: x if key == "gate" else x[b : b + 1] for key, x in made.items()}, backend)
+        one = apply(alone, {key: x if key in OF_HEADS else x[b : b + 1] for key, x in made.items()}, backend)
         assert worst(one, {key: x[b : b + 1] for key, x in together.items()})[0] <= limit
 
 
@@ -145,7 +152,9 @@ def test_padded_equals_unpadded(call: Call, left: int, right: int) -> None:
 
 
 @pytest.mark.parametrize("backend", EQUAL)
-@pytest.mark.parametrize("name", ["packed", "window, packed", "window, packed, past"])
+@pytest.mark.parametrize(
+    "name", ["packed", "window, packed", "window, packed, past", "sink logits, softcap, packed", "alibi, packed"]
+)
 def test_packed_equals_each_sequence_alone(name: str, backend: str, device: torch.device) -> None:
     """Empty sequences among them: theirs is the state they came with."""
     dtype, limit = EQUAL[backend]
@@ -156,7 +165,7 @@ def test_packed_equals_each_sequence_alone(name: str, backend: str, device: torc
         alone = replace(call, cu_seqlens=None, Tq=end - begin, Tk=end - begin, past=call.pasts[n])
         of_sequences = ("memory", "normalizer", "sink_k", "sink_v")
         mine = {
-            key: x if key == "gate" else x[n : n + 1] if key in of_sequences else x[:, :, begin:end]
+            key: x if key in OF_HEADS else x[n : n + 1] if key in of_sequences else x[:, :, begin:end]
             for key, x in made.items()
         }
         if call.own_sinks == "segment":
@@ -171,8 +180,11 @@ def test_packed_equals_each_sequence_alone(name: str, backend: str, device: torc
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "name",
-    ["rows", "packed", "left padding", "local", "prefill in pieces", "window", "window, packed, past", "lookback"],
-)
+    [
+        "rows", "packed", "left padding", "local", "prefill in pieces", "window", "window, packed, past", "lookback",
+        "sink logits", "alibi", "alibi, window, packed, past",
+    ],
+)  # fmt: skip
 def test_grouped_heads_equal_expanded_heads(name: str, backend: str) -> None:
     """Head h reads key/value head h // (H / G): [0, 0, 1, 1], not [0, 1, 0, 1]."""
     grouped = replace(KINDS[name], H=6, G=2)

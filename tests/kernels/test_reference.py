@@ -31,6 +31,7 @@ def by_definition(call: Call, made: dict[str, Tensor]) -> dict[str, np.ndarray]:
     arrays = {name: x.detach().numpy() for name, x in made.items()}
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     group = call.H // call.G
+    slopes = [0.0] * call.H if not call.alibi else call.slopes(made["q"]).tolist()
     out = np.zeros((call.B, call.H, call.Tq, call.V))
     memory = np.zeros((call.sequences, call.G, call.K, call.V))
     normalizer = np.zeros((call.sequences, call.G, call.K))
@@ -67,6 +68,8 @@ def by_definition(call: Call, made: dict[str, Tensor]) -> dict[str, np.ndarray]:
                 sink_k=sink_k,
                 sink_v=sink_v,
                 past=call.pasts[n],
+                sink_logit=arrays["sink_logits"][h] if call.sink_logits else None,
+                slope=slopes[h],
             )
     return {"out": out, "memory": memory, "normalizer": normalizer} if call.gated else {"out": out}
 
@@ -82,10 +85,17 @@ def test_reference_is_the_definition(name: str) -> None:
         np.testing.assert_allclose(found[key].detach().numpy(), value, rtol=1e-11, atol=1e-12, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["lookback", "window, linear", "window, packed", "sinks of each segment"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lookback", "window, linear", "window, packed", "sinks of each segment", "sink logits", "alibi, window",
+        "alibi, sink logits, window, padding",
+    ],
+)  # fmt: skip
 def test_gradients_of_windows(name: str) -> None:
-    """By finite differences, sinks passed and sinks that are the first tokens."""
-    call = replace(KINDS[name], B=1, H=2, G=1, K=3, V=2)
+    """By finite differences, sinks passed and sinks that are the first tokens, and what heads add to their scores."""
+    kind = KINDS[name]
+    call = replace(kind, B=kind.B if kind.spans else 1, H=2, G=1, K=3, V=2)
     made = tensors(call, torch.float64)
 
     def f(*values: Tensor) -> tuple[Tensor, ...]:

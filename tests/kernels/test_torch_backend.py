@@ -34,6 +34,8 @@ WIDE = {
     "padding": Call(Tq=150, Tk=150, K=32, V=32, segment_len=16, spans=((0, 150), (63, 150))),
     "local": Call(Tq=150, Tk=150, K=32, V=32, segment_len=32, gated=False),
     "window": Call(Tq=150, Tk=150, K=32, V=32, segment_len=32, lookback=1, sinks=4),
+    "sink logits": Call(Tq=150, Tk=150, K=32, V=32, segment_len=32, sink_logits=True),
+    "alibi": Call(Tq=150, Tk=150, K=32, V=32, segment_len=32, alibi=True),
     "window, packed": Call(
         B=1, Tq=150, Tk=150, K=32, V=32, segment_len=16, cu_seqlens=(0, 16, 17, 99, 150), lookback=1, sinks=4
     ),
@@ -64,6 +66,10 @@ def test_error_stays_within_the_gates(name: str, dtype: torch.dtype, device: tor
         "window",
         "window, packed",
         "window, unequal past",
+        "sink logits",
+        "sink logits, block mask",
+        "alibi, packed",
+        "alibi, sink logits, window, padding",
     ],
 )
 def test_gradcheck(name: str) -> None:

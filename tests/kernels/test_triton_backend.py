@@ -75,6 +75,7 @@ WIDE = {
     "pieces": Call(B=1, H=2, G=1, Tq=40, Tk=90, K=32, V=32, segment_len=32),
     "packed": Call(B=1, H=2, G=1, Tq=90, Tk=90, K=32, V=32, segment_len=32, cu_seqlens=(0, 32, 33, 90)),
     "local": Call(B=1, Tq=90, Tk=90, K=32, V=32, segment_len=40, gated=False),
+    "alibi": Call(B=1, H=2, G=1, Tq=70, Tk=70, K=32, V=32, segment_len=32, alibi=True, sink_logits=True),
     "window": Call(B=1, H=2, G=1, Tq=90, Tk=90, K=32, V=32, segment_len=24, lookback=1, sinks=4),
 }
 
@@ -91,7 +92,7 @@ def larger_tiles(chosen: Tile = LARGE) -> AbstractContextManager[None]:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.float16) for name in WIDE if name != "pieces"]
-    + [(name, torch.bfloat16) for name in ("rows", "packed", "pieces", "local", "window")],
+    + [(name, torch.bfloat16) for name in ("rows", "packed", "pieces", "local", "window", "alibi")],
 )
 def test_half_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
     """Within the gates, and close to the torch backend in the same dtype: 1.5 times its error, gradients 2 times.

@@ -214,6 +214,33 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     ),
     "past type": (TypeError, "past must be an integer, got list", {"sinks": 3, "past": [0, 4]}),
     "negative past": (ValueError, "past must be at least 0, got -4", {"sinks": 3, "past": -4}),
+    "sink_logits": (
+        ValueError,
+        r"sink_logits must have shape \[H\] = \[4\], got \[2\]",
+        {"sink_logits": torch.zeros(G)},
+    ),
+    "sink_logits type": (TypeError, "sink_logits must be a tensor, got int", {"sink_logits": 4}),
+    "sink_logits dtype": (
+        TypeError,
+        "sink_logits must be bfloat16, .* got torch.int32",
+        {"sink_logits": ints(*[0] * H)},
+    ),
+    "sink_logits elsewhere": (
+        ValueError,
+        "sink_logits must be on q's device cpu, got meta",
+        {"sink_logits": GATE.to("meta")},
+    ),
+    "alibi_slopes": (
+        ValueError,
+        r"alibi_slopes must have shape \[H\] = \[4\], got \[1, 4\]",
+        {"alibi_slopes": GATE[None]},
+    ),
+    "alibi_slopes type": (TypeError, "alibi_slopes must be a tensor, got bool", {"alibi_slopes": True}),
+    "trained alibi_slopes": (
+        ValueError,
+        r"alibi_slopes must not require gradients, .* pass alibi_slopes.detach\(\)",
+        {"alibi_slopes": torch.ones(H, requires_grad=True)},
+    ),
     "sparse": (TypeError, "q must be a dense tensor, got torch.sparse_coo", {"q": x(B, H, T, K).to_sparse()}),
     "scale type": (TypeError, "scale must be a number, got Tensor", {"scale": torch.ones(())}),
 }

@@ -1,0 +1,109 @@
+"""Sink logits and ALiBi equal what they stand for: a key without a value, and a bias that PyTorch's attention adds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from calls import Call, apply, error, for_kernels, gradients, tensors
+
+from segattn import segment_attention, segment_decode
+
+# what each backend computes in, and how far it may be from another way to the same numbers
+PRECISE = {"reference": (torch.float64, 1e-12), "torch": (torch.float64, 1e-12), "triton": (torch.float32, 1e-5)}
+
+
+def drawn(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).to(device).requires_grad_()
+
+
+@pytest.mark.parametrize("backend", PRECISE)
+def test_a_sink_logit_is_a_sink_whose_value_is_zero(backend: str, device: torch.device) -> None:
+    """A column more, in which queries hold their head's logit, and one sink that every segment sees, alone hold 1."""
+    dtype, limit = PRECISE[backend]
+    q, k, v = (drawn(2, n, 21, 16, dtype=dtype, device=device) for n in (4, 2, 2))
+    logits = drawn(4, dtype=dtype, device=device)
+    options: dict[str, Any] = {"segment_len": 8, "scale": 0.5, "backend": backend}
+    found = segment_attention(q, k, v, sink_logits=logits, **options).out
+    column = F.pad((logits * 2)[None, :, None, None].expand(2, 4, 21, 1), (0, 7))
+    zeros = k.new_zeros(2, 2, 21, 8)
+    sink_k, sink_v = (x.new_zeros(2, 2, 1, width) for x, width in ((k, 24), (v, 16)))
+    sink_k[..., 16] = 1
+    expected = segment_attention(
+        torch.cat([q, column], 3), torch.cat([k, zeros], 3), v, sinks=1, sink_k=sink_k, sink_v=sink_v, past=8, **options
+    ).out
+    assert error(found, expected) < limit
+    leaves = (q, k, v, logits)
+    grads = (torch.autograd.grad(out.square().sum(), leaves) for out in (found, expected))
+    for a, b in zip(*grads, strict=True):
+        assert error(a, b) < 4 * limit
+
+
+@pytest.mark.parametrize("backend", PRECISE)
+@pytest.mark.parametrize("size", [-80.0, 80.0])
+def test_a_logit_may_be_far_from_the_scores(size: float, backend: str, device: torch.device) -> None:
+    """Far below it changes nothing; far above it takes all of the weight: by autograd, no gradient is NaN."""
+    dtype, limit = PRECISE[backend]
+    call = for_kernels(Call(B=1, H=2, G=1, Tq=13, Tk=13, gated=False, sink_logits=True))
+    made = tensors(call, dtype, device)
+    made["sink_logits"] = torch.full((2,), size, dtype=dtype, device=device, requires_grad=True)
+    found = apply(call, made, backend)
+    grads = gradients(found, made)
+    assert all(x.isfinite().all() for x in grads.values())
+    rest = {name: x for name, x in made.items() if name != "sink_logits"}
+    plain = apply(replace(call, sink_logits=False), rest, backend)["out"]
+    if size < 0:
+        assert error(found["out"], plain) < limit
+        assert grads["dsink_logits"].abs().max() < 1e-20
+    else:
+        assert found["out"].abs().max() < 1e-25 < plain.abs().max()
+
+
+@pytest.mark.parametrize("backend", PRECISE)
+@pytest.mark.parametrize("causal", [True, False])
+def test_alibi_is_a_bias_of_the_scores(causal: bool, backend: str, device: torch.device) -> None:
+    """By PyTorch's attention, of one segment; where it is causal, a key's place times the slope, as in Bloom."""
+    dtype, limit = PRECISE[backend]
+    q, k, v = (drawn(2, n, 21, 16, dtype=dtype, device=device) for n in (4, 2, 2))
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=dtype, device=device)
+    found = segment_attention(q, k, v, segment_len=21, causal=causal, alibi_slopes=slopes, backend=backend).out
+    place = torch.arange(21, device=device)
+    bias = place[None] if causal else -(place[:, None] - place[None]).abs()
+    mask = slopes[:, None, None] * bias
+    if causal:
+        mask = mask.expand(4, 21, 21).masked_fill(torch.ones(21, 21, device=device).triu(1).bool(), float("-inf"))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    assert error(found, expected) < limit
+    grads = (torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (found, expected))
+    for a, b in zip(*grads, strict=True):
+        assert error(a, b) < limit
+
+
+@pytest.mark.parametrize("backend", PRECISE)
+def test_distances_are_those_of_the_window(backend: str, device: torch.device) -> None:
+    """Text of 3 segments, the first moved 40 segments back by `past`: sinks stand before the window all the same."""
+    dtype, limit = PRECISE[backend]
+    call = for_kernels(Call(B=1, H=2, G=1, Tq=5, Tk=10, gated=False, alibi=True, lookback=1, sinks=3))
+    call = replace(call, own_sinks="sequence", past=5)
+    made = tensors(call, dtype, device)
+    near, far = (apply(replace(call, past=n), made, backend)["out"] for n in (5, 200))
+    assert torch.equal(near, far)
+    # a window of 13 keys in a row, of which the first are the sinks
+    k, v = (torch.cat([made[f"sink_{x}"], made[x]], 2) for x in ("k", "v"))
+    slopes = call.slopes(made["q"])
+    row = segment_attention(made["q"], k, v, segment_len=13, alibi_slopes=slopes, backend=backend).out
+    assert error(near, row) < limit
+    step = segment_decode(
+        made["q"][:, :, -1:].detach(), *(made[x].detach() for x in ("k", "v")), alibi_slopes=slopes,
+        sink_k=made["sink_k"].detach(), sink_v=made["sink_v"].detach(), backend=backend,
+    )  # fmt: skip
+    assert error(step, row[:, :, -1:]) < limit
+
+
+def test_decoding_wants_no_gradient_of_logits() -> None:
+    x = torch.randn(1, 1, 3, 16)
+    with pytest.raises(RuntimeError, match="segment_decode has no gradients"):
+        segment_decode(x[:, :, :1], x, x, sink_logits=torch.zeros(1, requires_grad=True))
