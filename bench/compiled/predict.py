@@ -132,8 +132,8 @@ def _even(count: Callable[[Launch], tuple[int, ...]]) -> Callable[[Launch], Work
 
 
 def _tiles(launch: Launch) -> int:
-    """Return the tiles of tokens of a segment."""
-    return math.ceil(launch.arguments["segment_len"] / launch.tile.BLOCK_N)
+    """Return the tiles of tokens of a segment, or of its parts."""
+    return math.ceil(launch.arguments["segment_len"] / launch.tile.BLOCK_N / launch.arguments.get("splits", 1))
 
 
 def _chunks(launch: Launch) -> int:
@@ -158,6 +158,7 @@ WORK: dict[str, Callable[[Launch], Work]] = {
     "key_sums_kernel": _even(lambda x: (_tiles(x),)),
     "normalizer_kernel": _even(lambda x: (math.ceil((x.arguments["segments"] + 1) / x.tile.BLOCK_N),)),
     "product_kernel": _even(lambda x: (_members(x), _tiles(x))),
+    "add_parts_kernel": _even(lambda x: (x.arguments["splits"],)),
     "scan_kernel": _even(lambda x: (x.arguments["segments"],)),
     "curvature_kernel": _even(lambda x: _several(math.ceil(x.arguments["V"] / x.tile.CHUNK))),
     "weight_sums_kernel": _even(lambda x: (_tiles(x), *_several(_chunks(x), _chunks(x)))),

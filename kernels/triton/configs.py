@@ -62,6 +62,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("attend_kernel", 16, 128): {
         "": _tile(128, 64, warps=8, stages=3),
         "sm_80": _tile(64, 64),
+        "sm_90": _tile(128, 64, 128, warps=8, stages=3),
         "sm_120": _tile(64, 32, 32),
         "gfx942": _tile(64, 32, stages=1),
     },
@@ -80,6 +81,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("query_grad_kernel", 16, 128): {
         "": _tile(128, 64, 32, warps=8),
         "sm_80": _tile(64, 64, 32, warps=8),
+        "sm_90": _tile(128, 64, 32, warps=8, stages=3),
         "sm_120": _tile(64, 32, 32),
         "gfx942": _tile(32, 32, 32, stages=1),
     },
@@ -121,7 +123,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("scan_kernel", 32, 64): {"": _tile(COLUMNS=16)},
     ("scan_kernel", 32, 128): {
         "": _tile(warps=8, ROWS=128, COLUMNS=16),
-        "sm_90": _tile(stages=1, COLUMNS=16),
+        "sm_90": _tile(COLUMNS=16),
         "gfx942": _tile(warps=8, stages=1, COLUMNS=16),
     },
     ("scan_kernel", 32, 256): {
@@ -129,13 +131,18 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
         "sm_120": _tile(warps=8, stages=1, COLUMNS=16),
         "gfx942": _tile(warps=8, stages=1, COLUMNS=16),
     },
+    ("add_parts_kernel", 32, 256): {"": _tile(ROWS=16)},
     ("curvature_kernel", 16, 256): {
         "": _tile(chunk=16, ROWS=32, COLUMNS=32),
         "sm_90": _tile(chunk=32),
         "sm_100": _tile(chunk=32),
     },
     ("weight_sums_kernel", 16, 64): {"": _tile(), "sm_120": _tile(warps=8), "gfx942": _tile(n=32, chunk=32, stages=1)},
-    ("weight_sums_kernel", 16, 128): {"": _tile(warps=8), "gfx942": _tile(n=32, chunk=32, stages=1)},
+    ("weight_sums_kernel", 16, 128): {
+        "": _tile(warps=8),
+        "sm_90": _tile(chunk=128, warps=8, stages=1),
+        "gfx942": _tile(n=32, chunk=32, stages=1),
+    },
     ("weight_sums_kernel", 16, 256): {"": _tile(n=32, chunk=32, warps=8, stages=1)},
     ("write_grad_kernel", 16, 64): {
         "": _tile(chunk=32),
@@ -146,6 +153,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("write_grad_kernel", 16, 128): {
         "": _tile(warps=8),
         "sm_80": _tile(n=16, chunk=32, stages=1),
+        "sm_90": _tile(chunk=128, warps=8, stages=1),
         "sm_120": _tile(n=16, warps=8, stages=1),
         "gfx942": _tile(n=32, chunk=16, stages=1),
     },

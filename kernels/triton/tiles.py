@@ -177,6 +177,14 @@ def unwritten(segment, segment_len, LOOKBACK: tl.constexpr):
 
 
 @triton.jit
+def part_of(begin, end, part, parts, BLOCK: tl.constexpr):
+    """Return where one of `parts` parts of [begin, end) lies: whole blocks, but for the last."""
+    length = tl.cdiv(tl.cdiv(end - begin, parts), BLOCK) * BLOCK
+    begin += part * length
+    return begin, tl.minimum(begin + length, end)
+
+
+@triton.jit
 def head_of(x, row, head, stop):
     """Return the tokens of one head, up to position `stop`."""
     pointer = x.pointer + tl.cast(row, tl.int64) * x.row_stride + tl.cast(head, tl.int64) * x.head_stride
@@ -329,6 +337,13 @@ def largest(features, column, WIDTH: tl.constexpr):
     if ragged(WIDTH, COLUMNS):
         sizes = tl.where((column + tl.arange(0, COLUMNS) < WIDTH)[None, :], sizes, 0.0)
     return tl.max(sizes, 1)
+
+
+@triton.jit
+def sum_of_squares(z):
+    """Return Σ z², the same in every lane."""
+    # LLVM would fuse one lane's square with the sum's first addition, but not with the maximum
+    return tl.sum(tl.maximum(z * z, 0.0), 0)
 
 
 @triton.jit

@@ -28,14 +28,25 @@ from .tiles import (
     load_vector,
     memory_inverse,
     operand,
+    part_of,
     reciprocal,
     rounded,
     row_operand,
     segment_at,
     store_rows,
+    sum_of_squares,
     unwritten,
 )
-from .write import Normalizer, SegmentMemory, exact_dot, normalizer_at, scan, sum_normalizer_grads
+from .write import (
+    Normalizer,
+    SegmentMemory,
+    add_parts,
+    exact_dot,
+    normalizer_at,
+    scan,
+    splits_of,
+    sum_normalizer_grads,
+)
 
 # tiles of tokens that one program of `write_grad_kernel` takes at most
 MOST_STEPS = 8
@@ -92,38 +103,34 @@ class Held(NamedTuple):
 
 @triton.jit
 def write_adjoint(
-    keys, values, beta, gamma, first, state, held, dkeys,
+    keys, values, beta, gamma, dweight, first, state, held, dkeys,
     ELU: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Store what the state after a segment sends back to its keys; return dv, and the gradient of beta.
 
-    beta, gamma: pointers to those of the first row, or None. Nothing as wide as a token is held but dv and u.
+    beta, gamma, dweight: pointers to those of the first row, or None. Nothing as wide as a token is held but dv and u.
     """
     ROWS: tl.constexpr = values.shape[0]
     BLOCK_K: tl.constexpr = block(K)
     dtype: tl.constexpr = values.dtype
     rows = tl.arange(0, ROWS)
     inside = first + rows < keys.stop
-    erased = tl.zeros([ROWS], tl.float32)
-    if state.curvature is not None:
+    if dweight is not None:
         inverse = memory_inverse(keys, first, state.normalizer, ELU, ROWS, K, CHUNK)
         u = feature_map(load_rows(keys, first, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
         u = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], u, 0.0)
-        u, factor = row_operand(u, dtype)
-        for c in tl.range(0, K, CHUNK, num_stages=1):
-            features = feature_map(load_rows(keys, first, c, ROWS, CHUNK, K), ELU)
-            bent, size = chunk_operand(state.curvature, held.curvature, c, dtype, CHUNK, K, K)
-            erased += tl.sum(dot(u, tl.trans(bent), None) * (factor * size) * features, 1)
-        erased *= 0.5
+        # negative, so that products add up
+        erasing, factor = row_operand(-u, dtype)
+        to_weight = tl.load(dweight + rows, mask=inside, other=0.0)
     dv = tl.zeros([ROWS, values.shape[1]], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
         features = feature_map(load_rows(keys, first, c, ROWS, CHUNK, K), ELU)
         dm, scale = chunk_operand(state.dmemory, held.dmemory, c, dtype, CHUNK, K, V)
         dfeatures = dot(values, tl.trans(dm), None) * scale
-        if state.curvature is not None:
-            z = load_vector(state.normalizer.z, c, CHUNK, K)[None, :]
+        if dweight is not None:
             bent, size = chunk_operand(state.curvature, held.curvature, c, dtype, CHUNK, K, K)
-            dfeatures += (erased * inverse)[:, None] * z - dot(u, tl.trans(bent), None) * (factor * size)
+            dfeatures += dot(erasing, tl.trans(bent), None) * (factor * size)
+            dfeatures += to_weight[:, None] * load_vector(state.normalizer.z, c, CHUNK, K)[None, :]
         if beta is not None:
             dfeatures *= tl.load(beta + rows, mask=inside, other=0.0)[:, None]
         dz = load_vector(state.dnormalizer, c, CHUNK, K)[None, :]
@@ -132,9 +139,11 @@ def write_adjoint(
         store_rows(dkeys, first, c, (dfeatures + dz) * feature_map_grad(features, ELU), K)
         # last, so that dv is not held meanwhile where there is one chunk
         dv += dot(rounded(features, dtype), dm, None) * scale
-    dbeta = erased
+    dbeta = tl.zeros([ROWS], tl.float32)
     if beta is not None:
-        dbeta = tl.sum(dv * values.to(tl.float32), 1) - erased
+        dbeta = tl.sum(dv * values.to(tl.float32), 1)
+        if dweight is not None:
+            dbeta -= to_weight * reciprocal(inverse)
         dv *= tl.load(beta + rows, mask=inside, other=0.0)[:, None]
     return dv, dbeta
 
@@ -152,7 +161,7 @@ class Bending(NamedTuple):
 def bending(curvature, normalizer, c, dtype: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
     """Return rows [c, c + CHUNK) of C + Cᵀ, ready to be multiplied."""
     z = load_vector(normalizer.z, 0, block(K), K)
-    share = reciprocal(tl.sum(z * z, 0))
+    share = reciprocal(sum_of_squares(z))
     rows = load_chunk(curvature, c, CHUNK, K, K)
     level = tl.sum(rows * z[None, :], 1) * share
     common = tl.sum(level * load_vector(normalizer.z, c, CHUNK, K), 0) * share
@@ -174,7 +183,7 @@ def weight_grads(
     inverse = memory_inverse(k, first, normalizer, ELU, ROWS, K, CHUNK)
     present = inverse != 0
     z = load_vector(normalizer.z, 0, BLOCK_K, K)
-    share = reciprocal(tl.sum(z * z, 0))
+    share = reciprocal(sum_of_squares(z))
     u = feature_map(load_rows(k, first, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
     rest = tl.where((tl.arange(0, BLOCK_K) < K)[None, :] & present[:, None], u - (z * share)[None, :], 0.0)
     rest, factor = row_operand(rest, dtype)
@@ -192,19 +201,28 @@ def weight_grads(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def weight_sums_kernel(
-    k, beta, normalizer, curvature, sums, slots, time, segment_len, segments,
+    k, beta, normalizer, curvature, dweights, sums, parts, slots, time, segment_len, segments, splits,
     LOOKBACK: tl.constexpr, ELU: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Add to sums the gradient of z that the delta rule's weights 1 / σ(k) z send back over one written segment."""
+    """Store u C uᵀ of one part of one written segment's tokens, and Σ u C uᵀ σ(k), to which the first part adds sums.
+
+    They are the gradients of the delta rule's weights 1 / σ(k) z, over these, and their share of z's.
+    """
     K: tl.constexpr = k.width
     BLOCK_K: tl.constexpr = block(K)
-    slot, group = tl.program_id(0) // k.heads, tl.program_id(0) % k.heads
+    part = tl.program_id(0) % splits
+    slot, group = tl.program_id(0) // splits // k.heads, tl.program_id(0) // splits % k.heads
     segment = segment_at(slot, slots, segments, segment_len, time)
-    if unwritten(segment, segment_len, LOOKBACK):
-        return
-    begin, end = segment.begin, segment.end
     at = tl.cast(slot, tl.int64) * k.heads + group
+    c = tl.arange(0, BLOCK_K)
+    total = tl.load(sums + at * K + c, mask=(c < K) & (part == 0), other=0.0)
+    target = parts + (at * splits + part) * K + c
+    if unwritten(segment, segment_len, LOOKBACK):
+        tl.store(target, total, mask=c < K)
+        return
+    begin, end = part_of(segment.begin, segment.end, part, splits, BLOCK_N)
     keys = head_of(k, segment.row, group, end)
+    at_rows = (tl.cast(segment.row, tl.int64) * k.heads + group) * time
     before, c_of_segment = normalizer_at(normalizer, at, K), curvature + at * K * K
     held = None
     if CHUNK == BLOCK_K:
@@ -214,15 +232,12 @@ def weight_sums_kernel(
     for start in range(begin, end, BLOCK_N):
         dweight = weight_grads(keys, start, before, c_of_segment, held, ELU, BLOCK_N, K, CHUNK)
         i = start + tl.arange(0, BLOCK_N)
+        tl.store(dweights + at_rows + i, dweight, mask=i < end)
         if beta is not None:
-            at_rows = (tl.cast(segment.row, tl.int64) * k.heads + group) * time
             dweight *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
         features = feature_map(load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K), ELU)
         totals += tl.where(i < end, dweight, 0.0)[:, None] * features
-    c = tl.arange(0, BLOCK_K)
-    target = sums + at * K + c
-    total = tl.sum(totals, 0) * tl.load(before.inverse_peak)
-    tl.store(target, tl.load(target, mask=c < K, other=0.0) + total, mask=c < K)
+    tl.store(target, total + tl.sum(totals, 0) * tl.load(before.inverse_peak), mask=c < K)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -268,7 +283,9 @@ def write_grad_kernel(
     for start in range(first, last, BLOCK_N):
         dvalue, dstrength = write_adjoint(
             keys, load_rows(values, start, 0, BLOCK_N, BLOCK_V, V), None if beta is None else beta + at_rows + start,
-            None if gamma is None else gamma + at_rows + start, start, state, held, dkeys, ELU, K, V, CHUNK,
+            None if gamma is None else gamma + at_rows + start,
+            None if grads.weights is None else grads.weights + at_rows + start, start, state, held, dkeys,
+            ELU, K, V, CHUNK,
         )  # fmt: skip
         store_rows(dvalues, start, 0, dvalue, V)
         if dbeta is not None:
@@ -281,6 +298,7 @@ class SlotGrads(NamedTuple):
     after: Tensor  # float32 [F, G, K, V]
     z_after: Tensor  # float32 [F, G, K]
     curvature: Tensor | None  # float32 [F, G, K, K] C + Cᵀ; None by the linear rule
+    weights: Tensor | None  # float32 [B, G, T] u C uᵀ of written tokens; None by the linear rule
 
 
 def state_grads(
@@ -290,26 +308,31 @@ def state_grads(
     """Return the gradients of the state after every slot, and of the initial memory and normalizer.
 
     They come from those of the final state, and from what the reads of every slot send back: read [F, G, K, V], and
-    read_sums [F, G, K], which is overwritten.
+    read_sums [F, G, K].
     """
     groups, _, key_width = k.shape[1:]
     after, _, dm = scan(dmemory, read, erased, None, torch.float32, layout, save=False)
     where = {**segment_arguments(layout), "LOOKBACK": layout.lookback}
-    curvature = None
+    curvature = weights = None
     if erased is not None:
-        curvature = torch.empty_like(erased)
+        curvature, weights = torch.empty_like(erased), erased.new_empty(k.shape[:3])
         tile = tile_of(curvature_kernel, before.matrix, key_width, key_width)
         tiles = triton.cdiv(key_width, tile.ROWS) * triton.cdiv(key_width, tile.COLUMNS)
         launch(
             curvature_kernel, layout.total * groups * tiles, tile, k,
             memory=before, dmemory=after, curvature=curvature, **where, groups=groups, K=key_width, V=read.shape[3],
         )  # fmt: skip
+        tile = tile_of(weight_sums_kernel, k, key_width, read.shape[3])
+        splits = splits_of(layout.total * groups, layout, tile, k)
+        parts = read_sums.new_empty((layout.total, groups, splits, 1, key_width))
         launch(
-            weight_sums_kernel, layout.total * groups, tile_of(weight_sums_kernel, k, key_width, read.shape[3]), k,
-            k=view(k), beta=beta, normalizer=before.normalizer, curvature=curvature, sums=read_sums, **where, ELU=elu,
+            weight_sums_kernel, layout.total * groups * splits, tile, k,
+            k=view(k), beta=beta, normalizer=before.normalizer, curvature=curvature, dweights=weights, sums=read_sums,
+            parts=parts, **where, splits=splits, ELU=elu,
         )  # fmt: skip
+        read_sums = add_parts(parts).squeeze(2)
     z_after, dz = sum_normalizer_grads(dnormalizer, read_sums, layout)
-    return SlotGrads(after, z_after, curvature), dm, dz
+    return SlotGrads(after, z_after, curvature, weights), dm, dz
 
 
 def write_grads(
