@@ -137,7 +137,12 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
         "sm_90": _tile(chunk=32),
         "sm_100": _tile(chunk=32),
     },
-    ("weight_sums_kernel", 16, 64): {"": _tile(), "sm_120": _tile(warps=8), "gfx942": _tile(n=32, chunk=32, stages=1)},
+    ("weight_sums_kernel", 16, 64): {
+        "": _tile(),
+        "sm_90": _tile(stages=1),
+        "sm_120": _tile(warps=8),
+        "gfx942": _tile(n=32, chunk=32, stages=1),
+    },
     ("weight_sums_kernel", 16, 128): {
         "": _tile(warps=8),
         "sm_90": _tile(chunk=128, warps=8, stages=1),
@@ -146,6 +151,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("weight_sums_kernel", 16, 256): {"": _tile(n=32, chunk=32, warps=8, stages=1)},
     ("write_grad_kernel", 16, 64): {
         "": _tile(chunk=32),
+        "sm_90": _tile(),
         "sm_100": _tile(),
         "sm_120": _tile(chunk=16),
         "gfx942": _tile(n=32, chunk=32, stages=1),

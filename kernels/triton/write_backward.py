@@ -232,11 +232,13 @@ def weight_sums_kernel(
     for start in range(begin, end, BLOCK_N):
         dweight = weight_grads(keys, start, before, c_of_segment, held, ELU, BLOCK_N, K, CHUNK)
         i = start + tl.arange(0, BLOCK_N)
-        tl.store(dweights + at_rows + i, dweight, mask=i < end)
-        if beta is not None:
-            dweight *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
         features = feature_map(load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K), ELU)
-        totals += tl.where(i < end, dweight, 0.0)[:, None] * features
+        written = tl.where(i < end, dweight, 0.0)
+        if beta is not None:
+            written *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
+        totals += written[:, None] * features
+        # last, as no load is kept over a store
+        tl.store(dweights + at_rows + i, dweight, mask=i < end)
     tl.store(target, total + tl.sum(totals, 0) * tl.load(before.inverse_peak), mask=c < K)
 
 
