@@ -134,7 +134,7 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     """
     compiled, tile = build(launch, target), launch.tile
     nvidia = "cubin" in compiled.asm
-    registers, spilled, lines = _read_cubin(compiled.asm["cubin"]) if nvidia else _read_amdgcn(compiled.asm["amdgcn"])
+    registers, spilled, lines = read_cubin(compiled.asm["cubin"]) if nvidia else _read_amdgcn(compiled.asm["amdgcn"])
     code = [line.instruction for line in lines if line.instruction]
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
     return Compiled(
@@ -175,13 +175,13 @@ def _field(pattern: str, text: str) -> int:
     return int(match.group(1))
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, list[Line]]:
+def read_cubin(cubin: bytes) -> tuple[int, int, list[Line]]:
     """Return the registers, the bytes of the stack, which the kernels have for spills alone, and the code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name).split("Function")[-1]
-        code = _tool("nvdisasm", "-c", file.name)
+        code = _tool("nvdisasm", "-c", "-hex", file.name)
     return _field(r"REG:(\d+)", usage), _field(r"STACK:(\d+)", usage), sass(code)
 
 
@@ -247,9 +247,22 @@ def launches_of(name: str, target: Target, dtype: torch.dtype, width: int) -> li
     return memory_launches(target, dtype, width) if name == ALONE else launches(target, dtype, width, CASES[name])
 
 
-def launches(target: Target, dtype: torch.dtype, width: int, case: Case) -> list[Launch]:
+class Shape(NamedTuple):
+    """The sizes of a call but the heads' width."""
+
+    B: int = 1
+    H: int = 8
+    G: int = 2
+    T: int = 8192
+    L: int = 2048
+
+
+USUAL = Shape()
+
+
+def launches(target: Target, dtype: torch.dtype, width: int, case: Case, shape: Shape = USUAL) -> list[Launch]:
     """Return every launch of a forward and a backward."""
-    B, H, G, T, L = 1, 8, 2, 8192, 2048
+    B, H, G, T, L = shape
 
     def tokens(heads: int) -> Tensor:
         """Return [B, heads, T, width] without data."""

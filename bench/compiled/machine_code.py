@@ -15,10 +15,11 @@ _END = re.compile(r"^(EXIT|RET\S*|s_endpgm|s_setpc_b64)\b")
 
 
 class Line(NamedTuple):
-    """An instruction, or a label that branches name."""
+    """An instruction and, on NVIDIA's GPUs, its control word; or a label that branches name."""
 
     label: str
     instruction: str
+    control: int = 0
 
 
 class Loop(NamedTuple):
@@ -33,16 +34,23 @@ class Block(NamedTuple):
 
     instructions: list[str]
     successors: list[int]
+    controls: tuple[int, ...] = ()
 
 
 def sass(text: str) -> list[Line]:
-    """Return the labels and instructions of the text that nvdisasm prints for an NVIDIA GPU."""
-    lines = []
+    """Return the labels and instructions of the text that nvdisasm prints for an NVIDIA GPU.
+
+    With -hex it prints the two words of every instruction too: the second, on a line of its own, ends in the control
+    word.
+    """
+    lines: list[Line] = []
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x_\w+):", line):
             lines.append(Line(label.group(1), ""))
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;?\s*(/\*.*)?$", line):
             lines.append(Line("", instruction.group(1)))
+        elif word := re.match(r"\s*/\* 0x([0-9a-f]{16}) \*/$", line):
+            lines[-1] = lines[-1]._replace(control=int(word.group(1), 16) >> 41)
     return lines
 
 
@@ -68,15 +76,18 @@ def blocks(lines: list[Line]) -> list[Block]:
     A branch to a label that the code does not hold has no successor.
     """
     starts: list[list[str]] = [[]]
+    controls: list[list[int]] = [[]]
     names: dict[str, int] = {}
-    for label, instruction in lines:
+    for label, instruction, control in lines:
         ends = starts[-1] and (_BRANCH.search(starts[-1][-1]) or _END.match(starts[-1][-1]))
         if ends or (label and starts[-1]):
             starts.append([])
+            controls.append([])
         if label:
             names[label] = len(starts) - 1
         else:
             starts[-1].append(instruction)
+            controls[-1].append(control)
     found = []
     for i, block in enumerate(starts):
         last = block[-1] if block else ""
@@ -85,11 +96,11 @@ def blocks(lines: list[Line]) -> list[Block]:
         successors = [names[branch.group(1)]] if branch and branch.group(1) in names else []
         if onward and i + 1 < len(starts):
             successors.append(i + 1)
-        found.append(Block(block, successors))
+        found.append(Block(block, successors, tuple(controls[i])))
     return found
 
 
-def _reached(edges: list[list[int]], start: int, without: int) -> set[int]:
+def reached(edges: list[list[int]], start: int, without: int) -> set[int]:
     """Return the blocks that a way from `start` reaches without passing `without`."""
     seen, left = {start}, [start]
     while left:
@@ -100,24 +111,33 @@ def _reached(edges: list[list[int]], start: int, without: int) -> set[int]:
     return seen
 
 
-def loops(lines: list[Line]) -> list[Loop]:
-    """Return the innermost loops that hold tensor-core instructions, in the order of the code.
+def back_edges(graph: list[Block]) -> dict[int, list[int]]:
+    """Return the blocks that begin a loop, each with those that branch back to it.
 
     A branch backwards makes a loop only where all ways to it pass its target: waits for memory lie behind the code.
     """
-    graph = blocks(lines)
     forward = [block.successors for block in graph]
-    backward: list[list[int]] = [[] for _ in graph]
-    for i, following in enumerate(forward):
-        for j in following:
-            backward[j].append(i)
-    bodies: dict[int, set[int]] = {}
+    found = {}
     for head in range(len(graph)):
-        before = _reached(forward, 0, head) if head else set()
-        inside = _reached(forward, head, -1)
-        ends = [i for i in backward[head] if i in inside and i not in before]
+        before = reached(forward, 0, head) if head else set()
+        inside = reached(forward, head, -1)
+        ends = [i for i, following in enumerate(forward) if head in following and i in inside and i not in before]
         if ends:
-            bodies[head] = set().union({head}, *(_reached(backward, i, head) if i != head else {i} for i in ends))
+            found[head] = ends
+    return found
+
+
+def loops(lines: list[Line]) -> list[Loop]:
+    """Return the innermost loops that hold tensor-core instructions, in the order of the code."""
+    graph = blocks(lines)
+    backward: list[list[int]] = [[] for _ in graph]
+    for i, block in enumerate(graph):
+        for j in block.successors:
+            backward[j].append(i)
+    bodies = {
+        head: set().union({head}, *(reached(backward, i, head) if i != head else {i} for i in ends))
+        for head, ends in back_edges(graph).items()
+    }
     found = {}
     for head, body in bodies.items():
         instructions = [x for i in body for x in graph[i].instructions]

@@ -1,6 +1,8 @@
 """Compile every kernel for GPUs that are not here: a table of what the code needs, and what breaks a rule.
 
-Exit status: 0 where nothing does, 1 where something does, 2 where nothing can be compiled.
+A whole run also predicts how long kernels take, and fails where one has become slower than the committed table says;
+`ci/compile model` prints these predictions. Exit status: 0 where nothing breaks a rule, 1 where something does, 2 where
+nothing can be compiled.
 """
 
 from __future__ import annotations
@@ -68,16 +70,21 @@ def _refused(why: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    given = _parser().parse_args(arguments)
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    predicting = typed[:1] == ["model"]
+    given = None if predicting else _parser().parse_args(typed)
     if not HAS_TRITON:
         return _refused("Triton is not installed")
     if interpreted():
         return _refused("TRITON_INTERPRET is set, by which kernels are not compiled: unset it")
     # these need Triton
+    from . import predict
     from .jobs import KERNELS, Row, compile_all, plan
     from .rules import failures
     from .table import costs, table
 
+    if given is None:
+        return predict.main(typed[1:])
     usual_dtypes, usual_widths = QUICK if given.quick else (tuple(DTYPES), EVERY if given.every else WIDTHS)
     begin = time.monotonic()
     try:
@@ -101,5 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.floors:
         for line in costs(rows):
             sys.stdout.write(f"{line}\n")
+    broken = failures(rows)
+    if not given.quick and kernels == KERNELS and predict.Workload.target in targets and predict.DTYPE in dtypes:
+        broken += predict.slower(given.jobs)
     done_in = f"{len(rows)} compiled in {time.monotonic() - begin:.0f} s"
-    return finish(done_in, rows, failures(rows), given.json)
+    return finish(done_in, rows, broken, given.json)

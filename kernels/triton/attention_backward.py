@@ -109,7 +109,7 @@ def recall_adjoint(
         tokens = load_rows(x, first, c, ROWS, CHUNK, K)
         dfeatures = dfeatures_of(dout, matrix, residual, c, K, V, CHUNK)
         dfeatures -= memory_delta[:, None] * load_vector(normalizer.z, c, CHUNK, K)[None, :]
-        dfeatures *= (share * inverse)[:, None] * feature_map_grad(tokens, ELU)
+        dfeatures *= (share * inverse)[:, None] * feature_map_grad(feature_map(tokens, ELU), ELU)
         store_rows(dx, first, c, dfeatures, K)
     return memory_delta, inverse
 

@@ -24,10 +24,11 @@ class Tile:
 
 
 class Target(NamedTuple):
-    """Name what kernels are compiled for, and the shared memory that a program may have there, in bytes."""
+    """Name what kernels are compiled for, the shared memory that a program may have there, and multiprocessors."""
 
     name: str
-    shared: int
+    shared: int  # bytes
+    processors: int = 4
 
 
 TARGETS = {
@@ -61,6 +62,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("attend_kernel", 16, 128): {
         "": _tile(128, 64, warps=8, stages=3),
         "sm_80": _tile(64, 64),
+        "sm_90": _tile(128, 64, 128, warps=8, stages=3),
         "sm_120": _tile(64, 32, 32),
         "gfx942": _tile(64, 32, stages=1),
     },
@@ -79,6 +81,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("query_grad_kernel", 16, 128): {
         "": _tile(128, 64, 32, warps=8),
         "sm_80": _tile(64, 64, 32, warps=8),
+        "sm_90": _tile(128, 64, 32, warps=8, stages=3),
         "sm_120": _tile(64, 32, 32),
         "gfx942": _tile(32, 32, 32, stages=1),
     },
@@ -121,7 +124,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("scan_kernel", 32, 64): {"": _tile(COLUMNS=16)},
     ("scan_kernel", 32, 128): {
         "": _tile(warps=8, ROWS=128, COLUMNS=16),
-        "sm_90": _tile(stages=1, COLUMNS=16),
+        "sm_90": _tile(COLUMNS=16),
         "gfx942": _tile(warps=8, stages=1, COLUMNS=16),
     },
     ("scan_kernel", 32, 256): {
@@ -129,16 +132,27 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
         "sm_120": _tile(warps=8, stages=1, COLUMNS=16),
         "gfx942": _tile(warps=8, stages=1, COLUMNS=16),
     },
+    ("add_parts_kernel", 32, 256): {"": _tile(ROWS=16)},
     ("curvature_kernel", 16, 256): {
         "": _tile(chunk=16, ROWS=32, COLUMNS=32),
         "sm_90": _tile(chunk=32),
         "sm_100": _tile(chunk=32),
     },
-    ("weight_sums_kernel", 16, 64): {"": _tile(), "sm_120": _tile(warps=8), "gfx942": _tile(n=32, chunk=32, stages=1)},
-    ("weight_sums_kernel", 16, 128): {"": _tile(warps=8), "gfx942": _tile(n=32, chunk=32, stages=1)},
+    ("weight_sums_kernel", 16, 64): {
+        "": _tile(),
+        "sm_90": _tile(stages=1),
+        "sm_120": _tile(warps=8),
+        "gfx942": _tile(n=32, chunk=32, stages=1),
+    },
+    ("weight_sums_kernel", 16, 128): {
+        "": _tile(warps=8),
+        "sm_90": _tile(chunk=128, warps=8, stages=1),
+        "gfx942": _tile(n=32, chunk=32, stages=1),
+    },
     ("weight_sums_kernel", 16, 256): {"": _tile(n=32, chunk=32, warps=8, stages=1)},
     ("write_grad_kernel", 16, 64): {
         "": _tile(chunk=32),
+        "sm_90": _tile(),
         "sm_100": _tile(),
         "sm_120": _tile(chunk=16),
         "gfx942": _tile(n=32, chunk=32, stages=1),
@@ -146,6 +160,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("write_grad_kernel", 16, 128): {
         "": _tile(warps=8),
         "sm_80": _tile(n=16, chunk=32, stages=1),
+        "sm_90": _tile(chunk=128, warps=8, stages=1),
         "sm_120": _tile(n=16, warps=8, stages=1),
         "gfx942": _tile(n=32, chunk=16, stages=1),
     },

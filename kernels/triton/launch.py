@@ -165,7 +165,9 @@ def constants(kernel: Any, tile: Tile) -> dict[str, Any]:
 
 def processors(device: torch.device) -> int:
     """Return the number of the GPU's multiprocessors."""
-    if INTERPRETED.value or _redirected is not None:
+    if _redirected is not None:
+        return _redirected[0].processors
+    if INTERPRETED.value:
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -16,7 +16,7 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 # a normalizer below this has lost its digits to underflow: TINY over float32's epsilon
 LEAST_PEAK = tl.constexpr(9.860761315262648e-32)
 # arguments that vary from call to call: no variant of a kernel is compiled for their values
-LENGTHS = ("time", "query_time", "segment_len", "segments", "tiles", "splits", "split_len")
+LENGTHS = ("time", "query_time", "segment_len", "segments", "tiles", "steps", "splits", "split_len")
 
 
 class Tokens(NamedTuple):
@@ -177,6 +177,14 @@ def unwritten(segment, segment_len, LOOKBACK: tl.constexpr):
 
 
 @triton.jit
+def part_of(begin, end, part, parts, BLOCK: tl.constexpr):
+    """Return where one of `parts` parts of [begin, end) lies: whole blocks, but for the last."""
+    length = tl.cdiv(tl.cdiv(end - begin, parts), BLOCK) * BLOCK
+    begin += part * length
+    return begin, tl.minimum(begin + length, end)
+
+
+@triton.jit
 def head_of(x, row, head, stop):
     """Return the tokens of one head, up to position `stop`."""
     pointer = x.pointer + tl.cast(row, tl.int64) * x.row_stride + tl.cast(head, tl.int64) * x.head_stride
@@ -266,17 +274,17 @@ def feature_map(x, ELU: tl.constexpr):
     """Return σ(x) = ELU(x) + 1 in float32, as exp(x) below zero; x itself where it is mapped already (ELU False)."""
     x = x.to(tl.float32)
     if ELU:
-        return tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+        # tl.exp would keep results below float32's normal numbers, by three instructions more
+        return tl.where(x > 0, x + 1, tl.exp2(tl.minimum(x, 0.0) * LOG2_E))
     return x
 
 
 @triton.jit
-def feature_map_grad(x, ELU: tl.constexpr):
-    """Return σ'(x) in float32."""
-    x = x.to(tl.float32)
+def feature_map_grad(features, ELU: tl.constexpr):
+    """Return σ'(x) for features = σ(x): σ itself up to 1, where x is not positive, and 1 beyond."""
     if ELU:
-        return tl.exp(tl.minimum(x, 0.0))
-    return tl.full(x.shape, 1.0, tl.float32)
+        return tl.minimum(features, 1.0)
+    return tl.full(features.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -329,6 +337,13 @@ def largest(features, column, WIDTH: tl.constexpr):
     if ragged(WIDTH, COLUMNS):
         sizes = tl.where((column + tl.arange(0, COLUMNS) < WIDTH)[None, :], sizes, 0.0)
     return tl.max(sizes, 1)
+
+
+@triton.jit
+def sum_of_squares(z):
+    """Return Σ z², the same in every lane."""
+    # LLVM would fuse one lane's square with the sum's first addition, but not with the maximum
+    return tl.sum(tl.maximum(z * z, 0.0), 0)
 
 
 @triton.jit
@@ -426,10 +441,11 @@ def row_operand(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot_float32(a, b, acc):
-    """Return a b + acc for float32 b, rounded to the dtype of a."""
-    b, scale = operand(b, a.dtype)
-    return acc + dot(a, b, None) * scale
+def chunk_operand(matrix, whole, c, dtype: tl.constexpr, CHUNK: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+    """Return rows [c, c + CHUNK) of a float32 matrix [K, V] as an `operand`: `whole`, where that holds them all."""
+    if whole is not None:
+        return whole
+    return operand(load_chunk(matrix, c, CHUNK, K, V), dtype)
 
 
 @triton.jit

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sequences import Layout
-from .launch import launch, segment_arguments, tile_of, view
+from .configs import Tile
+from .launch import launch, processors, segment_arguments, tile_of, view
 from .tiles import (
     INTERPRETED,
     LENGTHS,
@@ -31,14 +32,19 @@ from .tiles import (
     load_rows,
     load_vector,
     operand,
+    part_of,
     peak_reciprocal,
     readers_of,
     reciprocal,
     rounded,
     segment_at,
     store_rows,
+    sum_of_squares,
     unwritten,
 )
+
+# parts of a segment's tokens that programs of their own sum over, at most
+MOST_SPLITS = 8
 
 
 class Normalizer(NamedTuple):
@@ -150,7 +156,7 @@ def normalizer_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def product_kernel(
     x, y, normalizer, gate, beta, memory_delta, product, sums, slots, time, query_time, segment_len, segments, groups,
-    LOOKBACK: tl.constexpr, ELU: tl.constexpr, READ: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    splits, LOOKBACK: tl.constexpr, ELU: tl.constexpr, READ: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Store some columns of Σ weight · features(x)ᵀ y over tokens of one segment, and over a group's heads.
 
@@ -163,38 +169,49 @@ def product_kernel(
     READ: the tokens are those that read the memory before the segment, not those that are written into it. x stands at
     the last query_time positions.
     sums: Σ features, or −Σ memory_delta · weight · features, the adjoint of z; None: not wanted.
+    splits: of each segment's tokens into parts, of which every sum is stored by itself.
     """
     K: tl.constexpr = x.width
     W: tl.constexpr = x.width if y is None else y.width
     BLOCK_K: tl.constexpr = block(K)
     tiles = tl.cdiv(W, COLUMNS)
-    tile = tl.program_id(0) % tiles
-    group = tl.program_id(0) // tiles % groups
-    slot = tl.program_id(0) // tiles // groups
+    program = tl.program_id(0) // splits
+    tile = program % tiles
+    group = program // tiles % groups
+    slot = program // tiles // groups
     segment = segment_at(slot, slots, segments, segment_len, time)
+    offset = time - query_time
+    part = tl.program_id(0) % splits
+    at = tl.cast(slot, tl.int64) * groups + group
+    stored = Rows(product + (at * splits + part) * K * W, W, K)
+    acc = tl.zeros([BLOCK_K, COLUMNS], tl.float32)
+    column = tile * COLUMNS
+    c = tl.arange(0, BLOCK_K)
+    summing = (c < K) & (tile == 0)
     if READ:
         segment = readers_of(segment, segment_len, LOOKBACK)
     elif unwritten(segment, segment_len, LOOKBACK):
+        # nobody reads these, but parts are added up everywhere
+        store_rows(stored, 0, column, acc, W)
+        if sums is not None:
+            tl.store(sums + (at * splits + part) * K + c, tl.zeros([BLOCK_K], tl.float32), mask=summing)
         return
-    begin, end = segment.begin, segment.end
-    offset = time - query_time
-    at = tl.cast(slot, tl.int64) * groups + group
+    begin, end = part_of(tl.maximum(segment.begin, offset), segment.end, part, splits, BLOCK_N)
     members = x.heads // groups
-    acc = tl.zeros([BLOCK_K, COLUMNS], tl.float32)
-    total = tl.zeros([BLOCK_K], tl.float32)
-    column = tile * COLUMNS
+    # summed over their rows at the end: warps would wait for each other at every tile
+    totals = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     if normalizer is not None:
         z = load_vector(normalizer.z + at * K, 0, BLOCK_K, K)
         inverse_peak = tl.load(normalizer.inverse_peak + at)
-    # in half precision A's factors are split along z, since σ(x) / σ(x) z times z is 1: rests alone are rounded
+    # in half precision A = Σ weight · σ z · uᵀ u, u = σ(x) / σ(x) z, and u is split along z: as u z = 1, it is z / z z
+    # and a rest, which alone is rounded
     SPLIT: tl.constexpr = (y is None) and (x.pointer.dtype.element_ty != tl.float32)
     if SPLIT:
-        # maximum: fused into an addition, a square would be rounded in one of two lanes, and their sums differ by a bit
-        share = reciprocal(tl.sum(tl.maximum(z * z, 0.0), 0))
-        z_columns = load_vector(normalizer.z + at * K, column, COLUMNS, K) * share
-        common = 0.0
-        rests = tl.zeros([BLOCK_K], tl.float32)
-        rests_columns = tl.zeros([COLUMNS], tl.float32)
+        share = reciprocal(sum_of_squares(z))
+        along = z * share
+        along_columns = load_vector(normalizer.z + at * K, column, COLUMNS, K) * share
+        commons = tl.zeros([BLOCK_N], tl.float32)
+        totals_columns = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
     for member in range(0, members):
         head = group * members + member
         tokens = head_of(x, segment.row, head, end - offset)
@@ -202,7 +219,7 @@ def product_kernel(
         if gate is not None:
             weight = tl.sigmoid(tl.load(gate + head))
         at_rows = (tl.cast(segment.row, tl.int64) * x.heads + head) * query_time - offset
-        for start in range(tl.maximum(begin, offset), end, BLOCK_N):
+        for start in range(begin, end, BLOCK_N):
             i = start + tl.arange(0, BLOCK_N)
             mapped = load_rows(tokens, start - offset, 0, BLOCK_N, BLOCK_K, K)
             features = tl.where((i < end)[:, None], feature_map(mapped, ELU), 0.0)
@@ -217,19 +234,22 @@ def product_kernel(
                 weights *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
             if sums is not None:
                 if memory_delta is None:
-                    total += tl.sum(features, 0)
+                    totals += features
                 else:
                     delta = tl.load(memory_delta + at_rows + i, mask=i < end, other=0.0)
-                    total -= tl.sum(features * (weights * delta)[:, None], 0)
+                    totals -= features * (weights * delta)[:, None]
             scale = 1.0
             if SPLIT:
-                weights = tl.where(inverse != 0, weights, 0.0)
-                features -= (z * share)[None, :]
-                other = feature_map(load_rows(tokens, start - offset, column, BLOCK_N, COLUMNS, W), ELU)
-                other -= known[:, None] * z_columns[None, :]
-                common += tl.sum(weights * known, 0)
-                rests += tl.sum(features * (weights * known)[:, None], 0)
-                rests_columns += tl.sum(other * weights[:, None], 0)
+                weights = tl.where(inverse != 0, weights * known, 0.0)
+                features -= along[None, :]
+                commons += weights
+                totals += features * weights[:, None]
+                if COLUMNS == BLOCK_K:
+                    other = features
+                else:
+                    other = feature_map(load_rows(tokens, start - offset, column, BLOCK_N, COLUMNS, W), ELU)
+                    other = other * inverse[:, None] - along_columns[None, :]
+                    totals_columns += other * weights[:, None]
                 other, scale = operand(other, x.pointer.dtype.element_ty)
             elif y is None:
                 other = feature_map(load_rows(tokens, start - offset, column, BLOCK_N, COLUMNS, W), ELU)
@@ -238,17 +258,30 @@ def product_kernel(
                 other = load_rows(y_head, start - offset, column, BLOCK_N, COLUMNS, W)
             scaled, factor = operand(features * weights[:, None], other.dtype)
             acc += dot(tl.trans(scaled), other, None) * (factor * scale)
+    total = tl.sum(totals, 0)
     if SPLIT:
-        acc += (z * share)[:, None] * (common * z_columns + rests_columns)[None, :]
-        acc += rests[:, None] * z_columns[None, :]
+        if COLUMNS == BLOCK_K:
+            totals_columns = totals
+        common = tl.sum(commons, 0) * along_columns + tl.sum(totals_columns, 0)
+        acc += along[:, None] * common[None, :] + total[:, None] * along_columns[None, :]
     if normalizer is not None:
         acc *= inverse_peak
         total *= inverse_peak
-    store_rows(Rows(product + at * K * W, W, K), 0, column, acc, W)
+    store_rows(stored, 0, column, acc, W)
     if sums is not None:
-        if tile == 0:
-            c = tl.arange(0, BLOCK_K)
-            tl.store(sums + at * K + c, total, mask=c < K)
+        tl.store(sums + (at * splits + part) * K + c, total, mask=summing)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def add_parts_kernel(parts, whole, splits, K: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
+    """Add up the parts of one slot's head, some rows of a product [K, W], in their order."""
+    tiles = tl.cdiv(K, ROWS)
+    first = tl.program_id(0) % tiles * ROWS
+    at = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    acc = tl.zeros([ROWS, block(W)], tl.float32)
+    for part in range(0, splits):
+        acc += load_rows(Rows(parts + (at * splits + part) * K * W, W, K), first, 0, ROWS, block(W), W)
+    store_rows(Rows(whole + at * K * W, W, K), first, 0, acc, W)
 
 
 @triton.jit
@@ -401,15 +434,37 @@ def products(
     query_time, key_width = x.shape[2:]
     width = key_width if y is None else y.shape[3]
     tile = tile_of(product_kernel, x, key_width, width)
-    product = x.new_empty((layout.total, groups, key_width, width), dtype=torch.float32)
-    sums = product.new_empty((layout.total, groups, key_width) if summed else 0)
+    programs = layout.total * groups * triton.cdiv(width, tile.COLUMNS)
+    splits = splits_of(programs, layout, tile, x)
+    product = x.new_empty((layout.total, groups, splits, key_width, width), dtype=torch.float32)
+    sums = product.new_empty((layout.total, groups, splits, 1, key_width) if summed else 0)
     launch(
-        product_kernel, layout.total * groups * triton.cdiv(width, tile.COLUMNS), tile, x,
+        product_kernel, programs * splits, tile, x,
         x=view(x), y=view(y), normalizer=normalizer, gate=gate, beta=beta, memory_delta=memory_delta, product=product,
         sums=sums if summed else None, **segment_arguments(layout), query_time=query_time, groups=groups,
-        LOOKBACK=layout.lookback, ELU=elu, READ=read,
+        splits=splits, LOOKBACK=layout.lookback, ELU=elu, READ=read,
     )  # fmt: skip
-    return product, sums
+    return add_parts(product), add_parts(sums).squeeze(2) if summed else sums
+
+
+def splits_of(programs: int, layout: Layout, tile: Tile, like: Tensor) -> int:
+    """Return into how many parts each segment's tokens are split, so that few programs do not leave a GPU idle."""
+    tiles = triton.cdiv(min(layout.segment_len, layout.time), tile.BLOCK_N)
+    return max(1, min(MOST_SPLITS, tiles, processors(like.device) // max(programs, 1)))
+
+
+def add_parts(parts: Tensor) -> Tensor:
+    """Return the sums of contiguous parts [F, G, splits, K, W] over splits, always in the same order."""
+    slots, groups, splits, rows, width = parts.shape
+    if splits == 1:
+        return parts.squeeze(2)
+    whole = parts.new_empty((slots, groups, rows, width))
+    tile = tile_of(add_parts_kernel, parts, rows, width)
+    launch(
+        add_parts_kernel, slots * groups * triton.cdiv(rows, tile.ROWS), tile, parts,
+        parts=parts, whole=whole, splits=splits, K=rows, W=width,
+    )  # fmt: skip
+    return whole
 
 
 def scan(
@@ -444,10 +499,10 @@ def write(
     """
     groups = k.shape[1]
     delta = update == "delta"
-    added, sums = products(k, v, groups, layout, beta=beta, elu=elu, summed=not delta and not corrected)
+    added, sums = products(k, v, groups, layout, beta=beta, elu=elu, summed=not corrected)
     gamma = None
-    if delta or corrected:
-        sums, gamma = sum_keys(k, normalizer if corrected else None, layout, elu)
+    if corrected:
+        sums, gamma = sum_keys(k, normalizer, layout, elu)
     z_before, z = sum_normalizers(normalizer, sums, layout)
     erased = None
     if delta:

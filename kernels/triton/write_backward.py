@@ -13,12 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sequences import Layout
-from .launch import launch, new_tokens, segment_arguments, tile_of, view
+from .launch import launch, new_tokens, processors, segment_arguments, tile_of, view
 from .tiles import (
     LENGTHS,
     Rows,
     block,
-    dot_float32,
+    chunk_operand,
+    dot,
     feature_map,
     feature_map_grad,
     head_of,
@@ -26,14 +27,29 @@ from .tiles import (
     load_rows,
     load_vector,
     memory_inverse,
+    operand,
+    part_of,
     reciprocal,
     rounded,
     row_operand,
     segment_at,
     store_rows,
+    sum_of_squares,
     unwritten,
 )
-from .write import Normalizer, SegmentMemory, exact_dot, normalizer_at, scan, sum_normalizer_grads
+from .write import (
+    Normalizer,
+    SegmentMemory,
+    add_parts,
+    exact_dot,
+    normalizer_at,
+    scan,
+    splits_of,
+    sum_normalizer_grads,
+)
+
+# tiles of tokens that one program of `write_grad_kernel` takes at most
+MOST_STEPS = 8
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -69,30 +85,6 @@ def curvature_kernel(
     store_rows(Rows(curvature + at * K * K, K, K), i, j, acc, K)
 
 
-@triton.jit
-def bend(u, factor, curvature, c, K: tl.constexpr, CHUNK: tl.constexpr):
-    """Return factor · u (C + Cᵀ), its columns from c on."""
-    rows = load_chunk(curvature, c, CHUNK, K, K)
-    return dot_float32(u, tl.trans(rows), tl.zeros([u.shape[0], CHUNK], tl.float32)) * factor
-
-
-@triton.jit
-def erasure(
-    k, first, normalizer, curvature, ELU: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """Return u = σ(k) / σ(k) z in k's dtype, the factor it takes, 1 / σ(k) z, and σ(k) C uᵀ of every row."""
-    BLOCK_K: tl.constexpr = block(K)
-    inverse = memory_inverse(k, first, normalizer, ELU, ROWS, K, CHUNK)
-    u = feature_map(load_rows(k, first, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
-    u = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], u, 0.0)
-    u, factor = row_operand(u, k.pointer.dtype.element_ty)
-    erased = tl.zeros([ROWS], tl.float32)
-    for c in tl.range(0, K, CHUNK, num_stages=1):
-        features = feature_map(load_rows(k, first, c, ROWS, CHUNK, K), ELU)
-        erased += tl.sum(bend(u, factor, curvature, c, K, CHUNK) * features, 1)
-    return u, factor, inverse, erased * 0.5
-
-
 class StateAfter(NamedTuple):
     """Say where the gradients of one segment's state lie: of M and z after it, C + Cᵀ, and z before it."""
 
@@ -102,144 +94,204 @@ class StateAfter(NamedTuple):
     normalizer: Any
 
 
+class Held(NamedTuple):
+    """Hold dM and C + Cᵀ as operands, with their factors, for all tiles of a program; None where chunks are loaded."""
+
+    dmemory: Any
+    curvature: Any
+
+
 @triton.jit
 def write_adjoint(
-    keys, values, beta, gamma, first, state, dkeys,
+    keys, values, beta, gamma, dweight, first, state, held, dkeys,
     ELU: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Store what the state after a segment sends back to its keys; return dv, and the gradient of beta.
 
-    beta, gamma: pointers to those of the first row, or None. Nothing as wide as a token is held but dv and u.
+    beta, gamma, dweight: pointers to those of the first row, or None. Nothing as wide as a token is held but dv and u.
     """
     ROWS: tl.constexpr = values.shape[0]
-    BLOCK_V: tl.constexpr = values.shape[1]
+    BLOCK_K: tl.constexpr = block(K)
+    dtype: tl.constexpr = values.dtype
     rows = tl.arange(0, ROWS)
     inside = first + rows < keys.stop
-    erased = tl.zeros([ROWS], tl.float32)
-    if state.curvature is not None:
-        u, factor, inverse, erased = erasure(keys, first, state.normalizer, state.curvature, ELU, ROWS, K, CHUNK)
-    dv = tl.zeros([ROWS, BLOCK_V], tl.float32)
+    if dweight is not None:
+        inverse = memory_inverse(keys, first, state.normalizer, ELU, ROWS, K, CHUNK)
+        u = feature_map(load_rows(keys, first, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
+        u = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], u, 0.0)
+        # negative, so that products add up
+        erasing, factor = row_operand(-u, dtype)
+        to_weight = tl.load(dweight + rows, mask=inside, other=0.0)
+    dv = tl.zeros([ROWS, values.shape[1]], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
-        tokens = load_rows(keys, first, c, ROWS, CHUNK, K)
-        dm = load_chunk(state.dmemory, c, CHUNK, K, V)
-        dv = dot_float32(rounded(feature_map(tokens, ELU), tokens.dtype), dm, dv)
-        dfeatures = dot_float32(values, tl.trans(dm), tl.zeros([ROWS, CHUNK], tl.float32))
-        if state.curvature is not None:
-            z = load_vector(state.normalizer.z, c, CHUNK, K)[None, :]
-            dfeatures += (erased * inverse)[:, None] * z - bend(u, factor, state.curvature, c, K, CHUNK)
+        features = feature_map(load_rows(keys, first, c, ROWS, CHUNK, K), ELU)
+        dm, scale = chunk_operand(state.dmemory, held.dmemory, c, dtype, CHUNK, K, V)
+        dfeatures = dot(values, tl.trans(dm), None) * scale
+        if dweight is not None:
+            bent, size = chunk_operand(state.curvature, held.curvature, c, dtype, CHUNK, K, K)
+            dfeatures += dot(erasing, tl.trans(bent), None) * (factor * size)
+            dfeatures += to_weight[:, None] * load_vector(state.normalizer.z, c, CHUNK, K)[None, :]
         if beta is not None:
             dfeatures *= tl.load(beta + rows, mask=inside, other=0.0)[:, None]
         dz = load_vector(state.dnormalizer, c, CHUNK, K)[None, :]
         if gamma is not None:
             dz = dz * tl.load(gamma + rows, mask=inside, other=0.0)[:, None]
-        store_rows(dkeys, first, c, (dfeatures + dz) * feature_map_grad(tokens, ELU), K)
-    dbeta = erased
+        store_rows(dkeys, first, c, (dfeatures + dz) * feature_map_grad(features, ELU), K)
+        # last, so that dv is not held meanwhile where there is one chunk
+        dv += dot(rounded(features, dtype), dm, None) * scale
+    dbeta = tl.zeros([ROWS], tl.float32)
     if beta is not None:
-        dbeta = tl.sum(dv * values.to(tl.float32), 1) - erased
+        dbeta = tl.sum(dv * values.to(tl.float32), 1)
+        if dweight is not None:
+            dbeta -= to_weight * reciprocal(inverse)
         dv *= tl.load(beta + rows, mask=inside, other=0.0)[:, None]
     return dv, dbeta
 
 
+class Bending(NamedTuple):
+    """Hold rows of C + Cᵀ as an operand, its factor, and their parts along z."""
+
+    rows: Any
+    factor: Any
+    level: Any  # of every row: its product with z / z z
+    common: Any  # Σ level z / z z
+
+
+@triton.jit
+def bending(curvature, normalizer, c, dtype: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
+    """Return rows [c, c + CHUNK) of C + Cᵀ, ready to be multiplied."""
+    z = load_vector(normalizer.z, 0, block(K), K)
+    share = reciprocal(sum_of_squares(z))
+    rows = load_chunk(curvature, c, CHUNK, K, K)
+    level = tl.sum(rows * z[None, :], 1) * share
+    common = tl.sum(level * load_vector(normalizer.z, c, CHUNK, K), 0) * share
+    bent, factor = operand(rows, dtype)
+    return Bending(bent, factor, level, common)
+
+
 @triton.jit
 def weight_grads(
-    k, first, normalizer, curvature, ELU: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr
+    k, first, normalizer, curvature, held, ELU: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """Return u C uᵀ of every row, u = σ(k) / σ(k) z, without the digits that a rounded u C would lose.
 
     As u z = 1, u is z / z z, the same for all rows, and a rest. Keys that are alike differ in the rest alone, so that
-    what is rounded, its product with C, is small; the other parts are in float32.
+    what is rounded, its product with C, is small; the other parts are in float32. held: the `Bending` of all rows.
     """
     BLOCK_K: tl.constexpr = block(K)
+    dtype: tl.constexpr = k.pointer.dtype.element_ty
     inverse = memory_inverse(k, first, normalizer, ELU, ROWS, K, CHUNK)
-    held = inverse != 0
+    present = inverse != 0
     z = load_vector(normalizer.z, 0, BLOCK_K, K)
-    share = reciprocal(tl.sum(z * z, 0))
+    share = reciprocal(sum_of_squares(z))
     u = feature_map(load_rows(k, first, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
-    rest = tl.where((tl.arange(0, BLOCK_K) < K)[None, :] & held[:, None], u - (z * share)[None, :], 0.0)
-    rest, factor = row_operand(rest, k.pointer.dtype.element_ty)
+    rest = tl.where((tl.arange(0, BLOCK_K) < K)[None, :] & present[:, None], u - (z * share)[None, :], 0.0)
+    rest, factor = row_operand(rest, dtype)
     result = tl.zeros([ROWS], tl.float32)
     common = 0.0
     for c in tl.range(0, K, CHUNK, num_stages=1):
-        rows = load_chunk(curvature, c, CHUNK, K, K)
-        level = tl.sum(rows * z[None, :], 1) * share
-        z_chunk = load_vector(normalizer.z, c, CHUNK, K) * share
-        common += tl.sum(level * z_chunk, 0)
-        bent = dot_float32(rest, tl.trans(rows), tl.zeros([ROWS, CHUNK], tl.float32)) * (0.5 * factor)
+        part = bending(curvature, normalizer, c, dtype, K, CHUNK) if held is None else held
+        common += part.common
+        bent = dot(rest, tl.trans(part.rows), None) * (0.5 * factor * part.factor)
         features = feature_map(load_rows(k, first, c, ROWS, CHUNK, K), ELU)
-        result += tl.sum((features * inverse[:, None] - z_chunk[None, :]) * (bent + level[None, :]), 1)
-    return tl.where(held, result + 0.5 * common, 0.0)
+        along = (load_vector(normalizer.z, c, CHUNK, K) * share)[None, :]
+        result += tl.sum((features * inverse[:, None] - along) * (bent + part.level[None, :]), 1)
+    return tl.where(present, result + 0.5 * common, 0.0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def weight_sums_kernel(
-    k, beta, normalizer, curvature, sums, slots, time, segment_len, segments,
+    k, beta, normalizer, curvature, dweights, sums, parts, slots, time, segment_len, segments, splits,
     LOOKBACK: tl.constexpr, ELU: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Add to sums the gradient of z that the delta rule's weights 1 / σ(k) z send back over one written segment."""
+    """Store u C uᵀ of one part of one written segment's tokens, and Σ u C uᵀ σ(k), to which the first part adds sums.
+
+    They are the gradients of the delta rule's weights 1 / σ(k) z, over these, and their share of z's.
+    """
     K: tl.constexpr = k.width
     BLOCK_K: tl.constexpr = block(K)
-    slot, group = tl.program_id(0) // k.heads, tl.program_id(0) % k.heads
+    part = tl.program_id(0) % splits
+    slot, group = tl.program_id(0) // splits // k.heads, tl.program_id(0) // splits % k.heads
     segment = segment_at(slot, slots, segments, segment_len, time)
-    if unwritten(segment, segment_len, LOOKBACK):
-        return
-    begin, end = segment.begin, segment.end
     at = tl.cast(slot, tl.int64) * k.heads + group
-    keys = head_of(k, segment.row, group, end)
-    before, c_of_segment = normalizer_at(normalizer, at, K), curvature + at * K * K
-    total = tl.zeros([BLOCK_K], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        dweight = weight_grads(keys, start, before, c_of_segment, ELU, BLOCK_N, K, CHUNK)
-        i = start + tl.arange(0, BLOCK_N)
-        if beta is not None:
-            at_rows = (tl.cast(segment.row, tl.int64) * k.heads + group) * time
-            dweight *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
-        features = feature_map(load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K), ELU)
-        total += tl.sum(tl.where(i < end, dweight, 0.0)[:, None] * features, 0)
     c = tl.arange(0, BLOCK_K)
-    target = sums + at * K + c
-    held = tl.load(target, mask=c < K, other=0.0)
-    tl.store(target, held + total * tl.load(before.inverse_peak), mask=c < K)
+    total = tl.load(sums + at * K + c, mask=(c < K) & (part == 0), other=0.0)
+    target = parts + (at * splits + part) * K + c
+    if unwritten(segment, segment_len, LOOKBACK):
+        tl.store(target, total, mask=c < K)
+        return
+    begin, end = part_of(segment.begin, segment.end, part, splits, BLOCK_N)
+    keys = head_of(k, segment.row, group, end)
+    at_rows = (tl.cast(segment.row, tl.int64) * k.heads + group) * time
+    before, c_of_segment = normalizer_at(normalizer, at, K), curvature + at * K * K
+    held = None
+    if CHUNK == BLOCK_K:
+        held = bending(c_of_segment, before, 0, k.pointer.dtype.element_ty, K, CHUNK)
+    # summed over its rows at the end: warps would wait for each other at every tile
+    totals = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        dweight = weight_grads(keys, start, before, c_of_segment, held, ELU, BLOCK_N, K, CHUNK)
+        i = start + tl.arange(0, BLOCK_N)
+        features = feature_map(load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K), ELU)
+        written = tl.where(i < end, dweight, 0.0)
+        if beta is not None:
+            written *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
+        totals += written[:, None] * features
+        # last, as no load is kept over a store
+        tl.store(dweights + at_rows + i, dweight, mask=i < end)
+    tl.store(target, total + tl.sum(totals, 0) * tl.load(before.inverse_peak), mask=c < K)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def write_grad_kernel(
-    k, v, beta, gamma, normalizer, grads, dk, dv, dbeta, slots, time, segment_len, segments, tiles,
+    k, v, beta, gamma, normalizer, grads, dk, dv, dbeta, slots, time, segment_len, segments, tiles, steps,
     LOOKBACK: tl.constexpr, ELU: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Store dk, dv and dbeta of one tile of one head's tokens: zeros where they were not written."""
+    """Store dk, dv and dbeta of `steps` tiles of one head's tokens: zeros where they were not written."""
     K: tl.constexpr = k.width
     V: tl.constexpr = v.width
+    BLOCK_K: tl.constexpr = block(K)
     BLOCK_V: tl.constexpr = block(V)
+    dtype: tl.constexpr = k.pointer.dtype.element_ty
     tile = tl.program_id(0) % tiles
     group = tl.program_id(0) // tiles % k.heads
     slot = tl.program_id(0) // tiles // k.heads
     segment = segment_at(slot, slots, segments, segment_len, time)
-    begin, end = segment.begin, segment.end
-    first = begin + tile * BLOCK_N
+    first, end = segment.begin + tile * steps * BLOCK_N, segment.end
     if first >= end:
         return
+    last = tl.minimum(first + steps * BLOCK_N, end)
     dkeys, dvalues = head_of(dk, segment.row, group, end), head_of(dv, segment.row, group, end)
     if unwritten(segment, segment_len, LOOKBACK):
-        store_rows(dkeys, first, 0, tl.zeros([BLOCK_N, block(K)], tl.float32), K)
-        store_rows(dvalues, first, 0, tl.zeros([BLOCK_N, BLOCK_V], tl.float32), V)
+        for start in range(first, last, BLOCK_N):
+            store_rows(dkeys, start, 0, tl.zeros([BLOCK_N, BLOCK_K], tl.float32), K)
+            store_rows(dvalues, start, 0, tl.zeros([BLOCK_N, BLOCK_V], tl.float32), V)
         return
     at = tl.cast(slot, tl.int64) * k.heads + group
-    at_rows = (tl.cast(segment.row, tl.int64) * k.heads + group) * time + first
-    values = load_rows(head_of(v, segment.row, group, end), first, 0, BLOCK_N, BLOCK_V, V)
+    at_rows = (tl.cast(segment.row, tl.int64) * k.heads + group) * time
+    keys, values = head_of(k, segment.row, group, end), head_of(v, segment.row, group, end)
     state = StateAfter(
         grads.after + at * K * V,
         grads.z_after + at * K,
         None if grads.curvature is None else grads.curvature + at * K * K,
         normalizer_at(normalizer, at, K),
     )
-    dvalue, dstrength = write_adjoint(
-        head_of(k, segment.row, group, end), values, None if beta is None else beta + at_rows,
-        None if gamma is None else gamma + at_rows, first, state, dkeys, ELU, K, V, CHUNK,
-    )  # fmt: skip
-    store_rows(dvalues, first, 0, dvalue, V)
-    if dbeta is not None:
-        rows = tl.arange(0, BLOCK_N)
-        tl.store(dbeta + at_rows + rows, dstrength, mask=first + rows < end)
+    held = Held(None, None)
+    if CHUNK == BLOCK_K:
+        held = Held(operand(load_chunk(state.dmemory, 0, CHUNK, K, V), dtype), None)
+        if grads.curvature is not None:
+            held = Held(held.dmemory, operand(load_chunk(state.curvature, 0, CHUNK, K, K), dtype))
+    rows = tl.arange(0, BLOCK_N)
+    for start in range(first, last, BLOCK_N):
+        dvalue, dstrength = write_adjoint(
+            keys, load_rows(values, start, 0, BLOCK_N, BLOCK_V, V), None if beta is None else beta + at_rows + start,
+            None if gamma is None else gamma + at_rows + start,
+            None if grads.weights is None else grads.weights + at_rows + start, start, state, held, dkeys,
+            ELU, K, V, CHUNK,
+        )  # fmt: skip
+        store_rows(dvalues, start, 0, dvalue, V)
+        if dbeta is not None:
+            tl.store(dbeta + at_rows + start + rows, dstrength, mask=start + rows < end)
 
 
 class SlotGrads(NamedTuple):
@@ -248,6 +300,7 @@ class SlotGrads(NamedTuple):
     after: Tensor  # float32 [F, G, K, V]
     z_after: Tensor  # float32 [F, G, K]
     curvature: Tensor | None  # float32 [F, G, K, K] C + Cᵀ; None by the linear rule
+    weights: Tensor | None  # float32 [B, G, T] u C uᵀ of written tokens; None by the linear rule
 
 
 def state_grads(
@@ -257,26 +310,31 @@ def state_grads(
     """Return the gradients of the state after every slot, and of the initial memory and normalizer.
 
     They come from those of the final state, and from what the reads of every slot send back: read [F, G, K, V], and
-    read_sums [F, G, K], which is overwritten.
+    read_sums [F, G, K].
     """
     groups, _, key_width = k.shape[1:]
     after, _, dm = scan(dmemory, read, erased, None, torch.float32, layout, save=False)
     where = {**segment_arguments(layout), "LOOKBACK": layout.lookback}
-    curvature = None
+    curvature = weights = None
     if erased is not None:
-        curvature = torch.empty_like(erased)
+        curvature, weights = torch.empty_like(erased), erased.new_empty(k.shape[:3])
         tile = tile_of(curvature_kernel, before.matrix, key_width, key_width)
         tiles = triton.cdiv(key_width, tile.ROWS) * triton.cdiv(key_width, tile.COLUMNS)
         launch(
             curvature_kernel, layout.total * groups * tiles, tile, k,
             memory=before, dmemory=after, curvature=curvature, **where, groups=groups, K=key_width, V=read.shape[3],
         )  # fmt: skip
+        tile = tile_of(weight_sums_kernel, k, key_width, read.shape[3])
+        splits = splits_of(layout.total * groups, layout, tile, k)
+        parts = read_sums.new_empty((layout.total, groups, splits, 1, key_width))
         launch(
-            weight_sums_kernel, layout.total * groups, tile_of(weight_sums_kernel, k, key_width, read.shape[3]), k,
-            k=view(k), beta=beta, normalizer=before.normalizer, curvature=curvature, sums=read_sums, **where, ELU=elu,
+            weight_sums_kernel, layout.total * groups * splits, tile, k,
+            k=view(k), beta=beta, normalizer=before.normalizer, curvature=curvature, dweights=weights, sums=read_sums,
+            parts=parts, **where, splits=splits, ELU=elu,
         )  # fmt: skip
+        read_sums = add_parts(parts).squeeze(2)
     z_after, dz = sum_normalizer_grads(dnormalizer, read_sums, layout)
-    return SlotGrads(after, z_after, curvature), dm, dz
+    return SlotGrads(after, z_after, curvature, weights), dm, dz
 
 
 def write_grads(
@@ -288,12 +346,15 @@ def write_grads(
     padded = layout.slots is not None
     tile = tile_of(write_grad_kernel, k, key_width, v.shape[3])
     tiles = triton.cdiv(min(layout.segment_len, time), tile.BLOCK_N)
+    # what a program holds of the state serves several tiles, where there are programs enough
+    steps = max(1, min(MOST_STEPS, layout.total * groups * tiles // (4 * processors(k.device))))
+    tiles = triton.cdiv(tiles, steps)
     dk = new_tokens(k, groups, time, key_width, padded)
     dv = new_tokens(v, groups, time, v.shape[3], padded)
     dbeta = None if beta is None else torch.empty_like(beta)
     launch(
         write_grad_kernel, layout.total * groups * tiles, tile, k,
         k=view(k), v=view(v), beta=beta, gamma=gamma, normalizer=normalizer, grads=grads, dk=view(dk), dv=view(dv),
-        dbeta=dbeta, **segment_arguments(layout), tiles=tiles, LOOKBACK=layout.lookback, ELU=elu,
+        dbeta=dbeta, **segment_arguments(layout), tiles=tiles, steps=steps, LOOKBACK=layout.lookback, ELU=elu,
     )  # fmt: skip
     return dk, dv, dbeta
