@@ -182,8 +182,11 @@ def check_rotary_length(config: Any, settings: Settings, restart: bool) -> None:
         ValueError: they do.
     """
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind not in ("dynamic", "longrope"):
+    # newer transformers have one for each type of layer
+    ropes = [rope, *(x for x in rope.values() if isinstance(x, Mapping))]
+    kinds = [(rope, rope.get("rope_type", rope.get("type"))) for rope in ropes]
+    rope, kind = next(((rope, kind) for rope, kind in kinds if kind in ("dynamic", "longrope")), (rope, None))
+    if kind is None:
         return
     depends = f"the model's {kind!r} rotary embedding begins to depend on the length of a call"
     if settings.lookback or (settings.sinks and not restart):

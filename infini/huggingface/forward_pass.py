@@ -63,6 +63,13 @@ class ForwardPass:
         self.ranks = ranks
         self.in_graph = cache is not None and torch.is_grad_enabled()
 
+    @property
+    def bounds(self) -> Tensor | None:
+        """The bounds of rows or packed sequences, int32 [N, 2]; None: whole rows."""
+        if self.cu_seqlens is None:
+            return self.spans
+        return torch.stack([self.cu_seqlens[:-1], self.cu_seqlens[1:]], dim=1)
+
 
 class Carried(NamedTuple):
     """A mask, and with it what layers that keep other arguments to themselves would not hand on to attention.

@@ -236,7 +236,7 @@ def set_positions(
     elif conversion.restart or conversion.settings.sinks:
         positions = rows.positions(columns, time, tokens.device, in_text=not conversion.restart).expand(batch, -1)
         inputs["position_ids"] = positions if period is None else positions % period
-        if conversion.native and columns is None and inputs.get("past_key_values") is None:
+        if conversion.native and period is not None and columns is None and inputs.get("past_key_values") is None:
             # else every segment would be taken for a sequence
             inputs["attention_mask"] = tokens.new_ones(batch, time, dtype=torch.long)
 

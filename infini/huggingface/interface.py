@@ -154,35 +154,21 @@ def _run_converted(
     if state is not None and forward.cache is not None:
         _check_state(state, k)
         k, memory_k, v = forward.cache.layers[layer].joined(state, (k, memory_k, v))
-    packed = forward.cu_seqlens is not None
+    packed, batch = forward.cu_seqlens is not None, q.shape[0]
     if packed:
-        batch = q.shape[0]
         q, k, v, memory_q, memory_k = (_end_to_end(x) for x in (q, k, v, memory_q, memory_k))
-    cu_seqlens, spans = (None if x is None else x.to(q.device) for x in (forward.cu_seqlens, forward.spans))
-    sinks = None
-    if window is not None:
-        bounds = spans if cu_seqlens is None else torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)
-        sinks = window.sinks(state, memory_k, v, bounds)
+    sinks = None if window is None else window.sinks(state, memory_k, v, forward.bounds)
     mapped_q, mapped_k = _mapped(module, settings, memory_q, memory_k)
-    operation: Callable[..., SegmentOutput] = segment_attention
-    if forward.ranks is not None and gate is not None:
-        operation = partial(sequence_parallel_attention, group=forward.ranks, want_state=False, check_ranks=False)
-    out, memory = operation(
+    out, memory = _operation(forward, gate, q.device)(
         q,
         k,
         v,
-        segment_len=settings.segment_len,
         gate=gate,
-        update=settings.update,
         memory_q=mapped_q,
         memory_k=mapped_k,
         state=None if state is None else state.memory,
-        cu_seqlens=cu_seqlens,
-        spans=spans,
-        empty_memory=settings.empty_memory,
         scale=scale,
         softcap=softcap,
-        backend=settings.backend,
         **({} if window is None else window.arguments(traits, sinks, k, v)),
     )
     if packed:
@@ -193,6 +179,24 @@ def _run_converted(
         left = _left(memory, k, memory_k, v, max(forward.after.tails), state is not None)
         forward.left[layer] = left if window is None else window.left(traits, left, sinks)
     return out
+
+
+def _operation(forward: ForwardPass, gate: Tensor | None, device: torch.device) -> Callable[..., SegmentOutput]:
+    """Return `segment_attention` with those of its arguments that all layers share; over ranks, where they exchange."""
+    settings = forward.conversion.settings
+    operation: Callable[..., SegmentOutput] = segment_attention
+    # without a memory there is nothing to exchange
+    if forward.ranks is not None and gate is not None:
+        operation = partial(sequence_parallel_attention, group=forward.ranks, want_state=False, check_ranks=False)
+    return partial(
+        operation,
+        segment_len=settings.segment_len,
+        update=settings.update,
+        cu_seqlens=None if forward.cu_seqlens is None else forward.cu_seqlens.to(device),
+        spans=None if forward.spans is None else forward.spans.to(device),
+        empty_memory=settings.empty_memory,
+        backend=settings.backend,
+    )
 
 
 def _mapped(module: Any, settings: Settings, memory_q: Tensor, memory_k: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,13 +41,13 @@ def sequence_parallel(model: nn.Module, group: Any) -> Iterator[None]:
         ValueError: the model is not converted in every layer, or with lookback or sinks, or is in such a context
             already; or this process is not in the group.
     """
-    trunk, ranks = trunk_of(model), Ranks.of(group)
-    conversion = conversion_of(model)
+    trunk, conversion = trunk_of(model), conversion_of(model)
     if (settings := conversion.settings).lookback or settings.sinks:
         raise ValueError(
             f"model must be converted with lookback=0 and sinks=0 for sequence_parallel, got {settings.lookback} and "
             f"{settings.sinks}: tokens of other ranks are not seen"
         )
+    ranks = Ranks.of(group)
     if native := conversion.native:
         raise ValueError(
             f"model must have every layer converted, as others see the whole text: layers {list(native)} are not "

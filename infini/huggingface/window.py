@@ -27,6 +27,7 @@ class Window(NamedTuple):
 
     settings: how the model was converted.
     rows, after: how far each row has been read before the pass, and after it.
+    past: tokens that the rows have folded before the pass: one number for all, or int64 [B].
     places: at how many places the sinks stand: 1, or one for each segment; 0: no segment of the pass sees them.
     sinks_at: the embeddings of these places, of positions [1 or B, places · sinks].
     tails_at: those of the tail after the pass, of positions [1 or B, P]; empty where it stays where it stands.
@@ -35,6 +36,7 @@ class Window(NamedTuple):
     settings: Settings
     rows: Rows
     after: Rows
+    past: int | Tensor
     places: int
     sinks_at: Embeddings
     tails_at: Embeddings
@@ -55,10 +57,11 @@ class Window(NamedTuple):
         kept = None if state is None else state.sinks
         if kept is not None and all(self.rows.folded):
             return kept
+        bounds = None if bounds is None else bounds.to(v.device)
         first = first_tokens(memory_k, bounds, count), first_tokens(v, bounds, count)
-        if kept is None:
+        if kept is None or not isinstance(self.past, Tensor):
             return first
-        begun = torch.tensor(self.rows.folded, device=v.device)[:, None, None, None] > 0
+        begun = self.past.to(v.device)[:, None, None, None] > 0
         return torch.where(begun, kept[0], first[0]), torch.where(begun, kept[1], first[1])
 
     def arguments(self, traits: Traits, sinks: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> dict[str, Any]:
@@ -72,8 +75,7 @@ class Window(NamedTuple):
             keys = traits.rotary.redo(each, self.sinks_at[traits.rotary.call])
             if self.places > 1:
                 keys = keys.unflatten(2, (self.places, -1))
-        folded = self.rows.folded
-        past = folded[0] if len(set(folded)) == 1 else torch.tensor(folded, device=k.device)
+        past = self.past.to(k.device) if isinstance(self.past, Tensor) else self.past
         return lookback | {
             "sinks": self.settings.sinks,
             "sink_k": keys.to(k.dtype),
@@ -124,7 +126,8 @@ def window_of(
     tails_at = {}
     if conversion.restart and lookback and not packed and after.folded != rows.folded:
         tails_at = _embeddings(trunk, conversion, _tail_positions(after, device))
-    return Window(settings, rows, after, places, sinks_at, tails_at)
+    past = rows.folded[0] if len(set(rows.folded)) == 1 else torch.tensor(rows.folded, device=device)
+    return Window(settings, rows, after, past, places, sinks_at, tails_at)
 
 
 def _embeddings(trunk: Any, conversion: Conversion, positions: Tensor) -> Embeddings:

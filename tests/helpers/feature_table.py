@@ -14,6 +14,7 @@ FEATURES = {
     "revert": "test_up_to_one_segment_nothing_changes_and_revert_undoes_everything",
     "padding": "test_a_padded_row_equals_the_row_alone",
     "packing": "test_packed_sequences_by_position_ids_equal_each_alone",
+    "lookback, sinks": "test_a_segment_with_sinks_is_a_text_of_sinks_and_window",
     "pieces": "test_pieces_of_any_sizes_equal_the_whole",
     "generate": "test_generate_equals_reading_it_all_again_for_every_token",
     "padded batches": "test_a_left_padded_row_generates_what_it_generates_alone",
@@ -26,7 +27,7 @@ FEATURES = {
     "`AssociativeMemory`": "test_a_first_segment_is_the_models_own_and_the_diagonal_equals_the_vertical",
 }
 FILES = (
-    *(f"infini/test_{name}.py" for name in ("conversion", "generation", "hf_training", "saving")),
+    *(f"infini/test_{name}.py" for name in ("conversion", "windows", "generation", "hf_training", "saving")),
     *(f"rmt/test_{name}.py" for name in ("recurrent", "associative")),
 )
 NAMES = {

@@ -25,6 +25,7 @@ BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "whole": ("llama", {}, {}),
     "one layer": ("llama", {}, {"layers": [0]}),
+    "windows": ("llama", {}, {"lookback": 1, "sinks": 3, "memory_maps": True}),
     "sliding": ("gemma3_text", {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}, {}),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from models import OPTIONS, VERSION, make, open_gates, tokens
+from models import CONFIGS, OPTIONS, VERSION, make, open_gates, tokens
+from models import NAMES as ALL
 
 import segattn
 from segattn.infini.huggingface import interface
@@ -83,20 +85,20 @@ def test_with_gates_closed_a_lookback_is_the_mask_of_two_segments(name: str) -> 
 
 
 def one_layer(name: str, **changes: Any) -> Any:
-    kinds = (
-        {} if name not in ("gemma2", "gemma3_text", "cohere2", "llama4_text") else {"layer_types": ["full_attention"]}
-    )
-    return make(name, num_hidden_layers=1, **kinds, **changes)
+    kinds = {"layer_types": ["full_attention"]} if "layer_types" in CONFIGS[name][1] else {}
+    return make(name, **{"num_hidden_layers": 1} | kinds | changes)
 
 
-CASES = [(name, {}) for name in NAMES] + [
+# without learnt positions, which cannot stand before a window, and queries that are scaled by their position
+ROTARY = tuple(name for name in ALL if name not in ("gpt2", "opt", "gpt_bigcode", "ministral3"))
+CASES = [(name, {}) for name in ROTARY] + [
     ("llama", {"rope_parameters": {"rope_theta": 1e4} | x}) for x in SCALED.values()
 ]
 
 
 @pytest.mark.skipif(VERSION < (5, 0), reason="rotary embeddings are configured by other names")
 @pytest.mark.parametrize("lookback", [0, 1])
-@pytest.mark.parametrize(("name", "changes"), CASES, ids=[*NAMES, *SCALED])
+@pytest.mark.parametrize(("name", "changes"), CASES, ids=[*ROTARY, *SCALED])
 def test_a_segment_with_sinks_is_a_text_of_sinks_and_window(name: str, changes: dict[str, Any], lookback: int) -> None:
     """Read [sinks, window] as a text of its own by the plain model, for every segment: one layer sees no more."""
     sinks, ids = 3, tokens(2, TIME)
@@ -314,6 +316,40 @@ def test_saved_and_loaded(way: str, tmp_path: Path) -> None:
     assert torch.equal(logits(plain, ids), logits(make(), ids))
 
 
+def test_an_entry_of_the_first_version_has_no_window_and_a_memory_in_every_layer(tmp_path: Path) -> None:
+    model, ids = windowed(lookback=0, sinks=0), tokens(2, TIME)
+    segattn.save_pretrained(model, tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    entry = config["segment_attention"] | {"version": 1}
+    for name in ("lookback", "sinks", "memory_maps", "memory_layers"):
+        del entry[name]
+    file.write_text(json.dumps(config | {"segment_attention": entry}))
+    loaded = segattn.from_pretrained(tmp_path, quiet=True)
+    assert conversion_of(loaded).settings == conversion_of(model).settings
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_maps_in_peft_are_trained_and_saved(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    kept = ["segattn_gate", "segattn_memory_q", "segattn_memory_k"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=kept)
+    model, ids = peft.get_peft_model(windowed(memory_maps=True), config), tokens(2, TIME)
+    groups = segattn.parameter_groups(model, 1e-1)
+    matrices = {id(x) for x in groups[0]["params"]}
+    trained = {n: x for n, x in model.named_parameters() if x.requires_grad and "segattn_memory" in n}
+    assert len(trained) == 2 * 2 * 2
+    assert all((id(x) in matrices) == n.endswith("weight") for n, x in trained.items())
+    before = {n: x.detach().clone() for n, x in trained.items()}
+    model.train()(ids, labels=ids, use_cache=False).loss.backward()
+    torch.optim.SGD(groups).step()
+    assert all((x != before[n]).any() for n, x in trained.items())
+    segattn.save_gates(model, tmp_path / "gates")
+    held = safetensors_torch.load_file(tmp_path / "gates")
+    mine = trained["base_model.model.model.layers.1.self_attn.segattn_memory_q.modules_to_save.default.weight"]
+    assert torch.equal(held["1.segattn_memory_q.weight"], mine)
+
+
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     file = tmp_path / "gates"
     for saved, options in (({"memory_maps": True}, {}), ({}, {"memory_maps": True})):
@@ -364,6 +400,11 @@ def test_a_pass_that_reads_no_memory_is_warned_of() -> None:
         model(tokens(1, 2 * L), use_cache=False)
 
 
+def parallel(model: Any) -> None:
+    with segattn.sequence_parallel(model, None):
+        pass
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "lookback": (lambda: windowed(lookback=2), "lookback must be 0 or 1 segments, got 2"),
     "sinks": (lambda: windowed(sinks=L + 1), f"sinks must be at most segment_len = {L}, got {L + 1}"),
@@ -374,6 +415,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "learnt positions": (
         lambda: windowed("gpt2", lookback=0),
         "must be 0 for a model with learnt positions, got 0 and 3",
+    ),
+    "sequence parallel": (
+        lambda: parallel(windowed()),
+        "with lookback=0 and sinks=0 for sequence_parallel, got 1 and 3",
     ),
     "static cache": (lambda: segattn.StaticInfiniCache(windowed()), "without lookback for a static cache"),
     "static cache, maps": (
@@ -400,6 +445,14 @@ def test_a_rotary_embedding_that_depends_on_the_length_of_a_call(options: dict[s
     length = L + 2 if options.get("sinks") else 4 * L
     with pytest.raises(ValueError, match="where the model's 'dynamic' rotary embedding begins to depend on the length"):
         windowed("llama", {"rope_parameters": rope, "max_position_embeddings": length}, **options)
+
+
+@pytest.mark.skipif("ministral3" not in ALL, reason="older transformers lack the type")
+def test_queries_that_are_scaled_by_their_position() -> None:
+    with pytest.raises(ValueError, match="convert every layer with lookback=0, and segments that end where it begins"):
+        windowed("ministral3")
+    model, ids = windowed("ministral3", lookback=0), tokens(2, TIME)
+    close(in_pieces(model, ids, [9, *[1] * 20, 16])[0], logits(model, ids))
 
 
 def test_a_model_whose_rotary_embedding_has_no_module() -> None:
