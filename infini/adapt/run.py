@@ -174,7 +174,7 @@ def _fit(
 
     def fit(call: AttentionCall) -> Tensor:
         full = call.rows(0, count).full()
-        # with --own the stretches are read twice side by side: in full attention, and as the fitted layers read them
+        # the stretches are then read twice side by side: in full attention, and as the fitted layers read them
         fitted = call.rows(count, 2 * count) if adaptation.own else call
         if call.layer not in layers:
             figures = fit_layer(fitted, full, recipe, on_step=lambda: listener.read(1))

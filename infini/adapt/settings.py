@@ -30,7 +30,7 @@ class Adaptation:
     steps: Annotated[int, "Steps of the optimizer for each layer, each on one stretch."] = 64
     gate_lr: Annotated[float, "Learning rate of the gates, which falls to 0 as a cosine."] = 5e-2
     map_lr: Annotated[float, "Learning rate of the maps, which falls in the same way."] = 3e-3
-    own: Annotated[bool, "Fit each layer on what the fitted layers below it put out, not on the plain model's."] = False
+    own: Annotated[bool, "Fit each layer on what the fitted layers below it put out, not on the plain model's."] = True
     eval_tokens: Annotated[int, "Tokens to measure perplexity on; the model's positions must suffice for them."] = 4096
     skip: Annotated[int, "Tokens of each text to skip first, as those of a book's front matter."] = 0
     seed: Annotated[int, "Seed of the order of stretches."] = 0
