@@ -269,7 +269,7 @@ def _check_positions(attention: _Attention, last: int) -> None:
     far = attention.plain(equal, **changes)
     shorter = f"shorten segments to where it begins, below {last}"
     if last == FAR:
-        shorter = "convert every layer with lookback=0, and segments that end where it begins"
+        shorter = "convert every layer with lookback=0 and shorten segments to where it begins"
     if not all(_close(x, y[:, :, :1].expand_as(x)) for x, y in ((far.q, wanted.q), (far.k, wanted.k))):
         attention.refuse(
             "make queries and keys that do not depend on the position but for a rotary embedding: turn scaling by it "

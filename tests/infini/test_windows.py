@@ -449,7 +449,7 @@ def test_a_rotary_embedding_that_depends_on_the_length_of_a_call(options: dict[s
 
 @pytest.mark.skipif("ministral3" not in ALL, reason="older transformers lack the type")
 def test_queries_that_are_scaled_by_their_position() -> None:
-    with pytest.raises(ValueError, match="convert every layer with lookback=0, and segments that end where it begins"):
+    with pytest.raises(ValueError, match="convert every layer with lookback=0 and shorten segments to where it begins"):
         windowed("ministral3")
     model, ids = windowed("ministral3", lookback=0), tokens(2, TIME)
     close(in_pieces(model, ids, [9, *[1] * 20, 16])[0], logits(model, ids))
