@@ -16,6 +16,7 @@ from .experiments import (
     figures_in,
     markdown,
     memory_tasks,
+    million,
     plan,
     questions,
     recurrent_lengths,
@@ -177,5 +178,6 @@ TABLES: Mapping[str, Entry] = {
     "retrieval": _of_folder(retrieval),
     "questions": _of_file("questions/questions.json", questions),
     "benchmarks": _of_folder(benchmarks),
+    "million": _of_file("demo/million.json", million),
     "recurrent-lengths": _of_file("rmt/lengths.json", recurrent_lengths),
 }
