@@ -170,6 +170,18 @@ def recurrent_lengths(figures: Any) -> str:
     return markdown([f"time of a token, ÷ that of {first} segments; kept", f"{first} segments", *others], rows)
 
 
+def million(figures: Any) -> str:
+    """Return a row for each rule and length of `python -m segattn.bench.experiments.million`: the passkeys recalled."""
+    found = {(x["update"], x["length"], x["depth"]): x for x in figures["summary"]}
+    rows = []
+    for update in dict.fromkeys(x["update"] for x in figures["summary"]):
+        for length in figures["setup"]["lengths"]:
+            cells = [found[update, length, depth] for depth in figures["setup"]["depths"]]
+            rows.append([update, f"{length:,}", *(f"{x['right']} of {x['samples']}; {x['seeds']}" for x in cells)])
+    depths = [f"at {100 * depth:g} %" for depth in figures["setup"]["depths"]]
+    return markdown(["passkeys recalled whole; seeds", "tokens", *depths], rows)
+
+
 def questions(figures: Any) -> str:
     """Return a row for each model of `python -m segattn.bench.experiments.questions`: what it answers, and keeps."""
     lengths = figures["setup"]["lengths"]

@@ -57,12 +57,14 @@ def _decoding(results: Sequence[Result]) -> list[list[str]]:
 
 
 def _demo(folder: Path) -> list[list[str]]:
-    figures = figures_in(folder / "demo" / "figures.json")
-    if figures is None:
+    """Return the passkeys recalled from the longest texts, by all models of the experiment together."""
+    figures, million = (figures_in(folder / "demo" / f"{name}.json") for name in ("figures", "million"))
+    if figures is None or million is None:
         return []
-    longest = max(cell["length"] for cell in figures["recall"])
-    shares = [cell["exact"] for cell in figures["recall"] if cell["length"] == longest]
-    recalled = f"{100 * sum(shares) / len(shares):.0f} %"
+    longest = max(cell["length"] for cell in million["cells"])
+    cells = [cell for cell in million["cells"] if cell["length"] == longest]
+    right, samples = (sum(cell[name] for cell in cells) for name in ("right", "samples"))
+    recalled = f"{100 * right / samples:.1f} % of {samples}"
     return [[f"passkeys recalled from {longest:,} tokens", recalled, f"trained on {figures['trained_length']} tokens"]]
 
 

@@ -44,8 +44,8 @@ class DemoSettings:
         usable_device(self.device)
 
     def texts(self) -> list[int]:
-        """Return the texts per depth of each length: `samples`, or 40 of at most 2**20 tokens in all, at least 2."""
-        return [self.samples or max(2, min(40, 2**20 // length)) for length in self.lengths]
+        """Return the texts per depth of each length: `samples`, or 40 of at most 2**19 tokens in all, at least 2."""
+        return [self.samples or max(2, min(40, 2**19 // length)) for length in self.lengths]
 
 
 def doubled(trained: int, reach: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -385,13 +386,14 @@ def test_the_headline_has_a_row_for_each_result_that_is_there(tmp_path: Path, re
         more.append(row("decode, 4K behind", name, "decode", 0.5, 0.1, memory=kept, case=behind))
     keep(results / "cpu.json", suite(*more))
     keep_experiments(results)
-    recall = [{"length": n, "exact": share} for n, share in ((64, 0.0), (128, 1.0), (128, 0.5))]
-    keep(results / "demo" / "figures.json", {"recall": recall, "trained_length": 64})
+    keep(results / "demo" / "figures.json", {"trained_length": 64})
+    recall = [{"length": n, "right": right, "samples": 4} for n, right in ((64, 0), (128, 4), (128, 2))]
+    keep(results / "demo" / "million.json", {"cells": recall})
     rows = [row[1:] for row in cells(table("headline", results) or "")[2:]]
     assert rows == [
         ["1.40", "eager loop over segments 1.50, infini-transformer-pytorch 2.50, full attention 5.00"],
         ["1 MiB", "keys and values 64 MiB"],
-        ["75 %", "trained on 64 tokens"],
+        ["75.0 % of 8", "trained on 64 tokens"],
         ["100.0 % of 4", "the paper's 98.2 %"],
         ["75.0 % of 4", "the paper's 98.2 %"],
         ["8.00 ± 0.25", "segments alone 5.00 ± 0.25, full attention 6.00 ± 0.25"],
@@ -496,3 +498,22 @@ def test_the_command() -> None:
         [sys.executable, "-m", "segattn.bench.report", "--check"], cwd="/", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_million_has_a_row_for_each_rule_and_length(tmp_path: Path) -> None:
+    assert table("million", tmp_path) is None
+    summary = [
+        {"update": update, "length": length, "depth": depth, "seeds": 2, "samples": 8, "right": i}
+        for i, (update, length, depth) in enumerate(itertools.product(("delta", "linear"), (512, 2048), (0.0, 0.5)))
+    ]
+    keep(
+        tmp_path / "demo" / "million.json", {"setup": {"lengths": [512, 2048], "depths": [0, 0.5]}, "summary": summary}
+    )
+    assert cells(table("million", tmp_path) or "") == [
+        ["passkeys recalled whole; seeds", "tokens", "at 0 %", "at 50 %"],
+        ["---"] * 4,
+        ["delta", "512", "0 of 8; 2", "1 of 8; 2"],
+        ["delta", "2,048", "2 of 8; 2", "3 of 8; 2"],
+        ["linear", "512", "4 of 8; 2", "5 of 8; 2"],
+        ["linear", "2,048", "6 of 8; 2", "7 of 8; 2"],
+    ]

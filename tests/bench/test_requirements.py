@@ -14,6 +14,7 @@ COMMANDS = {
     "experiments.book": ("rich, matplotlib", "cli,hf"),
     "experiments.baselines": ("rich, matplotlib", "cli,hf"),
     "experiments.lengths": ("rich, matplotlib", "cli,hf"),
+    "experiments.million": ("rich", "cli"),
 }
 
 
