@@ -180,11 +180,8 @@ TABLES: Mapping[str, Entry] = {
     "retrieval": _of_folder(retrieval),
     "questions": _of_file("questions/questions.json", questions),
     "benchmarks": _of_folder(benchmarks),
-<<<<<<< HEAD
     "conversions": _of_folder(conversions),
     "adaptations": _of_folder(adaptations),
-=======
     "million": _of_file("demo/million.json", million),
->>>>>>> d22
     "recurrent-lengths": _of_file("rmt/lengths.json", recurrent_lengths),
 }
