@@ -16,6 +16,7 @@ OUTPUTS = {
     "decode_kernel": ("out",),
     "read_kernel": ("out",),
     "product_kernel": ("memory", "dmemory"),
+    "add_parts_kernel": ("memory", "dmemory"),
     "scan_kernel": ("memory", "dmemory"),
     "key_sums_kernel": ("normalizer",),
     "normalizer_kernel": ("normalizer", "dnormalizer"),
