@@ -358,7 +358,8 @@ def _workload(text: str, update: str, target: str) -> Workload:
     numbers = [int(x) if x.isdecimal() else 0 for x in text.split(",")]
     if len(numbers) != 6 or min(numbers) < 1 or numbers[1] % numbers[2]:
         raise ValueError(f"a workload must be six positive integers B,H,G,T,K,L, G a divisor of H, got {text!r}")
-    return Workload(*numbers, update, target)  # type: ignore[arg-type]
+    batch, heads, groups, time, width, segment_len = numbers
+    return Workload(batch, heads, groups, time, width, segment_len, update, target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
