@@ -51,7 +51,7 @@ def load(machine: Machine, instruction: Instruction) -> Step:
     def run(mask: Mask) -> None:
         lanes, addresses = machine.lanes(mask), address(mask)
         if space == "global":
-            data, never = machine.memory.load(machine.in_global(addresses, width, lanes), width), None
+            data, never = machine.memory.load(machine.in_global(addresses, width, lanes), width, lanes), None
         else:
             data, never = machine.shared.load(machine.in_shared(addresses, width, lanes), width, lanes)
         values = data.view(dtype)
@@ -77,7 +77,7 @@ def store(machine: Machine, instruction: Instruction) -> Step:
         data = np.stack([machine.each(source, lanes) for source in sources], 1).view(np.uint8)
         if space == "global":
             require_written(registers, mask, "a value stored to global memory")
-            machine.memory.store(machine.in_global(addresses, width, lanes), data, machine.program_of[lanes])
+            machine.memory.store(machine.in_global(addresses, width, lanes), data, lanes)
         else:
             flags = flags_of(registers, mask)
             never = None if flags is None else flags[lanes] > 0
@@ -98,8 +98,9 @@ _ATOMICS: dict[str, Callable[..., Any]] = {
 
 
 def atomic(machine: Machine, instruction: Instruction) -> Step:
-    """Bind atom and red on global memory: lane after lane."""
+    """Bind atom and red on global memory: lane after lane. Without .release, .acquire or .acq_rel they order nothing."""
     name, *words, kind = instruction.words
+    acquires, releases = ({order, "acq_rel"} & set(words) for order in ("acquire", "release"))
     names = [w for w in words if w in _ATOMICS]
     if len(names) != 1 or set(words) - _HINTS != {"global", *names}:
         raise Unsupported(instruction.opcode)
@@ -115,13 +116,14 @@ def atomic(machine: Machine, instruction: Instruction) -> Step:
         lanes = machine.lanes(mask)
         at = machine.in_global(address(mask), dtype.itemsize, lanes)
         cells = machine.memory.cells(dtype)
+        machine.memory.mark(at, dtype.itemsize, lanes)
+        machine.order.meet(at, lanes, acquires, releases)
         old = np.empty(at.size, dtype)
         for i, (cell, *values) in enumerate(
             zip(at // dtype.itemsize, *(machine.each(s, lanes) for s in sources), strict=True)
         ):
             old[i] = cells[cell]
             cells[cell] = function(old[i], *values)
-        machine.memory.mark(at, dtype.itemsize, machine.program_of[lanes])
         if result is not None:
             result.fill(old, lanes, mask, None)
 
@@ -255,9 +257,10 @@ def copy(machine: Machine, instruction: Instruction) -> Step:
         if (sizes[used] != width).any():
             raise Unsupported(f"{instruction.opcode} of part of its bytes")
         data = np.zeros((lanes.size, width), np.uint8)
-        data[used] = machine.memory.load(machine.in_global(origin(mask)[used], width, lanes[used]), width)
+        places = machine.in_global(origin(mask)[used], width, lanes[used])
+        data[used] = machine.memory.load(places, width, lanes[used])
         at = machine.in_shared(target(mask), width, lanes)
-        machine.shared.announce(at, width, lanes)
+        machine.shared.announce(at, data, lanes)
         copies.pending.append(Copy(lanes, copies.committed[lanes], at, data))
 
     return run

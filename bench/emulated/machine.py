@@ -103,6 +103,7 @@ class Machine:
         if need > LIMIT:
             raise Unsupported(f"registers must fit {LIMIT} bytes, got {programs} programs that need {need}")
         self.order = Order(self.count, self.threads)
+        memory.follow(self.order)
         self.shared = Shared(self.order, programs, shared)
         lane = np.arange(self.count)
         self.lane, self.warp, self.program_of = lane % 32, lane // 32, lane // self.threads
@@ -115,8 +116,9 @@ class Machine:
         self.tiles = Operands(self.shared)
         self.tensor: Any = None
         self.loading: list[list[Register]] = []  # what tcgen05.ld writes before the wait for it
-        self.mbarriers: dict[int, Mbarrier] = {}
         self.waiting: dict[str, dict[int, Array]] = {"barrier": {}, "mbarrier": {}}
+        self.mbarriers: dict[int, Mbarrier] = {}  # by their places
+        self.shared.guarded = self.mbarriers
         self.ready: dict[int, Array] = {}
         self.arrived = np.zeros(self.count, np.bool_)
         self.at = 0

@@ -232,7 +232,9 @@ def _product(machine: Machine, instruction: Instruction) -> Step:
         if (descriptors != descriptors[:, :1]).any():
             raise Fault("matrix descriptor", "the threads of a warpgroup disagree")
         found = [Tile.of(int(x), _HOPPER_SWIZZLES, 62) for x in descriptors[:, 0]]
-        return machine.tiles.read(found, machine.program_of[leaders], rows, kind, transposed, leaders)
+        return machine.tiles.read(
+            found, machine.program_of[leaders], rows, kind, transposed, leaders[:, None] + np.arange(128)
+        )
 
     def run(mask: Mask) -> None:
         machine.whole(mask, 128, instruction.opcode)
@@ -255,7 +257,7 @@ def _product(machine: Machine, instruction: Instruction) -> Step:
         for register, values in zip(d.registers, sums.view(np.uint32), strict=True):
             register.bits[lanes] = values
         alter(d.registers, lambda flags: np.where(where, np.uint8(0) if never is None else never, flags))
-        machine.warpgroups.start(where, d.registers, machine.tiles.stamp)
+        machine.warpgroups.start(where, d.registers, dict(zip(leaders.tolist(), machine.tiles.reads, strict=True)))
 
     return run
 

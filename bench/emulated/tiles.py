@@ -59,19 +59,22 @@ class Operands:
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
         self.known: dict[tuple[Any, ...], Array] = {}
-        self.stamp = 0  # of the latest read
+        self.reads: list[int] = []  # the names of the latest
 
     def read(
         self, tiles: Sequence[Tile], program: Array, rows: int, kind: str, transposed: bool, lanes: Array
     ) -> Array:
-        """Return tiles as float32, [tiles, rows, K], of the programs, as `lanes` ask for them; 32 bytes along K."""
+        """Return tiles as float32, [tiles, rows, K], of the programs; 32 bytes along K.
+
+        lanes: [tiles, threads], those that execute the instruction together.
+        """
         itemsize = 2 if kind in HALVES else 4
         shared = self.shared
         at = np.stack([self._chunks(tile, rows, transposed, itemsize) for tile in tiles])
         if at.min() < 0 or at.max() + 16 > shared.size:
             raise Fault("bounds", f"a matrix operand outside the {shared.size} bytes of shared memory")
         chunks = (at + (program * shared.pitch)[:, None, None]) // 16
-        self.stamp = shared.ledger.note_matrix_read(chunks.reshape(len(tiles), -1), lanes)
+        self.reads = shared.ledger.note_matrix_read(chunks.reshape(len(tiles), -1), lanes)
         data = shared.bytes.view(np.uint64).reshape(-1, 2)[chunks]
         data = data.reshape(*chunks.shape[:2], -1).view(np.uint16 if itemsize == 2 else np.uint32)
         values = widen(data, kind)

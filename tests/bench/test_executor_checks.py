@@ -72,7 +72,7 @@ def test_outputs_that_are_not_written() -> None:
     error = fault("unwritten output", "    mov.u32 %r10, 5;\n" + STORE, x, outputs=[x])
     assert "1 of 33 elements of output 0, first [32]" in str(error)
     y = torch.zeros(32)
-    run("    ld.global.b32 %r10, [%rd0];\n" + STORE, y, outputs=[y])
+    run("    ld.global.b32 %r10, [%rd0];\n    bar.warp.sync -1;\n" + STORE, y, outputs=[y])
     assert y.isnan().any()  # it was poisoned
 
 

@@ -451,7 +451,8 @@ def test_faults_of_tcgen05(kind: str, wrong: str) -> None:
     product = PRODUCT.format(
         how=descriptor_of(128, 8, "bf16", False, False), left=left.descriptors[0], right=right.descriptors[0]
     )
-    blackwell(product + COMMIT + WAITS + LOAD + WAIT_LOAD + "    bar.sync 0;\n" + product, image=image)
+    again = product + COMMIT + WAITS.replace("], 0", "], 1")
+    blackwell(product + COMMIT + WAITS + LOAD + WAIT_LOAD + "    bar.sync 0;\n" + again, image=image)
     with pytest.raises(Fault) as caught:
         blackwell(product + wrong.replace("{again}", product), image=image)
     assert caught.value.kind == kind, str(caught.value)
