@@ -80,12 +80,7 @@ def executor() -> str:
     trees = [ast.parse((ROOM / f"{name}.py").read_text(encoding="utf-8")) for name in EXECUTOR]
     for node in (node for tree in trees for node in ast.walk(tree)):
         body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             del body[0]
     text = " ".join([np.__version__, str(torch.__version__), *map(ast.dump, trees)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -60,9 +60,7 @@ def _misplaced(at: int, x: Instruction) -> Iterator[Mutant]:
             swapped = (parts[1], parts[0], *parts[2:])
             operands = (*x.operands[:i], swapped, *x.operands[i + 1 :])
             yield Mutant(at, "fragment", f"{parts[0]} for {parts[1]}", replace(x, operands=operands))
-        elif (
-            isinstance(operand, Address) and name in ("ld", "st", "ldmatrix", "stmatrix", "cp") and "param" not in words
-        ):
+        elif isinstance(operand, Address) and name in ("ld", "st", "ldmatrix", "stmatrix", "cp") and "param" not in words:
             moved = operand._replace(offset=operand.offset + _width(x))
             operands = (*x.operands[:i], moved, *x.operands[i + 1 :])
             yield Mutant(at, "offset", f"{operand.offset} → {moved.offset}", replace(x, operands=operands))

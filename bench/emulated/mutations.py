@@ -125,7 +125,9 @@ def _merge(best: dict[tuple[object, ...], Spoilt], spoilt: Sequence[Spoilt]) -> 
             best[x.key] = x
 
 
-def _spoil(launch: Executable, job: Job, each: int, seed: int, best: dict[tuple[object, ...], Spoilt]) -> list[Spoilt]:
+def _spoil(
+    launch: Executable, job: Job, each: int, seed: int, best: dict[tuple[object, ...], Spoilt]
+) -> list[Spoilt]:
     """Judge the mutants of a launch that are not noticed yet."""
     gates = GATES[job.dtype]
     forward = set(OUTPUTS[launch.kernel]) & set(FORWARD)
