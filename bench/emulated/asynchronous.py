@@ -49,7 +49,7 @@ class Copies:
 class Flight(NamedTuple):
     """A wgmma under way: its lanes, the group that each commits next, the registers that it writes.
 
-    reads: by the first lane of each warpgroup, the name of what it reads in shared memory.
+    reads: by the first lane of each warpgroup, the stamp of what it reads in shared memory.
     """
 
     lanes: Array
@@ -121,7 +121,7 @@ class Mbarrier:
 
 
 class Product:
-    """A tcgen05.mma under way: the name of its reads of shared memory, and where it writes tensor memory."""
+    """A tcgen05.mma under way: the stamp of its reads of shared memory, and where it writes tensor memory."""
 
     def __init__(self, reads: int, places: Array) -> None:
         self.reads, self.places, self.done = reads, places, False

@@ -19,8 +19,11 @@ from .ptx import Address, Instruction, elements, number
 from .races import Array
 from .registers import Mask, flags_of, require_written
 
-# what does not change a result here: caches, scopes, orders
-_HINTS = set("cg ca cs lu wb wt gpu cta sys acq_rel acquire release relaxed weak volatile nc".split())
+# what does not change a result here: caches, scopes, no order
+_HINTS = set("cg ca cs lu wb wt gpu cta sys relaxed weak nc".split())
+_ORDERS = {"acquire", "release", "acq_rel"}  # of atomics
+# what one family of GPUs alone has
+_TARGETS = {"wgmma": "sm_90a", "tcgen05": "sm_100a"}
 
 
 def _access(instruction: Instruction) -> tuple[str, np.dtype[Any], int]:
@@ -42,7 +45,7 @@ def load(machine: Machine, instruction: Instruction) -> Step:
     if len(registers) != vector:
         raise Unsupported(f"{instruction.opcode} to {len(registers)} registers")
     if space == "param":
-        if not isinstance(place, Address) or place.base not in machine.parameters:
+        if not isinstance(place, Address) or place.base not in machine.parameters or vector > 1:
             raise Unsupported(f"parameter {place!r}")
         value = np.frombuffer(machine.parameters[place.base], dtype, 1, place.offset)
         return lambda mask: registers[0].write(registers[0].fit(value), mask, None)
@@ -98,11 +101,11 @@ _ATOMICS: dict[str, Callable[..., Any]] = {
 
 
 def atomic(machine: Machine, instruction: Instruction) -> Step:
-    """Bind atom and red on global memory: lane after lane. Without .release, .acquire or .acq_rel they order nothing."""
+    """Bind atom and red on global memory: lane after lane. Only .release, .acquire and .acq_rel order programs."""
     name, *words, kind = instruction.words
-    acquires, releases = ({order, "acq_rel"} & set(words) for order in ("acquire", "release"))
+    acquires, releases = (bool({order, "acq_rel"} & set(words)) for order in ("acquire", "release"))
     names = [w for w in words if w in _ATOMICS]
-    if len(names) != 1 or set(words) - _HINTS != {"global", *names}:
+    if len(names) != 1 or set(words) - _HINTS - _ORDERS != {"global", *names}:
         raise Unsupported(instruction.opcode)
     target, place, *operands = instruction.operands if name == "atom" else ("_", *instruction.operands)
     function, dtype = _ATOMICS[names[0]], np.dtype(numpy_type(kind))
@@ -143,7 +146,7 @@ def shuffle(machine: Machine, instruction: Instruction) -> Step:
     def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
         flags = flags_of(sources, mask)
-        step, limits = by.get().astype(np.int64), clamp.get().astype(np.int64)
+        step, limits = by.get().astype(np.int64) & 31, clamp.get().astype(np.int64)
         segment = limits >> 8 & 31
         low, high = lane & segment, (lane & segment) | (limits & 31 & ~segment)
         other = {"up": lane - step, "down": lane + step, "bfly": lane ^ step, "idx": low | (step & 31 & ~segment)}[mode]
@@ -194,9 +197,9 @@ def reduce(machine: Machine, instruction: Instruction) -> Step:
     """Bind redux.sync: a reduction over the lanes of a warp; of floats, NaN counts only with .NaN."""
     _, _, name, *modifiers, kind = instruction.words
     function = _REDUCTIONS[name]
-    if kind == "f32" and modifiers != ["NaN"]:
+    if kind == "f32" and not modifiers:
         function = {"max": np.fmax, "min": np.fmin}[name]
-    elif kind != "f32" and modifiers:
+    elif modifiers != (["NaN"] if kind == "f32" else []):
         raise Unsupported(instruction.opcode)
     return _over_warp(machine, instruction, kind, lambda x: np.asarray(function.reduce(x, axis=1, dtype=x.dtype)))
 
@@ -267,14 +270,12 @@ def copy(machine: Machine, instruction: Instruction) -> Step:
 
 
 def fence(machine: Machine, instruction: Instruction) -> Step:
-    """Bind fence.proxy.async, which reads by the asynchronous proxy need; fences of order do nothing here."""
-    words = instruction.words[1:]
-    if words[0] == "proxy" and words[1:] not in (["async"], ["async", "shared::cta"]):
+    """Bind fence.proxy.async, which reads by the asynchronous proxy need."""
+    if instruction.words[1:] not in (["proxy", "async"], ["proxy", "async", "shared::cta"]):
         raise Unsupported(instruction.opcode)
 
     def run(mask: Mask) -> None:
-        if words[0] == "proxy":
-            machine.order.fenced[machine.lanes(mask)] = machine.order.now
+        machine.order.fenced[machine.lanes(mask)] = machine.order.now
 
     return run
 
@@ -301,7 +302,6 @@ TABLE: dict[str, Binder] = {
     "exit": lambda machine, instruction: machine.full,
     "cp": copy,
     "fence": fence,
-    "membar": fence,
     "mma": matrix.multiply,
     "ldmatrix": matrix.load,
     "stmatrix": matrix.store,
@@ -318,6 +318,8 @@ def bind(machine: Machine, instruction: Instruction) -> Code:
         Unsupported: the instruction, or its form, is not known, by its name and line.
     """
     try:
+        if _TARGETS.get(instruction.words[0], machine.program.target) != machine.program.target:
+            raise Unsupported(f"the program is for {machine.program.target}")
         predicate = machine.register(instruction.predicate) if instruction.predicate else None
         run = TABLE[instruction.words[0]](machine, instruction)
     except (Unsupported, KeyError, IndexError, ValueError) as error:

@@ -107,6 +107,7 @@ class Machine:
         self.shared = Shared(self.order, programs, shared)
         lane = np.arange(self.count)
         self.lane, self.warp, self.program_of = lane % 32, lane // 32, lane // self.threads
+        self.warp_of = self.warp % (self.threads // 32)
         self.special = _special_registers(lane, self.threads, programs)
         self.registers = _registers(program.registers, self.count)
         self.traffic: dict[tuple[int, str], Traffic] | None = {} if counting else None

@@ -5,9 +5,12 @@ if a barrier of the whole program lies between them, or, within a warp, one of t
 
 wgmma and tcgen05.mma read shared memory by the asynchronous proxy. What the generic proxy wrote they see behind a
 fence.proxy.async alone: of the writer between the write and the barrier, or of every reading thread after the barrier
-(PTX ISA, "Async proxy"); a third thread's between two barriers, which would do, does not count here. The copies of cp.async belong to the generic proxy too, only those of cp.async.bulk to the asynchronous one, and a copy is
-written when its wait has ended, so a fence before the wait does not count. Triton takes it so (ProxyFenceInsertion.cpp,
-pull requests 9610 and 10552), after a B200 gave wrong results without the fence (pytorch/pytorch issue 181248).
+(PTX ISA, "Async proxy"); a third thread's, between two barriers, would do but does not count here. The copies of
+cp.async belong to the generic proxy too, only those of cp.async.bulk to the asynchronous one, and a copy is written
+when its wait has ended, so a fence before the wait does not count. Triton takes it so (ProxyFenceInsertion.cpp, pull
+requests 9610 and 10552), after a B200 gave wrong results without the fence (pytorch/pytorch issue 181248).
+
+Programs are ordered by atomics that release and acquire, with a barrier before the one and after the other.
 """
 
 from __future__ import annotations
@@ -101,7 +104,7 @@ class Ledger:
         self.read = np.zeros(granules, np.int64)
         # of every eight granules: the matrix instructions that are reading them, and the stamp of the last one's end
         self.reading, self.ended = np.zeros(granules // 8, np.int32), np.zeros(granules // 8, np.int64)
-        # what matrix instructions under way read, by what `note_matrix_read` returns
+        # what matrix instructions under way read, by their stamps
         self.flights: dict[int, list[Array]] = {}
         self.multiplies = False
 
@@ -162,7 +165,7 @@ class Ledger:
     def note_matrix_read(self, chunks: Array, lanes: Array) -> list[int]:
         """Note that matrix instructions read pieces of 16 bytes, [instructions, pieces], executed by [.., threads].
 
-        Return a name of the reads of each instruction, which last until `end_matrix_reads`.
+        Return a stamp of the reads of each instruction, which last until `end_matrix_reads`.
 
         Raises:
             Fault: a warp wrote there since the last barrier, or nothing ever did, or a copy is under way, or there is
@@ -183,15 +186,15 @@ class Ledger:
             if ((order.passed[writer] <= prior >> _CLOCK) & unfenced[:, None]).any():
                 raise Fault("proxy fence", "a matrix instruction reads what was written without a fence.proxy.async")
         self.multiplies = True
-        names: list[int] = (order.now * order.who.size + first).tolist()
-        for name, pieces in zip(names, chunks, strict=True):
+        stamps: list[int] = (order.now * order.who.size + first).tolist()
+        for stamp, pieces in zip(stamps, chunks, strict=True):
             np.add.at(self.reading, pieces, 1)
-            self.flights.setdefault(name, []).append(pieces)
-        return names
+            self.flights.setdefault(stamp, []).append(pieces)
+        return stamps
 
-    def end_matrix_reads(self, name: int, ended: int) -> None:
-        """Note that the reads of a name have ended, by the stamp of that end."""
-        for chunks in self.flights.pop(name, []):
+    def end_matrix_reads(self, stamp: int, ended: int) -> None:
+        """Note that the reads of a stamp have ended, by the stamp of that end."""
+        for chunks in self.flights.pop(stamp, []):
             np.subtract.at(self.reading, chunks, 1)
             self.ended[chunks] = ended
 
@@ -235,7 +238,8 @@ class Programs(Ledger):
         never = super().note_read(rows, width, lanes)
         reader, mine = self.reader.reshape(-1, width), self.order.program[lanes][:, None] + 1
         reader[rows] = np.where((reader[rows] == 0) | (reader[rows] == mine), mine, self.SEVERAL)
-        if (several := reader[rows] != mine).any():  # those of this instruction too
+        several = np.asarray(reader[rows] != mine)
+        if several.any():  # those of this instruction too
             reader[rows[several.any(1)]] = self.SEVERAL
         return never
 

@@ -19,8 +19,9 @@ SWIZZLES = {128: 7, 64: 3, 32: 1, 16: 0}
 class Tile(NamedTuple):
     """An operand in shared memory, from a descriptor: offsets in bytes, and the width of its swizzle.
 
-    leading: between groups of rows' width along M or N if transposed, else between 16 bytes along K without a swizzle.
-    stride: between groups of eight: along K if transposed, else along M or N.
+    A core matrix is 8 rows of 16 bytes, or of the swizzle's width. leading: if K lies along the rows, from one core
+    matrix to the next along K, where nothing is swizzled; if M or N does (transposed), from one to the next along M or
+    N, without a swizzle along K. stride: to the next along the other dimension.
     """
 
     start: int
@@ -32,8 +33,8 @@ class Tile(NamedTuple):
     def of(cls, descriptor: int, swizzles: dict[int, int], shift: int) -> Tile:
         """Read a descriptor whose swizzle stands above bit `shift`, by its code."""
         start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
-        code = descriptor >> shift
-        if code not in swizzles or descriptor >> 49 & 7:
+        code, fields = descriptor >> shift, 0x3FFF << 32 | 0x3FFF << 16 | 0x3FFF
+        if code not in swizzles or descriptor & (1 << shift) - 1 & ~fields:
             raise Unsupported(f"matrix descriptor {descriptor:#x}")
         return cls(start, leading, stride, swizzles[code])
 
@@ -59,7 +60,7 @@ class Operands:
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
         self.known: dict[tuple[Any, ...], Array] = {}
-        self.reads: list[int] = []  # the names of the latest
+        self.reads: list[int] = []  # the stamps of the latest
 
     def read(
         self, tiles: Sequence[Tile], program: Array, rows: int, kind: str, transposed: bool, lanes: Array
