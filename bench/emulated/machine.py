@@ -224,7 +224,10 @@ class Machine:
         self.waiting[kind] = {at: lanes for at, lanes in self.waiting[kind].items() if lanes.any()}
 
     def barrier(self, mask: Mask) -> Mask:
-        """Let lanes arrive at the barrier of their program, and return those that wait for the others."""
+        """Let lanes arrive at the barrier of their program, and return those that wait for the others.
+
+        Lanes that have ended count, though hardware takes them off: a program must not rely on that.
+        """
         here = self.full(mask)
         self.arrived |= here
         complete = np.repeat(self.arrived.reshape(self.programs, -1).all(1), self.threads)
@@ -240,7 +243,8 @@ class Machine:
     def run(self, code: list[Code], limit: int) -> Run:
         """Execute code until every lane has ended, at most `limit` instructions.
 
-        Lanes that diverged meet again as those at the lowest instruction go first.
+        Lanes that diverged meet again as those at the lowest instruction go first. All programs begin at once, and one
+        that spins until another writes has no end here.
 
         Raises:
             Fault: from the check that fired.

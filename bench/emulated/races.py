@@ -179,7 +179,7 @@ class Ledger:
             raise Fault("asynchronous copy", "a matrix instruction reads a copy before the wait for it")
         if (prior > order.synced[first][:, None]).any():
             raise Fault("race", "a matrix instruction reads what was written since the last barrier")
-        unfenced = (order.fenced[lanes] << _CLOCK <= order.synced[lanes]).any(1)
+        unfenced = np.asarray((order.fenced[lanes] << _CLOCK <= order.synced[lanes]).any(1))
         if unfenced.any():
             program = first // order.threads * order.threads
             writer = program[:, None] + ((prior & _WARP) >> 6) * 32 + (prior & _LANE)
