@@ -98,6 +98,24 @@ FUNCTIONS: dict[str, Function] = {
     "xor": np.bitwise_xor,
 }
 _OF_NAN = {"max": np.maximum, "min": np.minimum}
+# what the functions above are not right for
+_REFUSED = {"bfe.u64", "bfe.s64", "mul.hi.u64", "mul.hi.s64", "fma.f16", "fma.bf16", "fma.f16x2", "fma.bf16x2"}
+
+
+def _extreme(name: str, function: Function) -> Function:
+    """Return the larger or smaller of floats, -0 below +0."""
+
+    def extreme(a: Array, b: Array) -> Array:
+        found = np.asarray(function(a, b))
+        zero = (found == 0) & (a == b)
+        if zero.any():
+            negative = (np.logical_and if name == "max" else np.logical_or)(np.signbit(a), np.signbit(b))
+            found = np.where(zero, np.where(negative, np.float32(-0.0), np.float32(0)), found)
+        return found
+
+    return extreme
+
+
 # what does not change the result here: approximations are computed in full
 _MODIFIERS = {"rn", "approx", "full", "ftz", "lo", "hi", "wide", "NaN"}
 
@@ -116,10 +134,12 @@ def compute(machine: Machine, instruction: Instruction) -> Step:
     if key.endswith("wide"):
         result = f"{kind[0]}{2 * int(kind[1:])}"
         types[2:] = [result] * len(types[2:])
-    if set(modifiers) - _MODIFIERS:
+    if set(modifiers) - _MODIFIERS or (f"{key}.{kind}" in _REFUSED and result == kind):
         raise Unsupported(instruction.opcode)
     if name in _OF_NAN:  # of two numbers or of three
         two = _OF_NAN[name] if "NaN" in modifiers else function
+        if kind == "f32" or kind.removesuffix("x2") in HALVES:
+            two = _extreme(name, two)
         function = two if len(operands) == 2 else lambda a, b, c: two(two(a, b), c)
     if "ftz" in modifiers:
         exact = function
@@ -188,7 +208,7 @@ def _comparison(name: str, kind: str) -> Function:
 def compare(machine: Machine, instruction: Instruction) -> Step:
     """Bind setp: a comparison, perhaps combined with a predicate; of pairs, two of them."""
     _, name, *modifiers, kind = instruction.words
-    function, combine = _comparison(name, kind), [m for m in modifiers if m != "ftz"]
+    function, combine = _comparison(name, kind), modifiers
     target, *operands = instruction.operands
     types = [kind, kind, *(["pred"] * len(combine))]
     if not isinstance(target, tuple):
@@ -251,7 +271,8 @@ def convert(machine: Machine, instruction: Instruction) -> Step:
         return values[0].astype(dtype)
 
     to_integer = floating and result not in (*HALVES, "f32", "tf32") and not result.endswith("x2")
-    if modifiers not in ([[m] for m in _ROUND] if to_integer else ([], ["rn"], ["rna"])):
+    rounding = [[m] for m in _ROUND] if to_integer else [["rna"]] if result == "tf32" else [[], ["rn"]]
+    if modifiers not in rounding or (to_integer and np.dtype(dtype).itemsize == 8):
         raise Unsupported(instruction.opcode)
     register = "f32" if result == "tf32" else result
     return lanewise(machine, function, target, register, operands, [kind] * len(operands), wide=True)

@@ -47,12 +47,15 @@ class Copies:
 
 
 class Flight(NamedTuple):
-    """A wgmma under way: its lanes, the group that each commits next, the registers that it writes."""
+    """A wgmma under way: its lanes, the group that each commits next, the registers that it writes.
+
+    reads: by the first lane of each warpgroup, the stamp of what it reads in shared memory.
+    """
 
     lanes: Array
     group: Array
     results: list[Register]
-    stamp: int
+    reads: dict[int, int]
 
 
 class Warpgroups:
@@ -73,9 +76,9 @@ class Warpgroups:
             if (register.changed[lanes] > self.fenced[lanes]).any():
                 raise Fault("register fence", "an accumulator was written since the last wgmma.fence")
 
-    def start(self, lanes: Array, results: list[Register], stamp: int) -> None:
+    def start(self, lanes: Array, results: list[Register], reads: dict[int, int]) -> None:
         """Note a wgmma of lanes."""
-        self.flights.append(Flight(lanes, self.committed.copy(), results, stamp))
+        self.flights.append(Flight(lanes, self.committed.copy(), results, reads))
         self._mark(self.flights[-1])
 
     def finish(self, here: Array, later: int) -> None:
@@ -85,7 +88,9 @@ class Warpgroups:
             now = flight.lanes & here & (flight.group < self.committed - later)
             if now.any():
                 ended.append(flight)
-                self.shared.ledger.end_matrix_reads(flight.stamp, self.shared.ledger.order.end(waited=False))
+                for leader in [leader for leader in flight.reads if now[leader]]:
+                    end = self.shared.ledger.order.end(waited=False)
+                    self.shared.ledger.end_matrix_reads(flight.reads[leader], end)
             if (rest := flight.lanes & ~now).any():
                 left.append(flight._replace(lanes=rest))
         self.flights = left
@@ -118,5 +123,5 @@ class Mbarrier:
 class Product:
     """A tcgen05.mma under way: the stamp of its reads of shared memory, and where it writes tensor memory."""
 
-    def __init__(self, stamp: int, places: Array) -> None:
-        self.stamp, self.places, self.done = stamp, places, False
+    def __init__(self, reads: int, places: Array) -> None:
+        self.reads, self.places, self.done = reads, places, False

@@ -11,7 +11,7 @@ from .races import Array
 
 BITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-FLOATS: dict[str, Any] = {"f16": np.uint16, "bf16": np.uint16, "tf32": np.uint32, "f32": np.float32, "f64": np.float64}
+FLOATS: dict[str, Any] = {"f16": np.uint16, "bf16": np.uint16, "tf32": np.uint32, "f32": np.float32}
 HALVES = ("f16", "bf16")
 
 

@@ -19,8 +19,11 @@ from .ptx import Address, Instruction, elements, number
 from .races import Array
 from .registers import Mask, flags_of, require_written
 
-# what does not change a result here: caches, scopes, orders
-_HINTS = set("cg ca cs lu wb wt gpu cta sys acq_rel acquire release relaxed weak volatile nc".split())
+# what does not change a result here: caches, scopes, no order
+_HINTS = set("cg ca cs lu wb wt gpu cta sys relaxed weak nc".split())
+_ORDERS = {"acquire", "release", "acq_rel"}  # of atomics
+# what one family of GPUs alone has
+_TARGETS = {"wgmma": "sm_90a", "tcgen05": "sm_100a"}
 
 
 def _access(instruction: Instruction) -> tuple[str, np.dtype[Any], int]:
@@ -42,7 +45,7 @@ def load(machine: Machine, instruction: Instruction) -> Step:
     if len(registers) != vector:
         raise Unsupported(f"{instruction.opcode} to {len(registers)} registers")
     if space == "param":
-        if not isinstance(place, Address) or place.base not in machine.parameters:
+        if not isinstance(place, Address) or place.base not in machine.parameters or vector > 1:
             raise Unsupported(f"parameter {place!r}")
         value = np.frombuffer(machine.parameters[place.base], dtype, 1, place.offset)
         return lambda mask: registers[0].write(registers[0].fit(value), mask, None)
@@ -51,7 +54,7 @@ def load(machine: Machine, instruction: Instruction) -> Step:
     def run(mask: Mask) -> None:
         lanes, addresses = machine.lanes(mask), address(mask)
         if space == "global":
-            data, never = machine.memory.load(machine.in_global(addresses, width, lanes), width), None
+            data, never = machine.memory.load(machine.in_global(addresses, width, lanes), width, lanes), None
         else:
             data, never = machine.shared.load(machine.in_shared(addresses, width, lanes), width, lanes)
         values = data.view(dtype)
@@ -77,7 +80,7 @@ def store(machine: Machine, instruction: Instruction) -> Step:
         data = np.stack([machine.each(source, lanes) for source in sources], 1).view(np.uint8)
         if space == "global":
             require_written(registers, mask, "a value stored to global memory")
-            machine.memory.store(machine.in_global(addresses, width, lanes), data, machine.program_of[lanes])
+            machine.memory.store(machine.in_global(addresses, width, lanes), data, lanes)
         else:
             flags = flags_of(registers, mask)
             never = None if flags is None else flags[lanes] > 0
@@ -98,10 +101,11 @@ _ATOMICS: dict[str, Callable[..., Any]] = {
 
 
 def atomic(machine: Machine, instruction: Instruction) -> Step:
-    """Bind atom and red on global memory: lane after lane."""
+    """Bind atom and red on global memory: lane after lane. Only .release, .acquire and .acq_rel order programs."""
     name, *words, kind = instruction.words
+    acquires, releases = (bool({order, "acq_rel"} & set(words)) for order in ("acquire", "release"))
     names = [w for w in words if w in _ATOMICS]
-    if len(names) != 1 or set(words) - _HINTS != {"global", *names}:
+    if len(names) != 1 or set(words) - _HINTS - _ORDERS != {"global", *names}:
         raise Unsupported(instruction.opcode)
     target, place, *operands = instruction.operands if name == "atom" else ("_", *instruction.operands)
     function, dtype = _ATOMICS[names[0]], np.dtype(numpy_type(kind))
@@ -115,13 +119,14 @@ def atomic(machine: Machine, instruction: Instruction) -> Step:
         lanes = machine.lanes(mask)
         at = machine.in_global(address(mask), dtype.itemsize, lanes)
         cells = machine.memory.cells(dtype)
+        machine.memory.mark(at, dtype.itemsize, lanes)
+        machine.order.meet(at, lanes, acquires, releases)
         old = np.empty(at.size, dtype)
         for i, (cell, *values) in enumerate(
             zip(at // dtype.itemsize, *(machine.each(s, lanes) for s in sources), strict=True)
         ):
             old[i] = cells[cell]
             cells[cell] = function(old[i], *values)
-        machine.memory.mark(at, dtype.itemsize, machine.program_of[lanes])
         if result is not None:
             result.fill(old, lanes, mask, None)
 
@@ -141,7 +146,7 @@ def shuffle(machine: Machine, instruction: Instruction) -> Step:
     def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
         flags = flags_of(sources, mask)
-        step, limits = by.get().astype(np.int64), clamp.get().astype(np.int64)
+        step, limits = by.get().astype(np.int64) & 31, clamp.get().astype(np.int64)
         segment = limits >> 8 & 31
         low, high = lane & segment, (lane & segment) | (limits & 31 & ~segment)
         other = {"up": lane - step, "down": lane + step, "bfly": lane ^ step, "idx": low | (step & 31 & ~segment)}[mode]
@@ -192,9 +197,9 @@ def reduce(machine: Machine, instruction: Instruction) -> Step:
     """Bind redux.sync: a reduction over the lanes of a warp; of floats, NaN counts only with .NaN."""
     _, _, name, *modifiers, kind = instruction.words
     function = _REDUCTIONS[name]
-    if kind == "f32" and modifiers != ["NaN"]:
+    if kind == "f32" and not modifiers:
         function = {"max": np.fmax, "min": np.fmin}[name]
-    elif kind != "f32" and modifiers:
+    elif modifiers != (["NaN"] if kind == "f32" else []):
         raise Unsupported(instruction.opcode)
     return _over_warp(machine, instruction, kind, lambda x: np.asarray(function.reduce(x, axis=1, dtype=x.dtype)))
 
@@ -255,23 +260,22 @@ def copy(machine: Machine, instruction: Instruction) -> Step:
         if (sizes[used] != width).any():
             raise Unsupported(f"{instruction.opcode} of part of its bytes")
         data = np.zeros((lanes.size, width), np.uint8)
-        data[used] = machine.memory.load(machine.in_global(origin(mask)[used], width, lanes[used]), width)
+        places = machine.in_global(origin(mask)[used], width, lanes[used])
+        data[used] = machine.memory.load(places, width, lanes[used])
         at = machine.in_shared(target(mask), width, lanes)
-        machine.shared.announce(at, width, lanes)
+        machine.shared.announce(at, data, lanes)
         copies.pending.append(Copy(lanes, copies.committed[lanes], at, data))
 
     return run
 
 
 def fence(machine: Machine, instruction: Instruction) -> Step:
-    """Bind fence.proxy.async, which reads by the asynchronous proxy need; fences of order do nothing here."""
-    words = instruction.words[1:]
-    if words[0] == "proxy" and words[1:] not in (["async"], ["async", "shared::cta"]):
+    """Bind fence.proxy.async, which reads by the asynchronous proxy need."""
+    if instruction.words[1:] not in (["proxy", "async"], ["proxy", "async", "shared::cta"]):
         raise Unsupported(instruction.opcode)
 
     def run(mask: Mask) -> None:
-        if words[0] == "proxy":
-            machine.order.fenced[machine.lanes(mask)] = machine.order.now
+        machine.order.fenced[machine.lanes(mask)] = machine.order.now
 
     return run
 
@@ -298,7 +302,6 @@ TABLE: dict[str, Binder] = {
     "exit": lambda machine, instruction: machine.full,
     "cp": copy,
     "fence": fence,
-    "membar": fence,
     "mma": matrix.multiply,
     "ldmatrix": matrix.load,
     "stmatrix": matrix.store,
@@ -315,6 +318,8 @@ def bind(machine: Machine, instruction: Instruction) -> Code:
         Unsupported: the instruction, or its form, is not known, by its name and line.
     """
     try:
+        if _TARGETS.get(instruction.words[0], machine.program.target) != machine.program.target:
+            raise Unsupported(f"the program is for {machine.program.target}")
         predicate = machine.register(instruction.predicate) if instruction.predicate else None
         run = TABLE[instruction.words[0]](machine, instruction)
     except (Unsupported, KeyError, IndexError, ValueError) as error:

@@ -103,9 +103,11 @@ class Machine:
         if need > LIMIT:
             raise Unsupported(f"registers must fit {LIMIT} bytes, got {programs} programs that need {need}")
         self.order = Order(self.count, self.threads)
+        memory.follow(self.order)
         self.shared = Shared(self.order, programs, shared)
         lane = np.arange(self.count)
         self.lane, self.warp, self.program_of = lane % 32, lane // 32, lane // self.threads
+        self.warp_of = self.warp % (self.threads // 32)
         self.special = _special_registers(lane, self.threads, programs)
         self.registers = _registers(program.registers, self.count)
         self.traffic: dict[tuple[int, str], Traffic] | None = {} if counting else None
@@ -115,8 +117,9 @@ class Machine:
         self.tiles = Operands(self.shared)
         self.tensor: Any = None
         self.loading: list[list[Register]] = []  # what tcgen05.ld writes before the wait for it
-        self.mbarriers: dict[int, Mbarrier] = {}
         self.waiting: dict[str, dict[int, Array]] = {"barrier": {}, "mbarrier": {}}
+        self.mbarriers: dict[int, Mbarrier] = {}  # by their places
+        self.shared.guarded = self.mbarriers
         self.ready: dict[int, Array] = {}
         self.arrived = np.zeros(self.count, np.bool_)
         self.at = 0
@@ -221,7 +224,10 @@ class Machine:
         self.waiting[kind] = {at: lanes for at, lanes in self.waiting[kind].items() if lanes.any()}
 
     def barrier(self, mask: Mask) -> Mask:
-        """Let lanes arrive at the barrier of their program, and return those that wait for the others."""
+        """Let lanes arrive at the barrier of their program, and return those that wait for the others.
+
+        Lanes that have ended count, though hardware takes them off: a program must not rely on that.
+        """
         here = self.full(mask)
         self.arrived |= here
         complete = np.repeat(self.arrived.reshape(self.programs, -1).all(1), self.threads)
@@ -237,7 +243,8 @@ class Machine:
     def run(self, code: list[Code], limit: int) -> Run:
         """Execute code until every lane has ended, at most `limit` instructions.
 
-        Lanes that diverged meet again as those at the lowest instruction go first.
+        Lanes that diverged meet again as those at the lowest instruction go first. All programs begin at once, and one
+        that spins until another writes has no end here.
 
         Raises:
             Fault: from the check that fired.

@@ -15,7 +15,7 @@ import numpy as np
 from .faults import Fault, Unsupported
 from .formats import HALVES, widen
 from .machine import Machine, Source, Step
-from .ptx import Instruction, Operand, number
+from .ptx import Instruction, Operand, elements, number
 from .races import Array
 from .registers import NEVER_WRITTEN, Mask, Register, alter, flags_of, require_written
 from .tiles import Tile
@@ -100,7 +100,9 @@ def multiply(machine: Machine, instruction: Instruction) -> Step:
     M, N, K = _shape(instruction)
     per_word = 2 if kind in HALVES else 1
     d, a, b, c = (Fragment(machine, o) for o in instruction.operands)
-    if (M, N) != (16, 8) or len(b.registers) * 4 * per_word != K or kind not in (*HALVES, "tf32"):
+    counts = [len(x.registers) for x in (d, a, b, c)]
+    right = [4, K // per_word // 2, K // per_word // 4, 4]
+    if (M, N) != (16, 8) or counts != right or K not in (4 * per_word, 8 * per_word) or kind not in (*HALVES, "tf32"):
         raise Unsupported(instruction.opcode)
     layout_a, layout_b, layout_d = operand_a(len(a.registers)), operand_b(len(b.registers)), result(4)
     inputs = a.registers + b.registers + c.registers
@@ -188,6 +190,8 @@ _HOPPER_SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}
 def warpgroup(machine: Machine, instruction: Instruction) -> Step:
     """Bind wgmma: its fences, groups and waits, and the products themselves."""
     name, operands, groups = instruction.words[1], instruction.operands, machine.warpgroups
+    if machine.threads % 128:
+        raise Unsupported(f"{instruction.opcode} in programs of {machine.threads} threads, which are no warpgroups")
     if name == "mma_async":
         return _product(machine, instruction)
 
@@ -216,6 +220,8 @@ def _product(machine: Machine, instruction: Instruction) -> Step:
         or kind not in (*HALVES, "tf32")
         or (M, K, len(transposes)) != (64, 16 if half else 8, (2 - in_registers) * half)
         or signs != (1, 1)
+        or N not in range(8, 257, 8)
+        or len(elements(operands[0])) != N // 2
     ):
         raise Unsupported(instruction.opcode)
     d, b, keep = Fragment(machine, operands[0]), machine.source(operands[2], "b64"), machine.source(operands[3], "pred")
@@ -232,7 +238,9 @@ def _product(machine: Machine, instruction: Instruction) -> Step:
         if (descriptors != descriptors[:, :1]).any():
             raise Fault("matrix descriptor", "the threads of a warpgroup disagree")
         found = [Tile.of(int(x), _HOPPER_SWIZZLES, 62) for x in descriptors[:, 0]]
-        return machine.tiles.read(found, machine.program_of[leaders], rows, kind, transposed, leaders)
+        return machine.tiles.read(
+            found, machine.program_of[leaders], rows, kind, transposed, leaders[:, None] + np.arange(128)
+        )
 
     def run(mask: Mask) -> None:
         machine.whole(mask, 128, instruction.opcode)
@@ -255,7 +263,7 @@ def _product(machine: Machine, instruction: Instruction) -> Step:
         for register, values in zip(d.registers, sums.view(np.uint32), strict=True):
             register.bits[lanes] = values
         alter(d.registers, lambda flags: np.where(where, np.uint8(0) if never is None else never, flags))
-        machine.warpgroups.start(where, d.registers, machine.tiles.stamp)
+        machine.warpgroups.start(where, d.registers, dict(zip(leaders.tolist(), machine.tiles.reads, strict=True)))
 
     return run
 

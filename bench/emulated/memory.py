@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,18 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .faults import Fault, Unsupported
-from .races import IN_FLIGHT, Array, Lanes, Ledger, Order
+from .races import IN_FLIGHT, Array, Lanes, Ledger, Order, Programs
 
 BASE = 0x7F00_0000_0000  # the first made-up address
-GAP = 4096
+WINDOW = 40  # bits of the addresses that a storage has to itself
 LIMIT = 4 << 30  # bytes of all memory together
-NOWHERE = -1
 
 
 class Global:
-    """Global memory: the storages of tensors, gaps between them, of which only the tensors' elements may be touched.
+    """Global memory: the storages of tensors, far apart, of which only the tensors' elements may be touched.
 
-    `outputs` are poisoned with NaN, or the integers of the same bits. Every address has its last writer, a program.
+    Tensors that share a storage, such as packed q, k and v, have its elements in common: no access by the pointer of
+    one to another is found. `outputs` are poisoned with NaN, or the integers of the same bits; what else was never
+    written is not told from what was.
 
     Raises:
         Unsupported: an output shares elements with another tensor, or all is too large.
@@ -30,35 +31,38 @@ class Global:
 
     def __init__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         self.storages = {t.untyped_storage().data_ptr(): t for t in tensors}
-        self.offsets: dict[int, int] = {}
-        end = GAP
-        for pointer, tensor in self.storages.items():
-            self.offsets[pointer] = end
-            end += -(-(tensor.untyped_storage().nbytes() + GAP) // 256) * 256
+        self.windows = {pointer: i for i, pointer in enumerate(self.storages)}
+        self.sizes = np.array([t.untyped_storage().nbytes() for t in self.storages.values()], np.int64)
+        ends = np.cumsum(-(-self.sizes // 256) * 256)
+        self.starts, end = ends - -(-self.sizes // 256) * 256, int(ends[-1]) if ends.size else 0
         if end > LIMIT:
             raise Unsupported(f"tensors must fit {LIMIT} bytes of memory, got {end}")
         self.bytes = np.zeros(end, np.uint8)
-        self.valid = np.zeros(end, np.bool_)
-        self.writer = np.full(end // 2, NOWHERE, np.int32)
-        for pointer, tensor in self.storages.items():
-            start = self.offsets[pointer]
+        for start, tensor in zip(self.starts, self.storages.values(), strict=True):
             self.bytes[start : start + tensor.untyped_storage().nbytes()] = bytes_of(tensor)
         self.outputs = list(outputs)
         self._refuse_overlaps(tensors)
+        valid = np.zeros(end, np.bool_)
         for tensor in tensors:
-            self._elements(self.valid, tensor)[...] = True
+            self._elements(valid, tensor)[...] = True
+        self.holes = np.append(0, np.cumsum(~valid)).astype(np.uint32)  # bytes before each that are no element's
         for tensor in outputs:
             self._elements(self.bytes, tensor)[...] = 0xFF
+
+    def follow(self, order: Order) -> None:
+        """Note from now on who touches what."""
+        self.ledger = Programs(order, self.bytes.size // 2)
 
     def address(self, tensor: Tensor) -> int:
         """Return the address of a tensor's first element."""
         storage = tensor.untyped_storage().data_ptr()
-        return BASE + self.offsets[storage] + tensor.data_ptr() - storage
+        return BASE + (self.windows[storage] << WINDOW) + tensor.data_ptr() - storage
 
     def _elements(self, memory: Array, tensor: Tensor) -> Array:
         """Return a view of what `memory`, one value a byte, has for a tensor's elements: its shape, and their bytes."""
         strides = tuple(stride * tensor.itemsize for stride in tensor.stride())
-        start = memory[self.address(tensor) - BASE :]
+        storage = tensor.untyped_storage().data_ptr()
+        start = memory[self.starts[self.windows[storage]] + tensor.data_ptr() - storage :]
         return np.lib.stride_tricks.as_strided(start, (*tensor.shape, tensor.itemsize), (*strides, 1))
 
     def values(self, tensor: Tensor, memory: Array | None = None) -> Tensor:
@@ -82,66 +86,67 @@ class Global:
         """Return where `width` bytes from each address are.
 
         Raises:
-            Fault: an address outside the tensors, or not a multiple of the width.
+            Fault: an address outside the tensors' elements, or not a multiple of the width.
         """
-        at = addresses - BASE
-        inside = (at >= 0) & (at + width <= self.bytes.size)
-        safe = at if inside.all() else np.where(inside, at, 0)
-        inside &= self.valid[safe] & self.valid[safe + width - 1]
+        if not addresses.size:
+            return addresses
+        window, at = (addresses - BASE) >> WINDOW, (addresses - BASE) & (1 << WINDOW) - 1
+        inside = (window >= 0) & (window < self.sizes.size)
+        window = np.where(inside, window, 0)
+        inside &= at + width <= self.sizes[window]
+        at = np.where(inside, at + self.starts[window], 0)
+        if inside.any():
+            inside &= self.holes[np.where(inside, at + width, 0)] == self.holes[at]
         if not inside.all():
             bad = int(addresses[~inside][0])
-            raise Fault("bounds", f"{width} bytes at {bad:#x} are outside every tensor: {self._nearest(bad - BASE)}")
+            raise Fault("bounds", f"{width} bytes at {bad:#x} are outside every tensor: {self._nearest(bad)}")
         if (at % width).any():
             raise Fault("alignment", f"{width} bytes at {int(addresses[at % width != 0][0]):#x}")
         return at
 
-    def _nearest(self, at: int) -> str:
-        """Say where an address is from the start of the tensor's storage before it."""
-        before = [(start, i) for i, start in enumerate(self.offsets.values()) if start <= at]
-        if not before:
-            return "before the first"
-        start, index = max(before)
-        size = list(self.storages.values())[index].untyped_storage().nbytes()
-        return f"{at - start} bytes after the start of storage {index}, of {size} bytes"
+    def _nearest(self, address: int) -> str:
+        """Say where an address is from the start of the storage whose it could be."""
+        index = min(max((address - BASE + (1 << WINDOW - 1)) >> WINDOW, 0), self.sizes.size - 1)
+        if index < 0:
+            return "there is none"
+        away = address - BASE - (index << WINDOW)
+        return f"{away} bytes after the start of storage {index}, of {self.sizes[index]} bytes"
 
-    def load(self, at: Array, width: int) -> Array:
-        """Return `width` bytes from each place, [lanes, width]."""
-        return _rows(self.bytes, width)[at // width]
-
-    def store(self, at: Array, data: Array, program: Array) -> None:
-        """Write the rows of `data`, for the programs that lanes belong to.
+    def load(self, at: Array, width: int, lanes: Lanes) -> Array:
+        """Return `width` bytes from each place, [lanes, width].
 
         Raises:
-            Fault: another program wrote to one of the places.
+            Fault: another thread wrote there, and nothing orders that before the load.
         """
-        width = data.shape[1]
-        rows, granules = _granules(at, width)
-        writers = _rows(self.writer, granules)
-        others = (writers[rows] != program[:, None]) & (writers[rows] != NOWHERE)
-        writers[rows] = program[:, None]
-        if others.any() or (writers[rows] != program[:, None]).any():
-            raise Fault("two writers", "another program wrote to the same address")
-        _rows(self.bytes, width)[at // width] = data
+        self.ledger.note_read(*_granules(at, width), lanes)
+        return _rows(self.bytes, width)[at // width]
+
+    def store(self, at: Array, data: Array, lanes: Lanes) -> None:
+        """Write the rows of `data`.
+
+        Raises:
+            Fault: another program wrote to one of the places, or several warps at once and not the same, or another
+                thread wrote or read there and nothing orders that before the store.
+        """
+        _store(self.ledger, self.bytes, at, data, lanes)
 
     def cells(self, dtype: np.dtype[Any]) -> Array:
         """Return all of memory as values of a type."""
         return self.bytes[: self.bytes.size // 8 * 8].view(dtype)
 
-    def mark(self, at: Array, width: int, program: Array) -> None:
-        """Note the programs as the last writers of `width` bytes at each place."""
-        rows, granules = _granules(at, width)
-        _rows(self.writer, granules)[rows] = program[:, None]
+    def mark(self, at: Array, width: int, lanes: Lanes) -> None:
+        """Note the lanes as the last writers of `width` bytes at each place, by atomics: nothing need order these."""
+        self.ledger.note_atomic(*_granules(at, width), lanes)
 
     def write_back(self) -> None:
         """Write everything into the tensors."""
-        for pointer, tensor in self.storages.items():
-            start = self.offsets[pointer]
+        for start, tensor in zip(self.starts, self.storages.values(), strict=True):
             bytes_of(tensor)[:] = self.bytes[start : start + tensor.untyped_storage().nbytes()]
 
     def require_outputs(self) -> None:
         """Raise a fault if an element of an output was not written."""
         for i, tensor in enumerate(self.outputs):
-            written = self._elements(np.repeat(self.writer != NOWHERE, 2), tensor).all(-1)
+            written = self._elements(np.repeat(self.ledger.written != 0, 2), tensor).all(-1)
             if not written.all():
                 first, missing = np.argwhere(~written)[0].tolist(), written.size - np.count_nonzero(written)
                 raise Fault("unwritten output", f"{missing} of {written.size} elements of output {i}, first {first}")
@@ -159,6 +164,7 @@ class Shared:
             raise Unsupported(f"shared memory must fit {LIMIT // 9} bytes, got {programs} programs of {size} bytes")
         self.bytes = np.zeros(programs * self.pitch, np.uint8)
         self.ledger = Ledger(order, programs * self.pitch // 2)
+        self.guarded: Collection[int] = ()  # the places of mbarriers
 
     def places(self, addresses: Array, width: int, program: Array) -> Array:
         """Return where `width` bytes from each address of a program are.
@@ -185,17 +191,23 @@ class Shared:
             Fault: several warps write to the same place, and not the same. Of one warp's lanes any may win: compilers
                 let those that compute the same row each store it, where the last bit may differ.
         """
-        width = data.shape[1]
-        self.ledger.note_write(*_granules(at, width), lanes, flagged)
-        memory = _rows(self.bytes, width)
-        memory[at // width] = data
-        lost = (memory[at // width] != data).any(1)
-        if lost.any() and (lost & self.ledger.written_by_others(*_granules(at, width), lanes)).any():
-            raise Fault("race", "several warps write different values to the same address")
+        self._require_no_mbarrier(at, data.shape[1])
+        _store(self.ledger, self.bytes, at, data, lanes, flagged)
 
-    def announce(self, at: Array, width: int, lanes: Lanes) -> None:
-        """Note that `width` bytes will be written at each place by an asynchronous copy."""
-        self.ledger.note_write(*_granules(at, width), lanes, stamp=IN_FLIGHT)
+    def announce(self, at: Array, data: Array, lanes: Lanes) -> None:
+        """Note that the rows of `data` will be written by an asynchronous copy."""
+        rows, granules = _granules(at, data.shape[1])
+        self._require_no_mbarrier(at, data.shape[1])
+        self.ledger.note_write(rows, granules, lanes, stamp=IN_FLIGHT)
+        if self.ledger.written_by_others(rows, granules, lanes).any():
+            _, first, which = np.unique(at, return_index=True, return_inverse=True)
+            if (data[first][which] != data).any():
+                raise Fault("race", "several warps copy different values to the same address")
+
+    def _require_no_mbarrier(self, at: Array, width: int) -> None:
+        """Raise a fault if one of the places is an mbarrier's that was not invalidated."""
+        if self.guarded and np.isin(_rows_of_eight(at, width), list(self.guarded)).any():
+            raise Fault("mbarrier", "overwritten before mbarrier.inval")
 
     def land(self, at: Array, data: Array, lanes: Lanes) -> None:
         """Write the rows of `data` that were announced."""
@@ -203,6 +215,22 @@ class Shared:
         rows, granules = _granules(at, width)
         self.ledger.written.reshape(-1, granules)[rows] = self.ledger.order.stamp(lanes)[:, None]
         _rows(self.bytes, width)[at // width] = data
+
+
+def _store(ledger: Ledger, memory: Array, at: Array, data: Array, lanes: Lanes, flagged: Array | None = None) -> None:
+    """Write the rows of `data`, of which all that several warps write to the same place must be the same."""
+    width = data.shape[1]
+    ledger.note_write(*_granules(at, width), lanes, flagged)
+    rows = _rows(memory, width)
+    rows[at // width] = data
+    lost = (rows[at // width] != data).any(1)
+    if lost.any() and (lost & ledger.written_by_others(*_granules(at, width), lanes)).any():
+        raise Fault("race", "several warps write different values to the same address")
+
+
+def _rows_of_eight(at: Array, width: int) -> Array:
+    """Return the places of the words of eight bytes that accesses touch."""
+    return at[:, None] // 8 * 8 + np.arange(0, max(width, 8), 8)
 
 
 def _granules(at: Array, width: int) -> tuple[Array, int]:

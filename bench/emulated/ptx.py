@@ -197,6 +197,8 @@ class _Body:
         if re.match(r"0[fFdD][0-9A-Fa-f]{8,}", text):
             return int(text[2:], 16)
         if re.match(r"-?\d", text):
+            if re.match(r"-?0\d", text):
+                raise Unsupported(f"the octal number {text}")
             return int(text.rstrip("U"), 0)
         return self._name(text)
 

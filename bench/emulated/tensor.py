@@ -24,16 +24,17 @@ _PRODUCT = IN_FLIGHT | ANYONE
 class TensorMemory:
     """Tensor memory of every program, with the order of accesses to every word.
 
-    columns: allocated, of each program. storing: lanes and places before their wait. products: of each program, under
-    way.
+    columns: which are allocated, [programs, columns]. loading, storing: lanes and places before their wait. products:
+    of each lane, under way.
     """
 
     def __init__(self, machine: Machine) -> None:
         self.words = np.zeros(machine.programs * LANES * COLUMNS, np.uint32)
         self.ledger = Ledger(machine.order, self.words.size)
-        self.columns = np.zeros(machine.programs, np.int64)
+        self.columns = np.zeros((machine.programs, COLUMNS), np.bool_)
+        self.loading: list[tuple[Array, Array]] = []
         self.storing: list[tuple[Array, Array]] = []
-        self.products: list[list[Product]] = [[] for _ in range(machine.programs)]
+        self.products: dict[int, list[Product]] = {}
 
     def places(self, lanes: Array, columns: Array, program: Array) -> Array:
         """Return where words are.
@@ -41,7 +42,8 @@ class TensorMemory:
         Raises:
             Fault: outside the allocated columns.
         """
-        if (lanes >= LANES).any() or (columns >= self.columns[program]).any():
+        inside = (lanes < LANES) & (columns < COLUMNS)
+        if not inside.all() or not self.columns[program, columns].all():
             raise Fault("bounds", f"column {int(columns.max())} of tensor memory is not allocated")
         return (program * LANES + lanes) * COLUMNS + columns
 
@@ -77,28 +79,49 @@ def tensor(machine: Machine, instruction: Instruction) -> Step:
 def _allocate(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
     """Bind tcgen05.alloc: a warp writes the first of the columns that it gets to shared memory."""
     address = machine.address(instruction.operands[0], 4)
-    count = number(instruction.operands[1])
+    count = _columns(instruction)
 
     def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
         first = machine.full(mask) & (machine.lane == 0)
         lanes, program = np.flatnonzero(first), machine.program_of[first]
-        start = memory.columns[program].astype(np.uint32)
+        free = ~memory.columns[program].reshape(lanes.size, -1, count).any(2)
+        if not free.any(1).all():
+            raise Fault("deadlock", f"waits for ever for {count} columns of tensor memory")
+        start = (free.argmax(1) * count).astype(np.uint32)
+        memory.columns[program[:, None], start[:, None] + np.arange(count)] = True
         at = machine.shared.places(address(first), 4, program)
         machine.shared.store(at, start.view(np.uint8).reshape(-1, 4), lanes)
-        np.add.at(memory.columns, program, count)
-        if (memory.columns > COLUMNS).any():
-            raise Fault("deadlock", f"waits for ever for {count} columns of tensor memory")
 
     return run
 
 
 def _free(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
-    """Bind tcgen05.dealloc: a warp gives columns back."""
+    """Bind tcgen05.dealloc: a warp gives columns back, for others it is as if it wrote there."""
+    start, count = machine.source(instruction.operands[0], "u32"), _columns(instruction)
+    used = [start.register] if start.register else []
+
+    def run(mask: Mask) -> None:
+        machine.whole(mask, 32, instruction.opcode)
+        require_written(used, mask, "the address of tensor memory")
+        lanes = np.flatnonzero(machine.full(mask) & (machine.lane == 0))
+        program, first = machine.program_of[lanes], machine.each(start, lanes).astype(np.int64)
+        if (first % count).any():
+            raise Fault("tensor memory", f"{count} columns given back that are not allocated together")
+        column = first[:, None] + np.arange(count)
+        at = memory.places(np.arange(LANES)[:, None], column[:, None], program[:, None, None]).reshape(-1)
+        memory.ledger.note_write(at, 1, np.repeat(lanes, LANES * count), np.ones(at.size, np.bool_))
+        memory.columns[program[:, None], column] = False
+
+    return run
+
+
+def _columns(instruction: Instruction) -> int:
+    """Return how many columns an instruction allocates or gives back."""
     count = number(instruction.operands[1])
-    return lambda mask: np.subtract.at(
-        memory.columns, machine.program_of[machine.full(mask) & (machine.lane == 0)], count
-    )
+    if count not in (32, 64, 128, 256, 512):
+        raise Unsupported(f"{instruction.opcode} of {count} columns, they must be a power of two from 32 to 512")
+    return count
 
 
 def _words(
@@ -117,12 +140,14 @@ def _words(
     def places(mask: Mask) -> Array:
         machine.whole(mask, 32, instruction.opcode)
         lanes, at = machine.lanes(mask), address(mask)
+        if (at.reshape(-1, 32) != at[::32, None]).any():
+            raise Fault("tensor memory", "the threads of a warp disagree about an address")
         lane, column, thread = at >> 16, at & 0xFFFF, machine.lane[lanes]
         if shape == "32x32b":
             lane = lane + thread
         else:  # the upper half of a warp has the same 16 lanes in other columns
             lane, column = lane + thread % 16, column + thread // 16 * split
-        if (lane // 32 != machine.warp[lanes] % 4).any():
+        if (lane // 32 != machine.warp_of[lanes] % 4).any():
             raise Fault("bounds", "a warp reaches the lanes of tensor memory of another")
         return memory.places(lane[:, None], column[:, None] + np.arange(count), machine.program_of[lanes][:, None])
 
@@ -136,6 +161,8 @@ def _load(machine: Machine, memory: TensorMemory, instruction: Instruction) -> S
     def run(mask: Mask) -> None:
         at, lanes = places(mask), np.flatnonzero(machine.full(mask))
         never = memory.ledger.note_read(at.reshape(-1), 1, np.repeat(lanes, at.shape[1])).reshape(at.shape)
+        memory.ledger.read[at] = machine.order.who[lanes][:, None] | IN_FLIGHT
+        memory.loading.append((lanes, at))
         for register, words, blank in zip(target.registers, memory.words[at].T, never.T, strict=True):
             register.fill(words, lanes, mask, blank if blank.any() else None)
         loading = machine.full(mask) * LOADING
@@ -150,6 +177,7 @@ def _wait_load(machine: Machine, memory: TensorMemory, instruction: Instruction)
 
     def run(mask: Mask) -> None:
         here = machine.full(mask)
+        memory.loading = _end_accesses(machine, memory.loading, memory.ledger.read, here)
         for registers in machine.loading:
             alter(registers, lambda flags: np.where(here, flags & ~LOADING, flags))
         machine.loading = [registers for registers in machine.loading if any(_loading(r) for r in registers)]
@@ -181,15 +209,22 @@ def _wait_store(machine: Machine, memory: TensorMemory, instruction: Instruction
     """Bind tcgen05.wait::st."""
 
     def run(mask: Mask) -> None:
-        here, left = machine.full(mask), []
-        for lanes, at in memory.storing:
-            now = here[lanes]
-            memory.ledger.written[at[now]] = machine.order.stamp(lanes[now])[:, None]
-            if not now.all():
-                left.append((lanes[~now], at[~now]))
-        memory.storing = left
+        memory.storing = _end_accesses(machine, memory.storing, memory.ledger.written, machine.full(mask))
 
     return run
+
+
+def _end_accesses(
+    machine: Machine, accesses: list[tuple[Array, Array]], stamps: Array, here: Array
+) -> list[tuple[Array, Array]]:
+    """End the loads or stores of the lanes that wait here, and return the others."""
+    left = []
+    for lanes, at in accesses:
+        now = here[lanes]
+        stamps[at[now]] = machine.order.stamp(lanes[now])[:, None]
+        if not now.all():
+            left.append((lanes[~now], at[~now]))
+    return left
 
 
 _SWIZZLES = {0: 16, 2: 128, 4: 64, 6: 32}
@@ -209,7 +244,8 @@ class Shape(NamedTuple):
         """Read a descriptor. D is in float32; sparsity, negation and saturation are not supported."""
         a, b = (_KINDS[kind].get(descriptor >> bit & 7) for bit in (7, 10))
         M, N = (descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8
-        if a is None or a != b or M not in (64, 128) or descriptor >> 4 & 3 != 1 or descriptor & 0xE080600F:
+        legal = a == b and M in (64, 128) and N in range(M // 8, 257, M // 8)
+        if a is None or not legal or descriptor >> 4 & 3 != 1 or descriptor & 0xE080604F:
             raise Unsupported(f"tcgen05.mma with the descriptor {descriptor:#x}")
         return cls(a, (descriptor >> 15 & 1 == 1, descriptor >> 16 & 1 == 1), M, N)
 
@@ -246,8 +282,8 @@ def _multiply(machine: Machine, memory: TensorMemory, instruction: Instruction) 
             return memory.places(lane, column + np.arange(columns), program[:, None, None])
 
         def operand(source: Source, rows: int, transposed: bool) -> Array:
-            tiles = [Tile.of(x & ~(1 << 46), _SWIZZLES, 61) for x in machine.each(source, lanes).tolist()]
-            return machine.tiles.read(tiles, program, rows, form.kind, transposed, lanes)
+            tiles = [Tile.of(x ^ 1 << 46, _SWIZZLES, 61) for x in machine.each(source, lanes).tolist()]
+            return machine.tiles.read(tiles, program, rows, form.kind, transposed, lanes[:, None])
 
         if descriptor_a is not None:
             left = operand(descriptor_a, form.M, form.transposed[0])
@@ -265,24 +301,23 @@ def _multiply(machine: Machine, memory: TensorMemory, instruction: Instruction) 
         memory.require_free(at, lanes)
         memory.words[at] = sums.view(np.uint32)
         memory.ledger.written[at] = _PRODUCT
-        for i, p in enumerate(program.tolist()):
-            memory.products[p].append(Product(machine.tiles.stamp, at[i]))
+        for i, lane in enumerate(lanes.tolist()):
+            memory.products.setdefault(lane, []).append(Product(machine.tiles.reads[i], at[i]))
 
     return run
 
 
 def _commit(machine: Machine, memory: TensorMemory, instruction: Instruction) -> Step:
-    """Bind tcgen05.commit: an mbarrier learns when the thread's matrix instructions have ended."""
+    """Bind tcgen05.commit: an mbarrier learns when the executing thread's matrix instructions have ended."""
     address = machine.address(instruction.operands[0], 4)
 
     def run(mask: Mask) -> None:
         lanes = np.flatnonzero(machine.full(mask))
-        program = machine.program_of[lanes]
         barriers, which = _mbarriers(machine, address(mask), lanes)
-        for i, p in zip(which.tolist(), program.tolist(), strict=True):
-            barriers[i].tracked += memory.products[p]
+        for i, lane in zip(which.tolist(), lanes.tolist(), strict=True):
+            barriers[i].tracked += memory.products.get(lane, [])
             barriers[i].arrive()
-        machine.wake("mbarrier", np.isin(machine.program_of, program))
+        machine.wake("mbarrier", np.isin(machine.program_of, machine.program_of[lanes]))
 
     return run
 
@@ -296,6 +331,8 @@ _BINDERS: dict[str, Callable[[Machine, TensorMemory, Instruction], Step]] = {
     "commit": _commit,
     "wait::ld": _wait_load,
     "wait::st": _wait_store,
+    # Triton leaves out the fences that the ISA wants around barriers, and its registers of tcgen05.ld move before
+    # wait::ld, which the ISA forbids: neither is checked
     **dict.fromkeys(
         ("relinquish_alloc_permit", "fence::before_thread_sync", "fence::after_thread_sync"),
         lambda machine, memory, instruction: lambda mask: None,
@@ -329,32 +366,37 @@ def mbarrier(machine: Machine, instruction: Instruction) -> Step:
     def run(mask: Mask) -> None:
         lanes = np.flatnonzero(machine.full(mask))
         at = machine.shared.places(address(mask), 8, machine.program_of[lanes])
+        if name == "inval":
+            _mbarriers(machine, address(mask), lanes)
+            for place in at.tolist():
+                machine.mbarriers.pop(place, None)
         machine.shared.store(at, np.zeros((lanes.size, 8), np.uint8), lanes)
-        for place in at.tolist():
-            machine.mbarriers.pop(place, None)
-            if name == "init":
-                machine.mbarriers[place] = Mbarrier(number(operands[1]))
+        if name == "init":
+            machine.mbarriers |= {place: Mbarrier(number(operands[1])) for place in at.tolist()}
 
     return run
 
 
 def _try_wait(machine: Machine, instruction: Instruction) -> Step:
-    """Bind a wait for the end of a phase of some parity, in which lanes sleep until something arrives."""
+    """Bind a wait for the end of a phase of some parity: it says "not yet" once, as it may, then lanes sleep in it."""
     done, parity = machine.register(instruction.operands[0]), machine.source(instruction.operands[2], "u32")
     address = machine.address(instruction.operands[1], 4)
+    again = np.zeros(machine.count, np.bool_)
 
     def run(mask: Mask) -> Mask:
         lanes = np.flatnonzero(machine.full(mask))
         barriers, which = _mbarriers(machine, address(mask), lanes)
         ended = np.array([barrier.phase & 1 for barrier in barriers])[which] != machine.each(parity, lanes)
+        ended &= again[lanes]
         for i in np.unique(which[ended]).tolist():
             _end(machine, barriers[i])
         machine.order.wait(lanes[ended])
-        done.write(np.ones(1, np.bool_), mask, None)
-        if ended.all():
-            return None
+        done.write(again, mask, None)
         waiting = np.zeros(machine.count, np.bool_)
-        waiting[lanes[~ended]] = True
+        waiting[lanes] = again[lanes] & ~ended
+        again[lanes] = ~ended
+        if not waiting.any():
+            return None
         machine.wait("mbarrier", machine.at, waiting)
         return waiting
 
@@ -369,7 +411,7 @@ def _end(machine: Machine, barrier: Mbarrier) -> None:
     for product in barrier.tracked:
         if not product.done:
             product.done = True
-            machine.shared.ledger.end_matrix_reads(product.stamp, machine.order.end(waited=True))
+            machine.shared.ledger.end_matrix_reads(product.reads, machine.order.end(waited=True))
             memory.ledger.written[product.places] = machine.order.end(waited=True)
     barrier.tracked = []
-    memory.products = [[p for p in products if not p.done] for products in memory.products]
+    memory.products = {lane: [p for p in products if not p.done] for lane, products in memory.products.items()}

@@ -19,8 +19,9 @@ SWIZZLES = {128: 7, 64: 3, 32: 1, 16: 0}
 class Tile(NamedTuple):
     """An operand in shared memory, from a descriptor: offsets in bytes, and the width of its swizzle.
 
-    leading: between groups of rows' width along M or N if transposed, else between 16 bytes along K without a swizzle.
-    stride: between groups of eight: along K if transposed, else along M or N.
+    A core matrix is 8 rows of 16 bytes, or of the swizzle's width. leading: if K lies along the rows, from one core
+    matrix to the next along K, where nothing is swizzled; if M or N does (transposed), from one to the next along M or
+    N, without a swizzle along K. stride: to the next along the other dimension.
     """
 
     start: int
@@ -32,8 +33,8 @@ class Tile(NamedTuple):
     def of(cls, descriptor: int, swizzles: dict[int, int], shift: int) -> Tile:
         """Read a descriptor whose swizzle stands above bit `shift`, by its code."""
         start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
-        code = descriptor >> shift
-        if code not in swizzles or descriptor >> 49 & 7:
+        code, fields = descriptor >> shift, 0x3FFF << 32 | 0x3FFF << 16 | 0x3FFF
+        if code not in swizzles or descriptor & (1 << shift) - 1 & ~fields:
             raise Unsupported(f"matrix descriptor {descriptor:#x}")
         return cls(start, leading, stride, swizzles[code])
 
@@ -59,19 +60,22 @@ class Operands:
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
         self.known: dict[tuple[Any, ...], Array] = {}
-        self.stamp = 0  # of the latest read
+        self.reads: list[int] = []  # the stamps of the latest
 
     def read(
         self, tiles: Sequence[Tile], program: Array, rows: int, kind: str, transposed: bool, lanes: Array
     ) -> Array:
-        """Return tiles as float32, [tiles, rows, K], of the programs, as `lanes` ask for them; 32 bytes along K."""
+        """Return tiles as float32, [tiles, rows, K], of the programs; 32 bytes along K.
+
+        lanes: [tiles, threads], those that execute the instruction together.
+        """
         itemsize = 2 if kind in HALVES else 4
         shared = self.shared
         at = np.stack([self._chunks(tile, rows, transposed, itemsize) for tile in tiles])
         if at.min() < 0 or at.max() + 16 > shared.size:
             raise Fault("bounds", f"a matrix operand outside the {shared.size} bytes of shared memory")
         chunks = (at + (program * shared.pitch)[:, None, None]) // 16
-        self.stamp = shared.ledger.note_matrix_read(chunks.reshape(len(tiles), -1), lanes)
+        self.reads = shared.ledger.note_matrix_read(chunks.reshape(len(tiles), -1), lanes)
         data = shared.bytes.view(np.uint64).reshape(-1, 2)[chunks]
         data = data.reshape(*chunks.shape[:2], -1).view(np.uint16 if itemsize == 2 else np.uint32)
         values = widen(data, kind)

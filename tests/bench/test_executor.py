@@ -359,6 +359,26 @@ def test_votes_reductions_and_election() -> None:
     assert elected.tolist() == ([1] + [0] * 31) * (COUNT // 32)
 
 
+def test_zeros_of_either_sign_are_ordered() -> None:
+    zeros = torch.tensor([0.0, -0.0]).repeat(COUNT // 2).view(torch.int32)
+    others = torch.tensor([0.0, 0.0, -0.0, -0.0]).repeat(COUNT // 4).view(torch.int32)
+    for name, want in (
+        ("max", [0, 0, 0, 1]),
+        ("min", [0, 1, 1, 1]),
+        ("max.NaN", [0, 0, 0, 1]),
+        ("min.NaN", [0, 1, 1, 1]),
+    ):
+        signs = compute(name + ".f32 {0}, {1}, {2};", [zeros, others], 4) >> 31
+        assert signs[:4].tolist() == want, name
+
+
+def test_shuffles_take_five_bits_of_the_distance() -> None:
+    x = torch.arange(COUNT, dtype=torch.int32)
+    far, near = (compute(f"shfl.sync.bfly.b32 {{0}}, {{1}}, {d}, 31, -1;", [x], 4) for d in (33, 1))
+    np.testing.assert_array_equal(far, near)
+    assert (near != x.numpy()).all()
+
+
 def test_vectors_in_memory() -> None:
     x, out = random_bits(0, 4 * COUNT, 4), torch.zeros(4 * COUNT, dtype=torch.int32)
     body = place("%rd10", "%rd0", 16) + place("%rd11", "%rd1", 16)
@@ -541,6 +561,21 @@ def test_refuses_other_ptx(change: tuple[str, str], message: str) -> None:
         "ld.local.b32 %r10, [%r11];",
         "ldmatrix.sync.aligned.m8n16.x1.shared.b8x16.b6x16_p32 {%r10}, [%r11];",
         "add.s32 %r10, %rd0, %r12;",
+        # forms of known instructions that no kernel has and the functions are not right for
+        "fma.rn.f64 %rd10, %rd11, %rd12, %rd13;",
+        "fma.rn.bf16 %rs10, %rs11, %rs12, %rs13;",
+        "cvt.rn.f32.f64 %r10, %rd10;",
+        "cvt.rn.tf32.f32 %r10, %r11;",
+        "cvt.rna.bf16.f32 %rs10, %r11;",
+        "cvt.rzi.s64.f32 %rd10, %r11;",
+        "setp.gt.ftz.f32 %p1, %r10, %r11;",
+        "redux.sync.max.abs.f32 %r10, %r11, -1;",
+        "bfe.u64 %rd10, %rd11, 70, 4;",
+        "mul.hi.u64 %rd10, %rd11, %rd12;",
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r1, %r2, %r3, %r4}, {%r5, %r6, %r7}, {%r8, %r9}, "
+        "{%r1, %r2, %r3, %r4};",
+        "ld.acquire.gpu.global.b32 %r10, [%rd0];",
+        "fence.acq_rel.gpu ;",
     ],
 )
 def test_refuses_unknown_instructions_before_anything_runs(instruction: str) -> None:
@@ -548,6 +583,11 @@ def test_refuses_unknown_instructions_before_anything_runs(instruction: str) -> 
     with pytest.raises(Unsupported, match=rf"kernel, line \d+ of its PTX \(hand.py:20\): {instruction.split()[0]}"):
         run(f"    mov.u32 %r13, 7;\n    st.global.b32 [%rd0], %r13;\n    {instruction}", out)
     assert out.item() == 0
+
+
+def test_refuses_octal_numbers() -> None:
+    with pytest.raises(Unsupported, match="octal number 010"):
+        run("    mov.u32 %r10, 010;\n")
 
 
 def test_refuses_at_its_line_what_only_running_shows() -> None:

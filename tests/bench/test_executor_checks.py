@@ -72,7 +72,7 @@ def test_outputs_that_are_not_written() -> None:
     error = fault("unwritten output", "    mov.u32 %r10, 5;\n" + STORE, x, outputs=[x])
     assert "1 of 33 elements of output 0, first [32]" in str(error)
     y = torch.zeros(32)
-    run("    ld.global.b32 %r10, [%rd0];\n" + STORE, y, outputs=[y])
+    run("    ld.global.b32 %r10, [%rd0];\n    bar.warp.sync -1;\n" + STORE, y, outputs=[y])
     assert y.isnan().any()  # it was poisoned
 
 
@@ -156,6 +156,91 @@ def test_two_programs_that_write_one_address() -> None:
     fault("two writers", "    st.global.b32 [%rd0], %r1;\n", zeros(1), programs=2)
     run("    st.global.b32 [%rd0], %r1;\n", zeros(1))
     run("    atom.global.add.u32 %r10, [%rd0], 1;\n", zeros(1), programs=2)
+
+
+# each thread stores its word of global memory, and loads the one of a thread of another warp or program
+EXCHANGE = (
+    place("%rd10", "%rd0", 4)
+    + "    st.global.b32 [%rd10], %r1;\n    xor.b32 %r5, %r1, 32;\n{}"
+    + place("%rd11", "%rd0", 4, "%r5")
+    + "    ld.global.b32 %r10, [%rd11];\n"
+    + STORE.replace("%rd0", "%rd1")
+)
+
+
+def test_races_on_global_memory() -> None:
+    out = zeros(64)
+    run(EXCHANGE.format(BARRIER), zeros(64), out, threads=64)
+    assert out.tolist() == [i ^ 32 for i in range(64)]
+    fault("race", EXCHANGE.format(""), zeros(64), out, threads=64)
+    fault("race", "    st.global.b32 [%rd0], %r0;\n", zeros(1), threads=64)  # different values
+    over = "    ld.global.b32 %r10, [%rd10];\n{}    setp.eq.u32 %p1, %r0, 0;\n    @%p1 st.global.b32 [%rd0+128], %r0;\n"
+    run(place("%rd10", "%rd0", 4) + over.format(BARRIER), zeros(64), threads=64)
+    fault("race", place("%rd10", "%rd0", 4) + over.format(""), zeros(64), threads=64)
+
+
+def test_what_another_program_stored() -> None:
+    """The last of two programs to count reads what both stored, behind a barrier, a release, an acquire, a barrier."""
+    body = (
+        place("%rd10", "%rd0", 4)
+        + """
+    st.global.b32 [%rd10], %r1;
+    bar.sync 0;
+    mov.u32 %r6, 0;
+    setp.eq.u32 %p1, %r0, 0;
+    @%p1 atom.global.gpu.acq_rel.add.u32 %r11, [%rd2], 1;
+    @%p1 st.shared.b32 [%r6], %r11;
+    bar.sync 0;
+    ld.shared.b32 %r11, [%r6];
+    setp.ne.u32 %p2, %r11, 1;
+    @%p2 bra END;
+    xor.b32 %r5, %r1, 32;
+"""
+        + place("%rd11", "%rd0", 4, "%r5")
+        + "    ld.global.b32 %r10, [%rd11];\n"
+        + place("%rd10", "%rd1", 4, "%r0")
+        + "    st.global.b32 [%rd10], %r10;\nEND:\n"
+    )
+
+    def arguments() -> tuple[torch.Tensor, ...]:
+        return zeros(64), zeros(32), zeros(1)
+
+    one, out, count = arguments()
+    run(body, one, out, count, programs=2, shared=64)
+    assert out.tolist() == list(range(32))
+    for wrong in (
+        body.replace("acq_rel", "relaxed"),
+        body.replace("acq_rel", "release"),
+        body.replace("acq_rel", "acquire"),
+        body.replace("    bar.sync 0;\n", "", 1),
+    ):
+        error = fault("race", wrong, *arguments(), programs=2, shared=64)
+        assert "by program 0, without a release and an acquire" in str(error)
+    fault("race", EXCHANGE.format(BARRIER), zeros(64), zeros(64), programs=2)
+
+
+def test_reads_of_a_warp_before_its_barrier() -> None:
+    body = """
+    setp.eq.u32 %p1, %r0, 0;
+    setp.eq.u32 %p2, %r0, 1;
+    mov.u32 %r5, 0;
+    @%p1 st.shared.b32 [%r5], %r0;
+    bar.warp.sync -1;
+    @%p1 ld.shared.b32 %r10, [%r5];
+    {}
+    @%p2 ld.shared.b32 %r10, [%r5];
+    @%p2 st.shared.b32 [%r5], %r0;
+"""
+    run(body.format("bar.warp.sync -1;"), shared=64)
+    fault("race", body.format(""), shared=64)
+
+
+def test_bounds_are_of_one_storage() -> None:
+    x, y = zeros(32), zeros(4096)
+    for away in (4352, 8192, 1 << 20, -4096, -(1 << 41)):
+        fault("bounds", f"    ld.global.b32 %r10, [%rd0+{away}];\n", x, y)
+    holes = torch.zeros(64, dtype=torch.int16)[::3]  # the ends are elements, what is between is not
+    fault("bounds", "    mov.b16 %rs1, 7;\n    st.global.v4.b16 [%rd0], {%rs1, %rs1, %rs1, %rs1};\n", holes)
 
 
 COPY = """
@@ -254,6 +339,48 @@ def test_wgmma_of_a_copy_before_its_wait() -> None:
     for early, late in ((FENCE, ""), ("", FENCE)):
         unfenced = FILL + early + BARRIER + COPY + late + "    cp.async.wait_group 0;\n" + BARRIER + PRODUCT + WAIT
         fault("proxy fence", unfenced, x, **HOPPER)
+
+
+def only(threads: str, body: str) -> str:
+    """Return lines that some threads execute."""
+    return f"    setp.{threads};\n    @!%p9 bra PAST;\n{body}PAST:\n"
+
+
+def test_fences_by_others_than_those_who_need_them() -> None:
+    before, after = FILL + BARRIER, PRODUCT + WAIT
+    run(before + only("lt.u32 %p9, %r0, 128", FENCE) + after, **HOPPER)
+    fault("proxy fence", before + only("lt.u32 %p9, %r0, 32", FENCE) + after, **HOPPER)  # one warp reads behind it
+    fault("proxy fence", before + only("eq.u32 %p9, %r0, 0", FENCE) + after, **HOPPER)
+    # the writer's, which counts before the barrier alone
+    tile = only(
+        "ge.u32 %p9, %r0, 96",
+        "    sub.s32 %r14, %r0, 96;\n    shl.b32 %r11, %r14, 6;\n    mov.u32 %r12, 0;\n"
+        + "".join(f"    st.shared.v4.b32 [%r11+{16 * i}], {{%r12, %r12, %r12, %r12}};\n" for i in range(4))
+        + "{}",
+    )
+    product = PRODUCT.replace("0x1000080100", "0x1000080000") + WAIT
+    run(tile.replace("{}", FENCE) + BARRIER + product, **HOPPER)
+    late = only("ge.u32 %p9, %r0, 96", FENCE).replace("PAST", "LATE")
+    fault("proxy fence", tile.replace("{}", "") + BARRIER + late + product, **HOPPER)
+
+
+@pytest.mark.parametrize(("programs", "threads"), [(2, 128), (1, 256)])
+def test_tiles_that_others_have_waited_for(programs: int, threads: int) -> None:
+    wait = "    mov.u32 %r30, %ctaid.x;\n    shr.u32 %r31, %r0, 7;\n    or.b32 %r30, %r30, %r31;\n" + only(
+        "eq.u32 %p9, %r30, {}", WAIT
+    )
+    overwrite = BARRIER + "    st.shared.b32 [%r11], %r12;\n" + WAIT
+    options = {"threads": threads, "programs": programs, "shared": 16384}
+    begin = FILL + BARRIER + FENCE + PRODUCT
+    for first in (0, 1):
+        fault("asynchronous copy", begin + wait.format(first) + overwrite, **options)
+    run(begin + WAIT + overwrite, **options)
+
+
+def test_copies_of_different_data_to_one_place() -> None:
+    body = COPY.replace("shl.b32 %r11, %r0, 2", "mov.u32 %r11, 0") + "    cp.async.wait_group 0;\n"
+    run(body, zeros(64), threads=64, shared=64)
+    fault("race", body, torch.arange(64, dtype=torch.int32), threads=64, shared=64)
 
 
 def test_part_of_a_warpgroup() -> None:

@@ -11,7 +11,7 @@ import torch
 from small_ptx import place, run
 from torch import Tensor
 
-from segattn.bench.emulated.faults import Fault
+from segattn.bench.emulated.faults import Fault, Unsupported
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
 
@@ -427,6 +427,7 @@ LOAD = """
     add.s32 %r43, %r43, %r42;
     tcgen05.ld.sync.aligned.32x32b.x8.b32 {%r300, %r301, %r302, %r303, %r304, %r305, %r306, %r307}, [%r43 + 0];
 """
+FREE = "    @%p2 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r42, 512;\n"
 WAIT_LOAD = "    tcgen05.wait::ld.sync.aligned;\n"
 
 
@@ -442,30 +443,91 @@ WAIT_LOAD = "    tcgen05.wait::ld.sync.aligned;\n"
         ("bounds", COMMIT + WAITS + LOAD.replace(", 21", ", 20")),
         ("race", COMMIT + WAITS + LOAD + WAIT_LOAD + "{again}"),
         ("mbarrier", "    @%p3 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r41+-8];\n"),
+        # by another thread than the product's; without asking again; loads that no wait ends
+        ("asynchronous copy", "    setp.eq.s32 %p6, %r0, 32;\n" + COMMIT.replace("%p3", "%p6") + WAITS + LOAD),
+        (
+            "asynchronous copy",
+            COMMIT
+            + WAITS.replace("@!complete bra", "@!%p15 bra").replace("    {", "    mov.pred %p15, -1;\n    {", 1)
+            + LOAD,
+        ),
+        ("race", COMMIT + WAITS + LOAD + "    bar.sync 0;\n{again}" + WAIT_LOAD),
+        # tensor memory given back while others read it, or a product writes it; other columns than were allocated
+        ("race", COMMIT + WAITS + LOAD + WAIT_LOAD + FREE),
+        ("asynchronous copy", FREE),
+        ("tensor memory", "    mov.u32 %r42, 77;\n" + FREE),
+        ("tensor memory", COMMIT + WAITS + LOAD.replace("%r42;", "%r42;\n    add.s32 %r43, %r43, %r0;")),
+        # an mbarrier is overwritten, or begins again
+        ("mbarrier", "    bar.sync 0;\n    @%p3 st.shared.b32 [%r41], %r0;\n"),
+        ("mbarrier", "    bar.sync 0;\n    @%p3 mbarrier.init.shared::cta.b64 [%r41], 1;\n"),
     ],
 )
 def test_faults_of_tcgen05(kind: str, wrong: str) -> None:
-    a, b = draw(0, 128, 16), draw(1, 8, 16)
+    a, b = draw(0, 128, 16), draw(1, 16, 16)
     left, right = Operand(a, 32, False, 0, False), Operand(b, 32, False, 6144, False)
     image = shared_image((0, left), (6144, right))
     product = PRODUCT.format(
-        how=descriptor_of(128, 8, "bf16", False, False), left=left.descriptors[0], right=right.descriptors[0]
+        how=descriptor_of(128, 16, "bf16", False, False), left=left.descriptors[0], right=right.descriptors[0]
     )
-    blackwell(product + COMMIT + WAITS + LOAD + WAIT_LOAD + "    bar.sync 0;\n" + product, image=image)
+    again = product + COMMIT + WAITS.replace("], 0", "], 1")
+    blackwell(product + COMMIT + WAITS + LOAD + WAIT_LOAD + "    bar.sync 0;\n" + again, image=image)
     with pytest.raises(Fault) as caught:
         blackwell(product + wrong.replace("{again}", product), image=image)
     assert caught.value.kind == kind, str(caught.value)
 
 
 def test_threads_that_do_not_wait_for_a_product_need_a_barrier() -> None:
-    a, b = draw(0, 128, 16), draw(1, 8, 16)
+    a, b = draw(0, 128, 16), draw(1, 16, 16)
     left, right = Operand(a, 32, False, 0, False), Operand(b, 32, False, 6144, False)
-    image, how = shared_image((0, left), (6144, right)), descriptor_of(128, 8, "bf16", False, False)
+    image, how = shared_image((0, left), (6144, right)), descriptor_of(128, 16, "bf16", False, False)
     product = PRODUCT.format(how=how, left=left.descriptors[0], right=right.descriptors[0]) + COMMIT
     one_warp = product + "    @!%p2 bra AFTER;\n" + WAITS + "AFTER:\n"
     blackwell(one_warp + "    bar.sync 0;\n" + LOAD + WAIT_LOAD, image=image)
     with pytest.raises(Fault, match="race: reads what was written there by several warps"):
         blackwell(one_warp + LOAD + WAIT_LOAD, image=image)
+
+
+def test_tcgen05_in_two_programs_of_one_warp() -> None:
+    body = """
+        mov.u32 %r40, 0;
+        tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r40], 32;
+        tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r40+4], 32;
+        bar.sync 0;
+        ld.shared.b32 %r42, [%r40];
+        ld.shared.b32 %r43, [%r40+4];
+        tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r42, 32;
+        tcgen05.st.sync.aligned.32x32b.x1.b32 [%r43 + 0], {%r1};
+        tcgen05.wait::st.sync.aligned;
+        tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r44}, [%r43 + 0];
+        tcgen05.wait::ld.sync.aligned;
+        bar.sync 0;
+        tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r43, 32;
+    """
+    out = torch.zeros(64, dtype=torch.int32)
+    run(body + store(["%r44"], "%rd0"), out, programs=2, shared=64, target="sm_100a")
+    assert out.tolist() == list(range(64))
+
+
+@pytest.mark.parametrize("bit", [6, 52])
+def test_descriptors_of_another_form(bit: int) -> None:
+    a, b = draw(0, 128, 16), draw(1, 16, 16)
+    left, right = Operand(a, 32, False, 0, False), Operand(b, 32, False, 6144, False)
+    image, how = shared_image((0, left), (6144, right)), descriptor_of(128, 16, "bf16", False, False)
+    other = {"how": how | 1 << 6} if bit == 6 else {"left": left.descriptors[0] | 1 << bit}
+    right_ones = {"how": how, "left": left.descriptors[0], "right": right.descriptors[0]}
+    with pytest.raises(Unsupported, match="descriptor"):
+        blackwell(PRODUCT.format(**(right_ones | other)) + COMMIT + WAITS, image=image)
+
+
+def test_wgmma_needs_warpgroups() -> None:
+    with pytest.raises(Unsupported, match="programs of 64 threads"):
+        run("    wgmma.fence.sync.aligned;\n", threads=64)
+    for target, body in (
+        ("sm_100a", "    wgmma.fence.sync.aligned;\n"),
+        ("sm_90a", "    tcgen05.wait::ld.sync.aligned;\n"),
+    ):
+        with pytest.raises(Unsupported, match=f"the program is for {target}"):
+            run(body, threads=128, target=target)
 
 
 def test_layouts_have_every_element_once() -> None:
