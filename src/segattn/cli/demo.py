@@ -38,7 +38,7 @@ def demo(
 ) -> None:
     """Train a small decoder to recall a passkey, then find it in texts far longer than those it was trained on.
 
-    Three to four minutes on two cores. Ctrl-C leaves a checkpoint, from which --resume goes on.
+    Takes minutes on two cores. Ctrl-C leaves a checkpoint, from which --resume goes on.
     """
     again = f"go on with: segattn demo --resume --out {shlex.quote(str(out))}"
     with Command("demo", again=again, saved=(out / "checkpoint.pt").is_file).run() as console:
