@@ -16,9 +16,9 @@ from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from ..sequences import Layout
-from ..state import HeadBiases, Sinks
+from ..state import Sinks
 from .configs import Target, Tile, tile_for
-from .tiles import INTERPRETED, Biases, SinkTokens, Tokens, block
+from .tiles import INTERPRETED, SinkTokens, Tokens, block
 
 
 class Launch(NamedTuple):
@@ -83,11 +83,6 @@ def view_sinks(sinks: Sinks | None) -> SinkTokens | None:
     if sinks is None:
         return None
     return SinkTokens(view(sinks.k), view(sinks.v), sinks.seen, tl.constexpr(sinks.k.shape[2]))
-
-
-def view_biases(biases: HeadBiases) -> Biases | None:
-    """Return what heads add to their softmax as an argument of a kernel."""
-    return Biases(*biases) if biases.present else None
 
 
 def segment_arguments(layout: Layout) -> dict[str, Any]:
