@@ -15,7 +15,7 @@ _END = re.compile(r"^(EXIT|RET\S*|s_endpgm|s_setpc_b64)\b")
 
 
 class Line(NamedTuple):
-    """An instruction and, on NVIDIA's GPUs, its control word; or a label that branches name."""
+    """Hold an instruction and, on NVIDIA's GPUs, its control word; or a label that branches name."""
 
     label: str
     instruction: str

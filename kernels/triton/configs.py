@@ -28,7 +28,7 @@ class Target(NamedTuple):
 
     name: str
     shared: int  # bytes
-    processors: int = 4
+    processors: int = 4  # few, where it is not known: as interpreted, and compiled for a GPU that is not here
 
 
 TARGETS = {
