@@ -125,7 +125,7 @@ def segment_attention(
     check.check_sinks(sinks, sink_k, sink_v, sequences, -(-k.shape[2] // segment_len), k, v)
     past = check.check_past(past, sequences, segment_len, sink_k, k) if sinks else 0
     if gate is not None:
-        check.check_gate(gate, q)
+        check.check_per_head("gate", gate, q)
         gate = gate.to(check.state_dtype(q))
         state = check.check_state(_empty(sequences, k, v) if state is None else state, sequences, k, v)
     elif state is not None:

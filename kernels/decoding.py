@@ -77,7 +77,7 @@ def segment_decode(
     if (gate is None) != (state is None):
         raise ValueError("gate and state go together: pass both, or neither for local attention alone")
     if gate is not None:
-        check.check_gate(gate, q)
+        check.check_per_head("gate", gate, q)
         gate = gate.to(check.state_dtype(q))
         state = check.check_state(state, q.shape[0], k, v)
     count = sink_k.shape[2] if isinstance(sink_k, Tensor) and sink_k.ndim == 4 else 1

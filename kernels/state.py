@@ -101,14 +101,14 @@ class Options(NamedTuple):
 
 
 class HeadBiases(NamedTuple):
-    """What each query head adds to its softmax; [H] each, in the state's dtype, or None."""
+    """Hold what each query head adds to its softmax, [H] each, in the state's dtype, or None."""
 
     slopes: Tensor | None = None  # a score loses slope · |i − j|
     sink_logits: Tensor | None = None  # one more score of every row, without a value
 
     @property
     def present(self) -> bool:
-        """Whether there are any."""
+        """Return whether there are any."""
         return self.slopes is not None or self.sink_logits is not None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .autocast import autocast_holds
-from .validation import check_floating, check_ids
+from .validation import check_floating, check_ids, check_shape
 
 MASK_OF_PADDING_ID = (
     "A mask made by pad_token_id, as generate makes one, takes it for padding in a prompt that holds pad_token_id: "
@@ -60,8 +60,7 @@ def check_no_wider(name: str, x: Tensor, dtype: torch.dtype) -> None:
 def check_labels(name: str, labels: object, letters: str, shape: Sequence[int]) -> Tensor:
     """Return labels as int64, which PyTorch's cross-entropy takes alone, once they are int32 or int64 of a shape."""
     x = check_ids(name, labels)
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {letters} = {list(shape)}, got {list(x.shape)}")
+    check_shape(name, x, letters, shape)
     return x.long()
 
 

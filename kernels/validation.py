@@ -107,20 +107,18 @@ def check_memory_inputs(q: Tensor, k: Tensor, memory_q: Tensor | None, memory_k:
             check_shape(name, x, f"that of {like_name}", like.shape)
 
 
-def check_gate(gate: Tensor, q: Tensor) -> None:
-    """Check that the gate is of floats [H], on q's device; its dtype may be another."""
-    check_floating("gate", gate)
-    check_shape("gate", gate, "[H]", (q.shape[1],))
-    check_device("gate", gate, "q", q)
+def check_per_head(name: str, x: Tensor, q: Tensor) -> None:
+    """Check that a tensor has one float for each query head, [H], on q's device; its dtype may be another."""
+    check_floating(name, x)
+    check_shape(name, x, "[H]", (q.shape[1],))
+    check_device(name, x, "q", q)
 
 
 def check_biases(sink_logits: Tensor | None, alibi_slopes: Tensor | None, q: Tensor) -> HeadBiases:
     """Return what each query head adds to its softmax, checked: floats [H] on q's device, slopes without gradients."""
     for name, x in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
         if x is not None:
-            check_floating(name, x)
-            check_shape(name, x, "[H]", (q.shape[1],))
-            check_device(name, x, "q", q)
+            check_per_head(name, x, q)
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes must not require gradients, which they do not get: pass alibi_slopes.detach()")
     dtype = state_dtype(q)

@@ -248,7 +248,7 @@ def launches_of(name: str, target: Target, dtype: torch.dtype, width: int) -> li
 
 
 class Shape(NamedTuple):
-    """The sizes of a call but the heads' width."""
+    """Hold the sizes of a call but the heads' width."""
 
     B: int = 1
     H: int = 8

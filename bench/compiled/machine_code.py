@@ -15,7 +15,7 @@ _END = re.compile(r"^(EXIT|RET\S*|s_endpgm|s_setpc_b64)\b")
 
 
 class Line(NamedTuple):
-    """An instruction and, on NVIDIA's GPUs, its control word; or a label that branches name."""
+    """Hold an instruction and, on NVIDIA's GPUs, its control word; or a label that branches name."""
 
     label: str
     instruction: str
@@ -75,28 +75,25 @@ def blocks(lines: list[Line]) -> list[Block]:
 
     A branch to a label that the code does not hold has no successor.
     """
-    starts: list[list[str]] = [[]]
-    controls: list[list[int]] = [[]]
+    starts: list[list[Line]] = [[]]
     names: dict[str, int] = {}
-    for label, instruction, control in lines:
-        ends = starts[-1] and (_BRANCH.search(starts[-1][-1]) or _END.match(starts[-1][-1]))
-        if ends or (label and starts[-1]):
+    for line in lines:
+        last = starts[-1][-1].instruction if starts[-1] else ""
+        if starts[-1] and (line.label or _BRANCH.search(last) or _END.match(last)):
             starts.append([])
-            controls.append([])
-        if label:
-            names[label] = len(starts) - 1
+        if line.label:
+            names[line.label] = len(starts) - 1
         else:
-            starts[-1].append(instruction)
-            controls[-1].append(control)
+            starts[-1].append(line)
     found = []
     for i, block in enumerate(starts):
-        last = block[-1] if block else ""
+        last = block[-1].instruction if block else ""
         branch = _BRANCH.search(last)
         onward = not (_END.match(last) or _ALWAYS.match(last))
         successors = [names[branch.group(1)]] if branch and branch.group(1) in names else []
         if onward and i + 1 < len(starts):
             successors.append(i + 1)
-        found.append(Block(block, successors, tuple(controls[i])))
+        found.append(Block([x.instruction for x in block], successors, tuple(x.control for x in block)))
     return found
 
 

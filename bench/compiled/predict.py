@@ -22,9 +22,11 @@ from torch import Tensor
 from ...kernels.triton.configs import TARGETS
 from ...kernels.triton.launch import Launch
 from ..outcome import refused
+from ..planner.floors import Sizes, local_forward
 from ..processes import each
 from ..speed.workloads import DTYPES
 from .ahead_of_time import CASES, CompileError, Shape, build, launches, read_cubin, resident_warps
+from .gpus import GPUS
 from .machine_code import blocks
 from .sub_core import LoopsError, Step, clocks, walk
 
@@ -36,19 +38,8 @@ SLACK = 0.03
 UNROLLED = 4
 
 
-class Gpu(NamedTuple):
-    """A GPU of a target: multiprocessors, their clocks in a microsecond, bytes through its memory in one."""
-
-    multiprocessors: int
-    clocks: float
-    bytes: float
-
-
-GPUS = {"sm_80": Gpu(108, 1410, 1.555e6), "sm_90": Gpu(132, 1755, 3.35e6), "sm_120": Gpu(170, 2407, 1.792e6)}
-
-
 class Workload(NamedTuple):
-    """A causal call in bfloat16, forward and backward, on a GPU of a target. K: width of a head, V too."""
+    """Hold the sizes of a causal call in bfloat16, forward and backward, on a GPU of a target. K: of a head, V too."""
 
     B: int
     H: int
@@ -82,7 +73,7 @@ WORKLOADS = (
 
 
 class Work(NamedTuple):
-    """The rounds of a program's loops, in the order of the source; and those of the launch's longest program."""
+    """Hold the rounds of a program's loops, in the order of the source; and those of the launch's longest program."""
 
     usual: tuple[int, ...]
     longest: tuple[int, ...]
@@ -93,9 +84,20 @@ def _mean(counts: Iterable[int]) -> int:
     return round(sum(values) / len(values))
 
 
-def _several(*counts: int) -> tuple[int, ...]:
-    """Return the rounds of loops over constants, without those of a single round, of which the compiler makes none."""
-    return tuple(count for count in counts if count > 1)
+def _chunks(launch: Launch, width: int, loops: int = 1) -> tuple[int, ...]:
+    """Return the rounds of so many loops over chunks of a width; none for a single round, which is no loop in code."""
+    rounds = math.ceil(width / launch.tile.CHUNK)
+    return (rounds,) * loops if rounds > 1 else ()
+
+
+def _of_features(launch: Launch, loops: int) -> tuple[int, ...]:
+    """Return the rounds of so many loops over chunks of the features."""
+    return _chunks(launch, launch.arguments["k"].width.value, loops)
+
+
+def _of_memory(launch: Launch) -> tuple[int, ...]:
+    """Return the rounds of the two loops that read the memory, where there is one."""
+    return () if launch.arguments["reading"] is None else _of_features(launch, 2)
 
 
 def _queries(launch: Launch, begin: tuple[int, ...], end: tuple[int, ...]) -> Work:
@@ -104,16 +106,6 @@ def _queries(launch: Launch, begin: tuple[int, ...], end: tuple[int, ...]) -> Wo
     seen = [math.ceil((first + tile.BLOCK_M) / tile.BLOCK_N) for first in range(0, length, tile.BLOCK_M)]
     masked = max(b - a for a, b in zip(whole, seen, strict=True))
     return Work((*begin, _mean(whole), masked, *end), (*begin, whole[-1], masked, *end))
-
-
-def _attend(launch: Launch) -> Work:
-    chunks = math.ceil(launch.arguments["q"].width.value / launch.tile.CHUNK)
-    return _queries(launch, (), () if launch.arguments["reading"] is None else _several(chunks, chunks))
-
-
-def _query_grad(launch: Launch) -> Work:
-    chunks = math.ceil(launch.arguments["q"].width.value / launch.tile.CHUNK)
-    return _queries(launch, () if launch.arguments["reading"] is None else _several(chunks, chunks), ())
 
 
 def _key_grad(launch: Launch) -> Work:
@@ -138,10 +130,6 @@ def _tiles(launch: Launch) -> int:
     return math.ceil(launch.arguments["segment_len"] / launch.tile.BLOCK_N / launch.arguments.get("splits", 1))
 
 
-def _chunks(launch: Launch) -> int:
-    return math.ceil(launch.arguments["k"].width.value / launch.tile.CHUNK)
-
-
 def _members(launch: Launch) -> int:
     return launch.arguments["x"].heads // launch.arguments["groups"]
 
@@ -149,21 +137,20 @@ def _members(launch: Launch) -> int:
 def _write_grad(launch: Launch) -> Work:
     passes = 1 if launch.arguments["grads"].curvature is None else 2
     # the first loop is that of tokens that were not written
-    rounds = (0, launch.arguments["steps"], *_several(*[_chunks(launch)] * passes))
+    rounds = (0, launch.arguments["steps"], *_of_features(launch, passes))
     return Work(rounds, rounds)
 
 
 WORK: dict[str, Callable[[Launch], Work]] = {
-    "attend_kernel": _attend,
-    "query_grad_kernel": _query_grad,
+    "attend_kernel": lambda x: _queries(x, (), _of_memory(x)),
+    "query_grad_kernel": lambda x: _queries(x, _of_memory(x), ()),
     "key_grad_kernel": _key_grad,
-    "key_sums_kernel": _even(lambda x: (_tiles(x),)),
     "normalizer_kernel": _even(lambda x: (math.ceil((x.arguments["segments"] + 1) / x.tile.BLOCK_N),)),
     "product_kernel": _even(lambda x: (_members(x), _tiles(x))),
     "add_parts_kernel": _even(lambda x: divmod(x.arguments["splits"], UNROLLED)),
     "scan_kernel": _even(lambda x: (x.arguments["segments"],)),
-    "curvature_kernel": _even(lambda x: _several(math.ceil(x.arguments["V"] / x.tile.CHUNK))),
-    "weight_sums_kernel": _even(lambda x: (_tiles(x), *_several(_chunks(x), _chunks(x)))),
+    "curvature_kernel": _even(lambda x: _chunks(x, x.arguments["V"])),
+    "weight_sums_kernel": _even(lambda x: (_tiles(x), *_of_features(x, 2))),
     "write_grad_kernel": _write_grad,
 }
 
@@ -177,7 +164,7 @@ class Job(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The predicted time of a launch in microseconds: of its programs, and of its tensors through the memory."""
+    """Hold the predicted time of a launch in microseconds: of its programs, and of its tensors through the memory."""
 
     kernel: str
     forward: bool
@@ -189,7 +176,7 @@ class Prediction(NamedTuple):
 
     @property
     def time(self) -> float:
-        """The longer of the two."""
+        """Return the longer of the two times, which the launch takes."""
         return max(self.programs_time, self.memory_time)
 
 
@@ -282,7 +269,7 @@ def _ended(job: Job) -> Prediction:
 
 
 class Times(NamedTuple):
-    """Microseconds of a call's forward and of its backward."""
+    """Hold the microseconds of a call's forward and of its backward."""
 
     forward: float
     backward: float
@@ -295,7 +282,7 @@ class Times(NamedTuple):
 
     @property
     def both(self) -> float:
-        """The time of both."""
+        """Return the time of forward and backward together."""
         return self.forward + self.backward
 
 
@@ -311,8 +298,8 @@ def lines(workload: Workload, local: list[Prediction], whole: list[Prediction]) 
                 f"{': ' if x.error else ''}{x.error}"
             )
     bare, full = Times.of(local), Times.of(whole)
-    visible = workload.B * workload.H * (workload.T // workload.L) * workload.L * (workload.L + 1) // 2
-    rate = visible * 4 * workload.K / bare.forward * 1e-6
+    sizes = Sizes(*workload[:5], workload.K, workload.L, DTYPES[DTYPE].itemsize)
+    rate = local_forward(sizes).operations / bare.forward * 1e-6
     yield (
         f"forward {full.forward:.0f} of {bare.forward:.0f} µs local alone ({rate:.0f} TFLOP/s): "
         f"{full.forward / bare.forward:.2f}; with the backward {full.both:.0f} of {bare.both:.0f} µs: "
@@ -375,6 +362,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--here", action="store_true", help="use the environment that is active, make none")
     given = parser.parse_args(arguments)
     try:
+        if given.jobs < 1:
+            raise ValueError(f"--jobs must be positive, got {given.jobs}")
         workloads = [_workload(x, given.update, given.target) for x in given.workloads] or WORKLOADS
     except ValueError as error:
         return refused("ci/compile model", str(error))

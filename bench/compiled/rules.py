@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ...kernels.triton.configs import TARGETS, Tile
 from .ahead_of_time import TENSOR_MEMORY, Compiled
+from .gpus import RATES
 from .jobs import Job, Row
 from .machine_code import Loop
 
@@ -94,24 +95,6 @@ def _grown_loops(rows: Sequence[Row]) -> Iterator[str]:
                 yield f"{job}: the {name}softmax loop holds {counts}"
 
 
-class Rate(NamedTuple):
-    """Hold what a multiprocessor does in one clock: instructions of threads, and operations of bfloat16 products."""
-
-    instructions: int
-    operations: int
-
-
-# peak operations of the makers' data sheets over multiprocessors and boost clock; four schedulers of 32 threads, on
-# gfx942 of 16
-RATES = {
-    "sm_80": Rate(128, 2048),
-    "sm_90": Rate(128, 4096),
-    "sm_100": Rate(128, 8192),
-    "sm_120": Rate(128, 512),
-    "gfx942": Rate(64, 2048),
-}
-
-
 class Cost(NamedTuple):
     """The cost of a kernel's loop without masks, for each pair of a query and a key."""
 
@@ -122,7 +105,7 @@ class Cost(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The tensor cores' share of the time, were instructions and products to run one after the other."""
+        """Return the tensor cores' share of the time, were instructions and products to run one after the other."""
         return self.tensor_core / (self.tensor_core + self.issue)
 
 

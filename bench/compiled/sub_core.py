@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
+from .gpus import RATES
 from .machine_code import Block, back_edges, reached
 
-# fused multiply-adds of bfloat16 that a multiprocessor does in a clock
-FUSED = {"sm_80": 1024, "sm_90": 2048, "sm_120": 256}
 # what mma.sync reaches of the rate of wgmma
 SYNCHRONOUS = {"sm_90": 0.62}
 SUB_CORES = 4
@@ -48,7 +47,7 @@ _LATENCY = {
 
 
 class Step(NamedTuple):
-    """An instruction as a sub-core issues it."""
+    """Hold an instruction as a sub-core issues it."""
 
     pipe: str
     clocks: float  # for which the pipe takes no other
@@ -106,10 +105,15 @@ def _count(operands: str) -> int:
     return int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16)
 
 
+def _fused(target: str) -> int:
+    """Return the fused multiply-adds of bfloat16 that a multiprocessor does in a clock."""
+    return RATES[target].operations // 2
+
+
 def _tile(opcode: str, target: str) -> float:
     """Return the clocks of an `mma.sync` on a sub-core: 16 rows, 8 columns, and as deep as the opcode says."""
     depth = int(re.findall(r"\.168(\d+)", opcode)[0])
-    rate = FUSED[target] / SUB_CORES * SYNCHRONOUS.get(target, 1.0)
+    rate = _fused(target) / SUB_CORES * SYNCHRONOUS.get(target, 1.0)
     return 16 * 8 * depth / (rate / 2 if "TF32" in opcode else rate)
 
 
@@ -119,7 +123,7 @@ def _product(opcode: str, operands: str, target: str) -> float:
     wide = "TF32" in opcode
     size = 4 if wide else 2
     rows = m if operands.split(",")[1].strip().startswith("gdesc") else 0
-    return max(m * n * k / FUSED[target] * (2 if wide else 1), (rows + n) * k * size / SHARED_BANDWIDTH)
+    return max(m * n * k / _fused(target) * (2 if wide else 1), (rows + n) * k * size / SHARED_BANDWIDTH)
 
 
 class LoopsError(ValueError):

@@ -191,15 +191,20 @@ def evaluate(call: Call, made: dict[str, Tensor], backend: str | None) -> dict[s
     return {name: x.detach() for name, x in (outputs | gradients(outputs, leaves)).items()}
 
 
+def _local(call: Call, made: dict[str, Tensor]) -> Tensor:
+    """Return the reference's local attention of a call, with the sink logits that `made` has."""
+    tokens = {name: x for name, x in made.items() if name in ("q", "k", "v", "sink_k", "sink_v", "sink_logits")}
+    with torch.no_grad():
+        return apply(replace(call, gated=False, sink_logits="sink_logits" in tokens), tokens, "reference")["out"]
+
+
 def gate_gradient_size(call: Call, made: dict[str, Tensor], out: Tensor) -> float:
     """Return the size that the gate's gradient has on average over projections: the root of its squared terms' sum.
 
     It is the sum of g (1 - g) do (A_mem - A_dot) = (1 - g) do (out - A_dot) over rows and values, whose terms may
     cancel where there are few heads: what is left is then no measure of an error.
     """
-    tokens = {name: x for name, x in made.items() if name in ("q", "k", "v", "sink_k", "sink_v", "sink_logits")}
-    local = evaluate(replace(call, gated=False), tokens, "reference")["out"]
-    terms = _direction(out) * (out - local) * (1 - made["gate"].detach().sigmoid())[:, None, None]
+    terms = _direction(out) * (out - _local(call, made)) * (1 - made["gate"].detach().sigmoid())[:, None, None]
     return float(terms.norm())
 
 
@@ -208,10 +213,8 @@ def sink_gradient_size(call: Call, made: dict[str, Tensor]) -> float:
 
     It is the sum of -(1 - w) p do A_dot over rows and values, p being the weight of the sink logit in a row.
     """
-    tokens = {name: x for name, x in made.items() if name in ("q", "k", "v", "sink_k", "sink_v")}
-    plain = evaluate(replace(call, gated=False, sink_logits=False), tokens, "reference")["out"]
-    tokens["sink_logits"] = made["sink_logits"]
-    local = evaluate(replace(call, gated=False), tokens, "reference")["out"]
+    plain = _local(call, {name: x for name, x in made.items() if name != "sink_logits"})
+    local = _local(call, made)
     # 0 in rows of padding, where both are
     weight = 1 - ((local * plain).sum(-1, keepdim=True) / plain.square().sum(-1, keepdim=True)).nan_to_num(nan=1.0)
     if call.gated:

@@ -19,6 +19,11 @@ from ..state import HeadBiases, MemoryState, Options, SegmentOutput, Sinks, empt
 from .memory import blend_into, fold_segments, read_and_blend
 
 
+def stores_scores(biases: HeadBiases, options: Options) -> bool:
+    """Return whether scores are capped or biased, as no attention of PyTorch does it: they are stored then."""
+    return options.softcap is not None or biases.present
+
+
 def attend_slots_by_scores(
     q: Tensor,
     k: Tensor,
@@ -31,7 +36,7 @@ def attend_slots_by_scores(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Attend as `attend_slots` with scores that are stored, capped and biased, as no attention of PyTorch does."""
+    """Attend as `attend_slots` with scores that are stored, capped and biased."""
     dtype, (query_time, time) = torch.promote_types(q.dtype, torch.float32), (q.shape[2], k.shape[2])
     groups, members = k.shape[1], q.shape[1] // k.shape[1]
     q, k = q.to(dtype).unflatten(1, (groups, members)), k.to(dtype).unsqueeze(2)
@@ -67,7 +72,7 @@ def attend_slots(
 
     first [F]: which of its keys a slot's first query stands at; None: the queries stand at the last ones.
     """
-    if options.softcap is not None or biases.present:
+    if stores_scores(biases, options):
         call = (q, k, v, mask, is_causal, first, *biases, options.scale, options.softcap)
         if torch.is_grad_enabled():
             # the scores are computed again for the backward, rather than kept
@@ -95,8 +100,7 @@ def attend_slots_causally(q: Tensor, k: Tensor, v: Tensor, biases: HeadBiases, o
     if query_time == time:
         return attend_slots(q, k, v, None, True, biases, options)
     window = time > options.segment_len and time >= 2 * query_time
-    stored = options.softcap is not None or biases.present
-    if torch.is_grad_enabled() and not (window and (q.device.type == "cpu" or stored)):
+    if torch.is_grad_enabled() and not (window and (q.device.type == "cpu" or stores_scores(biases, options))):
         out = attend_slots(F.pad(q, (0, 0, time - query_time, 0)), k, v, None, True, biases, options)
         return out[:, :, time - query_time :]
     if query_time == 1:
@@ -292,15 +296,14 @@ def attend_sequences(
     first_query = seen.first if aligned else slots.begin.clamp(min=offset) if few else slots.begin
     query_width = seen_width if aligned else query_time if few else width
     queries_at = window(slots, first_query, query_width, query_time, offset)
-    queries = gather_tokens(q, queries_at)
+    queries, place = gather_tokens(q, queries_at), first_query - seen.first
     if options.causal and few:
         i = first_query[:, None] + torch.arange(query_time, device=k.device)
         j = seen.first[:, None] + torch.arange(seen_width, device=k.device)
         visible = (j[:, None] <= i[:, :, None]).unsqueeze(1) & seen.held
-        out = attend_slots(queries, seen.k, seen.v, visible, False, biases, options, first_query - seen.first)
+        out = attend_slots(queries, seen.k, seen.v, visible, False, biases, options, place)
     else:
         held = None if options.causal else seen.held
-        place = first_query - seen.first
         out = attend_slots(queries, seen.k, seen.v, held, options.causal, biases, options, place)
     if aligned and not alone:
         rows = (slots.begin - seen.first)[:, None] + torch.arange(width, device=k.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..sequences import Layout
 from ..state import HeadBiases, Options, Sinks
-from .launch import launch, new_tokens, segment_arguments, tile_of, view, view_biases, view_sinks
+from .launch import launch, new_tokens, segment_arguments, tile_of, view, view_sinks
 from .tiles import (
     LENGTHS,
     MemoryTokens,
@@ -139,9 +139,8 @@ def attend_kernel(
     window = keys_of(segment, segment_len, LOOKBACK)
     full, last = keys_seen(first, window, memory_tokens, BLOCK_M, BLOCK_N, CAUSAL)
 
-    slope = None if biases is None else of_head(biases.slopes, head)
-    sink_logit = None if biases is None else of_head(biases.sink_logits, head)
-    acc, peak, total = no_keys(BLOCK_M, BLOCK_V, sink_logit)
+    slope = of_head(biases.slopes, head)
+    acc, peak, total = no_keys(BLOCK_M, BLOCK_V, of_head(biases.sink_logits, head))
     factor = score_factor(scale, softcap)
     acc, peak, total = softmax_loop(
         (acc, peak, total), queries, i, keys, values, window.begin, full, window, memory_tokens, factor, softcap,
@@ -196,7 +195,7 @@ def call_arguments(
         "q": view(q),
         "k": view(k),
         "v": view(v),
-        "biases": view_biases(biases),
+        "biases": biases,
         **segment_arguments(layout),
         "query_time": q.shape[2],
         "memory_tokens": MemoryTokens(options.num_read, options.num_write) if masked else None,

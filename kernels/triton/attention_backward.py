@@ -188,7 +188,7 @@ def query_grad_kernel(
         tl.store(grads.gate + program + tl.arange(0, 1), g * (1 - g) * to_gate)
     queries = load_rows(head_of(q, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_K, K)
     lse2 = tl.load(saved.lse2 + at_rows, mask=inside, other=float("inf"))
-    slope = None if biases is None else of_head(biases.slopes, head)
+    slope = of_head(biases.slopes, head)
     if grads.sink_logits is not None:
         p = tl.exp2(of_head(biases.sink_logits, head) - lse2)
         tl.store(grads.sink_logits + program + tl.arange(0, 1), -row_sum(p * row_delta))
@@ -348,17 +348,16 @@ def key_grad_kernel(
     whole = tl.maximum(queries.end - full, 0) // BLOCK_M
     left = tl.cdiv(tl.maximum(queries.end - full - whole * BLOCK_M, 0), MASKED_M)
     factor = score_factor(scale, softcap)
-    slopes = None if biases is None else biases.slopes
     members = q.heads // k.heads
     dkeys, dvalues = key_loop(
         (dkeys, dvalues), keys, values, j, q, dout, lse2, row_delta, group, members,
         Walk(first_seen, diagonal + left, diagonal, whole * BLOCK_M), offset, query_time, queries, memory_tokens,
-        factor, softcap, slopes, True, CAUSAL, K, V, MASKED_M,
+        factor, softcap, biases.slopes, True, CAUSAL, K, V, MASKED_M,
     )  # fmt: skip
     dkeys, dvalues = key_loop(
         (dkeys, dvalues), keys, values, j, q, dout, lse2, row_delta, group, members,
         Walk(full, whole, 0, 0), offset, query_time, queries, memory_tokens,
-        factor, softcap, slopes, False, CAUSAL, K, V, BLOCK_M,
+        factor, softcap, biases.slopes, False, CAUSAL, K, V, BLOCK_M,
     )  # fmt: skip
     dkeys *= scale
     to_k, to_v = head_of(dk, segment.row, group, end), head_of(dv, segment.row, group, end)

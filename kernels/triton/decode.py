@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..state import HeadBiases, MemoryState, Options, Sinks
-from .launch import launch, new_tokens, processors, tile_of, view, view_biases, view_sinks
+from .launch import launch, new_tokens, processors, tile_of, view, view_sinks
 from .tiles import (
     LENGTHS,
     Memory,
@@ -142,7 +142,7 @@ def decode_kernel(
             queries = gather_rows(q, group * members, row, r, query_time, inside, 0, block(K))
             keys, values = head_of(k, row, group, stop), head_of(v, row, group, stop)
             factor = score_factor(scale, softcap)
-            slope = None if biases is None else of_heads(biases.slopes, head, inside)
+            slope = of_heads(biases.slopes, head, inside)
             nothing = no_keys(BLOCK_M, BLOCK_V)
             acc, peak, total = attend_tail(
                 nothing, queries, position, keys, values, first, factor, softcap, slope, CAUSAL, K, V, BLOCK_N
@@ -169,8 +169,7 @@ def decode_kernel(
     done = tl.atomic_add(counters + at, 1, sem="acq_rel")
     if done == count - 1:
         tl.store(counters + at, 0)
-        sink_logit = None if biases is None else of_heads(biases.sink_logits, head, inside)
-        acc, peak, total = no_keys(BLOCK_M, BLOCK_V, sink_logit)
+        acc, peak, total = no_keys(BLOCK_M, BLOCK_V, of_heads(biases.sink_logits, head, inside))
         for split in range(0, tl.cdiv(end, split_len)):
             split_peak = tl.load(sums + (first_part + split) * 2 * BLOCK_M + r, cache_modifier=".cg")
             split_total = tl.load(sums + (first_part + split) * 2 * BLOCK_M + BLOCK_M + r, cache_modifier=".cg")
@@ -219,7 +218,7 @@ def decode(
         counters = q.new_zeros(batch * groups, dtype=torch.int32)
     launch(
         decode_kernel, batch * groups * (splits + (state is not None)), tile, q,
-        q=view(q), k=view(k), v=view(v), sinks=view_sinks(sinks), biases=view_biases(biases), memory_q=view(memory_q),
+        q=view(q), k=view(k), v=view(v), sinks=view_sinks(sinks), biases=biases, memory_q=view(memory_q),
         out=view(out), gate=gate, state=None if state is None else Memory(*state), lengths=lengths, parts=parts,
         sums=sums, counters=counters, time=time, query_time=query_time, splits=splits, split_len=split_len,
         scale=options.scale, softcap=options.softcap, CAUSAL=options.causal,

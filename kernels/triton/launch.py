@@ -16,9 +16,9 @@ from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from ..sequences import Layout
-from ..state import HeadBiases, Sinks
+from ..state import Sinks
 from .configs import Target, Tile, tile_for
-from .tiles import INTERPRETED, Biases, SinkTokens, Tokens, block
+from .tiles import INTERPRETED, SinkTokens, Tokens, block
 
 
 class Launch(NamedTuple):
@@ -85,11 +85,6 @@ def view_sinks(sinks: Sinks | None) -> SinkTokens | None:
     return SinkTokens(view(sinks.k), view(sinks.v), sinks.seen, tl.constexpr(sinks.k.shape[2]))
 
 
-def view_biases(biases: HeadBiases) -> Biases | None:
-    """Return what heads add to their softmax as an argument of a kernel."""
-    return Biases(*biases) if biases.present else None
-
-
 def segment_arguments(layout: Layout) -> dict[str, Any]:
     """Return the arguments by which a kernel finds the segment of a slot."""
     return {
@@ -115,7 +110,7 @@ def new_tokens(like: Tensor, heads: int, time: int, width: int, padded: bool = F
 
 def tile_of(kernel: Any, like: Tensor, key_width: int, value_width: int) -> Tile:
     """Return the table's tile for `kernel` on the device of `like`, in its dtype."""
-    target = target_of(like.device) if _redirected is None else _redirected[0]
+    target = _target(like.device)
     tile = _tried.get(kernel.__name__) or tile_for(kernel.__name__, target, like.dtype, key_width, value_width)
     widest_k, widest_v = block(key_width), block(value_width)
     return replace(
@@ -165,11 +160,12 @@ def constants(kernel: Any, tile: Tile) -> dict[str, Any]:
 
 def processors(device: torch.device) -> int:
     """Return the number of the GPU's multiprocessors."""
-    if _redirected is not None:
-        return _redirected[0].processors
-    if INTERPRETED.value:
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _target(device).processors
+
+
+def _target(device: torch.device) -> Target:
+    """Return what launches with tensors on a device are for."""
+    return target_of(device) if _redirected is None else _redirected[0]
 
 
 @cache
@@ -181,5 +177,5 @@ def target_of(device: torch.device) -> Target:
     index = torch.cuda.current_device() if device.index is None else device.index
     shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     if torch.version.hip:
-        return Target(properties.gcnArchName.split(":")[0], shared)
-    return Target(f"sm_{properties.major}{properties.minor}", shared)
+        return Target(properties.gcnArchName.split(":")[0], shared, properties.multi_processor_count)
+    return Target(f"sm_{properties.major}{properties.minor}", shared, properties.multi_processor_count)

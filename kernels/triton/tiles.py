@@ -64,13 +64,6 @@ class SinkTokens(NamedTuple):
     count: Any  # tl.constexpr, n
 
 
-class Biases(NamedTuple):
-    """What each query head adds to its softmax, float32 [H], or None: `HeadBiases`, as an argument of a kernel."""
-
-    slopes: Any
-    sink_logits: Any
-
-
 class MemoryTokens(NamedTuple):
     """The memory tokens of RMT at the ends of a sequence; None where a call has none, so that no kernel masks them."""
 

@@ -1,4 +1,4 @@
-"""The memory's write, every segment at once: key sums, each segment's products A and B, and the scan over segments.
+"""The memory's write, every segment at once: each one's products A and B and sum of keys, and the scan over segments.
 
 With u = σ(k) / σ(k) z, a segment's write is M ← M + B − A M, where B = σ(k)ᵀ v and A = uᵀ σ(k) (0 for the linear rule).
 The adjoints are the same kernels: the read's adjoint is a product like B, and as A is symmetric, the scan's is the scan
@@ -73,7 +73,7 @@ def key_sums_kernel(
     k, normalizer, sums, gamma, slots, time, segment_len, segments,
     ELU: tl.constexpr, LOOKBACK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Store Σ γ σ(k) over one complete segment of one head. γ = 1, or clip(1 − z σ / ‖σ‖², 0, 1), left in gamma."""
+    """Store Σ γ σ(k) over one complete segment of one head, and γ = clip(1 − z σ / ‖σ‖², 0, 1) in gamma."""
     K: tl.constexpr = k.width
     BLOCK_K: tl.constexpr = block(K)
     slot, group = tl.program_id(0) // k.heads, tl.program_id(0) % k.heads
@@ -89,14 +89,12 @@ def key_sums_kernel(
         inside = start + tl.arange(0, BLOCK_N) < end
         features = feature_map(load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K), ELU)
         features = tl.where(inside[:, None] & (c < K)[None, :], features, 0.0)
-        if gamma is not None:
-            z = load_vector(normalizer + at * K, 0, BLOCK_K, K)
-            square = tl.sum(features * features, 1)
-            known = tl.sum(features * z[None, :], 1) * reciprocal(square)
-            new = tl.where(square > 0, tl.clamp(1 - known, 0.0, 1.0), 0.0)
-            tl.store(gamma + at * time + start + tl.arange(0, BLOCK_N), new, mask=inside)
-            features *= new[:, None]
-        total += tl.sum(features, 0)
+        z = load_vector(normalizer + at * K, 0, BLOCK_K, K)
+        square = tl.sum(features * features, 1)
+        known = tl.sum(features * z[None, :], 1) * reciprocal(square)
+        new = tl.where(square > 0, tl.clamp(1 - known, 0.0, 1.0), 0.0)
+        tl.store(gamma + at * time + start + tl.arange(0, BLOCK_N), new, mask=inside)
+        total += tl.sum(features * new[:, None], 0)
     tl.store(sums + at * K + c, total, mask=c < K)
 
 
@@ -373,12 +371,12 @@ class Written(NamedTuple):
     normalizer: Tensor  # float32 [N, G, K]
 
 
-def sum_keys(k: Tensor, normalizer: Tensor | None, layout: Layout, elu: bool) -> tuple[Tensor, Tensor | None]:
-    """Return Σ γ σ(k) per slot [F, G, K], and γ [B, G, T] if a normalizer [F, G, K] is passed to correct by."""
+def sum_keys(k: Tensor, normalizer: Tensor, layout: Layout, elu: bool) -> tuple[Tensor, Tensor]:
+    """Return Σ γ σ(k) per slot [F, G, K], and γ [B, G, T], the correction by the normalizer [F, G, K] before it."""
     batch, groups, time, width = k.shape
     tile = tile_of(key_sums_kernel, k, width, width)
     sums = k.new_empty((layout.total, groups, width), dtype=torch.float32)
-    gamma = None if normalizer is None else sums.new_empty((batch, groups, time))
+    gamma = sums.new_empty((batch, groups, time))
     launch(
         key_sums_kernel, layout.total * groups, tile, k,
         k=view(k), normalizer=normalizer, sums=sums, gamma=gamma, **segment_arguments(layout), ELU=elu,
