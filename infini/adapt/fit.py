@@ -36,7 +36,7 @@ class LayerFit(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How a layer is fitted.
+    """Hold the settings of a layer's fit.
 
     first: the first row that counts, beyond what local attention sees.
     steps: of Adam, each on one row of the batch.
