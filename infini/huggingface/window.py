@@ -119,7 +119,7 @@ def window_of(
     if not (lookback or settings.sinks):
         return None
     segments = -(-columns // length)
-    last = segments if packed else -(-max(after.lengths, default=0) // length)
+    last = segments if packed else -(-max(after.lengths) // length)
     places = 0
     if settings.sinks and last > lookback + 1:
         places = segments if conversion.period is None else 1
