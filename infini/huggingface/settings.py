@@ -25,6 +25,7 @@ _SINCE_2 = {"lookback": 0, "sinks": 0, "memory_maps": False}
 GATE = "segattn_gate"
 MAP_Q = "segattn_memory_q"
 MAP_K = "segattn_memory_k"
+MEMORY = (GATE, MAP_Q, MAP_K)
 # the name of the argument that takes a cache, which newer transformers call otherwise
 PAST = "past_key_values"
 _ON_TRUNK = "segattn_conversion"
