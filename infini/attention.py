@@ -18,10 +18,10 @@ from ..kernels.sequence_parallel import sequence_parallel_attention, under_conte
 from ..kernels.sinks import first_tokens
 from ..kernels.state import MemoryState, SegmentOutput
 from ..kernels.text import check_no_wider
-from ..runs.untrained import warn_untrained_piece
+from ..runs.untrained import warn_untrained_piece, without_memory
 from .gate import Gate
 from .memory_map import MemoryMap
-from .rotary import rotate
+from .rotary import rotate, sink_positions
 
 ROPE = ("segment", "sequence", None)
 
@@ -222,7 +222,9 @@ class InfiniAttention(nn.Module):
             return out, None
         # cloned, so that the rest of a long piece is not kept alive
         tail = self._folded(k.shape[2])
-        kept = (None, None) if sinks is None or begin + tail == 0 else (x.clone() for x in sinks)
+        kept: tuple[Tensor | None, Tensor | None] = (None, None)
+        if sinks is not None and begin + tail > 0:
+            kept = sinks if begin else (sinks[0].clone(), sinks[1].clone())
         return out, InfiniState(memory, k[:, :, tail:].clone(), v[:, :, tail:].clone(), read + total, *kept)
 
     def _check(self, x: Tensor, state: InfiniState | None, spans: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -310,11 +312,10 @@ class InfiniAttention(nn.Module):
         """Warn once of training on texts that end before a memory is read; `time` is their number of tokens."""
 
         def longest() -> int:
-            bounds = spans if cu_seqlens is None else torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)
+            bounds = _bounds(spans, cu_seqlens)
             return time if bounds is None else int(bounds.diff(dim=1).max())
 
-        name = "(1 + lookback) · segment_len" if self.lookback else "segment_len"
-        limit = name, (1 + self.lookback) * self.segment_len
+        limit = without_memory(self.segment_len, self.lookback)
         warn_untrained_piece(self, state is not None, limit, longest, name="x")
 
     def _folded(self, tokens: int) -> int:
@@ -358,9 +359,9 @@ class InfiniAttention(nn.Module):
         if state is not None:
             kept = state.sink_keys, state.sink_values
             return None if kept[0] is None or kept[1] is None else (kept[0], kept[1])
-        if spans is None and cu_seqlens is None:
-            return None if k.shape[2] < self.sinks else (k[:, :, : self.sinks], v[:, :, : self.sinks])
-        bounds = spans if cu_seqlens is None else torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)
+        bounds = _bounds(spans, cu_seqlens)
+        if bounds is None and k.shape[2] < self.sinks:
+            return None
         return first_tokens(k, bounds, self.sinks), first_tokens(v, bounds, self.sinks)
 
     def _window(self, sinks: tuple[Tensor, Tensor] | None, begin: int, time: int) -> dict[str, Any]:
@@ -373,10 +374,9 @@ class InfiniAttention(nn.Module):
         keys, values = sinks
         segments = -(-time // self.segment_len)
         each = keys.unsqueeze(2).expand(-1, -1, segments, -1, -1)
-        # just before the window of each segment
-        segment = torch.arange(segments, device=keys.device) + begin // self.segment_len - self.lookback
-        start = segment * self.segment_len if self.lookback or self.rope == "sequence" else 0 * segment
-        positions = start[:, None] + torch.arange(-self.sinks, 0, device=keys.device)
+        starts = torch.arange(segments, device=keys.device) * self.segment_len + begin
+        starts = starts if self.lookback or self.rope == "sequence" else 0 * starts
+        positions = sink_positions(starts, self.sinks, self.lookback * self.segment_len)
         rotated = self._rotate(each.flatten(2, 3), positions.flatten()).unflatten(2, (segments, self.sinks))
         return window | {"sink_k": rotated, "sink_v": values}
 
@@ -392,6 +392,11 @@ def _checked_head_width(width: int, heads: int, kv_heads: int, head_width: int |
     if width % heads:
         raise ValueError(f"width must be a multiple of heads unless head_width is given, got {width} and {heads}")
     return width // heads
+
+
+def _bounds(spans: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """Return the bounds of padded rows or packed sequences, [N, 2]; None: whole rows."""
+    return spans if cu_seqlens is None else torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)
 
 
 def _normalised(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:

@@ -23,6 +23,17 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
+def sink_positions(starts: Tensor, sinks: int, before: int) -> Tensor:
+    """Return the positions of the sinks as each segment sees them, just before its window, int64 [S, sinks].
+
+    Args:
+        starts: int64 [S], position of each segment's first token.
+        sinks: number of sinks.
+        before: tokens before a segment that its window holds.
+    """
+    return (starts - before)[:, None] + torch.arange(-sinks, 0, device=starts.device)
+
+
 def rotate_by(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, last: bool = False) -> Tensor:
     """Rotate x [B, heads, T, K] by angles whose cosines and sines are passed, computing in float32 or wider.
 
@@ -44,13 +55,19 @@ def rotate_by(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False,
     turned = x[..., begin : begin + width].to(dtype)
     left, right = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     pair = left * cos - right * sin, right * cos + left * sin
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([x[..., :begin], turned.to(x.dtype), x[..., begin + width :]], dim=-1)
+    turned = (torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)).to(x.dtype)
+    if width == x.shape[-1]:
+        return turned
+    return torch.cat([x[..., :begin], turned, x[..., begin + width :]], dim=-1)
+
+
+def inverse(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines by which `rotate_by` undoes a rotation of tensors of `dtype` by these."""
+    cos, sin = (part.to(torch.promote_types(dtype, torch.float32)) for part in (cos, sin))
+    squared = cos * cos + sin * sin
+    return cos / squared, -sin / squared
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, last: bool = False) -> Tensor:
     """Undo `rotate_by`: the arguments and the result are those, the other way round."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    squared = cos * cos + sin * sin
-    return rotate_by(x, cos / squared, -sin / squared, interleaved=interleaved, last=last)
+    return rotate_by(x, *inverse(cos, sin, x.dtype), interleaved=interleaved, last=last)

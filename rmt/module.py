@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runs.untrained import warn_untrained_piece
+from ..runs.untrained import warn_untrained_piece, without_memory
 from .checkpointing import Checkpointing
 from .generation import TextGeneration
 from .trainer import missing
@@ -57,7 +57,7 @@ class MemoryModule(TextGeneration, Checkpointing, nn.Module):
 
     def _warn_untrained(self, rows: list[tuple[int, int]], state: Any) -> None:
         """Warn once of training on texts of one segment, given the columns at which each row begins and ends."""
-        limit = "segment_len", self.settings.segment_len
+        limit = without_memory(self.settings.segment_len)
         warn_untrained_piece(self, state is not None, limit, lambda: max(end - begin for begin, end in rows))
 
 

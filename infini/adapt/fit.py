@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..huggingface.settings import GATE, MAP_K, MAP_Q
+from ..huggingface.settings import GATE, MEMORY
 from ..huggingface.watching import AttentionCall
 
 # sigmoid(β) is 1 and 0 in float32
@@ -36,7 +36,7 @@ class LayerFit(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How a layer is fitted.
+    """Hold the settings of a layer's fit.
 
     first: the first row that counts, beyond what local attention sees.
     steps: of Adam, each on one row of the batch.
@@ -93,7 +93,7 @@ def fit_layer(
 
 def memory_parameters(attention: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a converted attention's gate and maps, by name."""
-    return {name: x for name, x in attention.named_parameters() if name.partition(".")[0] in (GATE, MAP_Q, MAP_K)}
+    return {name: x for name, x in attention.named_parameters() if name.partition(".")[0] in MEMORY}
 
 
 class _Row:

@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 
 from ...runs.checkpoint import read_checkpoint, save_checkpoint
-from ...runs.errors import SettingError, named
+from ...runs.errors import SettingError
 from ...runs.figures import prepare, read_text, versions, write_figures
 from ...runs.settings import check_same
 from ...runs.silence import SILENT
 from ...runs.text import text_sha256
-from ..evaluate.conversions import FULL, Row, measure
+from ..evaluate.conversions import FULL, Row, first_tokens, measure
 from ..evaluate.gate_map import gate_map
-from ..evaluate.loading import Loaded, Tokenizer, load
-from ..evaluate.perplexity import documents_of
-from ..evaluate.settings import Checkpoint, Source
+from ..evaluate.loading import Loaded, convert_named, load_plain
+from ..evaluate.settings import Checkpoint
 from ..gate import Gate
-from ..huggingface.conversion import convert
 from ..huggingface.settings import attentions_of, conversion_of, trunk_of
 from ..huggingface.watching import AttentionCall, watched
 from ..train.model import save_model
@@ -84,16 +82,15 @@ def run_adaptation(
     settings = asdict(checkpoint) | asdict(adaptation)
     settings |= {"text_sha256": text_sha256(texts[0]), "eval_text_sha256": text_sha256(texts[-1])}
     saved = _saved(path.checkpoint, settings) if resume and path.checkpoint.exists() else {}
-    loaded = load(Source(**asdict(checkpoint)))
-    if loaded.about["conversion"] is not None:
-        raise SettingError("model", f"must be plain, got {checkpoint.model!r}, which is converted already")
+    loaded = load_plain(checkpoint)
     if saved and saved["fingerprint"] != loaded.about["fingerprint"]:
         raise SettingError("model", f"must be the earlier run's with --resume, got {checkpoint.model!r}, another one")
-    rows, held_out = _stretches(loaded.tokenizer, texts, adaptation)
+    rows, held_out = _stretches(loaded, texts, adaptation)
     model = loaded.model.requires_grad_(False)
     report = [measure(model, FULL, held_out)]
     listener.finished(_said(report[-1]))
-    _convert(model, adaptation)
+    options = {name: getattr(adaptation, name) for name in ("segment_len", "lookback", "sinks", "update")}
+    convert_named(model, options, memory_maps=adaptation.maps)
     report += [measure(model, "untrained", held_out), _window_alone(model, held_out)]
     for row in report[1:]:
         listener.finished(_said(row))
@@ -114,19 +111,15 @@ def run_adaptation(
     return figures
 
 
-def _stretches(tokenizer: Tokenizer, texts: Sequence[str], adaptation: Adaptation) -> tuple[Tensor, list[int]]:
+def _stretches(loaded: Loaded, texts: Sequence[str], adaptation: Adaptation) -> tuple[Tensor, list[int]]:
     """Return the stretches to fit to, spread over the text, int64 [rows + 1, length], and the tokens to measure on.
 
     Raises:
-        SettingError: a text is too short.
+        SettingError: a text is too short, or the model has too few positions to measure on so many tokens.
     """
-    tokens, measured = (tokenizer.encode(text)[adaptation.skip :] for text in (texts[0], texts[-1]))
-    prefix, count = tokenizer.prefix, adaptation.rows + 1
-    with named(length="eval_tokens", text="text"):
-        held_out = documents_of(measured, prefix, adaptation.eval_tokens)[0]
-    if len(held_out) < adaptation.eval_tokens:
-        problem = f"must be at most those of the text, {len(held_out)} after --skip, got {adaptation.eval_tokens}"
-        raise SettingError("eval_tokens", problem)
+    tokens, measured = (loaded.tokenizer.encode(text)[adaptation.skip :] for text in (texts[0], texts[-1]))
+    prefix, count = loaded.tokenizer.prefix, adaptation.rows + 1
+    held_out = first_tokens(loaded, measured, adaptation.eval_tokens, "eval_tokens")
     if len(texts) == 1:
         tokens = tokens[len(held_out) :]
     size = adaptation.length - len(prefix)
@@ -136,16 +129,6 @@ def _stretches(tokenizer: Tokenizer, texts: Sequence[str], adaptation: Adaptatio
     apart = len(tokens) // count
     rows = [[*prefix, *tokens[i * apart : i * apart + size]] for i in range(count)]
     return torch.tensor(rows, device="cpu"), held_out
-
-
-def _convert(model: Any, adaptation: Adaptation) -> None:
-    options = {name: getattr(adaptation, name) for name in ("segment_len", "lookback", "sinks", "update")}
-    try:
-        convert(model, **options, memory_maps=adaptation.maps, quiet=True)
-    except (TypeError, ValueError) as error:
-        name, _, problem = str(error).partition(" ")
-        wrong = SettingError(name, problem) if name in options else SettingError("model", f"cannot be: {error}")
-        raise wrong from None
 
 
 def _fit(
@@ -169,7 +152,6 @@ def _fit(
                 parameter.copy_(kept[name])
     left = [layer for layer in conversion_of(model).settings.layers if layer not in layers]
     listener.begin(len(left) * recipe.steps)
-
     count = len(rows)
 
     def fit(call: AttentionCall) -> Tensor:

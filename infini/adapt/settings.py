@@ -12,7 +12,7 @@ from ...runs.settings import check_least
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How a plain model is converted and fitted to its own full attention.
+    """Hold the settings by which a plain model is converted and fitted to its own full attention.
 
     Raises:
         SettingError: naming the option.

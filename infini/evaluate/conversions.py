@@ -12,12 +12,12 @@ from ...runs.errors import SettingError, named
 from ...runs.figures import prepare, read_text, write_figures
 from ...runs.silence import SILENT
 from ...runs.text import text_sha256
-from ..huggingface.conversion import convert, revert
+from ..huggingface.conversion import revert
 from . import perplexity as ppl
-from .loading import load
+from .loading import Loaded, convert_named, load_plain
 from .retrieval import check_positions
 from .runs import Listener, Outputs, begin_figures, earlier_run
-from .settings import Checkpoint, Conversions, Source
+from .settings import Checkpoint, Conversions
 
 # of a text, in the table; each is several buckets of the picture
 QUARTERS = 4
@@ -70,16 +70,8 @@ def run_conversions(
     arguments = {text: arguments_of(text) for text in conversions.conversions}
     text = read_text(conversions.text)
     prepare(path.figures, resume=resume)
-    model, tokenizer, about = load(Source(**asdict(checkpoint)))
-    if about["conversion"] is not None:
-        raise SettingError("model", f"must be plain, got {checkpoint.model!r}, which is converted already")
-    with named(length="tokens", text="text"):
-        tokens = ppl.documents_of(tokenizer.encode(text)[conversions.skip :], tokenizer.prefix, conversions.tokens)[0]
-        check_positions(model, len(tokens))
-    if len(tokens) < conversions.tokens:
-        raise SettingError(
-            "tokens", f"must be at most those of the text, {len(tokens)} after --skip, got {conversions.tokens}"
-        )
+    model, tokenizer, about = loaded = load_plain(checkpoint)
+    tokens = first_tokens(loaded, tokenizer.encode(text)[conversions.skip :], conversions.tokens, "tokens")
     settings = asdict(checkpoint) | asdict(conversions) | {"text_sha256": text_sha256(text)}
     kept = earlier_run(path.figures, resume, settings, about)
     rows = {row["conversion"]: Row(**row) for row in kept.get("rows", ())}
@@ -89,7 +81,8 @@ def run_conversions(
         for name in (FULL, *arguments):
             if name not in rows:
                 if name != FULL:
-                    _convert(model, name, arguments[name])
+                    refused = "conversions", f"must be what the model can be converted to, got {name!r}"
+                    convert_named(model, {}, refused, **arguments[name])
                 rows[name] = measure(model, name, tokens, listener.read)
                 if name != FULL:
                     revert(model)
@@ -127,13 +120,22 @@ def arguments_of(conversion: str) -> dict[str, Any]:
     return arguments
 
 
-def _convert(model: Any, name: str, arguments: dict[str, Any]) -> None:
-    try:
-        convert(model, **arguments, quiet=True)
-    except (TypeError, ValueError) as error:
-        raise SettingError(
-            "conversions", f"must be what the model can be converted to, got {name!r}: {error}"
-        ) from None
+def first_tokens(loaded: Loaded, tokens: Sequence[int], count: int, option: str) -> list[int]:
+    """Return the first `count` tokens of a text, those included that every text begins with, to measure a model on.
+
+    Args:
+        tokens: of the text, without those that are skipped.
+        option: name of the setting that holds `count`.
+
+    Raises:
+        SettingError: of `option`: the text or the model's positions are fewer; or of `text`.
+    """
+    with named(length=option, text="text"):
+        document = ppl.documents_of(tokens, loaded.tokenizer.prefix, count)[0]
+        check_positions(loaded.model, len(document))
+    if len(document) < count:
+        raise SettingError(option, f"must be at most those of the text, {len(document)} after --skip, got {count}")
+    return document
 
 
 def measure(model: Any, name: str, tokens: Sequence[int], on_tokens: Callable[[int], None] = lambda count: None) -> Row:
@@ -143,14 +145,9 @@ def measure(model: Any, name: str, tokens: Sequence[int], on_tokens: Callable[[i
     buckets, each = ppl.by_position([document], widths), BUCKETS // QUARTERS
     return Row(
         name,
-        [_perplexity(buckets[begin : begin + each]) for begin in range(0, len(buckets), each)],
-        _perplexity(buckets),
+        [ppl.joined(buckets[begin : begin + each]).perplexity for begin in range(0, len(buckets), each)],
+        ppl.joined(buckets).perplexity,
         [bucket._asdict() for bucket in buckets],
         document.cache_bytes,
         document.seconds,
     )
-
-
-def _perplexity(buckets: Sequence[ppl.Bucket]) -> float:
-    tokens = sum(bucket.tokens for bucket in buckets)
-    return math.exp(sum(bucket.nats * bucket.tokens for bucket in buckets) / tokens)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +21,7 @@ from ..huggingface.conversion import convert
 from ..huggingface.gguf_files import load_model, place_of
 from ..huggingface.saving import from_pretrained, load_gates
 from ..huggingface.settings import ENTRY, conversion_of, is_converted
-from .settings import Source
+from .settings import Checkpoint, Source
 
 BYTES = "bytes"
 # entry of a configuration that names the tokenizer, where no file of the model's holds it: that of bytes
@@ -100,6 +101,39 @@ def load(source: Source, *, with_tokenizer: bool = True) -> Loaded:
     return Loaded(model, tokenizer, about(model))
 
 
+def load_plain(checkpoint: Checkpoint) -> Loaded:
+    """Load a model that is to be converted.
+
+    Raises:
+        SettingError: as of `load`; or of `model`, which is converted already.
+    """
+    loaded = load(Source(**asdict(checkpoint)))
+    if loaded.about["conversion"] is not None:
+        raise SettingError("model", f"must be plain, got {checkpoint.model!r}, which is converted already")
+    return loaded
+
+
+def convert_named(
+    model: Any, options: Mapping[str, Any], refused: tuple[str, str] = ("model", "cannot be"), **others: Any
+) -> Any:
+    """Convert a plain model by settings, and name the one that cannot be; return the model.
+
+    Args:
+        options: arguments of `convert` that are settings of the same names.
+        refused: the setting to name where the model or another argument is refused, and the words before the reason.
+        others: further arguments of `convert`.
+
+    Raises:
+        SettingError: the model cannot be converted so.
+    """
+    try:
+        return convert(model, **options, **others, quiet=True)
+    except (TypeError, ValueError) as error:
+        name, _, problem = str(error).partition(" ")
+        wrong = (name, problem) if name in options else (refused[0], f"{refused[1]}: {error}")
+        raise SettingError(*wrong) from None
+
+
 def about(model: nn.Module) -> dict[str, Any]:
     """Return kind, size, conversion and fingerprint of a model, for a file of figures."""
     config: Any = model.config
@@ -159,14 +193,9 @@ def _loading(source: Source) -> Iterator[None]:
 
 
 def _converted(model: Any, source: Source) -> Any:
-    options: dict[str, Any] = {"segment_len": source.segment_len, "update": source.update}
-    try:
-        return convert(model, **{name: value for name, value in options.items() if value is not None}, quiet=True)
-    except (TypeError, ValueError) as error:
-        name, _, problem = str(error).partition(" ")
-        if name in options:
-            raise SettingError(name, problem) from None
-        raise SettingError("convert", f"needs a model that can be converted: {error}") from None
+    options = {"segment_len": source.segment_len, "update": source.update}
+    options = {name: value for name, value in options.items() if value is not None}
+    return convert_named(model, options, ("convert", "needs a model that can be converted"))
 
 
 def _with_gates(model: Any, source: Source) -> Any:

@@ -142,6 +142,12 @@ def whole(documents: Sequence[Document]) -> Bucket:
     return _bucket(0, max(d.tokens for d in documents), nats, count)
 
 
+def joined(buckets: Sequence[Bucket]) -> Bucket:
+    """Return one bucket of neighbouring ones."""
+    nats, tokens = sum(bucket.nats * bucket.tokens for bucket in buckets), sum(bucket.tokens for bucket in buckets)
+    return _bucket(buckets[0].begin, buckets[-1].end, nats, tokens)
+
+
 def _groups(left: Sequence[int], documents: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
     """Group neighbouring documents of equal length, at most `batch` together."""
     group: list[int] = []

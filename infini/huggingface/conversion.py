@@ -32,6 +32,7 @@ from .settings import (
     GATE,
     MAP_K,
     MAP_Q,
+    MEMORY,
     PAST,
     Conversion,
     Settings,
@@ -205,7 +206,7 @@ def revert(model: Model) -> Model:
     for handle in conversion.handles:
         handle.remove()
     for attention in attentions_of(trunk):
-        for name in (GATE, MAP_Q, MAP_K):
+        for name in MEMORY:
             if hasattr(attention, name):
                 delattr(attention, name)
     trunk.config._attn_implementation = conversion.original

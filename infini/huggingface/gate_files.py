@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from .settings import GATE, MAP_K, MAP_Q, Settings
+from .settings import GATE, MAP_K, MAP_Q, MEMORY, Settings
 
 # the parameters of a layer's memory: a number for each query head, and what each head's map multiplies by and adds
 BETA = f"{GATE}.bias"
@@ -159,4 +159,4 @@ def check_gate(key: str, x: Tensor, shape: tuple[int, ...] | None, where: str) -
 
 
 def _is_gate(key: str) -> bool:
-    return not {GATE, MAP_Q, MAP_K}.isdisjoint(key.split("."))
+    return not set(MEMORY).isdisjoint(key.split("."))

@@ -20,7 +20,7 @@ class Place(NamedTuple):
 
     @property
     def is_gguf(self) -> bool:
-        """Whether the checkpoint is a GGUF file."""
+        """Return whether the checkpoint is a GGUF file."""
         return bool(self.arguments)
 
 

@@ -108,7 +108,8 @@ def segment_attention_forward(
         raise ValueError(
             "cache must be None: a paged cache (continuous batching) cannot hold a memory; use InfiniCache"
         )
-    if module.layer_idx not in segattn_pass.conversion.settings.layers:
+    # looked up in dictionaries and attributes, since torch.compile may take an index in a tuple for one that is not
+    if module.layer_idx not in segattn_pass.conversion.traits:
         implementation = segattn_pass.conversion.original
         mask = attention_mask.build(implementation) if isinstance(attention_mask, NativeMask) else attention_mask
         optional = {"softcap": softcap, "s_aux": s_aux}
@@ -149,7 +150,7 @@ def _run_converted(
 ) -> Tensor:
     """Return the output [B, H, T, V] of a converted layer, and leave its state with the pass."""
     settings, layer, window = forward.conversion.settings, module.layer_idx, forward.window
-    gate = getattr(module, GATE)() if layer in settings.memory_layers else None
+    gate = getattr(module, GATE)() if hasattr(module, GATE) else None
     traits = forward.conversion.traits[layer]
     if traits.rotary is not None and rotary is None:
         raise RuntimeError(f"{type(module).__name__} must be called with position_embeddings by name, got none")
@@ -208,7 +209,7 @@ def _operation(forward: ForwardPass, gate: Tensor | None, device: torch.device) 
 
 def _mapped(module: Any, settings: Settings, memory_q: Tensor, memory_k: Tensor) -> tuple[Tensor, Tensor]:
     """Return what a layer's memory is read and written by: queries and keys after its maps, where it has any."""
-    if not settings.memory_maps or module.layer_idx not in settings.memory_layers:
+    if not hasattr(module, MAP_K):
         return memory_q, memory_k
     writes = memory_k.shape[2] // settings.segment_len > settings.lookback
     # a call without a whole segment to write does not look at the keys, of which decoding would map all at each step

@@ -294,7 +294,7 @@ def _rotary(attention: _Attention, turned: _Seen) -> Rotary | None:
         angles, pairs = "neighbours", pairs // 2
     if 2 * pairs <= turned.q.shape[-1]:
         ways = [Rotary(interleaved, last, angles) for interleaved, last in product((False, True), repeat=2)]
-        undone = [torch.cat([way.undo(x, embeddings) for x in (turned.q, turned.k)], 1) for way in ways]
+        undone = [torch.cat(way.undo(embeddings, turned.q, turned.k), 1) for way in ways]
         wanted = torch.cat((plain.q, plain.k), 1)
         # the best of them, since half precision tells those apart badly that hardly turn the largest channels
         best = min(range(len(ways)), key=lambda way: float((undone[way] - wanted).float().norm()))

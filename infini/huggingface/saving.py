@@ -32,7 +32,7 @@ from .settings import (
     ENTRY,
     GATE,
     MAP_K,
-    MAP_Q,
+    MEMORY,
     Settings,
     attentions_of,
     conversion_of,
@@ -302,7 +302,7 @@ def _gates_not_reported() -> Iterator[None]:
 
     def keep(record: logging.LogRecord) -> bool:
         rows = [line for line in record.getMessage().splitlines() if "|" in line][1:]
-        ours = (any(name in row for name in (GATE, MAP_Q, MAP_K)) and "UNEXPECTED" in row for row in rows)
+        ours = (any(name in row for name in MEMORY) and "UNEXPECTED" in row for row in rows)
         return not rows or not all(ours)
 
     logger = logging.getLogger("transformers.modeling_utils")

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...kernels import validation as check
 from ...kernels.backends import check_backend
+from ...runs.untrained import without_memory
 from .traits import Traits
 
 # name of the entry in a model's configuration, and the version of its contents
@@ -24,6 +25,7 @@ _SINCE_2 = {"lookback": 0, "sinks": 0, "memory_maps": False}
 GATE = "segattn_gate"
 MAP_Q = "segattn_memory_q"
 MAP_K = "segattn_memory_k"
+MEMORY = (GATE, MAP_Q, MAP_K)
 # the name of the argument that takes a cache, which newer transformers call otherwise
 PAST = "past_key_values"
 _ON_TRUNK = "segattn_conversion"
@@ -73,8 +75,8 @@ class Settings:
 
     @property
     def without_memory(self) -> tuple[str, int]:
-        """How many of a text's first tokens see no memory: the number's name, and the number."""
-        return "(1 + lookback) · segment_len" if self.lookback else "segment_len", self.window
+        """Return how many of a text's first tokens see no memory: what that number is called, and the number."""
+        return without_memory(self.segment_len, self.lookback)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rotary import rotate_by, unrotate
+from ..rotary import inverse, rotate_by
 
 
 class RotaryCall(NamedTuple):
@@ -30,7 +30,7 @@ class RotaryCall(NamedTuple):
 class Rotary(NamedTuple):
     """Describe how queries and keys are rotated.
 
-    interleaved, last: as in `unrotate`.
+    interleaved, last: as in `rotate_by`.
     angles: the entries of the cosine and sine that hold one angle for each pair of channels: the first of two equal
         "halves", one of two equal "neighbours", or "all".
     call: what makes the embeddings; None: it is no module of the model.
@@ -41,14 +41,15 @@ class Rotary(NamedTuple):
     angles: str
     call: RotaryCall | None = None
 
-    def undo(self, x: Tensor, embeddings: Any) -> Tensor:
-        """Return queries or keys [B, heads, T, K] before the rotation.
+    def undo(self, embeddings: Any, *rotated: Tensor) -> tuple[Tensor, ...]:
+        """Return queries and keys [B, heads, T, K] before the rotation.
 
         Args:
-            x: rotated queries or keys.
             embeddings: cosine and sine [1 or B, T, ·], or one complex tensor of both.
+            rotated: queries or keys, of one dtype.
         """
-        return unrotate(x, *self._angles(embeddings), interleaved=self.interleaved, last=self.last)
+        angles = inverse(*self._angles(embeddings), rotated[0].dtype)
+        return tuple(rotate_by(x, *angles, interleaved=self.interleaved, last=self.last) for x in rotated)
 
     def redo(self, x: Tensor, embeddings: Any) -> Tensor:
         """Return queries or keys after the rotation: the inverse of `undo`."""
@@ -91,4 +92,5 @@ class Traits(NamedTuple):
             q = q / self.query_factor
         if self.rotary is None:
             return q, k
-        return self.rotary.undo(q, embeddings), self.rotary.undo(k, embeddings)
+        q, k = self.rotary.undo(embeddings, q, k)
+        return q, k

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.sinks import first_tokens
+from ..rotary import sink_positions
 from .cache_layer import LayerState
 from .rows import Rows
 from .settings import Conversion, Settings
@@ -118,7 +119,7 @@ def window_of(
     if not (lookback or settings.sinks):
         return None
     segments = -(-columns // length)
-    last = segments if packed else -(-max(after.lengths, default=0) // length)
+    last = segments if packed else -(-max(after.lengths) // length)
     places = 0
     if settings.sinks and last > lookback + 1:
         places = segments if conversion.period is None else 1
@@ -138,11 +139,9 @@ def _embeddings(trunk: Any, conversion: Conversion, positions: Tensor) -> Embedd
 def _sink_positions(conversion: Conversion, rows: Rows, places: int, device: torch.device) -> Tensor:
     """Return the positions of the sinks [1 or B, places · sinks]: those just before the window of each segment."""
     settings = conversion.settings
-    steps = torch.arange(-settings.sinks, 0, device=device)
-    if conversion.period is not None:
-        return steps[None]
-    windows = (torch.arange(places, device=device) - settings.lookback) * settings.segment_len
-    positions = (windows[:, None] + steps).flatten()
+    # a period has one place and no lookback
+    starts = torch.arange(places, device=device) * settings.segment_len
+    positions = sink_positions(starts, settings.sinks, settings.lookback * settings.segment_len).flatten()
     if conversion.restart:
         return positions[None]
     # positions count over the whole text

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ...runs.errors import SettingError
-from ..evaluate.loading import BYTES, TOKENIZER, ByteTokenizer, PretrainedTokenizer, Tokenizer, load
+from ..evaluate.loading import BYTES, TOKENIZER, ByteTokenizer, PretrainedTokenizer, Tokenizer, convert_named, load
 from ..evaluate.settings import Source
 from ..gate import Gate
-from ..huggingface.conversion import convert
 from ..huggingface.pieces import check_checkpointing
 from ..huggingface.saving import save_pretrained
 from ..huggingface.settings import conversion_of, is_converted
@@ -92,12 +91,7 @@ def _convert(model: Any, settings: TrainSettings) -> None:
         return
     # from scratch both halves of attention learn at once; a pretrained model is to change little at first
     scratch: dict[str, Any] = {} if settings.model is not None else {"gate_init": 0.0}
-    try:
-        convert(model, **given, **scratch, quiet=True)
-    except (TypeError, ValueError) as error:
-        name, _, problem = str(error).partition(" ")
-        wrong = SettingError(name, problem) if name in given else SettingError("model", f"cannot be: {error}")
-        raise wrong from None
+    convert_named(model, given, **scratch)
 
 
 def _check_dropout(model: Any) -> None:

@@ -24,7 +24,7 @@ BATCH = 25
 
 
 class Memory(Protocol):
-    """Hold what is used of a `RecurrentMemory` or `AssociativeMemory`."""
+    """Name the methods of a `RecurrentMemory` or `AssociativeMemory` that answers need."""
 
     def __call__(self, input_ids: Tensor, **options: Any) -> Any: ...
 

@@ -139,6 +139,22 @@ def make(name: str = "llama", **changes: Any) -> transformers.PreTrainedModel:
     return model
 
 
+def make_of_bytes(positions: int, seed: int = 0) -> Any:
+    """Return an untrained Llama whose tokens are bytes, with so many positions."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        initializer_range=0.3,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def double(model: Any) -> Any:
     """Return a model in float64, which experts take one after another alone."""
     if hasattr(model, "set_experts_implementation"):

@@ -213,6 +213,8 @@ def test_gates_alone(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("a" * 5000)
     for changes, message in (
         ({"length": 2 * L}, "length must be more than the 32 tokens"),
         ({"lookback": 2}, "lookback must be 0 or 1"),
@@ -222,6 +224,7 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
         ({"gate_lr": float("nan")}, "gate_lr must be 0 or more"),
         ({"rows": 500}, "text must be of 40080 tokens and more for --rows 500"),
         ({"eval_tokens": 5000}, "eval_tokens must be at most"),
+        ({"eval_text": str(long), "eval_tokens": 4500}, "eval_tokens must be at most the 4096 positions"),
         ({"eval_text": str(folder / "none.txt")}, "text must be a file"),
     ):
         with pytest.raises(SettingError, match=message):

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.cli.main")
+from models import make_of_bytes
 from typer.testing import CliRunner, Result
 
 import segattn
@@ -28,18 +29,7 @@ TOKENS = 203
 
 
 def tiny() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return make_of_bytes(256)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.cli.main")
+from models import make_of_bytes
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch_defaults import defaults
@@ -59,23 +60,12 @@ L = 24
 BYTES = ["--tokenizer", "bytes", "--device", "cpu"]
 
 
-def tiny(positions: int = 700, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=positions,
-        initializer_range=0.3,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+def tiny(seed: int = 0) -> Any:
+    return make_of_bytes(700, seed)
 
 
 def converted(segment_len: int = L, seed: int = 0) -> Any:
-    model = segattn.convert(tiny(seed=seed), segment_len, quiet=True)
+    model = segattn.convert(tiny(seed), segment_len, quiet=True)
     for layer in model.model.layers:
         nn.init.normal_(layer.self_attn.segattn_gate.bias)
     return model

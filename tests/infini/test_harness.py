@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib")
 transformers = pytest.importorskip("transformers")
 commands = pytest.importorskip("segattn.cli.main")
 import numpy as np
+from models import make_of_bytes
 from typer.testing import CliRunner, Result
 
 import segattn
@@ -43,18 +44,7 @@ def count(text: str) -> int:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of two models of bytes, converted and plain."""
     made: Path = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=300,
-        initializer_range=0.3,
-    )
-    model: Any = transformers.LlamaForCausalLM(config)
+    model = make_of_bytes(300)
     setattr(model.config, TOKENIZER, "bytes")
     model.save_pretrained(made / "plain")
     segattn.convert(model, L, quiet=True)

@@ -388,9 +388,24 @@ def test_maps_stay_float32_in_a_model_that_is_cast() -> None:
 
 
 def test_compiled_without_a_break() -> None:
-    model, ids = windowed(memory_maps=True, memory_layers=[1]), tokens(2, TIME)
+    torch._dynamo.reset()
+    model = windowed(memory_maps=True, memory_layers=[1])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    close(logits(compiled, ids), logits(model, ids))
+    # from the second length on, torch.compile takes lengths for symbols
+    for time in (TIME, TIME - 8, 5):
+        close(logits(compiled, tokens(2, time)), logits(model, tokens(2, time)))
+
+
+def test_compiled_after_a_graph_with_breaks() -> None:
+    torch._dynamo.reset()
+    ids = tokens(2, TIME)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    # compiles layers one by one, after which torch.compile takes their indices for symbols
+    logits(torch.compile(windowed(), backend="eager"), ids, attention_mask=mask)
+    for name in ("layers", "memory_layers"):
+        model = windowed(**{name: [1]})
+        close(logits(torch.compile(model, backend="eager", fullgraph=True), ids), logits(model, ids))
 
 
 def test_a_pass_that_reads_no_memory_is_warned_of() -> None:
