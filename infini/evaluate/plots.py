@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def plot_conversions(path: Path, rows: Sequence[dict[str, Any]], title: str) -> 
     figure = Figure(figsize=(9.6, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     colors = [color for color, _ in LINES if color != BLACK]
-    looks = [("-", BLACK), *((style, color) for style in ("-", "--", ":") for color in colors)]
+    looks = chain([("-", BLACK)], cycle(product(("-", "--", ":", "-."), colors)))
     for row, (style, color) in zip(rows, looks, strict=False):
         pairs = list(zip(row["by_position"], rows[0]["by_position"], strict=True))
         centres = [(bucket["begin"] + bucket["end"]) / 2 for bucket, _ in pairs]

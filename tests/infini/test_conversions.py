@@ -15,10 +15,12 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.cli.main")
+from matplotlib.figure import Figure
 from models import make_of_bytes
 from typer.testing import CliRunner, Result
 
 import segattn
+from segattn.infini.evaluate import plots
 from segattn.infini.evaluate.conversions import FULL, arguments_of, run_conversions
 from segattn.infini.evaluate.settings import Checkpoint, Conversions
 from segattn.infini.huggingface.saving import save_pretrained
@@ -160,3 +162,12 @@ def test_words_are_arguments_of_convert() -> None:
     }
     assert arguments_of("segment_len=128") == {"segment_len": 128}
     assert math.isclose(arguments_of("12 gate=1e-3")["gate_init"], 1e-3)
+
+
+def test_the_picture_has_a_curve_for_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path: drawn.append(figure))
+    buckets = [{"begin": 16 * i, "end": 16 * (i + 1), "perplexity": 2.0 + i} for i in range(3)]
+    rows = [{"conversion": str(i), "perplexity": 3.0, "by_position": buckets} for i in range(41)]
+    plots.plot_conversions(tmp_path / "rows.png", rows, "forty-one")
+    assert [line.get_label() for line in drawn[0].axes[0].lines] == [f"{i}: 3" for i in range(41)]

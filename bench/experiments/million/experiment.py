@@ -87,6 +87,9 @@ def experiment(setup: Setup, out: Path) -> Figures:
     kept = {name: value for name, value in asdict(setup).items() if name not in ("seeds", "updates")}
     about: Figures = {"setup": json.loads(json.dumps(kept)), "recipe": asdict(Recipe(steps=setup.steps))}
 
+    # of the code that is loaded; the checkout may go on while a long run lasts
+    made = made_by() | {"versions": versions()}
+
     # the cells of a model follow each other
     @functools.lru_cache(maxsize=1)
     def trained(update: str, seed: int) -> tuple[Trainer, float]:
@@ -106,7 +109,7 @@ def experiment(setup: Setup, out: Path) -> Figures:
             "digits": cell.digits,
             "state_bytes": found.state_bytes[length],
             "cpu_seconds": {"train": seconds, "read": round(time.process_time() - begin, 1)},
-            "made": made_by() | {"versions": versions()},
+            "made": made,
         }
 
     amounts = {

@@ -120,6 +120,8 @@ def experiment(setup: Setup, text: Path, out: Path) -> Figures:
     figures = earlier(kept, {"setup": sizes, "text": text_of(text)[1]}, "runs")
     figures["chance"] = chance_of(setup)
     steps = len(setup.segments) * setup.steps + setup.anneal
+    # of the code that is loaded; the checkout may go on while a long run lasts
+    made = made_by() | {"versions": versions()}
 
     def perform(job: Job, advance: Advance) -> Figures:
         name = str(job[0])
@@ -135,7 +137,6 @@ def experiment(setup: Setup, text: Path, out: Path) -> Figures:
 
         lengths = [ask(memory, task, setup, length, on_read) for length in lengths_of(setup, name)]
         parameters = sum(x.numel() for x in memory.parameters())
-        made = made_by() | {"versions": versions()}
         return trained | {"parameters": parameters, "lengths": lengths, "made": made}
 
     amounts = {(name,): steps + setup.books * sum(lengths_of(setup, name)) // TOKENS_PER_STEP for name in setup.models}
