@@ -19,8 +19,8 @@ from .memory import bytes_of
 ROOM = Path(__file__).parent
 # what says how code is executed, beside the code
 EXECUTOR = (
-    "arithmetic", "asynchronous", "executor", "formats", "instructions", "machine", "matrix", "memory", "ptx", "races",
-    "registers", "tensor", "tiles",
+    "arithmetic", "asynchronous", "executor", "formats", "instructions", "machine", "matrix", "mbarriers", "memory",
+    "ptx", "races", "registers", "tensor", "tiles",
 )  # fmt: skip
 
 

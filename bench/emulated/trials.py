@@ -101,8 +101,7 @@ class Trial:
         """Execute the launch's code with one instruction changed."""
         code = bind_all(machine)
         code[mutant.at] = changed
-        with np.errstate(all="ignore"):
-            machine.run(code, self.limit)
+        machine.run(code, self.limit)
         machine.memory.require_outputs()
 
     def error(self, machine: Machine) -> float:
