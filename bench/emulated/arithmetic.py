@@ -24,7 +24,7 @@ def _fma(a: Array, b: Array, c: Array) -> Array:
 
 
 def _divide(a: Array, b: Array) -> Array:
-    """Return a / b, of integers towards zero."""
+    """Return a / b, of integers towards zero; an integer / 0, which PTX leaves open, is the integer."""
     if a.dtype.kind == "f":
         return np.asarray(a / b)
     b = np.where(b == 0, np.ones_like(b), b)

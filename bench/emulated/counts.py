@@ -1,4 +1,7 @@
-"""What a launch's code did, counted: a profile without a GPU."""
+"""Count what a launch's code did: a profile without a GPU.
+
+Instructions are those of PTX. ptxas drops moves and joins others; a wait at an mbarrier counts each time it is tried.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Counts:
-    """The counts of one launch.
+    """Hold the counts of one launch.
 
     Attributes:
         issued: instructions of warps, by class.

@@ -6,7 +6,6 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from .faults import Fault, Unsupported
@@ -56,8 +55,7 @@ def execute(
     machine = load(program, programs, arguments, shared, outputs, counting)
     code = bind_all(machine)
     try:
-        with np.errstate(all="ignore"):
-            run = machine.run(code, limit)
+        run = machine.run(code, limit)
         machine.memory.require_outputs()
         machine.memory.write_back()
     except (Fault, Unsupported) as error:

@@ -1,6 +1,7 @@
 """The instruction table: each name with what makes an instruction of it ready to run.
 
-Here are memory, exchange within a warp, and control; the rest is in `arithmetic.py`, `matrix.py` and `tensor.py`.
+Here are memory, exchange within a warp, and control; the rest is in `arithmetic.py`, `matrix.py`, `tensor.py` and
+`mbarriers.py`. Member masks are not read: exchanges are of whole warps.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arithmetic, matrix, tensor
+from . import arithmetic, matrix, mbarriers, tensor
 from .asynchronous import Copy
 from .faults import Unsupported
 from .formats import numpy_type
@@ -306,7 +307,7 @@ TABLE: dict[str, Binder] = {
     "ldmatrix": matrix.load,
     "stmatrix": matrix.store,
     "wgmma": matrix.warpgroup,
-    "mbarrier": tensor.mbarrier,
+    "mbarrier": mbarriers.mbarrier,
     "tcgen05": tensor.tensor,
 }
 

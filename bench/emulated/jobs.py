@@ -71,13 +71,18 @@ def plan(
     return [Job(*parts, counted) for parts in itertools.product(targets, dtypes, chosen)]
 
 
-@cache
 def kernels_of(call: str) -> tuple[str, ...]:
-    """Return the names of the kernels that a call launches, which are the same on every GPU."""
+    """Return the names of the kernels that a call launches."""
+    return tuple(dict.fromkeys(launches_of(call)))
+
+
+@cache
+def launches_of(call: str) -> tuple[str, ...]:
+    """Return the name of the kernel of each launch of a call; they are the same on every GPU."""
     case = CASES[call]
     with recording(TARGETS["sm_80"]) as launches:
         case.evaluate(case.draw(torch.bfloat16), "triton")
-    return tuple(dict.fromkeys(launch.kernel.__name__ for launch in launches))
+    return tuple(launch.kernel.__name__ for launch in launches)
 
 
 def execute_job(job: Job, kept: Path | None = None) -> Row:

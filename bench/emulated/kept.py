@@ -19,8 +19,8 @@ from .memory import bytes_of
 ROOM = Path(__file__).parent
 # what says how code is executed, beside the code
 EXECUTOR = (
-    "arithmetic", "asynchronous", "executor", "formats", "instructions", "machine", "matrix", "memory", "ptx", "races",
-    "registers", "tensor", "tiles",
+    "arithmetic", "asynchronous", "executor", "formats", "instructions", "machine", "matrix", "mbarriers", "memory",
+    "ptx", "races", "registers", "tensor", "tiles",
 )  # fmt: skip
 
 
@@ -76,9 +76,9 @@ def _storages(launch: Executable) -> list[np.ndarray]:
 
 
 @cache
-def executor() -> str:
-    """Return a hash of the executor's code without its comments, and of what it computes with."""
-    trees = [ast.parse((ROOM / f"{name}.py").read_text(encoding="utf-8")) for name in EXECUTOR]
+def executor(*more: str) -> str:
+    """Return a hash of the executor's code, and of `more` modules', without comments; and of what it computes with."""
+    trees = [ast.parse((ROOM / f"{name}.py").read_text(encoding="utf-8")) for name in (*EXECUTOR, *more)]
     for node in (node for tree in trees for node in ast.walk(tree)):
         body = getattr(node, "body", None)
         if (

@@ -85,7 +85,7 @@ def _execute(
     place = None if kept is None else kept.place(made)
     if kept is not None and place is not None and (seconds := kept.take(place, made)) is not None:
         return Launched(made.kernel, made.programs, built - begin, seconds)
-    old = copies(made)
+    old = [] if kept is None else copies(made)
     run = execute(made.program, made.programs, made.arguments, made.shared, outputs=made.outputs, counting=counting)
     seconds = time.perf_counter() - built
     if kept is not None and place is not None:

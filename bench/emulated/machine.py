@@ -106,7 +106,7 @@ class Machine:
         memory.follow(self.order)
         self.shared = Shared(self.order, programs, shared)
         lane = np.arange(self.count)
-        self.lane, self.warp, self.program_of = lane % 32, lane // 32, lane // self.threads
+        self.lane, self.warp, self.program_of = lane % 32, lane // 32, self.order.program
         self.warp_of = self.warp % (self.threads // 32)
         self.special = _special_registers(lane, self.threads, programs)
         self.registers = _registers(program.registers, self.count)
@@ -240,6 +240,7 @@ class Machine:
         self.wait("barrier", self.at + 1, waiting)
         return waiting
 
+    @np.errstate(all="ignore")
     def run(self, code: list[Code], limit: int) -> Run:
         """Execute code until every lane has ended, at most `limit` instructions.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from .ptx import Address, Instruction, Program
+from .ptx import Address, Instruction, Program, elements
 
 # all of these are tried, of the other kinds a sample
 EACH = ("barrier", "fence", "wait")
@@ -29,7 +29,7 @@ def mutants(program: Program) -> Iterator[Mutant]:
         name, *words = x.words
         if name == "bar":
             yield Mutant(at, "barrier", "taken out", None)
-        elif name in ("fence", "membar") or words[:1] == ["fence"]:
+        elif name == "fence" or words[:1] == ["fence"]:
             yield Mutant(at, "fence", "taken out", None)
         elif "wait_group" in words:
             later = int(str(x.operands[0])) + 1
@@ -55,7 +55,7 @@ def _misplaced(at: int, x: Instruction) -> Iterator[Mutant]:
     name, *words = x.words
     matrix = name in ("mma", "ldmatrix", "stmatrix") or words[:1] in (["mma_async"], ["ld"], ["st"])
     for i, operand in enumerate(x.operands):
-        parts = list(operand) if isinstance(operand, tuple) and not isinstance(operand, Address) else []
+        parts = elements(operand)
         if matrix and len(parts) > 1 and parts[0] != parts[1]:
             swapped = (parts[1], parts[0], *parts[2:])
             operands = (*x.operands[:i], swapped, *x.operands[i + 1 :])

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from ...kernels.check.gates import DTYPES, GATES
 from ...kernels.check.gates import OUTPUTS as FORWARD
 from ...kernels.triton.configs import TARGETS
-from ...kernels.triton.launch import recording
 from .cases import CASES
 from .executor import Executable
+from .jobs import Job
 from .kept import executor
 from .launches import emulating
-from .mutants import KINDS, sample
+from .mutants import KINDS, Mutant, sample
 from .table import OUTPUTS
 from .trials import HOLE, NOTICED, REDUNDANT, UNREACHED, Trial
 
@@ -46,7 +44,7 @@ class Spoilt:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What mutants of several calls are the same by."""
+        """Return the fields by which mutants of several calls are the same."""
         return self.digest, self.at, self.kind, self.change
 
     def as_json(self) -> dict[str, Any]:
@@ -54,60 +52,57 @@ class Spoilt:
         return asdict(self)
 
 
-class Job(NamedTuple):
-    """A call whose launches' code is spoilt."""
-
-    target: str
-    dtype: str
-    call: str
-
-
-@cache
-def launch_count(call: str) -> int:
-    """Return how many launches a call has, which are the same on every GPU."""
-    case = CASES[call]
-    with recording(TARGETS["sm_80"]) as launches:
-        case.evaluate(case.draw(torch.bfloat16), "triton")
-    return len(launches)
-
-
 class Judged:
-    """A file of launches, one a line, whose mutants need not be judged again while code and executor are the same."""
+    """A file of mutants, a line for some of a launch, that need not be judged again while all code is the same."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.done: dict[tuple[object, ...], list[Spoilt]] = {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             values = json.loads(line)
-            self.done[tuple(values["launch"])] = [Spoilt(**x) for x in values["spoilt"]]
+            self.done.setdefault(tuple(values["launch"]), []).extend(Spoilt(**x) for x in values["spoilt"])
 
     def add(self, launch: tuple[object, ...], spoilt: list[Spoilt]) -> None:
-        """Keep a launch."""
-        self.done[launch] = spoilt
+        """Keep mutants of a launch."""
+        self.done.setdefault(launch, []).extend(spoilt)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"launch": launch, "spoilt": [x.as_json() for x in spoilt]}) + "\n")
 
 
 def spoil_all(
-    jobs: Sequence[Job], each: int, seed: int, path: Path, folder: Path | None, tell: Callable[[], None]
+    jobs: Sequence[Job],
+    kernels: Collection[str],
+    each: int,
+    seed: int,
+    path: Path,
+    folder: Path | None,
+    tell: Callable[[], None],
 ) -> list[Spoilt]:
-    """Spoil the launches of calls, and return every mutant once, with the best that came of it.
+    """Spoil the launches of kernels in calls, and return every mutant once, with the best that came of it.
 
     Args:
         each: mutants of a kind in a program, but for those of which all are tried; drawn by `seed`.
-        path: where launches are kept, as `Judged` says.
+        path: where mutants are kept, as `Judged` says.
         folder: where what launches write is kept, as `emulating` takes it.
         tell: is called when a launch is done.
     """
     judged, best = Judged(path), dict[tuple[object, ...], Spoilt]()
     for job in jobs:
-        case, number = CASES[job.call], iter(range(1000))
+        case, numbers = CASES[job.call], itertools.count()
 
-        def spoil(launch: Executable, job: Job = job, number: Iterator[int] = number) -> None:
-            name = (executor(), launch.program.digest, *job, next(number), each, seed)
-            if name not in judged.done:
-                judged.add(name, _spoil(launch, job, each, seed, best))
-            _merge(best, judged.done[name])
+        def spoil(launch: Executable, job: Job = job, numbers: Iterator[int] = numbers) -> None:
+            number = next(numbers)
+            if launch.kernel in kernels:
+                digest, mutants = launch.program.digest, sample(launch.program, each, seed)
+                name, keys = (executor("mutants", "trials"), digest, *job, number), [(digest, *x[:3]) for x in mutants]
+                known = [x for x in judged.done.get(name, []) if x.key in keys]
+                _merge(best, known)
+                settled = {x.key for x in known} | {key for key, x in best.items() if x.what == NOTICED}
+                left = [mutant for mutant, key in zip(mutants, keys, strict=True) if key not in settled]
+                if left:
+                    made = _spoil(launch, job, left)
+                    judged.add(name, made)
+                    _merge(best, made)
             tell()
 
         with emulating(TARGETS[job.target], kept=folder, before=spoil):
@@ -125,20 +120,19 @@ def _merge(best: dict[tuple[object, ...], Spoilt], spoilt: Sequence[Spoilt]) -> 
             best[x.key] = x
 
 
-def _spoil(launch: Executable, job: Job, each: int, seed: int, best: dict[tuple[object, ...], Spoilt]) -> list[Spoilt]:
-    """Judge the mutants of a launch that are not noticed yet."""
+def _spoil(launch: Executable, job: Job, mutants: Sequence[Mutant]) -> list[Spoilt]:
+    """Judge mutants of a launch."""
     gates = GATES[job.dtype]
     forward = set(OUTPUTS[launch.kernel]) & set(FORWARD)
     trial, found = Trial(launch, gates.outputs if forward else max(gates)), []
-    for mutant in sample(launch.program, each, seed):
+    for mutant in mutants:
         x = launch.program.instructions[mutant.at]
-        made = Spoilt(
-            job.target, launch.kernel, launch.program.digest, mutant.at, mutant.kind, x.opcode, mutant.change, x.source,
-            UNREACHED, "", job.call,
+        found.append(
+            Spoilt(
+                job.target, launch.kernel, launch.program.digest, mutant.at, mutant.kind, x.opcode, mutant.change,
+                x.source, *trial.judge(mutant), job.call,
+            )
         )  # fmt: skip
-        if made.key not in best or best[made.key].what != NOTICED:
-            what, why = trial.judge(mutant)
-            found.append(replace(made, what=what, why=why))
     return found
 
 

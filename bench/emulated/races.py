@@ -39,7 +39,8 @@ _START = 1 << _CLOCK | 0xFFFF
 class Order:
     """Hold what the accesses of each lane come after: `synced` its program's last barrier, `warp_synced` its warp's.
 
-    who: the lane's own part of its stamps. waited: its last wait at an mbarrier. fenced: the clock of its last fence
+    who: the lane's own part of its stamps. waited: its last wait at an mbarrier, which counts for all products that had
+    ended by then, whichever mbarrier tracks them. fenced: the clock of its last fence
     between proxies, and passed: of the last one before its program's last barrier.
     """
 

@@ -6,13 +6,13 @@ Exit status: 0 where all is right, 1 where something is not, 2 where nothing can
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress, track
@@ -23,6 +23,9 @@ from ...kernels.check.gates import DTYPES
 from ..choices import choices, listed
 from ..choices import kernels as choose_kernels
 from ..outcome import finish, refused
+
+if TYPE_CHECKING:  # it needs Triton
+    from .jobs import Job
 
 KEPT = Path("build/emulated")
 # by which mutants are drawn
@@ -96,18 +99,16 @@ def _against(path: Path) -> int:
     return 1 if wrong or not found else 0
 
 
-def _mutations(
-    targets: Sequence[str], dtypes: Sequence[str], calls: Sequence[str], each: int, kept: Path, file: Path | None
-) -> int:
-    """Spoil the code of calls, and return the exit status: 0 where the checks notice as much as they must."""
-    from .mutations import GOAL, Job, document, launch_count, lines, spoil_all, tallies
+def _mutations(jobs: Sequence[Job], kernels: Sequence[str], each: int, kept: Path, file: Path | None) -> int:
+    """Spoil the code of kernels in calls; return the exit status: 0 where the checks notice as much as they must."""
+    from .jobs import launches_of
+    from .mutations import GOAL, document, lines, spoil_all, tallies
 
-    jobs = [Job(*parts) for parts in itertools.product(targets, dtypes, calls)]
-    console, total = Console(stderr=True), sum(launch_count(job.call) for job in jobs)
+    console, total = Console(stderr=True), sum(len(launches_of(job.call)) for job in jobs)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("spoiling", total=total)
         kept.mkdir(parents=True, exist_ok=True)
-        spoilt = spoil_all(jobs, each, SEED, kept / "mutations.jsonl", kept, lambda: bar.advance(task))
+        spoilt = spoil_all(jobs, kernels, each, SEED, kept / "mutations.jsonl", kept, lambda: bar.advance(task))
     for line in lines(spoilt):
         sys.stdout.write(f"{line}\n")
     if file is not None:
@@ -150,9 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kernels = choose_kernels(given.kernels, KERNELS)
     except ValueError as error:
         return _refused(str(error))
-    if given.mutations is not None:
-        return _mutations(targets, dtypes, calls, given.mutations, given.kept, given.json)
     jobs = plan(targets, dtypes, calls, kernels, given.counts)
+    if given.mutations is not None:
+        return _mutations(jobs, kernels, given.mutations, given.kept, given.json)
     console = Console(stderr=True)
     done = execute_all(jobs, given.jobs, given.kept)
     rows: list[Row] = list(track(done, "executing", len(jobs), console=console, disable=not console.is_terminal))

@@ -1,16 +1,17 @@
-"""tcgen05: tensor memory of 128 lanes and 512 columns of 32 bits, its matrix instructions, and mbarriers for them."""
+"""tcgen05: tensor memory of 128 lanes and 512 columns of 32 bits, and its matrix instructions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from .asynchronous import Mbarrier, Product
+from .asynchronous import Product
 from .faults import Fault, Unsupported
 from .machine import Machine, Source, Step
 from .matrix import Fragment, numbers
+from .mbarriers import mbarriers_at
 from .ptx import Address, Instruction, number
 from .races import ANYONE, IN_FLIGHT, WAITED, Array, Ledger
 from .registers import LOADING, Mask, Register, alter, flags_of, require_written
@@ -313,7 +314,7 @@ def _commit(machine: Machine, memory: TensorMemory, instruction: Instruction) ->
 
     def run(mask: Mask) -> None:
         lanes = np.flatnonzero(machine.full(mask))
-        barriers, which = _mbarriers(machine, address(mask), lanes)
+        barriers, which = mbarriers_at(machine, address(mask), lanes)
         for i, lane in zip(which.tolist(), lanes.tolist(), strict=True):
             barriers[i].tracked += memory.products.get(lane, [])
             barriers[i].arrive()
@@ -338,80 +339,3 @@ _BINDERS: dict[str, Callable[[Machine, TensorMemory, Instruction], Step]] = {
         lambda machine, memory, instruction: lambda mask: None,
     ),
 }
-
-
-def _mbarriers(machine: Machine, addresses: Array, lanes: Array) -> tuple[list[Mbarrier], Array]:
-    """Return the mbarriers at addresses, each once, and which of them is each lane's. The lanes read them.
-
-    Raises:
-        Fault: there is none.
-    """
-    at = machine.shared.places(addresses, 8, machine.program_of[lanes])
-    machine.shared.load(at, 8, lanes)
-    places, which = np.unique(at, return_inverse=True)
-    if not set(places.tolist()) <= set(machine.mbarriers):
-        raise Fault("mbarrier", "there is none at this address")
-    return [machine.mbarriers[place] for place in places.tolist()], which
-
-
-def mbarrier(machine: Machine, instruction: Instruction) -> Step:
-    """Bind mbarrier.init, .inval and .try_wait.parity, for the arrivals of tcgen05.commit."""
-    name, operands = instruction.words[1], instruction.operands
-    if name == "try_wait" and instruction.words[2] == "parity":
-        return _try_wait(machine, instruction)
-    if name not in ("init", "inval"):
-        raise Unsupported(instruction.opcode)
-    address = machine.address(operands[0], 4)
-
-    def run(mask: Mask) -> None:
-        lanes = np.flatnonzero(machine.full(mask))
-        at = machine.shared.places(address(mask), 8, machine.program_of[lanes])
-        if name == "inval":
-            _mbarriers(machine, address(mask), lanes)
-            for place in at.tolist():
-                machine.mbarriers.pop(place, None)
-        machine.shared.store(at, np.zeros((lanes.size, 8), np.uint8), lanes)
-        if name == "init":
-            machine.mbarriers |= {place: Mbarrier(number(operands[1])) for place in at.tolist()}
-
-    return run
-
-
-def _try_wait(machine: Machine, instruction: Instruction) -> Step:
-    """Bind a wait for the end of a phase of some parity: it says "not yet" once, as it may, then lanes sleep in it."""
-    done, parity = machine.register(instruction.operands[0]), machine.source(instruction.operands[2], "u32")
-    address = machine.address(instruction.operands[1], 4)
-    again = np.zeros(machine.count, np.bool_)
-
-    def run(mask: Mask) -> Mask:
-        lanes = np.flatnonzero(machine.full(mask))
-        barriers, which = _mbarriers(machine, address(mask), lanes)
-        ended = np.array([barrier.phase & 1 for barrier in barriers])[which] != machine.each(parity, lanes)
-        ended &= again[lanes]
-        for i in np.unique(which[ended]).tolist():
-            _end(machine, barriers[i])
-        machine.order.wait(lanes[ended])
-        done.write(again, mask, None)
-        waiting = np.zeros(machine.count, np.bool_)
-        waiting[lanes] = again[lanes] & ~ended
-        again[lanes] = ~ended
-        if not waiting.any():
-            return None
-        machine.wait("mbarrier", machine.at, waiting)
-        return waiting
-
-    return run
-
-
-def _end(machine: Machine, barrier: Mbarrier) -> None:
-    """End the matrix instructions that an mbarrier tracks."""
-    if not barrier.tracked:
-        return
-    memory: Any = machine.tensor
-    for product in barrier.tracked:
-        if not product.done:
-            product.done = True
-            machine.shared.ledger.end_matrix_reads(product.reads, machine.order.end(waited=True))
-            memory.ledger.written[product.places] = machine.order.end(waited=True)
-    barrier.tracked = []
-    memory.products = {lane: [p for p in products if not p.done] for lane, products in memory.products.items()}

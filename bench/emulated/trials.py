@@ -31,7 +31,7 @@ MATRIX = 63  # the bit of what reads shared memory for a matrix instruction
 
 
 class Verdict(NamedTuple):
-    """What became of a mutant: noticed, by which check; or why not. `HOLE` where nothing says why."""
+    """Say what became of a mutant: noticed, by which check; or why not. `HOLE` where nothing says why."""
 
     what: str
     why: str
@@ -76,10 +76,11 @@ class Trial:
 
     def explain(self, mutant: Mutant) -> Verdict:
         """Say why a mutant that computes something else, if it does, has the same results to the bit."""
-        differs, reaches = self.compare(mutant, spoil=False), self.compare(mutant, spoil=True)
-        if not differs[0]:
+        differs, _ = self.compare(mutant, spoil=False)
+        if not differs:
             return Verdict(REDUNDANT, "it does the same wherever it runs")
-        if not reaches[1]:
+        _, reaches = self.compare(mutant, spoil=True)
+        if not reaches:
             return Verdict(REDUNDANT, "nothing that it changes reaches a result")
         return Verdict(HOLE, "same result by chance")
 
@@ -100,8 +101,7 @@ class Trial:
         """Execute the launch's code with one instruction changed."""
         code = bind_all(machine)
         code[mutant.at] = changed
-        with np.errstate(all="ignore"):
-            machine.run(code, self.limit)
+        machine.run(code, self.limit)
         machine.memory.require_outputs()
 
     def error(self, machine: Machine) -> float:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from small_ptx import program
 
 pytest.importorskip("triton")
+from segattn.bench.emulated import mutations
+from segattn.bench.emulated.cases import CASES, Case
 from segattn.bench.emulated.executor import Executable
+from segattn.bench.emulated.jobs import Job
 from segattn.bench.emulated.mutants import EACH, KINDS, mutants, sample
-from segattn.bench.emulated.mutations import GOAL, Judged, Spoilt, Tally, lines, tallies
+from segattn.bench.emulated.mutations import GOAL, Judged, Spoilt, Tally, lines, spoil_all, tallies
 from segattn.bench.emulated.trials import HOLE, NOTICED, REDUNDANT, UNREACHED, Trial, Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +140,29 @@ def test_launches_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "judged.jsonl"
     Judged(path).add(("a", 1), [spoilt(NOTICED)])
     assert Judged(path).done == {("a", 1): [spoilt(NOTICED)]}
+
+
+def test_what_a_call_leaves_out_another_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutants that one call notices are not judged in the next, but are where that is run without it."""
+    tensors = torch.arange(1.0, 65.0), torch.zeros(60)
+    launch = Executable("attend_kernel", program(EXCHANGE, ["u64", "u64"], threads=64), 1, tensors, 256, tensors[1:])
+
+    @contextmanager
+    def emulating(target: object, *, kept: object, before: Callable[[Executable], None]) -> Iterator[None]:
+        before(launch)
+        yield
+
+    monkeypatch.setattr(mutations, "emulating", emulating)
+    nothing: Any = Case(lambda dtype: {}, lambda made, backend: {}, lambda output, dtype: 0.0)
+    for name in ("one", "two"):
+        monkeypatch.setitem(CASES, name, nothing)
+    jobs = [Job("sm_80", "float32", name) for name in ("one", "two")]
+
+    def spoil(jobs: list[Job], file: str, kernels: tuple[str, ...] = ("attend_kernel",)) -> set[tuple[object, ...]]:
+        return {(*x.key, x.what, x.why) for x in spoil_all(jobs, kernels, 2, 0, tmp_path / file, None, lambda: None)}
+
+    assert spoil(jobs, "both") == spoil(jobs[1:], "both") == spoil(jobs[1:], "alone") != set()
+    assert spoil(jobs, "both", ("scan_kernel",)) == set()
 
 
 def test_the_table_that_is_shown_is_the_one_that_was_measured() -> None:
