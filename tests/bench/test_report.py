@@ -327,7 +327,7 @@ def keep(path: Path, figures: dict[str, Any]) -> None:
 
 
 def keep_experiments(folder: Path) -> None:
-    """What trainings and a plan leave behind."""
+    """Write what trainings and a plan leave behind."""
     learnt = {
         name: {"seeds": 2, "perplexity": [5 + i, 0.25], "nats_less_local": [-0.1 * i or 0.0, 0.05]}
         for i, name in enumerate(("local", "full", "linear", "delta"))

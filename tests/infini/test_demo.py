@@ -64,7 +64,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def places(tokens: Tensor, phrase: Tensor) -> list[int]:
-    """Where `phrase` begins in tokens [T]."""
+    """Return where `phrase` begins in tokens [T]."""
     windows = tokens.unfold(0, len(phrase), 1)
     return windows.eq(phrase).all(dim=1).nonzero().flatten().tolist()
 
@@ -401,7 +401,7 @@ def test_table_and_picture_show_each_cell_in_its_place(tmp_path: Path, monkeypat
 
 
 def test_bars_follow_a_run(tmp_path: Path) -> None:
-    """What a terminal shows: both bars, to their ends."""
+    """A terminal shows both bars, to their ends."""
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with demo.Training(console) as bars:
         run_demo(SMALL, tmp_path, bars)

@@ -716,7 +716,7 @@ def test_commands_name_what_is_wrong(
 
 
 def test_bar_follows_a_run(folder: Path, tmp_path: Path) -> None:
-    """What a terminal shows: all tokens, to the end."""
+    """A terminal shows all tokens, to the end."""
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     source = Source(str(folder / "converted"), "bytes", device="cpu")
     with Reading(console, "passkey") as bar:
@@ -776,7 +776,7 @@ def test_a_book_is_read_once_for_all_questions() -> None:
 
 @pytest.mark.parametrize("kind", ["converted", "plain"])
 def test_a_question_goes_on_from_the_book(kind: str) -> None:
-    """What one question adds is not there for the next one."""
+    """One question adds nothing to what the next one sees."""
     model = (converted() if kind == "converted" else tiny()).double()
     tokens, first, second = (torch.randint(256, (1, n)) for n in (5 * L + 7, 9, L + 3))
     reading = read(model, tokens, piece=L)

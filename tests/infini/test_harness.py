@@ -72,7 +72,7 @@ def uneven(stories: Stories) -> list[dict[str, Any]]:
 
 
 def said(lm: SegattnLM, benchmark: Benchmark, task: str, documents: list[dict[str, Any]]) -> list[str]:
-    """What the model answers to each document, by lm-eval's own log."""
+    """Return what the model answers to each document, by lm-eval's own log."""
     samples = evaluate(lm, benchmark, task, documents)["samples"][benchmark.tasks[task]]
     return [sample["resps"][0][0] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
 

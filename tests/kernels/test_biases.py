@@ -112,7 +112,7 @@ def test_decoding_wants_no_gradient_of_logits() -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("name", "options"), [("bloom", {}), ("falcon", {"alibi": True})])
 def test_alibi_is_that_of_models(name: str, options: dict[str, Any], padded: bool) -> None:
-    """What enters the output projection of Bloom's and Falcon's own attention, of the rows that are no padding."""
+    """The output projection of Bloom's and Falcon's own attention gets the same, in rows that are no padding."""
     pytest.importorskip("transformers")
     import models
 

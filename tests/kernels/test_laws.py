@@ -557,7 +557,7 @@ def test_the_memory_alone_takes_tensors_of_inference_mode(backend: str, device: 
 @pytest.mark.parametrize("backend", ["triton", *BACKENDS])
 @pytest.mark.parametrize("update", UPDATES)
 def test_a_memory_that_holds_next_to_nothing_for_a_query(update: str, backend: str, device: torch.device) -> None:
-    """Where σ z is so small beside σ that σ / σ z, or the gradient of z, would overflow, the memory counts as empty."""
+    """The memory counts as empty where σ z is so small beside σ that σ / σ z, or the gradient of z, would overflow."""
     call = Call(B=1, H=1, G=1, Tq=3, Tk=3, K=16, V=16, segment_len=1, update=update, with_state=False)
     call = replace(call, own_memory_inputs=False)
     half = torch.tensor([1.0] * 8 + [0.0] * 8)

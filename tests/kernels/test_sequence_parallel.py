@@ -28,7 +28,7 @@ PARAMETERS = ("dgate", "dmemory", "dnormalizer")
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every rank saw; the last one dies at the end."""
+    """Return what every rank saw; the last one dies at the end."""
     folder = tmp_path_factory.mktemp("ranks")
     ended = fork(ranks.SIZE, ranks.main, folder, WITH_MODELS, folder=folder, timeout=240)
     for rank, (code, said) in enumerate(ended):
@@ -43,7 +43,7 @@ def whole(call: Any, runs: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What the ranks hold as one: runs end to end, states once, gradients of what all share added up."""
+    """Return what the ranks hold as one: runs end to end, states once, gradients of what all share added up."""
     joined = {}
     for name in parts[0]:
         pieces = [part[name] for part in parts]

@@ -311,7 +311,7 @@ def test_rows_too_far_apart_for_a_tile_are_copied() -> None:
 
 
 def launched(call: Call, dtype: torch.dtype = torch.float16) -> list[Launch]:
-    """What a forward and backward of a call without data would launch on a GPU."""
+    """Return what a forward and backward of a call without data would launch on a GPU."""
     made = {name: x.detach().to("meta") for name, x in tensors(replace(call, B=1, Tq=1, Tk=1), dtype).items()}
 
     def tokens(heads: int, time: int, width: int) -> torch.Tensor:
@@ -351,7 +351,7 @@ def test_sequences_times_heads_beyond_65535(call: Call) -> None:
 
 
 def test_a_launch_has_a_grid_of_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `programs` becomes when a kernel runs."""
+    """`programs` becomes a grid of one dimension when a kernel runs."""
     from segattn.kernels.triton import attention, launch
 
     grids: list[Any] = []
@@ -472,7 +472,7 @@ def test_gradients_of_some_outputs_alone(output: str, device: torch.device) -> N
 
 
 def test_nothing_of_tokens_by_segment_is_saved() -> None:
-    """What autograd keeps of a long call: tensors of tokens, their statistics, and the states."""
+    """Autograd keeps of a long call tensors of tokens, their statistics, and the states."""
     call = Call(B=1, H=2, G=1, Tq=4096, Tk=4096, K=16, V=16, segment_len=1024, with_state=False)
     made = tensors(call, torch.float32)
     kept: dict[int, int] = {}
