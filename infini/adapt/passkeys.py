@@ -1,0 +1,100 @@
+"""The stage of an adaptation that teaches a memory to recall passkeys, where full attention does so untaught."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...runs.errors import SettingError, named
+from ..evaluate.loading import Loaded, convert_named
+from ..evaluate.retrieval import check_positions
+from ..huggingface.conversion import revert
+from ..huggingface.settings import attentions_of, trunk_of
+from .kept import FittedLayers, Listener, without_memory
+from .lookups import Lookups, Prompts, choose, layers_of_model, looked_up, make_prompts, record
+from .recall import RecallFit, RecallRecipe, fit_recall
+from .settings import Adaptation, Passkeys
+
+
+def prompts_for(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys) -> Prompts:
+    """Draw the prompts of a run.
+
+    Raises:
+        SettingError: they are too short, or too long for the model.
+    """
+    with named(length="prompt_tokens"):
+        check_positions(loaded.model, passkeys.prompt_tokens)
+        return make_prompts(
+            loaded.tokenizer,
+            passkeys.prompts,
+            passkeys.prompt_tokens,
+            adaptation.segment_len,
+            adaptation.lookback,
+            adaptation.seed,
+        )
+
+
+def convert_where_looked_up(
+    model: Any, options: Mapping[str, Any], prompts: Prompts, passkeys: Passkeys
+) -> dict[int, Lookups]:
+    """Convert a plain model, with a memory in the layers that look up passkeys; return what they look up.
+
+    Layers are found in two passes. In the first all are in full attention; those of heads with half the share of
+    attention that is asked for go on to the second, in which all others see their window alone, as they will.
+
+    Args:
+        options: arguments of `convert`.
+
+    Raises:
+        SettingError: an option cannot be, or no head attends to passkeys enough.
+    """
+    convert_named(model, options)
+    try:
+        with without_memory(model):
+            shares = looked_up(model, prompts, layers_of_model(model))
+            candidates = choose(shares, passkeys.attended / 2)
+            heads = choose(looked_up(model, prompts, candidates), passkeys.attended) if candidates else {}
+            if not heads:
+                most = max(float(share.max()) for share in shares.values())
+                problem = f"must be a share that some head gives to passkeys, at most {most:.2g}, got "
+                raise SettingError("attended", f"{problem}{passkeys.attended}")
+            lookups = record(model, prompts, heads, passkeys.prompts)
+    finally:
+        revert(model)
+    convert_named(model, options, memory_maps=True, memory_layers=list(heads))
+    return lookups
+
+
+def fit_to_passkeys(
+    loaded: Loaded,
+    prompts: Prompts,
+    lookups: Mapping[int, Lookups],
+    adaptation: Adaptation,
+    passkeys: Passkeys,
+    kept: FittedLayers,
+    listener: Listener,
+) -> None:
+    """Fit the layers that are not kept, each by itself."""
+    attentions = attentions_of(trunk_of(loaded.model))
+    left = kept.left(lookups)
+    listener.begin(len(left) * passkeys.prompt_steps)
+    for layer in left:
+        recipe = RecallRecipe(
+            adaptation.segment_len,
+            adaptation.lookback,
+            passkeys.prompt_steps,
+            adaptation.map_lr,
+            adaptation.gate_lr,
+            passkeys.stretch,
+            adaptation.seed * 1_000_003 + layer,
+        )
+        figures = fit_recall(attentions[layer], lookups[layer], prompts, recipe, on_step=lambda: listener.read(1))
+        kept.add(attentions[layer], figures._asdict())
+        listener.finished(_said(figures))
+
+
+def _said(fitted: RecallFit) -> str:
+    found = ", ".join(
+        f"head {head} finds {100 * share:.0f} %" for head, share in zip(fitted.heads, fitted.found, strict=True)
+    )
+    return f"layer {fitted.layer}: {found}"
