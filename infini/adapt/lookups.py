@@ -38,6 +38,10 @@ class Prompts(NamedTuple):
         """The number of rows that ask."""
         return self.answers.shape[1]
 
+    def first(self, count: int) -> Prompts:
+        """Return the first of the prompts."""
+        return Prompts(*(x[:count] for x in self))
+
 
 class Lookups(NamedTuple):
     """What heads of one layer look up in full attention, and what a memory has to recall it from.

@@ -15,6 +15,9 @@ from .lookups import Lookups, Prompts, choose, layers_of_model, looked_up, make_
 from .recall import RecallFit, RecallRecipe, fit_recall
 from .settings import Adaptation, Passkeys
 
+# prompts in which the layers that look passkeys up are searched for
+SEARCHED = 8
+
 
 def prompts_for(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys) -> Prompts:
     """Draw the prompts of a run.
@@ -35,7 +38,7 @@ def prompts_for(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys) -> P
 
 
 def convert_where_looked_up(
-    model: Any, options: Mapping[str, Any], prompts: Prompts, passkeys: Passkeys
+    model: Any, options: Mapping[str, Any], prompts: Prompts, passkeys: Passkeys, seed: int
 ) -> dict[int, Lookups]:
     """Convert a plain model, with a memory in the layers that look up passkeys; return what they look up.
 
@@ -44,6 +47,7 @@ def convert_where_looked_up(
 
     Args:
         options: arguments of `convert`.
+        seed: of the rows that do not ask.
 
     Raises:
         SettingError: an option cannot be, or no head attends to passkeys enough.
@@ -51,14 +55,15 @@ def convert_where_looked_up(
     convert_named(model, options)
     try:
         with without_memory(model):
-            shares = looked_up(model, prompts, layers_of_model(model))
+            few = prompts.first(SEARCHED)
+            shares = looked_up(model, few, layers_of_model(model))
             candidates = choose(shares, passkeys.attended / 2)
-            heads = choose(looked_up(model, prompts, candidates), passkeys.attended) if candidates else {}
+            heads = choose(looked_up(model, few, candidates), passkeys.attended) if candidates else {}
             if not heads:
                 most = max(float(share.max()) for share in shares.values())
                 problem = f"must be a share that some head gives to passkeys, at most {most:.2g}, got "
                 raise SettingError("attended", f"{problem}{passkeys.attended}")
-            lookups = record(model, prompts, heads, passkeys.prompts)
+            lookups = record(model, prompts, heads, seed)
     finally:
         revert(model)
     convert_named(model, options, memory_maps=True, memory_layers=list(heads))
@@ -74,11 +79,18 @@ def fit_to_passkeys(
     kept: FittedLayers,
     listener: Listener,
 ) -> None:
-    """Fit the layers that are not kept, each by itself."""
+    """Fit the layers that are not kept, each after those below it.
+
+    With `adaptation.own`, a layer is fitted on what the fitted layers below it put out, to the same lookups.
+    """
     attentions = attentions_of(trunk_of(loaded.model))
     left = kept.left(lookups)
     listener.begin(len(left) * passkeys.prompt_steps)
     for layer in left:
+        own = wanted = lookups[layer]
+        if adaptation.own and layer != min(lookups):
+            with without_memory(attentions[layer]):
+                own = record(loaded.model, prompts, {layer: wanted.heads}, adaptation.seed)[layer]
         recipe = RecallRecipe(
             adaptation.segment_len,
             adaptation.lookback,
@@ -88,7 +100,8 @@ def fit_to_passkeys(
             passkeys.stretch,
             adaptation.seed * 1_000_003 + layer,
         )
-        figures = fit_recall(attentions[layer], lookups[layer], prompts, recipe, on_step=lambda: listener.read(1))
+        target = own._replace(full=wanted.full, wanted=wanted.wanted)
+        figures = fit_recall(attentions[layer], target, prompts, recipe, on_step=lambda: listener.read(1))
         kept.add(attentions[layer], figures._asdict())
         listener.finished(_said(figures))
 

@@ -18,6 +18,8 @@ from .lookups import Lookups, Prompts
 CLOSED = -20.0
 # biases move so much faster than matrices: features of filler have to become small
 BIAS_FACTOR = 10.0
+# of the squared error in rows that ask, which are few
+ASKING_WEIGHT = 3.0
 # prompts of one step
 BATCH = 8
 WARM_UP = 50
@@ -119,7 +121,7 @@ def fit_recall(
             times = torch.rand(len(batch), generator=generator, dtype=torch.float32, device="cpu")
             losses = layer.losses(batch, recipe.stretch**times)
             optimizer.zero_grad()
-            (losses.entropy + losses.missed + losses.disturbed).sum().backward()
+            (losses.entropy + ASKING_WEIGHT * losses.missed + losses.disturbed).sum().backward()
             optimizer.step()
             on_step()
         optimizer.zero_grad()

@@ -93,7 +93,7 @@ def run_adaptation(
         convert_named(model, options, memory_maps=adaptation.maps)
         stage = partial(_fit_to_text, loaded, rows, adaptation)
     else:
-        lookups = convert_where_looked_up(model, options, prompts, passkeys)
+        lookups = convert_where_looked_up(model, options, prompts, passkeys, adaptation.seed)
         stage = partial(fit_to_passkeys, loaded, prompts, lookups, adaptation, passkeys)
     kept.restore(model)
     report += [measure(model, "untrained", held_out), _window_alone(model, held_out)]
