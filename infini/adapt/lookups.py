@@ -25,12 +25,14 @@ class Prompts(NamedTuple):
     tokens: int64 [N, T], with the answer but for its last token.
     answers: int64 [N, asking].
     stated: bool [N, T], where the passkey is stated, before the window of all rows that ask.
+    keys: bool [N, T], the passkey's tokens in its statement.
     filler: bool [N, T], what a longer prompt has more of.
     """
 
     tokens: Tensor
     answers: Tensor
     stated: Tensor
+    keys: Tensor
     filler: Tensor
 
     @property
@@ -89,12 +91,14 @@ def make_prompts(tokenizer: Tokenizer, count: int, length: int, segment_len: int
         tokens.append([*prompt.tokens, *prompt.answer[:-1]])
         answers.append(prompt.answer)
     stated = torch.nn.functional.pad(stated, (0, len(answers[0]) - 1))
+    asked, of_answers = torch.tensor(tokens, device="cpu"), torch.tensor(answers, device="cpu")
+    keys = stated & (asked.unsqueeze(2) == of_answers.unsqueeze(1)).any(2)
     filler = ~stated & (torch.arange(stated.shape[1], device="cpu") >= begin)
-    return Prompts(torch.tensor(tokens, device="cpu"), torch.tensor(answers, device="cpu"), stated, filler)
+    return Prompts(asked, of_answers, stated, keys, filler)
 
 
 def looked_up(model: Any, prompts: Prompts, full: Collection[int]) -> dict[int, Tensor]:
-    """Return how much of its attention each head [H] gives to statements, over the rows that ask, by layer.
+    """Return how much of its attention each head [H] gives to passkeys, over the rows that ask, by layer.
 
     Args:
         model: converted without a memory.
@@ -106,8 +110,8 @@ def looked_up(model: Any, prompts: Prompts, full: Collection[int]) -> dict[int, 
         if call.layer not in shares:
             return call.segmented()
         weights = _weights(call, _asking(prompts, batch).to(call.q.device))
-        stated = prompts.stated[batch, None, None].to(weights.device)
-        shares[call.layer].append((weights * stated).sum(-1).mean(2))
+        keys = prompts.keys[batch, None, None].to(weights.device)
+        shares[call.layer].append((weights * keys).sum(-1).mean(2))
         return call.full()
 
     _pass(model, prompts, watch)

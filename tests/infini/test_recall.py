@@ -59,8 +59,9 @@ def test_prompts_say_where_their_parts_are() -> None:
     drawn = prompts(5)
     assert drawn.asking == 5
     text = FILLER.encode()
-    for tokens, answer, stated, filler in zip(*drawn, strict=True):
+    for tokens, answer, stated, keys, filler in zip(*drawn, strict=True):
         key = bytes(answer.tolist()).decode()
+        assert bytes(tokens[keys].tolist()).decode() == 2 * key
         assert bytes(tokens[stated].tolist()).decode() == f"\n{STATEMENT.format(key=key)}\n"
         assert bytes(tokens.tolist()).decode().endswith(f"The pass key is {key[:-1]}")
         # the first row that asks has the whole statement in its memory
@@ -157,7 +158,8 @@ def test_a_fit_finds_what_is_stated() -> None:
     with without_memory(model):
         shares = looked_up(model, drawn, [1])
         lookups = record(model, drawn, {1: [0, 3]}, seed=0)[1]
-    assert torch.allclose(lookups.wanted.sum(-1).mean((0, 2)), shares[1][[0, 3]], atol=1e-5)
+    on_keys = (lookups.wanted * drawn.keys[:, None, None]).sum(-1).mean((0, 2))
+    assert torch.allclose(on_keys, shares[1][[0, 3]], atol=1e-5)
     frozen = {name: weight.clone() for name, weight in model.state_dict().items()}
     attention = attentions_of(trunk_of(model))[1]
     count: list[int] = []
