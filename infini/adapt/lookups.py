@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -140,11 +141,11 @@ def record(model: Any, prompts: Prompts, heads: Mapping[int, list[int]], seed: i
         kept = sorted({*of_heads})
         each = rows[batch].to(q.device)
         index = each[:, None, :, None]
-        at_rows = [x[:, chosen].take_along_dim(index, 2).float() for x in (q, window, full)]
+        asked_by, alone, whole = (x[:, chosen].take_along_dim(index, 2).float() for x in (q, window, full))
         wanted = _weights(call, each[:, : prompts.asking])[:, chosen] * prompts.stated[batch, None, None].to(q.device)
         groups = [kept.index(group) for group in of_heads]
         k, v = k[:, kept].float(), call.v[:, kept].float()
-        parts[call.layer].append(Lookups(chosen, groups, each, at_rows[0], k, v, *at_rows[1:], wanted))
+        parts[call.layer].append(Lookups(chosen, groups, each, asked_by, k, v, alone, whole, wanted))
         return full
 
     _pass(model, prompts, watch)
@@ -162,11 +163,11 @@ def layers_of_model(model: Any) -> range:
     return range(len(attentions_of(trunk_of(model))))
 
 
-def _pass(model: Any, prompts: Prompts, watch: Any) -> None:
+def _pass(model: Any, prompts: Prompts, watch: Callable[..., Tensor]) -> None:
     trunk, count = trunk_of(model), len(prompts.tokens)
     for begin in range(0, count, BATCH):
         batch = slice(begin, begin + BATCH)
-        with torch.no_grad(), watched(model, lambda call, batch=batch: watch(call, batch)):
+        with torch.no_grad(), watched(model, partial(watch, batch=batch)):
             trunk(input_ids=prompts.tokens[batch].to(model.device), use_cache=False)
 
 
