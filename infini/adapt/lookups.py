@@ -110,7 +110,7 @@ def looked_up(model: Any, prompts: Prompts, full: Collection[int]) -> dict[int, 
     def watch(call: AttentionCall, batch: slice) -> Tensor:
         if call.layer not in shares:
             return call.segmented()
-        weights = _weights(call, _asking(prompts, batch).to(call.q.device))
+        weights = attention_weights(call, _asking(prompts, batch).to(call.q.device))
         keys = prompts.keys[batch, None, None].to(weights.device)
         shares[call.layer].append((weights * keys).sum(-1).mean(2))
         return call.full()
@@ -142,7 +142,9 @@ def record(model: Any, prompts: Prompts, heads: Mapping[int, list[int]], seed: i
         each = rows[batch].to(q.device)
         index = each[:, None, :, None]
         asked_by, alone, whole = (x[:, chosen].take_along_dim(index, 2).float() for x in (q, window, full))
-        wanted = _weights(call, each[:, : prompts.asking])[:, chosen] * prompts.stated[batch, None, None].to(q.device)
+        wanted = attention_weights(call, each[:, : prompts.asking])[:, chosen] * prompts.stated[batch, None, None].to(
+            q.device
+        )
         groups = [kept.index(group) for group in of_heads]
         k, v = k[:, kept].float(), call.v[:, kept].float()
         parts[call.layer].append(Lookups(chosen, groups, each, asked_by, k, v, alone, whole, wanted))
@@ -177,7 +179,7 @@ def _asking(prompts: Prompts, batch: slice) -> Tensor:
     return torch.arange(time - prompts.asking, time, device="cpu").expand(count, -1)
 
 
-def _weights(call: AttentionCall, rows: Tensor) -> Tensor:
+def attention_weights(call: AttentionCall, rows: Tensor) -> Tensor:
     """Return the weights [B, H, R, T] by which the rows [B, R] attend in full attention."""
     k = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], dim=1)
     scores = (call.q.take_along_dim(rows[:, None, :, None], 2) @ k.mT).float()

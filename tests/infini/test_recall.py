@@ -19,7 +19,7 @@ import segattn
 from segattn.infini.adapt import passkeys as stage
 from segattn.infini.adapt.fit import memory_parameters
 from segattn.infini.adapt.kept import without_memory
-from segattn.infini.adapt.lookups import Prompts, looked_up, make_prompts, record
+from segattn.infini.adapt.lookups import Prompts, attention_weights, looked_up, make_prompts, record
 from segattn.infini.adapt.recall import Heads, RecallRecipe, fit_recall
 from segattn.infini.adapt.run import run_adaptation
 from segattn.infini.adapt.settings import Adaptation, Passkeys
@@ -76,8 +76,6 @@ def test_prompts_say_where_their_parts_are() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "gpt_oss"])
 def test_weights_are_those_of_full_attention(name: str) -> None:
-    from segattn.infini.adapt.lookups import _weights
-
     model, drawn = converted(name), prompts(2)
     rows = torch.tensor([[7, 100, 300], [0, 40, 320]])
     seen = []
@@ -86,7 +84,7 @@ def test_weights_are_those_of_full_attention(name: str) -> None:
         full = call.full()
         v = call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], dim=1)
         wanted = full.take_along_dim(rows[:, None, :, None], 2)
-        assert torch.allclose(_weights(call, rows) @ v, wanted, atol=1e-5)
+        assert torch.allclose(attention_weights(call, rows) @ v, wanted, atol=1e-5)
         seen.append(call.layer)
         return full
 
