@@ -162,16 +162,17 @@ def test_a_fit_finds_what_is_stated() -> None:
     wanted = (drawn.keys / drawn.keys.sum(1, keepdim=True))[:, None, None].expand_as(lookups.wanted)
     full = lookups.window.clone()
     full[:, :, : drawn.asking] = wanted @ lookups.v[:, lookups.groups]
-    lookups = lookups._replace(wanted=wanted, full=full)
+    # its weights are so small that all keys are nearly the same
+    lookups = lookups._replace(q=20 * lookups.q, k=20 * lookups.k, wanted=wanted, full=full)
     frozen = {name: weight.clone() for name, weight in model.state_dict().items()}
     attention = attentions_of(trunk_of(model))[1]
     count: list[int] = []
     before = fit_recall(attention, lookups, drawn, recipe(0))
-    after = fit_recall(attention, lookups, drawn, recipe(120, map_lr=1e-2), on_step=lambda: count.append(1))
-    assert len(count) == 120
+    after = fit_recall(attention, lookups, drawn, recipe(200, map_lr=5e-2), on_step=lambda: count.append(1))
+    assert len(count) == 200
     assert (after.layer, after.heads) == (1, [0, 3])
     for one, other in zip(before.found, after.found, strict=True):
-        assert other > 2 * one, (before, after)
+        assert other > 2 * one
     assert sum(after.found_stretched) > 4 * sum(before.found_stretched)
     assert sum(after.missed) < 0.8 * sum(before.missed)
     gates = attention.segattn_gate.bias.sigmoid()
