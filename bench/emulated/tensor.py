@@ -13,7 +13,7 @@ from .machine import Machine, Source, Step
 from .matrix import Fragment, numbers
 from .mbarriers import mbarriers_at
 from .ptx import Address, Instruction, number
-from .races import ANYONE, IN_FLIGHT, WAITED, Array, Ledger
+from .races import ANYONE, COMMITTED, IN_FLIGHT, Array, Ledger
 from .registers import LOADING, Mask, Register, alter, flags_of, require_written
 from .tiles import Tile
 
@@ -26,7 +26,7 @@ class TensorMemory:
     """Tensor memory of every program, with the order of accesses to every word.
 
     columns: which are allocated, [programs, columns]. loading, storing: lanes and places before their wait. products:
-    of each lane, under way.
+    of each lane, under way. committing: the lane of each program that executes tcgen05.commit, -1: none has.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -36,6 +36,7 @@ class TensorMemory:
         self.loading: list[tuple[Array, Array]] = []
         self.storing: list[tuple[Array, Array]] = []
         self.products: dict[int, list[Product]] = {}
+        self.committing = np.full(machine.programs, -1)
 
     def places(self, lanes: Array, columns: Array, program: Array) -> Array:
         """Return where words are.
@@ -51,7 +52,7 @@ class TensorMemory:
     def require_ready(self, at: Array, lanes: Array) -> None:
         """Raise a fault unless words may be read by a matrix instruction of each lane."""
         written = self.ledger.written[at].reshape(len(lanes), -1)
-        others = (written != _PRODUCT) & (written & WAITED == 0)  # an earlier matrix instruction ends first
+        others = (written != _PRODUCT) & (written & COMMITTED == 0)  # an earlier matrix instruction ends first
         if (written == 0).any():
             raise Fault("uninitialised tensor memory", "a matrix instruction reads what was never written")
         if (others & (written >= IN_FLIGHT)).any():
@@ -63,7 +64,7 @@ class TensorMemory:
         """Raise a fault unless words may be written by a matrix instruction of each lane."""
         written, read = (x[at].reshape(len(lanes), -1) for x in (self.ledger.written, self.ledger.read))
         since = self.ledger.order.synced[lanes][:, None]
-        if ((read > since) | ((written > since) & (written != _PRODUCT) & (written & WAITED == 0))).any():
+        if ((read > since) | ((written > since) & (written != _PRODUCT) & (written & COMMITTED == 0))).any():
             raise Fault("race", "a matrix instruction writes tensor memory touched since the last barrier")
 
 
@@ -315,9 +316,13 @@ def _commit(machine: Machine, memory: TensorMemory, instruction: Instruction) ->
     def run(mask: Mask) -> None:
         lanes = np.flatnonzero(machine.full(mask))
         barriers, which = mbarriers_at(machine, address(mask), lanes)
+        program = machine.program_of[lanes]
+        before, memory.committing[program] = memory.committing[program], lanes
+        if ((before >= 0) & (before != lanes)).any() or (memory.committing[program] != lanes).any():
+            raise Unsupported(f"{instruction.opcode} by several threads of a program")
+        commit = machine.order.commit()
         for i, lane in zip(which.tolist(), lanes.tolist(), strict=True):
-            barriers[i].tracked += memory.products.get(lane, [])
-            barriers[i].arrive()
+            barriers[i].arrive(commit, memory.products.get(lane, []))
         machine.wake("mbarrier", np.isin(machine.program_of, machine.program_of[lanes]))
 
     return run

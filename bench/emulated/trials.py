@@ -21,7 +21,7 @@ from .instructions import bind, bind_all
 from .machine import Code, Machine
 from .memory import Shared
 from .mutants import Mutant
-from .races import WAITED, Array, Ledger
+from .races import COMMITTED, Array, Ledger
 from .registers import Mask
 
 NOTICED, REDUNDANT, UNREACHED, HOLE = "noticed", "redundant", "unreached", "hole"
@@ -193,7 +193,7 @@ class Races:
             np.bitwise_or.at(wrote if writes else read, places, mine)
 
         def end(stamp: int, ended: int, _do: Any = ledger.end_matrix_reads) -> None:
-            if not ended & WAITED:
+            if not ended & COMMITTED:
                 for chunks in ledger.flights.get(stamp, []):
                     note(chunks.reshape(-1), 8, np.array(one << np.uint64(MATRIX)), False)
             _do(stamp, ended)
