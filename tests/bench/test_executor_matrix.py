@@ -507,18 +507,18 @@ def test_threads_that_wait_at_another_mbarrier() -> None:
     for body in (
         begin + WAITS + load_first + load_second,
         begin + WAITS + one_warp(at_first) + load_first + load_second,
-        begin + at_first + one_warp(WAITS) + load_first,
-        begin + at_first + one_warp(WAITS) + "    bar.sync 0;\n" + load_first + load_second,
+        begin + one_warp(WAITS) + at_first + load_first,
+        begin + one_warp(WAITS) + at_first + "    bar.sync 0;\n" + load_first + load_second,
     ):
         blackwell(body, image=image)
     with pytest.raises(Fault, match="race: reads what was written there by several warps"):
-        blackwell(begin + at_first + one_warp(WAITS) + load_second, image=image)
+        blackwell(begin + one_warp(WAITS) + at_first + load_second, image=image)
     with pytest.raises(Fault, match="asynchronous copy"):
         blackwell(begin + at_first + load_second, image=image)
     # the operands, which are overwritten after the same wait
     over = "    shr.u32 %r47, %r0, 5;\n    shl.b32 %r47, %r47, 2;\n    st.shared.b32 [%r47], %r0;\n"
     with pytest.raises(Fault, match="overwrites what is read there by several warps"):
-        blackwell(begin + at_first + one_warp(WAITS) + over, image=image)
+        blackwell(begin + one_warp(WAITS) + at_first + over, image=image)
 
 
 def test_commits_by_several_threads_are_refused() -> None:
