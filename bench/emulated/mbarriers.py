@@ -86,6 +86,6 @@ def _end(machine: Machine, barrier: Mbarrier) -> None:
         if not product.done:
             product.done, end = True, machine.order.end(product.commit)
             machine.shared.ledger.end_matrix_reads(product.reads, end)
-            memory.ledger.written[product.places] = end
+            memory.end(product, end)
     barrier.arrived = []
     memory.products = {lane: [p for p in products if not p.done] for lane, products in memory.products.items()}

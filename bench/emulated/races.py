@@ -42,8 +42,8 @@ class Order:
     """Hold what the accesses of each lane come after: `synced` its program's last barrier, `warp_synced` its warp's.
 
     who: the lane's own part of its stamps. fenced: the clock of its last fence between proxies, and passed: of the last
-    one before its program's last barrier. commits: how many tcgen05.commit there were, and waited: the last of them that
-    the lane has waited for.
+    one before its program's last barrier. commits: how many tcgen05.commit there were, waited: the last that the lane
+    has waited for.
     """
 
     def __init__(self, lanes: int, threads: int) -> None:
@@ -64,7 +64,7 @@ class Order:
         return self.who[lanes] | self.now << _CLOCK
 
     def end(self, commit: int = 0) -> int:
-        """Return the stamp of matrix instructions that end now; commit: which tracks them, 0: none, a barrier is due."""
+        """Return the stamp of matrix instructions that end now; commit: which tracks them, 0: a barrier is due."""
         return (COMMITTED | commit if commit else ANYONE) | self.now << _CLOCK
 
     def commit(self) -> int:

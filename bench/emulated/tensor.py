@@ -26,7 +26,8 @@ class TensorMemory:
     """Tensor memory of every program, with the order of accesses to every word.
 
     columns: which are allocated, [programs, columns]. loading, storing: lanes and places before their wait. products:
-    of each lane, under way. committing: the lane of each program that executes tcgen05.commit, -1: none has.
+    of each lane, under way. writing: how many products under way write each word. committing: the lane of each program
+    that executes tcgen05.commit, -1: none has.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -36,6 +37,7 @@ class TensorMemory:
         self.loading: list[tuple[Array, Array]] = []
         self.storing: list[tuple[Array, Array]] = []
         self.products: dict[int, list[Product]] = {}
+        self.writing = np.zeros(self.words.size, np.int32)
         self.committing = np.full(machine.programs, -1)
 
     def places(self, lanes: Array, columns: Array, program: Array) -> Array:
@@ -59,6 +61,11 @@ class TensorMemory:
             raise Fault("asynchronous copy", "a matrix instruction reads a tcgen05.st before the wait for it")
         if (others & (written > self.ledger.order.synced[lanes][:, None])).any():
             raise Fault("race", "a matrix instruction reads tensor memory written since the last barrier")
+
+    def end(self, product: Product, stamp: int) -> None:
+        """Note that a product has ended, by the stamp of that end, but where later ones are under way."""
+        self.writing[product.places] -= 1
+        self.ledger.written[product.places[self.writing[product.places] == 0]] = stamp
 
     def require_free(self, at: Array, lanes: Array) -> None:
         """Raise a fault unless words may be written by a matrix instruction of each lane."""
@@ -303,6 +310,7 @@ def _multiply(machine: Machine, memory: TensorMemory, instruction: Instruction) 
         memory.require_free(at, lanes)
         memory.words[at] = sums.view(np.uint32)
         memory.ledger.written[at] = _PRODUCT
+        memory.writing[at] += 1
         for i, lane in enumerate(lanes.tolist()):
             memory.products.setdefault(lane, []).append(Product(machine.tiles.reads[i], at[i]))
 
@@ -337,10 +345,7 @@ _BINDERS: dict[str, Callable[[Machine, TensorMemory, Instruction], Step]] = {
     "commit": _commit,
     "wait::ld": _wait_load,
     "wait::st": _wait_store,
+    "relinquish_alloc_permit": lambda machine, memory, instruction: lambda mask: None,
     # Triton leaves out the fences that the ISA wants around barriers, and its registers of tcgen05.ld move before
     # wait::ld, which the ISA forbids: neither is checked
-    **dict.fromkeys(
-        ("relinquish_alloc_permit", "fence::before_thread_sync", "fence::after_thread_sync"),
-        lambda machine, memory, instruction: lambda mask: None,
-    ),
 }

@@ -488,7 +488,7 @@ def test_threads_that_do_not_wait_for_a_product_need_a_barrier() -> None:
 
 
 def test_threads_that_wait_at_another_mbarrier() -> None:
-    """A product in columns from 64 on, which both commits track, and one in columns from 0 on, which the second does."""
+    """A product in columns from 64 on, which both commits track, and one from 0 on, which the second tracks."""
     a, b = draw(0, 128, 16), draw(1, 16, 16)
     left, right = Operand(a, 32, False, 0, False), Operand(b, 32, False, 6144, False)
     image, how = shared_image((0, left), (6144, right)), descriptor_of(128, 16, "bf16", False, False)
@@ -515,6 +515,9 @@ def test_threads_that_wait_at_another_mbarrier() -> None:
         blackwell(begin + one_warp(WAITS) + at_first + load_second, image=image)
     with pytest.raises(Fault, match="asynchronous copy"):
         blackwell(begin + at_first + load_second, image=image)
+    # both products in the same columns
+    with pytest.raises(Fault, match="asynchronous copy"):
+        blackwell(begin.replace("%r42 + 64", "%r42 + 0") + at_first + load_second, image=image)
     # the operands, which are overwritten after the same wait
     over = "    shr.u32 %r47, %r0, 5;\n    shl.b32 %r47, %r47, 2;\n    st.shared.b32 [%r47], %r0;\n"
     with pytest.raises(Fault, match="overwrites what is read there by several warps"):
