@@ -62,7 +62,7 @@ def _unordered(at: int, x: Instruction, mbarriers: Sequence[Address]) -> Iterato
         done, here, parity = x.operands
         yield Mutant(at, "wait", "said to have ended", replace(x, opcode="setp.eq.s32", operands=(done, 0, 0)))
         if others := [other for other in mbarriers if other != here]:
-            other = others[mbarriers.index(here) % len(others) if here in mbarriers else 0]  # type: ignore[arg-type]
+            other = others[mbarriers.index(here) % len(others) if here in mbarriers else 0]
             yield Mutant(at, "wait", f"at [{other.base}]", replace(x, operands=(done, other, parity)))
 
 
