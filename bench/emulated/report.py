@@ -99,16 +99,17 @@ def _against(path: Path) -> int:
     return 1 if wrong or not found else 0
 
 
-def _mutations(jobs: Sequence[Job], kernels: Sequence[str], each: int, kept: Path, file: Path | None) -> int:
+def _mutations(jobs: Sequence[Job], kernels: Sequence[str], given: argparse.Namespace) -> int:
     """Spoil the code of kernels in calls; return the exit status: 0 where the checks notice as much as they must."""
     from .jobs import launches_of
     from .mutations import GOAL, document, lines, spoil_all, tallies
 
-    console, total = Console(stderr=True), sum(len(launches_of(job.call)) for job in jobs)
+    console, each, file = Console(stderr=True), given.mutations, given.json
     with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("spoiling", total=total)
-        kept.mkdir(parents=True, exist_ok=True)
-        spoilt = spoil_all(jobs, kernels, each, SEED, kept / "mutations.jsonl", kept, lambda: bar.advance(task))
+        task = bar.add_task("spoiling", total=sum(len(launches_of(job.call)) for job in jobs))
+        spoilt = spoil_all(
+            jobs, kernels, each, SEED, given.kept, given.jobs, lambda job: bar.advance(task, len(launches_of(job.call)))
+        )
     for line in lines(spoilt):
         sys.stdout.write(f"{line}\n")
     if file is not None:
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refused(str(error))
     jobs = plan(targets, dtypes, calls, kernels, given.counts)
     if given.mutations is not None:
-        return _mutations(jobs, kernels, given.mutations, given.kept, given.json)
+        return _mutations(jobs, kernels, given)
     console = Console(stderr=True)
     done = execute_all(jobs, given.jobs, given.kept)
     rows: list[Row] = list(track(done, "executing", len(jobs), console=console, disable=not console.is_terminal))
