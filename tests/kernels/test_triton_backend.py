@@ -636,7 +636,7 @@ def test_a_compiler_that_is_wrong_on_hopper_is_refused() -> None:
         check_compiler(target, version)
     for version in ("3.6.0", "3.7.0", "3.7.0+git9f8e"):
         with pytest.raises(
-            RuntimeError, match=f"Triton {re.escape(version)} .* sm_90, .* 3.7.1 .* torch>=2.13.* 'torch'"
+            RuntimeError, match=f"Triton {re.escape(version)} .* sm_90, .* 3.7.1 .* torch>=2.13.*'torch'"
         ):
             check_compiler("sm_90", version)
 
