@@ -88,29 +88,42 @@ def recall_adjoint(
 ):  # fmt: skip
     """Store share · dx for A_mem = σ(x) M / σ(x) z; return do · A_mem and 1 / σ(x) z of every row.
 
-    do Mᵀ is computed twice, some columns at a time, rather than held; and with all of M's digits, as most of it may
-    cancel against do · A_mem z.
+    do Mᵀ is of all of M's digits, as most of it may cancel against do · A_mem z. Where a chunk does not hold all of its
+    columns, it is computed twice, some columns at a time.
     """
     ROWS: tl.constexpr = dout.shape[0]
     matrix = memory.matrix + at_memory * K * V
     residual = None if memory.residual is None else memory.residual + at_memory * K * V
     normalizer = normalizer_at(memory.normalizer, at_memory, K)
-    weight = tl.zeros([ROWS], tl.float32)
-    most = tl.zeros([ROWS], tl.float32)
-    memory_delta = tl.zeros([ROWS], tl.float32)
-    for c in tl.range(0, K, CHUNK, num_stages=1):
-        features = feature_map(load_rows(x, first, c, ROWS, CHUNK, K), ELU)
-        weight += tl.sum(features * load_vector(normalizer.z, c, CHUNK, K)[None, :], 1)
-        most = tl.maximum(most, largest(features, c, K))
-        memory_delta += tl.sum(features * dfeatures_of(dout, matrix, residual, c, K, V, CHUNK), 1)
-    inverse = inverse_weight(weight, most, tl.load(normalizer.inverse_peak))
-    memory_delta *= inverse
-    for c in tl.range(0, K, CHUNK, num_stages=1):
-        tokens = load_rows(x, first, c, ROWS, CHUNK, K)
-        dfeatures = dfeatures_of(dout, matrix, residual, c, K, V, CHUNK)
-        dfeatures -= memory_delta[:, None] * load_vector(normalizer.z, c, CHUNK, K)[None, :]
-        dfeatures *= (share * inverse)[:, None] * feature_map_grad(feature_map(tokens, ELU), ELU)
-        store_rows(dx, first, c, dfeatures, K)
+    if CHUNK >= K:
+        tokens = load_rows(x, first, 0, ROWS, CHUNK, K)
+        dfeatures = dfeatures_of(dout, matrix, residual, 0, K, V, CHUNK)
+        # behind the products: features take twice the registers of tokens
+        features = feature_map(tokens, ELU)
+        z = load_vector(normalizer.z, 0, CHUNK, K)[None, :]
+        weight = tl.sum(features * z, 1)
+        inverse = inverse_weight(weight, largest(features, 0, K), tl.load(normalizer.inverse_peak))
+        memory_delta = tl.sum(features * dfeatures, 1) * inverse
+        dfeatures -= memory_delta[:, None] * z
+        dfeatures *= (share * inverse)[:, None] * feature_map_grad(features, ELU)
+        store_rows(dx, first, 0, dfeatures, K)
+    else:
+        weight = tl.zeros([ROWS], tl.float32)
+        most = tl.zeros([ROWS], tl.float32)
+        memory_delta = tl.zeros([ROWS], tl.float32)
+        for c in tl.range(0, K, CHUNK, num_stages=1):
+            features = feature_map(load_rows(x, first, c, ROWS, CHUNK, K), ELU)
+            weight += tl.sum(features * load_vector(normalizer.z, c, CHUNK, K)[None, :], 1)
+            most = tl.maximum(most, largest(features, c, K))
+            memory_delta += tl.sum(features * dfeatures_of(dout, matrix, residual, c, K, V, CHUNK), 1)
+        inverse = inverse_weight(weight, most, tl.load(normalizer.inverse_peak))
+        memory_delta *= inverse
+        for c in tl.range(0, K, CHUNK, num_stages=1):
+            tokens = load_rows(x, first, c, ROWS, CHUNK, K)
+            dfeatures = dfeatures_of(dout, matrix, residual, c, K, V, CHUNK)
+            dfeatures -= memory_delta[:, None] * load_vector(normalizer.z, c, CHUNK, K)[None, :]
+            dfeatures *= (share * inverse)[:, None] * feature_map_grad(feature_map(tokens, ELU), ELU)
+            store_rows(dx, first, c, dfeatures, K)
     return memory_delta, inverse
 
 

@@ -81,7 +81,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("query_grad_kernel", 16, 128): {
         "": _tile(128, 64, 32, warps=8),
         "sm_80": _tile(64, 64, 32, warps=8),
-        "sm_90": _tile(128, 64, 32, warps=8, stages=3),
+        "sm_90": _tile(128, 64, 128, warps=8, stages=3),
         "sm_120": _tile(64, 32, 32),
         "gfx942": _tile(32, 32, 32, stages=1),
     },
