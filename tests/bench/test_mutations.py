@@ -270,15 +270,16 @@ def test_what_a_call_leaves_out_another_has(tmp_path: Path, monkeypatch: pytest.
 
     def spoil(
         jobs: list[Job], name: str, workers: int = 1, kernels: tuple[str, ...] = ("attend_kernel",)
-    ) -> list[tuple[object, ...]]:
+    ) -> set[tuple[object, ...]]:
         told: list[Job] = []
         found = spoil_all(jobs, kernels, 2, 0, tmp_path / name, workers, told.append)
         assert told == jobs[:: 1 if workers == 1 else -1]
-        return [(*x.key, x.what, x.why) for x in found]
+        assert len(found) == len({x.key for x in found})
+        return {(*x.key, x.what, x.why) for x in found}
 
-    assert spoil(jobs, "both") == spoil(jobs[1:], "both") == spoil(jobs[1:], "alone") != []
+    assert spoil(jobs, "both") == spoil(jobs[1:], "both") == spoil(jobs[1:], "alone") != set()
     assert spoil(jobs, "apart", workers=2) == spoil(jobs, "both")  # the second call is done first
-    assert spoil(jobs, "both", kernels=("scan_kernel",)) == []
+    assert spoil(jobs, "both", kernels=("scan_kernel",)) == set()
 
 
 def test_the_table_that_is_shown_is_the_one_that_was_measured() -> None:
