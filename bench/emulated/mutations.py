@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -65,30 +64,29 @@ class Judged:
 
     def of(self, digest: str, job: Job, number: int) -> list[Spoilt]:
         """Return the mutants of one launch, by its number in the call."""
-        place = self._place(digest, job, number)
-        return _read(place)[1] if place.exists() else []
+        return [x for _, x in _read(self._place(digest, job, number))]
 
     def noticed(self, digest: str, jobs: Collection[Job]) -> set[tuple[object, ...]]:
         """Return the keys of a program's mutants that a launch of some calls notices."""
-        launches = [_read(place) for place in self.folder.glob(f"{digest}-*.json")]
-        return {x.key for job, spoilt in launches if job in jobs for x in spoilt if x.what == NOTICED}
+        spoilt = (pair for place in self.folder.glob(f"{digest}-*.jsonl") for pair in _read(place))
+        return {x.key for job, x in spoilt if job in jobs and x.what == NOTICED}
 
-    def add(self, digest: str, job: Job, number: int, spoilt: Sequence[Spoilt]) -> None:
-        """Keep mutants of a launch, beside those that are kept."""
-        place, rows = self._place(digest, job, number), [*self.of(digest, job, number), *spoilt]
-        cut = place.with_suffix(f".{os.getpid()}")
-        cut.write_text(json.dumps({"job": job, "spoilt": [x.as_json() for x in rows]}), encoding="utf-8")
-        cut.replace(place)
+    def add(self, digest: str, job: Job, number: int, spoilt: Spoilt) -> None:
+        """Keep a mutant of a launch."""
+        with self._place(digest, job, number).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"job": job, "spoilt": spoilt.as_json()}) + "\n")
 
     def _place(self, digest: str, job: Job, number: int) -> Path:
         name = hashlib.blake2b(repr((job, number)).encode(), digest_size=8).hexdigest()
-        return self.folder / f"{digest}-{name}.json"
+        return self.folder / f"{digest}-{name}.jsonl"
 
 
-def _read(place: Path) -> tuple[Job, list[Spoilt]]:
-    """Return a launch's call and its mutants."""
-    values = json.loads(place.read_text(encoding="utf-8"))
-    return Job(*values["job"]), [Spoilt(**x) for x in values["spoilt"]]
+def _read(place: Path) -> Iterator[tuple[Job, Spoilt]]:
+    """Yield the mutants of a file, but for a line that is still written; none if there is no file."""
+    text = place.read_text(encoding="utf-8") if place.exists() else ""
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        values = json.loads(line)
+        yield Job(*values["job"]), Spoilt(**values["spoilt"])
 
 
 def spoil_all(
@@ -140,11 +138,10 @@ def _spoil_call(
         mutants = {(digest, *x[:3]): x for x in sample(launch.program, each, seed)}
         known = [x for x in judged.of(digest, job, number) if x.key in mutants]
         settled = {x.key for x in known} | {x.key for x in done if x.what == NOTICED} | judged.noticed(digest, before)
-        if left := [mutant for key, mutant in mutants.items() if key not in settled]:
-            made = _spoil(launch, job, left)
-            judged.add(digest, job, number, made)
-            known += made
         done.extend(known)
+        for made in _spoil(launch, job, [mutant for key, mutant in mutants.items() if key not in settled]):
+            judged.add(digest, job, number, made)
+            done.append(made)
 
     with emulating(TARGETS[job.target], kept=folder, before=spoil):
         case.evaluate(case.draw(DTYPES[job.dtype]), "triton")
@@ -163,20 +160,19 @@ def _best(spoilt: Iterable[Spoilt]) -> list[Spoilt]:
     return list(best.values())
 
 
-def _spoil(launch: Executable, job: Job, mutants: Sequence[Mutant]) -> list[Spoilt]:
+def _spoil(launch: Executable, job: Job, mutants: Sequence[Mutant]) -> Iterator[Spoilt]:
     """Judge mutants of a launch."""
     gates = GATES[job.dtype]
     forward = set(OUTPUTS[launch.kernel]) & set(FORWARD)
-    trial, found = Trial(launch, gates.outputs if forward else max(gates)), []
+    if not mutants:
+        return
+    trial = Trial(launch, gates.outputs if forward else max(gates))
     for mutant in mutants:
         x = launch.program.instructions[mutant.at]
-        found.append(
-            Spoilt(
-                job.target, launch.kernel, launch.program.digest, mutant.at, mutant.kind, x.opcode, mutant.change,
-                x.source, *trial.judge(mutant), job.call,
-            )
+        yield Spoilt(
+            job.target, launch.kernel, launch.program.digest, mutant.at, mutant.kind, x.opcode, mutant.change,
+            x.source, *trial.judge(mutant), job.call,
         )  # fmt: skip
-    return found
 
 
 @dataclass(frozen=True)

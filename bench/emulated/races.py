@@ -131,10 +131,10 @@ class Ledger:
         read = self.read.reshape(-1, width)
         stamps = np.broadcast_to(order.stamp(lanes)[:, None], prior.shape)
         before = read[rows]
-        fresh = self._since(order.synced, before, lanes)
+        fresh = self.since(order.synced, before, lanes)
         if fresh.any():  # of its own warp before the warp's barrier, a read is as good as one now
             mine = (before ^ order.who[lanes][:, None]) & _WARP == 0
-            fresh &= ~mine | self._since(order.warp_synced, before, lanes)
+            fresh &= ~mine | self.since(order.warp_synced, before, lanes)
         if fresh.any():
             stamps = np.where(before >= IN_FLIGHT, before, _several(stamps, before, fresh))
         read[rows] = stamps
@@ -209,7 +209,7 @@ class Ledger:
             np.subtract.at(self.reading, chunks, 1)
             self.ended[chunks] = ended
 
-    def _since(self, synced: Array, prior: Array, lanes: Lanes) -> Array:
+    def since(self, synced: Array, prior: Array, lanes: Lanes) -> Array:
         """Return which earlier accesses come after the lanes' last barriers, and after all commits they waited for."""
         recent = prior > synced[lanes][:, None]
         if recent.any():
@@ -219,11 +219,11 @@ class Ledger:
     def _check(self, prior: Array, lanes: Lanes, what: str) -> None:
         """Raise a fault where an earlier access is not ordered before one of the lanes now."""
         order = self.order
-        recent = self._since(order.warp_synced, prior, lanes)
+        recent = self.since(order.warp_synced, prior, lanes)
         if not recent.any():
             return
         other = (prior ^ order.who[lanes][:, None]) | np.where(prior & COMMITTED, ANYONE, 0)
-        bad = (recent & (other & _LANE != 0)) | (self._since(order.synced, prior, lanes) & (other & _WARP != 0))
+        bad = (recent & (other & _LANE != 0)) | (self.since(order.synced, prior, lanes) & (other & _WARP != 0))
         bad |= prior >= IN_FLIGHT
         if not bad.any():
             return

@@ -53,7 +53,7 @@ def _parser(targets: Sequence[str]) -> argparse.ArgumentParser:
     found.add_argument(
         "--mutations", type=int, metavar="N",
         help="spoil the code instead, one instruction at a time, and say what the checks notice: every barrier, fence "
-        "and wait of a kernel, N of its masks, fragments and offsets",
+        "and wait of a kernel, and N each of its masks, bounds, fragments and offsets",
     )  # fmt: skip
     found.add_argument("--quick", action="store_true", help="unless said otherwise, two targets, one dtype, few calls")
     found.add_argument(

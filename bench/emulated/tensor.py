@@ -51,15 +51,17 @@ class TensorMemory:
             raise Fault("bounds", f"column {int(columns.max())} of tensor memory is not allocated")
         return (program * LANES + lanes) * COLUMNS + columns
 
-    def require_ready(self, at: Array, lanes: Array) -> None:
-        """Raise a fault unless words may be read by a matrix instruction of each lane."""
-        written = self.ledger.written[at].reshape(len(lanes), -1)
-        others = (written != _PRODUCT) & (written & COMMITTED == 0)  # an earlier matrix instruction ends first
+    def require_ready(self, at: Array, lanes: Array, sums: bool) -> None:
+        """Raise a fault unless words may be read by a matrix instruction of each lane; sums: as what it adds to."""
+        written, order = self.ledger.written[at].reshape(len(lanes), -1), self.ledger.order
+        recent = self.ledger.since(order.synced, written, lanes)
+        if sums:  # earlier products with the same sums end first
+            recent &= (written != _PRODUCT) & (written & COMMITTED == 0)
         if (written == 0).any():
             raise Fault("uninitialised tensor memory", "a matrix instruction reads what was never written")
-        if (others & (written >= IN_FLIGHT)).any():
-            raise Fault("asynchronous copy", "a matrix instruction reads a tcgen05.st before the wait for it")
-        if (others & (written > self.ledger.order.synced[lanes][:, None])).any():
+        if (recent & (written >= IN_FLIGHT)).any():
+            raise Fault("asynchronous copy", "a matrix instruction reads tensor memory before the wait for its writer")
+        if recent.any():
             raise Fault("race", "a matrix instruction reads tensor memory written since the last barrier")
 
     def end(self, product: Product, stamp: int) -> None:
@@ -298,14 +300,14 @@ def _multiply(machine: Machine, memory: TensorMemory, instruction: Instruction) 
             left = operand(descriptor_a, form.M, form.transposed[0])
         elif address_a is not None:
             at = block(address_a(mask), 8)
-            memory.require_ready(at, lanes)
+            memory.require_ready(at, lanes, sums=False)
             left = numbers(memory.words[at], form.kind)
         right = operand(descriptor_b, form.N, form.transposed[1])
         machine.operations += 2 * left.size * form.N
         sums, at = np.matmul(left, right.swapaxes(1, 2)), block(address_d(mask), form.N)
         adds = machine.each(accumulate, lanes)
         if adds.any():
-            memory.require_ready(at[adds], lanes[adds])
+            memory.require_ready(at[adds], lanes[adds], sums=True)
             sums = np.where(adds[:, None, None], sums + memory.words[at].view(np.float32), sums)
         memory.require_free(at, lanes)
         memory.words[at] = sums.view(np.uint32)

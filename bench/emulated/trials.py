@@ -71,11 +71,13 @@ class Trial:
         error = self.error(machine)
         if error > self.gate:
             return Verdict(NOTICED, "result")
+        if error:
+            return Verdict(HOLE, "below the gate")
         if races is not None:
             return Verdict(HOLE, "warps meet") if races.found else Verdict(REDUNDANT, "no two warps meet across it")
         if mutant.kind in _NEEDLESS:
             return Verdict(REDUNDANT, _NEEDLESS[mutant.kind])
-        return self.explain(mutant) if not error else Verdict(HOLE, "below the gate")
+        return self.explain(mutant)
 
     def explain(self, mutant: Mutant) -> Verdict:
         """Say why a mutant that computes something else, if it does, has the same results to the bit."""

@@ -422,13 +422,10 @@ DONE:
 
 
 def test_special_registers() -> None:
-    names = ["%tid.x", "%ctaid.x", "%ntid.x", "%nctaid.x", "%tid.y", "%ntid.z", "%laneid", "%warpid"]
-    body = "".join(f"    mov.u32 %r{20 + i}, {name};\n" for i, name in enumerate(names)) + place("%rd10", "%rd0", 32)
-    body += "    st.global.v4.b32 [%rd10], {%r20, %r21, %r22, %r23};\n"
-    body += "    st.global.v4.b32 [%rd10+16], {%r24, %r25, %r26, %r27};\n"
-    out = torch.zeros(2 * 64, 8, dtype=torch.int32)
-    run(body, out, threads=64, programs=2, outputs=[out])
-    assert out.tolist() == [[t, p, 64, 2, 0, 1, t % 32, t // 32] for p in range(2) for t in range(64)]
+    body = "    mov.u32 %r20, %tid.x;\n    mov.u32 %r21, %ctaid.x;\n" + place("%rd10", "%rd0", 8)
+    out = torch.zeros(2 * 64, 2, dtype=torch.int32)
+    run(body + "    st.global.v2.b32 [%rd10], {%r20, %r21};\n", out, threads=64, programs=2, outputs=[out])
+    assert out.tolist() == [[t, p] for p in range(2) for t in range(64)]
 
 
 def test_atomics_go_one_after_the_other() -> None:
@@ -519,6 +516,7 @@ def test_inline_labels_and_registers_belong_to_their_braces() -> None:
         ((".reqntid 32", ""), "reqntid"),
         (("    ret;", "    bra nowhere;"), "no label nowhere"),
         (("    ret;", "    .reg .f128 %q1;"), "f128"),
+        (("    ret;", "    .reg .f64 %q1;"), "f64"),
     ],
 )
 def test_refuses_other_ptx(change: tuple[str, str], message: str) -> None:
@@ -538,6 +536,7 @@ def test_refuses_other_ptx(change: tuple[str, str], message: str) -> None:
         "bar.sync 1, 64;",
         "add.sat.s32 %r10, %r11, %r12;",
         "mov.u32 %r10, %clock;",
+        "mov.u32 %r10, %ctaid.y;",
         "ld.local.b32 %r10, [%r11];",
         "ldmatrix.sync.aligned.m8n16.x1.shared.b8x16.b6x16_p32 {%r10}, [%r11];",
         "add.s32 %r10, %rd0, %r12;",

@@ -476,6 +476,20 @@ def test_faults_of_tcgen05(kind: str, wrong: str) -> None:
     assert caught.value.kind == kind, str(caught.value)
 
 
+def test_products_of_what_products_leave() -> None:
+    """The sums of one product as A of another: a thread that does not wait may add to them, no more."""
+    a, b = draw(0, 128, 16), draw(1, 16, 16)
+    left, right = Operand(a, 32, False, 0, False), Operand(b, 32, False, 6144, False)
+    image, how = shared_image((0, left), (6144, right)), descriptor_of(128, 16, "bf16", False, False)
+    product = PRODUCT.format(how=how, left=left.descriptors[0], right=right.descriptors[0])
+    adds = product.replace("setp.ne", "setp.eq")
+    reads = product.replace("[ %r42 + 0 ], %rd20", "[ %r42 + 64 ], [ %r42 + 0 ]")
+    end = COMMIT + WAITS.replace("], 0", "], 1")
+    blackwell(product + adds + COMMIT + WAITS + reads + end, image=image)
+    with pytest.raises(Fault, match="asynchronous copy: a matrix instruction reads tensor memory"):
+        blackwell(product + COMMIT + reads + end, image=image)
+
+
 def test_threads_that_do_not_wait_for_a_product_need_a_barrier() -> None:
     a, b = draw(0, 128, 16), draw(1, 16, 16)
     left, right = Operand(a, 32, False, 0, False), Operand(b, 32, False, 6144, False)

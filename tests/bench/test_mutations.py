@@ -238,8 +238,11 @@ def test_the_table_counts_shares() -> None:
 def test_launches_are_kept(tmp_path: Path) -> None:
     job = Job("sm_90", "bfloat16", "delta")
     for number, what in enumerate((NOTICED, HOLE, NOTICED)):
-        Judged(tmp_path).add("d", job, min(number, 1), [spoilt(what)])
+        Judged(tmp_path).add("d", job, min(number, 1), spoilt(what))
     kept = Judged(tmp_path)
+    (cut,) = (path for path in kept.folder.iterdir() if path.read_text(encoding="utf-8").count("\n") == 1)
+    with cut.open("a", encoding="utf-8") as file:
+        file.write('{"job": ["sm_90')  # a line that is still written
     assert kept.of("d", job, 0) == [spoilt(NOTICED)]
     assert kept.of("d", job, 1) == [spoilt(HOLE), spoilt(NOTICED)]
     assert kept.of("d", job._replace(dtype="float16"), 0) == kept.of("e", job, 0) == []
@@ -263,14 +266,20 @@ def test_what_a_call_leaves_out_another_has(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setitem(CASES, name, nothing)
     jobs = [Job("sm_80", "float32", name) for name in ("one", "two")]
 
-    def spoil(jobs: list[Job], name: str, kernels: tuple[str, ...] = ("attend_kernel",)) -> set[tuple[object, ...]]:
+    monkeypatch.setattr(mutations, "each_of", lambda do, jobs, workers, ended: [do(job) for job in reversed(jobs)])
+
+    def spoil(
+        jobs: list[Job], name: str, workers: int = 1, kernels: tuple[str, ...] = ("attend_kernel",)
+    ) -> set[tuple[object, ...]]:
         told: list[Job] = []
-        found = {(*x.key, x.what, x.why) for x in spoil_all(jobs, kernels, 2, 0, tmp_path / name, 1, told.append)}
-        assert told == jobs
-        return found
+        found = spoil_all(jobs, kernels, 2, 0, tmp_path / name, workers, told.append)
+        assert told == jobs[:: 1 if workers == 1 else -1]
+        assert len(found) == len({x.key for x in found})
+        return {(*x.key, x.what, x.why) for x in found}
 
     assert spoil(jobs, "both") == spoil(jobs[1:], "both") == spoil(jobs[1:], "alone") != set()
-    assert spoil(jobs, "both", ("scan_kernel",)) == set()
+    assert spoil(jobs, "apart", workers=2) == spoil(jobs, "both")  # the second call is done first
+    assert spoil(jobs, "both", kernels=("scan_kernel",)) == set()
 
 
 def test_the_table_that_is_shown_is_the_one_that_was_measured() -> None:
