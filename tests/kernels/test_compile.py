@@ -47,7 +47,16 @@ def operations() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "fold half": (fold_segments, (k.bfloat16(), v.bfloat16(), *rows[2:])),
         "fold backward": (
             fold_segments_backward,
-            (*detached, complete, owner, True, *detached[2:], memory.detach(), normalizer.detach()),
+            (
+                *detached,
+                normal(F, G, K, K, grad=False),
+                complete,
+                owner,
+                True,
+                *detached[2:],
+                memory.detach(),
+                normalizer.detach(),
+            ),
         ),
         "read": (read_and_blend, (local, q, before, z_before, normal(H), False)),
         "read always": (read_and_blend, (local.bfloat16(), q.bfloat16(), before, z_before, normal(H), True)),
