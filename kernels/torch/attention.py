@@ -169,6 +169,8 @@ def fuses(q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, biases: HeadBias
     return (
         torch.is_grad_enabled()
         and q.device.type == "cpu"
+        # PyTorch's operation does not look at the last stride
+        and all(x.stride(3) == 1 for x in (q, k, v))
         and q.shape[2] == k.shape[2] >= options.segment_len
         and q.shape[3] == v.shape[3]
         and options.causal

@@ -1,7 +1,8 @@
 """Whole segments on a CPU, with gradients: local attention and the memory as one operation.
 
-It is what `attention.py` does by three, and the same numbers. But autograd would allocate gradients for each of them and
-add them up, where the memory reads and writes by q, k and v too; here it adds its share to what local attention left.
+It is what `attention.py` does by three operations, and the same numbers. But where the memory reads and writes by q and
+k themselves, autograd would allocate a gradient for each use and add them up; here the memory adds its share of dk and
+dv to what local attention left.
 """
 
 from __future__ import annotations
