@@ -23,8 +23,9 @@ def checked_trunk(model: nn.Module) -> Any:
 
     Raises:
         TypeError: the model is not a Hugging Face model.
-        ValueError: it is converted already, has an encoder too, is not a text model, has cross-attention or a bias by
-            distance, or layers without attention that another function can take the place of.
+        ValueError: it is converted already, has an encoder too, is not a text model, embeds its tokens elsewhere, has
+            cross-attention or a bias by distance, or layers without attention that another function can take the place
+            of.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -64,6 +65,11 @@ def checked_trunk(model: nn.Module) -> Any:
         raise ValueError(
             f"model must attend to its own text alone, got one with cross-attention: {off} (that of {kind} is "
             f"{', '.join(crossing)})"
+        )
+    if "inputs_embeds" not in inspect.signature(trunks[0].forward).parameters:
+        raise ValueError(
+            f"model must embed its tokens in the module that runs its layers, got {kind}, whose "
+            f"{type(trunks[0]).__name__} takes no inputs_embeds: {instead}"
         )
     attentions = attentions_of(trunks[0])
     if without := [layer for layer, attention in enumerate(attentions) if attention is None]:

@@ -50,8 +50,14 @@ class _Seen(NamedTuple):
     others: dict[str, Any]
 
 
-class _Record(list[_Seen]):
-    """A list of calls, which goes through an attention in place of its mask."""
+class _Record:
+    """Hold calls of an attention function, through which it goes in place of the mask.
+
+    It is no list, of which accelerate would hand each module a copy.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[_Seen] = []
 
 
 class _LongRead(DynamicCache):
@@ -86,9 +92,9 @@ class _Attention:
         """Run the attention on rows [1, T, d], with some of its arguments changed."""
         record = _Record()
         self.module(**self.arguments | {self.names[0]: rows, "attention_mask": record} | changes)
-        if len(record) != 1:
+        if len(record.calls) != 1:
             self.refuse("call its attention function once in each pass, with the mask of its layer")
-        return record[0]
+        return record.calls[0]
 
     def plain(self, rows: Tensor, **changes: Any) -> _Seen:
         """Run the attention with rotary angles of 0."""
@@ -171,14 +177,14 @@ def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
                 "them: a newer transformers may have one that does"
             )
 
+    rows = min(ROWS, getattr(trunk.config, "max_position_embeddings", ROWS))
+    weight = trunk.get_input_embeddings().weight
+    embeds = torch.ones(1, rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     handles = [layer.register_forward_pre_hook(check, with_kwargs=True) for layer in layers_of(trunk)]
     handles += [
         module.register_forward_pre_hook(lambda *call, layer=layer: note(layer, *call), with_kwargs=True)
         for layer, module in enumerate(attentions)
     ]
-    rows = min(ROWS, getattr(trunk.config, "max_position_embeddings", ROWS))
-    weight = trunk.get_input_embeddings().weight
-    embeds = torch.ones(1, rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     try:
         with _rotary_calls(trunk) as rotary:
             trunk(inputs_embeds=embeds, use_cache=False, **{ARGUMENT: None})
@@ -311,7 +317,7 @@ def _close(x: Tensor, y: Tensor) -> bool:
 def _see(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """Record the call of an attention function, and return zeros."""
     if isinstance(attention_mask, _Record):
-        attention_mask.append(_Seen(query, key, value, kwargs))
+        attention_mask.calls.append(_Seen(query, key, value, kwargs))
     batch, heads, time, _ = query.shape
     return query.new_zeros(batch, time, heads, value.shape[-1]), None
 

@@ -211,9 +211,11 @@ class StaticInfiniCache(Cache):
             self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
             self.columns = torch.zeros((), dtype=torch.int64, device=device)
             # the embedding's dtype, since quantized weights are integers
-            likes = [trunk.get_input_embeddings().weight[:0].to(_device(m)) for m in attentions_of(trunk)]
+            dtype = trunk.get_input_embeddings().weight.dtype
+            # of no weight, since tensors made like one that FSDP2 has sharded would be sharded too
+            likes = [torch.empty(0, dtype=dtype, device=_device(attention)) for attention in attentions_of(trunk)]
             layers: list[Any] = [
-                StaticInfiniLayer(batch_size, traits, self.lengths, self.columns, like.detach(), self.settings)
+                StaticInfiniLayer(batch_size, traits, self.lengths, self.columns, like, self.settings)
                 for traits, like in zip(conversion.traits.values(), likes, strict=True)
             ]
         super().__init__(layers=layers)

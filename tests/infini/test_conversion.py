@@ -189,7 +189,8 @@ POSITIONS = torch.cat([torch.arange(19), torch.arange(31)])[None]
 BOUNDS = torch.tensor([0, 19, 50], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+# GPT-OSS asks for its masks without positions
+@pytest.mark.parametrize("name", [*CHOSEN, "gpt_oss"])
 def test_packed_sequences_are_apart_in_layers_that_were_not_converted_too(name: str) -> None:
     if name == "gpt2" and VERSION < (5, 8):
         pytest.skip("it drops arguments in older transformers")
@@ -444,6 +445,36 @@ def test_a_printed_model_shows_its_settings_until_it_is_reverted(name: str) -> N
     assert repr(segattn.revert(model)) == before
 
 
+PLACES = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+
+
+@pytest.mark.parametrize("disk", [(), ("model.layers.0", "lm_head"), ("model.layers.1",), ("model.embed_tokens",)])
+def test_a_model_that_accelerate_has_dispatched(disk: tuple[str, ...], tmp_path: Path) -> None:
+    """Convert one whose modules have accelerate's hooks, as when its layers are on several devices or partly on disk.
+
+    The hooks copy lists, tuples and dictionaries on their way into modules.
+    """
+    accelerate = pytest.importorskip("accelerate")
+    places = PLACES | dict.fromkeys(("model.layers.0", "model.layers.1"), "cpu") | dict.fromkeys(disk, "disk")
+    model, ids = make(), tokens(2, 3 * L + 5)
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    if {*disk} & {"model.layers.1", "model.embed_tokens"}:
+        with pytest.raises(ValueError, match=r"model must have its weights.*remove_hook_from_submodules\(model\)"):
+            segattn.convert(model, L, layers=[1], quiet=True)
+        return
+    wanted = segattn.convert(make(), L, layers=[1], quiet=True)
+    assert torch.equal(logits(segattn.convert(model, L, layers=[1], quiet=True), ids), logits(wanted, ids))
+
+
+def test_a_model_that_cannot_be_run_keeps_no_hooks() -> None:
+    model, ids = make(), tokens(2, 9)
+    before = logits(model, ids)
+    model.set_input_embeddings(torch.nn.Sequential(model.get_input_embeddings()))
+    with pytest.raises(AttributeError, match="weight"):
+        segattn.convert(model, L, quiet=True)
+    assert torch.equal(logits(model, ids), before)
+
+
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 INSTEAD = r"segattn\.RecurrentMemory\(mask='causal'\) leaves attention as it is"
 REFUSALS: dict[str, tuple[Any, str]] = {
@@ -466,6 +497,10 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "an encoder": (
         lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
         "one stack of layers with causal attention, got 0 in BertModel",
+    ),
+    "tokens embedded elsewhere": (
+        lambda: transformers.BertLMHeadModel(transformers.BertConfig(**SIZES, is_decoder=True)),
+        rf"got BertLMHeadModel, whose BertEncoder takes no inputs_embeds: {INSTEAD}",
     ),
     "layers without attention": (
         lambda: transformers.JambaForCausalLM(

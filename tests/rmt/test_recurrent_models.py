@@ -482,6 +482,32 @@ def test_encoders_whose_rows_do_not_fit() -> None:
         encoder(special_tokens=(101, 102))
 
 
+@pytest.mark.parametrize("mask", ["paper", "causal"])
+def test_positions_that_begin_behind_that_of_padding(mask: str) -> None:
+    """RoBERTa's do, with every mask, and behind a cache, where it would begin anew by itself."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    roberta = transformers.RobertaConfig(
+        **sizes, intermediate_size=32, max_position_embeddings=40, pad_token_id=1, eos_token_id=None, is_decoder=True
+    )
+    torch.manual_seed(0)
+    model, ids = transformers.RobertaForCausalLM(roberta).eval(), models.tokens(2, 2 * L + 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    module = RecurrentMemory(model, M, L, mask=mask)
+    fused = RecurrentMemory(copy.deepcopy(model), M, L, mask=mask, attention="segattn")
+    fused.load_state_dict(module.state_dict())
+    seen: list[int] = []
+    table = model.roberta.embeddings.position_embeddings
+    with torch.no_grad(), table.register_forward_hook(lambda _, args, out: seen.append(int(args[0].min()))):
+        close(module(ids).logits, fused(ids).logits, 1e-5)
+        new = module.generate(ids, max_new_tokens=L, do_sample=False)
+        for _ in range(L):
+            ids = torch.cat([ids, module(ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(new, ids[:, -L:])
+    assert min(seen) == 2
+
+
 def test_a_decoder_that_classifies_rows_is_refused() -> None:
     config = models.make("gpt2").config
     module = RecurrentMemory(transformers.GPT2ForSequenceClassification(config).eval(), M, L)
