@@ -80,8 +80,12 @@ def checked_trunk(model: nn.Module) -> Any:
 
 
 def _crossing(layer: nn.Module) -> list[nn.Module]:
-    """Return the cross-attention in a decoder's layer: attention that says of itself that it is not causal."""
-    return [module for module in layer.modules() if getattr(module, "is_causal", None) is False]
+    """Return the cross-attention in a decoder's layer: attention that says of itself that it is, or not causal."""
+    return [
+        module
+        for module in layer.modules()
+        if getattr(module, "is_causal", None) is False or getattr(module, "is_cross_attention", None) is True
+    ]
 
 
 def checked_layers(layers: Iterable[int] | None, depth: int, config: Any, convert_sliding: bool) -> tuple[int, ...]:
