@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ...runs.errors import SettingError
-from .configurations import sizes_of
 
 # the largest that any size may be: products of all sizes stay within the range of a float
 LARGEST = 10**15
@@ -126,6 +125,9 @@ def shape_of(text: str) -> Shape:
     if text.lower() in SHAPES:
         return SHAPES[text.lower()]
     if os.path.exists(text):
+        # PyTorch takes a second to import, and only this needs it
+        from .configurations import sizes_of
+
         return Shape(**sizes_of(Path(text)))
     if "=" in text:
         return _of_numbers(text)

@@ -235,8 +235,9 @@ def benchmarks(folder: Path) -> str | None:
 
 
 def scores(folder: Path) -> str | None:
-    """Return a row for each task that `segattn evaluate` has asked of a pretrained model, by lm-eval, and each model."""
-    rows, lengths = {}, set()
+    """Return a row for each task that `segattn evaluate` has asked of a pretrained model by lm-eval, and each model."""
+    rows: dict[tuple[str, ...], dict[int, str]] = {}
+    lengths: set[int] = set()
     for benchmark, title in BENCHMARKS.items():
         for name, model in ANSWERING.items():
             figures = figures_in(folder / "lm_eval" / name / f"{benchmark}.json") or {"cells": []}

@@ -162,7 +162,8 @@ def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
     """Run the model on equal rows, and return how its layers call their attention.
 
     Raises:
-        ValueError: the model does not run on embeddings, or arguments of its forward do not reach its layers.
+        ValueError: the model does not run on embeddings without a mask, its cache holds more than keys and values, or
+            arguments of its forward do not reach its layers.
     """
     calls: dict[int, _Attention] = {}
 
@@ -189,8 +190,8 @@ def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
             trunk(inputs_embeds=embeds, use_cache=False, **{ARGUMENT: None})
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"model must run on inputs_embeds [1, {rows}, {weight.shape[1]}], got {type(trunk).__name__}, whose "
-            f"forward pass fails: {first_line(error)}"
+            f"model must run on inputs_embeds [1, {rows}, {weight.shape[1]}] by an attention function without a mask, "
+            f"got {type(trunk).__name__}, whose forward pass then fails: {first_line(error)}"
         ) from error
     finally:
         for handle in handles:
