@@ -214,7 +214,7 @@ def _check_cache(trunk: Any, embeds: Tensor) -> None:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"model must keep keys and values alone in its cache, got {type(trunk).__name__}, which does not run with "
-            f"a DynamicCache(): {first_line(error)}"
+            f"a DynamicCache() ({first_line(error)}): segattn.RecurrentMemory needs no cache"
         ) from error
 
 

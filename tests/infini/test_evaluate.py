@@ -622,6 +622,14 @@ def test_a_tokenizer_is_never_guessed(folder: Path, tmp_path: Path, pretrained: 
     # some of its 400 tokens are none of the model's 256
     with pytest.raises(SettingError, match="tokenizer must be of the model's 256 tokens"):
         load(Source(str(folder / "plain"), tokenizer=str(tmp_path), device="cpu"))
+    # one that has a word for nothing
+    wordless = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    wordless.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=wordless, unk_token="?").save_pretrained(tmp_path / "none")
+    with pytest.raises(
+        SettingError, match=r"tokenizer must be of the model's 256 tokens, got .*none', which gives \[0, 0"
+    ):
+        load(Source(str(folder / "plain"), tokenizer=str(tmp_path / "none"), device="cpu"))
     small = tiny()
     small.resize_token_embeddings(400)
     small.save_pretrained(tmp_path / "own")
