@@ -576,7 +576,10 @@ SMALL = {
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
-        ("FalconH1", {"mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 8}),
+        (
+            "FalconH1",
+            {"mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 8, "mamba_n_groups": 1},
+        ),
         ("MiniMax", {"layer_types": ["full_attention"] * 2, "num_local_experts": 2, "head_dim": 8}),
     ],
 )
