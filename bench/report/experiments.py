@@ -21,6 +21,11 @@ READERS = {
 }
 PRETRAINED = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 BENCHMARKS = {"ruler": "RULER", "babilong": "BABILong"}
+# folder of a pretrained model's scores → how it reads
+ANSWERING = {
+    "smollm2": "SmolLM2-135M-Instruct, full attention",
+    "smollm2-window": "segments of 256, lookback=1, sinks=4",
+}
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
 
@@ -227,3 +232,26 @@ def benchmarks(folder: Path) -> str | None:
         return None
     first, *others = (f"{n:,}" for n in lengths)
     return markdown(["", f"{first} tokens", *others], rows)
+
+
+def scores(folder: Path) -> str | None:
+    """Return a row for each task that `segattn evaluate` has asked of a pretrained model by lm-eval, and each model."""
+    rows: dict[tuple[str, ...], dict[int, str]] = {}
+    lengths: set[int] = set()
+    for benchmark, title in BENCHMARKS.items():
+        for name, model in ANSWERING.items():
+            figures = figures_in(folder / "lm_eval" / name / f"{benchmark}.json") or {"cells": []}
+            for cell in figures["cells"]:
+                row = rows.setdefault((f"{title} {cell['task']}", f"{cell['samples']} texts", model), {})
+                row[cell["length"]] = f"{100 * cell['score']:.0f}"
+                lengths.add(cell["length"])
+    if not rows:
+        return None
+    head = ["right, %", "", *(f"{length:,}" for length in sorted(lengths))]
+    return markdown(
+        head,
+        [
+            [f"{task}, {texts}", model, *(row.get(length, "") for length in sorted(lengths))]
+            for (task, texts, model), row in rows.items()
+        ],
+    )

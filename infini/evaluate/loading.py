@@ -249,7 +249,8 @@ def _check_vocabulary(source: Source, tokenizer: Tokenizer, vocabulary: int) -> 
         return
     # transformers makes a tokenizer without words of some folders that hold none
     tokens = tokenizer.encode("The pass key is 12345.")
-    if not tokens or max(tokens) >= vocabulary:
+    unknown = tokenizer.tokenizer.unk_token_id if isinstance(tokenizer, PretrainedTokenizer) else None
+    if not tokens or {*tokens} == {unknown} or max(tokens) >= vocabulary:
         raise SettingError(
             "tokenizer", f"must be of the model's {vocabulary} tokens, got {source.tokenizer!r}, which gives {tokens}"
         )

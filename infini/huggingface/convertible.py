@@ -86,8 +86,12 @@ def checked_trunk(model: nn.Module) -> Any:
 
 
 def _crossing(layer: nn.Module) -> list[nn.Module]:
-    """Return the cross-attention in a decoder's layer: attention that says of itself that it is not causal."""
-    return [module for module in layer.modules() if getattr(module, "is_causal", None) is False]
+    """Return the cross-attention in a decoder's layer: attention that says of itself that it is, or not causal."""
+    return [
+        module
+        for module in layer.modules()
+        if getattr(module, "is_causal", None) is False or getattr(module, "is_cross_attention", None) is True
+    ]
 
 
 def checked_layers(layers: Iterable[int] | None, depth: int, config: Any, convert_sliding: bool) -> tuple[int, ...]:
@@ -141,14 +145,13 @@ def _counted(name: str, layers: Iterable[int], depth: int) -> list[int]:
 
 def _slides(config: Any, layer: int) -> bool:
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return kinds[layer] != "full_attention"
-    return getattr(config, "sliding_window", None) is not None
+    return _window(config) is not None and (kinds is None or kinds[layer] != "full_attention")
 
 
-def _window(config: Any) -> int:
-    # Llama 4 has chunks
-    return getattr(config, "sliding_window", None) or config.attention_chunk_size
+def _window(config: Any) -> int | None:
+    """Return the tokens of a window or, as in Llama 4, of a chunk; None where a configuration has neither."""
+    window: int | None = getattr(config, "sliding_window", None)
+    return getattr(config, "attention_chunk_size", None) if window is None else window
 
 
 def check_learnt_length(config: Any, settings: Settings) -> None:

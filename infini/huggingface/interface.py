@@ -150,7 +150,8 @@ def segment_attention_forward(
         out = run(query, key, value, segattn_rotary)
     else:
         out = watcher(AttentionCall(module, query, key, value, *scores, run, segattn_rotary))
-    return out.transpose(1, 2), None
+    # as all of transformers' attention functions return it
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _native(module: nn.Module, implementation: str) -> Callable[..., Any]:

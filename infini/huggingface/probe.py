@@ -19,13 +19,18 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
+from ...kernels.attention_arguments import with_effect
+from ...runs.errors import first_line
 from .forward_pass import ARGUMENT
-from .settings import layers_of
+from .inputs import HARMLESS
+from .settings import cache_name, layers_of
 from .traits import Rotary, RotaryCall, Traits
 
 IMPLEMENTATION = "segattn_probe"
 # the angles of the last one are large
 ROWS = 16
+# arguments of attention functions that a converted layer takes, or makes nothing of
+TAKEN = HARMLESS | {"scaling", "dropout", "softcap", "s_aux", "output_attentions", ARGUMENT}
 # tokens read, or a position, far behind any segment
 FAR = 2**20
 
@@ -163,7 +168,8 @@ def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
     """Run the model on equal rows, and return how its layers call their attention.
 
     Raises:
-        ValueError: arguments of the model's forward do not reach its layers.
+        ValueError: the model does not run on embeddings without a mask, its cache holds more than keys and values, or
+            arguments of its forward do not reach its layers.
     """
     calls: dict[int, _Attention] = {}
 
@@ -188,13 +194,34 @@ def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
     try:
         with _rotary_calls(trunk) as rotary:
             trunk(inputs_embeds=embeds, use_cache=False, **{ARGUMENT: None})
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"model must run on inputs_embeds [1, {rows}, {weight.shape[1]}] by an attention function without a mask, "
+            f"got {type(trunk).__name__}, whose forward pass then fails: {first_line(error)}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
+    _check_cache(trunk, embeds)
     for attention in calls.values():
         same = (call for call, embeddings in rotary if _equal(embeddings, attention.embeddings))
         attention.rotary_call = next(same, None)
     return calls
+
+
+def _check_cache(trunk: Any, embeds: Tensor) -> None:
+    """Check that the model keeps nothing but keys and values, as convolutions and recurrent layers do, in its cache.
+
+    Raises:
+        ValueError: it keeps something else, which segattn's caches do not.
+    """
+    try:
+        trunk(inputs_embeds=embeds, use_cache=True, **{cache_name(trunk): DynamicCache()}, **{ARGUMENT: None})
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"model must keep keys and values alone in its cache, got {type(trunk).__name__}, which does not run with "
+            f"a DynamicCache() ({first_line(error)}): segattn.RecurrentMemory needs no cache"
+        ) from error
 
 
 @contextmanager
@@ -242,6 +269,8 @@ def _read(attention: _Attention, last: int) -> Traits:
     if len(parts) > 2 or any(part.ndim != 3 for part in parts):
         attention.refuse("get one angle for each token and pair of channels, as position_embeddings [B, T, R]")
     turned = attention(attention.rows)
+    if others := with_effect(turned.others, TAKEN):
+        attention.refuse(f"pass no {', '.join(others)} to its attention function, which segment attention has not")
     sinks = turned.others.get("s_aux")
     if sinks is not None and sinks.shape != turned.q.shape[1:2]:
         attention.refuse(f"have one learnt sink logit (s_aux) for each of its {turned.q.shape[1]} heads")

@@ -60,7 +60,9 @@ def save_model(model: Any, tokenizer: Tokenizer, weights: Mapping[str, Any], fol
     # None where the model that was trained had an entry of its own
     if is_of_bytes or hasattr(model.config, TOKENIZER):
         setattr(model.config, TOKENIZER, BYTES if is_of_bytes else None)
-    save_pretrained(model, folder, state_dict=_merged(model, weights))
+    # tied weights by one of their names: transformers 5.0 unties what a checkpoint has by both
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    save_pretrained(model, folder, state_dict=_merged(model, {x: weights[x] for x in weights if x not in tied}))
     if isinstance(tokenizer, PretrainedTokenizer):
         tokenizer.tokenizer.save_pretrained(folder)
 

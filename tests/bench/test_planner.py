@@ -32,7 +32,7 @@ from segattn.bench.planner.memory_tokens import Associative, Recurrent
 from segattn.bench.planner.report import LETTERS, SCHEMES, SLOWER_PRODUCTS, estimates, exchanges
 from segattn.bench.planner.schemes import Full, Infini, Local
 from segattn.bench.planner.settings import PlanSettings, gpu_of
-from segattn.bench.planner.shapes import MODEL_TYPES, SHAPES, shape_of
+from segattn.bench.planner.shapes import SHAPES, shape_of
 from segattn.bench.planner.units import in_bytes, in_seconds, in_units
 from segattn.cli.main import app
 from segattn.rmt.associative.memory import AssociativeMemory
@@ -538,7 +538,13 @@ def test_shapes_that_cannot_be(given: str, said: str) -> None:
         shape_of(given)
 
 
-@pytest.mark.parametrize("name", sorted(MODEL_TYPES))
+# experts, or projections through narrower ones
+OTHER_LAYERS = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "llama4_text", "deepseek_v3", "gpt_oss", "mimo_v2_flash"),
+)
+
+
+@pytest.mark.parametrize("name", [name for name in models.TAKEN if name not in OTHER_LAYERS])
 def test_a_models_folder_has_the_sizes_of_its_matrices(name: str, tmp_path: Path) -> None:
     model: Any = models.make(name)
     model.config.save_pretrained(tmp_path / "tiny")
@@ -547,19 +553,54 @@ def test_a_models_folder_has_the_sizes_of_its_matrices(name: str, tmp_path: Path
     assert shape.name == "tiny"
     tables = {id(x.weight) for x in model.modules() if isinstance(x, torch.nn.Embedding)}
     head = model.get_output_embeddings().weight
-    matrices = [x for x in model.parameters() if x.ndim == 2 and (id(x) not in tables or x is head)]
+    # norms of queries and keys have a row for each head
+    matrices = [
+        x
+        for at, x in model.named_parameters()
+        if x.ndim == 2 and (id(x) not in tables or x is head) and "norm" not in at
+    ]
     assert shape.matrices == sum(x.numel() for x in matrices)
-    assert shape.rotary == any("rotary" in name for name, _ in model.named_modules())
+    assert (shape.layers, shape.width, shape.heads) == (2, 32, 4)
+    assert shape.kv_heads == getattr(model.config, "num_key_value_heads", {"gpt_bigcode": 1, "falcon": 1}.get(name, 4))
+    assert shape.rotary == any("rotary" in at for at, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("name", [name for name in models.TAKEN if name in OTHER_LAYERS])
+def test_layers_of_another_kind_have_no_shape(name: str, tmp_path: Path) -> None:
+    models.make(name).config.save_pretrained(tmp_path)
+    with pytest.raises(SettingError, match=r"layers that are alike, each of q, k, v and output .*; got .*ForCausalLM"):
+        shape_of(str(tmp_path))
+
+
+def test_what_a_configuration_leaves_out_is_what_its_class_takes(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 3, "vocab_size": 50}))
+    numbers = "layers=3,width=4096,heads=32,ff=11008,vocabulary=50,gated=1,rotary=1"
+    assert shape_of(str(path)) == replace(shape_of(numbers), name=tmp_path.name)
+
+
+def test_of_a_model_of_several_modalities_the_language_model_counts(tmp_path: Path) -> None:
+    text = models.make("gemma3_text").config
+    (tmp_path / "text").mkdir()
+    text.save_pretrained(tmp_path / "text")
+    transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path / "both")
+    both = shape_of(str(tmp_path / "both"))
+    assert replace(both, name="text") == shape_of(str(tmp_path / "text"))
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"hidden_size": None}, "a configuration with hidden_size; got"),
-        ({"num_key_value_heads": None, "intermediate_size": None}, "num_key_value_heads, intermediate_size; got"),
-        ({"vocab_size": "many"}, "a configuration with vocab_size; got"),
-        ({"num_attention_heads": 5, "head_dim": None}, "sizes with width a multiple of heads"),
-        ({"model_type": "mamba"}, r"of one of the types llama, .*, or numbers such as layers=.*; got .* of mamba"),
+        ({"vocab_size": "many"}, "a configuration of a causal language model that transformers knows, or numbers; got"),
+        (
+            {"num_attention_heads": 5, "head_dim": None},
+            "a configuration of a causal language model .*; got .*of llama: ",
+        ),
+        ({"num_hidden_layers": 10**9}, "it must have 1 to 10000 layers, got 1000000000, and 4 heads"),
+        ({"hidden_size": 10**18}, "a configuration of a causal language model"),
+        ({"model_type": "unheard-of"}, "that transformers knows, or numbers; got .* of unheard-of: The checkpoint"),
+        ({"model_type": "t5"}, "a causal language model .* of t5: "),
+        ({"model_type": "mamba"}, "layers that are alike, .* or numbers; got .* of MambaForCausalLM"),
         ({"model_type": None}, "a model's config.json, with its model_type; got"),
     ],
 )

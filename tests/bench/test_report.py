@@ -467,6 +467,26 @@ def test_benchmarks_say_memory_and_time_by_length(tmp_path: Path) -> None:
         table("benchmarks", tmp_path)
 
 
+def test_scores_have_a_row_for_each_task_and_model(tmp_path: Path) -> None:
+    assert table("scores", tmp_path) is None
+    for folder, name, found in (
+        ("smollm2", "ruler", [("a", 1024, 1.0), ("a", 2048, 0.9), ("b", 2048, 0.05)]),
+        ("smollm2-window", "ruler", [("a", 2048, 0.3)]),
+        ("smollm2-window", "babilong", [("qa1", 1024, 0.25)]),
+    ):
+        made = [{"task": task, "length": length, "samples": 20, "score": score} for task, length, score in found]
+        keep(tmp_path / "lm_eval" / folder / f"{name}.json", {"cells": made})
+    full, window = "SmolLM2-135M-Instruct, full attention", "segments of 256, lookback=1, sinks=4"
+    assert cells(table("scores", tmp_path) or "") == [
+        ["right, %", "", "1,024", "2,048"],
+        ["---"] * 4,
+        ["RULER a, 20 texts", full, "100", "90"],
+        ["RULER b, 20 texts", full, "", "5"],
+        ["RULER a, 20 texts", window, "", "30"],
+        ["BABILong qa1, 20 texts", window, "25", ""],
+    ]
+
+
 def test_recurrent_lengths_have_a_row_for_each_reader(tmp_path: Path) -> None:
     assert table("recurrent-lengths", tmp_path) is None
     summary = [

@@ -601,6 +601,61 @@ def test_bad_models() -> None:
         segattn.convert(empty)
 
 
+SMALL = {
+    **{"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.skipif(VERSION < (5, 23), reason="these types came, or changed, later")
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        (
+            "FalconH1",
+            {"mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 8, "mamba_n_groups": 1},
+        ),
+        ("MiniMax", {"layer_types": ["full_attention"] * 2, "num_local_experts": 2, "head_dim": 8}),
+    ],
+)
+def test_a_model_that_keeps_more_than_keys_and_values_is_refused(kind: str, sizes: dict[str, Any]) -> None:
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SMALL, **sizes))
+    said = (
+        f"model must keep keys and values alone in its cache, got {kind}Model, which does not run with a DynamicCache"
+    )
+    with pytest.raises(ValueError, match=said):
+        segattn.convert(model)
+    assert model.config._attn_implementation != "segattn"
+
+
+def test_a_bias_of_the_scores_is_refused_before_anything_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    attention = model.model.layers[1].self_attn
+    monkeypatch.setattr(attention, "forward", partial(attention.forward, position_bias=torch.zeros(4)))
+    with pytest.raises(
+        ValueError, match="layer 1 cannot be converted: its LlamaAttention must pass no position_bias to"
+    ):
+        segattn.convert(model)
+    assert not any("segattn" in name for name, _ in model.named_modules())
+    segattn.convert(model, layers=[0], quiet=True)
+
+
+def test_a_model_that_does_not_run_on_embeddings_is_refused() -> None:
+    model = make()
+    model.model.register_forward_pre_hook(lambda trunk, args, given: given["input_ids"].shape, with_kwargs=True)
+    with pytest.raises(ValueError, match=r"model must run on inputs_embeds \[1, 16, 32\] .* got LlamaModel, whose "):
+        segattn.convert(model)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "AfmoeConfig"), reason="the type came later")
+def test_attention_that_views_what_it_gets_takes_ours() -> None:
+    experts = {"num_experts": 2, "moe_intermediate_size": 16, "num_dense_layers": 1, "num_experts_per_tok": 1}
+    config = transformers.AfmoeConfig(**SMALL, **experts, head_dim=8, layer_types=["full_attention"] * 2)
+    model, x = transformers.AfmoeForCausalLM(config).eval(), tokens(2, 16)
+    before = logits(model, x)
+    assert torch.equal(logits(segattn.convert(model, 16, quiet=True), x), before)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_segments_longer_than_learnt_positions(name: str) -> None:
     model = make(name)

@@ -36,7 +36,7 @@ from segattn.infini.evaluate.settings import Source
 from segattn.infini.huggingface.saving import from_pretrained, save_pretrained
 from segattn.infini.huggingface.settings import conversion_of
 from segattn.infini.train import settings as settings_module
-from segattn.infini.train.model import build_model
+from segattn.infini.train.model import build_model, save_model
 from segattn.infini.train.processes import joined, mesh_of
 from segattn.infini.train.run import Outputs, run_training
 from segattn.infini.train.settings import TrainSettings
@@ -429,6 +429,18 @@ def test_converted_models_stay_as_they_were_converted(settings: TrainSettings, f
     build_model(replace(settings, segment_len=L, update="linear"))
     with pytest.raises(SettingError, match="update must be the model's, 'linear', or left out, got 'delta'"):
         build_model(replace(settings, update="delta"))
+
+
+def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
+    """Also where they come as two tensors, as from several ranks."""
+    model = segattn.convert(make("gemma3_text", vocab_size=256), 16, quiet=True)
+    save_model(model, ByteTokenizer(), {name: x.clone() for name, x in model.state_dict().items()}, tmp_path)
+    safetensors = pytest.importorskip("safetensors.torch")
+    saved = safetensors.load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" in model.state_dict()
+    assert set(saved) == set(dict(model.named_parameters()))
+    again = from_pretrained(tmp_path, quiet=True)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
 def test_layers_that_slide_stay_as_they_are(settings: TrainSettings, folder: Path, alone: None) -> None:

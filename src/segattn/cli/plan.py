@@ -50,7 +50,7 @@ Shaped = Annotated[
     str,
     typer.Argument(
         help="opt-125m … opt-175b, llama-3.2-1b … llama-3.1-405b, "
-        "or a model's folder or config.json, or layers=12,width=768,…"
+        "or a model's folder or config.json (needs segattn[hf]), or layers=12,width=768,…"
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="Dtype of weights and activations: bfloat16, float16 or float32.")]
