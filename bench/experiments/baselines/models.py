@@ -45,7 +45,7 @@ class BaselineSetup(Setup):
     memory_tokens: int = 10
     stored: int = 256
     neighbours: int = 16
-    lr_factors: tuple[float, ...] = (0.3, 1.0, 3.0)
+    lr_factors: tuple[float, ...] = (0.1, 0.3, 1.0)
     validation: float = 0.05
 
     def __post_init__(self) -> None:
