@@ -112,7 +112,7 @@ def read_backward(s: Sizes) -> Work:
 
 
 def write(s: Sizes, update: str) -> Work:
-    """Count σ(k)ᵀ v over segments that are written: B G · 2 K V a token; by the delta rule σ(k) M too, but for the first.
+    """Count σ(k)ᵀ v over segments that are written: B G · 2 K V a token; by the delta rule σ(k) M too behind the first.
 
     It writes the state.
     """
