@@ -49,9 +49,11 @@ class StaticInfiniLayer(ConvertedLayer):
         tail, sinks = (batch, groups, settings.window), (batch, groups, settings.sinks)
         self.keys, self.memory_keys = (like.new_zeros(*tail, width) for _ in range(2))
         self.values = like.new_zeros(*tail, value_width)
-        self.sinks = (like.new_zeros(*sinks, width), like.new_zeros(*sinks, value_width)) if settings.sinks else ()
+        self.sinks: tuple[Tensor, ...] = ()
+        if settings.sinks:
+            self.sinks = like.new_zeros(*sinks, width), like.new_zeros(*sinks, value_width)
         count = 2 + settings.lookback if hasattr(attention, GATE) else 0
-        state = {"device": like.device, "dtype": state_dtype(like)}
+        state: dict[str, Any] = {"device": like.device, "dtype": state_dtype(like)}
         self.memories = [MemoryState.zeros(batch, groups, width, value_width, **state) for _ in range(count)]
         self.counters = torch.zeros(batch * groups, dtype=torch.int32, device=like.device)
         self.is_initialized = True
@@ -139,7 +141,8 @@ class StaticInfiniLayer(ConvertedLayer):
             backend=self.settings.backend,
         )
         if self.memories:
-            self._write(*self.memories[-2:], memory_k, v)
+            before, last = self.memories[-2:]
+            self._write(before, last, memory_k, v)
         self._end_segments(lengths + 1)
         return out
 
@@ -173,11 +176,12 @@ class StaticInfiniLayer(ConvertedLayer):
         # with a lookback, a tail may begin with a whole segment
         whole = (tails // self.settings.segment_len * self.settings.segment_len)[:, None]
         if self.settings.lookback:
-            before, looked_back, last = self.memories
-            self._write(before, looked_back, keys, values, steps < whole)
+            first, looked_back, last = self.memories
+            self._write(first, looked_back, keys, values, steps < whole)
             for buffer, x in zip(last, looked_back, strict=True):
                 buffer.copy_(x)
-        self._write(*self.memories[-2:], keys, values, (steps >= whole) & (steps < tails[:, None]))
+        before, last = self.memories[-2:]
+        self._write(before, last, keys, values, (steps >= whole) & (steps < tails[:, None]))
 
     def _keep_sinks(self, lengths: Tensor, memory_k: Tensor, v: Tensor) -> None:
         """Write the token behind the first `lengths` of each row, where it is among the first n."""
