@@ -48,14 +48,19 @@ def spread(values: Sequence[float], how: str) -> str:
 
 def baselines(figures: Any) -> str:
     """Return a row for each model of `python -m segattn.bench.experiments.baselines`."""
-    head = ["", "bytes kept of 512", "of 65,536", "perplexity per byte", "nats, against local"]
+    lengths = sorted(map(int, next(iter(figures["kept"].values()))["counted"]))
+    shortest, longest = lengths[0], lengths[-1]
+    head = ["", f"bytes kept of {shortest:,}", f"of {longest:,}", "perplexity per byte", "nats, against local"]
+    # what was trained at one rate has none
+    rates = figures.get("rates")
     rows = []
     for name, kept in figures["kept"].items():
         found = figures["summary"][name]
         speeds = [f"{figures['speed'][kind][name]['ratio']:.2f}" for kind in ("train", "evaluate")]
-        counted = [f"{kept['counted'][length]:,}" for length in ("512", "65536")]
+        counted = [f"{kept['counted'][length]:,}" for length in (str(shortest), str(longest))]
         learnt = [spread(found["perplexity"], ".3f"), spread(found["nats_less_local"], "+.3f")]
-        rows.append([name, *counted, *learnt, *speeds])
+        rows.append([name, *([f"{rates[name]:g}"] if rates else []), *counted, *learnt, *speeds])
+    head[1:1] = ["learning rate"] if rates else []
     return markdown([*head, "training speed", "reading speed"], rows)
 
 

@@ -163,7 +163,8 @@ def check_learnt_length(config: Any, settings: Settings) -> None:
     if settings.lookback or settings.sinks:
         raise ValueError(
             f"lookback and sinks must be 0 for a model with learnt positions, got {settings.lookback} and "
-            f"{settings.sinks}: these begin anew with each segment, and a token keeps its own when it is looked back at"
+            f"{settings.sinks}, since these begin anew with each segment, and a token keeps its own when it is looked "
+            "back at: choose a longer segment_len"
         )
     if settings.segment_len > (most := config.max_position_embeddings):
         raise ValueError(
@@ -205,10 +206,12 @@ def check_rotary_length(config: Any, settings: Settings, restart: bool) -> None:
         return
     depends = f"the model's {kind!r} rotary embedding begins to depend on the length of a call"
     if settings.lookback or (settings.sinks and not restart):
+        same = ", or set rope_type to 'default' in the model's configuration, the same up to its trained length"
+        same = same if kind == "dynamic" else ""
         raise ValueError(
             f"lookback must be 0, and for sinks every layer converted, where {depends}, as positions then run on "
             f"through a call, got lookback={settings.lookback}, sinks={settings.sinks}: a text in pieces would not "
-            "equal the whole"
+            f"equal the whole. Leave them out{same}"
         )
     most = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     most = most or config.max_position_embeddings

@@ -179,7 +179,8 @@ def _run_converted(
         raise RuntimeError(f"{type(module).__name__} must be called with position_embeddings by name, got none")
     memory_q, memory_k = traits.without_positions(q, k, rotary)
     if forward.static is not None:
-        return forward.static.layers[layer].step(gate, q, k, v, memory_q, memory_k, scale, softcap, sink_logits)
+        mapped_q = getattr(module, MAP_Q)(memory_q).detach() if hasattr(module, MAP_Q) else memory_q
+        return forward.static.layers[layer].step(gate, q, k, v, mapped_q, memory_k, scale, softcap, sink_logits)
     state = forward.states[layer]
     if state is not None and forward.cache is not None:
         _check_state(state, k)

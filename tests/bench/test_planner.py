@@ -183,6 +183,30 @@ def test_armt_counts_what_the_module_computes(length: int) -> None:
 
 
 @pytest.mark.parametrize("update", ["linear", "delta"])
+@pytest.mark.parametrize(("lookback", "sinks"), [(1, 0), (0, 3), (1, 2)])
+@pytest.mark.parametrize("length", [5, 11, 23, 25])
+def test_a_lookback_and_sinks_count_what_is_visible(length: int, lookback: int, sinks: int, update: str) -> None:
+    pairs, readers = 0, 0
+    for token in range(length):
+        first = max(0, token // L - lookback) * L
+        pairs += token + 1 - first + min(sinks, first)
+        readers += first > 0
+    written = max(0, length // L - lookback) * L
+    looked_up = max(0, written - L) if update == "delta" else 0
+    wanted = B * 4 * 2 * (16 * pairs + 64 * readers) + B * 2 * 2 * 64 * (written + looked_up)
+    chosen = plan(length, lookback=lookback, sinks=sinks, update=update)
+    assert Infini(chosen).mixing().operations == wanted
+    assert Local(chosen).mixing().operations == B * 4 * 2 * 16 * pairs
+    # one token after another at the end: what the last segment's tokens see, and the keys that are read for them
+    last = range((length - 1) // L * L, length) if length % L == 0 else None
+    if last is not None:
+        seen = [t + 1 - max(0, t // L - lookback) * L + min(sinks, max(0, t // L - lookback) * L) for t in last]
+        assert Local(chosen).mixing_one_by_one().operations == B * 4 * 2 * 16 * sum(seen)
+        moved = B * (4 * 16 * L + 2 * 16 * sum(seen)) * 4
+        assert Local(chosen).mixing_one_by_one().bytes == moved
+
+
+@pytest.mark.parametrize("update", ["linear", "delta"])
 @pytest.mark.parametrize("length", [5, 23])
 def test_infini_attention_counts_what_the_reference_computes(update: str, length: int) -> None:
     """Which is dense inside segments, reads a memory that is empty, and multiplies by normalizers."""
@@ -215,14 +239,21 @@ def test_bytes_of_a_cache_of_keys_and_values() -> None:
     assert B * Full(plan(23)).cache_bytes() == real
 
 
-@pytest.mark.parametrize("length", [21, 3])
-def test_bytes_of_a_converted_models_cache(length: int) -> None:
-    model = segattn.convert(models.make(), segment_len=L)
+@pytest.mark.parametrize("window", [{}, {"lookback": 1}, {"sinks": 3}, {"lookback": 1, "sinks": 3}], ids=str)
+@pytest.mark.parametrize("length", [26, 3])
+def test_bytes_of_a_converted_models_cache(length: int, window: dict[str, int]) -> None:
+    model = segattn.convert(models.make(), segment_len=L, **window)
     cache = segattn.InfiniCache(model)
     with torch.no_grad():
         model(models.tokens(B, length), past_key_values=cache)
-    cost = Infini(plan(max(length, L)))
+    # as long as it takes to keep as much as there ever will be
+    cost = Infini(plan(max(length, 1 + 2 * L), **window))
     assert B * (cost.state_bytes() + cost.cache_bytes()) == cache.max_bytes
+    other = Local(plan(100, **window))
+    assert other.cache_bytes() == 2 * 2 * 16 * 4 * ((1 + window.get("lookback", 0)) * L + window.get("sinks", 0))
+    for scheme in (Recurrent, Associative):
+        assert scheme(plan(100, **window)).cache_bytes() == scheme(plan(100)).cache_bytes()
+        assert scheme(plan(100, **window)).decoding() == scheme(plan(100)).decoding()
 
 
 def test_bytes_of_a_recurrent_memory() -> None:

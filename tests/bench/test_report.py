@@ -357,6 +357,13 @@ def test_tables_of_trainings_and_plans(tmp_path: Path) -> None:
         ["local", "0", "0", "5.000 ± 0.250", "+0.000 ± 0.050", "1.00", "1.00"],
         ["delta", "1,024", "2,048", "8.000 ± 0.250", "-0.300 ± 0.050", "0.50", "0.50"],
     ]
+    path = tmp_path / "baselines" / "baselines.json"
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    keep(path, figures | {"rates": {"local": 0.01, "delta": 0.003}})
+    chosen = cells(table("baselines", tmp_path) or "")
+    assert chosen[0][:4] == ["", "learning rate", "bytes kept of 512", "of 65,536"]
+    assert [row[:3] for row in chosen[2:]] == [["local", "0.01", "0"], ["delta", "0.003", "1,024"]]
+    keep(path, figures)
     assert cells(table("book", tmp_path) or "")[0] == ["", "full attention", "local", "linear memory", "delta memory"]
     assert cells(table("book", tmp_path) or "")[2:] == [
         ["perplexity", "6.00 ± 0.25", "5.00 ± 0.25", "7.00 ± 0.25", "8.00 ± 0.25"],

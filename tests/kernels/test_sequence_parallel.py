@@ -344,7 +344,8 @@ def test_losses_modules_and_states_must_be_alike(seen, name, said):
     {
         "spans": "spans and cu_seqlens must be None with a group",
         "tail": "state must end with a whole segment for a group, got 2 more tokens",
-        "window": "lookback and sinks must be 0 with a group, got 1 and 2",
+        "window": "lookback and sinks must be 0 with a group, got 1 and 2, for which ranks would have to see each "
+        "other's tokens: give each rank whole texts, without a group",
         "rank's part": "every rank but the last must hold whole segments of 5 tokens, got 7 on rank 0 of 4",
         "names": "batch may hold input_ids, labels and attention_mask, got spans too",
         "ids": "batch['input_ids'] must be integers [B, T], got torch.float32 [2, 30]",
