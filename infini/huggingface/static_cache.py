@@ -176,8 +176,8 @@ class StaticInfiniLayer(ConvertedLayer):
         # with a lookback, a tail may begin with a whole segment
         whole = (tails // self.settings.segment_len * self.settings.segment_len)[:, None]
         if self.settings.lookback:
-            first, looked_back, last = self.memories
-            self._write(first, looked_back, keys, values, steps < whole)
+            oldest, looked_back, last = self.memories
+            self._write(oldest, looked_back, keys, values, steps < whole)
             for buffer, x in zip(last, looked_back, strict=True):
                 buffer.copy_(x)
         before, last = self.memories[-2:]
@@ -190,7 +190,7 @@ class StaticInfiniLayer(ConvertedLayer):
             is_sink = (lengths < self.settings.sinks)[:, None, None]
             buffer[rows, :, place] = torch.where(is_sink, new[:, :, 0].to(buffer.dtype), buffer[rows, :, place])
 
-    def _seen_sinks(self, lengths: Tensor) -> dict[str, Tensor]:
+    def _seen_sinks(self, lengths: Tensor) -> dict[str, Any]:
         """Return the arguments of `segment_decode` that say which sinks are seen, just before the window."""
         if not self.sinks:
             return {}

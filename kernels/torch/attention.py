@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -202,8 +202,9 @@ def attend_segments_of_rows(
     out, state = from_slots(out, batch), MemoryState(m, z)
     if whole == time:
         return SegmentOutput(out, state)
-    q, k, v, memory_q, memory_k = (x for _, x in pairs)
-    memory_q, memory_k = q if memory_q is None else memory_q, k if memory_k is None else memory_k
+    rests: list[Any] = [x for _, x in pairs]
+    q, k, v = rests[:3]
+    memory_q, memory_k = (own if x is None else x for x, own in zip(rests[3:], (q, k), strict=True))
     rest, _ = attend_rows(q, k, v, memory_q, memory_k, gate, state, None, biases, options)
     return SegmentOutput(torch.cat([out, rest], dim=2), state)
 
