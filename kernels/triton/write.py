@@ -254,8 +254,8 @@ def product_kernel(
             else:
                 y_head = head_of(y, segment.row, head, end - offset)
                 other = load_rows(y_head, start - offset, column, BLOCK_N, COLUMNS, W)
-            scaled, factor = operand(tl.trans(features) * weights[None, :], other.dtype)
-            acc += dot(scaled, other, None) * (factor * scale)
+            scaled, factor = operand(features * weights[:, None], other.dtype)
+            acc += dot(tl.trans(scaled), other, None) * (factor * scale)
     total = tl.sum(totals, 0)
     if SPLIT:
         if COLUMNS == BLOCK_K:
