@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,10 +66,13 @@ class Run:
 
 
 def _special_registers(lane: Array, threads: int, programs: int) -> dict[str, Array]:
-    """Return the values of special registers, of all lanes or one for all."""
+    """Return the values of special registers, of all lanes or one for all.
+
+    A program's threads stand in one dimension, as its text says. Of the grid it does not: who reads another is refused.
+    """
     nought, one = np.zeros(1, np.int64), np.ones(1, np.int64)
     along_x = {"tid": lane % threads, "ctaid": lane // threads, "ntid": threads * one, "nctaid": programs * one}
-    across = {f"%{name}.{axis}": one if name[0] == "n" else nought for name in along_x for axis in "yz"}
+    across = {f"%{name}.{axis}": value for name, value in (("tid", nought), ("ntid", one)) for axis in "yz"}
     warps = {"%laneid": lane % 32, "%warpid": lane % threads // 32}
     return {f"%{name}.x": values for name, values in along_x.items()} | across | warps
 
@@ -149,6 +153,8 @@ class Machine:
             values = np.zeros(1, numpy_type(name))
         elif isinstance(operand, str) and operand in self.special:
             values = self.special[operand].astype(numpy_type(name))
+        elif isinstance(operand, str) and re.fullmatch(r"%n?ctaid\.[yz]", operand):
+            raise Unsupported(f"the grid must have one dimension, {operand} is of another")
         else:
             raise Unsupported(f"operand {operand!r}")
         half = name.removesuffix("x2")
