@@ -161,10 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtypes = choices("dtypes", given.dtypes, usual[1], tuple(DTYPES))
         calls = choices("calls", given.calls, usual[2], tuple(CASES))
         kernels = choose_kernels(given.kernels, KERNELS)
+        _require_places(given.kept, given.json)
         jobs = plan(targets, dtypes, calls, kernels, given.counts)
         if not jobs:
             raise ValueError(f"--kernels must be launched by one of the calls {listed(calls)}, got {given.kernels}")
-        _require_places(given.kept, given.json)
     except ValueError as error:
         return _refused(str(error))
     if given.mutations is not None:

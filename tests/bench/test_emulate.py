@@ -292,6 +292,9 @@ def test_launches_are_kept_by_what_they_execute(tmp_path: Path) -> None:
     assert kept.place(launch(load + rest, 4.0)) != place
     assert kept.place(launch(load + load + rest, 3.0)) != place
     assert kept.place(made._replace(programs=2)) != place
+    x, out = made.arguments
+    assert isinstance(x, torch.Tensor)
+    assert kept.place(made._replace(arguments=[x, x, out])) != kept.place(made._replace(arguments=[x, x.clone(), out]))
 
 
 def test_launches_are_what_the_code_takes() -> None:
