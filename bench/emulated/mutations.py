@@ -225,7 +225,7 @@ def lines(spoilt: Sequence[Spoilt]) -> Iterator[str]:
         for (kind, why), n in sorted(counts.items(), key=lambda x: (KINDS.index(x[0][0]), -x[1])):
             yield f"{kind:9} {n:6}  {why}"
     for x in (x for x in spoilt if x.what == HOLE):
-        yield f"  {x.target} {x.kernel} ({x.source}): {x.opcode}, {x.change}; {x.call}"
+        yield f"  {x.target} {x.kernel} ({x.source}): {x.instruction}, {x.change}; {x.call}"
 
 
 def document(spoilt: Sequence[Spoilt], each: int, seed: int) -> dict[str, Any]:
