@@ -1,7 +1,7 @@
 """The instruction table: each name with what makes an instruction of it ready to run.
 
 Here are memory, exchange within a warp, and control; the rest is in `arithmetic.py`, `matrix.py`, `tensor.py` and
-`mbarriers.py`. Member masks are not read: exchanges are of whole warps.
+`mbarriers.py`. Exchanges are of whole warps: a member mask of fewer lanes is refused, but one in a register not read.
 """
 
 from __future__ import annotations
@@ -113,8 +113,16 @@ def atomic(machine: Machine, instruction: Instruction) -> Step:
     return run
 
 
+def _require_whole_warp(instruction: Instruction) -> None:
+    """Refuse a member mask, the last operand, that leaves out lanes of a warp."""
+    mask = instruction.operands[-1]
+    if isinstance(mask, int) and mask & 0xFFFF_FFFF != 0xFFFF_FFFF:
+        raise Unsupported(f"{instruction.opcode} of the lanes {mask:#x} alone")
+
+
 def shuffle(machine: Machine, instruction: Instruction) -> Step:
     """Bind shfl.sync: the value of another lane of the warp, and a predicate for whether it is in range."""
+    _require_whole_warp(instruction)
     mode, target = instruction.words[2], instruction.operands[0]
     register, *within = (machine.register(t) for t in elements(target))
     value, by, clamp = (machine.source(o, "b32") for o in instruction.operands[1:4])
@@ -143,6 +151,7 @@ def reduce(machine: Machine, instruction: Instruction) -> Step:
     """Bind redux.sync.max.f32: the largest number of the lanes of a warp, NaN where all are."""
     if instruction.words[2:] != ["max", "f32"]:
         raise Unsupported(instruction.opcode)
+    _require_whole_warp(instruction)
     register, source = machine.register(instruction.operands[0]), machine.source(instruction.operands[1], "f32")
     sources = [source.register] if source.register else []
 
@@ -157,6 +166,7 @@ def reduce(machine: Machine, instruction: Instruction) -> Step:
 
 def elect(machine: Machine, instruction: Instruction) -> Step:
     """Bind elect.sync: the first lane of every warp."""
+    _require_whole_warp(instruction)
     index, predicate = elements(instruction.operands[0])
     outs = [(machine.register(predicate), machine.lane == 0)]
     if index != "_":
@@ -176,6 +186,8 @@ def barrier(machine: Machine, instruction: Instruction) -> Step:
     warp = words == ["warp", "sync"]
     if not warp and (operands != (0,) or words not in (["sync"], ["sync", "aligned"])):
         raise Unsupported(f"{instruction.opcode} {operands}")
+    if warp:
+        _require_whole_warp(instruction)
 
     def run(mask: Mask) -> Mask:
         machine.whole(mask, 32, instruction.opcode)

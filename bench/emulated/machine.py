@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -140,6 +141,8 @@ class Machine:
             values = np.zeros(1, numpy_type(name))
         elif isinstance(operand, str) and operand in self.special:
             values = self.special[operand].astype(numpy_type(name))
+        elif isinstance(operand, str) and re.fullmatch(r"%n?ctaid\.[yz]", operand):
+            raise Unsupported(f"the grid must have one dimension, {operand} is of another")
         else:
             raise Unsupported(f"operand {operand!r}")
         half = name.removesuffix("x2")

@@ -212,7 +212,7 @@ def tallies(spoilt: Sequence[Spoilt]) -> list[Tally]:
 
 
 def lines(spoilt: Sequence[Spoilt]) -> Iterator[str]:
-    """Yield the tables: tallies, which checks noticed what, why the rest was not noticed, and the holes."""
+    """Yield the tables: tallies, which checks noticed what, why the rest was not noticed, and where each hole is."""
     yield f"{'':26} {'noticed':>7} {'share':>6} {'holes':>5} {'redundant':>9} {'unreached':>9}"
     yield from map(str, tallies(spoilt))
     for what in (NOTICED, REDUNDANT, HOLE):
@@ -220,6 +220,8 @@ def lines(spoilt: Sequence[Spoilt]) -> Iterator[str]:
         counts = Counter((x.kind, x.why) for x in spoilt if x.what == what)
         for (kind, why), n in sorted(counts.items(), key=lambda x: (KINDS.index(x[0][0]), -x[1])):
             yield f"{kind:9} {n:6}  {why}"
+    for x in (x for x in spoilt if x.what == HOLE):
+        yield f"  {x.target} {x.kernel} ({x.source}): {x.instruction}, {x.change}; {x.call}"
 
 
 def document(spoilt: Sequence[Spoilt], each: int, seed: int) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def parse(text: str) -> Program:
     Raises:
         Unsupported: another version or target of PTX, no kernel or several, or a statement of another form.
     """
-    version, target = _header(text, r"^\.version\s+(\S+)"), _header(text, r"^\.target\s+([\w]+)")
+    version, target = _header(text, r"^\.version\s+(\d+\.\d+)\s"), _header(text, r"^\.target\s+([\w]+)")
     if not VERSIONS[0] <= tuple(int(n) for n in version.split(".")) <= VERSIONS[1]:
         raise Unsupported(f"PTX must be of a version between 7.0 and 9.2, got {version}")
     if target not in TARGETS:
@@ -109,8 +109,8 @@ def parse(text: str) -> Program:
     threads = re.search(r"\.reqntid\s+(\d+)((?:\s*,\s*\d+)*)", directives)
     if threads is None or set(re.findall(r"\d+", threads[2])) - {"1"}:
         raise Unsupported(f"{name} must state its threads, in one dimension, by .reqntid, got {directives.strip()!r}")
-    if int(threads[1]) % 32:
-        raise Unsupported(f"{name} must have whole warps of threads, got {threads[1]}")
+    if int(threads[1]) % 32 or not 0 < int(threads[1]) <= 1024:
+        raise Unsupported(f"{name} must have whole warps of threads, at most 1024, got {threads[1]}")
     body = _Body(dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"]*)"', text, re.M)))
     body.read(text, entries[0].end())
     return Program(

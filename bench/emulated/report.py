@@ -46,17 +46,18 @@ def _parser(targets: Sequence[str]) -> argparse.ArgumentParser:
     found.add_argument("--dtypes", metavar="LIST", help=f"default: {listed(DTYPES)}")
     found.add_argument("--kernels", metavar="LIST", help="such as attend or write_grad, default: all")
     found.add_argument("--calls", metavar="LIST", help="by name, of bench/emulated/cases.py, default: all")
-    found.add_argument(
+    one = found.add_mutually_exclusive_group()
+    one.add_argument(
         "--counts", action="store_true",
         help="also what the code of calls with whole tiles moves and issues, unless --calls says which",
     )  # fmt: skip
-    found.add_argument(
+    one.add_argument(
         "--mutations", type=int, metavar="N",
         help="spoil the code instead, one instruction at a time, and say what the checks notice: every barrier, fence "
         "and wait of a kernel, and N each of its masks, bounds, fragments and offsets",
     )  # fmt: skip
     found.add_argument("--quick", action="store_true", help="unless said otherwise, two targets, one dtype, few calls")
-    found.add_argument(
+    one.add_argument(
         "--against", type=Path, metavar="FILE",
         help="a result of bench/on_device: compare with the bits that it holds, and nothing else",
     )  # fmt: skip
@@ -69,6 +70,16 @@ def _parser(targets: Sequence[str]) -> argparse.ArgumentParser:
     )  # fmt: skip
     found.add_argument("--here", action="store_true", help="use the environment that is active, make none")
     return found
+
+
+def _require_places(kept: Path, file: Path | None) -> None:
+    """Raise a ValueError unless what comes of a run can be kept, before it begins."""
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--kept must be a folder, or where one can be made, got {kept} ({error.strerror})") from None
+    if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        raise ValueError(f"--json must be a file that can be written, got {file}")
 
 
 def _refused(why: str) -> int:
@@ -150,9 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtypes = choices("dtypes", given.dtypes, usual[1], tuple(DTYPES))
         calls = choices("calls", given.calls, usual[2], tuple(CASES))
         kernels = choose_kernels(given.kernels, KERNELS)
+        _require_places(given.kept, given.json)
+        jobs = plan(targets, dtypes, calls, kernels, given.counts)
+        if not jobs:
+            raise ValueError(f"--kernels must be launched by one of the calls {listed(calls)}, got {given.kernels}")
     except ValueError as error:
         return _refused(str(error))
-    jobs = plan(targets, dtypes, calls, kernels, given.counts)
     if given.mutations is not None:
         return _mutations(jobs, kernels, given)
     console = Console(stderr=True)

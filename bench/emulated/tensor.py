@@ -12,12 +12,14 @@ from .faults import Fault, Unsupported
 from .machine import Machine, Source, Step
 from .matrix import Fragment, numbers
 from .mbarriers import mbarriers_at
+from .memory import LIMIT
 from .ptx import Address, Instruction, number
 from .races import ANYONE, COMMITTED, IN_FLIGHT, Array, Ledger
 from .registers import LOADING, Mask, Register, alter, flags_of, require_written
 from .tiles import Tile
 
 LANES, COLUMNS = 128, 512
+OF_WORDS = 26  # bytes that are held for each word
 # the stamp of what a matrix instruction under way writes
 _PRODUCT = IN_FLIGHT | ANYONE
 
@@ -31,6 +33,9 @@ class TensorMemory:
     """
 
     def __init__(self, machine: Machine) -> None:
+        if machine.programs * LANES * COLUMNS * OF_WORDS > LIMIT:
+            fit = LIMIT // (LANES * COLUMNS * OF_WORDS)
+            raise Unsupported(f"tensor memory must be of {fit} programs at most, got {machine.programs}")
         self.words = np.zeros(machine.programs * LANES * COLUMNS, np.uint32)
         self.ledger = Ledger(machine.order, self.words.size)
         self.columns = np.zeros((machine.programs, COLUMNS), np.bool_)

@@ -510,9 +510,11 @@ def test_inline_labels_and_registers_belong_to_their_braces() -> None:
     ("change", "message"),
     [
         ((".version 8.7", ".version 6.0"), "version"),
+        ((".version 8.7", ".version 8.x"), "version"),
         ((".target sm_90a", ".target sm_70"), "sm_80"),
         ((".reqntid 32", ".reqntid 32, 2, 1"), "one dimension"),
         ((".reqntid 32", ".reqntid 24"), "whole warps"),
+        ((".reqntid 32", ".reqntid 2048"), "at most 1024"),
         ((".reqntid 32", ""), "reqntid"),
         (("    ret;", "    bra nowhere;"), "no label nowhere"),
         (("    ret;", "    .reg .f128 %q1;"), "f128"),
@@ -566,6 +568,11 @@ def test_refuses_other_ptx(change: tuple[str, str], message: str) -> None:
         "{%r1, %r2, %r3, %r4};",
         "ld.acquire.gpu.global.b32 %r10, [%rd0];",
         "fence.acq_rel.gpu ;",
+        "mov.u32 %r10, %nctaid.z;",
+        "shfl.sync.bfly.b32 %r10, %r1, 1, 31, 15;",
+        "redux.sync.max.f32 %r10, %r1, 0xFFFF;",
+        "elect.sync _|%p1, 1;",
+        "bar.warp.sync 1;",
     ],
 )
 def test_refuses_unknown_instructions_before_anything_runs(instruction: str) -> None:
@@ -596,8 +603,12 @@ def test_refuses_tensors_that_overlap() -> None:
         run(body, x[:48], x[16:48], outputs=[x[16:48]])
     with pytest.raises(Unsupported, match="overlap"):
         run(body, x[:32], x[:1].expand(32), outputs=[x[:1].expand(32)])
+    with pytest.raises(Unsupported, match="overlap"):  # one tensor, read and written
+        run(body, x[:32], x[:32], outputs=[x[:32]])
     run(body, x[:32], x[32:], outputs=[x[32:]])
     assert x[32:].tolist() == list(range(32))
+    with pytest.raises(Unsupported, match="among the arguments"):
+        run(body, x[:32], x[32:], outputs=[torch.zeros(32)])
 
 
 def test_refuses_what_is_too_large() -> None:
@@ -605,12 +616,25 @@ def test_refuses_what_is_too_large() -> None:
         run("", programs=1 << 14, shared=1 << 17)
     with pytest.raises(Unsupported, match="registers must fit"):
         run("", programs=1 << 20)
+    with pytest.raises(Unsupported, match="tensors must fit"):
+        run("", torch.empty(256 << 20, dtype=torch.uint8))
+    with pytest.raises(Unsupported, match="tensor memory must be of"):
+        run("    tcgen05.wait::ld.sync.aligned;", programs=1 << 12, target="sm_100a")
+
+
+@pytest.mark.parametrize("programs", [0, -1, (2, 2)])
+def test_refuses_other_grids(programs: Any) -> None:
+    with pytest.raises(Unsupported, match="kernel must be started as programs in one dimension, got"):
+        execute(program(""), programs, [], 0)
 
 
 def test_refuses_other_arguments() -> None:
     takes_one = program("", ["u64"])
     with pytest.raises(Unsupported, match="1 parameters, got 2"):
         execute(takes_one, 1, [torch.zeros(1), 3], 0)
+    for kind, argument in (("u64", 1.0), ("u64", 1 << 64), ("u32", 1 << 32), ("u32", torch.zeros(1))):
+        with pytest.raises(Unsupported, match=r"kernel_param_0, of \d bytes, cannot hold"):
+            execute(program("", [kind]), 1, [argument], 0)
 
 
 def test_a_loop_without_end() -> None:

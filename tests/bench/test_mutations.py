@@ -233,6 +233,7 @@ def test_the_table_counts_shares() -> None:
     text = list(lines(rows))
     assert text[1].split() == ["sm_90", "scan_kernel", "3", "75.0%", "1", "1", "1"]
     assert "barrier        3  race" in text
+    assert text[-1] == "  sm_90 scan_kernel (write.py:1): bar.sync, taken out; delta"
 
 
 def test_launches_are_kept(tmp_path: Path) -> None:
