@@ -251,8 +251,8 @@ class InfiniAttention(nn.Module):
                 raise ValueError("spans and cu_seqlens must be None with a group: each row is one text")
             if self.lookback or self.sinks:
                 raise ValueError(
-                    f"lookback and sinks must be 0 with a group, got {self.lookback} and {self.sinks}: tokens of "
-                    "other ranks are not seen"
+                    f"lookback and sinks must be 0 with a group, got {self.lookback} and {self.sinks}, for which "
+                    "ranks would have to see each other's tokens: give each rank whole texts, without a group"
                 )
             if state is not None and state.keys.shape[2]:
                 raise ValueError(

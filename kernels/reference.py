@@ -51,7 +51,8 @@ def read(features: Tensor, state: MemoryState) -> tuple[Tensor, Tensor]:
     peak = state.normalizer.detach().abs().amax(-1, keepdim=True)
     peak = peak.masked_fill(peak < limits.tiny / limits.eps, torch.inf)
     weight = features @ (state.normalizer / peak).unsqueeze(-1)
-    filled = weight.abs() >= least_weight(features, peak.reciprocal().unsqueeze(-1))
+    largest = features.detach().abs().amax(-1, keepdim=True)
+    filled = weight.abs() >= least_weight(largest, peak.reciprocal().unsqueeze(-1))
     return torch.where(
         filled, features @ (state.memory / peak.unsqueeze(-1)) / weight.masked_fill(~filled, 1), 0
     ), filled

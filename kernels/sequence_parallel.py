@@ -99,8 +99,8 @@ def sequence_parallel_attention(
         )
     if lookback or sinks:
         problem = ValueError(
-            "lookback and sinks must be 0 for a sequence over several processes, "
-            f"got lookback = {lookback}, sinks = {sinks}"
+            f"lookback and sinks must be 0 for a sequence over several processes, got lookback = {lookback}, sinks = "
+            f"{sinks}, for which ranks would have to see each other's tokens: give each rank whole sequences"
         )
     if check_ranks:
         problem = problem or _problem(tensors, per_head, state, options)

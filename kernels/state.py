@@ -129,14 +129,16 @@ def over_peak(normalizer: Tensor) -> tuple[Tensor, Tensor]:
     return normalizer * inverse, inverse
 
 
-def least_weight(features: Tensor, inverse_peak: Tensor) -> Tensor:
-    """Return the least |σ z| [..., 1], z over its peak, by which features σ [..., K] find anything in a memory.
+def least_weight(largest: Tensor, inverse_peak: Tensor) -> Tensor:
+    """Return the least |σ z| [..., 1], z over its peak, by which features σ find anything in a memory.
 
     Below it σ z has lost its digits to underflow, or σ / σ z, times which gradients go, could overflow.
+
+    Args:
+        largest: [..., 1], the largest |σ| of a row.
     """
-    limits = torch.finfo(features.dtype)
+    limits = torch.finfo(largest.dtype)
     least = limits.tiny / limits.eps * inverse_peak.clamp(min=1)
-    largest = features.detach().abs().amax(-1, keepdim=True)
     return (largest * least).clamp(min=limits.tiny)
 
 

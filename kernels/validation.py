@@ -170,7 +170,7 @@ def check_scale(scale: float | None, q: Tensor) -> float:
         return 1 / math.sqrt(q.shape[3])
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}")
     return float(scale)
 
@@ -181,7 +181,7 @@ def check_softcap(softcap: float | None) -> float | None:
         return None
     if isinstance(softcap, bool) or not isinstance(softcap, Real):
         raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
-    if not (math.isfinite(softcap) and softcap > 0):
+    if not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
     return float(softcap)
 

@@ -179,6 +179,20 @@ def check_sight(model: nn.Module, kind: str, masked: bool) -> None:
         )
 
 
+def first_position(model: nn.Module) -> int:
+    """Return the position of a text's first row, which is 0 but where positions stand behind that of padding."""
+    table = _shifted_positions(huggingface_of(model))
+    return 0 if table is None else table.padding_idx + 1
+
+
+def _shifted_positions(model: Any) -> Any:
+    """Return the table of positions that RoBERTa and those like it count from one past the padding's on, or None."""
+    for name, module in () if model is None else model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module
+    return None
+
+
 def check_positions(model: nn.Module, rows: int, extra: int) -> None:
     """Check that a segment fits the positions that the model knows.
 
@@ -191,10 +205,8 @@ def check_positions(model: nn.Module, rows: int, extra: int) -> None:
     """
     inner = huggingface_of(model)
     known = getattr(getattr(inner, "config", None), "max_position_embeddings", None)
-    for name, module in () if inner is None else inner.named_modules():
-        # RoBERTa counts positions from one past the padding's on
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            known = module.num_embeddings - module.padding_idx - 1
+    if (table := _shifted_positions(inner)) is not None:
+        known = table.num_embeddings - first_position(model)
     # XLNet's is -1: it has no table
     if isinstance(known, int) and 0 < known < rows:
         raise ValueError(

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +211,20 @@ def test_figures_of_the_baselines_are_in_the_results() -> None:
     assert all(kept["counted"] == kept["bytes"] for kept in figures["kept"].values())
     infini = figures["papers"][-1]
     assert f"{infini['counted_fewer']:.1f} times fewer numbers than Memorizing Transformers" in PROSE["results.md"]
+
+
+def test_what_is_said_of_the_fitted_gates_is_in_the_results() -> None:
+    figures = json.loads((RESULTS / "pretrained" / "smollm2-delta" / "adapt.json").read_text(encoding="utf-8"))
+    shares = [share for layer in figures["layers"] for share in layer["gates"]]
+    assert f"between 0 and {max(shares):.2f} in all {len(shares)} heads" in PROSE["results.md"]
+    assert f"at {statistics.median(shares):.3f} in the median" in PROSE["results.md"]
+    above, most, below = (sum(test) for test in zip(*((x > 0.1, x > 0.5, x < 0.005) for x in shares), strict=True))
+    assert f"in {above} above 0.1, in none above 0.5, and in {below} below 0.005" in PROSE["results.md"]
+    assert most == 0
+    shut = {layer["layer"]: sum(share < 0.005 for share in layer["gates"]) for layer in figures["layers"]}
+    named = re.search(r"several of these \(([\d, ]+)\)", PROSE["results.md"])
+    assert named is not None
+    assert {int(x) for x in named[1].split(", ")} == {layer for layer, count in shut.items() if count > 1}
 
 
 def test_figures_of_plans_are_in_the_results() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .faults import Unsupported
-from .formats import BITS, HALVES, SIGNED, flush, narrow, numpy_type, tf32
+from .formats import BITS, FLOATS, HALVES, SIGNED, flush, narrow, numpy_type, tf32
 from .machine import Machine, Source, Step
 from .ptx import Instruction, Operand, elements
 from .races import Array
@@ -75,7 +75,6 @@ FUNCTIONS: dict[str, Function] = {
     "div": _divide,
     "ex2": np.exp2,
     "fma": _fma,
-    "lg2": np.log2,
     "mad.lo": lambda a, b, c: a * b + c,
     "mad.wide": _wide,
     "max": np.fmax,
@@ -88,18 +87,17 @@ FUNCTIONS: dict[str, Function] = {
     "not": np.invert,
     "or": np.bitwise_or,
     "prmt": _permute,
-    "rcp": np.reciprocal,
     "rem": lambda a, b: a - b * _divide(a, b),
-    "rsqrt": lambda a: np.reciprocal(np.sqrt(a)),
     "shl": _shift(np.left_shift),
     "shr": _shift(np.right_shift),
-    "sqrt": np.sqrt,
     "sub": np.subtract,
     "xor": np.bitwise_xor,
 }
-_OF_NAN = {"max": np.maximum, "min": np.minimum}
 # what the functions above are not right for
-_REFUSED = {"bfe.u64", "bfe.s64", "mul.hi.u64", "mul.hi.s64", "fma.f16", "fma.bf16", "fma.f16x2", "fma.bf16x2"}
+_REFUSED = {
+    *("bfe.u64", "bfe.s64", "mul.hi.u64", "mul.hi.s64"),
+    *(f"{name}.{kind}" for name in ("fma", "max", "min") for kind in ("f16", "bf16", "f16x2", "bf16x2")),
+}
 
 
 def _extreme(name: str, function: Function) -> Function:
@@ -117,7 +115,7 @@ def _extreme(name: str, function: Function) -> Function:
 
 
 # what does not change the result here: approximations are computed in full
-_MODIFIERS = {"rn", "approx", "full", "ftz", "lo", "hi", "wide", "NaN"}
+_MODIFIERS = {"rn", "approx", "full", "ftz", "lo", "hi", "wide"}
 
 
 def compute(machine: Machine, instruction: Instruction) -> Step:
@@ -136,10 +134,8 @@ def compute(machine: Machine, instruction: Instruction) -> Step:
         types[2:] = [result] * len(types[2:])
     if set(modifiers) - _MODIFIERS or (f"{key}.{kind}" in _REFUSED and result == kind):
         raise Unsupported(instruction.opcode)
-    if name in _OF_NAN:  # of two numbers or of three
-        two = _OF_NAN[name] if "NaN" in modifiers else function
-        if kind == "f32" or kind.removesuffix("x2") in HALVES:
-            two = _extreme(name, two)
+    if name in ("max", "min"):  # of two numbers or of three
+        two = _extreme(name, function) if kind == "f32" else function
         function = two if len(operands) == 2 else lambda a, b, c: two(two(a, b), c)
     if "ftz" in modifiers:
         exact = function
@@ -248,14 +244,11 @@ def select(machine: Machine, instruction: Instruction) -> Step:
     return run
 
 
-_ROUND: dict[str, Function] = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
-
-
 def convert(machine: Machine, instruction: Instruction) -> Step:
-    """Bind cvt: between integers, between floats, from one to the other; two floats to a pair of halves."""
+    """Bind cvt: between integers, between floats, of integers to floats; two floats to a pair of halves."""
     _, *modifiers, result, kind = instruction.words
     target, *operands = instruction.operands
-    dtype, floating = numpy_type(result), kind in (*HALVES, "f32")
+    dtype = numpy_type(result)
 
     def function(*values: Array) -> Array:
         if len(values) == 2:  # the first is the upper half
@@ -264,15 +257,10 @@ def convert(machine: Machine, instruction: Instruction) -> Step:
             return tf32(values[0])
         if result in (*HALVES, "f32"):
             return values[0].astype(np.float32)
-        if floating:
-            limits = np.iinfo(dtype)
-            rounded = np.nan_to_num(_ROUND[modifiers[0]](values[0].astype(np.float64)))
-            return np.clip(rounded, limits.min, limits.max).astype(dtype)
         return values[0].astype(dtype)
 
-    to_integer = floating and result not in (*HALVES, "f32", "tf32") and not result.endswith("x2")
-    rounding = [[m] for m in _ROUND] if to_integer else [["rna"]] if result == "tf32" else [[], ["rn"]]
-    if modifiers not in rounding or (to_integer and np.dtype(dtype).itemsize == 8):
+    rounded_to_integers = kind in FLOATS and result.removesuffix("x2") not in FLOATS
+    if modifiers not in ([["rna"]] if result == "tf32" else [[], ["rn"]]) or rounded_to_integers:
         raise Unsupported(instruction.opcode)
     register = "f32" if result == "tf32" else result
     return lanewise(machine, function, target, register, operands, [kind] * len(operands), wide=True)

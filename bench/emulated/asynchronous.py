@@ -89,8 +89,7 @@ class Warpgroups:
             if now.any():
                 ended.append(flight)
                 for leader in [leader for leader in flight.reads if now[leader]]:
-                    end = self.shared.ledger.order.end(waited=False)
-                    self.shared.ledger.end_matrix_reads(flight.reads[leader], end)
+                    self.shared.ledger.end_matrix_reads(flight.reads[leader], self.shared.ledger.order.end())
             if (rest := flight.lanes & ~now).any():
                 left.append(flight._replace(lanes=rest))
         self.flights = left
@@ -103,25 +102,34 @@ class Warpgroups:
         alter(flight.results, lambda flags: flags | flight.lanes * NOT_ARRIVED)
 
 
+class Product:
+    """A tcgen05.mma under way: the stamp of its reads of shared memory, and where it writes tensor memory.
+
+    commit: the first that tracks it, 0: none has yet.
+    """
+
+    def __init__(self, reads: int, places: Array) -> None:
+        self.reads, self.places, self.commit, self.done = reads, places, 0, False
+
+
 class Mbarrier:
     """A barrier in shared memory at which matrix instructions arrive: each phase ends after `count` arrivals.
 
-    phase: how many have ended. tracked: what ends with the next wait for it.
+    phase: how many have ended, and commit: the last that arrived in one of those. arriving: the products of the phase
+    under way; arrived: of earlier ones, until a thread waits for them.
     """
 
     def __init__(self, count: int) -> None:
-        self.count, self.left, self.phase = count, count, 0
-        self.tracked: list[Product] = []
+        self.count, self.left, self.phase, self.commit = count, count, 0, 0
+        self.arriving: list[Product] = []
+        self.arrived: list[Product] = []
 
-    def arrive(self) -> None:
-        """Arrive once."""
+    def arrive(self, commit: int, products: Sequence[Product]) -> None:
+        """Arrive once, by a commit that tracks products."""
+        for product in products:
+            product.commit = product.commit or commit
+        self.arriving += products
         self.left -= 1
         if self.left == 0:
-            self.left, self.phase = self.count, self.phase + 1
-
-
-class Product:
-    """A tcgen05.mma under way: the stamp of its reads of shared memory, and where it writes tensor memory."""
-
-    def __init__(self, reads: int, places: Array) -> None:
-        self.reads, self.places, self.done = reads, places, False
+            self.left, self.phase, self.commit = self.count, self.phase + 1, commit
+            self.arrived, self.arriving = self.arrived + self.arriving, []

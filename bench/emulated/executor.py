@@ -74,6 +74,8 @@ def load(
     counting: bool = False,
 ) -> Machine:
     """Return a machine that has not begun; arguments as `execute` takes them. Its memory is a copy of the tensors."""
+    if not isinstance(programs, int) or programs < 1:
+        raise Unsupported(f"{program.name} must be started as programs in one dimension, got {programs!r}")
     memory = Global([a for a in arguments if isinstance(a, Tensor)], outputs)
     return Machine(program, programs, _parameters(program, arguments, memory), memory, shared, counting)
 
@@ -84,14 +86,18 @@ def _parameters(program: Program, arguments: Sequence[Tensor | int | float], mem
     sizes = list(program.parameters.values())
     if missing < 0 or any(size != 8 for size in sizes[len(arguments) :]):
         raise Unsupported(f"{program.name} takes {len(program.parameters)} parameters, got {len(arguments)} arguments")
-    values = [_encode(a, size, memory) for a, size in zip(arguments, sizes, strict=False)] + [bytes(8)] * missing
+    named = zip(program.parameters.items(), arguments, strict=False)
+    values = [_encode(argument, name, size, memory) for (name, size), argument in named] + [bytes(8)] * missing
     return dict(zip(program.parameters, values, strict=True))
 
 
-def _encode(argument: Tensor | int | float, size: int, memory: Global) -> bytes:
-    """Return an argument as the bytes of a parameter."""
-    if isinstance(argument, Tensor):
+def _encode(argument: Tensor | int | float, name: str, size: int, memory: Global) -> bytes:
+    """Return an argument as the bytes of the parameter `name`, of `size` bytes."""
+    if isinstance(argument, Tensor) and size == 8:
         return struct.pack("<Q", memory.address(argument))
-    if isinstance(argument, float):
+    if isinstance(argument, float) and size == 4:
         return struct.pack("<f", argument)
-    return struct.pack("<q", argument)[:size]
+    if isinstance(argument, int) and -(1 << 8 * size - 1) <= argument < 1 << 8 * size:
+        return (argument % (1 << 8 * size)).to_bytes(size, "little")
+    what = "a tensor" if isinstance(argument, Tensor) else repr(argument)
+    raise Unsupported(f"{name}, of {size} bytes, cannot hold {what}")

@@ -1,7 +1,7 @@
 """The instruction table: each name with what makes an instruction of it ready to run.
 
 Here are memory, exchange within a warp, and control; the rest is in `arithmetic.py`, `matrix.py`, `tensor.py` and
-`mbarriers.py`. Member masks are not read: exchanges are of whole warps.
+`mbarriers.py`. Exchanges are of whole warps: a member mask of fewer lanes is refused, but one in a register not read.
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from .faults import Unsupported
 from .formats import numpy_type
 from .machine import Code, Machine, Step
 from .ptx import Address, Instruction, elements, number
-from .races import Array
 from .registers import Mask, flags_of, require_written
 
-# what does not change a result here: caches, scopes, no order
-_HINTS = set("cg ca cs lu wb wt gpu cta sys relaxed weak nc".split())
-_ORDERS = {"acquire", "release", "acq_rel"}  # of atomics
+_ORDERS = {"relaxed", "acquire", "release", "acq_rel"}  # of atomics
 # what one family of GPUs alone has
 _TARGETS = {"wgmma": "sm_90a", "tcgen05": "sm_100a"}
 
@@ -30,9 +27,9 @@ _TARGETS = {"wgmma": "sm_90a", "tcgen05": "sm_100a"}
 def _access(instruction: Instruction) -> tuple[str, np.dtype[Any], int]:
     """Return the space, the type and the number of elements of a load or store."""
     _, *words, kind = instruction.words
-    vector = next((w for w in words if w in ("v2", "v4", "v8")), "")
+    vector = next((w for w in words if w in ("v2", "v4")), "")
     spaces = [w for w in words if w in ("global", "shared", "shared::cta", "param")]
-    if len(spaces) != 1 or set(words) - _HINTS - {vector, *spaces}:
+    if len(spaces) != 1 or set(words) - {vector, "cg", *spaces}:
         raise Unsupported(instruction.opcode)
     return spaces[0].partition("::")[0], np.dtype(numpy_type(kind)), int(vector[1:] or "1")
 
@@ -90,30 +87,15 @@ def store(machine: Machine, instruction: Instruction) -> Step:
     return run
 
 
-_ATOMICS: dict[str, Callable[..., Any]] = {
-    "add": lambda old, x: old + x,
-    "and": lambda old, x: old & x,
-    "or": lambda old, x: old | x,
-    "exch": lambda old, x: x,
-    "max": max,
-    "min": min,
-    "cas": lambda old, x, y: y if old == x else old,
-}
-
-
 def atomic(machine: Machine, instruction: Instruction) -> Step:
-    """Bind atom and red on global memory: lane after lane. Only .release, .acquire and .acq_rel order programs."""
-    name, *words, kind = instruction.words
+    """Bind atom.add on global memory: lane after lane. Only .release, .acquire and .acq_rel order programs."""
+    _, *words, kind = instruction.words
     acquires, releases = (bool({order, "acq_rel"} & set(words)) for order in ("acquire", "release"))
-    names = [w for w in words if w in _ATOMICS]
-    if len(names) != 1 or set(words) - _HINTS - _ORDERS != {"global", *names}:
+    if set(words) - _ORDERS - {"gpu"} != {"global", "add"}:
         raise Unsupported(instruction.opcode)
-    target, place, *operands = instruction.operands if name == "atom" else ("_", *instruction.operands)
-    function, dtype = _ATOMICS[names[0]], np.dtype(numpy_type(kind))
-    address = machine.address(place, 8)
-    sources = [machine.source(o, kind) for o in operands]
-    registers = [s.register for s in sources if s.register]
-    result = None if target == "_" else machine.register(target)
+    target, place, operand = instruction.operands
+    dtype, address, source = np.dtype(numpy_type(kind)), machine.address(place, 8), machine.source(operand, kind)
+    registers, result = [source.register] if source.register else [], machine.register(target)
 
     def run(mask: Mask) -> None:
         require_written(registers, mask, "an atomic operand")
@@ -123,19 +105,24 @@ def atomic(machine: Machine, instruction: Instruction) -> Step:
         machine.memory.mark(at, dtype.itemsize, lanes)
         machine.order.meet(at, lanes, acquires, releases)
         old = np.empty(at.size, dtype)
-        for i, (cell, *values) in enumerate(
-            zip(at // dtype.itemsize, *(machine.each(s, lanes) for s in sources), strict=True)
-        ):
+        for i, (cell, more) in enumerate(zip(at // dtype.itemsize, machine.each(source, lanes), strict=True)):
             old[i] = cells[cell]
-            cells[cell] = function(old[i], *values)
-        if result is not None:
-            result.fill(old, lanes, mask, None)
+            cells[cell] += more
+        result.fill(old, lanes, mask, None)
 
     return run
 
 
+def _require_whole_warp(instruction: Instruction) -> None:
+    """Refuse a member mask, the last operand, that leaves out lanes of a warp."""
+    mask = instruction.operands[-1]
+    if isinstance(mask, int) and mask & 0xFFFF_FFFF != 0xFFFF_FFFF:
+        raise Unsupported(f"{instruction.opcode} of the lanes {mask:#x} alone")
+
+
 def shuffle(machine: Machine, instruction: Instruction) -> Step:
     """Bind shfl.sync: the value of another lane of the warp, and a predicate for whether it is in range."""
+    _require_whole_warp(instruction)
     mode, target = instruction.words[2], instruction.operands[0]
     register, *within = (machine.register(t) for t in elements(target))
     value, by, clamp = (machine.source(o, "b32") for o in instruction.operands[1:4])
@@ -160,53 +147,26 @@ def shuffle(machine: Machine, instruction: Instruction) -> Step:
     return run
 
 
-def _over_warp(machine: Machine, instruction: Instruction, kind: str, reduce: Callable[[Array], Array]) -> Step:
-    """Return what gives every lane of a warp the result of a reduction over [warps, 32]."""
-    register = machine.register(instruction.operands[0])
-    source = machine.source(instruction.operands[1], kind)
+def reduce(machine: Machine, instruction: Instruction) -> Step:
+    """Bind redux.sync.max.f32: the largest number of the lanes of a warp, NaN where all are."""
+    if instruction.words[2:] != ["max", "f32"]:
+        raise Unsupported(instruction.opcode)
+    _require_whole_warp(instruction)
+    register, source = machine.register(instruction.operands[0]), machine.source(instruction.operands[1], "f32")
     sources = [source.register] if source.register else []
 
     def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
         flags = matrix.over_warps(flags_of(sources, mask))
-        result = np.repeat(reduce(machine.each(source).reshape(-1, 32)), 32)
-        register.write(result.view(register.bits.dtype), mask, flags)
+        largest = np.fmax.reduce(machine.each(source).reshape(-1, 32), axis=1)
+        register.write(np.repeat(largest, 32).view(register.bits.dtype), mask, flags)
 
     return run
 
 
-_VOTES: dict[str, Callable[[Array], Array]] = {
-    "any": lambda p: np.asarray(p.any(1)),
-    "all": lambda p: np.asarray(p.all(1)),
-    "ballot": lambda p: np.packbits(p, axis=1, bitorder="little").view(np.uint32)[:, 0],
-}
-_REDUCTIONS: dict[str, Any] = {
-    "add": np.add,
-    "and": np.bitwise_and,
-    "max": np.maximum,
-    "min": np.minimum,
-    "or": np.bitwise_or,
-}
-
-
-def vote(machine: Machine, instruction: Instruction) -> Step:
-    """Bind vote.sync: whether a predicate holds in any lane or in all, or in which."""
-    return _over_warp(machine, instruction, "pred", _VOTES[instruction.words[2]])
-
-
-def reduce(machine: Machine, instruction: Instruction) -> Step:
-    """Bind redux.sync: a reduction over the lanes of a warp; of floats, NaN counts only with .NaN."""
-    _, _, name, *modifiers, kind = instruction.words
-    function = _REDUCTIONS[name]
-    if kind == "f32" and not modifiers:
-        function = {"max": np.fmax, "min": np.fmin}[name]
-    elif modifiers != (["NaN"] if kind == "f32" else []):
-        raise Unsupported(instruction.opcode)
-    return _over_warp(machine, instruction, kind, lambda x: np.asarray(function.reduce(x, axis=1, dtype=x.dtype)))
-
-
 def elect(machine: Machine, instruction: Instruction) -> Step:
     """Bind elect.sync: the first lane of every warp."""
+    _require_whole_warp(instruction)
     index, predicate = elements(instruction.operands[0])
     outs = [(machine.register(predicate), machine.lane == 0)]
     if index != "_":
@@ -226,6 +186,8 @@ def barrier(machine: Machine, instruction: Instruction) -> Step:
     warp = words == ["warp", "sync"]
     if not warp and (operands != (0,) or words not in (["sync"], ["sync", "aligned"])):
         raise Unsupported(f"{instruction.opcode} {operands}")
+    if warp:
+        _require_whole_warp(instruction)
 
     def run(mask: Mask) -> Mask:
         machine.whole(mask, 32, instruction.opcode)
@@ -291,16 +253,12 @@ TABLE: dict[str, Binder] = {
     "ld": load,
     "st": store,
     "atom": atomic,
-    "red": atomic,
     "shfl": shuffle,
-    "vote": vote,
     "redux": reduce,
     "elect": elect,
     "bar": barrier,
-    "barrier": barrier,
     "bra": lambda machine, instruction: lambda mask: None,
     "ret": lambda machine, instruction: machine.full,
-    "exit": lambda machine, instruction: machine.full,
     "cp": copy,
     "fence": fence,
     "mma": matrix.multiply,

@@ -37,6 +37,8 @@ class Kept:
     def place(self, launch: Executable) -> Path:
         """Return where a launch is kept."""
         seen = hashlib.blake2b(f"{executor()} {launch.program.digest} {launch.programs} {launch.shared}".encode())
+        storages = [x.untyped_storage().data_ptr() for x in launch.arguments if isinstance(x, Tensor)]
+        seen.update(repr([storages.index(x) for x in storages]).encode())  # which tensors share one
         for x in (*launch.arguments, "outputs", *launch.outputs):
             if isinstance(x, Tensor):
                 seen.update(repr((x.shape, x.stride(), x.dtype, x.storage_offset())).encode())

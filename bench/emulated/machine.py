@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,15 +65,6 @@ class Run:
         return +counts
 
 
-def _special_registers(lane: Array, threads: int, programs: int) -> dict[str, Array]:
-    """Return the values of special registers, of all lanes or one for all."""
-    nought, one = np.zeros(1, np.int64), np.ones(1, np.int64)
-    along_x = {"tid": lane % threads, "ctaid": lane // threads, "ntid": threads * one, "nctaid": programs * one}
-    across = {f"%{name}.{axis}": one if name[0] == "n" else nought for name in along_x for axis in "yz"}
-    warps = {"%laneid": lane % 32, "%warpid": lane % threads // 32}
-    return {f"%{name}.x": values for name, values in along_x.items()} | across | warps
-
-
 def _registers(sizes: dict[str, int], lanes: int) -> dict[str, Register]:
     """Return registers of `sizes` bytes, never written."""
     fresh = np.full(lanes, NEVER_WRITTEN)
@@ -108,7 +100,7 @@ class Machine:
         lane = np.arange(self.count)
         self.lane, self.warp, self.program_of = lane % 32, lane // 32, self.order.program
         self.warp_of = self.warp % (self.threads // 32)
-        self.special = _special_registers(lane, self.threads, programs)
+        self.special = {"%tid.x": lane % self.threads, "%ctaid.x": lane // self.threads}
         self.registers = _registers(program.registers, self.count)
         self.traffic: dict[tuple[int, str], Traffic] | None = {} if counting else None
         self.operations = 0
@@ -149,6 +141,8 @@ class Machine:
             values = np.zeros(1, numpy_type(name))
         elif isinstance(operand, str) and operand in self.special:
             values = self.special[operand].astype(numpy_type(name))
+        elif isinstance(operand, str) and re.fullmatch(r"%n?ctaid\.[yz]", operand):
+            raise Unsupported(f"the grid must have one dimension, {operand} is of another")
         else:
             raise Unsupported(f"operand {operand!r}")
         half = name.removesuffix("x2")

@@ -31,16 +31,11 @@ class Layout(NamedTuple):
     columns: Array
 
 
-def operand_a(registers: int) -> Layout:
-    """Return the layout of A, 16 rows of words: registers go down by 8 rows, then right by 4 words."""
-    r = np.arange(registers)[:, None]
-    return Layout(ROW + 8 * (r % 2), COLUMN + 4 * (r // 2))
-
-
-def operand_b(registers: int) -> Layout:
-    """Return the layout of B transposed, 8 rows of words: registers go right by 4 words."""
-    r = np.arange(registers)[:, None]
-    return Layout(ROW + 0 * r, COLUMN + 4 * r)
+_R = np.arange(4)[:, None]
+# A, 16 rows of 8 words: registers go down by 8 rows, then right by 4 words
+A = Layout(ROW + 8 * (_R % 2), COLUMN + 4 * (_R // 2))
+# B transposed, 8 rows of 8 words: registers go right by 4 words
+B = Layout(ROW + 0 * _R[:2], COLUMN + 4 * _R[:2])
 
 
 def result(registers: int) -> Layout:
@@ -98,20 +93,19 @@ def multiply(machine: Machine, instruction: Instruction) -> Step:
     if words[1:3] != ["sync", "aligned"] or words[4:] != ["row", "col", "f32", kind, kind, "f32"]:
         raise Unsupported(instruction.opcode)
     M, N, K = _shape(instruction)
-    per_word = 2 if kind in HALVES else 1
     d, a, b, c = (Fragment(machine, o) for o in instruction.operands)
     counts = [len(x.registers) for x in (d, a, b, c)]
-    right = [4, K // per_word // 2, K // per_word // 4, 4]
-    if (M, N) != (16, 8) or counts != right or K not in (4 * per_word, 8 * per_word) or kind not in (*HALVES, "tf32"):
+    known = kind in (*HALVES, "tf32") and (16 if kind in HALVES else 8) == K
+    if not known or M != 16 or N != 8 or counts != [4, 4, 2, 4]:
         raise Unsupported(instruction.opcode)
-    layout_a, layout_b, layout_d = operand_a(len(a.registers)), operand_b(len(b.registers)), result(4)
+    layout_d = result(4)
     inputs = a.registers + b.registers + c.registers
 
     def run(mask: Mask) -> None:
         machine.whole(mask, 32, instruction.opcode)
         machine.operations += 2 * M * N * K * int(np.count_nonzero(machine.full(mask))) // 32
         flags = over_warps(flags_of(inputs, mask))
-        left, right = numbers(a.matrix(layout_a, 16), kind), numbers(b.matrix(layout_b, 8), kind)
+        left, right = numbers(a.matrix(A, 16), kind), numbers(b.matrix(B, 8), kind)
         product = np.matmul(left, right.swapaxes(1, 2))[:, layout_d.rows, layout_d.columns]
         d.write((product + c.gather().view(np.float32)).view(np.uint32), mask, flags)
 
@@ -226,7 +220,7 @@ def _product(machine: Machine, instruction: Instruction) -> Step:
         raise Unsupported(instruction.opcode)
     d, b, keep = Fragment(machine, operands[0]), machine.source(operands[2], "b64"), machine.source(operands[3], "pred")
     a = Fragment(machine, operands[1]) if in_registers else machine.source(operands[1], "b64")
-    layout_a, layout_d = operand_a(4), result(N // 2)
+    layout_d = result(N // 2)
     inputs = a.registers if isinstance(a, Fragment) else []
     read = [s.register for s in (a, b, keep) if isinstance(s, Source) and s.register]
     for register in d.registers:  # A's follow the data: compilers write them after the fence, and ptxas waits
@@ -251,7 +245,7 @@ def _product(machine: Machine, instruction: Instruction) -> Step:
         machine.operations += 2 * M * N * K * leaders.size
         never = over_warps(flags_of(inputs, mask))
         if isinstance(a, Fragment):
-            left = numbers(a.matrix(layout_a, 16), kind).reshape(-1, 64, K)[leaders // 128]
+            left = numbers(a.matrix(A, 16), kind).reshape(-1, 64, K)[leaders // 128]
         else:
             left = tiles(a, 64, transposes[:1] == [True], leaders)
         right = tiles(b, N, transposes[-1:] == [True], leaders)

@@ -64,7 +64,7 @@ def _try_wait(machine: Machine, instruction: Instruction) -> Step:
         ended &= again[lanes]
         for i in np.unique(which[ended]).tolist():
             _end(machine, barriers[i])
-        machine.order.wait(lanes[ended])
+        machine.order.wait(lanes[ended], np.array([barrier.commit for barrier in barriers])[which[ended]])
         done.write(again, mask, None)
         waiting = np.zeros(machine.count, np.bool_)
         waiting[lanes] = again[lanes] & ~ended
@@ -78,14 +78,14 @@ def _try_wait(machine: Machine, instruction: Instruction) -> Step:
 
 
 def _end(machine: Machine, barrier: Mbarrier) -> None:
-    """End the matrix instructions that an mbarrier tracks."""
-    if not barrier.tracked:
+    """End the matrix instructions that arrived at an mbarrier."""
+    if not barrier.arrived:
         return
     memory: Any = machine.tensor
-    for product in barrier.tracked:
+    for product in barrier.arrived:
         if not product.done:
-            product.done = True
-            machine.shared.ledger.end_matrix_reads(product.reads, machine.order.end(waited=True))
-            memory.ledger.written[product.places] = machine.order.end(waited=True)
-    barrier.tracked = []
+            product.done, end = True, machine.order.end(product.commit)
+            machine.shared.ledger.end_matrix_reads(product.reads, end)
+            memory.end(product, end)
+    barrier.arrived = []
     memory.products = {lane: [p for p in products if not p.done] for lane, products in memory.products.items()}

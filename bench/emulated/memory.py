@@ -15,7 +15,9 @@ from .races import IN_FLIGHT, Array, Lanes, Ledger, Order, Programs
 
 BASE = 0x7F00_0000_0000  # the first made-up address
 WINDOW = 40  # bits of the addresses that a storage has to itself
-LIMIT = 4 << 30  # bytes of all memory together
+LIMIT = 4 << 30  # bytes of each kind of memory, with what is noted of it
+# bytes that are held, or noted on the way, for each byte of tensors, and of shared memory
+OF_TENSORS, OF_SHARED = 24, 10
 
 
 class Global:
@@ -26,7 +28,7 @@ class Global:
     written is not told from what was.
 
     Raises:
-        Unsupported: an output shares elements with another tensor, or all is too large.
+        Unsupported: an output is no argument, or shares elements with another tensor, or all is too large.
     """
 
     def __init__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -35,8 +37,10 @@ class Global:
         self.sizes = np.array([t.untyped_storage().nbytes() for t in self.storages.values()], np.int64)
         ends = np.cumsum(-(-self.sizes // 256) * 256)
         self.starts, end = ends - -(-self.sizes // 256) * 256, int(ends[-1]) if ends.size else 0
-        if end > LIMIT:
-            raise Unsupported(f"tensors must fit {LIMIT} bytes of memory, got {end}")
+        if end * OF_TENSORS > LIMIT:
+            raise Unsupported(f"tensors must fit {LIMIT // OF_TENSORS} bytes of memory, got {end}")
+        if any(t.untyped_storage().data_ptr() not in self.windows for t in outputs):
+            raise Unsupported("outputs must be among the arguments")
         self.bytes = np.zeros(end, np.uint8)
         for start, tensor in zip(self.starts, self.storages.values(), strict=True):
             self.bytes[start : start + tensor.untyped_storage().nbytes()] = bytes_of(tensor)
@@ -79,7 +83,8 @@ class Global:
             if np.count_nonzero(taken) != before + tensor.numel() * tensor.itemsize:
                 raise Unsupported("tensors must not overlap: an output shares elements with itself or another output")
         outputs = {_identity(t) for t in self.outputs}
-        if any(self._elements(taken, t).any() for t in tensors if _identity(t) not in outputs):
+        others = [t for t in tensors if _identity(t) not in outputs]
+        if len(tensors) - len(others) > len(outputs) or any(self._elements(taken, t).any() for t in others):
             raise Unsupported("tensors must not overlap: an output shares elements with another argument")
 
     def places(self, addresses: Array, width: int) -> Array:
@@ -160,8 +165,9 @@ class Shared:
 
     def __init__(self, order: Order, programs: int, size: int) -> None:
         self.size, self.pitch = size, max(-(-size // 1024) * 1024, 1024)
-        if programs * self.pitch * 9 > LIMIT:
-            raise Unsupported(f"shared memory must fit {LIMIT // 9} bytes, got {programs} programs of {size} bytes")
+        if programs * self.pitch * OF_SHARED > LIMIT:
+            fit = LIMIT // OF_SHARED
+            raise Unsupported(f"shared memory must fit {fit} bytes, got {programs} programs of {size} bytes")
         self.bytes = np.zeros(programs * self.pitch, np.uint8)
         self.ledger = Ledger(order, programs * self.pitch // 2)
         self.guarded: Collection[int] = ()  # the places of mbarriers

@@ -49,7 +49,10 @@ def _head(*columns: str) -> str:
 
 def _traffic(counted: Sequence[Counted]) -> Iterator[str]:
     """Yield what kernels move through global and shared memory; * marks sectors or conflicts that need not be."""
-    yield "\nmemory: kB; sectors over the fewest, and over the tensors, each once; passes over those without conflicts"
+    yield (
+        "\nmemory: kB; sectors over the fewest, and over the tensors, each once; passes over those without conflicts\n"
+        f"*: more than {MOST} x the fewest sectors, or conflicts in main loops"
+    )
     yield _head(f"{'loaded':>9}", f"{'stored':>9}", f"{'sectors':>8}", f"{'repeated':>8}", f"{'shared':>6}", "in loops")
     for x in counted:
         wasted, repeated = x.sum("sectors") / max(x.sum("least"), 1), x.sum("sectors") / max(x.sum("tensors"), 1)
@@ -64,6 +67,8 @@ def _traffic(counted: Sequence[Counted]) -> Iterator[str]:
 def _loops(counted: Sequence[Counted]) -> Iterator[str]:
     """Yield the instructions of main loops for each pair of a query and a key."""
     loops = [(x, x.launches[0].loop) for x in counted if x.launches[0].loop]
+    if not loops:
+        return
     classes = list(dict.fromkeys(name for _, loop in loops for name in loop))
     yield "\nmain loops: instructions of threads for each pair of a query and a key, by class"
     yield _head(f"{'all':>8}", *(f"{name:>8}" for name in classes))

@@ -13,7 +13,7 @@ from .faults import Unsupported
 
 TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100", "sm_100a", "sm_120", "sm_120a")
 VERSIONS = ((7, 0), (9, 2))  # the oldest and the newest that were read
-REGISTERS = {"pred": 1} | {f"{kind}{8 * size}": size for kind in "bus" for size in (2, 4, 8)} | {"f32": 4}
+REGISTERS = {"pred": 1, "b16": 2, "b32": 4, "b64": 8}
 
 
 class Address(NamedTuple):
@@ -97,7 +97,7 @@ def parse(text: str) -> Program:
     Raises:
         Unsupported: another version or target of PTX, no kernel or several, or a statement of another form.
     """
-    version, target = _header(text, r"^\.version\s+(\S+)"), _header(text, r"^\.target\s+([\w]+)")
+    version, target = _header(text, r"^\.version\s+(\d+\.\d+)\s"), _header(text, r"^\.target\s+([\w]+)")
     if not VERSIONS[0] <= tuple(int(n) for n in version.split(".")) <= VERSIONS[1]:
         raise Unsupported(f"PTX must be of a version between 7.0 and 9.2, got {version}")
     if target not in TARGETS:
@@ -106,11 +106,11 @@ def parse(text: str) -> Program:
     if len(entries) != 1:
         raise Unsupported(f"PTX must have one kernel, got {len(entries)}")
     name, parameters, directives = entries[0].groups()
-    threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)((?:\s*,\s*\d+)*)", directives)
+    threads = re.search(r"\.reqntid\s+(\d+)((?:\s*,\s*\d+)*)", directives)
     if threads is None or set(re.findall(r"\d+", threads[2])) - {"1"}:
         raise Unsupported(f"{name} must state its threads, in one dimension, by .reqntid, got {directives.strip()!r}")
-    if int(threads[1]) % 32:
-        raise Unsupported(f"{name} must have whole warps of threads, got {threads[1]}")
+    if int(threads[1]) % 32 or not 0 < int(threads[1]) <= 1024:
+        raise Unsupported(f"{name} must have whole warps of threads, at most 1024, got {threads[1]}")
     body = _Body(dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"]*)"', text, re.M)))
     body.read(text, entries[0].end())
     return Program(
@@ -194,7 +194,7 @@ class _Body:
             return Address(self._name(base.strip()), int(offset or "0", 0))
         if "|" in text:
             return tuple(self._operand(x.strip()) for x in text.split("|"))
-        if re.match(r"0[fFdD][0-9A-Fa-f]{8,}", text):
+        if re.match(r"0[fF][0-9A-Fa-f]{8}", text):
             return int(text[2:], 16)
         if re.match(r"-?\d", text):
             if re.match(r"-?0\d", text):

@@ -1,7 +1,9 @@
 """Find races: who touched each place of a program's memory, when, and what orders the accesses.
 
 Every access leaves a stamp: the machine's clock, the warp and the lane. Two accesses, one of them a write, are ordered
-if a barrier of the whole program lies between them, or, within a warp, one of the warp.
+if a barrier of the whole program lies between them, or, within a warp, one of the warp. What tcgen05.mma did is stamped
+with the tcgen05.commit that tracks it: a thread's accesses come after it if the thread has waited for this commit or a
+later one, at whichever mbarrier that arrived.
 
 wgmma and tcgen05.mma read shared memory by the asynchronous proxy. What the generic proxy wrote they see behind a
 fence.proxy.async alone: of the writer between the write and the barrier, or of every reading thread after the barrier
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .faults import Fault
+from .faults import Fault, Unsupported
 
 Array = NDArray[Any]
 Lanes = Any  # indices of lanes, or slice(None) for all of them
@@ -31,24 +33,25 @@ ANYONE = _WARP | _LANE
 _CLOCK = 16
 # stamps of what has not ended: writes by cp.async before their wait, reads by matrix instructions before theirs
 IN_FLIGHT = 1 << 62
-# in the stamp of what tcgen05.mma did: who has waited for it since is ordered after it
-WAITED = 1 << 15
+# in the stamp of what tcgen05.mma did, with the number of a commit in place of the warp and the lane
+COMMITTED = 1 << 15
 _START = 1 << _CLOCK | 0xFFFF
 
 
 class Order:
     """Hold what the accesses of each lane come after: `synced` its program's last barrier, `warp_synced` its warp's.
 
-    who: the lane's own part of its stamps. waited: its last wait at an mbarrier, which counts for all products that had
-    ended by then, whichever mbarrier tracks them. fenced: the clock of its last fence
-    between proxies, and passed: of the last one before its program's last barrier.
+    who: the lane's own part of its stamps. fenced: the clock of its last fence between proxies, and passed: of the last
+    one before its program's last barrier. commits: how many tcgen05.commit there were, waited: the last that the lane
+    has waited for.
     """
 
     def __init__(self, lanes: int, threads: int) -> None:
         thread = np.arange(lanes, dtype=np.int64) % threads
         self.now, self.threads = 2, threads
         self.who = (thread // 32 << 6) | thread % 32
-        self.synced, self.warp_synced, self.waited = (np.full(lanes, _START) for _ in range(3))
+        self.synced, self.warp_synced = (np.full(lanes, _START) for _ in range(2))
+        self.commits, self.waited = 0, np.zeros(lanes, np.int64)
         self.program = np.arange(lanes) // threads
         # by an address, then a program: up to which stamp its accesses are visible to who acquires there
         self.released: dict[int, dict[int, int]] = {}
@@ -60,13 +63,20 @@ class Order:
         """Return the stamp of an access now."""
         return self.who[lanes] | self.now << _CLOCK
 
-    def end(self, waited: bool) -> int:
-        """Return the stamp of matrix instructions that end now; waited: at an mbarrier, else a barrier is due."""
-        return ANYONE | WAITED * waited | self.now << _CLOCK
+    def end(self, commit: int = 0) -> int:
+        """Return the stamp of matrix instructions that end now; commit: which tracks them, 0: a barrier is due."""
+        return (COMMITTED | commit if commit else ANYONE) | self.now << _CLOCK
 
-    def wait(self, lanes: Lanes) -> None:
-        """Order all later accesses of the lanes after what they have waited for."""
-        self.waited[lanes] = self.now << _CLOCK | 0xFFFF
+    def commit(self) -> int:
+        """Return the number of a tcgen05.commit that is executed now."""
+        self.commits += 1
+        if self.commits > ANYONE:
+            raise Unsupported(f"more than {ANYONE} tcgen05.commit of a program")
+        return self.commits
+
+    def wait(self, lanes: Lanes, commits: Array) -> None:
+        """Order all later accesses of the lanes after what their commits track."""
+        self.waited[lanes] = np.maximum(self.waited[lanes], commits)
 
     def meet(self, at: Array, lanes: Lanes, acquires: bool, releases: bool) -> None:
         """Let lanes, one after the other, order programs by atomics at places of global memory.
@@ -121,10 +131,10 @@ class Ledger:
         read = self.read.reshape(-1, width)
         stamps = np.broadcast_to(order.stamp(lanes)[:, None], prior.shape)
         before = read[rows]
-        fresh = self._since(order.synced, before, lanes)
+        fresh = self.since(order.synced, before, lanes)
         if fresh.any():  # of its own warp before the warp's barrier, a read is as good as one now
             mine = (before ^ order.who[lanes][:, None]) & _WARP == 0
-            fresh &= ~mine | self._since(order.warp_synced, before, lanes)
+            fresh &= ~mine | self.since(order.warp_synced, before, lanes)
         if fresh.any():
             stamps = np.where(before >= IN_FLIGHT, before, _several(stamps, before, fresh))
         read[rows] = stamps
@@ -199,29 +209,30 @@ class Ledger:
             np.subtract.at(self.reading, chunks, 1)
             self.ended[chunks] = ended
 
-    def _since(self, synced: Array, prior: Array, lanes: Lanes) -> Array:
-        """Return which earlier accesses come after the lanes' last barriers, and their waits where these count."""
+    def since(self, synced: Array, prior: Array, lanes: Lanes) -> Array:
+        """Return which earlier accesses come after the lanes' last barriers, and after all commits they waited for."""
         recent = prior > synced[lanes][:, None]
         if recent.any():
-            recent &= (prior & WAITED == 0) | (prior > self.order.waited[lanes][:, None])
+            recent &= (prior & COMMITTED == 0) | (prior & ANYONE > self.order.waited[lanes][:, None])
         return np.asarray(recent)
 
     def _check(self, prior: Array, lanes: Lanes, what: str) -> None:
         """Raise a fault where an earlier access is not ordered before one of the lanes now."""
         order = self.order
-        recent = self._since(order.warp_synced, prior, lanes)
+        recent = self.since(order.warp_synced, prior, lanes)
         if not recent.any():
             return
-        other = prior ^ order.who[lanes][:, None]
-        bad = (recent & (other & _LANE != 0)) | (self._since(order.synced, prior, lanes) & (other & _WARP != 0))
+        other = (prior ^ order.who[lanes][:, None]) | np.where(prior & COMMITTED, ANYONE, 0)
+        bad = (recent & (other & _LANE != 0)) | (self.since(order.synced, prior, lanes) & (other & _WARP != 0))
         bad |= prior >= IN_FLIGHT
         if not bad.any():
             return
         first = int(prior[bad].max())
         if first >= IN_FLIGHT:
             raise Fault("asynchronous copy", f"{what} an asynchronous access before the wait for it")
-        warp = (first & _WARP) >> 6
-        raise Fault("race", f"{what} {'several warps' if warp == 255 else f'warp {warp}'} since the last barrier")
+        several = first & COMMITTED or first & _WARP == _WARP
+        who = "several warps" if several else f"warp {(first & _WARP) >> 6}"
+        raise Fault("race", f"{what} {who} since the last barrier")
 
 
 class Programs(Ledger):

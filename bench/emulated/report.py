@@ -46,17 +46,18 @@ def _parser(targets: Sequence[str]) -> argparse.ArgumentParser:
     found.add_argument("--dtypes", metavar="LIST", help=f"default: {listed(DTYPES)}")
     found.add_argument("--kernels", metavar="LIST", help="such as attend or write_grad, default: all")
     found.add_argument("--calls", metavar="LIST", help="by name, of bench/emulated/cases.py, default: all")
-    found.add_argument(
+    one = found.add_mutually_exclusive_group()
+    one.add_argument(
         "--counts", action="store_true",
         help="also what the code of calls with whole tiles moves and issues, unless --calls says which",
     )  # fmt: skip
-    found.add_argument(
+    one.add_argument(
         "--mutations", type=int, metavar="N",
         help="spoil the code instead, one instruction at a time, and say what the checks notice: every barrier, fence "
-        "and wait of a kernel, N of its masks, fragments and offsets",
+        "and wait of a kernel, and N each of its masks, bounds, fragments and offsets",
     )  # fmt: skip
     found.add_argument("--quick", action="store_true", help="unless said otherwise, two targets, one dtype, few calls")
-    found.add_argument(
+    one.add_argument(
         "--against", type=Path, metavar="FILE",
         help="a result of bench/on_device: compare with the bits that it holds, and nothing else",
     )  # fmt: skip
@@ -69,6 +70,16 @@ def _parser(targets: Sequence[str]) -> argparse.ArgumentParser:
     )  # fmt: skip
     found.add_argument("--here", action="store_true", help="use the environment that is active, make none")
     return found
+
+
+def _require_places(kept: Path, file: Path | None) -> None:
+    """Raise a ValueError unless what comes of a run can be kept, before it begins."""
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--kept must be a folder, or where one can be made, got {kept} ({error.strerror})") from None
+    if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        raise ValueError(f"--json must be a file that can be written, got {file}")
 
 
 def _refused(why: str) -> int:
@@ -99,16 +110,17 @@ def _against(path: Path) -> int:
     return 1 if wrong or not found else 0
 
 
-def _mutations(jobs: Sequence[Job], kernels: Sequence[str], each: int, kept: Path, file: Path | None) -> int:
+def _mutations(jobs: Sequence[Job], kernels: Sequence[str], given: argparse.Namespace) -> int:
     """Spoil the code of kernels in calls; return the exit status: 0 where the checks notice as much as they must."""
     from .jobs import launches_of
     from .mutations import GOAL, document, lines, spoil_all, tallies
 
-    console, total = Console(stderr=True), sum(len(launches_of(job.call)) for job in jobs)
+    console, each, file = Console(stderr=True), given.mutations, given.json
     with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("spoiling", total=total)
-        kept.mkdir(parents=True, exist_ok=True)
-        spoilt = spoil_all(jobs, kernels, each, SEED, kept / "mutations.jsonl", kept, lambda: bar.advance(task))
+        task = bar.add_task("spoiling", total=sum(len(launches_of(job.call)) for job in jobs))
+        spoilt = spoil_all(
+            jobs, kernels, each, SEED, given.kept, given.jobs, lambda job: bar.advance(task, len(launches_of(job.call)))
+        )
     for line in lines(spoilt):
         sys.stdout.write(f"{line}\n")
     if file is not None:
@@ -149,11 +161,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtypes = choices("dtypes", given.dtypes, usual[1], tuple(DTYPES))
         calls = choices("calls", given.calls, usual[2], tuple(CASES))
         kernels = choose_kernels(given.kernels, KERNELS)
+        _require_places(given.kept, given.json)
+        jobs = plan(targets, dtypes, calls, kernels, given.counts)
+        if not jobs:
+            raise ValueError(f"--kernels must be launched by one of the calls {listed(calls)}, got {given.kernels}")
     except ValueError as error:
         return _refused(str(error))
-    jobs = plan(targets, dtypes, calls, kernels, given.counts)
     if given.mutations is not None:
-        return _mutations(jobs, kernels, given.mutations, given.kept, given.json)
+        return _mutations(jobs, kernels, given)
     console = Console(stderr=True)
     done = execute_all(jobs, given.jobs, given.kept)
     rows: list[Row] = list(track(done, "executing", len(jobs), console=console, disable=not console.is_terminal))

@@ -12,12 +12,14 @@ from .faults import Fault, Unsupported
 from .machine import Machine, Source, Step
 from .matrix import Fragment, numbers
 from .mbarriers import mbarriers_at
+from .memory import LIMIT
 from .ptx import Address, Instruction, number
-from .races import ANYONE, IN_FLIGHT, WAITED, Array, Ledger
+from .races import ANYONE, COMMITTED, IN_FLIGHT, Array, Ledger
 from .registers import LOADING, Mask, Register, alter, flags_of, require_written
 from .tiles import Tile
 
 LANES, COLUMNS = 128, 512
+OF_WORDS = 26  # bytes that are held for each word
 # the stamp of what a matrix instruction under way writes
 _PRODUCT = IN_FLIGHT | ANYONE
 
@@ -26,16 +28,22 @@ class TensorMemory:
     """Tensor memory of every program, with the order of accesses to every word.
 
     columns: which are allocated, [programs, columns]. loading, storing: lanes and places before their wait. products:
-    of each lane, under way.
+    of each lane, under way. writing: how many products under way write each word. committing: the lane of each program
+    that executes tcgen05.commit, -1: none has.
     """
 
     def __init__(self, machine: Machine) -> None:
+        if machine.programs * LANES * COLUMNS * OF_WORDS > LIMIT:
+            fit = LIMIT // (LANES * COLUMNS * OF_WORDS)
+            raise Unsupported(f"tensor memory must be of {fit} programs at most, got {machine.programs}")
         self.words = np.zeros(machine.programs * LANES * COLUMNS, np.uint32)
         self.ledger = Ledger(machine.order, self.words.size)
         self.columns = np.zeros((machine.programs, COLUMNS), np.bool_)
         self.loading: list[tuple[Array, Array]] = []
         self.storing: list[tuple[Array, Array]] = []
         self.products: dict[int, list[Product]] = {}
+        self.writing = np.zeros(self.words.size, np.int32)
+        self.committing = np.full(machine.programs, -1)
 
     def places(self, lanes: Array, columns: Array, program: Array) -> Array:
         """Return where words are.
@@ -48,22 +56,29 @@ class TensorMemory:
             raise Fault("bounds", f"column {int(columns.max())} of tensor memory is not allocated")
         return (program * LANES + lanes) * COLUMNS + columns
 
-    def require_ready(self, at: Array, lanes: Array) -> None:
-        """Raise a fault unless words may be read by a matrix instruction of each lane."""
-        written = self.ledger.written[at].reshape(len(lanes), -1)
-        others = (written != _PRODUCT) & (written & WAITED == 0)  # an earlier matrix instruction ends first
+    def require_ready(self, at: Array, lanes: Array, sums: bool) -> None:
+        """Raise a fault unless words may be read by a matrix instruction of each lane; sums: as what it adds to."""
+        written, order = self.ledger.written[at].reshape(len(lanes), -1), self.ledger.order
+        recent = self.ledger.since(order.synced, written, lanes)
+        if sums:  # earlier products with the same sums end first
+            recent &= (written != _PRODUCT) & (written & COMMITTED == 0)
         if (written == 0).any():
             raise Fault("uninitialised tensor memory", "a matrix instruction reads what was never written")
-        if (others & (written >= IN_FLIGHT)).any():
-            raise Fault("asynchronous copy", "a matrix instruction reads a tcgen05.st before the wait for it")
-        if (others & (written > self.ledger.order.synced[lanes][:, None])).any():
+        if (recent & (written >= IN_FLIGHT)).any():
+            raise Fault("asynchronous copy", "a matrix instruction reads tensor memory before the wait for its writer")
+        if recent.any():
             raise Fault("race", "a matrix instruction reads tensor memory written since the last barrier")
+
+    def end(self, product: Product, stamp: int) -> None:
+        """Note that a product has ended, by the stamp of that end, but where later ones are under way."""
+        self.writing[product.places] -= 1
+        self.ledger.written[product.places[self.writing[product.places] == 0]] = stamp
 
     def require_free(self, at: Array, lanes: Array) -> None:
         """Raise a fault unless words may be written by a matrix instruction of each lane."""
         written, read = (x[at].reshape(len(lanes), -1) for x in (self.ledger.written, self.ledger.read))
         since = self.ledger.order.synced[lanes][:, None]
-        if ((read > since) | ((written > since) & (written != _PRODUCT) & (written & WAITED == 0))).any():
+        if ((read > since) | ((written > since) & (written != _PRODUCT) & (written & COMMITTED == 0))).any():
             raise Fault("race", "a matrix instruction writes tensor memory touched since the last barrier")
 
 
@@ -290,18 +305,19 @@ def _multiply(machine: Machine, memory: TensorMemory, instruction: Instruction) 
             left = operand(descriptor_a, form.M, form.transposed[0])
         elif address_a is not None:
             at = block(address_a(mask), 8)
-            memory.require_ready(at, lanes)
+            memory.require_ready(at, lanes, sums=False)
             left = numbers(memory.words[at], form.kind)
         right = operand(descriptor_b, form.N, form.transposed[1])
         machine.operations += 2 * left.size * form.N
         sums, at = np.matmul(left, right.swapaxes(1, 2)), block(address_d(mask), form.N)
         adds = machine.each(accumulate, lanes)
         if adds.any():
-            memory.require_ready(at[adds], lanes[adds])
+            memory.require_ready(at[adds], lanes[adds], sums=True)
             sums = np.where(adds[:, None, None], sums + memory.words[at].view(np.float32), sums)
         memory.require_free(at, lanes)
         memory.words[at] = sums.view(np.uint32)
         memory.ledger.written[at] = _PRODUCT
+        memory.writing[at] += 1
         for i, lane in enumerate(lanes.tolist()):
             memory.products.setdefault(lane, []).append(Product(machine.tiles.reads[i], at[i]))
 
@@ -315,9 +331,13 @@ def _commit(machine: Machine, memory: TensorMemory, instruction: Instruction) ->
     def run(mask: Mask) -> None:
         lanes = np.flatnonzero(machine.full(mask))
         barriers, which = mbarriers_at(machine, address(mask), lanes)
+        program = machine.program_of[lanes]
+        before, memory.committing[program] = memory.committing[program], lanes
+        if ((before >= 0) & (before != lanes)).any() or (memory.committing[program] != lanes).any():
+            raise Unsupported(f"{instruction.opcode} by several threads of a program")
+        commit = machine.order.commit()
         for i, lane in zip(which.tolist(), lanes.tolist(), strict=True):
-            barriers[i].tracked += memory.products.get(lane, [])
-            barriers[i].arrive()
+            barriers[i].arrive(commit, memory.products.get(lane, []))
         machine.wake("mbarrier", np.isin(machine.program_of, machine.program_of[lanes]))
 
     return run
@@ -332,10 +352,7 @@ _BINDERS: dict[str, Callable[[Machine, TensorMemory, Instruction], Step]] = {
     "commit": _commit,
     "wait::ld": _wait_load,
     "wait::st": _wait_store,
+    "relinquish_alloc_permit": lambda machine, memory, instruction: lambda mask: None,
     # Triton leaves out the fences that the ISA wants around barriers, and its registers of tcgen05.ld move before
     # wait::ld, which the ISA forbids: neither is checked
-    **dict.fromkeys(
-        ("relinquish_alloc_permit", "fence::before_thread_sync", "fence::after_thread_sync"),
-        lambda machine, memory, instruction: lambda mask: None,
-    ),
 }

@@ -21,12 +21,17 @@ from .instructions import bind, bind_all
 from .machine import Code, Machine
 from .memory import Shared
 from .mutants import Mutant
-from .races import WAITED, Array, Ledger
+from .races import COMMITTED, Array, Ledger
 from .registers import Mask
 
 NOTICED, REDUNDANT, UNREACHED, HOLE = "noticed", "redundant", "unreached", "hole"
 # a mutant's code may take longer by so many times before it is said never to end
 PATIENCE = 4
+# why a mutant is not noticed, of kinds whose every use is held against what it needs
+_NEEDLESS = {
+    "fence": "every read is behind another fence",
+    "wait": "what it ends is ended by another before its use, or is not used",
+}
 MATRIX = 63  # the bit of what reads shared memory for a matrix instruction
 
 
@@ -66,13 +71,13 @@ class Trial:
         error = self.error(machine)
         if error > self.gate:
             return Verdict(NOTICED, "result")
+        if error:
+            return Verdict(HOLE, "below the gate")
         if races is not None:
             return Verdict(HOLE, "warps meet") if races.found else Verdict(REDUNDANT, "no two warps meet across it")
-        if mutant.kind == "fence":
-            return Verdict(REDUNDANT, "every read is behind another fence")
-        if mutant.kind == "wait":
-            return Verdict(REDUNDANT, "what it waits for ends by another wait before its use")
-        return self.explain(mutant) if not error else Verdict(HOLE, "below the gate")
+        if mutant.kind in _NEEDLESS:
+            return Verdict(REDUNDANT, _NEEDLESS[mutant.kind])
+        return self.explain(mutant)
 
     def explain(self, mutant: Mutant) -> Verdict:
         """Say why a mutant that computes something else, if it does, has the same results to the bit."""
@@ -123,9 +128,22 @@ def _error(found: Tensor, right: Tensor) -> float:
 
 def _changed(machine: Machine, mutant: Mutant) -> Code:
     """Make a mutant's instruction ready."""
-    if mutant.instruction is None:
-        return Code(lambda mask: None, None, False, -1)
-    return bind(machine, mutant.instruction)
+    changed = Code(lambda mask: None, None, False, -1)
+    if mutant.instruction is not None:
+        changed = bind(machine, mutant.instruction)
+    if not mutant.kept:
+        return changed
+    right, first = bind(machine, machine.program.instructions[mutant.at]), machine.warp_of < mutant.kept // 32
+
+    def run(mask: Mask) -> Mask:
+        """Let some threads run the one, the others the other, and return those that wait."""
+        waiting = np.zeros(machine.count, np.bool_)
+        for code, lanes in ((right, machine.full(mask) & first), (changed, machine.full(mask) & ~first)):
+            if lanes.any() and (they := code.run(lanes)) is not None:
+                waiting |= they
+        return waiting if waiting.any() else None
+
+    return Code(run, None, False, -1)
 
 
 class _Twin:
@@ -193,7 +211,7 @@ class Races:
             np.bitwise_or.at(wrote if writes else read, places, mine)
 
         def end(stamp: int, ended: int, _do: Any = ledger.end_matrix_reads) -> None:
-            if not ended & WAITED:
+            if not ended & COMMITTED:
                 for chunks in ledger.flights.get(stamp, []):
                     note(chunks.reshape(-1), 8, np.array(one << np.uint64(MATRIX)), False)
             _do(stamp, ended)

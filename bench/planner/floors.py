@@ -25,7 +25,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A causal call with as many queries as keys and no state before it. itemsize: bytes of one element of q."""
+    """A causal call with as many queries as keys and no state before it.
+
+    itemsize: bytes of one element of q.
+    lookback: whole segments that a query sees before its own.
+    sinks: first tokens that all later queries see.
+    """
 
     B: int
     H: int
@@ -35,16 +40,24 @@ class Sizes:
     V: int
     L: int
     itemsize: int
+    lookback: int = 0
+    sinks: int = 0
 
     @property
-    def whole(self) -> int:
-        """The number of complete segments of one row."""
-        return self.T // self.L
+    def written(self) -> int:
+        """The number of segments of one row that are written: complete ones, without those of the lookback."""
+        return max(self.T // self.L - self.lookback, 0)
 
     @property
     def later(self) -> int:
-        """The number of tokens of one row that have a segment before theirs."""
-        return max(self.T - self.L, 0)
+        """The number of tokens of one row that have a memory before their window."""
+        return max(self.T - (1 + self.lookback) * self.L, 0)
+
+    @property
+    def pairs(self) -> int:
+        """The number of visible pairs of one query head."""
+        looked_back = self.lookback * self.L * max(self.T - self.L, 0)
+        return pairs(self.T, self.L) + looked_back + self.sinks * self.later
 
     @property
     def queries(self) -> int:
@@ -75,7 +88,7 @@ def pairs(time: int, segment_len: int) -> int:
 
 def local_forward(s: Sizes) -> Work:
     """Count local attention, q kᵀ and p v: B H pairs · 2 (K + V). It reads q, k, v and writes o."""
-    return Work(s.B * s.H * pairs(s.T, s.L) * 2 * (s.K + s.V), s.queries + s.keys_values + s.outputs)
+    return Work(s.B * s.H * s.pairs * 2 * (s.K + s.V), s.queries + s.keys_values + s.outputs)
 
 
 def local_backward(s: Sizes) -> Work:
@@ -85,11 +98,11 @@ def local_backward(s: Sizes) -> Work:
     """
     rows = s.B * s.H * s.T * FLOAT32
     moved = 2 * (s.queries + s.keys_values) + 2 * s.outputs + rows
-    return Work(s.B * s.H * pairs(s.T, s.L) * (6 * s.K + 4 * s.V), moved)
+    return Work(s.B * s.H * s.pairs * (6 * s.K + 4 * s.V), moved)
 
 
 def read(s: Sizes) -> Work:
-    """Count σ(q) M for every query behind the first segment: B H later · 2 K V, q and the state being on the chip."""
+    """Count σ(q) M for every query behind the first window: B H later · 2 K V, q and the state being on the chip."""
     return Work(s.B * s.H * s.later * 2 * s.K * s.V, 0)
 
 
@@ -99,12 +112,12 @@ def read_backward(s: Sizes) -> Work:
 
 
 def write(s: Sizes, update: str) -> Work:
-    """Count σ(k)ᵀ v over complete segments: B G · 2 K V a token; by the delta rule also σ(k) M behind the first.
+    """Count σ(k)ᵀ v over segments that are written: B G · 2 K V a token; by the delta rule σ(k) M too behind the first.
 
     It writes the state.
     """
     values = s.B * s.G * 2 * s.K * s.V
-    tokens = s.whole * s.L
+    tokens = s.written * s.L
     known = max(tokens - s.L, 0) if update == "delta" else 0
     return Work(values * (tokens + known), s.state)
 

@@ -14,6 +14,7 @@ class Recurrent(Local):
     """
 
     name = "rmt"
+    windowed = False
 
     @property
     def extra_rows(self) -> int:

@@ -16,11 +16,13 @@ SCHEMES: tuple[type[Full], ...] = (Full, Local, Recurrent, Infini, Associative)
 PLAN_NOTES = (
     "FLOPs: 2 · rows · matrices + layers · H · visible pairs · 2 (K + V) + the memory's products + 2 T d V for logits",
     "rows: T; rmt T + 2 m a segment; armt T + m a segment. Pairs: full T (T + 1) / 2, others within segments",
-    "infini, a layer and token: read 2 H K V behind the first segment, write 2 G K V, by the delta rule twice that",
+    "a lookback adds L pairs a token behind the first segment, n sinks n a token behind the window, (1 + lookback) L",
+    "infini, a layer and token: read 2 H K V behind the first window, write 2 G K V, by the delta rule twice that",
     "armt, a layer: read 2 d (d_mem + F) a row behind the first segment, F = 2 nu d_mem; "
     "write 2 d (d_mem + d + 1 + 2 F) a memory token",
     "moved: operands of products and attention read once, results written once; weights once, by rmt once a segment",
-    "state: infini l G K (V + 1) float32; rmt m d; armt l F (d + 1) float32. cache: keys, values of T or a segment",
+    "state: infini l G K (V + 1) float32; rmt m d; armt l F (d + 1) float32. cache: keys, values of T, or of a window "
+    "and sinks",
     "activations: what the backward pass needs, and float32 logits; checkpointed: layers' inputs, and one layer",
     "floor: the slower of FLOPs over the peak (bfloat16) and bytes moved over the bandwidth",
     "prefill: a text, one token's logits. decode: a token, mean over the last segment, its memory's writing included",

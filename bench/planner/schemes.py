@@ -6,6 +6,7 @@ call reads and writes once, weights once a pass through the layers; element-wise
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 from . import floors
@@ -157,22 +158,44 @@ class Full:
 
 
 class Local(Full):
-    """Attention inside segments, and nothing across them."""
+    """Attention inside segments, with lookback and sinks, and nothing else across them."""
 
     name = "local"
+    # whether lookback and sinks are the scheme's
+    windowed = True
 
     def mixing(self) -> Work:
-        return floors.local_forward(self.sizes(self.plan.length, self.plan.segment_len))
+        return floors.local_forward(self.in_segments())
+
+    def in_segments(self) -> Sizes:
+        """Return the sizes of one layer's call over the whole text."""
+        sizes = self.sizes(self.plan.length, self.plan.segment_len)
+        return replace(sizes, lookback=self.plan.lookback, sinks=self.plan.sinks)
 
     def mixing_one_by_one(self) -> Work:
-        return self._tokens(1, self.decoded, gated=False)
+        return self._tokens(1 + self.before, self.decoded + self.before, gated=False)
+
+    @property
+    def looked_back(self) -> int:
+        """The number of tokens that are seen before the segment of the last ones."""
+        return min(self.plan.length - self.decoded, self.plan.lookback * self.plan.segment_len) if self.windowed else 0
+
+    @property
+    def sinks(self) -> int:
+        """The number of sinks that are kept beside the window."""
+        return self.plan.sinks if self.windowed and self.plan.length > self.plan.window else 0
+
+    @property
+    def before(self) -> int:
+        """The number of keys that are seen before those of the last tokens' segment."""
+        return self.looked_back + self.sinks
 
     def inputs_of(self, tokens: int) -> int:
         return tokens + self.segments_of(tokens) * self.extra_rows
 
     @property
     def cached(self) -> int:
-        return self.decoded + self.extra_rows
+        return self.decoded + self.extra_rows + self.before
 
     @property
     def trained(self) -> int:
@@ -195,20 +218,21 @@ class Infini(Local):
     name = "infini"
 
     def mixing(self) -> Work:
-        return floors.forward(self.sizes(self.plan.length, self.plan.segment_len), self.plan.update)
+        return floors.forward(self.in_segments(), self.plan.update)
 
     def mixing_one_by_one(self) -> Work:
-        work = self._tokens(1, self.decoded, gated=self.several)
+        remembers = self.plan.length > self.plan.window
+        work = self._tokens(1 + self.before, self.decoded + self.before, gated=remembers)
         # writing the segment reads its keys and values again, and the state
         sizes = self.sizes(self.decoded, self.decoded)
         written = floors.write(sizes, "linear")
-        looked_up = written.operations if self.several and self.plan.update == "delta" else 0
-        return work + written + Work(looked_up, sizes.keys_values + sizes.state * self.several)
+        looked_up = written.operations if remembers and self.plan.update == "delta" else 0
+        return work + written + Work(looked_up, sizes.keys_values + sizes.state * remembers)
 
     def cache_bytes(self) -> int:
-        """Add the keys before rotation, which the memory is written by."""
+        """Add the keys before rotation, which the memory is written by; those of sinks are kept so alone."""
         s = self.shape
-        unrotated = s.layers * s.keys * self.cached * self.plan.itemsize if s.rotary else 0
+        unrotated = s.layers * s.keys * (self.cached - self.sinks) * self.plan.itemsize if s.rotary else 0
         return super().cache_bytes() + unrotated
 
     def layer_state(self) -> int:

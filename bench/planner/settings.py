@@ -21,6 +21,7 @@ class PlanSettings:
     memory: memory tokens of RMT and ARMT, m.
     d_mem, nu: of ARMT, whose keys have 2 · nu · d_mem features.
     update: Infini-attention's rule, "delta" or "linear".
+    lookback, sinks: of Infini-attention and of segments alone, as arguments of `segattn.convert`.
     bptt: segments that gradients reach back; None: all.
     batch: sequences at once.
     dtype: of weights and activations.
@@ -36,6 +37,8 @@ class PlanSettings:
     d_mem: int = 64
     nu: int = 3
     update: str = "delta"
+    lookback: int = 0
+    sinks: int = 0
     bptt: int | None = None
     batch: int = 1
     dtype: str = "bfloat16"
@@ -49,8 +52,18 @@ class PlanSettings:
             raise SettingError(
                 "memory", f"must be at most the {self.segment_len} tokens of a segment, got {self.memory}"
             )
+        if self.lookback not in (0, 1):
+            raise SettingError("lookback", f"must be 0 or 1, got {self.lookback}")
+        if not 0 <= self.sinks <= self.segment_len:
+            problem = f"must be from 0 to the {self.segment_len} tokens of a segment, got {self.sinks}"
+            raise SettingError("sinks", problem)
         check_choice("update", self.update, UPDATES)
         check_choice("dtype", self.dtype, tuple(ITEMSIZE))
+
+    @property
+    def window(self) -> int:
+        """The number of tokens that local attention sees at most, without the sinks."""
+        return (1 + self.lookback) * self.segment_len
 
     @property
     def itemsize(self) -> int:

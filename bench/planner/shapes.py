@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os.path
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from ...runs.errors import SettingError
 
@@ -111,31 +109,6 @@ LLAMA = (
 SHAPES = {shape.name: shape for shape in (*OPT, *LLAMA)}
 SWITCHES = ("gated", "rotary")
 NUMBERS = tuple(field.name for field in fields(Shape) if field.name not in ("name", *SWITCHES))
-
-# model type of a configuration → whether its feed-forward network is gated, and its positions are rotary
-MODEL_TYPES = {
-    "llama": (True, True),
-    "mistral": (True, True),
-    "qwen2": (True, True),
-    "qwen3": (True, True),
-    "gemma2": (True, True),
-    "gemma3_text": (True, True),
-    "phi3": (True, True),
-    "gpt_neox": (False, True),
-    "gpt2": (False, False),
-    "opt": (False, False),
-}
-# size → its entry in a configuration, and the name that GPT-2 or OPT have for it
-ENTRIES = {
-    "layers": ("num_hidden_layers", "n_layer"),
-    "width": ("hidden_size", "n_embd"),
-    "heads": ("num_attention_heads", "n_head"),
-    "kv_heads": ("num_key_value_heads",),
-    "head_width": ("head_dim",),
-    "ff": ("intermediate_size", "n_inner", "ffn_dim"),
-    "vocabulary": ("vocab_size",),
-    "embedding_width": ("word_embed_proj_dim",),
-}
 REQUIRED = ("layers", "width", "heads", "vocabulary")
 
 
@@ -147,50 +120,22 @@ def shape_of(text: str) -> Shape:
 
     Raises:
         SettingError: of `shape`.
+        ImportError: a configuration needs transformers, which is not installed.
     """
     if text.lower() in SHAPES:
         return SHAPES[text.lower()]
     if os.path.exists(text):
-        return _of_configuration(Path(text))
+        # PyTorch takes a second to import, and only this needs it
+        from .configurations import sizes_of
+
+        return Shape(**sizes_of(Path(text)))
     if "=" in text:
         return _of_numbers(text)
     raise _error(f"one of {', '.join(SHAPES)}, a model's folder or config.json, or numbers such as {EXAMPLE}", text)
 
 
-def _of_configuration(path: Path) -> Shape:
-    """Read a configuration as transformers writes it; the name is that of its folder."""
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        model_type = config["model_type"]
-        # of a model of several modalities, the language model
-        config = config.get("text_config", config)
-    except OSError as error:
-        raise _error(f"a model's folder, with a config.json that can be read ({error.strerror})", str(path)) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _error("a model's config.json, with its model_type", str(file)) from None
-    model_type = config.get("model_type", model_type)
-    if model_type not in MODEL_TYPES:
-        known = f"of one of the types {', '.join(MODEL_TYPES)}, or numbers such as {EXAMPLE}"
-        raise _error(f"a configuration {known}", f"{file} of {model_type}")
-    sizes = {name: size for name, entries in ENTRIES.items() if (size := _entry(config, entries)) is not None}
-    gated, rotary = MODEL_TYPES[model_type]
-    # what the gated models' classes take for them, each its own, is no multiple of the width
-    required = (*REQUIRED, "kv_heads", "ff") if gated else REQUIRED
-    if missing := [ENTRIES[name][0] for name in required if name not in sizes]:
-        raise _error(f"a configuration with {', '.join(missing)}", str(file))
-    if sizes.get("embedding_width") == sizes["width"]:
-        del sizes["embedding_width"]
-    return _completed(file.resolve().parent.name, str(file), sizes, gated, rotary)
-
-
-def _entry(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
-    """Return the first entry of these names that is a size."""
-    values = (config.get(name) for name in names)
-    return next((value for value in values if isinstance(value, int) and 1 <= value <= LARGEST), None)
-
-
 def _of_numbers(text: str) -> Shape:
+    """Read sizes such as `EXAMPLE`, and fill in those that follow from others."""
     sizes = {}
     for part in text.split(","):
         name, _, number = part.strip().partition("=")
@@ -207,18 +152,13 @@ def _of_numbers(text: str) -> Shape:
         raise _error("numbers with gated and rotary 0 or 1", text)
     if zero := [name for name, size in sizes.items() if not size and name != "embedding_width"]:
         raise _error(f"numbers with {zero[0]} at least 1", text)
-    return _completed(text, text, sizes, bool(gated), bool(rotary))
-
-
-def _completed(name: str, source: str, sizes: dict[str, int], gated: bool, rotary: bool) -> Shape:
-    """Fill in the sizes that follow from others."""
     width, heads = sizes["width"], sizes["heads"]
     if "head_width" not in sizes and width % heads:
-        raise _error("sizes with width a multiple of heads, or with head_width", source)
+        raise _error("sizes with width a multiple of heads, or with head_width", text)
     sizes = {"kv_heads": heads, "head_width": width // heads, "ff": 4 * width} | sizes
     if heads % sizes["kv_heads"]:
-        raise _error("sizes with heads a multiple of kv_heads", source)
-    return Shape(name=name, gated=gated, rotary=rotary, **sizes)
+        raise _error("sizes with heads a multiple of kv_heads", text)
+    return Shape(name=text, gated=bool(gated), rotary=bool(rotary), **sizes)
 
 
 def _error(wanted: str, got: str) -> SettingError:

@@ -21,6 +21,11 @@ READERS = {
 }
 PRETRAINED = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 BENCHMARKS = {"ruler": "RULER", "babilong": "BABILong"}
+# folder of a pretrained model's scores → how it reads
+ANSWERING = {
+    "smollm2": "SmolLM2-135M-Instruct, full attention",
+    "smollm2-window": "segments of 256, lookback=1, sinks=4",
+}
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
 
@@ -43,14 +48,19 @@ def spread(values: Sequence[float], how: str) -> str:
 
 def baselines(figures: Any) -> str:
     """Return a row for each model of `python -m segattn.bench.experiments.baselines`."""
-    head = ["", "bytes kept of 512", "of 65,536", "perplexity per byte", "nats, against local"]
+    lengths = sorted(map(int, next(iter(figures["kept"].values()))["counted"]))
+    shortest, longest = lengths[0], lengths[-1]
+    head = ["", f"bytes kept of {shortest:,}", f"of {longest:,}", "perplexity per byte", "nats, against local"]
+    # what was trained at one rate has none
+    rates = figures.get("rates")
     rows = []
     for name, kept in figures["kept"].items():
         found = figures["summary"][name]
         speeds = [f"{figures['speed'][kind][name]['ratio']:.2f}" for kind in ("train", "evaluate")]
-        counted = [f"{kept['counted'][length]:,}" for length in ("512", "65536")]
+        counted = [f"{kept['counted'][length]:,}" for length in (str(shortest), str(longest))]
         learnt = [spread(found["perplexity"], ".3f"), spread(found["nats_less_local"], "+.3f")]
-        rows.append([name, *counted, *learnt, *speeds])
+        rows.append([name, *([f"{rates[name]:g}"] if rates else []), *counted, *learnt, *speeds])
+    head[1:1] = ["learning rate"] if rates else []
     return markdown([*head, "training speed", "reading speed"], rows)
 
 
@@ -227,3 +237,26 @@ def benchmarks(folder: Path) -> str | None:
         return None
     first, *others = (f"{n:,}" for n in lengths)
     return markdown(["", f"{first} tokens", *others], rows)
+
+
+def scores(folder: Path) -> str | None:
+    """Return a row for each task that `segattn evaluate` has asked of a pretrained model by lm-eval, and each model."""
+    rows: dict[tuple[str, ...], dict[int, str]] = {}
+    lengths: set[int] = set()
+    for benchmark, title in BENCHMARKS.items():
+        for name, model in ANSWERING.items():
+            figures = figures_in(folder / "lm_eval" / name / f"{benchmark}.json") or {"cells": []}
+            for cell in figures["cells"]:
+                row = rows.setdefault((f"{title} {cell['task']}", f"{cell['samples']} texts", model), {})
+                row[cell["length"]] = f"{100 * cell['score']:.0f}"
+                lengths.add(cell["length"])
+    if not rows:
+        return None
+    head = ["right, %", "", *(f"{length:,}" for length in sorted(lengths))]
+    return markdown(
+        head,
+        [
+            [f"{task}, {texts}", model, *(row.get(length, "") for length in sorted(lengths))]
+            for (task, texts, model), row in rows.items()
+        ],
+    )

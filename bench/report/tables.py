@@ -23,6 +23,7 @@ from .experiments import (
     questions,
     recurrent_lengths,
     retrieval,
+    scores,
 )
 from .headline import headline
 from .records import Result
@@ -180,6 +181,7 @@ TABLES: Mapping[str, Entry] = {
     "retrieval": _of_folder(retrieval),
     "questions": _of_file("questions/questions.json", questions),
     "benchmarks": _of_folder(benchmarks),
+    "scores": _of_folder(scores),
     "conversions": _of_folder(conversions),
     "adaptations": _of_folder(adaptations),
     "million": _of_file("demo/million.json", million),

@@ -12,6 +12,7 @@ from ...runs.errors import SettingError, named
 from ...runs.figures import prepare, read_text, write_figures
 from ...runs.silence import SILENT
 from ...runs.text import text_sha256
+from ..conversion_options import ConversionOptions
 from ..huggingface.conversion import revert
 from . import perplexity as ppl
 from .loading import Loaded, convert_named, load_plain
@@ -23,13 +24,14 @@ from .settings import Checkpoint, Conversions
 QUARTERS = 4
 BUCKETS = 16
 FULL = "full attention"
-# words of a conversion → the argument of `convert`, and what reads its value
+# words of a conversion → the option, and what reads its value; maps are the identity until they are trained
 WORDS: dict[str, tuple[str, Any]] = {
     "segment_len": ("segment_len", int),
     "gate": ("gate_init", float),
     "lookback": ("lookback", int),
     "sinks": ("sinks", int),
     "update": ("update", str),
+    "memory_layers": ("memory_layers", str),
 }
 
 
@@ -104,20 +106,23 @@ def arguments_of(conversion: str) -> dict[str, Any]:
     Raises:
         SettingError: of `conversions`.
     """
-    arguments: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     first, *rest = conversion.split() or [""]
     for word in (first if "=" in first else f"segment_len={first}", *rest):
         name, _, value = word.partition("=")
         try:
-            argument, read = WORDS[name]
-            arguments[argument] = read(value)
+            option, read = WORDS[name]
+            options[option] = read(value)
         except (KeyError, ValueError):
             raise SettingError(
                 "conversions",
                 "must be tokens per segment and words such as gate=-4, update=linear, lookback=1, sinks=4, "
-                f"got {conversion!r}",
+                f"memory_layers=10-20, got {conversion!r}",
             ) from None
-    return arguments
+    try:
+        return ConversionOptions(**options).convert_arguments()
+    except SettingError as error:
+        raise SettingError("conversions", f"{error.name} {error.problem}") from None
 
 
 def first_tokens(loaded: Loaded, tokens: Sequence[int], count: int, option: str) -> list[int]:

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ...runs.errors import SettingError
+from ..huggingface.cache import InfiniCache
+from ..huggingface.settings import is_converted
 from .loading import Loaded, PretrainedTokenizer, load
 from .reading import PIECE_TOKENS, longest_text, piece_len, segment_len_of
 from .settings import Source
@@ -110,6 +112,9 @@ class SegattnLM(HFLM):  # type: ignore[misc]
         piece = piece_len(self.model, self.piece, len(context))
         if context.shape[1] > piece:
             options["prefill_chunk_size"] = piece
+            if is_converted(self.model):
+                # transformers 5.0 makes none for pieces
+                options["past_key_values"] = InfiniCache(self.model)
         tokens: Tensor = super()._model_generate(context, max_length, stop, **options)
         self.longest = max(self.longest, context.shape[1])
         if self.on_answers is not None:

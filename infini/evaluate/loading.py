@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from ...runs.errors import SettingError, first_line
+from ..conversion_options import ConversionOptions
 from ..huggingface.conversion import convert
 from ..huggingface.gguf_files import load_model, place_of
 from ..huggingface.saving import from_pretrained, load_gates
@@ -134,6 +135,24 @@ def convert_named(
         raise SettingError(*wrong) from None
 
 
+def check_conversion(model: nn.Module, options: ConversionOptions, whose: str) -> None:
+    """Check that a converted model is converted by the options that are not None.
+
+    Args:
+        whose: the model's conversion is, for messages.
+
+    Raises:
+        SettingError: naming the first option that is another.
+    """
+    conversion = conversion_of(model)
+    for name, value in options.convert_arguments().items():
+        held = getattr(conversion.settings, name)
+        if name == "memory_layers":
+            held, value = list(held), sorted({layer + conversion.depth * (layer < 0) for layer in value})
+        if value != held:
+            raise SettingError(name, f"must be {whose}, {held!r}, or left out, got {getattr(options, name)!r}")
+
+
 def about(model: nn.Module) -> dict[str, Any]:
     """Return kind, size, conversion and fingerprint of a model, for a file of figures."""
     config: Any = model.config
@@ -173,7 +192,9 @@ def _model(source: Source, converted: bool) -> Any:
         model = load_it(source.model, dtype=dtype)
     if source.gates is not None:
         return _with_gates(model, source)
-    return _converted(model, source) if source.convert else model
+    if source.convert:
+        convert_named(model, source.convert_arguments(), ("convert", "needs a model that can be converted"))
+    return model
 
 
 @contextmanager
@@ -192,22 +213,12 @@ def _loading(source: Source) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _converted(model: Any, source: Source) -> Any:
-    options = {"segment_len": source.segment_len, "update": source.update}
-    options = {name: value for name, value in options.items() if value is not None}
-    return convert_named(model, options, ("convert", "needs a model that can be converted"))
-
-
 def _with_gates(model: Any, source: Source) -> Any:
     try:
         load_gates(model, str(source.gates), quiet=True)
     except (OSError, TypeError, ValueError) as error:
         raise SettingError("gates", f"must be a file of this model's gates: {error}") from None
-    settings = conversion_of(model).settings
-    for name in ("segment_len", "update"):
-        asked, of_gates = getattr(source, name), getattr(settings, name)
-        if asked not in (None, of_gates):
-            raise SettingError(name, f"must be that of the gates, {of_gates!r}, or left out, got {asked!r}")
+    check_conversion(model, source, "that of the gates")
     return model
 
 
@@ -249,7 +260,8 @@ def _check_vocabulary(source: Source, tokenizer: Tokenizer, vocabulary: int) -> 
         return
     # transformers makes a tokenizer without words of some folders that hold none
     tokens = tokenizer.encode("The pass key is 12345.")
-    if not tokens or max(tokens) >= vocabulary:
+    unknown = tokenizer.tokenizer.unk_token_id if isinstance(tokenizer, PretrainedTokenizer) else None
+    if not tokens or {*tokens} == {unknown} or max(tokens) >= vocabulary:
         raise SettingError(
             "tokenizer", f"must be of the model's {vocabulary} tokens, got {source.tokenizer!r}, which gives {tokens}"
         )

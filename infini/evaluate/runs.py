@@ -13,6 +13,7 @@ from ...runs.figures import earlier_figures, prepare, read_text, versions, write
 from ...runs.settings import check_same
 from ...runs.silence import SILENT
 from ...runs.text import text_sha256
+from ..conversion_options import NAMES as CONVERSION
 from . import perplexity as ppl
 from .books import EXTRA, Draw, check_book, measure_books
 from .loading import Loaded, load
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 # may change between a run and its continuation, where weights, their dtype, the conversion and the text are compared
 FREE = (
-    *("model", "convert", "segment_len", "update", "gates", "dtype", "device", "text", "batch", "piece"),
+    *("model", "convert", *CONVERSION, "gates", "dtype", "device", "text", "batch", "piece"),
     *("lengths", "depths", "tasks", "babi", "book", "conversions"),
 )
 

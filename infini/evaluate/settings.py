@@ -10,6 +10,8 @@ from typing import Annotated
 from ...runs.device import usable_device
 from ...runs.errors import SettingError
 from ...runs.settings import check_least
+from ..conversion_options import NAMES as CONVERSION
+from ..conversion_options import ConversionOptions
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NEEDLE = {
@@ -57,7 +59,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Source(Checkpoint):
+class Source(ConversionOptions, Checkpoint):
     """A model as it is evaluated: converted already, to be converted first, or plain.
 
     Raises:
@@ -65,17 +67,16 @@ class Source(Checkpoint):
     """
 
     convert: Annotated[bool, "Convert a plain model to segments and a memory first."] = False
-    segment_len: Annotated[int | None, "Tokens per segment, with --convert. Default: 2048."] = None
-    update: Annotated[str | None, "Update rule of the memory, with --convert: delta or linear. Default: delta."] = None
     gates: Annotated[str | None, "File of gates, by whose settings a plain model is converted."] = None
 
     def __post_init__(self) -> None:
-        for name in ("segment_len", "update"):
+        for name in CONVERSION:
             if getattr(self, name) is not None and not self.convert:
                 raise SettingError(name, f"must come with --convert, got {getattr(self, name)!r} without")
         if self.gates is not None and not Path(self.gates).is_file():
             raise SettingError("gates", f"must be a file of gates, got {self.gates!r}, which is none")
-        super().__post_init__()
+        ConversionOptions.__post_init__(self)
+        Checkpoint.__post_init__(self)
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,8 @@ class Conversions:
     text: Annotated[str, "File of the text to read, UTF-8."]
     conversions: Annotated[
         tuple[str, ...],
-        "Conversions, with commas: tokens per segment, then words such as gate=-4, lookback=1, sinks=4, update=linear.",
+        "Conversions, with commas: tokens per segment, then words such as gate=-4, lookback=1, sinks=4, update=linear, "
+        "memory_layers=10-20.",
     ] = CONVERSIONS
     tokens: Annotated[int, "Tokens of the text to read; the model's positions must suffice for full attention."] = 4096
     skip: Annotated[int, "Tokens of the text to skip first, as those of a book's front matter."] = 0

@@ -148,8 +148,8 @@ def convert(
         memory_maps=memory_maps,
         memory_layers=remembering,
     )
-    for layer in chosen:
-        check_weights(attentions[layer].parameters())
+    for module in (trunk.get_input_embeddings(), *(attentions[layer] for layer in chosen)):
+        check_weights(module.parameters())
     traits, learnt = probe(trunk, attentions, chosen, None if lookback else settings.segment_len)
     # learnt positions end with a segment; rotary ones must go on where layers that were not converted look further back
     restart = learnt or len(chosen) == len(attentions)

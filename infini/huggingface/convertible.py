@@ -23,8 +23,9 @@ def checked_trunk(model: nn.Module) -> Any:
 
     Raises:
         TypeError: the model is not a Hugging Face model.
-        ValueError: it is converted already, has an encoder too, is not a text model, has cross-attention or a bias by
-            distance, or layers without attention that another function can take the place of.
+        ValueError: it is converted already, has an encoder too, is not a text model, embeds its tokens elsewhere, has
+            cross-attention or a bias by distance, or layers without attention that another function can take the place
+            of.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -65,6 +66,11 @@ def checked_trunk(model: nn.Module) -> Any:
             f"model must attend to its own text alone, got one with cross-attention: {off} (that of {kind} is "
             f"{', '.join(crossing)})"
         )
+    if "inputs_embeds" not in inspect.signature(trunks[0].forward).parameters:
+        raise ValueError(
+            f"model must embed its tokens in the module that runs its layers, got {kind}, whose "
+            f"{type(trunks[0]).__name__} takes no inputs_embeds: {instead}"
+        )
     attentions = attentions_of(trunks[0])
     if without := [layer for layer, attention in enumerate(attentions) if attention is None]:
         raise ValueError(
@@ -80,8 +86,12 @@ def checked_trunk(model: nn.Module) -> Any:
 
 
 def _crossing(layer: nn.Module) -> list[nn.Module]:
-    """Return the cross-attention in a decoder's layer: attention that says of itself that it is not causal."""
-    return [module for module in layer.modules() if getattr(module, "is_causal", None) is False]
+    """Return the cross-attention in a decoder's layer: attention that says of itself that it is, or not causal."""
+    return [
+        module
+        for module in layer.modules()
+        if getattr(module, "is_causal", None) is False or getattr(module, "is_cross_attention", None) is True
+    ]
 
 
 def checked_layers(layers: Iterable[int] | None, depth: int, config: Any, convert_sliding: bool) -> tuple[int, ...]:
@@ -135,14 +145,13 @@ def _counted(name: str, layers: Iterable[int], depth: int) -> list[int]:
 
 def _slides(config: Any, layer: int) -> bool:
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return kinds[layer] != "full_attention"
-    return getattr(config, "sliding_window", None) is not None
+    return _window(config) is not None and (kinds is None or kinds[layer] != "full_attention")
 
 
-def _window(config: Any) -> int:
-    # Llama 4 has chunks
-    return getattr(config, "sliding_window", None) or config.attention_chunk_size
+def _window(config: Any) -> int | None:
+    """Return the tokens of a window or, as in Llama 4, of a chunk; None where a configuration has neither."""
+    window: int | None = getattr(config, "sliding_window", None)
+    return getattr(config, "attention_chunk_size", None) if window is None else window
 
 
 def check_learnt_length(config: Any, settings: Settings) -> None:
@@ -154,7 +163,8 @@ def check_learnt_length(config: Any, settings: Settings) -> None:
     if settings.lookback or settings.sinks:
         raise ValueError(
             f"lookback and sinks must be 0 for a model with learnt positions, got {settings.lookback} and "
-            f"{settings.sinks}: these begin anew with each segment, and a token keeps its own when it is looked back at"
+            f"{settings.sinks}, since these begin anew with each segment, and a token keeps its own when it is looked "
+            "back at: choose a longer segment_len"
         )
     if settings.segment_len > (most := config.max_position_embeddings):
         raise ValueError(
@@ -196,10 +206,12 @@ def check_rotary_length(config: Any, settings: Settings, restart: bool) -> None:
         return
     depends = f"the model's {kind!r} rotary embedding begins to depend on the length of a call"
     if settings.lookback or (settings.sinks and not restart):
+        same = ", or set rope_type to 'default' in the model's configuration, the same up to its trained length"
+        same = same if kind == "dynamic" else ""
         raise ValueError(
             f"lookback must be 0, and for sinks every layer converted, where {depends}, as positions then run on "
             f"through a call, got lookback={settings.lookback}, sinks={settings.sinks}: a text in pieces would not "
-            "equal the whole"
+            f"equal the whole. Leave them out{same}"
         )
     most = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     most = most or config.max_position_embeddings

@@ -63,7 +63,7 @@ def begin(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     begins = bool(inputs.get("use_cache")) or inputs.get("past_key_values") is not None
     cache = cache_of(trunk, conversion, inputs, tokens.shape[0])
     if isinstance(cache, StaticInfiniCache) and tokens.shape[1] == 1 and inputs.get("cu_seq_lens_q") is None:
-        inputs["position_ids"] = cache.lengths[:, None] % conversion.settings.segment_len
+        inputs["position_ids"] = cache.positions()
         inputs[ARGUMENT] = ForwardPass(conversion, static=cache)
     else:
         inputs[ARGUMENT] = forward = _begin_columns(trunk, conversion, cache, inputs, tokens, begins)

@@ -21,6 +21,7 @@ from ...kernels.validation import state_dtype
 from .cache_layer import LayerState
 from .forward_pass import Carried, ForwardPass
 from .inputs import check_arguments
+from .packing import sequence_of_columns
 from .settings import ENTRY, GATE, MAP_K, MAP_Q, Settings
 from .watching import AttentionCall
 
@@ -38,9 +39,29 @@ class NativeMask(NamedTuple):
 
     arguments: dict[str, Any]
 
-    def build(self, implementation: str) -> Any:
-        """Return the mask in the form that this implementation of attention takes."""
-        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
+    def build(self, implementation: str, bounds: Tensor | None) -> Any:
+        """Return the mask in the form that this implementation of attention takes.
+
+        Args:
+            implementation: its name.
+            bounds: of packed sequences, int32 [N + 1], of which some models (GPT-OSS) say nothing when they ask for a
+                mask; None: nothing is packed.
+        """
+        changes = {} if bounds is None else _apart(self.arguments, bounds)
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**(self.arguments | changes))
+
+
+def _apart(arguments: dict[str, Any], bounds: Tensor) -> dict[str, Any]:
+    """Return those arguments of a mask that keep packed sequences apart, whose columns are those of the mask."""
+    batch, time = arguments["batch_size"], arguments["kv_length"]
+    sequences, visible = sequence_of_columns(bounds, batch, time), arguments["mask_function"]
+
+    def within(row: Any, head: Any, query: Any, key: Any) -> Any:
+        same = sequences[row, query] == sequences[row, key]
+        return visible(row, head, query, key) & same
+
+    # without a mask, attention would be causal across them
+    return {"mask_function": within, "allow_is_causal_skip": False}
 
 
 def segment_mask(*args: Any, **kwargs: Any) -> Any:
@@ -111,7 +132,8 @@ def segment_attention_forward(
     # looked up in dictionaries and attributes, since torch.compile may take an index in a tuple for one that is not
     if module.layer_idx not in segattn_pass.conversion.traits:
         implementation = segattn_pass.conversion.original
-        mask = attention_mask.build(implementation) if isinstance(attention_mask, NativeMask) else attention_mask
+        native = isinstance(attention_mask, NativeMask)
+        mask = attention_mask.build(implementation, segattn_pass.cu_seqlens) if native else attention_mask
         optional = {"softcap": softcap, "s_aux": s_aux}
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         options |= {name: x for name, x in optional.items() if x is not None}
@@ -128,7 +150,8 @@ def segment_attention_forward(
         out = run(query, key, value, segattn_rotary)
     else:
         out = watcher(AttentionCall(module, query, key, value, *scores, run, segattn_rotary))
-    return out.transpose(1, 2), None
+    # as all of transformers' attention functions return it
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _native(module: nn.Module, implementation: str) -> Callable[..., Any]:
@@ -156,7 +179,8 @@ def _run_converted(
         raise RuntimeError(f"{type(module).__name__} must be called with position_embeddings by name, got none")
     memory_q, memory_k = traits.without_positions(q, k, rotary)
     if forward.static is not None:
-        return forward.static.layers[layer].step(gate, q, k, v, memory_q, memory_k, scale, softcap, sink_logits)
+        mapped_q = getattr(module, MAP_Q)(memory_q).detach() if hasattr(module, MAP_Q) else memory_q
+        return forward.static.layers[layer].step(gate, q, k, v, mapped_q, memory_k, scale, softcap, sink_logits)
     state = forward.states[layer]
     if state is not None and forward.cache is not None:
         _check_state(state, k)

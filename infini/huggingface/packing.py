@@ -144,6 +144,11 @@ def check_native(conversion: Conversion) -> None:
 
 def positions_in_sequences(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
     """Return the position of each column in its packed sequence, int64 [B, T]."""
+    columns = torch.arange(batch * time, device=cu_seqlens.device, dtype=cu_seqlens.dtype).view(batch, time)
+    return (columns - cu_seqlens[sequence_of_columns(cu_seqlens, batch, time)]).long()
+
+
+def sequence_of_columns(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
+    """Return which packed sequence each column is of, int64 [B, T]."""
     columns = torch.arange(batch * time, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens, columns, right=True) - 1
-    return (columns - cu_seqlens[sequence]).long().view(batch, time)
+    return (torch.searchsorted(cu_seqlens, columns, right=True) - 1).view(batch, time)

@@ -45,7 +45,8 @@ def sequence_parallel(model: nn.Module, group: Any) -> Iterator[None]:
     if (settings := conversion.settings).lookback or settings.sinks:
         raise ValueError(
             f"model must be converted with lookback=0 and sinks=0 for sequence_parallel, got {settings.lookback} and "
-            f"{settings.sinks}: tokens of other ranks are not seen"
+            f"{settings.sinks}, for which ranks would have to see each other's tokens: convert it without, or give "
+            "each rank whole texts"
         )
     ranks = Ranks.of(group)
     if native := conversion.native:

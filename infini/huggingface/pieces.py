@@ -227,9 +227,10 @@ def _check_tensors(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None
     for name, x in (("input_ids", input_ids), ("attention_mask", input_ids if mask is None else mask)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor of integers [B, T], got {type(x).__name__}")
-    if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
+    if input_ids.ndim != 2 or not input_ids.numel() or input_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"input_ids must be integers [B, T], of at least one token, got {input_ids.dtype} {list(input_ids.shape)}"
+            "input_ids must be integers [B, T], int32 or int64, of at least one token, got "
+            f"{input_ids.dtype} {list(input_ids.shape)}"
         )
     batch, time = input_ids.shape
     if labels is not None and check.check_ids("labels", labels).shape != input_ids.shape:

@@ -19,13 +19,18 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
+from ...kernels.attention_arguments import with_effect
+from ...runs.errors import first_line
 from .forward_pass import ARGUMENT
-from .settings import layers_of
+from .inputs import HARMLESS
+from .settings import cache_name, layers_of
 from .traits import Rotary, RotaryCall, Traits
 
 IMPLEMENTATION = "segattn_probe"
 # the angles of the last one are large
 ROWS = 16
+# arguments of attention functions that a converted layer takes, or makes nothing of
+TAKEN = HARMLESS | {"scaling", "dropout", "softcap", "s_aux", "output_attentions", ARGUMENT}
 # tokens read, or a position, far behind any segment
 FAR = 2**20
 
@@ -50,8 +55,14 @@ class _Seen(NamedTuple):
     others: dict[str, Any]
 
 
-class _Record(list[_Seen]):
-    """A list of calls, which goes through an attention in place of its mask."""
+class _Record:
+    """Hold calls of an attention function, through which it goes in place of the mask.
+
+    It is no list, of which accelerate would hand each module a copy.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[_Seen] = []
 
 
 class _LongRead(DynamicCache):
@@ -86,9 +97,9 @@ class _Attention:
         """Run the attention on rows [1, T, d], with some of its arguments changed."""
         record = _Record()
         self.module(**self.arguments | {self.names[0]: rows, "attention_mask": record} | changes)
-        if len(record) != 1:
+        if len(record.calls) != 1:
             self.refuse("call its attention function once in each pass, with the mask of its layer")
-        return record[0]
+        return record.calls[0]
 
     def plain(self, rows: Tensor, **changes: Any) -> _Seen:
         """Run the attention with rotary angles of 0."""
@@ -157,7 +168,8 @@ def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
     """Run the model on equal rows, and return how its layers call their attention.
 
     Raises:
-        ValueError: arguments of the model's forward do not reach its layers.
+        ValueError: the model does not run on embeddings without a mask, its cache holds more than keys and values, or
+            arguments of its forward do not reach its layers.
     """
     calls: dict[int, _Attention] = {}
 
@@ -171,24 +183,45 @@ def _calls(trunk: Any, attentions: list[Any]) -> dict[int, _Attention]:
                 "them: a newer transformers may have one that does"
             )
 
+    rows = min(ROWS, getattr(trunk.config, "max_position_embeddings", ROWS))
+    weight = trunk.get_input_embeddings().weight
+    embeds = torch.ones(1, rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     handles = [layer.register_forward_pre_hook(check, with_kwargs=True) for layer in layers_of(trunk)]
     handles += [
         module.register_forward_pre_hook(lambda *call, layer=layer: note(layer, *call), with_kwargs=True)
         for layer, module in enumerate(attentions)
     ]
-    rows = min(ROWS, getattr(trunk.config, "max_position_embeddings", ROWS))
-    weight = trunk.get_input_embeddings().weight
-    embeds = torch.ones(1, rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     try:
         with _rotary_calls(trunk) as rotary:
             trunk(inputs_embeds=embeds, use_cache=False, **{ARGUMENT: None})
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"model must run on inputs_embeds [1, {rows}, {weight.shape[1]}] by an attention function without a mask, "
+            f"got {type(trunk).__name__}, whose forward pass then fails: {first_line(error)}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
+    _check_cache(trunk, embeds)
     for attention in calls.values():
         same = (call for call, embeddings in rotary if _equal(embeddings, attention.embeddings))
         attention.rotary_call = next(same, None)
     return calls
+
+
+def _check_cache(trunk: Any, embeds: Tensor) -> None:
+    """Check that the model keeps nothing but keys and values, as convolutions and recurrent layers do, in its cache.
+
+    Raises:
+        ValueError: it keeps something else, which segattn's caches do not.
+    """
+    try:
+        trunk(inputs_embeds=embeds, use_cache=True, **{cache_name(trunk): DynamicCache()}, **{ARGUMENT: None})
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"model must keep keys and values alone in its cache, got {type(trunk).__name__}, which does not run with "
+            f"a DynamicCache() ({first_line(error)}): segattn.RecurrentMemory needs no cache"
+        ) from error
 
 
 @contextmanager
@@ -236,6 +269,8 @@ def _read(attention: _Attention, last: int) -> Traits:
     if len(parts) > 2 or any(part.ndim != 3 for part in parts):
         attention.refuse("get one angle for each token and pair of channels, as position_embeddings [B, T, R]")
     turned = attention(attention.rows)
+    if others := with_effect(turned.others, TAKEN):
+        attention.refuse(f"pass no {', '.join(others)} to its attention function, which segment attention has not")
     sinks = turned.others.get("s_aux")
     if sinks is not None and sinks.shape != turned.q.shape[1:2]:
         attention.refuse(f"have one learnt sink logit (s_aux) for each of its {turned.q.shape[1]} heads")
@@ -311,7 +346,7 @@ def _close(x: Tensor, y: Tensor) -> bool:
 def _see(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """Record the call of an attention function, and return zeros."""
     if isinstance(attention_mask, _Record):
-        attention_mask.append(_Seen(query, key, value, kwargs))
+        attention_mask.calls.append(_Seen(query, key, value, kwargs))
     batch, heads, time, _ = query.shape
     return query.new_zeros(batch, time, heads, value.shape[-1]), None
 

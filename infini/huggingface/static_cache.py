@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,49 +16,55 @@ from ...kernels.validation import check_integer, state_dtype
 from .cache_layer import ConvertedLayer, LayerState, new_columns
 from .convertible import check_weights
 from .rows import Rows
-from .settings import GATE, Settings, attentions_of, conversion_of, trunk_of
+from .settings import GATE, MAP_K, Conversion, Settings, attentions_of, conversion_of, trunk_of
 from .traits import Traits
+from .window import Embeddings, embeddings_at
 
 
 class StaticInfiniLayer(ConvertedLayer):
     """The cache of one converted layer, in buffers of fixed addresses.
 
-    keys, memory_keys, values: [B, G, L, K], [B, G, L, K] and [B, G, L, V] of the unfinished segment of each row, whose
-        first `lengths % L` places count.
-    memory, normalizer: [B, G, K, V] and [B, G, K] of the completed segments, in float32 or wider.
-    next_memory, next_normalizer: the memory with the tokens of the unfinished segment written too. The write of a token
-        needs only the memory before its segment, so it need not wait for the segment's end.
+    keys, memory_keys, values: [B, G, W, K], [B, G, W, K] and [B, G, W, V] of each row's tail, which begins with the
+        segment looked back at; W is the window, (1 + lookback) · L tokens.
+    sinks: the first tokens' keys before rotary embedding and values, [B, G, n, ·]; none: no tensors.
+    memories: [B, G, K, V] with [B, G, K], in float32 or wider; none, where the layer has no memory: first the one that
+        is read; with a lookback, the same with the segment looked back at; and last, with the tokens of the unfinished
+        segment too. The write of a token needs only the memory before its segment, the last but one, so it need not
+        wait for the segment's end.
     """
 
     is_compileable = True
     is_croppable = False
 
-    def __init__(
-        self, batch: int, traits: Traits, lengths: Tensor, columns: Tensor, like: Tensor, settings: Settings
-    ) -> None:
+    def __init__(self, cache: StaticInfiniCache, attention: nn.Module, traits: Traits, like: Tensor) -> None:
         super().__init__()
         self.keys: Tensor
         self.values: Tensor
-        self.lengths, self.columns, self.settings = lengths, columns, settings
-        groups, width, value_width = traits.groups, traits.key_width, traits.value_width
-        tail = (batch, groups, settings.segment_len)
+        self.lengths, self.columns, self.settings = cache.lengths, cache.columns, cache.settings
+        self.rotary, self.places = traits.rotary, cache.places
+        # what is written passes through the layer's map
+        self.map_k: Any = getattr(attention, MAP_K, None)
+        settings, batch, groups = self.settings, len(self.lengths), traits.groups
+        width, value_width = traits.key_width, traits.value_width
+        tail, sinks = (batch, groups, settings.window), (batch, groups, settings.sinks)
         self.keys, self.memory_keys = (like.new_zeros(*tail, width) for _ in range(2))
         self.values = like.new_zeros(*tail, value_width)
-        dtype = state_dtype(like)
-        self.memory, self.next_memory = (
-            like.new_zeros(batch, groups, width, value_width, dtype=dtype) for _ in range(2)
-        )
-        self.normalizer, self.next_normalizer = (like.new_zeros(batch, groups, width, dtype=dtype) for _ in range(2))
+        self.sinks: tuple[Tensor, ...] = ()
+        if settings.sinks:
+            self.sinks = like.new_zeros(*sinks, width), like.new_zeros(*sinks, value_width)
+        count = 2 + settings.lookback if hasattr(attention, GATE) else 0
+        state: dict[str, Any] = {"device": like.device, "dtype": state_dtype(like)}
+        self.memories = [MemoryState.zeros(batch, groups, width, value_width, **state) for _ in range(count)]
         self.counters = torch.zeros(batch * groups, dtype=torch.int32, device=like.device)
         self.is_initialized = True
 
     def tail(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the buffers of the unfinished segment, in the order of a `LayerState`."""
+        """Return the buffers of the tail, in the order of a `LayerState`."""
         return self.keys, self.memory_keys, self.values
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all buffers that hold rows."""
-        return (*self.tail(), self.memory, self.normalizer, self.next_memory, self.next_normalizer)
+        return (*self.tail(), *self.sinks, *(x for memory in self.memories for x in memory))
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Return the columns of a mask over the new tokens alone, so that a compiled step's mask keeps its shape."""
@@ -95,7 +102,7 @@ class StaticInfiniLayer(ConvertedLayer):
 
     def step(
         self,
-        gate: Tensor,
+        gate: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -105,65 +112,161 @@ class StaticInfiniLayer(ConvertedLayer):
         softcap: float | None,
         sink_logits: Tensor | None,
     ) -> Tensor:
-        """Return the attention [B, H, 1, V] of one new token in each row, without a branch."""
-        rows = torch.arange(q.shape[0], device=q.device)
-        place = self.lengths.to(q.device) % self.settings.segment_len
+        """Return the attention [B, H, 1, V] of one new token in each row, without a branch.
+
+        Args:
+            memory_q: after the layer's map, where it has one.
+            memory_k: before it.
+        """
+        lengths, rows = self.lengths.to(q.device), torch.arange(q.shape[0], device=q.device)
+        place = tail_of(lengths, self.settings)
         for buffer, new in zip(self.tail(), (k, memory_k, v), strict=True):
             # autocast may have narrowed them
             buffer[rows, :, place] = new[:, :, 0].to(buffer.dtype)
+        self._keep_sinks(lengths, memory_k, v)
         out = segment_decode(
             q,
             self.keys,
             self.values,
             place + 1,
-            gate=gate.detach(),
+            gate=None if gate is None else gate.detach(),
             memory_q=memory_q,
-            state=MemoryState(self.memory, self.normalizer),
+            state=self.memories[0] if self.memories else None,
             empty_memory=self.settings.empty_memory,
             scale=scale,
             softcap=softcap,
+            **self._seen_sinks(lengths),
             sink_logits=None if sink_logits is None else sink_logits.detach(),
             counters=self.counters,
             backend=self.settings.backend,
         )
-        self._write(memory_k, v)
-        ends = place + 1 == self.settings.segment_len
-        self.memory.copy_(torch.where(ends[:, None, None, None], self.next_memory, self.memory))
-        self.normalizer.copy_(torch.where(ends[:, None, None], self.next_normalizer, self.normalizer))
+        if self.memories:
+            before, last = self.memories[-2:]
+            self._write(before, last, memory_k, v)
+        self._end_segments(lengths + 1)
         return out
 
     def load(self, rows: Rows) -> LayerState:
         """Return the state that a piece of more than one token goes on from: tails that end together."""
-        width, tails = max(rows.tails), torch.tensor(rows.tails, device=self.memory.device)
+        width, tails = max(rows.tails), torch.tensor(rows.tails, device=self.keys.device)
         places = (torch.arange(width, device=tails.device) - width + tails[:, None]).clamp(min=0)
-        memory = MemoryState(self.memory.clone(), self.normalizer.clone())
+        memory = MemoryState(*(x.clone() for x in self.memories[0])) if self.memories else None
         keys, memory_keys, values = (_at(x, places) for x in self.tail())
-        return LayerState(memory, keys, memory_keys, values)
+        sinks = (self.sinks[0].clone(), self.sinks[1].clone()) if self.sinks and any(rows.folded) else None
+        return LayerState(memory, keys, memory_keys, values, sinks)
 
     def store(self, rows: Rows, state: LayerState) -> None:
         """Write the state that such a piece has left into the buffers."""
-        width, tails = state.keys.shape[2], torch.tensor(rows.tails, device=self.memory.device)
+        width, tails = state.keys.shape[2], torch.tensor(rows.tails, device=self.keys.device)
         steps = torch.arange(width, device=tails.device)
-        places = (steps + width - tails[:, None]).clamp(max=width - 1)
+        places = (steps + width - tails[:, None]).clamp(max=max(width - 1, 0))
         for buffer, x in zip(self.tail(), state.tail, strict=True):
             buffer[:, :, :width] = _at(x, places)
-        for buffer, x in zip((self.memory, self.normalizer), state.memory or (), strict=True):
-            buffer.copy_(x)
-        self.next_memory.copy_(self.memory)
-        self.next_normalizer.copy_(self.normalizer)
-        counts = (steps < tails[:, None])[:, None, :, None]
-        # σ(-1e4) is 0: places that do not count write nothing
-        self._write(self.memory_keys[:, :, :width].masked_fill(~counts, -1e4), self.values[:, :, :width] * counts)
+        begun = torch.tensor(rows.folded, device=tails.device)[:, None, None, None] > 0
+        for number, (buffer, x) in enumerate(zip(self.sinks, (self.memory_keys, self.values), strict=False)):
+            # those of rows that are not begun stand in their tails
+            first = x[:, :, : self.settings.sinks]
+            buffer.copy_(first if state.sinks is None else torch.where(begun, state.sinks[number], first))
+        if not self.memories:
+            return
+        for memory in self.memories:
+            for buffer, x in zip(memory, state.memory or (), strict=False):
+                buffer.copy_(x)
+        keys, values = self.memory_keys[:, :, :width], self.values[:, :, :width]
+        # with a lookback, a tail may begin with a whole segment
+        whole = (tails // self.settings.segment_len * self.settings.segment_len)[:, None]
+        if self.settings.lookback:
+            oldest, looked_back, last = self.memories
+            self._write(oldest, looked_back, keys, values, steps < whole)
+            for buffer, x in zip(last, looked_back, strict=True):
+                buffer.copy_(x)
+        before, last = self.memories[-2:]
+        self._write(before, last, keys, values, (steps >= whole) & (steps < tails[:, None]))
 
-    def _write(self, memory_k: Tensor, v: Tensor) -> None:
-        """Write tokens of the unfinished segment into the next memory (arXiv 2404.07143, equations 8 and 9)."""
-        k, v, backend = memory_k.to(self.memory.dtype), v.to(self.memory.dtype), self.settings.backend
+    def _keep_sinks(self, lengths: Tensor, memory_k: Tensor, v: Tensor) -> None:
+        """Write the token behind the first `lengths` of each row, where it is among the first n."""
+        rows, place = torch.arange(len(lengths), device=lengths.device), lengths.clamp(max=self.settings.sinks - 1)
+        for buffer, new in zip(self.sinks, (memory_k, v), strict=False):
+            is_sink = (lengths < self.settings.sinks)[:, None, None]
+            buffer[rows, :, place] = torch.where(is_sink, new[:, :, 0].to(buffer.dtype), buffer[rows, :, place])
+
+    def _seen_sinks(self, lengths: Tensor) -> dict[str, Any]:
+        """Return the arguments of `segment_decode` that say which sinks are seen, just before the window."""
+        if not self.sinks:
+            return {}
+        keys, values = self.sinks
+        seen = lengths >= self.settings.window
+        return {"sink_k": self._rotated(keys, self.places.sinks), "sink_v": values, "sink_seen": seen}
+
+    def _end_segments(self, lengths: Tensor) -> None:
+        """Go on to the next segment in rows of `lengths` tokens that have completed one: shift memories and tails."""
+        length = self.settings.segment_len
+        ends = (lengths % length == 0)[:, None, None]
+        for memory, following in itertools.pairwise(self.memories):
+            memory.memory.copy_(torch.where(ends[..., None], following.memory, memory.memory))
+            memory.normalizer.copy_(torch.where(ends, following.normalizer, memory.normalizer))
+        if self.settings.lookback:
+            # a row's first segment stays where it is, and is looked back at from there
+            ends = ends[..., None] & (lengths > length)[:, None, None, None]
+            moved = self._rotated(self.memory_keys[:, :, length:], self.places.tail)
+            for buffer, second in zip(self.tail(), (moved, *(x[:, :, length:] for x in self.tail()[1:])), strict=True):
+                buffer[:, :, :length] = torch.where(ends, second, buffer[:, :, :length])
+
+    def _rotated(self, keys: Tensor, at: Embeddings) -> Tensor:
+        """Return keys before rotary embedding, [B, G, T, K], at places whose embeddings are passed."""
+        if self.rotary is None or self.rotary.call is None:
+            return keys
+        return self.rotary.redo(keys, at[self.rotary.call])
+
+    def _write(
+        self, before: MemoryState, into: MemoryState, memory_k: Tensor, v: Tensor, counts: Tensor | None = None
+    ) -> None:
+        """Write tokens of one segment into a memory (arXiv 2404.07143, equations 8 and 9).
+
+        Args:
+            before: the memory before the segment.
+            into: the memory to add to, in place.
+            memory_k, v: [B, G, T, ·] of the tokens, before the layer's map.
+            counts: bool [B, T], which of them to write; None: all.
+        """
+        k = memory_k if self.map_k is None else self.map_k(memory_k).detach()
+        k, v, backend = k.to(into.memory.dtype), v.to(into.memory.dtype), self.settings.backend
+        if counts is not None:
+            # σ(-1e4) is 0: places that do not count write nothing
+            counts = counts[:, None, :, None]
+            k, v = k.masked_fill(~counts, -1e4), v * counts
         if self.settings.update == "delta":
-            v = v - memory_read(k, MemoryState(self.memory, self.normalizer), backend=backend)
-        following = MemoryState(self.next_memory, self.next_normalizer)
-        following = memory_write(k, v, following, update="linear", backend=backend)
-        self.next_memory.copy_(following.memory)
-        self.next_normalizer.copy_(following.normalizer)
+            v = v - memory_read(k, before, backend=backend)
+        following = memory_write(k, v, into, update="linear", backend=backend)
+        into.memory.copy_(following.memory)
+        into.normalizer.copy_(following.normalizer)
+
+
+class Places(NamedTuple):
+    """The rotary embeddings of the places of sinks, just before the window, and of a segment that is looked back at."""
+
+    sinks: Embeddings
+    tail: Embeddings
+
+    @classmethod
+    def of(cls, trunk: Any, conversion: Conversion, device: torch.device) -> Places:
+        """Return those of a converted model."""
+        settings = conversion.settings
+        sinks = torch.arange(-settings.sinks, 0, device=device)
+        tail = torch.arange(settings.segment_len if settings.lookback else 0, device=device)
+        embeddings = (embeddings_at(trunk, conversion, x[None]) if len(x) else {} for x in (sinks, tail))
+        return cls(*embeddings)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of all embeddings."""
+        made = [x for at in self for x in at.values()]
+        return [x for each in made for x in ([each] if isinstance(each, Tensor) else each)]
+
+
+def tail_of(lengths: Tensor, settings: Settings) -> Tensor:
+    """Return the number of tokens in the tails of rows of `lengths` tokens, int64 [B]: where the next one stands."""
+    place = lengths % settings.segment_len
+    return place + settings.segment_len * (lengths >= settings.segment_len) if settings.lookback else place
 
 
 class StaticInfiniCache(Cache):
@@ -172,17 +275,18 @@ class StaticInfiniCache(Cache):
     Pass it to `generate`, which compiles with it on a GPU, or to `forward`, as `past_key_values`. A step of one token
     per row has no branch, reads the lengths on the device, and takes every column for a token. Pieces of more than one
     token, such as the prompt, run as with an `InfiniCache`. Each layer holds keys, keys before rotary embedding and
-    values [B, G, L, ·] in the model's dtype, and two memories [B, G, K, V] with normalizers [B, G, K] in float32.
+    values [B, G, L, ·], with a lookback 2 L, and those of the sinks in the model's dtype, and two memories [B, G, K, V]
+    with normalizers [B, G, K] in float32, with a lookback three. With a lookback each step also rotates L keys, those
+    that the next segment would look back at, since it cannot branch where a segment ends.
 
     Args:
-        model: a converted model, with every layer converted; without lookback, sinks and memory maps, and with a memory
-            in every layer.
+        model: a converted model, with every layer converted.
         batch_size: number of rows of every call, B.
 
     Raises:
         TypeError: `batch_size` is not an integer.
-        ValueError: the model is not converted, not in every layer, not as above, or without weights, as when accelerate
-            offloads it; or `batch_size` is below 1.
+        ValueError: the model is not converted, not in every layer, or without weights, as when accelerate offloads it;
+            or `batch_size` is below 1.
     """
 
     def __init__(self, model: nn.Module, batch_size: int = 1) -> None:
@@ -193,17 +297,7 @@ class StaticInfiniCache(Cache):
                 f"model must have every layer converted for a static cache, got {list(conversion.native)} that are "
                 "not: use InfiniCache"
             )
-        self.settings = settings = conversion.settings
-        for name in ("lookback", "sinks", "memory_maps"):
-            if value := getattr(settings, name):
-                raise ValueError(
-                    f"model must be converted without {name} for a static cache, got {value}: use InfiniCache"
-                )
-        if settings.memory_layers != settings.layers:
-            raise ValueError(
-                "model must have a memory in every layer for a static cache, got memory_layers="
-                f"{list(settings.memory_layers)}: use InfiniCache"
-            )
+        self.settings = conversion.settings
         check_weights(trunk.parameters())
         device = next(trunk.parameters()).device
         # buffers made in inference mode could not be written outside of it
@@ -211,14 +305,20 @@ class StaticInfiniCache(Cache):
             self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
             self.columns = torch.zeros((), dtype=torch.int64, device=device)
             # the embedding's dtype, since quantized weights are integers
-            likes = [trunk.get_input_embeddings().weight[:0].to(_device(m)) for m in attentions_of(trunk)]
+            dtype = trunk.get_input_embeddings().weight.dtype
+            attentions = attentions_of(trunk)
+            # of no weight, since tensors made like one that FSDP2 has sharded would be sharded too
+            likes = [torch.empty(0, dtype=dtype, device=_device(attention)) for attention in attentions]
+            with torch.no_grad():
+                self.places = Places.of(trunk, conversion, device)
             layers: list[Any] = [
-                StaticInfiniLayer(batch_size, traits, self.lengths, self.columns, like.detach(), self.settings)
-                for traits, like in zip(conversion.traits.values(), likes, strict=True)
+                StaticInfiniLayer(self, attention, traits, like)
+                for attention, traits, like in zip(attentions, conversion.traits.values(), likes, strict=True)
             ]
         super().__init__(layers=layers)
         self.layers: list[Any] = layers
-        for x in (self.lengths, self.columns, *(x for layer in layers for x in (*layer.tensors(), layer.counters))):
+        buffers = [x for layer in layers for x in (*layer.tensors(), layer.counters)]
+        for x in (self.lengths, self.columns, *self.places.tensors(), *buffers):
             torch._dynamo.mark_static_address(x)
 
     recording = False
@@ -234,8 +334,8 @@ class StaticInfiniCache(Cache):
     def rows(self) -> Rows:
         """Return how far each row has been read; reading it waits for the device."""
         lengths = tuple(self.lengths.tolist())
-        length = self.settings.segment_len
-        return Rows(int(self.columns), lengths, tuple(n // length * length for n in lengths))
+        length, lookback = self.settings.segment_len, self.settings.lookback
+        return Rows(int(self.columns), lengths, tuple(max(0, n // length - lookback) * length for n in lengths))
 
     @property
     def states(self) -> dict[int, LayerState | None]:
@@ -267,6 +367,10 @@ class StaticInfiniCache(Cache):
         self.columns.fill_(rows.columns)
         for index, state in states.items():
             self.layers[index].store(rows, state)
+
+    def positions(self) -> Tensor:
+        """Return the positions of one new token in each row, int64 [B, 1], counted from its tail's first token."""
+        return tail_of(self.lengths, self.settings)[:, None]
 
     def advance(self) -> None:
         """Count one more token in each row, on the device."""

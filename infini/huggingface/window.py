@@ -123,15 +123,16 @@ def window_of(
     places = 0
     if settings.sinks and last > lookback + 1:
         places = segments if conversion.period is None else 1
-    sinks_at = _embeddings(trunk, conversion, _sink_positions(conversion, rows, places, device)) if places else {}
+    sinks_at = embeddings_at(trunk, conversion, _sink_positions(conversion, rows, places, device)) if places else {}
     tails_at = {}
     if conversion.restart and lookback and not packed and after.folded != rows.folded:
-        tails_at = _embeddings(trunk, conversion, _tail_positions(after, device))
+        tails_at = embeddings_at(trunk, conversion, _tail_positions(after, device))
     past = rows.folded[0] if len(set(rows.folded)) == 1 else torch.tensor(rows.folded, device=device)
     return Window(settings, rows, after, past, places, sinks_at, tails_at)
 
 
-def _embeddings(trunk: Any, conversion: Conversion, positions: Tensor) -> Embeddings:
+def embeddings_at(trunk: Any, conversion: Conversion, positions: Tensor) -> Embeddings:
+    """Return the rotary embeddings of positions, int64 [1 or B, T], by the calls that make them."""
     calls = dict.fromkeys(traits.rotary.call for traits in conversion.traits.values() if traits.rotary is not None)
     return {call: call(trunk, positions) for call in calls if call is not None}
 

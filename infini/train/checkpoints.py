@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from ...runs.errors import SettingError
 from ...runs.figures import write_figures
+from ..conversion_options import NAMES as CONVERSION
 from .processes import is_first
 from .settings import TrainSettings
 from .trainer import Trainer
@@ -66,7 +68,9 @@ def about(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((checkpoints[-1] / RUN).read_text(encoding="utf-8"))
         settings, _, _, _ = content["settings"], content["rows"], content["position"], content["step"]
-        is_of_this_version = settings.keys() == TrainSettings.__dataclass_fields__.keys()
+        # older ones lack some of the options by which a model is converted
+        content["settings"] = settings = dict.fromkeys(CONVERSION) | settings
+        is_of_this_version = settings.keys() == {field.name for field in fields(TrainSettings)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         problem = f"needs a checkpoint of segattn finetune; {str(checkpoints[-1])!r} is another, or damaged"
         raise SettingError("resume", problem) from None

@@ -11,12 +11,22 @@ import torch
 from torch import Tensor
 
 from ...runs.errors import SettingError
-from ..evaluate.loading import BYTES, TOKENIZER, ByteTokenizer, PretrainedTokenizer, Tokenizer, convert_named, load
+from ..evaluate.loading import (
+    BYTES,
+    TOKENIZER,
+    ByteTokenizer,
+    PretrainedTokenizer,
+    Tokenizer,
+    check_conversion,
+    convert_named,
+    load,
+)
 from ..evaluate.settings import Source
 from ..gate import Gate
 from ..huggingface.pieces import check_checkpointing
 from ..huggingface.saving import save_pretrained
-from ..huggingface.settings import conversion_of, is_converted
+from ..huggingface.settings import is_converted
+from ..memory_map import MemoryMap
 from .settings import TrainSettings
 
 ADAPTER = "default"
@@ -42,8 +52,9 @@ def build_model(settings: TrainSettings) -> tuple[Any, Tokenizer]:
         _add_adapters(model, settings.lora)
     elif settings.freeze_but_gates:
         model.requires_grad_(False)
+    trained = (Gate,) if settings.freeze_but_gates else (Gate, MemoryMap)
     for module in model.modules():
-        if isinstance(module, Gate):
+        if isinstance(module, trained):
             module.requires_grad_(True)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(model)
@@ -60,7 +71,9 @@ def save_model(model: Any, tokenizer: Tokenizer, weights: Mapping[str, Any], fol
     # None where the model that was trained had an entry of its own
     if is_of_bytes or hasattr(model.config, TOKENIZER):
         setattr(model.config, TOKENIZER, BYTES if is_of_bytes else None)
-    save_pretrained(model, folder, state_dict=_merged(model, weights))
+    # tied weights by one of their names: transformers 5.0 unties what a checkpoint has by both
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    save_pretrained(model, folder, state_dict=_merged(model, {x: weights[x] for x in weights if x not in tied}))
     if isinstance(tokenizer, PretrainedTokenizer):
         tokenizer.tokenizer.save_pretrained(folder)
 
@@ -81,17 +94,12 @@ def _llama(settings: TrainSettings) -> Any:
 
 def _convert(model: Any, settings: TrainSettings) -> None:
     """Convert a plain model; check that a converted model agrees with the settings."""
-    given: dict[str, Any] = {"segment_len": settings.segment_len, "update": settings.update}
-    given = {name: value for name, value in given.items() if value is not None}
     if is_converted(model):
-        for name, value in given.items():
-            held = getattr(conversion_of(model).settings, name)
-            if value != held:
-                raise SettingError(name, f"must be the model's, {held!r}, or left out, got {value!r}")
+        check_conversion(model, settings, "the model's")
         return
     # from scratch both halves of attention learn at once; a pretrained model is to change little at first
     scratch: dict[str, Any] = {} if settings.model is not None else {"gate_init": 0.0}
-    convert_named(model, given, **scratch)
+    convert_named(model, scratch | settings.convert_arguments())
 
 
 def _check_dropout(model: Any) -> None:

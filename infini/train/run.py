@@ -119,13 +119,14 @@ def run_training(
     mesh = mesh_of(device, settings.sequence_ranks)
     model, tokenizer, rows, saved = agreed(lambda: _prepare(settings, outputs, mesh, resume))
     trainer = Trainer(model, settings, mesh, device)
-    if settings.length <= trainer.segment_len:
+    words, least = conversion_of(model).settings.without_memory
+    if settings.length <= least:
         # once, and not by every process
         expect_short_texts(model)
         if is_first():
             warnings.warn(
-                f"no memory is trained: length must be more than segment_len, {trainer.segment_len}, for a row to read "
-                f"its memory, got {settings.length}",
+                f"no memory is trained: length must be more than {words}, {least}, for a row to read its memory, got "
+                f"{settings.length}",
                 UntrainedMemoryWarning,
                 stacklevel=2,
             )
@@ -173,6 +174,9 @@ def _prepare(
     if ranks > 1 and conversion.native:
         problem = f"must be converted in every layer for ranks that share rows, got layers {list(conversion.native)}"
         raise SettingError("model", f"{problem} that are not: choose --sequence-ranks 1")
+    if ranks > 1 and (conversion.settings.lookback or conversion.settings.sinks):
+        problem = f"must be 1 for a model with lookback or sinks, got {ranks}: no rank sees the tokens of others"
+        raise SettingError("sequence_ranks", problem)
     try:
         runs_of(settings.length, ranks, conversion.settings.segment_len)
     except ValueError as error:

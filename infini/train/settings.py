@@ -9,6 +9,7 @@ from typing import Annotated
 
 from ...runs.errors import SettingError
 from ...runs.settings import absolute, check_least
+from ..conversion_options import ConversionOptions
 
 SIZES = ("layers", "width", "heads")
 CHOICES = {
@@ -17,8 +18,10 @@ CHOICES = {
     "log": ("none", "tensorboard", "wandb"),
 }
 # the least value of a count; 1 where it is not listed
-LEAST = {"length": 2, "segment_len": 2, "warmup": 0, "seed": 0, "eval_rows": 0}
+LEAST = {"length": 2, "segment_len": 2, "lookback": 0, "sinks": 0, "warmup": 0, "seed": 0, "eval_rows": 0}
 RATES = ("lr", "gate_lr", "weight_decay")
+# may be below 0
+SIGNED = ("gate_init",)
 # may stand elsewhere when a run is resumed: it takes its weights from the checkpoint, and compares the text
 SOURCES = ("model", "text", "dataset", "split", "column", "tokenizer")
 # may change when a run is resumed: no step that was taken depends on them, but on its own rates
@@ -30,7 +33,7 @@ MAY_CHANGE = (
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(ConversionOptions):
     """A training run: its model, its text, its recipe. The string beside a field is the help of its option.
 
     Paths become absolute, so that a run can be resumed from any folder.
@@ -43,8 +46,6 @@ class TrainSettings:
     layers: Annotated[int | None, "Layers of a Llama of bytes from scratch, in the place of MODEL."] = None
     width: Annotated[int | None, "Width of a model from scratch."] = None
     heads: Annotated[int | None, "Heads of a model from scratch."] = None
-    segment_len: Annotated[int | None, "Tokens per segment of a plain model. Default: 2048."] = None
-    update: Annotated[str | None, "Update rule of a plain model: delta or linear. Default: delta."] = None
     text: Annotated[str | None, "File of the text to train on, UTF-8."] = None
     dataset: Annotated[
         str | None,
@@ -76,7 +77,7 @@ class TrainSettings:
     weight_decay: Annotated[float, "Weight decay of matrices."] = 0.01
     warmup: Annotated[int, "Steps over which the rates rise, before they fall as a cosine.", "--warm-up"] = 20
     lora: Annotated[
-        int | None, "Rank of LoRA adapters on all linear layers; they and the gates are trained, nothing else."
+        int | None, "Rank of LoRA adapters on all linear layers; they, gates and maps are trained, nothing else."
     ] = None
     freeze_but_gates: Annotated[bool, "Train the gates alone."] = False
     gradient_checkpointing: Annotated[
@@ -93,6 +94,7 @@ class TrainSettings:
     log: Annotated[str, "Log to tensorboard or wandb too; under torchrun, call it --log-to.", "--log-to"] = "none"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("model", "text", "dataset", "tokenizer"):
             if getattr(self, name) != "bytes":
                 object.__setattr__(self, name, absolute(getattr(self, name)))
@@ -111,7 +113,11 @@ class TrainSettings:
         for name in RATES:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise SettingError(name, f"must be 0 or more, got {getattr(self, name)}")
-        counts = [name for name in self.__dataclass_fields__ if type(getattr(self, name)) is int and name not in RATES]
+        counts = [
+            name
+            for name in self.__dataclass_fields__
+            if type(getattr(self, name)) is int and name not in (*RATES, *SIGNED)
+        ]
         check_least(self, {name: LEAST.get(name, 1) for name in counts})
 
     def _check_together(self) -> None:

@@ -56,7 +56,7 @@ class LossSum(nn.Module):
 
     def forward(self, shift_labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return the sum of the losses, [] float32 in nats, of a batch as `shard_batch` returns it."""
-        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        hidden = trunk_of(self.model)(**inputs, use_cache=False).last_hidden_state
         each = max(1, self.tokens // len(hidden))
         if hidden.shape[1] <= each:
             # computed last and let go first: to compute them twice would save nothing

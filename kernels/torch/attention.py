@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..sequences import Slots, gather_tokens, scatter_tokens, slots_of, window
 from ..state import HeadBiases, MemoryState, Options, SegmentOutput, Sinks, empty_output
 from .memory import blend_into, fold_segments, read_and_blend
+from .segments import attend_segments
 
 
 def stores_scores(biases: HeadBiases, options: Options) -> bool:
@@ -118,10 +119,15 @@ def blend(local: Tensor, memory_q: Tensor, state: MemoryState, gate: Tensor, opt
     return blend_into(local, local, memory_q, state.memory, state.normalizer, gate, keep_gate)
 
 
+def part(x: Tensor, first: int, last: int) -> Tensor:
+    """Return tokens in [first, last) of x [B, heads, T, width]; all of them as x, whose gradient is not copied then."""
+    return x if (first, last) == (0, x.shape[2]) else x[:, :, first:last]
+
+
 def to_slots(x: Tensor, first: int, last: int, segment_len: int) -> Tensor:
     """Return segments in [first, last) of x [B, heads, T, width] as [B · S, heads, L, width], by a view if possible."""
     segments = (last - first) // segment_len
-    return x[:, :, first:last].unflatten(2, (segments, segment_len)).transpose(1, 2).flatten(0, 1)
+    return part(x, first, last).unflatten(2, (segments, segment_len)).transpose(1, 2).flatten(0, 1)
 
 
 def from_slots(x: Tensor, batch: int) -> Tensor:
@@ -158,6 +164,51 @@ def widened(own: Tensor, x: Tensor, sinks: Tensor | None, segment: int, stop: in
     return own if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
+def fuses(q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, biases: HeadBiases, options: Options) -> bool:
+    """Return whether the whole segments of a call are one operation: a training step's on a CPU, without extras."""
+    return (
+        torch.is_grad_enabled()
+        and q.device.type == "cpu"
+        # PyTorch's operation does not look at the last stride
+        and all(x.stride(3) == 1 for x in (q, k, v))
+        and q.shape[2] == k.shape[2] >= options.segment_len
+        and q.shape[3] == v.shape[3]
+        and options.causal
+        and not options.lookback
+        and sinks is None
+        and not stores_scores(biases, options)
+    )
+
+
+def attend_segments_of_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_q: Tensor,
+    memory_k: Tensor,
+    gate: Tensor,
+    state: MemoryState,
+    biases: HeadBiases,
+    options: Options,
+) -> SegmentOutput:
+    """Attend in whole segments by one operation, and then in the rest."""
+    batch, _, time, _ = k.shape
+    whole = time // options.segment_len * options.segment_len
+    tensors = [q, k, v, None if memory_q is q else memory_q, None if memory_k is k else memory_k]
+    pairs = [(x, None) if whole == time or x is None else x.split([whole, time - whole], 2) for x in tensors]
+    slots = [None if x is None else to_slots(x, 0, whole, options.segment_len) for x, _ in pairs]
+    delta, keep_gate = options.update == "delta", options.empty_memory == "gated"
+    out, m, z, *_ = attend_segments(*slots, gate, *state, options.scale, delta, keep_gate)
+    out, state = from_slots(out, batch), MemoryState(m, z)
+    if whole == time:
+        return SegmentOutput(out, state)
+    rests: list[Any] = [x for _, x in pairs]
+    q, k, v = rests[:3]
+    memory_q, memory_k = (own if x is None else x for x, own in zip(rests[3:], (q, k), strict=True))
+    rest, _ = attend_rows(q, k, v, memory_q, memory_k, gate, state, None, biases, options)
+    return SegmentOutput(torch.cat([out, rest], dim=2), state)
+
+
 def attend_rows(
     q: Tensor,
     k: Tensor,
@@ -177,13 +228,15 @@ def attend_rows(
     batch, _, time, _ = k.shape
     L, lookback, first_query = options.segment_len, options.lookback, time - q.shape[2]
     each = time // L
+    if gate is not None and state is not None and fuses(q, k, v, sinks, biases, options):
+        return attend_segments_of_rows(q, k, v, memory_q, memory_k, gate, state, biases, options)
     folded = max(each - lookback, 0)
     k_slots, v_slots = (to_slots(x, 0, each * L, L) for x in (k, v))
     before = []
     if state is not None and folded:
         written = k_slots if memory_k is k and not lookback else to_slots(memory_k, 0, folded * L, L)
         values = to_slots(v, 0, folded * L, L) if lookback else v_slots
-        m_before, z_before, m, z = fold_segments(written, values, *state, None, None, options.update == "delta")
+        m_before, z_before, m, z, _ = fold_segments(written, values, *state, None, None, options.update == "delta")
         state = MemoryState(m, z)
         before = [x.unflatten(0, (batch, folded)) for x in (m_before, z_before)]
     outs = []
@@ -192,8 +245,8 @@ def attend_rows(
     for first, last, segment, stop in cuts(first_query, time, L, edges):
         key_time = min(L, last - segment * L)
         run_time = min(key_time, last - first)
-        run = slice(first - first_query, last - first_query)
-        queries = to_slots(q[:, :, run], 0, last - first, run_time)
+        run = first - first_query, last - first_query
+        queries = to_slots(q, *run, run_time)
         keys, values = k_slots, v_slots
         if (segment, stop) != (0, each):
             keys, values = (to_slots(x, segment * L, last, key_time) for x in (k, v))
@@ -210,7 +263,7 @@ def attend_rows(
             i = max(segment - lookback, 0)
             j = i + stop - segment
             seen = state if i == folded else MemoryState(*(x[:, i:j].flatten(0, 1) for x in before))
-            reading = queries if memory_q is q else to_slots(memory_q[:, :, run], 0, last - first, run_time)
+            reading = queries if memory_q is q else to_slots(memory_q, *run, run_time)
             out = blend(out, reading, seen, gate, options)
         outs.append(from_slots(out, batch))
     if not outs:
@@ -339,7 +392,7 @@ def fold_sequences(
     if options.lookback:
         # a sequence's last whole segment is left for the next call
         complete = complete & F.pad(complete[1:] & (slots.number[1:] > 0), (0, 1))
-    m_before, z_before, m, z = fold_segments(k, v, *state, complete, owner, options.update == "delta")
+    m_before, z_before, m, z, _ = fold_segments(k, v, *state, complete, owner, options.update == "delta")
     before = MemoryState(m_before, z_before)
     if options.lookback:
         read = torch.arange(len(complete), device=k.device) - (slots.number > 0).long()

@@ -11,12 +11,14 @@ A is symmetric, so the adjoint of the scan is the scan run backwards.
 Nothing here depends on the size of σ: z is divided by its peak, and rows are normalised before they are multiplied,
 never after, so that every factor stays bounded.
 
-Features are recomputed block by block, in cache, rather than stored.
+Segments are handled block by block, everything of a block while it is in cache: features are computed again in the
+backward rather than stored. On a CPU, blocks of an empty memory and those that no gradient comes back to are skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -24,22 +26,20 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..state import least_weight, over_peak
 
-Step = tuple[slice | Tensor, slice | Tensor]
-
 # tokens × width of one pass: about a core's cache on a CPU, a bound on scratch memory elsewhere
 _BLOCK = {"cpu": 2**18}
 _BLOCK_ELSEWHERE = 2**24
 
 
+def feature_map_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Return grad · σ'(x) in one pass: σ' is exp(x) below zero and 1 above, the derivative of ELU."""
+    return torch.ops.aten.elu_backward(grad, 1, 1, 1, False, x)
+
+
 def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return σ(x) = ELU(x) + 1 in `dtype`, as exp(x) below zero so that small values keep their digits."""
+    """Return σ(x) = ELU(x) + 1 in `dtype`, as σ'(x) + max(x, 0) so that small values keep their digits."""
     x = x.to(dtype)
-    return x.clamp(max=0).exp_().add_(x.clamp(min=0))
-
-
-def feature_map_grad(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return σ'(x) in `dtype`: exp(x) below zero, 1 above; that is min(σ(x), 1)."""
-    return x.to(dtype).clamp(max=0).exp_()
+    return feature_map_backward(x.new_ones(()).expand_as(x), x).add_(x.clamp(min=0))
 
 
 def inverse_weight(features: Tensor, z: Tensor, inverse_peak: Tensor) -> Tensor:
@@ -48,70 +48,88 @@ def inverse_weight(features: Tensor, z: Tensor, inverse_peak: Tensor) -> Tensor:
     The sum of products is faster than a product of matrices with one column.
     """
     weight = (features * z.unsqueeze(-2)).sum(-1, keepdim=True)
-    return torch.where(weight.abs() >= least_weight(features, inverse_peak.unsqueeze(-2)), weight.reciprocal(), 0)
+    least = least_weight(features.amax(-1, keepdim=True), inverse_peak.unsqueeze(-2))
+    return torch.where(weight.abs() >= least, weight.reciprocal(), 0)
 
 
-def _blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yield the parts of x [F, G, ...] that one pass handles: runs of slots, or of one slot's heads."""
-    slots, heads = x.shape[:2]
-    room = max(1, _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // max(1, x[:1, :1].numel()))
-    many, wide = max(1, room // heads), min(room, heads)
-    for i in range(0, slots, many):
-        for j in range(0, heads, wide):
-            yield slice(i, min(i + many, slots)), slice(j, min(j + wide, heads))
+def _is_zero(*tensors: Tensor) -> bool:
+    """Return whether all is known to be 0: on a CPU, where nothing waits for the values."""
+    return all(x.device.type == "cpu" and not x.any() for x in tensors)
 
 
-def _steps(slots: int, sequences: int, owner: Tensor | None) -> list[Step]:
-    """Return, for s = 1, 2, …, the slots that hold the s-th segment of a sequence, and those sequences.
+def _blocks(x: Tensor, dims: int) -> list[tuple[slice, ...]]:
+    """Return the parts of x that one pass handles, as slices of its first `dims` dimensions.
 
-    owner [F]: the sequence of each slot, N for a spare one; None where every sequence has F / N slots.
+    Where not all fits into one, the first dimension is divided first. Parts that differ in it alone stand in a row.
     """
-    if owner is None:
-        each = slots // sequences if sequences else 0
-        return [(slice(s, None, each), slice(None)) for s in range(each)]
-    steps: list[tuple[list[int], list[int]]] = []
-    seen = [0] * (sequences + 1)
-    for slot, sequence in enumerate(owner.tolist()):
-        if sequence == sequences:
-            continue
-        if seen[sequence] == len(steps):
-            steps.append(([], []))
-        for column, value in zip(steps[seen[sequence]], (slot, sequence), strict=True):
-            column.append(value)
-        seen[sequence] += 1
-    return [tuple(torch.tensor(x, device=owner.device) for x in step) for step in steps]  # type: ignore[misc]
+    room = _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // max(1, math.prod(x.shape[dims:]))
+    cuts = []
+    for length in x.shape[:dims][::-1]:
+        size = max(1, min(room, length))
+        room //= size
+        cuts.append([slice(i, i + size) for i in range(0, length, size)])
+    return [part[::-1] for part in itertools.product(*cuts)]
 
 
-def _scan(steps: Sequence[Step], initial: Tensor, added: Tensor, erased: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Run X ← X + added_s − erased_s X; return X before every segment [F, ...], and the last X [N, ...]."""
-    state = initial.clone()
-    before = torch.zeros_like(added)
-    for slots, rows in steps:
-        x = state[rows].clone()
-        before[slots] = x
-        x += added[slots]
-        if erased is not None:
-            x -= erased[slots] @ before[slots]
-        state[rows] = x
-    return before, state
+class _Slots:
+    """View tensors of slots [F, ...] by segment, [S, N, ...]; where slots have owners, as [F, 1, ...].
+
+    owner [F]: the sequence of each slot, in order, N for a spare one; None where every sequence has F / N slots.
+    """
+
+    def __init__(self, slots: int, sequences: int, owner: Tensor | None) -> None:
+        self.rows = sequences if owner is None else 1
+        self.segments = slots // self.rows if self.rows else 0
+        self.sequences = sequences
+        self.owners = None if owner is None else owner.tolist()
+
+    def view(self, x: Tensor) -> Tensor:
+        """Return the view of a tensor [F, ...]."""
+        return x.unflatten(0, (self.rows, self.segments)).transpose(0, 1)
+
+    def scanned(self, x: Tensor) -> Tensor:
+        """Return a copy of a state [N, ...] for `scan` to write to, with one for spare slots if slots have owners."""
+        return torch.cat([x, x.new_zeros(0 if self.owners is None else 1, *x.shape[1:])])
+
+    def scan(
+        self,
+        block: tuple[slice, ...],
+        before: Tensor,
+        state: Tensor,
+        added: Tensor,
+        erased: Tensor | None = None,
+        *,
+        backward: bool = False,
+    ) -> Tensor:
+        """Run X ← X + added_s − erased_s X over a block's segments; return X before each, a part of `before`.
+
+        state: X of every sequence, [N, G, ...], which is written to. backward: begin with the last segment.
+        """
+        segments, rows, heads = block
+        before = before[block]
+        for s in reversed(range(len(added))) if backward else range(len(added)):
+            n = rows if self.owners is None else slice(self.owners[segments][s], self.owners[segments][s] + 1)
+            x = state[n, heads]
+            before[s] = x
+            x += added[s]
+            if erased is not None:
+                x -= erased[s] @ before[s]
+        return before
 
 
-def _erased(k: Tensor, normalizer: Tensor) -> Tensor:
-    """Return A = uᵀ σ(k) per segment, [F, G, K, K]."""
-    z, inverse_peak = over_peak(normalizer)
-    erased = normalizer.new_empty(*normalizer.shape, normalizer.shape[-1])
-    for block in _blocks(k):
-        features = feature_map(k[block], normalizer.dtype)
-        u = features * inverse_weight(features, z[block], inverse_peak[block])
-        erased[block] = u.mT @ features
-    return erased.mul_(inverse_peak.unsqueeze(-1))
+def _add(x: Tensor, grad: Tensor, fresh: bool) -> None:
+    """Add a part of a gradient to x, or write it to x that holds nothing yet."""
+    if fresh:
+        x.copy_(grad)
+    else:
+        x.add_(grad)
 
 
 def _write_only(complete: Tensor | None, *per_slot: Tensor) -> None:
     """Let segments that are not complete write nothing."""
     if complete is not None:
         for x in per_slot:
-            x.masked_fill_(~complete.view(-1, *[1] * (x.ndim - 1)), 0)
+            x.masked_fill_(~complete.view(*complete.shape, *[1] * (x.ndim - 2)), 0)
 
 
 @torch.library.custom_op("segattn::fold_segments", mutates_args=())
@@ -123,26 +141,33 @@ def fold_segments(
     complete: Tensor | None,
     owner: Tensor | None,
     delta: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Write segments k [F, G, L, K], v [F, G, L, V] into memory [N, G, K, V], normalizer [N, G, K].
 
-    complete [F] bool: segments to write, None for all. owner [F]: see `_steps`.
-    Returns M and z before every segment, [F, ...], then after the last, [N, ...].
+    complete [F] bool: segments to write, None for all. owner [F]: see `_Slots`.
+    Returns M and z before every segment, [F, ...], then after the last, [N, ...]; and for a backward of the delta rule
+    A of every segment, [F, G, K, K], which is empty for the linear one.
     """
-    steps = _steps(len(k), len(memory), owner)
-    written = memory.new_empty(len(k), *memory.shape[1:])
-    sums = normalizer.new_empty(len(k), *normalizer.shape[1:])
-    for block in _blocks(k):
-        features = feature_map(k[block], memory.dtype)
-        torch.sum(features, -2, out=sums[block])
-        written[block] = features.mT @ v[block].to(memory.dtype)
-    _write_only(complete, written, sums)
-    z_before, z = _scan(steps, normalizer, sums)
-    erased = _erased(k, z_before) if delta else None
-    if erased is not None:
-        _write_only(complete, erased)
-    m_before, m = _scan(steps, memory, written, erased)
-    return m_before, z_before, m, z
+    (slots, groups, _, width), dtype, layout = k.shape, memory.dtype, _Slots(len(k), len(memory), owner)
+    m_before = memory.new_empty(slots, *memory.shape[1:])
+    z_before = normalizer.new_empty(slots, groups, width)
+    erased = memory.new_zeros(slots if delta else 0, groups, width, width)
+    m, z = layout.scanned(memory), layout.scanned(normalizer)
+    k, v, m_slots, z_slots = (layout.view(x) for x in (k, v, m_before, z_before))
+    for block in _blocks(k, 3):
+        whole = None if complete is None else layout.view(complete)[block[:2]]
+        features = feature_map(k[block], dtype)
+        added, sums = features.mT @ v[block].to(dtype), features.sum(-2)
+        _write_only(whole, added, sums)
+        known, a = layout.scan(block, z_slots, z, sums), None
+        if delta and not _is_zero(known):
+            peaks, inverse_peak = over_peak(known)
+            u = features * inverse_weight(features, peaks, inverse_peak)
+            a = (u.mT @ features).mul_(inverse_peak.unsqueeze(-1))
+            _write_only(whole, a)
+            layout.view(erased)[block] = a
+        layout.scan(block, m_slots, m, added, a)
+    return m_before, z_before, m[: len(memory)], z[: len(memory)], erased
 
 
 @fold_segments.register_fake
@@ -154,23 +179,81 @@ def _(
     complete: Tensor | None,
     owner: Tensor | None,
     delta: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    slots = k.shape[0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    slots, groups, _, width = k.shape
     return (
         memory.new_empty(slots, *memory.shape[1:]),
         normalizer.new_empty(slots, *normalizer.shape[1:]),
         memory.new_empty(memory.shape),
         normalizer.new_empty(normalizer.shape),
+        memory.new_empty(slots if delta else 0, groups, width, width),
     )
 
 
-@torch.library.custom_op("segattn::fold_segments_backward", mutates_args=())
 @without_autocast
+def add_fold_gradients(
+    dk: Tensor,
+    dv: Tensor,
+    k: Tensor,
+    v: Tensor,
+    m_before: Tensor,
+    z_before: Tensor,
+    erased: Tensor,
+    complete: Tensor | None,
+    owner: Tensor | None,
+    delta: bool,
+    dm_before: Tensor,
+    dz_before: Tensor,
+    dm: Tensor,
+    dz: Tensor,
+    *,
+    fresh: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of k and v to dk and dv, write those that are fresh; return those of memory and normalizer."""
+    dtype, sequences, layout = dm.dtype, len(dm), _Slots(len(k), len(dm), owner)
+    dm, dz = layout.scanned(dm), layout.scanned(dz)
+    dm_slots, dz_slots = torch.empty_like(m_before), torch.empty_like(z_before)
+    dm_after, dz_after, dk_slots, dv_slots = (layout.view(x) for x in (dm_slots, dz_slots, dk, dv))
+    k, v, m_before, z_before, dm_before, dz_before = (
+        layout.view(x) for x in (k, v, m_before, z_before, dm_before, dz_before)
+    )
+    for block in reversed(_blocks(k, 3)):
+        whole = None if complete is None else layout.view(complete)[block[:2]]
+        remembers = delta and not _is_zero(z_before[block])
+        a = layout.view(erased)[block] if remembers else None
+        # the adjoint of M after each segment
+        after = layout.scan(block, dm_after, dm, dm_before[block], a, backward=True)
+        _write_only(whole, after)
+        if _is_zero(after, dz, dz_before[block]):
+            for x, new in zip((dk_slots, dv_slots), fresh, strict=True):
+                if new:
+                    x[block] = 0
+            continue
+        features = feature_map(k[block], dtype)
+        _add(dv_slots[block], features @ after, fresh[1])
+        dfeatures, from_weights = v[block].to(dtype) @ after.mT, dz_before[block]
+        if remembers:
+            z, inverse_peak = over_peak(z_before[block])
+            # u and the weight's gradient, both times the peak
+            u = features * inverse_weight(features, z, inverse_peak)
+            c = after @ (m_before[block] * inverse_peak.unsqueeze(-1)).mT
+            back = u @ (c + c.mT)
+            dweight = (back * u).sum(-1, keepdim=True).mul_(0.5)
+            from_weights = torch.addcmul(from_weights, features.mul_(dweight).sum(-2), inverse_peak)
+            dfeatures.sub_(back).addcmul_(dweight, z.unsqueeze(-2))
+        after = layout.scan(block, dz_after, dz, from_weights, backward=True)
+        _write_only(whole, after)
+        _add(dk_slots[block], feature_map_backward(dfeatures.add_(after.unsqueeze(-2)), k[block].to(dtype)), fresh[0])
+    return dm[:sequences], dz[:sequences]
+
+
+@torch.library.custom_op("segattn::fold_segments_backward", mutates_args=())
 def fold_segments_backward(
     k: Tensor,
     v: Tensor,
     m_before: Tensor,
     z_before: Tensor,
+    erased: Tensor,
     complete: Tensor | None,
     owner: Tensor | None,
     delta: bool,
@@ -180,37 +263,9 @@ def fold_segments_backward(
     dz: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of k, v, memory and normalizer: the adjoint of `fold_segments`."""
-    steps = _steps(len(k), len(dm), owner)[::-1]
-    dtype = dm.dtype
-    erased = _erased(k, z_before) if delta else None
-    if erased is not None:
-        _write_only(complete, erased)
-    # the adjoint of M after each segment, then of z
-    dm_after, dm_initial = _scan(steps, dm, dm_before, erased)
-    _write_only(complete, dm_after)
-
-    dk, dv = torch.empty_like(k, dtype=dtype), torch.empty_like(v)
-    from_weights = torch.zeros_like(dz_before)
-    z, inverse_peak = over_peak(z_before)
-    for block in _blocks(k):
-        features = feature_map(k[block], dtype)
-        dv[block] = features @ dm_after[block]
-        dfeatures = v[block].to(dtype) @ dm_after[block].mT
-        if delta:
-            # u and the weight's gradient, both times the peak
-            u = features * inverse_weight(features, z[block], inverse_peak[block])
-            c = dm_after[block] @ (m_before[block] * inverse_peak[block].unsqueeze(-1)).mT
-            back = u @ c
-            dweight = (back * u).sum(-1, keepdim=True)
-            from_weights[block] = (dweight * features).sum(-2) * inverse_peak[block]
-            dfeatures += dweight * z[block].unsqueeze(-2)
-            dfeatures -= back.add_(u @ c.mT)
-        dk[block] = dfeatures
-    dz_after, dz_initial = _scan(steps, dz, dz_before + from_weights)
-    _write_only(complete, dz_after)
-    for block in _blocks(k):
-        dk[block] = (dk[block] + dz_after[block].unsqueeze(-2)).mul_(feature_map_grad(k[block], dtype))
-    return dk.to(k.dtype), dv, dm_initial, dz_initial
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    saved, grads = (k, v, m_before, z_before, erased, complete, owner, delta), (dm_before, dz_before, dm, dz)
+    return dk, dv, *add_fold_gradients(dk, dv, *saved, *grads, fresh=(True, True))
 
 
 @fold_segments_backward.register_fake
@@ -219,6 +274,7 @@ def _(
     v: Tensor,
     m_before: Tensor,
     z_before: Tensor,
+    erased: Tensor,
     complete: Tensor | None,
     owner: Tensor | None,
     delta: bool,
@@ -230,28 +286,33 @@ def _(
     return torch.empty_like(k), torch.empty_like(v), dm.new_empty(dm.shape), dz.new_empty(dz.shape)
 
 
-def _no_second_derivative(ctx: object, *grads: Tensor) -> None:
+def no_second_derivative(ctx: object, *grads: Tensor) -> None:
+    """Refuse to differentiate a backward."""
     raise RuntimeError("segment_attention has no second derivative: its backward is a closed form of its own")
 
 
-def _nothing_saved(ctx: object, inputs: tuple[object, ...], output: object) -> None:
-    return None
+def nothing_saved(ctx: object, inputs: tuple[object, ...], output: object) -> None:
+    """Save nothing for a backward that there is not."""
 
 
 def _fold_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     k, v, _, _, complete, owner, delta = inputs
-    ctx.save_for_backward(k, v, output[0], output[1], complete, owner)
+    m_before, z_before, _, _, erased = output
+    ctx.save_for_backward(k, v, m_before, z_before, erased, complete, owner)
+    ctx.mark_non_differentiable(erased)
     ctx.delta = delta
 
 
-def _fold_backward(ctx, dm_before, dz_before, dm, dz):  # type: ignore[no-untyped-def]
-    k, v, m_before, z_before, complete, owner = ctx.saved_tensors
-    grads = fold_segments_backward(k, v, m_before, z_before, complete, owner, ctx.delta, dm_before, dz_before, dm, dz)
+def _fold_backward(ctx, dm_before, dz_before, dm, dz, _):  # type: ignore[no-untyped-def]
+    k, v, m_before, z_before, erased, complete, owner = ctx.saved_tensors
+    grads = fold_segments_backward(
+        k, v, m_before, z_before, erased, complete, owner, ctx.delta, dm_before, dz_before, dm, dz
+    )
     return *grads, None, None, None
 
 
 fold_segments.register_autograd(_fold_backward, setup_context=_fold_setup)
-fold_segments_backward.register_autograd(_no_second_derivative, setup_context=_nothing_saved)
+fold_segments_backward.register_autograd(no_second_derivative, setup_context=nothing_saved)
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -271,16 +332,22 @@ def blend_into(
 ) -> Tensor:
     """Write g A_mem + (1 − g) A_dot to `out`, which may be `local` itself."""
     groups, dtype = memory.shape[1], memory.dtype
-    g = _by_group(gate.to(dtype).sigmoid().view(1, -1, 1, 1), groups)
+    g = gate.to(dtype).sigmoid().view(groups, -1, 1, 1)
     z, inverse_peak = over_peak(normalizer)
-    memory = memory * inverse_peak.unsqueeze(-1)
+    memory = (memory * inverse_peak.unsqueeze(-1)).unsqueeze(2)
     q, local, blended = (_by_group(x, groups) for x in (q, local, out))
-    for block in _blocks(q):
+    for block in _blocks(q, 2):
+        share = g[block[1]]
+        if _is_zero(z[block]):
+            if keep_gate:
+                torch.mul(local[block], 1 - share, out=blended[block])
+            elif out is not local:
+                blended[block] = local[block]
+            continue
         features, inverse, filled = _queries(q[block], z[block], inverse_peak[block])
-        share = g[:, block[1]]
-        recalled = features.mul_(inverse * share) @ memory[block].unsqueeze(2)
+        recalled = features.mul_(inverse * share) @ memory[block]
         local_share = 1 - (share if keep_gate else share * filled)
-        blended[block] = torch.addcmul(recalled, local[block].to(dtype), local_share)
+        torch.addcmul(recalled, local[block].to(dtype), local_share, out=blended[block])
     return out
 
 
@@ -307,30 +374,33 @@ def read_and_blend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of local, q, memory, normalizer and gate: the adjoint of `read_and_blend`."""
     groups, dtype = memory.shape[1], memory.dtype
-    g = _by_group(gate.to(dtype).sigmoid().view(1, -1, 1, 1), groups)
+    g = gate.to(dtype).sigmoid().view(groups, -1, 1, 1)
     z, inverse_peak = over_peak(normalizer)
-    memory = memory * inverse_peak.unsqueeze(-1)
+    peak_memory = (memory * inverse_peak.unsqueeze(-1)).unsqueeze(2)
     dlocal, dq = torch.empty_like(local), torch.empty_like(q)
-    dmemory, dnormalizer = torch.empty_like(memory), torch.empty_like(normalizer)
-    dweight = torch.zeros_like(g[0])
+    dmemory, dnormalizer, dweight = torch.zeros_like(memory), torch.zeros_like(normalizer), torch.zeros_like(g)
     q, local, dout, dlocal_out, dq_out = (_by_group(x, groups) for x in (q, local, dout, dlocal, dq))
-    for block in _blocks(q):
+    for block in _blocks(q, 2):
+        share = g[block[1]]
+        if not keep_gate and _is_zero(z[block]):
+            dlocal_out[block], dq_out[block] = dout[block], 0
+            continue
         features, inverse, filled = _queries(q[block], z[block], inverse_peak[block])
-        do, share = dout[block].to(dtype), g[:, block[1]]
-        weight = share if keep_gate else share * filled
-        dlocal_out[block] = do * (1 - weight)
-        slope = features.clamp(max=1).mul_(inverse).mul_(share)
+        do, weight = dout[block].to(dtype), share if keep_gate else share * filled
+        torch.mul(do, 1 - weight, out=dlocal_out[block])
+        slope = features.clamp(max=1)
         u = features.mul_(inverse)
-        back = do @ memory[block].unsqueeze(2).mT
+        back = do @ peak_memory[block].mT
         memory_delta = (u * back).sum(-1, keepdim=True)
         row_delta = (do * local[block]).sum(-1, keepdim=True)
         dweight[block[1]] += ((memory_delta - row_delta) * weight).sum((0, 3), keepdim=True)[0]
-        dmemory[block] = (u.mT @ (do * share)).sum(2)
+        dmemory[block] = ((u.mT @ do) * share).sum(2)
         dnormalizer[block] = -(u * (memory_delta * share)).sum((2, 3))
-        dq_out[block] = back.sub_(memory_delta * z[block][:, :, None, None]).mul_(slope)
+        back.addcmul_(memory_delta, z[block][:, :, None, None], value=-1)
+        dq_out[block] = back.mul_(slope).mul_(inverse * share)
     dmemory *= inverse_peak.unsqueeze(-1)
     dnormalizer *= inverse_peak
-    return dlocal, dq, dmemory, dnormalizer, (dweight * (1 - g[0])).flatten().to(gate.dtype)
+    return dlocal, dq, dmemory, dnormalizer, (dweight * (1 - g)).flatten().to(gate.dtype)
 
 
 @read_and_blend_backward.register_fake
@@ -351,4 +421,4 @@ def _read_backward(ctx, dout):  # type: ignore[no-untyped-def]
 
 
 read_and_blend.register_autograd(_read_backward, setup_context=_read_setup)
-read_and_blend_backward.register_autograd(_no_second_derivative, setup_context=_nothing_saved)
+read_and_blend_backward.register_autograd(no_second_derivative, setup_context=nothing_saved)

@@ -67,6 +67,11 @@ class SavedRows(NamedTuple):
         return SavedRows(view(self.local), self.lse2)
 
 
+# in place of None: kernels ask for a member, since Triton 3.6 cannot compare these tuples with None
+NO_READING = Reading(None, None, None)  # type: ignore[arg-type]
+NOT_SAVED = SavedRows(None, None)
+
+
 @triton.jit
 def softmax_loop(
     state, queries, i, keys, values, first, last, segment, memory_tokens, factor, softcap, slope,
@@ -139,8 +144,9 @@ def attend_kernel(
     window = keys_of(segment, segment_len, LOOKBACK)
     full, last = keys_seen(first, window, memory_tokens, BLOCK_M, BLOCK_N, CAUSAL)
 
-    slope = of_head(biases.slopes, head)
-    acc, peak, total = no_keys(BLOCK_M, BLOCK_V, of_head(biases.sink_logits, head))
+    slope = None if biases.slopes is None else of_head(biases.slopes, head)
+    sink_logit = None if biases.sink_logits is None else of_head(biases.sink_logits, head)
+    acc, peak, total = no_keys(BLOCK_M, BLOCK_V, sink_logit)
     factor = score_factor(scale, softcap)
     acc, peak, total = softmax_loop(
         (acc, peak, total), queries, i, keys, values, window.begin, full, window, memory_tokens, factor, softcap,
@@ -160,8 +166,8 @@ def attend_kernel(
         )  # fmt: skip
     lse2 = peak + tl.log2(total)
     acc = acc / total[:, None]
-    if reading is not None:
-        if saved is not None:
+    if reading.gate is not None:
+        if saved.lse2 is not None:
             store_rows(head_of(saved.local, segment.row, head, stop), at, 0, acc, V)
         g = tl.sigmoid(tl.load(reading.gate + head))
         at_memory = tl.cast(read_slot(slot, segment, LOOKBACK), tl.int64) * k.heads + group
@@ -172,7 +178,7 @@ def attend_kernel(
         matrix = reading.memory.matrix + at_memory * K * V
         acc = recall(acc * local_share[:, None], g * inverse, x, at, matrix, True, K, V, CHUNK)
         lse2 -= tl.log2(local_share)
-    if saved is not None:
+    if saved.lse2 is not None:
         at_rows = (tl.cast(segment.row, tl.int64) * q.heads + head) * query_time - offset + i
         tl.store(saved.lse2 + at_rows, lse2, mask=i < segment.end)
     store_rows(head_of(out, segment.row, head, stop), at, 0, acc, V)
@@ -224,7 +230,7 @@ def attend(
     launch(
         attend_kernel, slots * heads * tiles, tile, q,
         **call_arguments(q, k, v, biases, layout, options), sinks=view_sinks(sinks), out=view(out),
-        reading=None if reading is None else reading.view(), saved=None if saved is None else saved.view(), tiles=tiles,
-        KEEP_GATE=options.empty_memory == "gated",
+        reading=NO_READING if reading is None else reading.view(), saved=NOT_SAVED if saved is None else saved.view(),
+        tiles=tiles, KEEP_GATE=options.empty_memory == "gated",
     )  # fmt: skip
     return out, saved

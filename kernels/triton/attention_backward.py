@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..sequences import Layout
 from ..state import HeadBiases, Options, Sinks
-from .attention import Reading, SavedRows, call_arguments, query_programs
+from .attention import NO_READING, Reading, SavedRows, call_arguments, query_programs
 from .launch import launch, new_tokens, tile_of, view, view_sinks
 from .tiles import (
     LENGTHS,
+    NO_TOKENS,
     biased,
     block,
     capped_grad,
@@ -88,29 +89,42 @@ def recall_adjoint(
 ):  # fmt: skip
     """Store share · dx for A_mem = σ(x) M / σ(x) z; return do · A_mem and 1 / σ(x) z of every row.
 
-    do Mᵀ is computed twice, some columns at a time, rather than held; and with all of M's digits, as most of it may
-    cancel against do · A_mem z.
+    do Mᵀ is of all of M's digits, as most of it may cancel against do · A_mem z. Where a chunk does not hold all of its
+    columns, it is computed twice, some columns at a time.
     """
     ROWS: tl.constexpr = dout.shape[0]
     matrix = memory.matrix + at_memory * K * V
     residual = None if memory.residual is None else memory.residual + at_memory * K * V
     normalizer = normalizer_at(memory.normalizer, at_memory, K)
-    weight = tl.zeros([ROWS], tl.float32)
-    most = tl.zeros([ROWS], tl.float32)
-    memory_delta = tl.zeros([ROWS], tl.float32)
-    for c in tl.range(0, K, CHUNK, num_stages=1):
-        features = feature_map(load_rows(x, first, c, ROWS, CHUNK, K), ELU)
-        weight += tl.sum(features * load_vector(normalizer.z, c, CHUNK, K)[None, :], 1)
-        most = tl.maximum(most, largest(features, c, K))
-        memory_delta += tl.sum(features * dfeatures_of(dout, matrix, residual, c, K, V, CHUNK), 1)
-    inverse = inverse_weight(weight, most, tl.load(normalizer.inverse_peak))
-    memory_delta *= inverse
-    for c in tl.range(0, K, CHUNK, num_stages=1):
-        tokens = load_rows(x, first, c, ROWS, CHUNK, K)
-        dfeatures = dfeatures_of(dout, matrix, residual, c, K, V, CHUNK)
-        dfeatures -= memory_delta[:, None] * load_vector(normalizer.z, c, CHUNK, K)[None, :]
-        dfeatures *= (share * inverse)[:, None] * feature_map_grad(feature_map(tokens, ELU), ELU)
-        store_rows(dx, first, c, dfeatures, K)
+    if CHUNK >= K:
+        tokens = load_rows(x, first, 0, ROWS, CHUNK, K)
+        dfeatures = dfeatures_of(dout, matrix, residual, 0, K, V, CHUNK)
+        # behind the products: features take twice the registers of tokens
+        features = feature_map(tokens, ELU)
+        z = load_vector(normalizer.z, 0, CHUNK, K)[None, :]
+        weight = tl.sum(features * z, 1)
+        inverse = inverse_weight(weight, largest(features, 0, K), tl.load(normalizer.inverse_peak))
+        memory_delta = tl.sum(features * dfeatures, 1) * inverse
+        dfeatures -= memory_delta[:, None] * z
+        dfeatures *= (share * inverse)[:, None] * feature_map_grad(features, ELU)
+        store_rows(dx, first, 0, dfeatures, K)
+    else:
+        weight = tl.zeros([ROWS], tl.float32)
+        most = tl.zeros([ROWS], tl.float32)
+        memory_delta = tl.zeros([ROWS], tl.float32)
+        for c in tl.range(0, K, CHUNK, num_stages=1):
+            features = feature_map(load_rows(x, first, c, ROWS, CHUNK, K), ELU)
+            weight += tl.sum(features * load_vector(normalizer.z, c, CHUNK, K)[None, :], 1)
+            most = tl.maximum(most, largest(features, c, K))
+            memory_delta += tl.sum(features * dfeatures_of(dout, matrix, residual, c, K, V, CHUNK), 1)
+        inverse = inverse_weight(weight, most, tl.load(normalizer.inverse_peak))
+        memory_delta *= inverse
+        for c in tl.range(0, K, CHUNK, num_stages=1):
+            tokens = load_rows(x, first, c, ROWS, CHUNK, K)
+            dfeatures = dfeatures_of(dout, matrix, residual, c, K, V, CHUNK)
+            dfeatures -= memory_delta[:, None] * load_vector(normalizer.z, c, CHUNK, K)[None, :]
+            dfeatures *= (share * inverse)[:, None] * feature_map_grad(feature_map(tokens, ELU), ELU)
+            store_rows(dx, first, c, dfeatures, K)
     return memory_delta, inverse
 
 
@@ -162,7 +176,7 @@ def query_grad_kernel(
     segment = segment_at(slot, slots, segments, segment_len, time)
     first = tl.maximum(segment.begin, offset) + tile * BLOCK_M
     if first >= segment.end:
-        if reading is not None:
+        if reading.gate is not None:
             tl.store(grads.gate + program, 0.0)
         if grads.sink_logits is not None:
             tl.store(grads.sink_logits + program, 0.0)
@@ -176,10 +190,10 @@ def query_grad_kernel(
     row_delta = tl.sum(douts.to(tl.float32) * local.to(tl.float32), 1)
     tl.store(grads.deltas.local + at_rows, row_delta, mask=inside)
 
-    if reading is not None:
+    if reading.gate is not None:
         g = tl.sigmoid(tl.load(reading.gate + head))
         x = head_of(reading.q, segment.row, head, stop)
-        dx = head_of(grads.q if grads.memory_q is None else grads.memory_q, segment.row, head, stop)
+        dx = head_of(grads.q if grads.memory_q.pointer is None else grads.memory_q, segment.row, head, stop)
         at_memory = tl.cast(read_slot(slot, segment, LOOKBACK), tl.int64) * k.heads + group
         memory_delta, inverse = recall_adjoint(x, at, douts, reading.memory, at_memory, g, dx, True, K, V, CHUNK)
         tl.store(grads.deltas.memory + at_rows, memory_delta, mask=inside)
@@ -188,7 +202,7 @@ def query_grad_kernel(
         tl.store(grads.gate + program + tl.arange(0, 1), g * (1 - g) * to_gate)
     queries = load_rows(head_of(q, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_K, K)
     lse2 = tl.load(saved.lse2 + at_rows, mask=inside, other=float("inf"))
-    slope = of_head(biases.slopes, head)
+    slope = None if biases.slopes is None else of_head(biases.slopes, head)
     if grads.sink_logits is not None:
         p = tl.exp2(of_head(biases.sink_logits, head) - lse2)
         tl.store(grads.sink_logits + program + tl.arange(0, 1), -row_sum(p * row_delta))
@@ -215,8 +229,8 @@ def query_grad_kernel(
     )  # fmt: skip
     acc *= scale
     dqueries = head_of(grads.q, segment.row, head, stop)
-    if reading is not None:
-        if grads.memory_q is None:
+    if reading.gate is not None:
+        if grads.memory_q.pointer is None:
             # other threads of this program have stored the memory's part
             tl.debug_barrier()
             acc += load_rows(dqueries, at, 0, BLOCK_M, BLOCK_K, K).to(tl.float32)
@@ -241,8 +255,9 @@ def query_grads(
     launch(
         query_grad_kernel, slots * heads * tiles, tile, q,
         **call_arguments(q, k, v, biases, layout, options), sinks=view_sinks(sinks), saved=saved.view(),
-        reading=None if reading is None else reading.view(), dout=view(dout), tiles=tiles,
-        grads=QueryGrads(view(dq), view(dmemory_q), dgate, dlogits, deltas), KEEP_GATE=options.empty_memory == "gated",
+        reading=NO_READING if reading is None else reading.view(), dout=view(dout), tiles=tiles,
+        grads=QueryGrads(view(dq), view(dmemory_q) if own else NO_TOKENS, dgate, dlogits, deltas),
+        KEEP_GATE=options.empty_memory == "gated",
     )  # fmt: skip
     dgate, dlogits = (None if x is None else x.sum((0, 2)) for x in (dgate, dlogits))
     return QueryGrads(dq, dmemory_q, dgate, dlogits, deltas)
@@ -283,7 +298,8 @@ def key_loop(
         stop = segment.end - offset
         query = load_rows(head_of(q, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_K, K, MASKED)
         x = scores(keys, query, factor, softcap)
-        biased_x = biased(x, i[None, :], j[:, None], of_head(slopes, head))
+        slope = None if slopes is None else of_head(slopes, head)
+        biased_x = biased(x, i[None, :], j[:, None], slope)
         if MASKED:
             inside = i < segment.end
             p = tl.exp2(biased_x - tl.load(lse2 + at_rows + rows, mask=inside, other=float("inf"))[None, :])

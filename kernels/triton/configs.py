@@ -81,7 +81,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("query_grad_kernel", 16, 128): {
         "": _tile(128, 64, 32, warps=8),
         "sm_80": _tile(64, 64, 32, warps=8),
-        "sm_90": _tile(128, 64, 32, warps=8, stages=3),
+        "sm_90": _tile(128, 64, 128, warps=8, stages=3),
         "sm_120": _tile(64, 32, 32),
         "gfx942": _tile(32, 32, 32, stages=1),
     },
@@ -113,11 +113,11 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     ("normalizer_kernel", 32, 64): {"": _tile(n=64)},
     ("normalizer_kernel", 32, 128): {"": _tile(n=32)},
     ("normalizer_kernel", 32, 256): {"": _tile(n=16)},
-    ("product_kernel", 16, 64): {"": _tile(stages=3), "sm_100": _tile(n=32, COLUMNS=32), "gfx942": _tile(stages=1)},
+    ("product_kernel", 16, 64): {"": _tile(stages=3), "sm_100": _tile(n=32), "gfx942": _tile(stages=1)},
     ("product_kernel", 16, 128): {
         "": _tile(warps=8, COLUMNS=128, stages=3),
         "sm_100": _tile(n=32, warps=8),
-        "sm_120": _tile(warps=8, stages=3),
+        "sm_120": _tile(n=32, warps=8, stages=3),
         "gfx942": _tile(n=32, warps=8, stages=1),
     },
     ("product_kernel", 16, 256): {"": _tile(n=32, warps=8), "gfx942": _tile(n=16, warps=8, stages=1, COLUMNS=32)},
@@ -145,8 +145,9 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
         "gfx942": _tile(n=32, chunk=32, stages=1),
     },
     ("weight_sums_kernel", 16, 128): {
-        "": _tile(warps=8),
+        "": _tile(chunk=128, warps=8),
         "sm_90": _tile(chunk=128, warps=8, stages=1),
+        "sm_100": _tile(warps=8),
         "gfx942": _tile(n=32, chunk=32, stages=1),
     },
     ("weight_sums_kernel", 16, 256): {"": _tile(n=32, chunk=32, warps=8, stages=1)},
@@ -191,7 +192,10 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
         "": _tile(n=16, chunk=16, warps=8, stages=1),
         "gfx942": _tile(n=16, chunk=16, warps=1, stages=1),
     },
-    ("read_kernel", 32, 256): {"": _tile(16, chunk=16, warps=8, stages=1)},
+    ("read_kernel", 32, 256): {
+        "": _tile(16, chunk=16, warps=8, stages=1),
+        "sm_100": _tile(16, chunk=32, warps=8, stages=1),
+    },
     ("read_grad_kernel", 32, 256): {"": _tile(16, chunk=16, warps=8, stages=1)},
 }
 _WIDTHS = {

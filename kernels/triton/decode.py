@@ -142,7 +142,7 @@ def decode_kernel(
             queries = gather_rows(q, group * members, row, r, query_time, inside, 0, block(K))
             keys, values = head_of(k, row, group, stop), head_of(v, row, group, stop)
             factor = score_factor(scale, softcap)
-            slope = of_heads(biases.slopes, head, inside)
+            slope = None if biases.slopes is None else of_heads(biases.slopes, head, inside)
             nothing = no_keys(BLOCK_M, BLOCK_V)
             acc, peak, total = attend_tail(
                 nothing, queries, position, keys, values, first, factor, softcap, slope, CAUSAL, K, V, BLOCK_N
@@ -169,7 +169,8 @@ def decode_kernel(
     done = tl.atomic_add(counters + at, 1, sem="acq_rel")
     if done == count - 1:
         tl.store(counters + at, 0)
-        acc, peak, total = no_keys(BLOCK_M, BLOCK_V, of_heads(biases.sink_logits, head, inside))
+        sink_logit = None if biases.sink_logits is None else of_heads(biases.sink_logits, head, inside)
+        acc, peak, total = no_keys(BLOCK_M, BLOCK_V, sink_logit)
         for split in range(0, tl.cdiv(end, split_len)):
             split_peak = tl.load(sums + (first_part + split) * 2 * BLOCK_M + r, cache_modifier=".cg")
             split_total = tl.load(sums + (first_part + split) * 2 * BLOCK_M + BLOCK_M + r, cache_modifier=".cg")

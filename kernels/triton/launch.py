@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -168,9 +169,25 @@ def _target(device: torch.device) -> Target:
     return target_of(device) if _redirected is None else _redirected[0]
 
 
+def check_compiler(target: str, version: str) -> None:
+    """Check that a version of Triton, such as "3.7.1", compiles the kernels rightly for a target.
+
+    Raises:
+        RuntimeError: for Hopper, one before 3.7.1. Its products with a transposed operand from registers, as
+            `product_kernel` has them, may be wrong there (flash-linear-attention's issues 640 and 826).
+    """
+    if target.startswith("sm_9") and tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 7, 1):
+        remedy = "install torch>=2.13, which brings a later one, or pass backend='torch'"
+        raise RuntimeError(f"Triton {version} compiles wrong products for {target}, where 3.7.1 is needed: {remedy}")
+
+
 @cache
 def target_of(device: torch.device) -> Target:
-    """Return what the kernels are compiled for on a device."""
+    """Return what the kernels are compiled for on a device.
+
+    Raises:
+        RuntimeError: the kernels would be compiled wrongly for it.
+    """
     if INTERPRETED.value:
         return Target("interpreter", 0)
     properties = torch.cuda.get_device_properties(device)
@@ -178,4 +195,6 @@ def target_of(device: torch.device) -> Target:
     shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     if torch.version.hip:
         return Target(properties.gcnArchName.split(":")[0], shared, properties.multi_processor_count)
-    return Target(f"sm_{properties.major}{properties.minor}", shared, properties.multi_processor_count)
+    target = f"sm_{properties.major}{properties.minor}"
+    check_compiler(target, triton.__version__)
+    return Target(target, shared, properties.multi_processor_count)

@@ -30,6 +30,10 @@ class Tokens(NamedTuple):
     width: Any  # tl.constexpr
 
 
+# in place of None: kernels ask for the pointer, since Triton 3.6 cannot compare tuples within a tuple with None
+NO_TOKENS = Tokens(None, None, None, None, None, None)
+
+
 class Memory(NamedTuple):
     """A memory [B, G, K, V] and its normalizer [B, G, K], as an argument of a kernel."""
 
@@ -377,18 +381,14 @@ def scores(a, b, factor, softcap):
 
 @triton.jit
 def of_head(values, head):
-    """Return a head's value, for powers of two; None where there are none."""
-    if values is not None:
-        values = tl.load(values + head) * LOG2_E
-    return values
+    """Return a head's value, for powers of two."""
+    return tl.load(values + head) * LOG2_E
 
 
 @triton.jit
 def of_heads(values, head, inside):
-    """Return the values of the heads [rows] that are `inside`, for powers of two; None where there are none."""
-    if values is not None:
-        values = tl.load(values + head, mask=inside, other=0.0) * LOG2_E
-    return values
+    """Return the values of the heads [rows] that are `inside`, for powers of two."""
+    return tl.load(values + head, mask=inside, other=0.0) * LOG2_E
 
 
 @triton.jit

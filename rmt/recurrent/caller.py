@@ -17,6 +17,7 @@ from ..backbone import (
     check_windows,
     distances,
     embedding_of,
+    first_position,
     huggingface_of,
     random_rows,
     run,
@@ -37,6 +38,7 @@ class Caller(NamedTuple):
     accepts: names of the arguments that the model's forward takes.
     branches: where Hugging Face models are in the model; None: there is none.
     fused: whether its attention is `block_attention`, which takes a `Block` in place of a mask.
+    first: the position of a segment's first row.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class Caller(NamedTuple):
     accepts: frozenset[str]
     branches: Branches | None
     fused: bool
+    first: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, settings: RecurrentSettings, embedding: nn.Module | None) -> Caller:
@@ -74,7 +77,8 @@ class Caller(NamedTuple):
                 f"attention='segattn' is for Hugging Face decoders, got a {type(model).__name__} as {settings.kind!r}"
             )
         block = settings.num_memory_tokens if settings.mask == "paper" else 0
-        caller = cls(settings.kind, settings.layout, block, accepted(model), branches_of(model), fused)
+        known_arguments, first = accepted(model), first_position(model)
+        caller = cls(settings.kind, settings.layout, block, known_arguments, branches_of(model), fused, first)
         if fused:
             with block_attention.used(inner):
                 caller._check_mask(inner)
@@ -176,19 +180,21 @@ class Caller(NamedTuple):
         """
         queries, time = rows.shape[1], past + rows.shape[1]
         read, write = self.block, self.block if writes else 0
+        positions: dict[str, Any] = {}
+        if "position_ids" in self.accepts:
+            positions = {"position_ids": torch.arange(past, time, device=rows.device)[None] + self.first}
+        # models count a text's positions by themselves without a mask, but not all of them behind a cache
+        uncounted = positions if self.first else {}
         if self.fused:
             spans = None if ends is None else torch.stack((torch.zeros_like(ends), ends), 1).int()
-            return {"segattn_block": Block(read, write, spans)}
+            return {"segattn_block": Block(read, write, spans)} | uncounted
         # a causal model sees no padding, which stands behind all else, and a single new row sees everything
         if self.branches is not None and (not read or (past and queries == 1)):
-            return {}
+            return uncounted
         visible = block_mask(time, read, write, ends, queries=queries, device=rows.device)
         if self.branches is None:
             return {"attention_mask": visible}
-        mask = {"attention_mask": additive_mask(visible, rows.dtype)}
-        if "position_ids" not in self.accepts:
-            return mask
-        return mask | {"position_ids": torch.arange(past, time, device=rows.device)[None]}
+        return {"attention_mask": additive_mask(visible, rows.dtype)} | positions
 
     def _encoder_mask(self, rows: Tensor, ends: Tensor | None) -> Tensor | None:
         """Return the mask that hides padding: [B, T] for a Hugging Face model, [B or 1, 1, T, T] for others."""

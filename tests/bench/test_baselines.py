@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from segattn.bench.experiments.baselines.counting import (
     parameters,
 )
 from segattn.bench.experiments.baselines.kept import Kept, before_segments, numbers_before
+from segattn.bench.experiments.baselines.lookback import Lookback
 from segattn.bench.experiments.baselines.memorizing import Memorizing, MemorizingState
 from segattn.bench.experiments.baselines.models import BASELINES, BaselineSetup, build
 from segattn.bench.experiments.baselines.replacing import Tokens
@@ -33,7 +36,7 @@ from segattn.runs.text import generate_text
 
 NAMES = tuple(BASELINES)
 SIZES = {"segment_len": 8, "row": 40, "batch": 2, "steps": 2, "width": 16, "hidden": 24, "warm_up": 1, "reach": 2}
-SIZES |= {"cached": 8, "memory_tokens": 3, "stored": 20, "neighbours": 3, "seeds": 1}
+SIZES |= {"cached": 8, "memory_tokens": 3, "stored": 20, "neighbours": 3, "seeds": 1, "held_out": 0.1}
 SETUP = BaselineSetup(**SIZES)
 L, T, K = 8, 40, 6
 
@@ -72,6 +75,18 @@ def transformer_xl_by_token(tokens: Tokens, cached: int) -> Tensor:
         k, v = (torch.cat([x[:, :, first:begin].detach(), x[:, :, begin : t + 1]], 2) for x in tokens[1:3])
         rows.append(softmax_over(tokens.q[:, :, t], k, v, tokens.scale))
     return torch.stack(rows, 2)
+
+
+def test_a_lookback_is_transformer_xl_of_a_segment_with_gradients() -> None:
+    tokens = some_tokens(grad=True)
+    found, detached = Lookback(L).attend(tokens, None), TransformerXL(L, L).attend(tokens, None)
+    torch.testing.assert_close(found, detached, rtol=1e-12, atol=1e-12)
+    dq, dk, dv = torch.autograd.grad(found[:, :, 2 * L : 3 * L].sum(), tokens[:3])
+    for x in (dk, dv):
+        assert x[:, :, L : 3 * L].abs().sum((0, 1, 3)).all()
+        assert not x[:, :, :L].any()
+        assert not x[:, :, 3 * L :].any()
+    assert not dq[:, :, : 2 * L].any()
 
 
 def unit(x: Tensor) -> Tensor:
@@ -188,7 +203,7 @@ def test_models_are_causal_and_remember_as_far_as_they_should(name: str) -> None
     assert not differs[:3].any()
     assert differs[3:L].all()
     # two layers of a cache of one segment reach two segments back
-    reach = {"local": L, "transformer-xl": 3 * L}.get(name, T)
+    reach = {"local": L, "transformer-xl": 3 * L, "lookback": 3 * L}.get(name, T)
     assert differs[L:reach].view(-1, L).any(1).all()
     assert not differs[reach:].any()
 
@@ -213,6 +228,7 @@ def test_bytes_kept_are_those_of_the_formula(name: str) -> None:
         assert counted == {length: formula_bytes(setup, name, length) for length in (8, 24, 96)}
     by_hand = {"local": 0, "full": 4 * 2 * 16 * 24 * 2, "transformer-xl": 4 * 2 * 16 * 8 * 2, "rmt": 4 * 3 * 16}
     by_hand |= {"memorizing": 4 * 2 * 16 * (20 + 2 * 8), "linear": 4 * 2 * 2 * 8 * 9, "delta": 4 * 2 * 2 * 8 * 9}
+    by_hand |= {"lookback": 4 * 2 * 16 * 8 * 2, "delta-lookback": 4 * (2 * 2 * 8 * 9 + 3 * 16 * 8 * 2)}
     assert formula_bytes(SETUP, name, 24) == by_hand[name]
 
 
@@ -240,7 +256,7 @@ def test_the_papers_table_is_counted() -> None:
 def test_models_have_the_same_weights_and_few_of_their_own() -> None:
     wanted = book.build(SETUP, "full", 3).state_dict()
     count = sum(x.numel() for x in wanted.values())
-    own = {"memorizing": 2 + 2, "rmt": 3 * 16, "linear": 2 * 2, "delta": 2 * 2}
+    own = {"memorizing": 2 + 2, "rmt": 3 * 16, "linear": 2 * 2, "delta": 2 * 2, "delta-lookback": 2 * 2}
     for name in NAMES:
         model = build(SETUP, name, 3)
         held = {key.removeprefix("model.") if name == "rmt" else key: x for key, x in model.state_dict().items()}
@@ -287,11 +303,15 @@ def test_the_experiment_is_kept_and_gone_on_with(
     book, out = tmp_path / "book.txt", tmp_path / "out"
     book.write_text(generate_text(300, 0))
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
-    command = ["--text", str(book), "--out", str(out), *options]
+    command = ["--text", str(book), "--out", str(out), *options, "--lr-factors", "0.5", "2"]
     assert harness.main(command) == 0
     first = json.loads((out / "baselines.json").read_text())
     assert [(run["variant"], run["seed"]) for run in first["runs"]] == [(name, 0) for name in NAMES]
     assert all(run["nats"] > 0 and run["loss"] for run in first["runs"])
+    assert [(run["variant"], run["lr"]) for run in first["tried"]] == [(n, lr) for n in NAMES for lr in (0.005, 0.02)]
+    tried = {(run["variant"], run["lr"]): run["nats"] for run in first["tried"]}
+    assert len(set(tried.values())) == len(tried)
+    assert first["rates"] == {name: min((0.005, 0.02), key=lambda lr, name=name: tried[name, lr]) for name in NAMES}
     assert first["kept"]["full"]["counted"] == first["kept"]["full"]["bytes"] == {"40": 10240, "80": 20480}
     assert set(first["speed"]["train"]) == set(NAMES)
     assert (out / "baselines.png").read_bytes().startswith(b"\x89PNG")
@@ -300,7 +320,7 @@ def test_the_experiment_is_kept_and_gone_on_with(
     printed = capsys.readouterr().out
     # why its two figures are so far apart
     assert "counted is what is handed on from segment to segment" in " ".join(printed.split())
-    assert printed.count(": perplexity") == len(NAMES)
+    assert printed.count(": perplexity") == 3 * len(NAMES)
     assert "Infini-attention" in printed
     assert str(tmp_path) not in (out / "baselines.json").read_text()
     assert harness.main(command) == 0
@@ -310,14 +330,50 @@ def test_the_experiment_is_kept_and_gone_on_with(
     assert capsys.readouterr().err == f"baselines: {said}"
 
 
+def test_learning_rates_are_chosen_by_bytes_that_no_run_is_judged_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = torch.arange(1000).to(torch.uint8)
+    setup = replace(SETUP, held_out=0.2, validation=0.25)
+    read, seeds = [], []
+
+    def train(model: Any, known: Tensor, one: BaselineSetup, seed: int, on_step: Any) -> None:
+        read.append(known)
+        seeds.append(seed)
+
+    def by_position(model: Any, known: Tensor, row: int) -> Tensor:
+        read.append(known)
+        return torch.tensor([1.0, 2.0])
+
+    monkeypatch.setattr(harness, "train", train)
+    monkeypatch.setattr(harness, "by_position", by_position)
+    monkeypatch.setattr(harness, "BASELINES", {"local": BASELINES["local"]})
+    figures: dict[str, Any] = {}
+    rates = harness.chosen_rates(replace(setup, lr_factors=(1.0,)), text, tmp_path / "kept.json", figures)
+    assert rates == {"local": 0.01}
+    assert [(x[0].item(), len(x)) for x in read] == [(0, 600), (600 % 256, 200)]
+    assert not set(seeds) & set(range(1000))
+    assert figures["tried"] == [{"variant": "local", "lr": 0.01, "nats": 1.5}]
+
+
+def test_the_best_rate_has_the_fewest_nats_and_is_a_number() -> None:
+    tried = [("a", 1.0, 2.0), ("a", 2.0, 1.0), ("a", 3.0, 1.5), ("b", 1.0, math.nan), ("b", 2.0, 9.0)]
+    for order in (tried, tried[::-1]):
+        runs = [{"variant": name, "lr": lr, "nats": nats} for name, lr, nats in order]
+        assert harness.best_rates(runs) == {"a": 2.0, "b": 2.0}
+
+
 def test_what_cannot_be_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "book.txt").write_text(generate_text(300, 0))
+    (tmp_path / "book.txt").write_bytes(bytes(40_000))
     command = ["--text", str(tmp_path / "book.txt"), "--out", str(tmp_path / "out")]
     for option, problem in (
         ("--steps=0", "--steps must be at least 1, got 0"),
         ("--neighbours=0", "--neighbours must be at least 1, got 0"),
         ("--memory-tokens=0", "--memory-tokens must be at least 1, got 0"),
         ("--cached=-1", "--cached must not be negative, and finite, got -1"),
+        ("--lr-factors=0", "--lr-factors must be positive and finite, got [0.0]"),
+        ("--validation=1", "--validation must be between 0 and 1, got 1.0"),
+        ("--validation=0.001", "--text must have at least 257 bytes for evaluation, got 38 of 38000"),
         ("--heads=3", "--width must be a multiple of 6, twice the heads, got 64"),
     ):
         assert harness.main([*command, option]) == 2

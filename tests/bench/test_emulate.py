@@ -292,6 +292,9 @@ def test_launches_are_kept_by_what_they_execute(tmp_path: Path) -> None:
     assert kept.place(launch(load + rest, 4.0)) != place
     assert kept.place(launch(load + load + rest, 3.0)) != place
     assert kept.place(made._replace(programs=2)) != place
+    x, out = made.arguments
+    assert isinstance(x, torch.Tensor)
+    assert kept.place(made._replace(arguments=[x, x, out])) != kept.place(made._replace(arguments=[x, x.clone(), out]))
 
 
 def test_launches_are_what_the_code_takes() -> None:
@@ -340,17 +343,36 @@ def test_new_memory_is_poisoned_inside_alone() -> None:
         (("--calls=mine",), "--calls must be from delta,linear"),
         (("--jobs=0",), "--jobs must be positive, got 0"),
         (("--against=nowhere.json",), "--against must be a result of bench/on_device"),
+        (("--kernels=attend", "--calls=decode"), "--kernels must be launched by one of the calls decode, got attend"),
+        (("--kept=a file",), "--kept must be a folder, or where one can be made, got a file"),
+        (("--json=nowhere/rows.json",), "--json must be a file that can be written, got nowhere/rows.json"),
+        (("--json=.",), "--json must be a file that can be written, got ."),
     ],
 )
 def test_the_command_refuses(
-    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     report = pytest.importorskip("segattn.bench.emulated.report")
     monkeypatch.setattr(report, "interpreted", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").touch()
     assert report.main(arguments) == 2
     said = capsys.readouterr()
     assert message in said.err
     assert said.out == ""
+
+
+def test_the_command_does_one_thing(capsys: pytest.CaptureFixture[str]) -> None:
+    report = pytest.importorskip("segattn.bench.emulated.report")
+    for other in ("--counts", "--against=rows.json"):
+        with pytest.raises(SystemExit) as ended:
+            report.main([other, "--mutations=1"])
+        assert ended.value.code == 2
+        assert "--mutations: not allowed with argument" in capsys.readouterr().err
 
 
 def test_the_command_refuses_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:

@@ -476,6 +476,20 @@ def test_faults_of_tcgen05(kind: str, wrong: str) -> None:
     assert caught.value.kind == kind, str(caught.value)
 
 
+def test_products_of_what_products_leave() -> None:
+    """The sums of one product as A of another: a thread that does not wait may add to them, no more."""
+    a, b = draw(0, 128, 16), draw(1, 16, 16)
+    left, right = Operand(a, 32, False, 0, False), Operand(b, 32, False, 6144, False)
+    image, how = shared_image((0, left), (6144, right)), descriptor_of(128, 16, "bf16", False, False)
+    product = PRODUCT.format(how=how, left=left.descriptors[0], right=right.descriptors[0])
+    adds = product.replace("setp.ne", "setp.eq")
+    reads = product.replace("[ %r42 + 0 ], %rd20", "[ %r42 + 64 ], [ %r42 + 0 ]")
+    end = COMMIT + WAITS.replace("], 0", "], 1")
+    blackwell(product + adds + COMMIT + WAITS + reads + end, image=image)
+    with pytest.raises(Fault, match="asynchronous copy: a matrix instruction reads tensor memory"):
+        blackwell(product + COMMIT + reads + end, image=image)
+
+
 def test_threads_that_do_not_wait_for_a_product_need_a_barrier() -> None:
     a, b = draw(0, 128, 16), draw(1, 16, 16)
     left, right = Operand(a, 32, False, 0, False), Operand(b, 32, False, 6144, False)
@@ -485,6 +499,51 @@ def test_threads_that_do_not_wait_for_a_product_need_a_barrier() -> None:
     blackwell(one_warp + "    bar.sync 0;\n" + LOAD + WAIT_LOAD, image=image)
     with pytest.raises(Fault, match="race: reads what was written there by several warps"):
         blackwell(one_warp + LOAD + WAIT_LOAD, image=image)
+
+
+def test_threads_that_wait_at_another_mbarrier() -> None:
+    """A product in columns from 64 on, which both commits track, and one from 0 on, which the second tracks."""
+    a, b = draw(0, 128, 16), draw(1, 16, 16)
+    left, right = Operand(a, 32, False, 0, False), Operand(b, 32, False, 6144, False)
+    image, how = shared_image((0, left), (6144, right)), descriptor_of(128, 16, "bf16", False, False)
+    second = PRODUCT.format(how=how, left=left.descriptors[0], right=right.descriptors[0]) + COMMIT
+    first = second.replace("%r42 + 0", "%r42 + 64").replace("%r41", "%r46")
+    begin = f"    mov.u32 %r46, {image.numel()};\n    @%p3 mbarrier.init.shared::cta.b64 [%r46], 1;\n    bar.sync 0;\n"
+    begin += first + second
+    at_first = WAITS.replace("%r41", "%r46")
+    load_second = LOAD + WAIT_LOAD
+    load_first = load_second.replace("%r43 + 0", "%r43 + 64")
+    image = torch.cat([image, torch.zeros(16, dtype=torch.uint8)])
+
+    def one_warp(waits: str) -> str:
+        return "    @!%p2 bra AFTER;\n" + waits + "AFTER:\n"
+
+    for body in (
+        begin + WAITS + load_first + load_second,
+        begin + WAITS + one_warp(at_first) + load_first + load_second,
+        begin + one_warp(WAITS) + at_first + load_first,
+        begin + one_warp(WAITS) + at_first + "    bar.sync 0;\n" + load_first + load_second,
+    ):
+        blackwell(body, image=image)
+    with pytest.raises(Fault, match="race: reads what was written there by several warps"):
+        blackwell(begin + one_warp(WAITS) + at_first + load_second, image=image)
+    with pytest.raises(Fault, match="asynchronous copy"):
+        blackwell(begin + at_first + load_second, image=image)
+    # both products in the same columns
+    with pytest.raises(Fault, match="asynchronous copy"):
+        blackwell(begin.replace("%r42 + 64", "%r42 + 0") + at_first + load_second, image=image)
+    # the operands, which are overwritten after the same wait
+    over = "    shr.u32 %r47, %r0, 5;\n    shl.b32 %r47, %r47, 2;\n    st.shared.b32 [%r47], %r0;\n"
+    with pytest.raises(Fault, match="overwrites what is read there by several warps"):
+        blackwell(begin + one_warp(WAITS) + at_first + over, image=image)
+
+
+def test_commits_by_several_threads_are_refused() -> None:
+    image = torch.zeros(2048, dtype=torch.uint8)
+    other = COMMIT.replace("%p3", "%p6")
+    for body in ("    setp.eq.s32 %p6, %r0, 32;\n" + COMMIT, "    setp.le.s32 %p6, %r0, 1;\n"):
+        with pytest.raises(Unsupported, match="several threads"):
+            blackwell(body + other, image=image)
 
 
 def test_tcgen05_in_two_programs_of_one_warp() -> None:

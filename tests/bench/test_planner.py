@@ -32,7 +32,7 @@ from segattn.bench.planner.memory_tokens import Associative, Recurrent
 from segattn.bench.planner.report import LETTERS, SCHEMES, SLOWER_PRODUCTS, estimates, exchanges
 from segattn.bench.planner.schemes import Full, Infini, Local
 from segattn.bench.planner.settings import PlanSettings, gpu_of
-from segattn.bench.planner.shapes import MODEL_TYPES, SHAPES, shape_of
+from segattn.bench.planner.shapes import SHAPES, shape_of
 from segattn.bench.planner.units import in_bytes, in_seconds, in_units
 from segattn.cli.main import app
 from segattn.rmt.associative.memory import AssociativeMemory
@@ -183,6 +183,30 @@ def test_armt_counts_what_the_module_computes(length: int) -> None:
 
 
 @pytest.mark.parametrize("update", ["linear", "delta"])
+@pytest.mark.parametrize(("lookback", "sinks"), [(1, 0), (0, 3), (1, 2)])
+@pytest.mark.parametrize("length", [5, 11, 23, 25])
+def test_a_lookback_and_sinks_count_what_is_visible(length: int, lookback: int, sinks: int, update: str) -> None:
+    pairs, readers = 0, 0
+    for token in range(length):
+        first = max(0, token // L - lookback) * L
+        pairs += token + 1 - first + min(sinks, first)
+        readers += first > 0
+    written = max(0, length // L - lookback) * L
+    looked_up = max(0, written - L) if update == "delta" else 0
+    wanted = B * 4 * 2 * (16 * pairs + 64 * readers) + B * 2 * 2 * 64 * (written + looked_up)
+    chosen = plan(length, lookback=lookback, sinks=sinks, update=update)
+    assert Infini(chosen).mixing().operations == wanted
+    assert Local(chosen).mixing().operations == B * 4 * 2 * 16 * pairs
+    # one token after another at the end: what the last segment's tokens see, and the keys that are read for them
+    last = range((length - 1) // L * L, length) if length % L == 0 else None
+    if last is not None:
+        seen = [t + 1 - max(0, t // L - lookback) * L + min(sinks, max(0, t // L - lookback) * L) for t in last]
+        assert Local(chosen).mixing_one_by_one().operations == B * 4 * 2 * 16 * sum(seen)
+        moved = B * (4 * 16 * L + 2 * 16 * sum(seen)) * 4
+        assert Local(chosen).mixing_one_by_one().bytes == moved
+
+
+@pytest.mark.parametrize("update", ["linear", "delta"])
 @pytest.mark.parametrize("length", [5, 23])
 def test_infini_attention_counts_what_the_reference_computes(update: str, length: int) -> None:
     """Which is dense inside segments, reads a memory that is empty, and multiplies by normalizers."""
@@ -215,14 +239,21 @@ def test_bytes_of_a_cache_of_keys_and_values() -> None:
     assert B * Full(plan(23)).cache_bytes() == real
 
 
-@pytest.mark.parametrize("length", [21, 3])
-def test_bytes_of_a_converted_models_cache(length: int) -> None:
-    model = segattn.convert(models.make(), segment_len=L)
+@pytest.mark.parametrize("window", [{}, {"lookback": 1}, {"sinks": 3}, {"lookback": 1, "sinks": 3}], ids=str)
+@pytest.mark.parametrize("length", [26, 3])
+def test_bytes_of_a_converted_models_cache(length: int, window: dict[str, int]) -> None:
+    model = segattn.convert(models.make(), segment_len=L, **window)
     cache = segattn.InfiniCache(model)
     with torch.no_grad():
         model(models.tokens(B, length), past_key_values=cache)
-    cost = Infini(plan(max(length, L)))
+    # as long as it takes to keep as much as there ever will be
+    cost = Infini(plan(max(length, 1 + 2 * L), **window))
     assert B * (cost.state_bytes() + cost.cache_bytes()) == cache.max_bytes
+    other = Local(plan(100, **window))
+    assert other.cache_bytes() == 2 * 2 * 16 * 4 * ((1 + window.get("lookback", 0)) * L + window.get("sinks", 0))
+    for scheme in (Recurrent, Associative):
+        assert scheme(plan(100, **window)).cache_bytes() == scheme(plan(100)).cache_bytes()
+        assert scheme(plan(100, **window)).decoding() == scheme(plan(100)).decoding()
 
 
 def test_bytes_of_a_recurrent_memory() -> None:
@@ -538,7 +569,13 @@ def test_shapes_that_cannot_be(given: str, said: str) -> None:
         shape_of(given)
 
 
-@pytest.mark.parametrize("name", sorted(MODEL_TYPES))
+# experts, or projections through narrower ones
+OTHER_LAYERS = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "llama4_text", "deepseek_v3", "gpt_oss", "mimo_v2_flash"),
+)
+
+
+@pytest.mark.parametrize("name", [name for name in models.TAKEN if name not in OTHER_LAYERS])
 def test_a_models_folder_has_the_sizes_of_its_matrices(name: str, tmp_path: Path) -> None:
     model: Any = models.make(name)
     model.config.save_pretrained(tmp_path / "tiny")
@@ -547,19 +584,54 @@ def test_a_models_folder_has_the_sizes_of_its_matrices(name: str, tmp_path: Path
     assert shape.name == "tiny"
     tables = {id(x.weight) for x in model.modules() if isinstance(x, torch.nn.Embedding)}
     head = model.get_output_embeddings().weight
-    matrices = [x for x in model.parameters() if x.ndim == 2 and (id(x) not in tables or x is head)]
+    # norms of queries and keys have a row for each head
+    matrices = [
+        x
+        for at, x in model.named_parameters()
+        if x.ndim == 2 and (id(x) not in tables or x is head) and "norm" not in at
+    ]
     assert shape.matrices == sum(x.numel() for x in matrices)
-    assert shape.rotary == any("rotary" in name for name, _ in model.named_modules())
+    assert (shape.layers, shape.width, shape.heads) == (2, 32, 4)
+    assert shape.kv_heads == getattr(model.config, "num_key_value_heads", {"gpt_bigcode": 1, "falcon": 1}.get(name, 4))
+    assert shape.rotary == any("rotary" in at for at, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("name", [name for name in models.TAKEN if name in OTHER_LAYERS])
+def test_layers_of_another_kind_have_no_shape(name: str, tmp_path: Path) -> None:
+    models.make(name).config.save_pretrained(tmp_path)
+    with pytest.raises(SettingError, match=r"layers that are alike, each of q, k, v and output .*; got .*ForCausalLM"):
+        shape_of(str(tmp_path))
+
+
+def test_what_a_configuration_leaves_out_is_what_its_class_takes(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 3, "vocab_size": 50}))
+    numbers = "layers=3,width=4096,heads=32,ff=11008,vocabulary=50,gated=1,rotary=1"
+    assert shape_of(str(path)) == replace(shape_of(numbers), name=tmp_path.name)
+
+
+def test_of_a_model_of_several_modalities_the_language_model_counts(tmp_path: Path) -> None:
+    text = models.make("gemma3_text").config
+    (tmp_path / "text").mkdir()
+    text.save_pretrained(tmp_path / "text")
+    transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path / "both")
+    both = shape_of(str(tmp_path / "both"))
+    assert replace(both, name="text") == shape_of(str(tmp_path / "text"))
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"hidden_size": None}, "a configuration with hidden_size; got"),
-        ({"num_key_value_heads": None, "intermediate_size": None}, "num_key_value_heads, intermediate_size; got"),
-        ({"vocab_size": "many"}, "a configuration with vocab_size; got"),
-        ({"num_attention_heads": 5, "head_dim": None}, "sizes with width a multiple of heads"),
-        ({"model_type": "mamba"}, r"of one of the types llama, .*, or numbers such as layers=.*; got .* of mamba"),
+        ({"vocab_size": "many"}, "a configuration of a causal language model that transformers knows, or numbers; got"),
+        (
+            {"num_attention_heads": 5, "head_dim": None},
+            "a configuration of a causal language model .*; got .*of llama: ",
+        ),
+        ({"num_hidden_layers": 10**9}, "it must have 1 to 10000 layers, got 1000000000, and 4 heads"),
+        ({"hidden_size": 10**18}, "a configuration of a causal language model"),
+        ({"model_type": "unheard-of"}, "that transformers knows, or numbers; got .* of unheard-of: The checkpoint"),
+        ({"model_type": "t5"}, "a causal language model .* of t5: "),
+        ({"model_type": "mamba"}, "layers that are alike, .* or numbers; got .* of MambaForCausalLM"),
         ({"model_type": None}, "a model's config.json, with its model_type; got"),
     ],
 )

@@ -357,6 +357,13 @@ def test_tables_of_trainings_and_plans(tmp_path: Path) -> None:
         ["local", "0", "0", "5.000 ± 0.250", "+0.000 ± 0.050", "1.00", "1.00"],
         ["delta", "1,024", "2,048", "8.000 ± 0.250", "-0.300 ± 0.050", "0.50", "0.50"],
     ]
+    path = tmp_path / "baselines" / "baselines.json"
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    keep(path, figures | {"rates": {"local": 0.01, "delta": 0.003}})
+    chosen = cells(table("baselines", tmp_path) or "")
+    assert chosen[0][:4] == ["", "learning rate", "bytes kept of 512", "of 65,536"]
+    assert [row[:3] for row in chosen[2:]] == [["local", "0.01", "0"], ["delta", "0.003", "1,024"]]
+    keep(path, figures)
     assert cells(table("book", tmp_path) or "")[0] == ["", "full attention", "local", "linear memory", "delta memory"]
     assert cells(table("book", tmp_path) or "")[2:] == [
         ["perplexity", "6.00 ± 0.25", "5.00 ± 0.25", "7.00 ± 0.25", "8.00 ± 0.25"],
@@ -465,6 +472,26 @@ def test_benchmarks_say_memory_and_time_by_length(tmp_path: Path) -> None:
     keep(tmp_path / "lm_eval" / "babilong.json", {"cells": made[:1]})
     with pytest.raises(ValueError, match=r"babilong must be of \[1024, 4096\] tokens as the other, got \[4096\]"):
         table("benchmarks", tmp_path)
+
+
+def test_scores_have_a_row_for_each_task_and_model(tmp_path: Path) -> None:
+    assert table("scores", tmp_path) is None
+    for folder, name, found in (
+        ("smollm2", "ruler", [("a", 1024, 1.0), ("a", 2048, 0.9), ("b", 2048, 0.05)]),
+        ("smollm2-window", "ruler", [("a", 2048, 0.3)]),
+        ("smollm2-window", "babilong", [("qa1", 1024, 0.25)]),
+    ):
+        made = [{"task": task, "length": length, "samples": 20, "score": score} for task, length, score in found]
+        keep(tmp_path / "lm_eval" / folder / f"{name}.json", {"cells": made})
+    full, window = "SmolLM2-135M-Instruct, full attention", "segments of 256, lookback=1, sinks=4"
+    assert cells(table("scores", tmp_path) or "") == [
+        ["right, %", "", "1,024", "2,048"],
+        ["---"] * 4,
+        ["RULER a, 20 texts", full, "100", "90"],
+        ["RULER b, 20 texts", full, "", "5"],
+        ["RULER a, 20 texts", window, "", "30"],
+        ["BABILong qa1, 20 texts", window, "25", ""],
+    ]
 
 
 def test_recurrent_lengths_have_a_row_for_each_reader(tmp_path: Path) -> None:

@@ -32,12 +32,25 @@ CASES = {
     "gated when empty": Call(empty_memory="gated", with_state=False, V=3),
     "bidirectional, softcap": Call(causal=False, softcap=1.5, scale=1.0),
     "local": Call(gated=False),
+    "sink logits, ALiBi": Call(sink_logits=True, alibi=True),
+    "sink logits, ALiBi, linear": Call(sink_logits=True, alibi=True, update="linear", causal=False),
+    "sink logits, ALiBi, local": Call(sink_logits=True, alibi=True, gated=False),
     "frozen rank": Call(seed=1),
     "frozen rank, linear": Call(seed=1, update="linear"),
 }
 KERNELS = {
     "triton": Call(B=1, H=1, G=1, K=16, V=24, own_memory_inputs=False),
     "triton, linear": Call(B=1, H=1, G=1, K=16, V=16, update="linear", own_memory_inputs=False),
+    "triton, sink logits, ALiBi": Call(
+        B=1, H=2, G=1, K=16, V=16, sink_logits=True, alibi=True, own_memory_inputs=False
+    ),
+}
+# arguments of `converted`; GPT-OSS has learnt sink logits
+MODELS: dict[str, dict[str, Any]] = {
+    "delta": {},
+    "linear": {"update": "linear"},
+    "checkpointed": {},
+    "sink logits": {"name": "gpt_oss"},
 }
 DTYPES = ("float32", "bfloat16", "float16")
 WIDTH = 12
@@ -67,7 +80,8 @@ def attend(
     inputs = dict(made)
     state = MemoryState(inputs.pop("memory"), inputs.pop("normalizer")) if "memory" in inputs else None
     names = ("update", "empty_memory", "causal", "scale", "softcap")
-    options = {"segment_len": L, **{name: getattr(call, name) for name in names}, **changed}
+    options: dict[str, Any] = {"segment_len": L, "alibi_slopes": call.slopes(made["q"])}
+    options |= {name: getattr(call, name) for name in names} | changed
     out, after = sequence_parallel_attention(**inputs, state=state, group=group, **options)
     outputs = {"out": out} if after is None else {"out": out, "memory": after.memory, "normalizer": after.normalizer}
     if not changed.get("want_state", True):
@@ -114,6 +128,8 @@ def refusals(group: Any, rank: int) -> dict[str, str]:
         "own mistake": call(scale=-1.0 if odd else None),
         "equal numbers": call(scale=1 if odd else 1.0, softcap=2.0 if odd else 2),
         "want_state": call(want_state=not odd),
+        "sink_logits": call(sink_logits=torch.zeros(2) if odd else None),
+        "alibi_slopes": call(alibi_slopes=None if odd else torch.ones(2)),
         "not a tensor": call(v=None) if odd else call(),
         "part of a segment": call(time=7 if rank == 1 else 10),
         "empty": call(time=0 if odd else 10),
@@ -280,12 +296,13 @@ def padded() -> dict[str, Tensor]:
     return {"input_ids": texts(0, 3), "attention_mask": mask}
 
 
-def converted(dtype: torch.dtype = torch.float64, **changed: Any) -> Any:
-    from models import make, open_gates
+def converted(dtype: torch.dtype = torch.float64, name: str = "llama", **changed: Any) -> Any:
+    from models import double, make, open_gates
 
     import segattn
 
-    model = segattn.convert(make("llama").to(dtype), 8, quiet=True, **changed).train()
+    model = make(name)
+    model = segattn.convert(double(model) if dtype == torch.float64 else model, 8, quiet=True, **changed).train()
     open_gates(model)
     return model
 
@@ -315,7 +332,7 @@ def model_gradients(group: Any, kind: str) -> dict[str, Tensor]:
     """Return the gradients of padded texts: this rank's share of each parameter's, which the test adds up."""
     import segattn
 
-    model = converted(update="linear" if kind == "linear" else "delta")
+    model = converted(**MODELS[kind])
     if kind == "checkpointed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     shard = shard_batch(padded(), group, 8)
@@ -450,7 +467,7 @@ def main(rank: int, folder: Path, with_models: bool) -> None:
     results["state refusals"] = state_refusals(groups[4], rank)
     results["shard"] = shard_batch(labelled(), groups[4], 8)
     if with_models:
-        for kind in ("delta", "linear", "checkpointed"):
+        for kind in MODELS:
             results[f"model, {kind}"] = model_gradients(groups[4], kind)
         results["sharded"] = sharded_gradients(mesh)
         results["trained"] = trained(groups[4])

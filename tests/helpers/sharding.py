@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from segattn.infini.huggingface.settings import MEMORY
+
 
 def shard(model: Any, **options: Any) -> Any:
     """Shard a model layer by layer, and return it."""
@@ -15,9 +17,11 @@ def shard(model: Any, **options: Any) -> Any:
 
 
 def shard_gates_apart(model: Any) -> Any:
-    """Shard a model whose gates have another dtype than its other weights: a group of parameters has one dtype."""
+    """Shard a model whose gates and maps have another dtype than its other weights, as a group has one dtype."""
     for layer in model.model.layers:
-        fully_shard(layer.self_attn.segattn_gate)
+        for name in MEMORY:
+            if hasattr(layer.self_attn, name):
+                fully_shard(getattr(layer.self_attn, name))
     return shard(model)
 
 

@@ -189,7 +189,8 @@ POSITIONS = torch.cat([torch.arange(19), torch.arange(31)])[None]
 BOUNDS = torch.tensor([0, 19, 50], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+# GPT-OSS asks for its masks without positions
+@pytest.mark.parametrize("name", [*CHOSEN, "gpt_oss"])
 def test_packed_sequences_are_apart_in_layers_that_were_not_converted_too(name: str) -> None:
     if name == "gpt2" and VERSION < (5, 8):
         pytest.skip("it drops arguments in older transformers")
@@ -444,6 +445,36 @@ def test_a_printed_model_shows_its_settings_until_it_is_reverted(name: str) -> N
     assert repr(segattn.revert(model)) == before
 
 
+PLACES = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+
+
+@pytest.mark.parametrize("disk", [(), ("model.layers.0", "lm_head"), ("model.layers.1",), ("model.embed_tokens",)])
+def test_a_model_that_accelerate_has_dispatched(disk: tuple[str, ...], tmp_path: Path) -> None:
+    """Convert one whose modules have accelerate's hooks, as when its layers are on several devices or partly on disk.
+
+    The hooks copy lists, tuples and dictionaries on their way into modules.
+    """
+    accelerate = pytest.importorskip("accelerate")
+    places = PLACES | dict.fromkeys(("model.layers.0", "model.layers.1"), "cpu") | dict.fromkeys(disk, "disk")
+    model, ids = make(), tokens(2, 3 * L + 5)
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    if {*disk} & {"model.layers.1", "model.embed_tokens"}:
+        with pytest.raises(ValueError, match=r"model must have its weights.*remove_hook_from_submodules\(model\)"):
+            segattn.convert(model, L, layers=[1], quiet=True)
+        return
+    wanted = segattn.convert(make(), L, layers=[1], quiet=True)
+    assert torch.equal(logits(segattn.convert(model, L, layers=[1], quiet=True), ids), logits(wanted, ids))
+
+
+def test_a_model_that_cannot_be_run_keeps_no_hooks() -> None:
+    model, ids = make(), tokens(2, 9)
+    before = logits(model, ids)
+    model.set_input_embeddings(torch.nn.Sequential(model.get_input_embeddings()))
+    with pytest.raises(AttributeError, match="weight"):
+        segattn.convert(model, L, quiet=True)
+    assert torch.equal(logits(model, ids), before)
+
+
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 INSTEAD = r"segattn\.RecurrentMemory\(mask='causal'\) leaves attention as it is"
 REFUSALS: dict[str, tuple[Any, str]] = {
@@ -466,6 +497,10 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "an encoder": (
         lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
         "one stack of layers with causal attention, got 0 in BertModel",
+    ),
+    "tokens embedded elsewhere": (
+        lambda: transformers.BertLMHeadModel(transformers.BertConfig(**SIZES, is_decoder=True)),
+        rf"got BertLMHeadModel, whose BertEncoder takes no inputs_embeds: {INSTEAD}",
     ),
     "layers without attention": (
         lambda: transformers.JambaForCausalLM(
@@ -564,6 +599,61 @@ def test_bad_models() -> None:
         empty = make()
     with pytest.raises(ValueError, match="meta device"):
         segattn.convert(empty)
+
+
+SMALL = {
+    **{"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.skipif(VERSION < (5, 23), reason="these types came, or changed, later")
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        (
+            "FalconH1",
+            {"mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 8, "mamba_n_groups": 1},
+        ),
+        ("MiniMax", {"layer_types": ["full_attention"] * 2, "num_local_experts": 2, "head_dim": 8}),
+    ],
+)
+def test_a_model_that_keeps_more_than_keys_and_values_is_refused(kind: str, sizes: dict[str, Any]) -> None:
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SMALL, **sizes))
+    said = (
+        f"model must keep keys and values alone in its cache, got {kind}Model, which does not run with a DynamicCache"
+    )
+    with pytest.raises(ValueError, match=said):
+        segattn.convert(model)
+    assert model.config._attn_implementation != "segattn"
+
+
+def test_a_bias_of_the_scores_is_refused_before_anything_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    attention = model.model.layers[1].self_attn
+    monkeypatch.setattr(attention, "forward", partial(attention.forward, position_bias=torch.zeros(4)))
+    with pytest.raises(
+        ValueError, match="layer 1 cannot be converted: its LlamaAttention must pass no position_bias to"
+    ):
+        segattn.convert(model)
+    assert not any("segattn" in name for name, _ in model.named_modules())
+    segattn.convert(model, layers=[0], quiet=True)
+
+
+def test_a_model_that_does_not_run_on_embeddings_is_refused() -> None:
+    model = make()
+    model.model.register_forward_pre_hook(lambda trunk, args, given: given["input_ids"].shape, with_kwargs=True)
+    with pytest.raises(ValueError, match=r"model must run on inputs_embeds \[1, 16, 32\] .* got LlamaModel, whose "):
+        segattn.convert(model)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "AfmoeConfig"), reason="the type came later")
+def test_attention_that_views_what_it_gets_takes_ours() -> None:
+    experts = {"num_experts": 2, "moe_intermediate_size": 16, "num_dense_layers": 1, "num_experts_per_tok": 1}
+    config = transformers.AfmoeConfig(**SMALL, **experts, head_dim=8, layer_types=["full_attention"] * 2)
+    model, x = transformers.AfmoeForCausalLM(config).eval(), tokens(2, 16)
+    before = logits(model, x)
+    assert torch.equal(logits(segattn.convert(model, 16, quiet=True), x), before)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])

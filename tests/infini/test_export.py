@@ -16,6 +16,9 @@ import segattn
 L = 16
 
 
+fixed = pytest.mark.skipif(models.VERSION <= (5, 0), reason="older transformers exports one length alone")
+
+
 def model_of(backend: str, device: torch.device, name: str = "llama") -> Any:
     # a width of heads that the kernels take
     model = models.make(name, hidden_size=64).to(device)
@@ -36,6 +39,7 @@ def assert_serves(program: Any, model: Any, lengths: tuple[int, ...], device: to
         assert torch.equal(program(input_ids=ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
+@fixed
 def test_a_program_of_the_kernels_serves_every_length_beyond_a_segment(device: torch.device) -> None:
     pytest.importorskip("triton")
     model = model_of("triton", device)
@@ -43,6 +47,7 @@ def test_a_program_of_the_kernels_serves_every_length_beyond_a_segment(device: t
     assert_serves(program.module(), model, (L + 1, 2 * L, 2 * L + 3, 3 * L + 5), device)
 
 
+@fixed
 def test_a_program_of_the_torch_backend_serves_whole_segments(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     model = model_of("torch", cpu)

@@ -36,9 +36,9 @@ from segattn.infini.evaluate.settings import Source
 from segattn.infini.huggingface.saving import from_pretrained, save_pretrained
 from segattn.infini.huggingface.settings import conversion_of
 from segattn.infini.train import settings as settings_module
-from segattn.infini.train.model import build_model
+from segattn.infini.train.model import build_model, save_model
 from segattn.infini.train.processes import joined, mesh_of
-from segattn.infini.train.run import Outputs, run_training
+from segattn.infini.train.run import Outputs, resumed, run_training
 from segattn.infini.train.settings import TrainSettings
 from segattn.infini.train.stream import Rows, in_order, pieces_of_dataset, pieces_of_file, shuffled
 from segattn.infini.train.trainer import Trainer
@@ -429,6 +429,57 @@ def test_converted_models_stay_as_they_were_converted(settings: TrainSettings, f
     build_model(replace(settings, segment_len=L, update="linear"))
     with pytest.raises(SettingError, match="update must be the model's, 'linear', or left out, got 'delta'"):
         build_model(replace(settings, update="delta"))
+
+
+def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
+    """Also where they come as two tensors, as from several ranks."""
+    model = segattn.convert(make("gemma3_text", vocab_size=256), 16, quiet=True)
+    save_model(model, ByteTokenizer(), {name: x.clone() for name, x in model.state_dict().items()}, tmp_path)
+    safetensors = pytest.importorskip("safetensors.torch")
+    saved = safetensors.load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" in model.state_dict()
+    assert set(saved) == set(dict(model.named_parameters()))
+    again = from_pretrained(tmp_path, quiet=True)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_a_memory_behind_a_lookback_needs_longer_rows(settings: TrainSettings, tmp_path: Path, alone: None) -> None:
+    settings = replace(settings, segment_len=LENGTH // 2, lookback=1, piece=None, steps=1)
+    said = rf"length must be more than \(1 \+ lookback\) · segment_len, {LENGTH // 2 * 2}, for a row .*, got"
+    with pytest.warns(segattn.UntrainedMemoryWarning, match=said):
+        run(replace(settings, length=LENGTH // 2 * 2), tmp_path / "short", Quiet())
+    run(replace(settings, length=LENGTH // 2 * 2 + 1), tmp_path / "longer", Quiet())
+
+
+def test_pieces_of_rows_with_a_lookback_and_sinks_train_like_the_whole(settings: TrainSettings, alone: None) -> None:
+    settings = replace(settings, lookback=1, sinks=3, memory_maps=True, memory_layers="-1")
+    losses = []
+    for piece in (None, 23):
+        trainer, rows = build(replace(settings, piece=piece))
+        losses.append([trainer.advance(rows.read)["loss"] for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    trainer, rows = build(replace(settings, sinks=0))
+    assert trainer.advance(rows.read)["loss"] != pytest.approx(losses[0][0], rel=1e-5)
+
+
+def test_a_checkpoint_from_before_some_options_of_conversion(
+    settings: TrainSettings, tmp_path: Path, alone: None
+) -> None:
+    whole = Quiet()
+    run(settings, tmp_path / "whole", whole)
+    with pytest.raises(InterruptedRunError):
+        run(settings, tmp_path / "part", Quiet(interrupt_after=1))
+    [path] = tmp_path.glob("part/checkpoints/*/run.json")
+    kept = json.loads(path.read_text())
+    for name in ("gate_init", "lookback", "sinks", "memory_maps", "memory_layers"):
+        del kept["settings"][name]
+    path.write_text(json.dumps(kept))
+    going_on, steps = resumed(tmp_path / "part", {})
+    assert (going_on, steps) == (settings, 1)
+    run(going_on, tmp_path / "part", Quiet(), resume=True)
+    assert_equal(*(weights(from_pretrained(tmp_path / name / "model", quiet=True)) for name in ("part", "whole")))
+    with pytest.raises(SettingError, match="sinks must be the checkpoint's with --resume, None, got 2"):
+        run(replace(settings, sinks=2), tmp_path / "part", Quiet(), resume=True)
 
 
 def test_layers_that_slide_stay_as_they_are(settings: TrainSettings, folder: Path, alone: None) -> None:

@@ -540,6 +540,10 @@ def test_the_help_names_what_may_change() -> None:
         ({"text": "nowhere.txt"}, "--text must be a file that can be read, got "),
         ({"piece": 9}, "--piece must be left out on 2 processes, each of which reads its run of a row at once, got 9"),
         (
+            {"sinks": 2},
+            "--sequence-ranks must be 1 for a model with lookback or sinks, got 2: no rank sees the tokens of others",
+        ),
+        (
             {"weights": "bfloat16"},
             "--weights must be float32 on 2 processes, over which they are spread, got",
         ),

@@ -95,6 +95,13 @@ def test_mixed_precision_generates(kind: str) -> None:
     assert read.shape == (1, 32)
 
 
+def test_a_static_cache_generates() -> None:
+    plain, spread, ids = model_of("whole").eval(), shard(model_of("whole")).eval(), tokens(2, 20)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    found = spread.generate(ids, past_key_values=segattn.StaticInfiniCache(spread, 2), **options)
+    assert torch.equal(found, plain.generate(ids, **options))
+
+
 class Echo(nn.Module):
     """A module around a layer, which hands a state on as it comes."""
 
@@ -139,9 +146,10 @@ def test_a_layer_in_mixed_precision_reads_pieces_as_the_whole() -> None:
     assert worst(spread, plain) < 0.05
 
 
+@pytest.mark.parametrize("kind", ["whole", "windows"])
 @pytest.mark.parametrize("way", HALF)
-def test_half_precision_weights_beside_float32_gates(way: str) -> None:
-    ids, plain, spread = tokens(1, 40), model_of("whole").bfloat16(), model_of("whole").bfloat16()
+def test_half_precision_weights_beside_float32_gates(way: str, kind: str) -> None:
+    ids, plain, spread = tokens(1, 40), model_of(kind).bfloat16(), model_of(kind).bfloat16()
     HALF[way](spread)
     for model in (plain, spread):
         for _ in range(2):

@@ -12,6 +12,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
+from models import VERSION
 from tokenizers.pre_tokenizers import ByteLevel
 
 from segattn.infini.evaluate.loading import load
@@ -112,6 +113,7 @@ def test_weights_are_those_of_the_file_and_can_be_saved(plain: Any, file: Path, 
     assert load_model(str(file), torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.skipif(VERSION <= (5, 0), reason="older transformers reads another kind of tokenizer from the file")
 def test_evaluations_take_a_file(file: Path) -> None:
     loaded = load(Source(str(file), convert=True, segment_len=16, device="cpu"))
     assert loaded.about["conversion"]["segment_len"] == 16

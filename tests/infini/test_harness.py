@@ -214,7 +214,8 @@ def test_no_pass_grows_with_the_length(
 ) -> None:
     lm, model = SegattnLM(loaded, batch_size=batch, max_batch_size=8), loaded.model
     sizes: list[int] = []
-    hook = model.register_forward_pre_hook(
+    # the trunk: transformers 4 calls the forward of the model around it, past its hooks
+    hook = model.model.register_forward_pre_hook(
         lambda module, args, given: sizes.append(given["input_ids"].numel()), with_kwargs=True
     )
     try:

@@ -263,6 +263,11 @@ def test_checkpointing_that_drops_the_keys_of_other_layers_is_refused(name: str)
         ({"input_ids": torch.ones(40, dtype=torch.long)}, ValueError, r"input_ids must be integers \[B, T\]"),
         ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, ValueError, "input_ids must be .* at least one token"),
         ({"input_ids": torch.ones(1, 9)}, ValueError, "input_ids must be integers .* got torch.float32"),
+        (
+            {"input_ids": torch.ones(1, 9, dtype=torch.uint8)},
+            ValueError,
+            "input_ids must be integers .* got torch.uint8",
+        ),
         ({"input_ids": [[1, 2]]}, TypeError, r"input_ids must be a tensor of integers \[B, T\], got list"),
         ({"attention_mask": [[1, 1]]}, TypeError, r"attention_mask must be a tensor of integers \[B, T\], got list"),
         ({"labels": torch.ones(1, 39, dtype=torch.long)}, ValueError, r"labels must be .*\[1, 40\], got \[1, 39\]"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -420,6 +421,91 @@ def parallel(model: Any) -> None:
         pass
 
 
+STATIC: dict[str, dict[str, Any]] = {
+    "both": {},
+    "lookback": {"sinks": 0},
+    "sinks": {"lookback": 0},
+    "linear": {"update": "linear"},
+    "maps": {"memory_maps": True},
+    "layers": {"memory_layers": [1], "memory_maps": True},
+    "neither, maps": {"lookback": 0, "sinks": 0, "memory_maps": True},
+    "neither, layers": {"lookback": 0, "sinks": 0, "memory_layers": [0]},
+    "one sink": {"sinks": 1},
+    "a segment of sinks": {"sinks": L},
+}
+
+
+def with_static(model: Any, ids: Tensor, cache: Any, pieces: list[int], step: Any) -> Tensor:
+    """Return the logits of a text in pieces, of which those of one token are steps of `step`."""
+    outs = []
+    for piece in ids.split(pieces, dim=1):
+        outs.append((step if piece.shape[1] == 1 else model)(piece, past_key_values=cache).logits)
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("options", STATIC.values(), ids=STATIC)
+def test_a_static_cache_equals_the_whole_in_steps_and_pieces(options: dict[str, Any]) -> None:
+    model, ids = windowed(**options), tokens(2, 63)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache = segattn.StaticInfiniCache(model, 2)
+        for pieces in ([1] * 63, [21, *[1] * 24, 5, *[1] * 13], [L, *[1] * L, L, *[1] * 39], [2, 61], [60, 1, 1, 1]):
+            close(with_static(model, ids, cache, pieces, model), whole, 1e-4)
+            mine = cache.states
+            other = in_pieces(model, ids, [30, 33])[1]
+            assert (cache.rows.folded, cache.rows.lengths) == (other.rows.folded, other.rows.lengths)
+            for layer, state in other.states.items():
+                for x, y in zip(mine[layer].tensors(), state.tensors(), strict=True):
+                    close(x, y, 1e-4)
+            cache.reset()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_static_cache_of_every_kind_of_rotary_embedding(name: str) -> None:
+    model, ids = windowed(name, memory_maps=True), tokens(2, 3 * L + 7)
+    with torch.no_grad():
+        found = with_static(model, ids, segattn.StaticInfiniCache(model, 2), [5, *[1] * (3 * L + 2)], model)
+    close(found, logits(model, ids), 1e-4)
+
+
+# the compiler is slow; the other embeddings are cosine and sine too
+@pytest.mark.parametrize("name", ["llama", "llama4_text"])
+def test_a_static_cache_compiles_to_one_graph_of_fixed_addresses(name: str) -> None:
+    model, ids, graphs = windowed(name, memory_maps=True), tokens(2, 3 * L + 7), CompileCounter()
+    torch._dynamo.reset()
+    cache = segattn.StaticInfiniCache(model, 2)
+    addresses = [x.data_ptr() for layer in cache.layers for x in layer.tensors()]
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend=graphs)
+        close(with_static(model, ids, cache, [5, *[1] * (3 * L + 2)], compiled), logits(model, ids), 1e-4)
+    assert [x.data_ptr() for layer in cache.layers for x in layer.tensors()] == addresses
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"lookback": 0, "memory_maps": True}, {"sinks": 0}], ids=str)
+def test_generate_with_a_static_cache_of_padded_rows_and_beams(options: dict[str, Any]) -> None:
+    model, ids = windowed(**options), tokens(2, 21)
+    arguments = {"max_new_tokens": 3 * L, "do_sample": False, "pad_token_id": 0}
+    for padding in (0, 6, 14, 18):
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        static = segattn.StaticInfiniCache(model, 2)
+        found = model.generate(ids, attention_mask=mask, past_key_values=static, **arguments)
+        assert torch.equal(found, model.generate(ids, attention_mask=mask, **arguments))
+        cache = segattn.InfiniCache(model)
+        model.generate(ids, attention_mask=mask, past_key_values=cache, **arguments)
+        assert static.rows.folded == cache.rows.folded
+    beams = model.generate(ids[:1], past_key_values=segattn.StaticInfiniCache(model, 3), num_beams=3, **arguments)
+    assert torch.equal(beams, model.generate(ids[:1], num_beams=3, **arguments))
+
+
+def test_bytes_of_a_static_cache() -> None:
+    model, size = windowed(), 2 * 2 * 8 * 4  # rows, key heads, width, bytes
+    # keys, keys before rotary embedding and values of two segments, keys and values of sinks, three memories
+    each = size * (3 * 2 * L + 2 * 3) + 3 * 2 * 2 * (8 * 8 + 8) * 4
+    assert segattn.StaticInfiniCache(model, 2).num_bytes == 2 * each
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "lookback": (lambda: windowed(lookback=2), "lookback must be 0 or 1 segments, got 2"),
     "sinks": (lambda: windowed(sinks=L + 1), f"sinks must be at most segment_len = {L}, got {L + 1}"),
@@ -434,15 +520,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "sequence parallel": (
         lambda: parallel(windowed()),
         "with lookback=0 and sinks=0 for sequence_parallel, got 1 and 3",
-    ),
-    "static cache": (lambda: segattn.StaticInfiniCache(windowed()), "without lookback for a static cache"),
-    "static cache, maps": (
-        lambda: segattn.StaticInfiniCache(windowed(lookback=0, sinks=0, memory_maps=True)),
-        "without memory_maps for a static cache",
-    ),
-    "static cache, layers": (
-        lambda: segattn.StaticInfiniCache(windowed(lookback=0, sinks=0, memory_layers=[0])),
-        r"memory in every layer for a static cache, got memory_layers=\[0\]",
     ),
 }
 

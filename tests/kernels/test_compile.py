@@ -18,6 +18,7 @@ from segattn.kernels.sequences import checked_bounds
 from segattn.kernels.sinks import repeat_over_slots, sum_over_slots
 from segattn.kernels.state import Options
 from segattn.kernels.torch.memory import fold_segments, fold_segments_backward, read_and_blend, read_and_blend_backward
+from segattn.kernels.torch.segments import attend_segments, attend_segments_backward
 from segattn.kernels.triton.ops import Inputs
 
 F, G, H, L, K, V, N = 3, 2, 4, 5, 4, 6, 2
@@ -40,6 +41,7 @@ def operations() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     complete, owner = torch.tensor([True, False, True]), torch.tensor([0, 0, 2])
     rows = (k, v, memory[:1], normalizer[:1], None, None, True)
     detached = [x.detach() for x in (k, v, before, z_before)]
+    own, own_v, square = normal(F, H, L, K), normal(F, G, L, K), normal(1, G, K, K)
     return {
         "fold rows": (fold_segments, rows),
         "fold sequences": (fold_segments, (k, v, memory, normalizer, complete, owner, True)),
@@ -47,7 +49,16 @@ def operations() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "fold half": (fold_segments, (k.bfloat16(), v.bfloat16(), *rows[2:])),
         "fold backward": (
             fold_segments_backward,
-            (*detached, complete, owner, True, *detached[2:], memory.detach(), normalizer.detach()),
+            (
+                *detached,
+                normal(F, G, K, K, grad=False),
+                complete,
+                owner,
+                True,
+                *detached[2:],
+                memory.detach(),
+                normalizer.detach(),
+            ),
         ),
         "read": (read_and_blend, (local, q, before, z_before, normal(H), False)),
         "read always": (read_and_blend, (local.bfloat16(), q.bfloat16(), before, z_before, normal(H), True)),
@@ -55,11 +66,26 @@ def operations() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             read_and_blend_backward,
             (local.detach(), q.detach(), *detached[2:], torch.zeros(H), False, torch.ones(F, H, L, V)),
         ),
+        "segments": (attend_segments, (own, k, own_v, None, None, normal(H), square, normalizer[:1], 0.3, True, False)),
+        "segments, own memory inputs": (
+            attend_segments,
+            (own, k, own_v, q, normal(F, G, L, K), normal(H), square, normalizer[:1], 0.3, False, True),
+        ),
+        "segments backward": (attend_segments_backward, segments_backward(own, k, own_v, q)),
         "sinks over slots": (repeat_over_slots, (normal(N, G, 2, K), torch.tensor([0, 1, 1, 2]))),
         "sinks summed": (sum_over_slots, (normal(F, G, 2, K, grad=False).bfloat16(), torch.tensor([0, 1, 2]), N)),
         "spans": (checked_bounds, (torch.tensor([[0, 5], [2, 4]], dtype=torch.int32), False, 5, -1, 0)),
         "cu_seqlens": (checked_bounds, (torch.tensor([0, 2, 5], dtype=torch.int32), True, 5, -1, 0)),
     }
+
+
+def segments_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, memory_q: torch.Tensor) -> tuple[Any, ...]:
+    """The arguments of a backward after the forward that leaves them."""
+    q, k, v, memory_q = (x.detach() for x in (q, k, v, memory_q))
+    memory, normalizer, gate = torch.zeros(1, G, K, K), torch.zeros(1, G, K), torch.zeros(H)
+    options = 0.3, True, False
+    out, m, z, *saved = attend_segments(q, k, v, memory_q, None, gate, memory, normalizer, *options)
+    return q, k, v, memory_q, None, gate, *options, *saved, torch.ones_like(out), m, z
 
 
 @pytest.mark.parametrize("name", operations())
@@ -215,6 +241,23 @@ def test_one_graph_for_many_lengths(windows: dict[str, int]) -> None:
         options = {"segment_len": 8, "gate": gate, **windows}
         assert error(compiled(x, x, x, **options).out, segment_attention(x, x, x, **options).out) < 1e-6
     assert graphs <= 3
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_numbers_may_be_symbols_of_a_graph(name: str) -> None:
+    """dynamic=True makes symbols of a call's floats; what is not positive and finite is still refused."""
+    torch._dynamo.reset()
+    x, gate = torch.randn(1, 2, 11, 4), torch.zeros(2)
+
+    def run(value: float) -> torch.Tensor:
+        return segment_attention(x, x, x, segment_len=4, gate=gate, **{name: value}).out
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=True)
+    for value in (0.3, 0.7):
+        assert error(compiled(value), run(value)) < 1e-6
+    for value in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"{name} must be positive and finite"):
+            run(value)
 
 
 def test_bad_values_are_refused_in_a_compiled_graph() -> None:

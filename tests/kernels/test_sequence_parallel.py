@@ -23,7 +23,7 @@ WITH_MODELS = find_spec("transformers") is not None
 with_models = pytest.mark.skipif(not WITH_MODELS, reason="transformers is not installed")
 # gates, and so their gradients, are float32 in any model
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6}
-PARAMETERS = ("dgate", "dmemory", "dnormalizer")
+PARAMETERS = ("dgate", "dmemory", "dnormalizer", "dsink_logits")
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +200,10 @@ def test_one_dimension_of_a_mesh(seen):
         "on rank 2",
         "equal numbers": "not refused",
         "want_state": "ValueError: want_state must be the same on every rank, got True on rank 0 and False on rank 2",
+        "sink_logits": "ValueError: sink_logits given must be the same on every rank, got False on rank 0 and True on "
+        "rank 2",
+        "alibi_slopes": "ValueError: alibi_slopes given must be the same on every rank, got True on rank 0 and False "
+        "on rank 2",
         "autocast": "ValueError: autocast must be the same on every rank, got off on rank 0 and torch.bfloat16 on rank "
         "2",
         "state": "ValueError: state given must be the same on every rank, got False on rank 0 and True on rank 2",
@@ -340,7 +344,8 @@ def test_losses_modules_and_states_must_be_alike(seen, name, said):
     {
         "spans": "spans and cu_seqlens must be None with a group",
         "tail": "state must end with a whole segment for a group, got 2 more tokens",
-        "window": "lookback and sinks must be 0 with a group, got 1 and 2",
+        "window": "lookback and sinks must be 0 with a group, got 1 and 2, for which ranks would have to see each "
+        "other's tokens: give each rank whole texts, without a group",
         "rank's part": "every rank but the last must hold whole segments of 5 tokens, got 7 on rank 0 of 4",
         "names": "batch may hold input_ids, labels and attention_mask, got spans too",
         "ids": "batch['input_ids'] must be integers [B, T], got torch.float32 [2, 30]",
@@ -390,9 +395,9 @@ def loss_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 @with_models
-@pytest.mark.parametrize("kind", ["delta", "linear", "checkpointed"])
+@pytest.mark.parametrize("kind", ranks.MODELS)
 def test_a_model_reads_padded_texts_over_ranks(seen, kind):
-    model = ranks.converted(update="linear" if kind == "linear" else "delta")
+    model = ranks.converted(**ranks.MODELS[kind])
     loss = loss_of(model, ranks.padded())
     loss.backward()
     parts = [seen[rank][f"model, {kind}"] for rank in range(ranks.SIZE)]

@@ -6,7 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import GATES, KINDS, Call, apply, check_gates, everything, golden, random_calls, tensors, worst
+from calls import (
+    GATES,
+    KINDS,
+    Call,
+    apply,
+    check_gates,
+    everything,
+    golden,
+    gradients,
+    random_calls,
+    tensors,
+    worst,
+)
 from hypothesis import given, settings
 
 
@@ -50,6 +62,20 @@ WIDE = {
 def test_error_stays_within_the_gates(name: str, dtype: torch.dtype, device: torch.device) -> None:
     call = WIDE[name]
     check_gates(call, everything(call, "torch", dtype, device), golden(call, dtype, device), dtype)
+
+
+def test_columns_apart_in_storage_equal_the_reference() -> None:
+    """PyTorch's attention for a CPU takes widths of stride 1 alone; a call takes any strides."""
+    made = tensors(Call(Tq=70, Tk=70, K=6, V=6, segment_len=16), torch.float64)
+    apart = {
+        name: x.mT.contiguous().mT.detach().requires_grad_() if x.ndim == 4 else x.detach().requires_grad_()
+        for name, x in made.items()
+    }
+    assert apart["q"].stride(3) != 1
+    call = Call(Tq=70, Tk=70, K=6, V=6, segment_len=16)
+    outputs, expected = apply(call, apart, "torch"), apply(call, made, "reference")
+    assert worst(outputs, expected)[0] < 1e-12
+    assert worst(gradients(outputs, apart), gradients(expected, made))[0] < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -424,6 +424,11 @@ BAD: dict[str, tuple[type[Exception], Callable[[AssociativeMemory], Any]]] = {
 }
 
 
+if models.VERSION < (5,):
+    # there no attention of its layers says that it is causal
+    del BAD["model must embed its tokens in the module that runs its layers, got a BertLMHeadModel"]
+
+
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_named(message: str) -> None:
     kind, call = BAD[message]

@@ -626,6 +626,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("5.0."), reason="whose BERT tokenizer keeps capital letters")
 @pytest.mark.parametrize("freeze", [False, True])
 def test_a_pretrained_encoder_is_trained(freeze: bool, encoder: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 pytest.importorskip("transformers")
 
 from calls import error
-from models import make, tokens
+from models import VERSION, make, tokens
 
 from segattn import AssociativeMemory, RecurrentMemory
 
@@ -95,6 +95,7 @@ def sharded(module: Any) -> Any:
     return fully_shard(module, mp_policy=policy)
 
 
+@pytest.mark.skipif(VERSION < (5,), reason="transformers 4 rounds rotary angles to bfloat16 elsewhere")
 @pytest.mark.parametrize("kind", ["recurrent", "associative"])
 def test_mixed_precision_reads_pieces_as_the_whole(kind: str) -> None:
     plain, whole, pieces, ids = memory(kind), sharded(memory(kind)), sharded(memory(kind)), tokens(2, 4 * L)

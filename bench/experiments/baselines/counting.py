@@ -31,16 +31,20 @@ def formulas(setup: BaselineSetup, length: int) -> dict[str, tuple[str, int]]:
     It counts for RMT 2 d p l, keys and values of p vectors in each layer, where p d are handed on.
     """
     K, heads, layers = setup.width // setup.heads, setup.heads, setup.layers
-    cached, memory = min(length, setup.cached) * layers, K * (K + 1) * heads * layers
+    cached, window = (min(length, kept) * layers for kept in (setup.cached, setup.segment_len))
+    memory = K * (K + 1) * heads * layers
     both = 2 * K * heads
     return {
         "local": ("0", 0),
         "full": ("(K + V) H T l", both * length * layers),
         "transformer-xl": ("(K + V) H min(T, cached) l", both * cached),
+        "lookback": ("(K + V) H min(T, L) l", both * window),
         "memorizing": ("(K + V) H (min(T, stored) + min(T, cached) l)", both * (min(length, setup.stored) + cached)),
         "rmt": ("m d", setup.memory_tokens * setup.width),
         "linear": ("K (V + 1) H l", memory),
         "delta": ("K (V + 1) H l", memory),
+        # keys as they are seen, and as they are written once the next segment is whole
+        "delta-lookback": ("(K (V + 1) + (2 K + V) min(T, L)) H l", memory + both // 2 * 3 * window),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ....kernels.attention import segment_attention
@@ -17,7 +16,7 @@ class FullAttention(Attention):
         """Return the attention [B, H, T, V] of any number of tokens."""
         q, k, v = tokens[:3]
         if state is not None:
-            k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
+            k, v = state.joined(k, v)
         return segment_attention(q, k, v, segment_len=k.shape[2], scale=tokens.scale).out
 
     def keep(self, tokens: Tokens, state: Kept | None) -> Kept:

@@ -20,9 +20,13 @@ class Kept(NamedTuple):
         """Return the state of no tokens, for keys and values like these."""
         return cls(k[:, :, :0].detach(), v[:, :, :0].detach())
 
+    def joined(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values with new ones [B, H, T, ·] behind."""
+        return torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+
     def after(self, k: Tensor, v: Tensor, limit: int | None = None) -> Kept:
         """Return the state with new tokens behind; beyond `limit` the oldest are dropped."""
-        joined = [torch.cat([held, new.detach()], 2) for held, new in zip(self, (k, v), strict=True)]
+        joined = self.joined(k.detach(), v.detach())
         length = joined[0].shape[2]
         first = 0 if limit is None else max(0, length - limit)
         # cloned, so that what was dropped is not kept alive

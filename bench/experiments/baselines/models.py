@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,9 +15,11 @@ from transformers import LlamaForCausalLM
 from ....infini.huggingface.cache import InfiniCache
 from ....infini.huggingface.conversion import convert
 from ....rmt.recurrent.memory import RecurrentMemory
+from ....runs.errors import SettingError
 from ..book.experiment import build as build_llama
 from ..book.setup import Setup
 from .full_attention import FullAttention
+from .lookback import Lookback
 from .memorizing import Memorizing
 from .replacing import Attention, read, replace
 from .transformer_xl import TransformerXL
@@ -28,16 +32,33 @@ class BaselineSetup(Setup):
     cached: tokens in the caches of Transformer-XL and Memorizing Transformers.
     memory_tokens: of RMT.
     stored, neighbours: tokens in the store of Memorizing Transformers, and keys that a query retrieves.
+    lr_factors: what `lr` is multiplied by; each model is trained with the product that served it best.
+    validation: share of the bytes to train on, their end, that this is judged by.
     """
 
     MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("cached",)
 
-    steps: int = 600
-    seeds: int = 3
+    row: int = 256
+    steps: int = 300
+    held_out: float = 0.05
     cached: int = 16
     memory_tokens: int = 10
-    stored: int = 512
+    stored: int = 256
     neighbours: int = 16
+    lr_factors: tuple[float, ...] = (0.1, 0.3, 1.0)
+    validation: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.lr_factors and all(0 < factor < math.inf for factor in self.lr_factors)):
+            raise SettingError("lr_factors", f"must be positive and finite, got {list(self.lr_factors)}")
+        if not 0 < self.validation < 1:
+            raise SettingError("validation", f"must be between 0 and 1, got {self.validation}")
+
+    def check(self, text: Tensor) -> None:
+        """Check that the text is long enough, also to choose a learning rate by."""
+        super().check(text)
+        Setup.check(replace_fields(self, held_out=self.validation, reach=1), text[: self.cut(text)])
 
     @property
     def looking_up(self) -> int:
@@ -76,8 +97,9 @@ def _recurrent(setup: BaselineSetup, seed: int) -> nn.Module:
     return RecurrentMemory(model, setup.memory_tokens, setup.segment_len, attention="segattn")
 
 
-def _infini(update: str, setup: BaselineSetup, seed: int) -> nn.Module:
-    return convert(build_llama(setup, "full", seed), setup.segment_len, update, gate_init=0.0, quiet=True)
+def _infini(update: str, lookback: int, setup: BaselineSetup, seed: int) -> nn.Module:
+    options: dict[str, Any] = {"gate_init": 0.0, "lookback": lookback, "quiet": True}
+    return convert(build_llama(setup, "full", seed), setup.segment_len, update, **options)
 
 
 def _read_recurrent(model: RecurrentMemory, rows: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -95,10 +117,12 @@ ATTENTIONS: dict[str, Callable[[BaselineSetup, int], Attention]] = {
     "local": lambda setup, layer: TransformerXL(setup.segment_len, 0),
     "full": lambda setup, layer: FullAttention(),
     "transformer-xl": lambda setup, layer: TransformerXL(setup.segment_len, setup.cached),
+    "lookback": lambda setup, layer: Lookback(setup.segment_len),
     "memorizing": _memorizing,
 }
 BASELINES = {name: Baseline(partial(_replaced, make), read) for name, make in ATTENTIONS.items()} | {
     "rmt": Baseline(_recurrent, _read_recurrent),
-    "linear": Baseline(partial(_infini, "linear"), _read_infini),
-    "delta": Baseline(partial(_infini, "delta"), _read_infini),
+    "linear": Baseline(partial(_infini, "linear", 0), _read_infini),
+    "delta": Baseline(partial(_infini, "delta", 0), _read_infini),
+    "delta-lookback": Baseline(partial(_infini, "delta", 1), _read_infini),
 }

@@ -15,9 +15,11 @@ from ....runs.pictures import (
     BLUE,
     DPI,
     GREEN,
+    GREY,
     LIGHT_GREY,
     ORANGE,
     PINK,
+    SKY,
     VERMILION,
     doubling,
     logarithmic,
@@ -31,10 +33,12 @@ LOOKS = {
     "local": (LIGHT_GREY, "s", "-"),
     "full": (BLACK, "o", ":"),
     "transformer-xl": (GREEN, "^", "-"),
+    "lookback": (GREY, "<", "--"),
     "memorizing": (PINK, "v", "-"),
     "rmt": (ORANGE, "P", "-"),
     "linear": (BLUE, "D", "-"),
     "delta": (VERMILION, "X", "--"),
+    "delta-lookback": (SKY, "*", "-"),
 }
 ON_THE_LEFT = ("linear", "transformer-xl")
 

@@ -9,10 +9,12 @@ of 1e-13; `linear` and `delta` learn theirs. Each run is kept in the JSON as it 
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -176,41 +178,56 @@ def experiment(setup: Setup, text: Path, out: Path) -> Figures:
     Raises:
         SettingError: The runs there are of another setup, or of another text, or the text is too short.
     """
-    figures = all_runs(setup, text, out / "book.json", VARIANTS, build)
+    kept = out / "book.json"
+    book, figures = begin(setup, text, kept)
+    figures = all_runs(dict.fromkeys(VARIANTS, setup), book, kept, figures, build)
     plot_book(out / "book.png", figures)
     return figures
 
 
-def all_runs(
-    setup: AnySetup,
-    path: Path,
-    kept: Path,
-    variants: Sequence[str],
-    make: Callable[[AnySetup, str, int], nn.Module],
-) -> Figures:
-    """Return all runs over the text at `path`; those that the figures in `kept` lack are performed.
+def begin(setup: Setup, path: Path, kept: Path) -> tuple[Tensor, Figures]:
+    """Return the text at `path`, and the figures in `kept` to go on with.
 
     Raises:
         SettingError: The runs there are of another setup, or of another text, or the text is too short.
     """
     text, about = text_of(path)
     setup.check(text)
-    figures = earlier(kept, {"setup": asdict(setup), "text": about}, "runs", free=("seeds",))
-    width, made = max(map(len, variants)), made_by()
+    # as it is read back: tuples are lists
+    plain = json.loads(json.dumps(asdict(setup)))
+    return text, earlier(kept, {"setup": plain, "text": about}, "runs", free=("seeds",))
+
+
+def all_runs(
+    setups: Mapping[str, AnySetup],
+    text: Tensor,
+    kept: Path,
+    figures: Figures,
+    make: Callable[[AnySetup, str, int], nn.Module],
+) -> Figures:
+    """Return the figures with all runs of the variants, each by its setup; those that they lack are performed."""
+    width, made = max(map(len, setups)), made_by()
 
     def perform(job: Job, advance: Advance) -> Figures:
         variant, seed = job
-        return run(setup, variant, seed, text, lambda loss: advance(1, f": loss {loss:.3f}"), make) | {"made": made}
+        on_step = functools.partial(tell, advance)
+        return run(setups[variant], variant, seed, text, on_step, make) | {"made": made}
 
     def line(one: Run) -> str:
         perplexity, seconds = math.exp(one["nats"]), sum(one["seconds"].values())
         return f"{one['variant']:{width}} seed {one['seed']}: perplexity {perplexity:.3f} per byte, {seconds:.0f} s"
 
     def summarise(figures: Figures) -> Figures:
-        return {"versions": versions(), "summary": summary(figures["runs"], variants)}
+        return {"versions": versions(), "summary": summary(figures["runs"], setups)}
 
-    jobs = {(variant, seed): setup.steps for seed in range(setup.seeds) for variant in variants}
+    seeds = range(max(setup.seeds for setup in setups.values()))
+    jobs = {(variant, seed): setup.steps for seed in seeds for variant, setup in setups.items()}
     return run_all(kept, figures, Runs("runs", ("variant", "seed"), jobs, perform, line, summarise))
+
+
+def tell(advance: Advance, loss: float) -> None:
+    """Take note of a step of training and its loss."""
+    advance(1, f": loss {loss:.3f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

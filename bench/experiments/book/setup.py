@@ -49,6 +49,8 @@ class Setup:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                continue
             if field.name not in self.MAY_BE_ZERO and isinstance(field.default, int) and value < 1:
                 raise SettingError(field.name, f"must be at least 1, got {value}")
             if not 0 <= value < math.inf:

@@ -27,7 +27,8 @@ def options_of(*settings: type, arguments: Collection[str] = ()) -> Callable[[Co
     are more names of the option. The help ends with the default, where there is one. A field that is False is a flag,
     one that is True a pair of flags; one without a default must be given. The command is called with its own
     parameters, and with those fields that the user gave. A parameter of the command that is named like a field stands
-    for the field, in its place; the others come last.
+    for the field, in its place; the others come last. Fields that a class with a PANEL declares stand under it in the
+    command's help.
 
     Args:
         settings: the dataclasses.
@@ -39,9 +40,10 @@ def options_of(*settings: type, arguments: Collection[str] = ()) -> Callable[[Co
         own = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind is not p.VAR_KEYWORD}
         made = {}
         for each in settings:
-            hints = get_type_hints(each, include_extras=True)
+            hints, panels = get_type_hints(each, include_extras=True), _panels(each)
             for field in fields(each):
-                made[field.name] = _parameter(field.name, hints[field.name], field.default, field.name in arguments)
+                hint, panel = hints[field.name], panels.get(field.name)
+                made[field.name] = _parameter(field.name, hint, field.default, field.name in arguments, panel)
 
         @wraps(command)
         def run(**values: Any) -> None:
@@ -65,7 +67,13 @@ def settings_from(settings: type[Settings], values: Mapping[str, Any]) -> Settin
     return settings(**{name: values[name] for name in names if name in values})
 
 
-def _parameter(name: str, hint: Any, default: Any, is_argument: bool) -> inspect.Parameter:
+def _panels(settings: type) -> dict[str, str]:
+    """Return the heading of each field that has one."""
+    declared = [(base.__dict__["PANEL"], base.__annotations__) for base in settings.__mro__ if "PANEL" in vars(base)]
+    return {name: panel for panel, names in declared for name in names}
+
+
+def _parameter(name: str, hint: Any, default: Any, is_argument: bool, panel: str | None) -> inspect.Parameter:
     """Return the parameter of a field: None, unless the user gives it or must give it."""
     kind, text, *more_names = get_args(hint)
     if default not in (None, MISSING) and not isinstance(default, bool):
@@ -75,7 +83,7 @@ def _parameter(name: str, hint: Any, default: Any, is_argument: bool) -> inspect
     else:
         option = name.replace("_", "-")
         names = [f"--{option}/--no-{option}" if default is True else f"--{option}", *more_names]
-        info = typer.Option(*names, help=text, show_default=False)
+        info = typer.Option(*names, help=text, show_default=False, rich_help_panel=panel)
     required = default is MISSING
     parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
     kind = kind if required else kind | None

@@ -50,7 +50,7 @@ Shaped = Annotated[
     str,
     typer.Argument(
         help="opt-125m … opt-175b, llama-3.2-1b … llama-3.1-405b, "
-        "or a model's folder or config.json, or layers=12,width=768,…"
+        "or a model's folder or config.json (needs segattn[hf]), or layers=12,width=768,…"
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="Dtype of weights and activations: bfloat16, float16 or float32.")]
@@ -73,6 +73,10 @@ def model(
         int, typer.Option(help="ν of ARMT's feature map: a key has 2 ν features for each of its numbers.")
     ] = 3,
     update: Annotated[str, typer.Option(help="Update rule of Infini-attention's memory: delta or linear.")] = "delta",
+    lookback: Annotated[
+        int, typer.Option(help="Whole segments that a token of local and infini sees before its own, 0 or 1.")
+    ] = 0,
+    sinks: Annotated[int, typer.Option(help="First tokens of a text that all later ones of local and infini see.")] = 0,
     bptt: Annotated[int | None, typer.Option(help="Segments that gradients reach back. Default: all.")] = None,
     gpu: Annotated[
         str,
@@ -95,10 +99,11 @@ def model(
         sizes = shape_of(shape)
         row, peak = gpu_of(gpu)
         options = {"segment_len": segment_len, "memory": memory, "d_mem": d_mem, "nu": nu, "update": update}
-        options |= {"bptt": bptt, "batch": batch, "dtype": dtype}
+        options |= {"lookback": lookback, "sinks": sinks, "bptt": bptt, "batch": batch, "dtype": dtype}
         plans = [PlanSettings(sizes, tokens, **options) for tokens in _counts("length", length)]  # type: ignore[arg-type]
         rows = estimates(plans, peak)
-        title = f"{sizes.name}, segments of {segment_len}, batch {batch}, {dtype}, floors on {row}"
+        window = f", lookback {lookback}, {sinks} sinks" if lookback or sinks else ""
+        title = f"{sizes.name}, segments of {segment_len}{window}, batch {batch}, {dtype}, floors on {row}"
         notes: tuple[str, ...] = PLAN_NOTES
         if dtype == "float32":
             title += " by its bfloat16 peak"

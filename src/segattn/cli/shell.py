@@ -19,6 +19,7 @@ from ..runs.interrupts import InterruptedRunError
 INSTALL = {
     "transformers": "'segattn[hf]'",
     "safetensors": "'segattn[hf]'",
+    "huggingface_hub": "'segattn[hf]'",
     "datasets": "'segattn[data]'",
     "matplotlib": "'segattn[cli]'",
     "peft": "peft",
