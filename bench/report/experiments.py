@@ -26,6 +26,8 @@ ANSWERING = {
     "smollm2": "SmolLM2-135M-Instruct, full attention",
     "smollm2-window": "segments of 256, lookback=1, sinks=4",
 }
+# folder of a pretrained model's passkeys → how it reads
+RECALLING = {"smollm2-passkeys": "memory fitted to passkeys", "smollm2-passkeys-window": "window alone"}
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
 
@@ -83,6 +85,25 @@ def conversions(folder: Path) -> str | None:
 def adaptations(folder: Path) -> str | None:
     """Return a table for each pretrained model and rule that `segattn adapt` has fitted."""
     return _pretrained(folder, "adapt.json")
+
+
+def passkeys(folder: Path) -> str | None:
+    """Return a row for each reader and length of `segattn evaluate passkey`: whole keys and digits recalled."""
+    rows = []
+    depths: list[float] = []
+    for name, title in RECALLING.items():
+        figures = figures_in(folder / "pretrained" / name / "passkey.json")
+        if figures is None:
+            continue
+        found = {(x["length"], x["depth"]): x for x in figures["cells"]}
+        depths = sorted({depth for _, depth in found})
+        for length in sorted({length for length, _ in found}):
+            cells = [found[length, depth] for depth in depths]
+            said = [f"{round(x['exact'] * x['samples'])} of {x['samples']}; {100 * x['tokens']:.0f} %" for x in cells]
+            rows.append([title, f"{length:,}", *said])
+    if not rows:
+        return None
+    return markdown(["whole keys; digits", "tokens", *(f"at {100 * depth:g} %" for depth in depths)], rows)
 
 
 def _pretrained(folder: Path, file: str) -> str | None:

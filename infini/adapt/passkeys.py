@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...runs.errors import SettingError, named
+from ..conversion_options import layers_named
 from ..evaluate.loading import Loaded, convert_named
 from ..evaluate.retrieval import check_positions
 from ..huggingface.conversion import revert
@@ -42,8 +43,8 @@ def convert_where_looked_up(
 ) -> dict[int, Lookups]:
     """Convert a plain model, with a memory in the layers that look up passkeys; return what they look up.
 
-    Layers are found in two passes. In the first all are in full attention; those of heads with half the share of
-    attention that is asked for go on to the second, in which all others see their window alone, as they will.
+    Unless they are named, layers are found in a first pass, in which all are in full attention: those of heads with
+    half the share of attention that is asked for. In the next pass all others see their window alone, as they will.
 
     Args:
         options: arguments of `convert`.
@@ -55,14 +56,7 @@ def convert_where_looked_up(
     convert_named(model, options)
     try:
         with without_memory(model):
-            few = prompts.first(SEARCHED)
-            shares = looked_up(model, few, layers_of_model(model))
-            candidates = choose(shares, passkeys.attended / 2)
-            heads = choose(looked_up(model, few, candidates), passkeys.attended) if candidates else {}
-            if not heads:
-                most = max(float(share.max()) for share in shares.values())
-                problem = f"must be a share that some head gives to passkeys, at most {most:.2g}, got "
-                raise SettingError("attended", f"{problem}{passkeys.attended}")
+            heads = _heads(model, prompts.first(SEARCHED), passkeys)
             lookups = record(model, prompts, heads, seed)
     finally:
         revert(model)
@@ -104,6 +98,36 @@ def fit_to_passkeys(
         figures = fit_recall(attentions[layer], target, prompts, recipe, on_step=lambda: listener.read(1))
         kept.add(attentions[layer], figures._asdict())
         listener.finished(_said(figures))
+
+
+def _heads(model: Any, prompts: Prompts, passkeys: Passkeys) -> dict[int, list[int]]:
+    """Return the heads of each layer that look up passkeys.
+
+    Raises:
+        SettingError: there are none, or the model lacks a layer that is named.
+    """
+    if passkeys.prompt_layers is None:
+        shares = looked_up(model, prompts, layers_of_model(model))
+        layers = list(choose(shares, passkeys.attended / 2))
+    else:
+        layers = _layers(model, passkeys.prompt_layers)
+    if layers:
+        shares = looked_up(model, prompts, layers)
+    heads = choose(shares, passkeys.attended)
+    if not heads:
+        most = max(float(share.max()) for share in shares.values())
+        problem = f"must be a share that some head gives to passkeys, at most {most:.2g}, got {passkeys.attended}"
+        raise SettingError("attended", problem)
+    return heads
+
+
+def _layers(model: Any, text: str) -> list[int]:
+    """Return the indices of the layers that `prompt_layers` names, from 0."""
+    count, layers = len(layers_of_model(model)), layers_named(text, "prompt_layers")
+    if not all(-count <= layer < count for layer in layers):
+        problem = f"must be layers of the model, which has {count}, got {text!r}"
+        raise SettingError("prompt_layers", problem)
+    return sorted({layer % count for layer in layers})
 
 
 def _said(fitted: RecallFit) -> str:

@@ -19,7 +19,7 @@ import segattn
 from segattn.infini.adapt import passkeys as stage
 from segattn.infini.adapt.fit import memory_parameters
 from segattn.infini.adapt.kept import without_memory
-from segattn.infini.adapt.lookups import Prompts, attention_weights, looked_up, make_prompts, record
+from segattn.infini.adapt.lookups import Lookups, Prompts, attention_weights, looked_up, make_prompts, record
 from segattn.infini.adapt.recall import Heads, RecallRecipe, fit_recall
 from segattn.infini.adapt.run import run_adaptation
 from segattn.infini.adapt.settings import Adaptation, Passkeys
@@ -193,8 +193,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, out: Path, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
-    adaptation = Adaptation(str(folder / "text.txt"), segment_len=L, sinks=2, length=5 * L, eval_tokens=100)
+def run(folder: Path, out: Path, *, resume: bool = False, own: bool = True, **changes: Any) -> dict[str, Any]:
+    adaptation = Adaptation(str(folder / "text.txt"), segment_len=L, sinks=2, length=5 * L, own=own, eval_tokens=100)
     passkeys = Passkeys(**{"prompts": 5, "prompt_tokens": 20 * L + 5, "prompt_steps": 4, "attended": 1e-3} | changes)
     checkpoint = Checkpoint(str(folder / "plain"), "bytes", device="cpu")
     return run_adaptation(checkpoint, adaptation, out, passkeys=passkeys, resume=resume)
@@ -211,6 +211,41 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     assert "layer 1: head 0 finds " in said.output
     model = segattn.from_pretrained(tmp_path / "model", quiet=True)
     assert conversion_of(model).settings.memory_layers == (0, 1)
+
+
+def test_layers_that_are_named_get_the_memory(folder: Path, tmp_path: Path) -> None:
+    searched = run(folder, tmp_path / "searched")
+    named = run(folder, tmp_path / "named", prompt_layers="-1")
+    assert [layer["layer"] for layer in searched["layers"]] == [0, 1]
+    assert [layer["layer"] for layer in named["layers"]] == [1]
+    model = segattn.from_pretrained(tmp_path / "named" / "model", quiet=True)
+    assert conversion_of(model).settings.memory_layers == (1,)
+
+
+def test_a_layer_is_fitted_on_what_fitted_layers_put_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[bool, dict[int, Lookups]] = {True: {}, False: {}}
+    for own, of_layer in read.items():
+
+        def note(attention: Any, lookups: Lookups, *arguments: Any, into: Any = of_layer, **options: Any) -> Any:
+            into[attention.layer_idx] = lookups
+            return fit_recall(attention, lookups, *arguments, **options)
+
+        monkeypatch.setattr(stage, "fit_recall", note)
+        run(folder, tmp_path / str(own), own=own)
+    one, other = read[True], read[False]
+    assert torch.equal(one[0].q, other[0].q)
+    assert not torch.allclose(one[1].q, other[1].q, atol=1e-6)
+    # what it is fitted to stays that of layers in full attention
+    assert torch.equal(one[1].full, other[1].full)
+    assert torch.equal(one[1].wanted, other[1].wanted)
+    model = segattn.from_pretrained(tmp_path / "True" / "model", quiet=True)
+    drawn = make_prompts(ByteTokenizer(), 5, 20 * L + 5, L, 1, seed=0)
+    with without_memory(attentions_of(trunk_of(model))[1]):
+        fitted = record(model, drawn, {1: one[1].heads}, seed=0)[1]
+    assert torch.allclose(one[1].q, fitted.q, atol=1e-5)
+    assert torch.allclose(one[1].window, fitted.window, atol=1e-5)
 
 
 def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +278,8 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
         ({"stretch": 0.5}, "stretch must be 1 or more"),
         ({"stretch": float("nan")}, "stretch must be 1 or more"),
         ({"attended": 0.0}, "attended must be more than 0"),
+        ({"prompt_layers": "1-0"}, "prompt_layers must be numbers of layers"),
+        ({"prompt_layers": "0,2"}, "prompt_layers must be layers of the model, which has 2, got '0,2'"),
         ({"attended": 0.99}, "attended must be a share that some head gives to passkeys, at most 0"),
     ):
         with pytest.raises(SettingError, match=message):
