@@ -27,7 +27,11 @@ ANSWERING = {
     "smollm2-window": "segments of 256, lookback=1, sinks=4",
 }
 # folder of a pretrained model's passkeys → how it reads
-RECALLING = {"smollm2-passkeys": "memory fitted to passkeys", "smollm2-passkeys-window": "window alone"}
+RECALLING = {
+    "smollm2-passkeys-window": "window alone",
+    "smollm2-passkeys": "memory fitted to passkeys",
+    "smollm2-passkeys-long": "memory fitted to passkeys",
+}
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
 
@@ -89,20 +93,18 @@ def adaptations(folder: Path) -> str | None:
 
 def passkeys(folder: Path) -> str | None:
     """Return a row for each reader and length of `segattn evaluate passkey`: whole keys and digits recalled."""
-    rows = []
-    depths: list[float] = []
+    found: dict[tuple[str, int], dict[float, str]] = {}
     for name, title in RECALLING.items():
         figures = figures_in(folder / "pretrained" / name / "passkey.json")
-        if figures is None:
-            continue
-        found = {(x["length"], x["depth"]): x for x in figures["cells"]}
-        depths = sorted({depth for _, depth in found})
-        for length in sorted({length for length, _ in found}):
-            cells = [found[length, depth] for depth in depths]
-            said = [f"{round(x['exact'] * x['samples'])} of {x['samples']}; {100 * x['tokens']:.0f} %" for x in cells]
-            rows.append([title, f"{length:,}", *said])
-    if not rows:
+        for cell in figures["cells"] if figures else []:
+            said = f"{round(cell['exact'] * cell['samples'])} of {cell['samples']}; {100 * cell['tokens']:.0f} %"
+            found.setdefault((title, cell["length"]), {})[cell["depth"]] = said
+    if not found:
         return None
+    depths = sorted({depth for cells in found.values() for depth in cells})
+    rows = [
+        [title, f"{length:,}", *(cells.get(depth, "") for depth in depths)] for (title, length), cells in found.items()
+    ]
     return markdown(["whole keys; digits", "tokens", *(f"at {100 * depth:g} %" for depth in depths)], rows)
 
 
