@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -169,25 +170,24 @@ def _target(device: torch.device) -> Target:
     return target_of(device) if _redirected is None else _redirected[0]
 
 
-def check_compiler(target: str, version: str) -> None:
-    """Check that a version of Triton, such as "3.7.1", compiles the kernels rightly for a target.
+def warn_of_compiler(target: str, version: str) -> None:
+    """Warn of a version of Triton, such as "3.6.0", that leaves out fences which the kernels need on a target.
 
-    Raises:
-        RuntimeError: for Hopper, one before 3.7.1. Its products with a transposed operand from registers, as
-            `product_kernel` has them, may be wrong there (flash-linear-attention's issues 640 and 826).
+    Before 3.7.1 no `fence.proxy.async` stands between what `cp.async` copies and the matrix instructions that read it,
+    on Hopper and on data center Blackwell. PTX wants one; a B200's results were wrong without (pytorch issue 181248).
     """
-    if target.startswith("sm_9") and tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 7, 1):
-        remedy = "install torch>=2.13, which brings a later one, or pass backend='torch'"
-        raise RuntimeError(f"Triton {version} compiles wrong products for {target}, where 3.7.1 is needed: {remedy}")
+    if target.startswith(("sm_9", "sm_10")) and tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 7, 1):
+        warnings.warn(
+            f"Triton {version} leaves out fences that {target} needs, so results may be wrong: install torch>=2.13, "
+            "which brings Triton 3.7.1 or later, or check your calls with `segattn check`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @cache
 def target_of(device: torch.device) -> Target:
-    """Return what the kernels are compiled for on a device.
-
-    Raises:
-        RuntimeError: the kernels would be compiled wrongly for it.
-    """
+    """Return what the kernels are compiled for on a device."""
     if INTERPRETED.value:
         return Target("interpreter", 0)
     properties = torch.cuda.get_device_properties(device)
@@ -196,5 +196,5 @@ def target_of(device: torch.device) -> Target:
     if torch.version.hip:
         return Target(properties.gcnArchName.split(":")[0], shared, properties.multi_processor_count)
     target = f"sm_{properties.major}{properties.minor}"
-    check_compiler(target, triton.__version__)
+    warn_of_compiler(target, triton.__version__)
     return Target(target, shared, properties.multi_processor_count)
