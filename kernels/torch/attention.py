@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from ..sequences import Slots, gather_tokens, scatter_tokens, slots_of, window
 from ..state import HeadBiases, MemoryState, Options, SegmentOutput, Sinks, empty_output
 from .memory import blend_into, fold_segments, read_and_blend
-from .segments import attend_segments
 
 
 def stores_scores(biases: HeadBiases, options: Options) -> bool:
@@ -164,51 +163,6 @@ def widened(own: Tensor, x: Tensor, sinks: Tensor | None, segment: int, stop: in
     return own if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def fuses(q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, biases: HeadBiases, options: Options) -> bool:
-    """Return whether the whole segments of a call are one operation: a training step's on a CPU, without extras."""
-    return (
-        torch.is_grad_enabled()
-        and q.device.type == "cpu"
-        # PyTorch's operation does not look at the last stride
-        and all(x.stride(3) == 1 for x in (q, k, v))
-        and q.shape[2] == k.shape[2] >= options.segment_len
-        and q.shape[3] == v.shape[3]
-        and options.causal
-        and not options.lookback
-        and sinks is None
-        and not stores_scores(biases, options)
-    )
-
-
-def attend_segments_of_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory_q: Tensor,
-    memory_k: Tensor,
-    gate: Tensor,
-    state: MemoryState,
-    biases: HeadBiases,
-    options: Options,
-) -> SegmentOutput:
-    """Attend in whole segments by one operation, and then in the rest."""
-    batch, _, time, _ = k.shape
-    whole = time // options.segment_len * options.segment_len
-    tensors = [q, k, v, None if memory_q is q else memory_q, None if memory_k is k else memory_k]
-    pairs = [(x, None) if whole == time or x is None else x.split([whole, time - whole], 2) for x in tensors]
-    slots = [None if x is None else to_slots(x, 0, whole, options.segment_len) for x, _ in pairs]
-    delta, keep_gate = options.update == "delta", options.empty_memory == "gated"
-    out, m, z, *_ = attend_segments(*slots, gate, *state, options.scale, delta, keep_gate)
-    out, state = from_slots(out, batch), MemoryState(m, z)
-    if whole == time:
-        return SegmentOutput(out, state)
-    rests: list[Any] = [x for _, x in pairs]
-    q, k, v = rests[:3]
-    memory_q, memory_k = (own if x is None else x for x, own in zip(rests[3:], (q, k), strict=True))
-    rest, _ = attend_rows(q, k, v, memory_q, memory_k, gate, state, None, biases, options)
-    return SegmentOutput(torch.cat([out, rest], dim=2), state)
-
-
 def attend_rows(
     q: Tensor,
     k: Tensor,
@@ -228,8 +182,6 @@ def attend_rows(
     batch, _, time, _ = k.shape
     L, lookback, first_query = options.segment_len, options.lookback, time - q.shape[2]
     each = time // L
-    if gate is not None and state is not None and fuses(q, k, v, sinks, biases, options):
-        return attend_segments_of_rows(q, k, v, memory_q, memory_k, gate, state, biases, options)
     folded = max(each - lookback, 0)
     k_slots, v_slots = (to_slots(x, 0, each * L, L) for x in (k, v))
     before = []

@@ -117,14 +117,6 @@ class _Slots:
         return before
 
 
-def _add(x: Tensor, grad: Tensor, fresh: bool) -> None:
-    """Add a part of a gradient to x, or write it to x that holds nothing yet."""
-    if fresh:
-        x.copy_(grad)
-    else:
-        x.add_(grad)
-
-
 def _write_only(complete: Tensor | None, *per_slot: Tensor) -> None:
     """Let segments that are not complete write nothing."""
     if complete is not None:
@@ -190,64 +182,8 @@ def _(
     )
 
 
-@without_autocast
-def add_fold_gradients(
-    dk: Tensor,
-    dv: Tensor,
-    k: Tensor,
-    v: Tensor,
-    m_before: Tensor,
-    z_before: Tensor,
-    erased: Tensor,
-    complete: Tensor | None,
-    owner: Tensor | None,
-    delta: bool,
-    dm_before: Tensor,
-    dz_before: Tensor,
-    dm: Tensor,
-    dz: Tensor,
-    *,
-    fresh: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
-    """Add the gradients of k and v to dk and dv, write those that are fresh; return those of memory and normalizer."""
-    dtype, sequences, layout = dm.dtype, len(dm), _Slots(len(k), len(dm), owner)
-    dm, dz = layout.scanned(dm), layout.scanned(dz)
-    dm_slots, dz_slots = torch.empty_like(m_before), torch.empty_like(z_before)
-    dm_after, dz_after, dk_slots, dv_slots = (layout.view(x) for x in (dm_slots, dz_slots, dk, dv))
-    k, v, m_before, z_before, dm_before, dz_before = (
-        layout.view(x) for x in (k, v, m_before, z_before, dm_before, dz_before)
-    )
-    for block in reversed(_blocks(k, 3)):
-        whole = None if complete is None else layout.view(complete)[block[:2]]
-        remembers = delta and not _is_zero(z_before[block])
-        a = layout.view(erased)[block] if remembers else None
-        # the adjoint of M after each segment
-        after = layout.scan(block, dm_after, dm, dm_before[block], a, backward=True)
-        _write_only(whole, after)
-        if _is_zero(after, dz, dz_before[block]):
-            for x, new in zip((dk_slots, dv_slots), fresh, strict=True):
-                if new:
-                    x[block] = 0
-            continue
-        features = feature_map(k[block], dtype)
-        _add(dv_slots[block], features @ after, fresh[1])
-        dfeatures, from_weights = v[block].to(dtype) @ after.mT, dz_before[block]
-        if remembers:
-            z, inverse_peak = over_peak(z_before[block])
-            # u and the weight's gradient, both times the peak
-            u = features * inverse_weight(features, z, inverse_peak)
-            c = after @ (m_before[block] * inverse_peak.unsqueeze(-1)).mT
-            back = u @ (c + c.mT)
-            dweight = (back * u).sum(-1, keepdim=True).mul_(0.5)
-            from_weights = torch.addcmul(from_weights, features.mul_(dweight).sum(-2), inverse_peak)
-            dfeatures.sub_(back).addcmul_(dweight, z.unsqueeze(-2))
-        after = layout.scan(block, dz_after, dz, from_weights, backward=True)
-        _write_only(whole, after)
-        _add(dk_slots[block], feature_map_backward(dfeatures.add_(after.unsqueeze(-2)), k[block].to(dtype)), fresh[0])
-    return dm[:sequences], dz[:sequences]
-
-
 @torch.library.custom_op("segattn::fold_segments_backward", mutates_args=())
+@without_autocast
 def fold_segments_backward(
     k: Tensor,
     v: Tensor,
@@ -264,8 +200,39 @@ def fold_segments_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of k, v, memory and normalizer: the adjoint of `fold_segments`."""
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    saved, grads = (k, v, m_before, z_before, erased, complete, owner, delta), (dm_before, dz_before, dm, dz)
-    return dk, dv, *add_fold_gradients(dk, dv, *saved, *grads, fresh=(True, True))
+    dtype, sequences, layout = dm.dtype, len(dm), _Slots(len(k), len(dm), owner)
+    dm, dz = layout.scanned(dm), layout.scanned(dz)
+    dm_slots, dz_slots = torch.empty_like(m_before), torch.empty_like(z_before)
+    dm_after, dz_after, dk_slots, dv_slots = (layout.view(x) for x in (dm_slots, dz_slots, dk, dv))
+    k, v, m_before, z_before, dm_before, dz_before = (
+        layout.view(x) for x in (k, v, m_before, z_before, dm_before, dz_before)
+    )
+    for block in reversed(_blocks(k, 3)):
+        whole = None if complete is None else layout.view(complete)[block[:2]]
+        remembers = delta and not _is_zero(z_before[block])
+        a = layout.view(erased)[block] if remembers else None
+        # the adjoint of M after each segment
+        after = layout.scan(block, dm_after, dm, dm_before[block], a, backward=True)
+        _write_only(whole, after)
+        if _is_zero(after, dz, dz_before[block]):
+            dk_slots[block], dv_slots[block] = 0, 0
+            continue
+        features = feature_map(k[block], dtype)
+        dv_slots[block] = features @ after
+        dfeatures, from_weights = v[block].to(dtype) @ after.mT, dz_before[block]
+        if remembers:
+            z, inverse_peak = over_peak(z_before[block])
+            # u and the weight's gradient, both times the peak
+            u = features * inverse_weight(features, z, inverse_peak)
+            c = after @ (m_before[block] * inverse_peak.unsqueeze(-1)).mT
+            back = u @ (c + c.mT)
+            dweight = (back * u).sum(-1, keepdim=True).mul_(0.5)
+            from_weights = torch.addcmul(from_weights, features.mul_(dweight).sum(-2), inverse_peak)
+            dfeatures.sub_(back).addcmul_(dweight, z.unsqueeze(-2))
+        after = layout.scan(block, dz_after, dz, from_weights, backward=True)
+        _write_only(whole, after)
+        dk_slots[block] = feature_map_backward(dfeatures.add_(after.unsqueeze(-2)), k[block].to(dtype))
+    return dk, dv, dm[:sequences], dz[:sequences]
 
 
 @fold_segments_backward.register_fake

@@ -119,7 +119,8 @@ def write_adjoint(
         inverse = memory_inverse(keys, first, state.normalizer, ELU, ROWS, K, CHUNK)
         u = feature_map(load_rows(keys, first, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
         u = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], u, 0.0)
-        erasing, factor = row_operand(u, dtype)
+        # negative, so that products add up
+        erasing, factor = row_operand(-u, dtype)
         to_weight = tl.load(dweight + rows, mask=inside, other=0.0)
     dv = tl.zeros([ROWS, values.shape[1]], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
@@ -128,7 +129,7 @@ def write_adjoint(
         dfeatures = dot(values, tl.trans(dm), None) * scale
         if dweight is not None:
             bent, size = chunk_operand(state.curvature, held.curvature, c, dtype, CHUNK, K, K)
-            dfeatures -= dot(erasing, tl.trans(bent), None) * (factor * size)
+            dfeatures += dot(erasing, tl.trans(bent), None) * (factor * size)
             dfeatures += to_weight[:, None] * load_vector(state.normalizer.z, c, CHUNK, K)[None, :]
         dv += dot(rounded(features, dtype), dm, None) * scale
         if beta is not None:

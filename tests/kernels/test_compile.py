@@ -18,7 +18,6 @@ from segattn.kernels.sequences import checked_bounds
 from segattn.kernels.sinks import repeat_over_slots, sum_over_slots
 from segattn.kernels.state import Options
 from segattn.kernels.torch.memory import fold_segments, fold_segments_backward, read_and_blend, read_and_blend_backward
-from segattn.kernels.torch.segments import attend_segments, attend_segments_backward
 from segattn.kernels.triton.ops import Inputs
 
 F, G, H, L, K, V, N = 3, 2, 4, 5, 4, 6, 2
@@ -41,7 +40,6 @@ def operations() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     complete, owner = torch.tensor([True, False, True]), torch.tensor([0, 0, 2])
     rows = (k, v, memory[:1], normalizer[:1], None, None, True)
     detached = [x.detach() for x in (k, v, before, z_before)]
-    own, own_v, square = normal(F, H, L, K), normal(F, G, L, K), normal(1, G, K, K)
     return {
         "fold rows": (fold_segments, rows),
         "fold sequences": (fold_segments, (k, v, memory, normalizer, complete, owner, True)),
@@ -66,26 +64,11 @@ def operations() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             read_and_blend_backward,
             (local.detach(), q.detach(), *detached[2:], torch.zeros(H), False, torch.ones(F, H, L, V)),
         ),
-        "segments": (attend_segments, (own, k, own_v, None, None, normal(H), square, normalizer[:1], 0.3, True, False)),
-        "segments, own memory inputs": (
-            attend_segments,
-            (own, k, own_v, q, normal(F, G, L, K), normal(H), square, normalizer[:1], 0.3, False, True),
-        ),
-        "segments backward": (attend_segments_backward, segments_backward(own, k, own_v, q)),
         "sinks over slots": (repeat_over_slots, (normal(N, G, 2, K), torch.tensor([0, 1, 1, 2]))),
         "sinks summed": (sum_over_slots, (normal(F, G, 2, K, grad=False).bfloat16(), torch.tensor([0, 1, 2]), N)),
         "spans": (checked_bounds, (torch.tensor([[0, 5], [2, 4]], dtype=torch.int32), False, 5, -1, 0)),
         "cu_seqlens": (checked_bounds, (torch.tensor([0, 2, 5], dtype=torch.int32), True, 5, -1, 0)),
     }
-
-
-def segments_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, memory_q: torch.Tensor) -> tuple[Any, ...]:
-    """The arguments of a backward after the forward that leaves them."""
-    q, k, v, memory_q = (x.detach() for x in (q, k, v, memory_q))
-    memory, normalizer, gate = torch.zeros(1, G, K, K), torch.zeros(1, G, K), torch.zeros(H)
-    options = 0.3, True, False
-    out, m, z, *saved = attend_segments(q, k, v, memory_q, None, gate, memory, normalizer, *options)
-    return q, k, v, memory_q, None, gate, *options, *saved, torch.ones_like(out), m, z
 
 
 @pytest.mark.parametrize("name", operations())
