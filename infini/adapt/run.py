@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...runs.checkpoint import read_checkpoint, save_checkpoint
-from ...runs.errors import SettingError
+from ...runs.errors import SettingError, named
 from ...runs.figures import prepare, read_text, versions, write_figures
 from ...runs.settings import check_same
 from ...runs.silence import SILENT
@@ -19,6 +19,7 @@ from ...runs.text import text_sha256
 from ..evaluate.conversions import FULL, Row, first_tokens, measure
 from ..evaluate.gate_map import gate_map
 from ..evaluate.loading import Loaded, convert_named, load_plain
+from ..evaluate.retrieval import check_positions
 from ..evaluate.settings import Checkpoint
 from ..gate import Gate
 from ..huggingface.settings import attentions_of, conversion_of, trunk_of
@@ -115,8 +116,10 @@ def _stretches(loaded: Loaded, texts: Sequence[str], adaptation: Adaptation) -> 
     """Return the stretches to fit to, spread over the text, int64 [rows + 1, length], and the tokens to measure on.
 
     Raises:
-        SettingError: a text is too short, or the model has too few positions to measure on so many tokens.
+        SettingError: a text is too short, or the model has too few positions to fit to or to measure on so many tokens.
     """
+    with named(length="length"):
+        check_positions(loaded.model, adaptation.length)
     tokens, measured = (loaded.tokenizer.encode(text)[adaptation.skip :] for text in (texts[0], texts[-1]))
     prefix, count = loaded.tokenizer.prefix, adaptation.rows + 1
     held_out = first_tokens(loaded, measured, adaptation.eval_tokens, "eval_tokens")
