@@ -48,18 +48,18 @@ class ConversionOptions:
         """
         given = {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
         if self.memory_layers is not None:
-            given["memory_layers"] = _layers(self.memory_layers)
+            given["memory_layers"] = layers_named(self.memory_layers, "memory_layers")
         return given
 
 
 NAMES = tuple(field.name for field in fields(ConversionOptions))
 
 
-def _layers(text: str) -> list[int]:
+def layers_named(text: str, option: str) -> list[int]:
     """Return the layers that a text such as "10-20" or "0,5,-1" names, the last of a range included.
 
     Raises:
-        SettingError: of `memory_layers`, where it names none.
+        SettingError: of `option`, where the text names none.
     """
     layers: list[int] = []
     for part in text.split(","):
@@ -67,6 +67,6 @@ def _layers(text: str) -> list[int]:
         first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
         if last < first:
             problem = f"must be numbers of layers and ranges of them with commas, such as 10-20 or 0,5,-1, got {text!r}"
-            raise SettingError("memory_layers", problem)
+            raise SettingError(option, problem)
         layers += range(first, last + 1)
     return layers

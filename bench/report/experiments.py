@@ -26,6 +26,12 @@ ANSWERING = {
     "smollm2": "SmolLM2-135M-Instruct, full attention",
     "smollm2-window": "segments of 256, lookback=1, sinks=4",
 }
+# folder of a pretrained model's passkeys → how it reads
+RECALLING = {
+    "smollm2-passkeys-window": "window alone",
+    "smollm2-passkeys": "memory fitted to passkeys",
+    "smollm2-passkeys-long": "memory fitted to passkeys",
+}
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
 
@@ -83,6 +89,23 @@ def conversions(folder: Path) -> str | None:
 def adaptations(folder: Path) -> str | None:
     """Return a table for each pretrained model and rule that `segattn adapt` has fitted."""
     return _pretrained(folder, "adapt.json")
+
+
+def passkeys(folder: Path) -> str | None:
+    """Return a row for each reader and length of `segattn evaluate passkey`: whole keys and digits recalled."""
+    found: dict[tuple[str, int], dict[float, str]] = {}
+    for name, title in RECALLING.items():
+        figures = figures_in(folder / "pretrained" / name / "passkey.json")
+        for cell in figures["cells"] if figures else []:
+            said = f"{round(cell['exact'] * cell['samples'])} of {cell['samples']}; {100 * cell['tokens']:.0f} %"
+            found.setdefault((title, cell["length"]), {})[cell["depth"]] = said
+    if not found:
+        return None
+    depths = sorted({depth for cells in found.values() for depth in cells})
+    rows = [
+        [title, f"{length:,}", *(cells.get(depth, "") for depth in depths)] for (title, length), cells in found.items()
+    ]
+    return markdown(["whole keys; digits", "tokens", *(f"at {100 * depth:g} %" for depth in depths)], rows)
 
 
 def _pretrained(folder: Path, file: str) -> str | None:

@@ -19,6 +19,7 @@ from .experiments import (
     markdown,
     memory_tasks,
     million,
+    passkeys,
     plan,
     questions,
     recurrent_lengths,
@@ -184,6 +185,7 @@ TABLES: Mapping[str, Entry] = {
     "scores": _of_folder(scores),
     "conversions": _of_folder(conversions),
     "adaptations": _of_folder(adaptations),
+    "passkeys": _of_folder(passkeys),
     "million": _of_file("demo/million.json", million),
     "recurrent-lengths": _of_file("rmt/lengths.json", recurrent_lengths),
 }

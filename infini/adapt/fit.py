@@ -75,7 +75,7 @@ def fit_layer(
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99))
     rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + call.layer)
-    with torch.enable_grad(), _trained([gate, *maps]):
+    with torch.enable_grad(), trained([gate, *maps]):
         for step in range(recipe.steps):
             factor = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -139,7 +139,7 @@ def _best_gate(rows: list[_Row]) -> Tensor:
 
 
 @contextmanager
-def _trained(parameters: list[nn.Parameter]) -> Iterator[None]:
+def trained(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Let these parameters have gradients, though the model is frozen."""
     kept = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:

@@ -1,16 +1,17 @@
-"""Adapt a plain model: convert it, fit its memory layer after layer, measure, and write the model."""
+"""Adapt a plain model: convert it, fit its memory to running text or to passkeys, measure, and write the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...runs.checkpoint import read_checkpoint, save_checkpoint
+from ...runs.checkpoint import read_checkpoint
 from ...runs.errors import SettingError, named
 from ...runs.figures import prepare, read_text, versions, write_figures
 from ...runs.settings import check_same
@@ -21,16 +22,16 @@ from ..evaluate.gate_map import gate_map
 from ..evaluate.loading import Loaded, convert_named, load_plain
 from ..evaluate.retrieval import check_positions
 from ..evaluate.settings import Checkpoint
-from ..gate import Gate
-from ..huggingface.settings import attentions_of, conversion_of, trunk_of
+from ..huggingface.settings import conversion_of, trunk_of
 from ..huggingface.watching import AttentionCall, watched
 from ..train.model import save_model
-from .fit import WINDOW_ALONE, LayerFit, Recipe, fit_layer, memory_parameters
-from .settings import Adaptation
+from .fit import LayerFit, Recipe, fit_layer
+from .kept import FittedLayers, Listener, without_memory
+from .passkeys import convert_where_looked_up, fit_to_passkeys, prompts_for
+from .settings import Adaptation, Passkeys
 
 # may change between a run and its continuation, where weights and texts are compared
 FREE = ("model", "tokenizer", "device", "text", "eval_text")
-PARTS = ("layers", "tensors", "fingerprint")
 
 
 class Outputs(NamedTuple):
@@ -49,26 +50,20 @@ class Outputs(NamedTuple):
         return cls(*(folder / name for name in names))
 
 
-class Listener(Protocol):
-    """Take note of a run's progress."""
-
-    def begin(self, steps: int) -> None:
-        """Take note of the number of steps that are left, of all layers."""
-
-    def read(self, steps: int) -> None:
-        """Take note of steps that have been taken since."""
-
-    def finished(self, what: str) -> None:
-        """Take note of a layer or a measurement, in words."""
-
-
 def run_adaptation(
-    checkpoint: Checkpoint, adaptation: Adaptation, folder: Path, listener: Listener = SILENT, *, resume: bool = False
+    checkpoint: Checkpoint,
+    adaptation: Adaptation,
+    folder: Path,
+    listener: Listener = SILENT,
+    *,
+    passkeys: Passkeys | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Convert a plain model and fit its gates and maps, all else frozen; write checkpoint, figures, pictures and model.
 
     Args:
         checkpoint: of a plain model.
+        passkeys: where there are prompts, fit to them instead of running text; None: there are none.
         resume: keep the layers that the folder's checkpoint has, and fit the others to the same figures.
 
     Returns:
@@ -80,22 +75,31 @@ def run_adaptation(
     path = Outputs.of(folder)
     texts = [read_text(name) for name in (adaptation.text, adaptation.eval_text) if name is not None]
     prepare(path.figures, path.checkpoint, resume=resume)
-    settings = asdict(checkpoint) | asdict(adaptation)
+    passkeys = passkeys or Passkeys()
+    settings = asdict(checkpoint) | asdict(adaptation) | asdict(passkeys)
     settings |= {"text_sha256": text_sha256(texts[0]), "eval_text_sha256": text_sha256(texts[-1])}
     saved = _saved(path.checkpoint, settings) if resume and path.checkpoint.exists() else {}
     loaded = load_plain(checkpoint)
     if saved and saved["fingerprint"] != loaded.about["fingerprint"]:
         raise SettingError("model", f"must be the earlier run's with --resume, got {checkpoint.model!r}, another one")
-    rows, held_out = _stretches(loaded, texts, adaptation)
+    rows, held_out = _stretches(loaded, texts, adaptation, fitted=not passkeys.prompts)
+    prompts = prompts_for(loaded, adaptation, passkeys) if passkeys.prompts else None
     model = loaded.model.requires_grad_(False)
     report = [measure(model, FULL, held_out)]
     listener.finished(_said(report[-1]))
     options = {name: getattr(adaptation, name) for name in ("segment_len", "lookback", "sinks", "update")}
-    convert_named(model, options, memory_maps=adaptation.maps)
+    kept = FittedLayers(path.checkpoint, settings, loaded.about["fingerprint"], saved)
+    if prompts is None:
+        convert_named(model, options, memory_maps=adaptation.maps)
+        stage = partial(_fit_to_text, loaded, rows, adaptation)
+    else:
+        lookups = convert_where_looked_up(model, options, prompts, passkeys, adaptation.seed)
+        stage = partial(fit_to_passkeys, loaded, prompts, lookups, adaptation, passkeys)
+    kept.restore(model)
     report += [measure(model, "untrained", held_out), _window_alone(model, held_out)]
     for row in report[1:]:
         listener.finished(_said(row))
-    layers = _fit(loaded, rows, adaptation, path.checkpoint, settings, saved, listener)
+    stage(kept, listener)
     report.append(measure(model, "adapted", held_out))
     listener.finished(_said(report[-1]))
     figures = {
@@ -104,7 +108,7 @@ def run_adaptation(
         "model": loaded.about | {"conversion": conversion_of(model).settings.as_entry()},
         "versions": versions(),
         "rows": [row._asdict() for row in report],
-        "layers": layers,
+        "layers": kept.in_order(),
     }
     write_figures(path.figures, figures)
     _draw(path, figures, model)
@@ -112,17 +116,24 @@ def run_adaptation(
     return figures
 
 
-def _stretches(loaded: Loaded, texts: Sequence[str], adaptation: Adaptation) -> tuple[Tensor, list[int]]:
+def _stretches(
+    loaded: Loaded, texts: Sequence[str], adaptation: Adaptation, *, fitted: bool
+) -> tuple[Tensor, list[int]]:
     """Return the stretches to fit to, spread over the text, int64 [rows + 1, length], and the tokens to measure on.
+
+    Args:
+        fitted: there are to be stretches; else none are returned.
 
     Raises:
         SettingError: a text is too short, or the model has too few positions to fit to or to measure on so many tokens.
     """
-    with named(length="length"):
-        check_positions(loaded.model, adaptation.length)
     tokens, measured = (loaded.tokenizer.encode(text)[adaptation.skip :] for text in (texts[0], texts[-1]))
     prefix, count = loaded.tokenizer.prefix, adaptation.rows + 1
     held_out = first_tokens(loaded, measured, adaptation.eval_tokens, "eval_tokens")
+    if not fitted:
+        return torch.empty(0, 0, dtype=torch.long, device="cpu"), held_out
+    with named(length="length"):
+        check_positions(loaded.model, adaptation.length)
     if len(texts) == 1:
         tokens = tokens[len(held_out) :]
     size = adaptation.length - len(prefix)
@@ -134,26 +145,11 @@ def _stretches(loaded: Loaded, texts: Sequence[str], adaptation: Adaptation) -> 
     return torch.tensor(rows, device="cpu"), held_out
 
 
-def _fit(
-    loaded: Loaded,
-    rows: Tensor,
-    adaptation: Adaptation,
-    path: Path,
-    settings: Mapping[str, Any],
-    saved: Mapping[str, Any],
-    listener: Listener,
-) -> list[dict[str, Any]]:
-    """Fit the layers in one pass over all stretches, each as the pass comes to it; return their figures."""
+def _fit_to_text(loaded: Loaded, rows: Tensor, adaptation: Adaptation, kept: FittedLayers, listener: Listener) -> None:
+    """Fit the layers that are not kept in one pass over all stretches, each as the pass comes to it."""
     model: Any = loaded.model
     recipe = Recipe(adaptation.window, adaptation.steps, adaptation.gate_lr, adaptation.map_lr, adaptation.seed)
-    layers: dict[int, dict[str, Any]] = dict(saved.get("layers", {}))
-    tensors: dict[int, dict[str, Tensor]] = dict(saved.get("tensors", {}))
-    attentions = attentions_of(trunk_of(model))
-    with torch.no_grad():
-        for layer, kept in tensors.items():
-            for name, parameter in memory_parameters(attentions[layer]).items():
-                parameter.copy_(kept[name])
-    left = [layer for layer in conversion_of(model).settings.layers if layer not in layers]
+    left = kept.left(conversion_of(model).settings.layers)
     listener.begin(len(left) * recipe.steps)
     count = len(rows)
 
@@ -161,12 +157,9 @@ def _fit(
         full = call.rows(0, count).full()
         # the stretches are then read twice side by side: in full attention, and as the fitted layers read them
         fitted = call.rows(count, 2 * count) if adaptation.own else call
-        if call.layer not in layers:
+        if call.layer in left:
             figures = fit_layer(fitted, full, recipe, on_step=lambda: listener.read(1))
-            layers[call.layer] = figures._asdict()
-            tensors[call.layer] = {name: x.detach().cpu() for name, x in memory_parameters(call.attention).items()}
-            content = {"settings": dict(settings), "layers": layers, "tensors": tensors}
-            save_checkpoint(path, content | {"fingerprint": loaded.about["fingerprint"]})
+            kept.add(call.attention, figures._asdict())
             listener.finished(_said_of_layer(figures))
         return torch.cat([full, fitted.segmented()]) if adaptation.own else full
 
@@ -174,24 +167,16 @@ def _fit(
         inputs = rows.repeat(2, 1) if adaptation.own else rows
         with torch.no_grad(), watched(model, fit):
             trunk_of(model)(input_ids=inputs.to(model.device), use_cache=False)
-    return [layers[layer] for layer in sorted(layers)]
 
 
 def _window_alone(model: Any, tokens: Sequence[int]) -> Row:
     """Measure a converted model without its memory."""
-    gates = [module.bias for module in model.modules() if isinstance(module, Gate)]
-    kept = [gate.detach().clone() for gate in gates]
-    with torch.no_grad():
-        for gate in gates:
-            gate.fill_(WINDOW_ALONE)
-        row = measure(model, "window alone", tokens)
-        for gate, before in zip(gates, kept, strict=True):
-            gate.copy_(before)
-    return row
+    with without_memory(model):
+        return measure(model, "window alone", tokens)
 
 
 def _saved(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    saved = read_checkpoint(path, "segattn adapt", PARTS, settings)
+    saved = read_checkpoint(path, "segattn adapt", FittedLayers.PARTS, settings)
     check_same(settings, saved["settings"], FREE)
     return saved
 

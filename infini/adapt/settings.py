@@ -8,6 +8,7 @@ from typing import Annotated
 
 from ...runs.errors import SettingError
 from ...runs.settings import check_least
+from ..conversion_options import layers_named
 
 
 @dataclass(frozen=True)
@@ -51,3 +52,32 @@ class Adaptation:
     def window(self) -> int:
         """The number of tokens that local attention sees at most, without the sinks."""
         return (1 + self.lookback) * self.segment_len
+
+
+@dataclass(frozen=True)
+class Passkeys:
+    """Hold the settings of the stage that fits to passkey prompts.
+
+    Raises:
+        SettingError: naming the option.
+    """
+
+    prompts: Annotated[int, "Passkey prompts to fit to in place of --text, which is then measured on alone."] = 0
+    prompt_tokens: Annotated[int, "Tokens of each prompt."] = 640
+    prompt_steps: Annotated[int, "Steps of the optimizer for each layer, each on a few prompts."] = 600
+    stretch: Annotated[float, "Count the filler of a prompt up to so many times, as a longer prompt holds it."] = 2048.0
+    attended: Annotated[float, "Fit the heads whose full attention is so much on passkeys."] = 0.3
+    prompt_layers: Annotated[
+        str | None, "Layers that get a memory, such as 10-20 or 0,5,-1. Default: all those of such heads."
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_least(self, {"prompts": 0, "prompt_tokens": 2, "prompt_steps": 0})
+        if self.prompts == 1:
+            raise SettingError("prompts", "must be 0 or at least 2, one of them held out, got 1")
+        if not (math.isfinite(self.stretch) and self.stretch >= 1):
+            raise SettingError("stretch", f"must be 1 or more, got {self.stretch}")
+        if not 0 < self.attended <= 1:
+            raise SettingError("attended", f"must be more than 0 and at most 1, got {self.attended}")
+        if self.prompt_layers is not None:
+            layers_named(self.prompt_layers, "prompt_layers")

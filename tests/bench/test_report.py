@@ -494,6 +494,25 @@ def test_scores_have_a_row_for_each_task_and_model(tmp_path: Path) -> None:
     ]
 
 
+def test_passkeys_have_a_row_for_each_reader_and_length(tmp_path: Path) -> None:
+    assert table("passkeys", tmp_path) is None
+    for folder, samples, found in (
+        ("smollm2-passkeys", 10, [(1500, 0.1, 1.0, 1.0), (1500, 0.5, 0.9, 0.98), (6000, 0.1, 0.7, 0.86)]),
+        ("smollm2-passkeys-long", 5, [(32768, 0.1, 0.4, 0.6)]),
+        ("smollm2-passkeys-window", 10, [(1500, 0.1, 0.0, 0.06), (1500, 0.5, 0.0, 0.0)]),
+    ):
+        made = [dict(zip(("length", "depth", "exact", "tokens"), x, strict=True), samples=samples) for x in found]
+        keep(tmp_path / "pretrained" / folder / "passkey.json", {"cells": made})
+    assert cells(table("passkeys", tmp_path) or "") == [
+        ["whole keys; digits", "tokens", "at 10 %", "at 50 %"],
+        ["---"] * 4,
+        ["window alone", "1,500", "0 of 10; 6 %", "0 of 10; 0 %"],
+        ["memory fitted to passkeys", "1,500", "10 of 10; 100 %", "9 of 10; 98 %"],
+        ["memory fitted to passkeys", "6,000", "7 of 10; 86 %", ""],
+        ["memory fitted to passkeys", "32,768", "2 of 5; 60 %", ""],
+    ]
+
+
 def test_recurrent_lengths_have_a_row_for_each_reader(tmp_path: Path) -> None:
     assert table("recurrent-lengths", tmp_path) is None
     summary = [

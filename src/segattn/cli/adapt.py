@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..infini.adapt.settings import Adaptation
+from ..infini.adapt.settings import Adaptation, Passkeys
 from ..infini.evaluate.settings import Checkpoint
 from .conversions import perplexities
 from .options import Out, Resume, options_of, settings_from
@@ -16,12 +16,13 @@ from .shell import Command, print_files
 FOLDER = Path("segattn-adapt")
 
 
-@options_of(Checkpoint, Adaptation, arguments=("model",))
+@options_of(Checkpoint, Adaptation, Passkeys, arguments=("model",))
 def adapt(out: Out = FOLDER, resume: Resume = False, **given: Any) -> None:
     """Convert a plain model, and fit its memory layer after layer to its own full attention; nothing else is trained.
 
     The perplexity of a text that was not fitted to is shown beside full attention, the window without a memory,
     and the model before the fit.
+    With --prompts the memory is fitted to passkey prompts instead, in those layers that look passkeys up.
     Ctrl-C leaves the layers that are fitted.
     The model is in OUT/model, for segattn.from_pretrained, and segattn finetune goes on from it.
     """
@@ -32,8 +33,9 @@ def adapt(out: Out = FOLDER, resume: Resume = False, **given: Any) -> None:
         from ..infini.adapt.run import Outputs, run_adaptation
 
         settings = settings_from(Checkpoint, given), settings_from(Adaptation, given)
+        passkeys = settings_from(Passkeys, given)
         with Reading(console, "adapt") as listener:
-            figures = run_adaptation(*settings, out, listener, resume=resume)
+            figures = run_adaptation(*settings, out, listener, passkeys=passkeys, resume=resume)
         tokens = figures["settings"]["eval_tokens"]
         console.print(perplexities(figures["rows"], f"Perplexity of {tokens:,} tokens, memory fitted"))
         print_files(console, Outputs.of(out)._asdict())

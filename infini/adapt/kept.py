@@ -1,0 +1,87 @@
+"""What the stages of an adaptation share: the layers fitted so far, progress, and a model without its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...runs.checkpoint import save_checkpoint
+from ..gate import Gate
+from ..huggingface.settings import attentions_of, trunk_of
+from .fit import WINDOW_ALONE, memory_parameters
+
+
+class Listener(Protocol):
+    """Take note of a run's progress."""
+
+    def begin(self, steps: int) -> None:
+        """Take note of the number of steps that are left, of all layers."""
+
+    def read(self, steps: int) -> None:
+        """Take note of steps that have been taken since."""
+
+    def finished(self, what: str) -> None:
+        """Take note of a layer or a measurement, in words."""
+
+
+class FittedLayers:
+    """Hold the figures and the parameters of the layers that are fitted, and write them to a file after each.
+
+    Args:
+        path: of the checkpoint.
+        settings: of the run.
+        fingerprint: of the plain model.
+        saved: content of an earlier run's checkpoint; empty: there is none.
+    """
+
+    PARTS = ("layers", "tensors", "fingerprint")
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], fingerprint: str, saved: Mapping[str, Any]) -> None:
+        self.path, self.settings, self.fingerprint = path, dict(settings), fingerprint
+        self.layers: dict[int, dict[str, Any]] = dict(saved.get("layers", {}))
+        self.tensors: dict[int, dict[str, Tensor]] = dict(saved.get("tensors", {}))
+
+    def restore(self, model: Any) -> None:
+        """Give a converted model the parameters of the layers that are fitted."""
+        attentions = attentions_of(trunk_of(model))
+        with torch.no_grad():
+            for layer, tensors in self.tensors.items():
+                for name, parameter in memory_parameters(attentions[layer]).items():
+                    parameter.copy_(tensors[name])
+
+    def left(self, layers: Iterable[int]) -> list[int]:
+        """Return those of the layers that are not fitted."""
+        return [layer for layer in layers if layer not in self.layers]
+
+    def add(self, attention: Any, figures: dict[str, Any]) -> None:
+        """Keep a layer that is fitted."""
+        layer = int(attention.layer_idx)
+        self.layers[layer] = figures
+        self.tensors[layer] = {name: x.detach().cpu() for name, x in memory_parameters(attention).items()}
+        content = {"settings": self.settings, "layers": self.layers, "tensors": self.tensors}
+        save_checkpoint(self.path, content | {"fingerprint": self.fingerprint})
+
+    def in_order(self) -> list[dict[str, Any]]:
+        """Return the figures of all layers that are fitted."""
+        return [self.layers[layer] for layer in sorted(self.layers)]
+
+
+@contextmanager
+def without_memory(model: Any) -> Iterator[None]:
+    """Close every gate of a converted model for as long as this lasts."""
+    gates = [module.bias for module in model.modules() if isinstance(module, Gate)]
+    kept = [gate.detach().clone() for gate in gates]
+    with torch.no_grad():
+        for gate in gates:
+            gate.fill_(WINDOW_ALONE)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for gate, before in zip(gates, kept, strict=True):
+                gate.copy_(before)

@@ -1,0 +1,137 @@
+"""The stage of an adaptation that teaches a memory to recall passkeys, where full attention does so untaught."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...runs.errors import SettingError, named
+from ..conversion_options import layers_named
+from ..evaluate.loading import Loaded, convert_named
+from ..evaluate.retrieval import check_positions
+from ..huggingface.conversion import revert
+from ..huggingface.settings import attentions_of, trunk_of
+from .kept import FittedLayers, Listener, without_memory
+from .lookups import Lookups, Prompts, choose, layers_of_model, looked_up, make_prompts, record
+from .recall import RecallFit, RecallRecipe, fit_recall
+from .settings import Adaptation, Passkeys
+
+# prompts in which the layers that look passkeys up are searched for
+SEARCHED = 8
+
+
+def prompts_for(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys) -> Prompts:
+    """Draw the prompts of a run.
+
+    Raises:
+        SettingError: they are too short, or too long for the model.
+    """
+    with named(length="prompt_tokens"):
+        check_positions(loaded.model, passkeys.prompt_tokens)
+        return make_prompts(
+            loaded.tokenizer,
+            passkeys.prompts,
+            passkeys.prompt_tokens,
+            adaptation.segment_len,
+            adaptation.lookback,
+            adaptation.seed,
+        )
+
+
+def convert_where_looked_up(
+    model: Any, options: Mapping[str, Any], prompts: Prompts, passkeys: Passkeys, seed: int
+) -> dict[int, Lookups]:
+    """Convert a plain model, with a memory in the layers that look up passkeys; return what they look up.
+
+    Unless they are named, layers are found in a first pass, in which all are in full attention: those of heads with
+    half the share of attention that is asked for. In the next pass all others see their window alone, as they will.
+
+    Args:
+        options: arguments of `convert`.
+        seed: of the rows that do not ask.
+
+    Raises:
+        SettingError: an option cannot be, or no head attends to passkeys enough.
+    """
+    convert_named(model, options)
+    try:
+        with without_memory(model):
+            heads = _heads(model, prompts.first(SEARCHED), passkeys)
+            lookups = record(model, prompts, heads, seed)
+    finally:
+        revert(model)
+    convert_named(model, options, memory_maps=True, memory_layers=list(heads))
+    return lookups
+
+
+def fit_to_passkeys(
+    loaded: Loaded,
+    prompts: Prompts,
+    lookups: Mapping[int, Lookups],
+    adaptation: Adaptation,
+    passkeys: Passkeys,
+    kept: FittedLayers,
+    listener: Listener,
+) -> None:
+    """Fit the layers that are not kept, each after those below it.
+
+    With `adaptation.own`, a layer is fitted on what the fitted layers below it put out, to the same lookups.
+    """
+    attentions = attentions_of(trunk_of(loaded.model))
+    left = kept.left(lookups)
+    listener.begin(len(left) * passkeys.prompt_steps)
+    for layer in left:
+        own = wanted = lookups[layer]
+        if adaptation.own and layer != min(lookups):
+            with without_memory(attentions[layer]):
+                own = record(loaded.model, prompts, {layer: wanted.heads}, adaptation.seed)[layer]
+        recipe = RecallRecipe(
+            adaptation.segment_len,
+            adaptation.lookback,
+            passkeys.prompt_steps,
+            adaptation.map_lr,
+            adaptation.gate_lr,
+            passkeys.stretch,
+            adaptation.seed * 1_000_003 + layer,
+        )
+        target = own._replace(full=wanted.full, wanted=wanted.wanted)
+        figures = fit_recall(attentions[layer], target, prompts, recipe, on_step=lambda: listener.read(1))
+        kept.add(attentions[layer], figures._asdict())
+        listener.finished(_said(figures))
+
+
+def _heads(model: Any, prompts: Prompts, passkeys: Passkeys) -> dict[int, list[int]]:
+    """Return the heads of each layer that look up passkeys.
+
+    Raises:
+        SettingError: there are none, or the model lacks a layer that is named.
+    """
+    if passkeys.prompt_layers is None:
+        shares = looked_up(model, prompts, layers_of_model(model))
+        layers = list(choose(shares, passkeys.attended / 2))
+    else:
+        layers = _layers(model, passkeys.prompt_layers)
+    if layers:
+        shares = looked_up(model, prompts, layers)
+    heads = choose(shares, passkeys.attended)
+    if not heads:
+        most = max(float(share.max()) for share in shares.values())
+        problem = f"must be a share that some head gives to passkeys, at most {most:.2g}, got {passkeys.attended}"
+        raise SettingError("attended", problem)
+    return heads
+
+
+def _layers(model: Any, text: str) -> list[int]:
+    """Return the indices of the layers that `prompt_layers` names, from 0."""
+    count, layers = len(layers_of_model(model)), layers_named(text, "prompt_layers")
+    if not all(-count <= layer < count for layer in layers):
+        problem = f"must be layers of the model, which has {count}, got {text!r}"
+        raise SettingError("prompt_layers", problem)
+    return sorted({layer % count for layer in layers})
+
+
+def _said(fitted: RecallFit) -> str:
+    found = ", ".join(
+        f"head {head} finds {100 * share:.0f} %" for head, share in zip(fitted.heads, fitted.found, strict=True)
+    )
+    return f"layer {fitted.layer}: {found}"

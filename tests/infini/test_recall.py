@@ -1,0 +1,287 @@
+"""The passkey stage of `segattn adapt`: its outputs are the converted model's, and its fit finds what is stated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+commands = pytest.importorskip("segattn.cli.main")
+from models import make
+from typer.testing import CliRunner
+
+import segattn
+from segattn.infini.adapt import passkeys as stage
+from segattn.infini.adapt.fit import memory_parameters
+from segattn.infini.adapt.kept import without_memory
+from segattn.infini.adapt.lookups import Lookups, Prompts, attention_weights, looked_up, make_prompts, record
+from segattn.infini.adapt.recall import Heads, RecallRecipe, fit_recall
+from segattn.infini.adapt.run import run_adaptation
+from segattn.infini.adapt.settings import Adaptation, Passkeys
+from segattn.infini.evaluate.loading import ByteTokenizer
+from segattn.infini.evaluate.passkey import FILLER, STATEMENT
+from segattn.infini.evaluate.settings import Checkpoint
+from segattn.infini.huggingface.settings import attentions_of, conversion_of, trunk_of
+from segattn.infini.huggingface.watching import AttentionCall, watched
+from segattn.runs.errors import SettingError
+from segattn.runs.text import generate_text
+
+L = 16
+
+
+def converted(name: str = "llama", **options: Any) -> Any:
+    model = make(name, vocab_size=256)
+    return segattn.convert(model, L, quiet=True, memory_maps=True, **options).requires_grad_(False)
+
+
+def prompts(count: int = 3, lookback: int = 1, length: int = 20 * L + 9) -> Prompts:
+    return make_prompts(ByteTokenizer(), count, length, L, lookback, seed=1)
+
+
+def disturb(model: Any) -> None:
+    """Give every map and gate values of its own."""
+    generator = torch.Generator().manual_seed(3)
+    for attention in attentions_of(trunk_of(model)):
+        for parameter in memory_parameters(attention).values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def recipe(steps: int = 0, lookback: int = 1, **changes: Any) -> RecallRecipe:
+    return RecallRecipe(L, lookback, steps, **{"map_lr": 3e-2, "gate_lr": 5e-2, "stretch": 64.0, "seed": 0} | changes)
+
+
+def test_prompts_say_where_their_parts_are() -> None:
+    drawn = prompts(5)
+    assert drawn.asking == 5
+    text = FILLER.encode()
+    for tokens, answer, stated, keys, filler in zip(*drawn, strict=True):
+        key = bytes(answer.tolist()).decode()
+        assert bytes(tokens[keys].tolist()).decode() == 2 * key
+        assert bytes(tokens[stated].tolist()).decode() == f"\n{STATEMENT.format(key=key)}\n"
+        assert bytes(tokens.tolist()).decode().endswith(f"The pass key is {key[:-1]}")
+        # the first row that asks has the whole statement in its memory
+        first = len(tokens) - drawn.asking
+        assert int(stated.nonzero().max()) < (first // L - 1) * L
+        assert not (stated & filler).any()
+        assert (
+            bytes(tokens[filler].tolist())[: len(text) // 2] == text[: len(text) // 2] or stated.nonzero().min() < 250
+        )
+    assert len({tuple(answer) for answer in drawn.answers.tolist()}) == 5
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "gpt_oss"])
+def test_weights_are_those_of_full_attention(name: str) -> None:
+    model, drawn = converted(name), prompts(2)
+    rows = torch.tensor([[7, 100, 300], [0, 40, 320]])
+    seen = []
+
+    def watch(call: AttentionCall) -> Tensor:
+        full = call.full()
+        v = call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], dim=1)
+        wanted = full.take_along_dim(rows[:, None, :, None], 2)
+        assert torch.allclose(attention_weights(call, rows) @ v, wanted, atol=1e-5)
+        seen.append(call.layer)
+        return full
+
+    with torch.no_grad(), watched(model, watch):
+        trunk_of(model)(input_ids=drawn.tokens, use_cache=False)
+    assert seen
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("llama", {"lookback": 1, "sinks": 3}), ("llama", {}), ("gemma2", {"lookback": 1}), ("gpt_neox", {"sinks": 2})],
+)
+def test_outputs_and_gradients_are_those_of_the_converted_model(name: str, options: dict[str, Any]) -> None:
+    model = converted(name, update="linear", **options)
+    lookback = options.get("lookback", 0)
+    drawn, heads = prompts(lookback=lookback), [0, 2, 3]
+    with without_memory(model):
+        lookups = record(model, drawn, {1: heads}, seed=0)[1]
+    disturb(model)
+    attention = attentions_of(trunk_of(model))[1]
+    parameters = memory_parameters(attention)
+    found: list[Tensor] = []
+
+    def watch(call: AttentionCall) -> Tensor:
+        if call.layer == 0:
+            # what the layer below gave while the lookups were recorded
+            with without_memory(model):
+                return call.segmented()
+        with torch.enable_grad():
+            out = call.segmented()[:, heads].take_along_dim(lookups.rows[:, None, :, None], 2)
+        found.append(out)
+        return call.full()
+
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    with torch.no_grad(), watched(model, watch):
+        trunk_of(model)(input_ids=drawn.tokens, use_cache=False)
+    [wanted] = found
+    out, _ = Heads(parameters, lookups, drawn, recipe(lookback=lookback)).outputs(torch.arange(3), torch.ones(3))
+    assert torch.allclose(out, wanted, atol=2e-5)
+    assert not torch.allclose(out, lookups.window, atol=1e-2)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    names = list(parameters)
+    ours, theirs = (torch.autograd.grad((x * weight).sum(), [parameters[n] for n in names]) for x in (out, wanted))
+    for one, other, each in zip(ours, theirs, names, strict=True):
+        assert torch.allclose(one, other, atol=1e-4, rtol=1e-3), each
+
+
+def test_filler_that_is_counted_is_filler_that_is_repeated() -> None:
+    model = converted(lookback=1)
+    drawn = prompts()
+    with without_memory(model):
+        lookups = record(model, drawn, {0: [1]}, seed=0)[0]
+    disturb(model)
+    parameters = memory_parameters(attentions_of(trunk_of(model))[0])
+    out, _ = Heads(parameters, lookups, drawn, recipe()).outputs(torch.tensor([2]), torch.tensor([3.0]))
+    # three copies of the filler's keys and values, of which a row that reads later finds all
+    copies = torch.cat([torch.arange(drawn.tokens.shape[1])] + 2 * [drawn.filler[2].nonzero().flatten()])
+    repeated = Heads(parameters, lookups, drawn, recipe())
+    repeated.lookups = lookups._replace(k=lookups.k[:, :, copies], v=lookups.v[:, :, copies])
+    repeated.held = repeated.held[..., copies]
+    repeated.prompts = drawn._replace(filler=drawn.filler[:, copies])
+    wanted, _ = repeated.outputs(torch.tensor([2]), torch.ones(1))
+    assert torch.allclose(out, wanted, atol=1e-5)
+
+
+def test_a_fit_finds_what_is_stated() -> None:
+    model, drawn = converted(lookback=1, sinks=2), prompts(10)
+    with without_memory(model):
+        shares = looked_up(model, drawn, [1])
+        lookups = record(model, drawn, {1: [0, 3]}, seed=0)[1]
+    on_keys = (lookups.wanted * drawn.keys[:, None, None]).sum(-1).mean((0, 2))
+    assert torch.allclose(on_keys, shares[1][[0, 3]], atol=1e-5)
+    # a random model looks nothing up: let it attend to the passkey's tokens alone
+    wanted = (drawn.keys / drawn.keys.sum(1, keepdim=True))[:, None, None].expand_as(lookups.wanted)
+    full = lookups.window.clone()
+    full[:, :, : drawn.asking] = wanted @ lookups.v[:, lookups.groups]
+    # its weights are so small that all keys are nearly the same
+    lookups = lookups._replace(q=20 * lookups.q, k=20 * lookups.k, wanted=wanted, full=full)
+    frozen = {name: weight.clone() for name, weight in model.state_dict().items()}
+    attention = attentions_of(trunk_of(model))[1]
+    count: list[int] = []
+    before = fit_recall(attention, lookups, drawn, recipe(0))
+    after = fit_recall(attention, lookups, drawn, recipe(200, map_lr=5e-2), on_step=lambda: count.append(1))
+    assert len(count) == 200
+    assert (after.layer, after.heads) == (1, [0, 3])
+    for one, other in zip(before.found, after.found, strict=True):
+        assert other > 2 * one
+    assert sum(after.found_stretched) > 4 * sum(before.found_stretched)
+    assert sum(after.missed) < 0.8 * sum(before.missed)
+    gates = attention.segattn_gate.bias.sigmoid()
+    assert after.gates == pytest.approx(gates[[0, 3]].tolist())
+    assert gates[[1, 2]].max() < 1e-8
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, frozen[name])}
+    assert changed == {f"model.layers.1.self_attn.{name}" for name in memory_parameters(attention)}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a model of bytes, and running text."""
+    folder: Path = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    make(vocab_size=256).save_pretrained(folder / "plain")
+    (folder / "text.txt").write_text(generate_text(400, seed=1), encoding="utf-8")
+    return folder
+
+
+def run(folder: Path, out: Path, *, resume: bool = False, own: bool = True, **changes: Any) -> dict[str, Any]:
+    adaptation = Adaptation(str(folder / "text.txt"), segment_len=L, sinks=2, length=5 * L, own=own, eval_tokens=100)
+    passkeys = Passkeys(**{"prompts": 5, "prompt_tokens": 20 * L + 5, "prompt_steps": 4, "attended": 1e-3} | changes)
+    checkpoint = Checkpoint(str(folder / "plain"), "bytes", device="cpu")
+    return run_adaptation(checkpoint, adaptation, out, passkeys=passkeys, resume=resume)
+
+
+def test_command(folder: Path, tmp_path: Path) -> None:
+    options = {"text": folder / "text.txt", "segment-len": L, "sinks": 2, "eval-tokens": 100, "prompts": 5}
+    sizes = {"prompt-tokens": 325, "prompt-steps": 4, "attended": 0.001, "tokenizer": "bytes", "device": "cpu"}
+    words = [str(x) for name, value in (options | sizes).items() for x in (f"--{name}", value)]
+    said = CliRunner().invoke(
+        commands.app, ["adapt", str(folder / "plain"), *words, "--out", str(tmp_path)], env={"COLUMNS": "200"}
+    )
+    assert said.exit_code == 0, said.output
+    assert "layer 1: head 0 finds " in said.output
+    model = segattn.from_pretrained(tmp_path / "model", quiet=True)
+    assert conversion_of(model).settings.memory_layers == (0, 1)
+
+
+def test_layers_that_are_named_get_the_memory(folder: Path, tmp_path: Path) -> None:
+    searched = run(folder, tmp_path / "searched")
+    named = run(folder, tmp_path / "named", prompt_layers="-1")
+    assert [layer["layer"] for layer in searched["layers"]] == [0, 1]
+    assert [layer["layer"] for layer in named["layers"]] == [1]
+    model = segattn.from_pretrained(tmp_path / "named" / "model", quiet=True)
+    assert conversion_of(model).settings.memory_layers == (1,)
+
+
+def test_a_layer_is_fitted_on_what_fitted_layers_put_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[bool, dict[int, Lookups]] = {True: {}, False: {}}
+    for own, of_layer in read.items():
+
+        def note(attention: Any, lookups: Lookups, *arguments: Any, into: Any = of_layer, **options: Any) -> Any:
+            into[attention.layer_idx] = lookups
+            return fit_recall(attention, lookups, *arguments, **options)
+
+        monkeypatch.setattr(stage, "fit_recall", note)
+        run(folder, tmp_path / str(own), own=own)
+    one, other = read[True], read[False]
+    assert torch.equal(one[0].q, other[0].q)
+    assert not torch.allclose(one[1].q, other[1].q, atol=1e-6)
+    # what it is fitted to stays that of layers in full attention
+    assert torch.equal(one[1].full, other[1].full)
+    assert torch.equal(one[1].wanted, other[1].wanted)
+    model = segattn.from_pretrained(tmp_path / "True" / "model", quiet=True)
+    drawn = make_prompts(ByteTokenizer(), 5, 20 * L + 5, L, 1, seed=0)
+    with without_memory(attentions_of(trunk_of(model))[1]):
+        fitted = record(model, drawn, {1: one[1].heads}, seed=0)[1]
+    assert torch.allclose(one[1].q, fitted.q, atol=1e-5)
+    assert torch.allclose(one[1].window, fitted.window, atol=1e-5)
+
+
+def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(folder, tmp_path / "whole")
+
+    def stop(attention: Any, *arguments: Any, **options: Any) -> Any:
+        if attention.layer_idx == 1:
+            raise KeyboardInterrupt
+        return fit_recall(attention, *arguments, **options)
+
+    monkeypatch.setattr(stage, "fit_recall", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "parts")
+    monkeypatch.undo()
+    with pytest.raises(SettingError, match="prompts must be the checkpoint's with --resume, 5, got 6"):
+        run(folder, tmp_path / "parts", resume=True, prompts=6)
+    parts = run(folder, tmp_path / "parts", resume=True)
+    assert parts["layers"] == whole["layers"]
+    one, other = (segattn.from_pretrained(tmp_path / name / "model", quiet=True) for name in ("whole", "parts"))
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+
+
+def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"prompts": -1}, "prompts must be at least 0"),
+        ({"prompts": 1}, "prompts must be 0 or at least 2"),
+        ({"prompt_tokens": 100}, "prompt_tokens must be at least 2"),
+        ({"prompt_tokens": 4097}, "prompt_tokens must be at most the 4096 positions"),
+        ({"stretch": 0.5}, "stretch must be 1 or more"),
+        ({"stretch": float("nan")}, "stretch must be 1 or more"),
+        ({"attended": 0.0}, "attended must be more than 0"),
+        ({"prompt_layers": "1-0"}, "prompt_layers must be numbers of layers"),
+        ({"prompt_layers": "0,2"}, "prompt_layers must be layers of the model, which has 2, got '0,2'"),
+        ({"attended": 0.99}, "attended must be a share that some head gives to passkeys, at most 0"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            run(folder, tmp_path / "out", **changes)
+    assert not (tmp_path / "out" / "adapt.json").exists()
