@@ -72,11 +72,15 @@ def token_runs(mask: Tensor, *, without_tokens: bool = False) -> list[tuple[int,
         without_tokens: whether a row may have none; it then begins and ends at 0.
 
     Raises:
-        ValueError: the tokens of a row are not one run, or a row has none.
+        ValueError: the mask has other values, the tokens of a row are not one run, or a row has none.
     """
     real, time = mask.bool(), mask.shape[1]
     # one copy to the host, for all rows
-    found = torch.stack((real.sum(1), real.int().argmax(1), time - real.flip(1).int().argmax(1))).tolist()
+    ends = real.int().argmax(1), time - real.flip(1).int().argmax(1)
+    *found, others = torch.stack((real.sum(1), *ends, (mask != real).sum(1))).tolist()
+    for row, count in enumerate(others):
+        if count:
+            raise ValueError(f"attention_mask must be of ones and zeros, got {count} other values in row {row}")
     runs = []
     for row, (count, begin, end) in enumerate(zip(*found, strict=True)):
         if not count and not without_tokens:

@@ -132,9 +132,9 @@ class TokenColumns(NamedTuple):
         """Return the columns that an attention mask [B, T] marks, or None where it marks all of them.
 
         Raises:
-            ValueError: the tokens of a row are not one run.
+            ValueError: the mask has other values than ones and zeros, or the tokens of a row are not one run.
         """
-        if bool(mask.bool().all()):
+        if bool((mask == 1).all()):
             return None
         runs = token_runs(mask, without_tokens=True)
         return cls(tuple(begin for begin, _ in runs), tuple(end - begin for begin, end in runs))

@@ -67,6 +67,17 @@ def test_a_prompt_of_new_tokens_alone_has_the_mask_of_all(name: str) -> None:
     assert torch.equal(said[:, 7:], greedy(model, ids)[:, 37:])
 
 
+@pytest.mark.parametrize("value", [-1e4, 2.0])
+def test_a_mask_to_be_added_is_refused(value: float) -> None:
+    ids = tokens(2, 20)
+    mask = torch.zeros(2, 20) if value < 0 else torch.ones(2, 20)
+    mask[1, :3] = value
+    plain = make("llama")
+    for model in (converted(), segattn.RecurrentMemory(plain, 2, 8), segattn.AssociativeMemory(plain, 2, 8)):
+        with pytest.raises(ValueError, match="attention_mask must be of ones and zeros, got 3 other values in row 1"):
+            model(ids, attention_mask=mask)
+
+
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("ends", [1, 3])
 def test_a_prompt_that_ends_with_the_padding_token(ends: int, use_cache: bool) -> None:
