@@ -23,7 +23,8 @@ TASKS = {"memorize": "one fact", "reasoning": "two facts"}
 
 def headline(results: Sequence[Result], folder: Path) -> str | None:
     """Return a row for each result that is there: what was measured, what came out, and what stands beside it."""
-    rows = [*_speed(results), *_decoding(results), *_demo(folder), *_memory_tasks(folder), *_book(folder)]
+    rows = [*_speed(results), *_decoding(results), *_demo(folder), *_pretrained(folder), *_memory_tasks(folder)]
+    rows += _book(folder)
     return markdown(["", "segattn", "for comparison"], rows) if rows else None
 
 
@@ -66,6 +67,18 @@ def _demo(folder: Path) -> list[list[str]]:
     right, samples = (sum(cell[name] for cell in cells) for name in ("right", "samples"))
     recalled = f"{100 * right / samples:.1f} % of {samples}"
     return [[f"passkeys recalled from {longest:,} tokens", recalled, f"trained on {figures['trained_length']} tokens"]]
+
+
+def _pretrained(folder: Path) -> list[list[str]]:
+    """Return the share of digits that a pretrained model recalls, and that without a memory, in the longest texts."""
+    names = ("smollm2-passkeys", "smollm2-passkeys-window")
+    memory, window = (figures_in(folder / "pretrained" / name / "passkey.json") for name in names)
+    if memory is None or window is None:
+        return []
+    longest = max(cell["length"] for cell in window["cells"])
+    cells = [[cell for cell in figures["cells"] if cell["length"] == longest] for figures in (memory, window)]
+    recalled, alone = (f"{100 * sum(cell['tokens'] for cell in own) / len(own):.0f} %" for own in cells)
+    return [[f"digits of passkeys that SmolLM2 recalls from {longest:,} tokens", recalled, f"without a memory {alone}"]]
 
 
 def _memory_tasks(folder: Path) -> list[list[str]]:
