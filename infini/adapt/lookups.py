@@ -47,7 +47,7 @@ class Prompts(NamedTuple):
 
 
 class Lookups(NamedTuple):
-    """What heads of one layer look up in full attention, and what a memory has to recall it from.
+    """Hold what heads of one layer look up in full attention, and what a memory has to recall it from.
 
     heads: the A heads; groups: for each, its place among the key/value heads of k and v, of which there are G.
     rows: int64 [N, R], those recorded, the ones that ask first.
