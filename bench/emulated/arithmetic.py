@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -137,10 +138,22 @@ def compute(machine: Machine, instruction: Instruction) -> Step:
     if name in ("max", "min"):  # of two numbers or of three
         two = _extreme(name, function) if kind == "f32" else function
         function = two if len(operands) == 2 else lambda a, b, c: two(two(a, b), c)
+    _require_taken(function, operands)
     if "ftz" in modifiers:
         exact = function
         function = lambda *values: flush(np.asarray(exact(*map(flush, values)), np.float32))  # noqa: E731
     return lanewise(machine, function, target, result, operands, types)
+
+
+def _require_taken(function: Function, operands: Sequence[Operand]) -> None:
+    """Refuse another number of operands than a function takes."""
+    if isinstance(function, np.ufunc):
+        fits = len(operands) == function.nin
+    else:
+        parameters = signature(function).parameters.values()
+        fits = sum(p.default is p.empty for p in parameters) <= len(operands) <= len(parameters)
+    if not fits:
+        raise Unsupported(f"it cannot have {len(operands)} operands")
 
 
 def lanewise(

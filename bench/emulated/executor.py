@@ -93,6 +93,8 @@ def _parameters(program: Program, arguments: Sequence[Tensor | int | float], mem
 
 def _encode(argument: Tensor | int | float, name: str, size: int, memory: Global) -> bytes:
     """Return an argument as the bytes of the parameter `name`, of `size` bytes."""
+    if size not in (1, 2, 4, 8):
+        raise Unsupported(f"the parameter {name} of {size} bytes")
     if isinstance(argument, Tensor) and size == 8:
         return struct.pack("<Q", memory.address(argument))
     if isinstance(argument, float) and size == 4:

@@ -280,6 +280,8 @@ def bind(machine: Machine, instruction: Instruction) -> Code:
         if _TARGETS.get(instruction.words[0], machine.program.target) != machine.program.target:
             raise Unsupported(f"the program is for {machine.program.target}")
         predicate = machine.register(instruction.predicate) if instruction.predicate else None
+        if predicate and predicate.bits.dtype != np.bool_:
+            raise Unsupported(f"{instruction.predicate} is not a predicate")
         run = TABLE[instruction.words[0]](machine, instruction)
     except (Unsupported, KeyError, IndexError, ValueError) as error:
         refusal = Unsupported(f"{instruction.opcode} is not supported: {error}")

@@ -94,7 +94,7 @@ class Machine:
         need = self.count * sum(program.registers.values())
         if need > LIMIT:
             raise Unsupported(f"registers must fit {LIMIT} bytes, got {programs} programs that need {need}")
-        self.order = Order(self.count, self.threads)
+        self.order = Order(self.count, self.threads, program.instructions)
         memory.follow(self.order)
         self.shared = Shared(self.order, programs, shared)
         lane = np.arange(self.count)
@@ -254,7 +254,7 @@ class Machine:
             going = True
             while going and (not ready or at < min(ready)):
                 self.at = at
-                self.order.now += 1
+                self.order.advance(at)
                 steps += 1
                 issued[at] += warps
                 if steps > limit:

@@ -175,7 +175,10 @@ class _Body:
         if match is None:
             raise Unsupported(f"line {line}: {statement}")
         negated, predicate, opcode, operands = match.groups()
-        parsed = tuple(self._operand(x) for x in _split(operands))
+        try:
+            parsed = tuple(self._operand(x) for x in _split(operands))
+        except ValueError as error:
+            raise Unsupported(f"line {line}: {statement}: {error}") from error
         instruction = Instruction(opcode, parsed, self._name(predicate or ""), bool(negated), line, source)
         self.instructions.append((instruction, tuple(self.scopes)))
 
@@ -206,10 +209,10 @@ class _Body:
         """Yield the instructions, labels under the names of the scopes that they are in."""
         for instruction, scopes in self.instructions:
             if instruction.words[0] == "bra":
-                names = (_scoped(str(instruction.operands[0]), scope) for scope in reversed(scopes))
+                names = (_scoped(str(x), scope) for scope in reversed(scopes) for x in instruction.operands[:1])
                 label = next((n for n in names if n in self.labels), None)
                 if label is None:
-                    raise Unsupported(f"line {instruction.line}: no label {instruction.operands[0]}")
+                    raise Unsupported(f"line {instruction.line}: no label {', '.join(map(str, instruction.operands))}")
                 yield replace(instruction, operands=(label,))
             else:
                 yield instruction

@@ -17,12 +17,15 @@ Programs are ordered by atomics that release and acquire, with a barrier before 
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .faults import Fault, Unsupported
+from .ptx import Instruction
 
 Array = NDArray[Any]
 Lanes = Any  # indices of lanes, or slice(None) for all of them
@@ -43,12 +46,13 @@ class Order:
 
     who: the lane's own part of its stamps. fenced: the clock of its last fence between proxies, and passed: of the last
     one before its program's last barrier. commits: how many tcgen05.commit there were, waited: the last that the lane
-    has waited for.
+    has waited for. instructions: of the program, and executed: the index of the one at each time of the clock.
     """
 
-    def __init__(self, lanes: int, threads: int) -> None:
+    def __init__(self, lanes: int, threads: int, instructions: Sequence[Instruction] = ()) -> None:
         thread = np.arange(lanes, dtype=np.int64) % threads
         self.now, self.threads = 2, threads
+        self.instructions, self.executed = instructions, array("i", (0, 0, 0))
         self.who = (thread // 32 << 6) | thread % 32
         self.synced, self.warp_synced = (np.full(lanes, _START) for _ in range(2))
         self.commits, self.waited = 0, np.zeros(lanes, np.int64)
@@ -58,6 +62,16 @@ class Order:
         # by a program, then another: up to which stamp the other's are visible to it, and since when
         self.acquired: dict[int, dict[int, tuple[int, int]]] = {}
         self.fenced, self.passed = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
+
+    def advance(self, at: int) -> None:
+        """Let the clock go on by one, for the instruction of an index."""
+        self.now += 1
+        self.executed.append(at)
+
+    def place(self, stamp: int) -> str:
+        """Return the line of PTX, and its source, of the access that left a stamp."""
+        instruction = self.instructions[self.executed[stamp >> _CLOCK]]
+        return f"line {instruction.line} ({instruction.source})"
 
     def stamp(self, lanes: Lanes) -> Array:
         """Return the stamp of an access now."""
@@ -188,8 +202,10 @@ class Ledger:
             raise Fault("uninitialised shared memory", "a matrix instruction reads what was never written")
         if (prior >= IN_FLIGHT).any():
             raise Fault("asynchronous copy", "a matrix instruction reads a copy before the wait for it")
-        if (prior > order.synced[first][:, None]).any():
-            raise Fault("race", "a matrix instruction reads what was written since the last barrier")
+        recent = prior > order.synced[first][:, None]
+        if recent.any():
+            where = order.place(int(prior[recent].max()))
+            raise Fault("race", f"a matrix instruction reads what was written since the last barrier, at {where}")
         unfenced = np.asarray((order.fenced[lanes] << _CLOCK <= order.synced[lanes]).any(1))
         if unfenced.any():
             program = first // order.threads * order.threads
@@ -232,7 +248,7 @@ class Ledger:
             raise Fault("asynchronous copy", f"{what} an asynchronous access before the wait for it")
         several = first & COMMITTED or first & _WARP == _WARP
         who = "several warps" if several else f"warp {(first & _WARP) >> 6}"
-        raise Fault("race", f"{what} {who} since the last barrier")
+        raise Fault("race", f"{what} {who} since the last barrier, at {order.place(first)}")
 
 
 class Programs(Ledger):

@@ -67,7 +67,8 @@ class TensorMemory:
         if (recent & (written >= IN_FLIGHT)).any():
             raise Fault("asynchronous copy", "a matrix instruction reads tensor memory before the wait for its writer")
         if recent.any():
-            raise Fault("race", "a matrix instruction reads tensor memory written since the last barrier")
+            where = order.place(int(written[recent].max()))
+            raise Fault("race", f"a matrix instruction reads tensor memory written since the last barrier, at {where}")
 
     def end(self, product: Product, stamp: int) -> None:
         """Note that a product has ended, by the stamp of that end, but where later ones are under way."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from small_ptx import TEMPLATE, place, program, random_bits, run
 
 from segattn.bench.emulated.executor import execute
-from segattn.bench.emulated.faults import Fault, Unsupported
+from segattn.bench.emulated.faults import Fault, LocatedError, Unsupported
 from segattn.bench.emulated.ptx import parse
 
 COUNT = 64
@@ -517,7 +519,9 @@ def test_inline_labels_and_registers_belong_to_their_braces() -> None:
         ((".reqntid 32", ".reqntid 2048"), "at most 1024"),
         ((".reqntid 32", ""), "reqntid"),
         (("    ret;", "    bra nowhere;"), "no label nowhere"),
+        (("    ret;", "    bra;"), r"line \d+: no label"),
         (("    ret;", "    .reg .f128 %q1;"), "f128"),
+        (("    ret;", "    mov.b32 %r1, 12ab;"), r"line \d+: mov.b32 %r1, 12ab"),
         (("    ret;", "    .reg .f64 %q1;"), "f64"),
     ],
 )
@@ -573,6 +577,8 @@ def test_refuses_other_ptx(change: tuple[str, str], message: str) -> None:
         "redux.sync.max.f32 %r10, %r1, 0xFFFF;",
         "elect.sync _|%p1, 1;",
         "bar.warp.sync 1;",
+        "add.f32 %r10, %r11;",
+        "mul.wide.s32 %rd10, %r11;",
     ],
 )
 def test_refuses_unknown_instructions_before_anything_runs(instruction: str) -> None:
@@ -580,6 +586,35 @@ def test_refuses_unknown_instructions_before_anything_runs(instruction: str) -> 
     with pytest.raises(Unsupported, match=rf"kernel, line \d+ of its PTX \(hand.py:20\): {instruction.split()[0]}"):
         run(f"    mov.u32 %r13, 7;\n    st.global.b32 [%rd0], %r13;\n    {instruction}", out)
     assert out.item() == 0
+
+
+def test_spoilt_text_is_refused_or_faults() -> None:
+    body = """    setp.lt.s32 %p1, %r0, 20;
+    mul.wide.s32 %rd10, %r0, 4;
+    add.s64 %rd10, %rd0, %rd10;
+    @%p1 ld.global.b32 { %r10 }, [ %rd10 + 0 ];
+    add.f32 %r11, %r10, 0f3F800000;
+    shfl.sync.bfly.b32 %r12, %r11, 1, 31, -1;
+    @!%p1 bra $END;
+    st.global.b32 [%rd10], %r12;
+$END:
+"""
+    tokens, draw = re.findall(r"\s+|[\w$%]+|.", body), random.Random(0)
+    refused = 0
+    for _ in range(200):
+        spoilt = list(tokens)
+        at, other = draw.randrange(len(tokens)), draw.choice(tokens)
+        spoilt[at : at + draw.randrange(2)] = [other] if draw.randrange(3) else []
+        try:
+            run("".join(spoilt), torch.zeros(32, dtype=torch.int32), limit=2000)
+        except LocatedError:
+            refused += 1
+    assert refused > 50
+
+
+def test_refuses_a_predicate_of_another_type() -> None:
+    with pytest.raises(Unsupported, match="mov.b32 is not supported: %r1 is not a predicate"):
+        run("    @%r1 mov.b32 %r10, %r11;\n")
 
 
 def test_refuses_octal_numbers() -> None:

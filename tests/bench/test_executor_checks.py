@@ -120,7 +120,10 @@ def test_races_between_warps() -> None:
     options = {"threads": 64, "shared": 256}
     run(WRITE + NEXT + BARRIER + READ + STORE, zeros(64), **options)
     error = fault("race", WRITE + NEXT + READ + STORE, zeros(64), **options)
-    assert "reads what was written there by warp" in str(error)
+    # the write is three instructions before the read
+    assert re.search(
+        rf"reads what was written there by warp \d .*, at line {error.line - 3} \(hand.py:20\)", str(error)
+    )
     # the other way: a read, then another warp's write
     again = WRITE + NEXT + BARRIER + READ + "{}    st.shared.b32 [%r11], %r10;\n"
     run(again.format(BARRIER), **options)
@@ -303,7 +306,8 @@ def test_wgmma_between_its_fences_and_waits() -> None:
     out = zeros(128)
     run(FILL + BARRIER + FENCE + PRODUCT + WAIT + USE, out, outputs=[out], **HOPPER)
     run(FILL + FENCE + BARRIER + PRODUCT + WAIT + USE, out, outputs=[out], **HOPPER)
-    fault("race", FILL + FENCE + PRODUCT + WAIT + USE, out, **HOPPER)
+    error = fault("race", FILL + FENCE + PRODUCT + WAIT + USE, out, **HOPPER)
+    assert "since the last barrier, at line" in str(error)
     fault("proxy fence", FILL + BARRIER + PRODUCT + WAIT + USE, out, **HOPPER)
     fault("asynchronous result", FILL + BARRIER + FENCE + PRODUCT + USE, out, **HOPPER)
     fault(
