@@ -521,7 +521,7 @@ def test_inline_labels_and_registers_belong_to_their_braces() -> None:
         (("    ret;", "    bra nowhere;"), "no label nowhere"),
         (("    ret;", "    bra;"), r"line \d+: no label"),
         (("    ret;", "    .reg .f128 %q1;"), "f128"),
-        (("    ret;", "    mov.b32 %r1, 12ab;"), r"line \d+: mov.b32 %r1, 12ab"),
+        (("    ret;", "    mov.b32 %r1, 12ab;"), r"line \d+: mov\.b32 %r1, 12ab"),
         (("    ret;", "    .reg .f64 %q1;"), "f64"),
     ],
 )
