@@ -613,7 +613,7 @@ $END:
 
 
 def test_refuses_a_predicate_of_another_type() -> None:
-    with pytest.raises(Unsupported, match="mov.b32 is not supported: %r1 is not a predicate"):
+    with pytest.raises(Unsupported, match=r"mov\.b32 is not supported: %r1 is not a predicate"):
         run("    @%r1 mov.b32 %r10, %r11;\n")
 
 
