@@ -83,6 +83,10 @@ def attend_slots(
         q, k = (F.pad(x, (0, value_width - key_width)) for x in (q, k))
     elif value_width < key_width:
         v = F.pad(v, (0, key_width - value_width))
+    if q.shape[2] == 1 and mask is None and not is_causal:
+        # one query sees what all do, so the heads of a group are rows of one: its keys are read once
+        out = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, q.shape[3]), k, v, scale=options.scale)
+        return out.reshape(*q.shape[:3], -1)[..., :value_width]
     grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210  a bool also where compiled sizes are symbols
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=options.scale, enable_gqa=grouped
