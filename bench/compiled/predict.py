@@ -150,7 +150,7 @@ WORK: dict[str, Callable[[Launch], Work]] = {
     "add_parts_kernel": _even(lambda x: divmod(x.arguments["splits"], UNROLLED)),
     "scan_kernel": _even(lambda x: (x.arguments["segments"],)),
     "curvature_kernel": _even(lambda x: _chunks(x, x.arguments["V"])),
-    "weight_sums_kernel": _even(lambda x: (_tiles(x), *_of_features(x, 2))),
+    "weight_sums_kernel": _even(lambda x: (_tiles(x), *_of_features(x, 1))),
     "write_grad_kernel": _write_grad,
 }
 

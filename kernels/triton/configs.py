@@ -140,14 +140,13 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     },
     ("weight_sums_kernel", 16, 64): {
         "": _tile(),
-        "sm_90": _tile(stages=1),
+        "sm_90": _tile(stages=3),
         "sm_120": _tile(warps=8),
         "gfx942": _tile(n=32, chunk=32, stages=1),
     },
     ("weight_sums_kernel", 16, 128): {
         "": _tile(chunk=128, warps=8),
-        "sm_90": _tile(chunk=128, warps=8, stages=1),
-        "sm_100": _tile(warps=8),
+        "sm_90": _tile(chunk=128, warps=8, stages=3),
         "gfx942": _tile(n=32, chunk=32, stages=1),
     },
     ("weight_sums_kernel", 16, 256): {"": _tile(n=32, chunk=32, warps=8, stages=1)},

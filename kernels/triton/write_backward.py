@@ -23,6 +23,8 @@ from .tiles import (
     feature_map,
     feature_map_grad,
     head_of,
+    inverse_weight,
+    largest,
     load_chunk,
     load_rows,
     load_vector,
@@ -170,31 +172,36 @@ def bending(curvature, normalizer, c, dtype: tl.constexpr, K: tl.constexpr, CHUN
 
 @triton.jit
 def weight_grads(
-    k, first, normalizer, curvature, held, ELU: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr
+    k, first, features, z, share, inverse_peak, normalizer, curvature, held,
+    ELU: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Return u C uᵀ of every row, u = σ(k) / σ(k) z, without the digits that a rounded u C would lose.
 
+    features: σ(k) of the rows from `first` on, 0 beyond K. share: 1 / z z. held: the `Bending` of all rows.
+
     As u z = 1, u is z / z z, the same for all rows, and a rest. Keys that are alike differ in the rest alone, so that
-    what is rounded, its product with C, is small; the other parts are in float32. held: the `Bending` of all rows.
+    what is rounded, its product with C, is small; the other parts are in float32.
     """
-    BLOCK_K: tl.constexpr = block(K)
+    ROWS: tl.constexpr = features.shape[0]
     dtype: tl.constexpr = k.pointer.dtype.element_ty
-    inverse = memory_inverse(k, first, normalizer, ELU, ROWS, K, CHUNK)
+    inverse = inverse_weight(tl.sum(features * z[None, :], 1), largest(features, 0, K), inverse_peak)
     present = inverse != 0
-    z = load_vector(normalizer.z, 0, BLOCK_K, K)
-    share = reciprocal(sum_of_squares(z))
-    u = feature_map(load_rows(k, first, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
-    rest = tl.where((tl.arange(0, BLOCK_K) < K)[None, :] & present[:, None], u - (z * share)[None, :], 0.0)
-    rest, factor = row_operand(rest, dtype)
-    result = tl.zeros([ROWS], tl.float32)
-    common = 0.0
-    for c in tl.range(0, K, CHUNK, num_stages=1):
-        part = bending(curvature, normalizer, c, dtype, K, CHUNK) if held is None else held
-        common += part.common
-        bent = dot(rest, tl.trans(part.rows), None) * (0.5 * factor * part.factor)
-        features = feature_map(load_rows(k, first, c, ROWS, CHUNK, K), ELU)
-        along = (load_vector(normalizer.z, c, CHUNK, K) * share)[None, :]
-        result += tl.sum((features * inverse[:, None] - along) * (bent + part.level[None, :]), 1)
+    rest = tl.where(present[:, None], features * inverse[:, None] - (z * share)[None, :], 0.0)
+    rounded_rest, factor = row_operand(rest, dtype)
+    if held is not None:
+        bent = dot(rounded_rest, tl.trans(held.rows), None) * (0.5 * factor * held.factor)
+        result = tl.sum(rest * (bent + held.level[None, :]), 1)
+        common = held.common
+    else:
+        result = tl.zeros([ROWS], tl.float32)
+        common = 0.0
+        for c in tl.range(0, K, CHUNK, num_stages=1):
+            part = bending(curvature, normalizer, c, dtype, K, CHUNK)
+            common += part.common
+            bent = dot(rounded_rest, tl.trans(part.rows), None) * (0.5 * factor * part.factor)
+            u = feature_map(load_rows(k, first, c, ROWS, CHUNK, K), ELU) * inverse[:, None]
+            along = (load_vector(normalizer.z, c, CHUNK, K) * share)[None, :]
+            result += tl.sum((u - along) * (bent + part.level[None, :]), 1)
     return tl.where(present, result + 0.5 * common, 0.0)
 
 
@@ -228,17 +235,23 @@ def weight_sums_kernel(
         held = bending(c_of_segment, before, 0, k.pointer.dtype.element_ty, K, CHUNK)
     # summed over its rows at the end: warps would wait for each other at every tile
     totals = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    z = load_vector(before.z, 0, BLOCK_K, K)
+    share = reciprocal(sum_of_squares(z))
+    inverse_peak = tl.load(before.inverse_peak)
     for start in range(begin, end, BLOCK_N):
-        dweight = weight_grads(keys, start, before, c_of_segment, held, ELU, BLOCK_N, K, CHUNK)
         i = start + tl.arange(0, BLOCK_N)
         features = feature_map(load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K), ELU)
+        features = tl.where((c < K)[None, :], features, 0.0)
+        dweight = weight_grads(
+            keys, start, features, z, share, inverse_peak, before, c_of_segment, held, ELU, K, CHUNK
+        )  # fmt: skip
         written = tl.where(i < end, dweight, 0.0)
         if beta is not None:
             written *= tl.load(beta + at_rows + i, mask=i < end, other=0.0)
         totals += written[:, None] * features
         # last, as no load is kept over a store
         tl.store(dweights + at_rows + i, dweight, mask=i < end)
-    tl.store(target, total + tl.sum(totals, 0) * tl.load(before.inverse_peak), mask=c < K)
+    tl.store(target, total + tl.sum(totals, 0) * inverse_peak, mask=c < K)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
