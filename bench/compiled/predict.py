@@ -97,7 +97,7 @@ def _of_features(launch: Launch, loops: int) -> tuple[int, ...]:
 
 def _of_memory(launch: Launch) -> tuple[int, ...]:
     """Return the rounds of the two loops that read the memory, where there is one."""
-    return () if launch.arguments["reading"] is None else _of_features(launch, 2)
+    return () if launch.arguments["reading"].gate is None else _of_features(launch, 2)
 
 
 def _queries(launch: Launch, begin: tuple[int, ...], end: tuple[int, ...]) -> Work:
