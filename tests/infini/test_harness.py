@@ -280,12 +280,38 @@ def test_the_harness_command_takes_no_model_without_memory(
         assert harness.main() == 2
         said = capsys.readouterr().err
         assert said == "harness: --model must be segattn, got hf, which loads a model without its memory\n"
-    called = []
+    called: list[list[str]] = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: called.append(sys.argv))
     for arguments in (["--model", "segattn", "--tasks", "ruler"], ["ls", "tasks"], ["--config", "a.yaml", "-t", "b"]):
         monkeypatch.setattr(sys, "argv", ["harness", *arguments])
         assert harness.main() == 0
     assert len(called) == 3
+
+
+def test_the_harness_command_runs_where_no_gpu_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """lm-eval's own default is the first GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    registry = pytest.importorskip("lm_eval.api.registry")
+    called = []
+
+    def evaluate() -> None:
+        called.append(sys.argv)
+        device = sys.argv[sys.argv.index("--device") + 1] if "--device" in sys.argv else "cuda:0"
+        registry.get_model("segattn").create_from_arg_string(f"pretrained={folder / 'converted'}", {"device": device})
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
+    given = ["harness", "--model", "segattn", "--tasks", "ruler"]
+    monkeypatch.setattr(sys, "argv", [*given])
+    assert harness.main() == 0
+    monkeypatch.setattr(sys, "argv", [*given, "--device", "cpu:0:0"])
+    assert harness.main() == 2
+    assert called == [[*given, "--device", "cpu"], [*given, "--device", "cpu:0:0"]]
+    assert capsys.readouterr().err.endswith(
+        "harness: device must be one that PyTorch can use here, such as 'cpu', got "
+        "'cpu:0:0' (Invalid device string: 'cpu:0:0')\n"
+    )
 
 
 def invoke(command: str, folder: Path, out: Path, *arguments: str) -> Result:
@@ -307,6 +333,7 @@ def test_command_ruler_writes_and_goes_on(folder: Path, tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "ruler.json").read_text())
     cells = {(cell["task"], cell["length"]): cell for cell in figures["cells"]}
     assert len(cells) == 4
+    assert figures["settings"]["lengths"] == [1024, 2048]
     for cell in first["cells"]:
         assert cells[cell["task"], cell["length"]] == cell
     assert result.stdout.count("2048 tokens: ") == 2
