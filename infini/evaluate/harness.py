@@ -43,7 +43,7 @@ def harness_class() -> Any:
 
 
 def main() -> int:
-    """Run the harness's command line; return 2 where a setting cannot be, or would load the model without its memory."""
+    """Run the harness's command line; return 2 where a setting cannot be, or where the memory would be lost."""
     asked = _asked(sys.argv[1:])
     runs = bool(asked.tasks and not asked.config)
     # lm-eval's default

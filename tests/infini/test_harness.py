@@ -27,7 +27,8 @@ from segattn.infini.evaluate.benchmarks import Benchmark, babilong, evaluate, me
 from segattn.infini.evaluate.benchmarks import ruler as ruler_benchmark
 from segattn.infini.evaluate.harness_model import UNBOUNDED, SegattnLM, tokenizer_of
 from segattn.infini.evaluate.loading import TOKENIZER, ByteTokenizer, Loaded, load
-from segattn.infini.evaluate.settings import Source
+from segattn.infini.evaluate.runs import run_benchmark
+from segattn.infini.evaluate.settings import Source, Tasks
 from segattn.infini.huggingface.saving import save_pretrained
 from segattn.rmt.tasks.babilong import Stories
 from segattn.runs.errors import SettingError
@@ -346,6 +347,13 @@ def test_command_ruler_writes_and_goes_on(folder: Path, tmp_path: Path) -> None:
     result = invoke("ruler", folder / "converted", tmp_path, "--lengths", "1K", *tasks, "--resume", "--seed", "1")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "--seed must be the earlier run's with --resume, 0, got 1" in result.stderr
+
+
+def test_ruler_from_python(folder: Path, tmp_path: Path) -> None:
+    source, given = Source(str(folder / "converted"), device="cpu"), ("niah_single_1",)
+    figures = run_benchmark(source, Tasks(given, (1024,), samples=3, batch=2), ruler_benchmark(), tmp_path)
+    assert json.loads((tmp_path / "ruler.json").read_text()) == json.loads(json.dumps(figures))
+    assert (figures["settings"]["batch"], figures["cells"][0]["samples"]) == ("2", 3)
 
 
 def test_command_babilong_reads_files(folder: Path, tmp_path: Path) -> None:
