@@ -507,7 +507,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "two attentions in a layer": (
         lambda: transformers.LongcatFlashForCausalLM(
             transformers.LongcatFlashConfig(
-                **SIZES | {"num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2},
+                **SIZES | {"num_layers": 1, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2},
                 **{"n_routed_experts": 4, "zero_expert_num": 2, "q_lora_rank": 16, "kv_lora_rank": 16},
                 **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
             )

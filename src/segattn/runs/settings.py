@@ -23,9 +23,12 @@ def check_least(settings: object, least: Mapping[str, int]) -> None:
     """
     for name, low in least.items():
         value = getattr(settings, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+        if value is None:
+            continue
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number:
             raise SettingError(name, f"must be a number, got {value!r}")
-        if value is not None and value < low:
+        if value < low:
             raise SettingError(name, f"must be at least {low}, got {value}")
         if name == "seed" and value >= 2**32:
             raise SettingError(name, f"must be below 2**32, got {value}")
