@@ -89,7 +89,10 @@ class Writer(GenerationMixin):
         """Check the arguments that transformers would take, and could not honour or would pass over."""
         for name in options:
             if name in REFUSED:
-                raise TypeError(f"generate takes no {name}, got {options[name]!r}: {REFUSED[name]}")
+                value = options[name]
+                # a model's text is pages long
+                got = f"a {type(value).__name__}" if isinstance(value, nn.Module) else repr(value)
+                raise TypeError(f"generate takes no {name}, got {got}: {REFUSED[name]}")
         own = options.get("generation_config")
         for name in set(REFUSED) - set(CACHING):
             # a guidance of 1 is none

@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from ...runs.device import usable_device
+from ...runs.errors import SettingError
+
 
 def harness_class() -> Any:
     """Return the harness's HFLM for the models that `segattn evaluate` loads, and register it there as "segattn".
@@ -40,24 +43,32 @@ def harness_class() -> Any:
 
 
 def main() -> int:
-    """Run the harness's command line; return 2 where it would load the model without its memory."""
-    if (kind := _asked_model(sys.argv[1:])) not in (None, "segattn"):
+    """Run the harness's command line; return 2 where a setting cannot be, or where the memory would be lost."""
+    asked = _asked(sys.argv[1:])
+    runs = bool(asked.tasks and not asked.config)
+    # lm-eval's default
+    kind = (asked.model or ["hf" if runs else "segattn"])[0]
+    if kind != "segattn":
         sys.stderr.write(f"harness: --model must be segattn, got {kind}, which loads a model without its memory\n")
         return 2
+    if runs and not asked.device:
+        # lm-eval's default is cuda:0, on any machine
+        sys.argv += ["--device", usable_device(None)]
     harness_class()
-    import_module("lm_eval.__main__").cli_evaluate()
+    try:
+        import_module("lm_eval.__main__").cli_evaluate()
+    except SettingError as error:
+        sys.stderr.write(f"harness: {error}\n")
+        return 2
     return 0
 
 
-def _asked_model(arguments: Sequence[str]) -> str | None:
-    """Return the kind of model that the arguments ask for; None where they name no tasks, or a file of settings."""
+def _asked(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return those of lm-eval's arguments that decide how the model is loaded, each a list."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for names in (("--model", "-M"), ("--config", "-C"), ("--tasks", "-t")):
+    for names in (("--model", "-M"), ("--config", "-C"), ("--tasks", "-t"), ("--device",)):
         parser.add_argument(*names, nargs="*", default=[])
-    asked, _ = parser.parse_known_args(arguments)
-    # lm-eval's default
-    default = ["hf"] if asked.tasks and not asked.config else [None]
-    return (asked.model or default)[0]
+    return parser.parse_known_args(arguments)[0]
 
 
 if __name__ == "__main__":

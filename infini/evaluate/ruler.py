@@ -87,7 +87,10 @@ def _variables(task: str, tokenizer: Any, length: int, samples: int) -> Document
     # a generator that finds no text which is short enough never ends
     least = tokens(EXAMPLE["incremental"], True)
     if least > EXAMPLE["max_seq_length"]:
-        raise ValueError(f"task {task} needs an example of at most {EXAMPLE['max_seq_length']} tokens, got {least}")
+        raise ValueError(
+            f"task {task} needs an example of at most {EXAMPLE['max_seq_length']} tokens, got {least}: leave it out "
+            "with a tokenizer of bytes or other short tokens"
+        )
     example = vt.sys_vartrack_w_noise_random(tokenizer, num_samples=1, **EXAMPLE)[0]
     shown = f"{example['input']} {' '.join(example['outputs'])}\n\n"
     _check(task, length, tokens(FEWEST_NOISES, False) + len(tokenizer(shown).input_ids))

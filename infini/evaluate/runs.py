@@ -32,6 +32,9 @@ FREE = (
     *("lengths", "depths", "tasks", "babi", "book", "conversions"),
 )
 
+# what a continuation adds to
+AXES = ("lengths", "depths", "tasks")
+
 
 class Listener(Protocol):
     """Take note of a run's progress."""
@@ -99,7 +102,7 @@ def run_book(
     books: Books,
     library: Callable[[Loaded], Draw],
     folder: Path,
-    listener: Listener,
+    listener: Listener = SILENT,
     *,
     texts: dict[str, Any] | None = None,
     resume: bool = False,
@@ -121,7 +124,7 @@ def run_book(
         piece_len(loaded.model, books.piece)
     settings = asdict(source) | asdict(books) | (texts or {})
     kept = earlier_run(path.figures, resume, settings, loaded.about)
-    figures = begin_figures("book", settings, loaded.about) | {"cells": kept.get("cells", [])}
+    figures = begin_figures("book", settings, loaded.about, kept) | {"cells": kept.get("cells", [])}
     done = {cell["length"] for cell in figures["cells"]}
     left = [length for length in books.lengths if length not in done]
     listener.begin(sum(left) * books.books)
@@ -206,7 +209,7 @@ def run_benchmark(
     tasks: Tasks,
     benchmark: Benchmark,
     folder: Path,
-    listener: Listener,
+    listener: Listener = SILENT,
     *,
     texts: dict[str, Any] | None = None,
     resume: bool = False,
@@ -229,7 +232,7 @@ def run_benchmark(
         lm = model_of(loaded, tasks)
     settings = asdict(source) | asdict(tasks) | (texts or {})
     kept = earlier_run(path.figures, resume, settings, loaded.about)
-    figures = begin_figures(benchmark.name, settings, loaded.about) | {"cells": kept.get("cells", [])}
+    figures = begin_figures(benchmark.name, settings, loaded.about, kept) | {"cells": kept.get("cells", [])}
     done = {(cell["task"], cell["length"]): BenchmarkCell(**cell) for cell in figures["cells"]}
     left = [(task, length) for length in tasks.lengths for task in tasks.tasks if (task, length) not in done]
     listener.begin(sum(length for _, length in left) * tasks.samples)
@@ -271,7 +274,7 @@ def _retrieve(
         piece_len(model, grid.piece)
     kept = earlier_run(path.figures, resume, settings, about)
     done = [RetrievalCell(**cell) for cell in kept.get("cells", ())]
-    figures = begin_figures(path.figures.stem, settings, about) | {"cells": kept.get("cells", [])}
+    figures = begin_figures(path.figures.stem, settings, about, kept) | {"cells": kept.get("cells", [])}
 
     def keep(cell: RetrievalCell, cells: list[RetrievalCell]) -> None:
         figures["cells"] = [cell._asdict() for cell in cells]
@@ -312,10 +315,18 @@ def earlier_run(path: Path, resume: bool, settings: dict[str, Any], about: dict[
     return figures
 
 
-def begin_figures(command: str, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-    """Return the first entries of a file of figures: the command, its settings, the model, versions of software."""
+def begin_figures(
+    command: str, settings: dict[str, Any], about: dict[str, Any], kept: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the first entries of a file of figures: the command, its settings, the model, versions of software.
+
+    Args:
+        kept: the figures that the run goes on with, whose lengths, depths and tasks are named too.
+    """
     # tuples are lists in JSON
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    earlier = (kept or {}).get("settings", {})
+    plain |= {name: sorted({*earlier[name], *plain[name]}) for name in AXES if name in plain and name in earlier}
     return {"command": command, "settings": plain, "model": about, "versions": versions()}
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated
 
 from ...runs.device import usable_device
 from ...runs.errors import SettingError
-from ...runs.settings import check_least
+from ...runs.settings import check_least, check_several
 from ..conversion_options import NAMES as CONVERSION
 from ..conversion_options import ConversionOptions
 
@@ -98,9 +99,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         check_least(self, {"samples": 1, "batch": 1, "seed": 0})
-        for name in ("lengths", "depths"):
-            if not getattr(self, name):
-                raise SettingError(name, "must name at least one, got none")
+        check_several(self, {"lengths": Integral, "depths": Real})
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,12 @@ class Tasks:
 
     def __post_init__(self) -> None:
         check_least(self, {"samples": 1, "seed": 0})
-        for name in ("tasks", "lengths"):
-            if not getattr(self, name):
-                raise SettingError(name, "must name at least one, got none")
-        if self.batch != "auto" and not (self.batch.isascii() and self.batch.isdecimal() and int(self.batch) > 0):
+        check_several(self, {"tasks": str, "lengths": Integral})
+        # a number in Python, its digits on the command line
+        batch = str(self.batch)
+        if batch != "auto" and not (batch.isascii() and batch.isdecimal() and int(batch) > 0):
             raise SettingError("batch", f"must be auto or at least 1, got {self.batch!r}")
+        object.__setattr__(self, "batch", batch)
 
     def check(self, known: Collection[str]) -> None:
         """Check that the tasks are among the known ones.
@@ -153,8 +153,7 @@ class Books:
 
     def __post_init__(self) -> None:
         check_least(self, {"people": 1, "books": 1, "seed": 0})
-        if not self.lengths:
-            raise SettingError("lengths", "must name at least one, got none")
+        check_several(self, {"lengths": Integral})
 
 
 @dataclass(frozen=True)
@@ -221,8 +220,7 @@ class Conversions:
 
     def __post_init__(self) -> None:
         check_least(self, {"tokens": 16, "skip": 0})
-        if not self.conversions:
-            raise SettingError("conversions", "must name at least one, got none")
+        check_several(self, {"conversions": str})
 
 
 def _of_run(model: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...kernels.validation import check_integer
-from .settings import Settings, attentions_of, is_converted, layers_of
+from .settings import Settings, attentions_in, attentions_of, is_converted, layers_of
 from .traits import Traits
 
 # of attention that adds a bias by distance
@@ -58,7 +58,8 @@ def checked_trunk(model: nn.Module) -> Any:
     ]
     if len(trunks) != 1:
         raise ValueError(
-            f"model must have one stack of layers with causal attention, got {len(trunks)} in {kind}: {instead}"
+            f"model must have one stack of layers with causal attention, got {len(trunks)} in {kind}: "
+            "segattn.RecurrentMemory leaves attention as it is"
         )
     if crossing := sorted({type(module).__name__ for layer in layers_of(trunks[0]) for module in _crossing(layer)}):
         off = "load it with add_cross_attention=False" if getattr(config, "add_cross_attention", False) else instead
@@ -76,6 +77,12 @@ def checked_trunk(model: nn.Module) -> Any:
         raise ValueError(
             f"model must have attention in every layer, got {kind}, whose layers {without} have none: they keep a "
             "state of their own, which segattn's caches do not"
+        )
+    counts = [len(attentions_in(layer, config)) for layer in layers_of(trunks[0])]
+    if several := [layer for layer, count in enumerate(counts) if count > 1]:
+        raise ValueError(
+            f"model must have one causal attention in each layer, got {kind}, whose layers {several} have "
+            f"{max(counts)}: {instead}"
         )
     if not hasattr(sys.modules[type(attentions[0]).__module__], "ALL_ATTENTION_FUNCTIONS"):
         raise ValueError(

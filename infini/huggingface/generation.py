@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from ...kernels.text import MASK_OF_PADDING_ID, token_runs
 from .cache import InfiniCache
 from .inputs import check_tokens
-from .settings import cache_name, trunk_of
+from .settings import cache_name, conversion_of, trunk_of
 from .static_cache import StaticInfiniCache
 
 
@@ -84,6 +85,16 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
         model_kwargs[name] = cache
 
 
+def _stopping_criteria(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the criteria by which `generate` stops; none warns of the model's positions where these start again."""
+    criteria = type(model)._get_stopping_criteria(model, *args, **kwargs)
+    if conversion_of(model).restart:
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+    return criteria
+
+
 def _check_end(mask: Any) -> None:
     """Check that the rows of a prompt end with a token, by its mask [B, T]; None: all are tokens.
 
@@ -115,5 +126,6 @@ def _refuse_paged(model: Any, *args: Any, **kwargs: Any) -> None:
 _INSTEAD: dict[str, Callable[..., Any]] = {
     "_prepare_model_inputs": _prepare_inputs,
     "_prepare_cache_for_generation": _prepare_cache,
+    "_get_stopping_criteria": _stopping_criteria,
     "init_continuous_batching": _refuse_paged,
 }

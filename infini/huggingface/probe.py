@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
@@ -87,6 +88,12 @@ class _Attention:
         rows = torch.randn(self.hidden.shape, generator=generator, device="cpu", dtype=torch.float32)
         self.rows = rows.to(self.hidden)
         self.rotary_call: RotaryCall | None = None
+        # vectors as they are before training, such as ones of a norm, would hide what they do once they are trained
+        self.trained = {
+            name: torch.rand(x.shape, generator=generator, device="cpu").add(0.5).to(x)
+            for name, x in module.named_parameters()
+            if x.ndim == 1 and x.numel() > 1 and bool((x == x[0]).all())
+        }
 
     @property
     def embeddings(self) -> Any:
@@ -96,7 +103,8 @@ class _Attention:
     def __call__(self, rows: Tensor, **changes: Any) -> _Seen:
         """Run the attention on rows [1, T, d], with some of its arguments changed."""
         record = _Record()
-        self.module(**self.arguments | {self.names[0]: rows, "attention_mask": record} | changes)
+        arguments = self.arguments | {self.names[0]: rows, "attention_mask": record} | changes
+        functional_call(self.module, self.trained, kwargs=arguments)
         if len(record.calls) != 1:
             self.refuse("call its attention function once in each pass, with the mask of its layer")
         return record.calls[0]

@@ -201,13 +201,20 @@ def forget(trunk: nn.Module) -> None:
     del trunk.__dict__[_ON_TRUNK]
 
 
+def attentions_in(layer: nn.Module, config: Any) -> list[Any]:
+    """Return the causal self-attentions of a layer, one in most models: modules with a layer index that are causal."""
+    return [
+        module
+        for module in layer.modules()
+        if getattr(module, "is_causal", False)
+        and hasattr(module, "layer_idx")
+        and getattr(module, "config", None) is config
+    ]
+
+
 def attention_in(layer: nn.Module, config: Any) -> Any:
-    """Return the causal self-attention of a layer, or None: the module that has a layer index and is causal."""
-    for module in layer.modules():
-        causal = getattr(module, "is_causal", False) and hasattr(module, "layer_idx")
-        if causal and getattr(module, "config", None) is config:
-            return module
-    return None
+    """Return the first causal self-attention of a layer, or None."""
+    return next(iter(attentions_in(layer, config)), None)
 
 
 def cache_name(trunk: Any) -> str:

@@ -11,13 +11,14 @@ typer_testing = pytest.importorskip("typer.testing")
 
 from segattn.cli.main import app
 from segattn.infini.evaluate.runs import run_passkey, run_perplexity
-from segattn.infini.evaluate.settings import Grid, Positions, Source
+from segattn.infini.evaluate.settings import Books, Conversions, Grid, Positions, Source, Tasks
 from segattn.infini.train.run import finetune
 from segattn.infini.train.settings import TrainSettings
 from segattn.rmt.runs.evaluation import Grid as Lengths
 from segattn.rmt.runs.evaluation import run_evaluation
 from segattn.rmt.runs.settings import TrainSettings as MemorySettings
 from segattn.rmt.runs.training import run_training
+from segattn.runs.errors import SettingError
 from segattn.runs.text import generate_text
 
 # what two runs of the same may differ in
@@ -74,3 +75,23 @@ def test_memory_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == ""
     assert [stage["steps"] for stage in figures["stages"]] == [2]
     assert [(cell["segments"], cell["samples"]) for cell in lengths["lengths"]] == [(1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Grid("4K", (0.5,)), "lengths must be a tuple of integers, got '4K'"),
+        (lambda: Grid((4096,), 0.5), "depths must be a tuple of numbers, got 0.5"),
+        (lambda: Grid((), (0.5,)), "lengths must name at least one, got none"),
+        (lambda: Grid((4096,), (0.5,), samples="2"), "samples must be a number, got '2'"),
+        (lambda: Tasks("qa1", (4096,)), "tasks must be a tuple of strings, got 'qa1'"),
+        (lambda: Tasks(("qa1",), (4096.0,)), r"lengths must be a tuple of integers, got \(4096.0,\)"),
+        (lambda: Tasks(("qa1",), (4096,), batch=0), "batch must be auto or at least 1, got 0"),
+        (lambda: Books(4096), "lengths must be a tuple of integers, got 4096"),
+        (lambda: Conversions("book.txt", "256"), "conversions must be a tuple of strings, got '256'"),
+        (lambda: MemorySettings("copy", steps=True), "steps must be a number, got True"),
+    ],
+)
+def test_settings_of_other_types_are_named(make: Any, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        make()

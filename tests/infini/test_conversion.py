@@ -500,7 +500,19 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     ),
     "tokens embedded elsewhere": (
         lambda: transformers.BertLMHeadModel(transformers.BertConfig(**SIZES, is_decoder=True)),
-        rf"got BertLMHeadModel, whose BertEncoder takes no inputs_embeds: {INSTEAD}",
+        rf"got BertLMHeadModel, whose BertEncoder takes no inputs_embeds: {INSTEAD}"
+        if VERSION >= (5,)
+        else r"got 0 in BertLMHeadModel: segattn\.RecurrentMemory leaves attention as it is",
+    ),
+    "two attentions in a layer": (
+        lambda: transformers.LongcatFlashForCausalLM(
+            transformers.LongcatFlashConfig(
+                **SIZES | {"num_layers": 1, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2},
+                **{"n_routed_experts": 4, "zero_expert_num": 2, "q_lora_rank": 16, "kv_lora_rank": 16},
+                **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+            )
+        ),
+        rf"one causal attention in each layer, got LongcatFlashForCausalLM, whose layers \[0\] have 2: {INSTEAD}",
     ),
     "layers without attention": (
         lambda: transformers.JambaForCausalLM(
@@ -516,6 +528,10 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         lambda: with_norms(
             transformers.HunYuanDenseV1ForCausalLM(transformers.HunYuanDenseV1Config(**SIZES, head_dim=8))
         ),
+        "layer 0 .* HunYuanDenseV1Attention must rotate pairs of channels as its last step",
+    ),
+    "a norm after rotation whose weights are still ones": (
+        lambda: transformers.HunYuanDenseV1ForCausalLM(transformers.HunYuanDenseV1Config(**SIZES, head_dim=8)),
         "layer 0 .* HunYuanDenseV1Attention must rotate pairs of channels as its last step",
     ),
 }

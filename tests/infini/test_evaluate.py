@@ -449,6 +449,8 @@ def test_passkey_command_and_its_continuation(folder: Path, tmp_path: Path, monk
     assert invoke(*options, "--depths", "0.25", "--resume", "--out", part).exit_code == 0
     assert asked[6:] == [(300, 0.25), (1024, 0.25)]
     assert len(figures(part, "passkey")["cells"]) == 8
+    # of all cells, not of the last call alone
+    assert figures(part, "passkey")["settings"]["depths"] == sorted({0.25, *complete["settings"]["depths"]})
 
 
 def test_resume_holds_to_the_run(folder: Path, tmp_path: Path) -> None:

@@ -35,6 +35,18 @@ def is_forced(model: Any, ids: Tensor, start: int) -> bool:
     return torch.equal(likeliest[:, start - 1 :], ids[:, start:])
 
 
+def test_no_warning_of_positions_that_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(transformers.generation.stopping_criteria.logger, "warning_once", said.append)
+    model, ids = make(max_position_embeddings=L), tokens(1, 2 * L)
+    greedy(segattn.convert(model, L, quiet=True), ids)
+    assert said == []
+    # where a layer is not converted they run on
+    segattn.convert(segattn.revert(model), L, layers=[0], quiet=True)
+    greedy(model, ids)
+    assert len(said) > 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_generate_equals_reading_it_all_again_for_every_token(name: str) -> None:
     model = converted(name)

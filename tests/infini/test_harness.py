@@ -27,7 +27,8 @@ from segattn.infini.evaluate.benchmarks import Benchmark, babilong, evaluate, me
 from segattn.infini.evaluate.benchmarks import ruler as ruler_benchmark
 from segattn.infini.evaluate.harness_model import UNBOUNDED, SegattnLM, tokenizer_of
 from segattn.infini.evaluate.loading import TOKENIZER, ByteTokenizer, Loaded, load
-from segattn.infini.evaluate.settings import Source
+from segattn.infini.evaluate.runs import run_benchmark
+from segattn.infini.evaluate.settings import Source, Tasks
 from segattn.infini.huggingface.saving import save_pretrained
 from segattn.rmt.tasks.babilong import Stories
 from segattn.runs.errors import SettingError
@@ -280,12 +281,38 @@ def test_the_harness_command_takes_no_model_without_memory(
         assert harness.main() == 2
         said = capsys.readouterr().err
         assert said == "harness: --model must be segattn, got hf, which loads a model without its memory\n"
-    called = []
+    called: list[list[str]] = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: called.append(sys.argv))
     for arguments in (["--model", "segattn", "--tasks", "ruler"], ["ls", "tasks"], ["--config", "a.yaml", "-t", "b"]):
         monkeypatch.setattr(sys, "argv", ["harness", *arguments])
         assert harness.main() == 0
     assert len(called) == 3
+
+
+def test_the_harness_command_runs_where_no_gpu_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """lm-eval's own default is the first GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    registry = pytest.importorskip("lm_eval.api.registry")
+    called = []
+
+    def evaluate() -> None:
+        called.append(sys.argv)
+        device = sys.argv[sys.argv.index("--device") + 1] if "--device" in sys.argv else "cuda:0"
+        registry.get_model("segattn").create_from_arg_string(f"pretrained={folder / 'converted'}", {"device": device})
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
+    given = ["harness", "--model", "segattn", "--tasks", "ruler"]
+    monkeypatch.setattr(sys, "argv", [*given])
+    assert harness.main() == 0
+    monkeypatch.setattr(sys, "argv", [*given, "--device", "cpu:0:0"])
+    assert harness.main() == 2
+    assert called == [[*given, "--device", "cpu"], [*given, "--device", "cpu:0:0"]]
+    assert capsys.readouterr().err.endswith(
+        "harness: device must be one that PyTorch can use here, such as 'cpu', got "
+        "'cpu:0:0' (Invalid device string: 'cpu:0:0')\n"
+    )
 
 
 def invoke(command: str, folder: Path, out: Path, *arguments: str) -> Result:
@@ -307,6 +334,7 @@ def test_command_ruler_writes_and_goes_on(folder: Path, tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "ruler.json").read_text())
     cells = {(cell["task"], cell["length"]): cell for cell in figures["cells"]}
     assert len(cells) == 4
+    assert figures["settings"]["lengths"] == [1024, 2048]
     for cell in first["cells"]:
         assert cells[cell["task"], cell["length"]] == cell
     assert result.stdout.count("2048 tokens: ") == 2
@@ -319,6 +347,13 @@ def test_command_ruler_writes_and_goes_on(folder: Path, tmp_path: Path) -> None:
     result = invoke("ruler", folder / "converted", tmp_path, "--lengths", "1K", *tasks, "--resume", "--seed", "1")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "--seed must be the earlier run's with --resume, 0, got 1" in result.stderr
+
+
+def test_ruler_from_python(folder: Path, tmp_path: Path) -> None:
+    source, given = Source(str(folder / "converted"), device="cpu"), ("niah_single_1",)
+    figures = run_benchmark(source, Tasks(given, (1024,), samples=3, batch=2), ruler_benchmark(), tmp_path)
+    assert json.loads((tmp_path / "ruler.json").read_text()) == json.loads(json.dumps(figures))
+    assert (figures["settings"]["batch"], figures["cells"][0]["samples"]) == ("2", 3)
 
 
 def test_command_babilong_reads_files(folder: Path, tmp_path: Path) -> None:

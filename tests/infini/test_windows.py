@@ -469,6 +469,7 @@ def test_a_static_cache_of_every_kind_of_rotary_embedding(name: str) -> None:
 
 
 # the compiler is slow; the other embeddings are cosine and sine too
+@pytest.mark.skipif(VERSION < (5, 0), reason="a static cache with a lookback compiles to no graph in transformers 4")
 @pytest.mark.parametrize("name", ["llama", "llama4_text"])
 def test_a_static_cache_compiles_to_one_graph_of_fixed_addresses(name: str) -> None:
     model, ids, graphs = windowed(name, memory_maps=True), tokens(2, 3 * L + 7), CompileCounter()

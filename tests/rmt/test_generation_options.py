@@ -219,6 +219,13 @@ def test_what_has_no_meaning_here_is_refused(name: str) -> None:
         memory.generate(ids, max_new_tokens=2, **{name: 1})
 
 
+def test_a_refused_model_is_named_and_not_printed() -> None:
+    memory = decoder()
+    with pytest.raises(TypeError, match=r"generate takes no assistant_model, got a LlamaForCausalLM: .+") as raised:
+        memory.generate(models.tokens(1, 4), max_new_tokens=2, assistant_model=models.make())
+    assert len(str(raised.value)) < 200
+
+
 def test_bad_options_are_named() -> None:
     memory, ids = decoder(), models.tokens(1, 4)
     with pytest.raises(ValueError, match="max_new_tokenz"):

@@ -490,6 +490,7 @@ def test_encoders_whose_rows_do_not_fit() -> None:
         encoder(special_tokens=(101, 102))
 
 
+@pytest.mark.skipif(models.VERSION < (5,), reason=NO_MASK)
 @pytest.mark.parametrize("mask", ["paper", "causal"])
 def test_positions_that_begin_behind_that_of_padding(mask: str) -> None:
     """RoBERTa's do, with every mask, and behind a cache, where it would begin anew by itself."""

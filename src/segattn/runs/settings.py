@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from .errors import SettingError
+
+_KINDS: Mapping[type, str] = {Integral: "integers", Real: "numbers", str: "strings"}
 
 
 def check_least(settings: object, least: Mapping[str, int]) -> None:
@@ -20,10 +23,32 @@ def check_least(settings: object, least: Mapping[str, int]) -> None:
     """
     for name, low in least.items():
         value = getattr(settings, name)
-        if value is not None and value < low:
+        if value is None:
+            continue
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number:
+            raise SettingError(name, f"must be a number, got {value!r}")
+        if value < low:
             raise SettingError(name, f"must be at least {low}, got {value}")
         if name == "seed" and value >= 2**32:
             raise SettingError(name, f"must be below 2**32, got {value}")
+
+
+def check_several(settings: object, kinds: Mapping[str, type]) -> None:
+    """Check that settings are tuples or lists of one kind, with at least one entry.
+
+    Args:
+        kinds: setting → Integral, Real or str.
+
+    Raises:
+        SettingError: naming the setting.
+    """
+    for name, kind in kinds.items():
+        values = getattr(settings, name)
+        if not isinstance(values, (tuple, list)) or not all(isinstance(value, kind) for value in values):
+            raise SettingError(name, f"must be a tuple of {_KINDS[kind]}, got {values!r}")
+        if not values:
+            raise SettingError(name, "must name at least one, got none")
 
 
 def check_same(
