@@ -25,6 +25,7 @@ from ..evaluate.settings import Checkpoint
 from ..huggingface.settings import conversion_of, trunk_of
 from ..huggingface.watching import AttentionCall, watched
 from ..train.model import save_model
+from .end_to_end import train_end_to_end
 from .fit import LayerFit, Recipe, fit_layer
 from .kept import FittedLayers, Listener, without_memory
 from .passkeys import convert_where_looked_up, fit_to_passkeys, prompts_for
@@ -76,6 +77,8 @@ def run_adaptation(
     texts = [read_text(name) for name in (adaptation.text, adaptation.eval_text) if name is not None]
     prepare(path.figures, path.checkpoint, resume=resume)
     passkeys = passkeys or Passkeys()
+    if passkeys.rounds and (adaptation.update != "linear" or not adaptation.lookback):
+        raise SettingError("rounds", f"must be 0 with --update delta or --lookback 0, got {passkeys.rounds}")
     settings = asdict(checkpoint) | asdict(adaptation) | asdict(passkeys)
     settings |= {"text_sha256": text_sha256(texts[0]), "eval_text_sha256": text_sha256(texts[-1])}
     saved = _saved(path.checkpoint, settings) if resume and path.checkpoint.exists() else {}
@@ -100,6 +103,8 @@ def run_adaptation(
     for row in report[1:]:
         listener.finished(_said(row))
     stage(kept, listener)
+    if passkeys.rounds:
+        train_end_to_end(loaded, adaptation, passkeys, kept, listener)
     report.append(measure(model, "adapted", held_out))
     listener.finished(_said(report[-1]))
     figures = {
@@ -109,6 +114,7 @@ def run_adaptation(
         "versions": versions(),
         "rows": [row._asdict() for row in report],
         "layers": kept.in_order(),
+        "rounds": kept.rounds,
     }
     write_figures(path.figures, figures)
     _draw(path, figures, model)
