@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,7 +113,7 @@ def train_end_to_end(
     """Take the rounds that are left, each on new prompts: cross-entropy of the answers, over the maps and the gates."""
     model: Any = loaded.model
     attentions = [attentions_of(trunk_of(model))[layer] for layer in conversion_of(model).settings.memory_layers]
-    parameters = [item for each in attentions for item in memory_parameters(each).items()]
+    parameters = [item for attention in attentions for item in memory_parameters(attention).items()]
     if not kept.rounds:
         with torch.no_grad():
             for name, parameter in parameters:
@@ -122,40 +123,51 @@ def train_end_to_end(
     rates = [group["lr"] for group in optimizer.param_groups]
     if kept.optimizer:
         optimizer.load_state_dict(kept.optimizer)
-    steps = PASSES * math.ceil(PROMPTS / BATCH)
-    listener.begin((passkeys.rounds - len(kept.rounds)) * steps)
+    size = PASSES * math.ceil(PROMPTS / BATCH)
+    listener.begin((passkeys.rounds - len(kept.rounds)) * size)
     for number in range(len(kept.rounds), passkeys.rounds):
         generator = torch.Generator().manual_seed(adaptation.seed * 1_000_003 + number)
         prefixes = _new_prompts(loaded, adaptation, passkeys, generator)
         asked: list[tuple[float, Tensor]] = []
-        for i in range(steps):
-            progress = (number * steps + i) / (passkeys.rounds * steps)
+        for step, rows in enumerate(_batches(generator), start=number * size):
+            factor = min(1.0, (step + 1) / size) * 0.5 * (1 + math.cos(math.pi * step / (passkeys.rounds * size)))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = (
-                    rate * min(1.0, (number * steps + i + 1) / steps) * (0.5 + 0.5 * math.cos(math.pi * progress))
-                )
-            if i % (steps // PASSES) == 0:
-                batches = torch.randperm(PROMPTS, generator=generator, device="cpu").split(BATCH)
-            rows = batches[i % len(batches)]
+                group["lr"] = factor * rate
             times = torch.rand(len(rows), generator=generator, dtype=torch.float32, device="cpu")
-            with torch.enable_grad(), trained([x for _, x in parameters]):
-                logits = answer_logits(model, prefixes, rows, passkeys.stretch**times)
-                answers = prefixes.prompts.answers[rows].to(logits.device)
-                loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
-                optimizer.zero_grad()
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_([x for _, x in parameters], LARGEST_NORM)
-            optimizer.step()
-            if i < len(batches):
-                asked.append((loss.item(), logits.detach().argmax(-1) == answers))
+            asked.append(_step(model, optimizer, prefixes, rows, passkeys.stretch**times))
             listener.read(1)
-        right = torch.cat([each for _, each in asked]).float()
-        figures = Round(sum(loss for loss, _ in asked) / len(asked), right.mean().item(), right.amin(1).mean().item())
+        figures = _figures(asked[: size // PASSES])
         kept.add_round(attentions, figures._asdict(), optimizer.state_dict())
-        listener.finished(
-            f"round {number + 1}: {100 * figures.digits:.0f} % of digits, {100 * figures.keys:.0f} % of keys"
-        )
+        right = f"{100 * figures.digits:.0f} % of digits, {100 * figures.keys:.0f} % of keys"
+        listener.finished(f"round {number + 1}: {right}")
+
+
+def _batches(generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the indices of a round's prompts, in batches, as often as they are asked."""
+    for _ in range(PASSES):
+        yield from torch.randperm(PROMPTS, generator=generator, device="cpu").split(BATCH)
+
+
+def _step(
+    model: Any, optimizer: torch.optim.Optimizer, prefixes: Prefixes, rows: Tensor, times: Tensor
+) -> tuple[float, Tensor]:
+    """Take a step of the optimizer; return the loss before it, and which tokens of the answers were right."""
+    parameters = [x for group in optimizer.param_groups for x in group["params"]]
+    with torch.enable_grad(), trained(parameters):
+        logits = answer_logits(model, prefixes, rows, times)
+        answers = prefixes.prompts.answers[rows].to(logits.device)
+        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
+    optimizer.step()
     optimizer.zero_grad()
+    return loss.item(), logits.detach().argmax(-1) == answers
+
+
+def _figures(asked: Sequence[tuple[float, Tensor]]) -> Round:
+    right = torch.cat([each for _, each in asked]).float()
+    loss = sum(loss for loss, _ in asked) / len(asked)
+    return Round(loss, right.mean().item(), right.amin(1).mean().item())
 
 
 def _group(name: str, parameter: Tensor, lr: float) -> dict[str, Any]:
