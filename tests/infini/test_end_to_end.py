@@ -147,8 +147,8 @@ def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("small_rounds")
 def test_the_loss_falls(folder: Path, tmp_path: Path) -> None:
-    rounds = run(folder, tmp_path / "out", rounds=6, round_lr=3e-2)["rounds"]
-    still = run(folder, tmp_path / "still", rounds=6, round_lr=0.0)["rounds"]
+    rounds = run(folder, tmp_path / "out", rounds=4, round_lr=3e-2)["rounds"]
+    still = run(folder, tmp_path / "still", rounds=4, round_lr=0.0)["rounds"]
     assert rounds[-1]["loss"] < still[-1]["loss"] - 1e-3
 
 
