@@ -92,9 +92,9 @@ def run_adaptation(
 
     note(measure(loaded.model, FULL, held_out))
     stage = _convert(loaded, rows, prompts, adaptation, passkeys)
-    kept.restore(loaded.model)
     note(measure(loaded.model, "untrained", held_out))
     note(_window_alone(loaded.model, held_out))
+    kept.restore(loaded.model)
     stage(kept, listener)
     if passkeys.rounds:
         train_end_to_end(loaded, adaptation, passkeys, kept, listener)
