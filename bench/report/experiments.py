@@ -31,6 +31,8 @@ RECALLING = {
     "smollm2-passkeys-window": "window alone",
     "smollm2-passkeys": "memory fitted to passkeys",
     "smollm2-passkeys-long": "memory fitted to passkeys",
+    "smollm2-passkeys-trained": "then trained end to end",
+    "smollm2-passkeys-trained-long": "then trained end to end",
 }
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95

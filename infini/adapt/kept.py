@@ -32,6 +32,8 @@ class Listener(Protocol):
 class FittedLayers:
     """Hold the figures and the parameters of the layers that are fitted, and write them to a file after each.
 
+    So it is after each round of training end to end, with what the optimizer holds.
+
     Args:
         path: of the checkpoint.
         settings: of the run.
@@ -39,12 +41,14 @@ class FittedLayers:
         saved: content of an earlier run's checkpoint; empty: there is none.
     """
 
-    PARTS = ("layers", "tensors", "fingerprint")
+    PARTS = ("layers", "tensors", "fingerprint", "rounds", "optimizer")
 
     def __init__(self, path: Path, settings: Mapping[str, Any], fingerprint: str, saved: Mapping[str, Any]) -> None:
         self.path, self.settings, self.fingerprint = path, dict(settings), fingerprint
         self.layers: dict[int, dict[str, Any]] = dict(saved.get("layers", {}))
         self.tensors: dict[int, dict[str, Tensor]] = dict(saved.get("tensors", {}))
+        self.rounds: list[dict[str, Any]] = list(saved.get("rounds", []))
+        self.optimizer: dict[str, Any] = dict(saved.get("optimizer", {}))
 
     def restore(self, model: Any) -> None:
         """Give a converted model the parameters of the layers that are fitted."""
@@ -60,11 +64,22 @@ class FittedLayers:
 
     def add(self, attention: Any, figures: dict[str, Any]) -> None:
         """Keep a layer that is fitted."""
-        layer = int(attention.layer_idx)
-        self.layers[layer] = figures
-        self.tensors[layer] = {name: x.detach().cpu() for name, x in memory_parameters(attention).items()}
-        content = {"settings": self.settings, "layers": self.layers, "tensors": self.tensors}
-        save_checkpoint(self.path, content | {"fingerprint": self.fingerprint})
+        self.layers[int(attention.layer_idx)] = figures
+        self._save([attention])
+
+    def add_round(self, attentions: Iterable[Any], figures: dict[str, Any], optimizer: dict[str, Any]) -> None:
+        """Keep a round, which has changed all of these layers."""
+        self.rounds.append(figures)
+        self.optimizer = optimizer
+        self._save(attentions)
+
+    def _save(self, attentions: Iterable[Any]) -> None:
+        for attention in attentions:
+            # copies, since later steps change them in place
+            tensors = {name: x.detach().to("cpu", copy=True) for name, x in memory_parameters(attention).items()}
+            self.tensors[int(attention.layer_idx)] = tensors
+        names = ("settings", "layers", "tensors", "fingerprint", "rounds", "optimizer")
+        save_checkpoint(self.path, {name: getattr(self, name) for name in names})
 
     def in_order(self) -> list[dict[str, Any]]:
         """Return the figures of all layers that are fitted."""

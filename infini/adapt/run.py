@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,10 @@ from ..evaluate.settings import Checkpoint
 from ..huggingface.settings import conversion_of, trunk_of
 from ..huggingface.watching import AttentionCall, watched
 from ..train.model import save_model
+from .end_to_end import train_end_to_end
 from .fit import LayerFit, Recipe, fit_layer
 from .kept import FittedLayers, Listener, without_memory
+from .lookups import Prompts
 from .passkeys import convert_where_looked_up, fit_to_passkeys, prompts_for
 from .settings import Adaptation, Passkeys
 
@@ -72,43 +74,78 @@ def run_adaptation(
     Raises:
         SettingError: naming an option that cannot be or, with `resume`, is not the earlier run's.
     """
-    path = Outputs.of(folder)
+    path, passkeys = Outputs.of(folder), passkeys or Passkeys()
     texts = [read_text(name) for name in (adaptation.text, adaptation.eval_text) if name is not None]
     prepare(path.figures, path.checkpoint, resume=resume)
-    passkeys = passkeys or Passkeys()
+    if passkeys.rounds and (adaptation.update != "linear" or not adaptation.lookback):
+        raise SettingError("rounds", f"must be 0 with --update delta or --lookback 0, got {passkeys.rounds}")
     settings = asdict(checkpoint) | asdict(adaptation) | asdict(passkeys)
     settings |= {"text_sha256": text_sha256(texts[0]), "eval_text_sha256": text_sha256(texts[-1])}
-    saved = _saved(path.checkpoint, settings) if resume and path.checkpoint.exists() else {}
-    loaded = load_plain(checkpoint)
-    if saved and saved["fingerprint"] != loaded.about["fingerprint"]:
-        raise SettingError("model", f"must be the earlier run's with --resume, got {checkpoint.model!r}, another one")
+    loaded, kept = _begin(checkpoint, settings, path.checkpoint, resume=resume)
     rows, held_out = _stretches(loaded, texts, adaptation, fitted=not passkeys.prompts)
     prompts = prompts_for(loaded, adaptation, passkeys) if passkeys.prompts else None
-    model = loaded.model.requires_grad_(False)
-    report = [measure(model, FULL, held_out)]
-    listener.finished(_said(report[-1]))
-    options = {name: getattr(adaptation, name) for name in ("segment_len", "lookback", "sinks", "update")}
-    kept = FittedLayers(path.checkpoint, settings, loaded.about["fingerprint"], saved)
-    if prompts is None:
-        convert_named(model, options, memory_maps=adaptation.maps)
-        stage = partial(_fit_to_text, loaded, rows, adaptation)
-    else:
-        lookups = convert_where_looked_up(model, options, prompts, passkeys, adaptation.seed)
-        stage = partial(fit_to_passkeys, loaded, prompts, lookups, adaptation, passkeys)
-    kept.restore(model)
-    report += [measure(model, "untrained", held_out), _window_alone(model, held_out)]
-    for row in report[1:]:
+    report: list[Row] = []
+
+    def note(row: Row) -> None:
+        report.append(row)
         listener.finished(_said(row))
+
+    note(measure(loaded.model, FULL, held_out))
+    stage = _convert(loaded, rows, prompts, adaptation, passkeys)
+    note(measure(loaded.model, "untrained", held_out))
+    note(_window_alone(loaded.model, held_out))
+    kept.restore(loaded.model)
     stage(kept, listener)
-    report.append(measure(model, "adapted", held_out))
-    listener.finished(_said(report[-1]))
+    if passkeys.rounds:
+        train_end_to_end(loaded, adaptation, passkeys, kept, listener)
+    note(measure(loaded.model, "adapted", held_out))
+    return _write(path, loaded, kept, report)
+
+
+# fits the layers that are not kept
+Stage = Callable[[FittedLayers, Listener], None]
+
+
+def _begin(
+    checkpoint: Checkpoint, settings: Mapping[str, Any], path: Path, *, resume: bool
+) -> tuple[Loaded, FittedLayers]:
+    """Load the plain model, frozen, and what an earlier run has kept for it.
+
+    Raises:
+        SettingError: the earlier run was of other settings, or of another model.
+    """
+    saved = _saved(path, settings) if resume and path.exists() else {}
+    loaded = load_plain(checkpoint)
+    fingerprint = loaded.about["fingerprint"]
+    if saved and saved["fingerprint"] != fingerprint:
+        raise SettingError("model", f"must be the earlier run's with --resume, got {checkpoint.model!r}, another one")
+    loaded.model.requires_grad_(False)
+    return loaded, FittedLayers(path, settings, fingerprint, saved)
+
+
+def _convert(
+    loaded: Loaded, rows: Tensor, prompts: Prompts | None, adaptation: Adaptation, passkeys: Passkeys
+) -> Stage:
+    """Convert the model, with a memory where the run fits one, and return the stage that does."""
+    options = {name: getattr(adaptation, name) for name in ("segment_len", "lookback", "sinks", "update")}
+    if prompts is None:
+        convert_named(loaded.model, options, memory_maps=adaptation.maps)
+        return partial(_fit_to_text, loaded, rows, adaptation)
+    lookups = convert_where_looked_up(loaded.model, options, prompts, passkeys, adaptation.seed)
+    return partial(fit_to_passkeys, loaded, prompts, lookups, adaptation, passkeys)
+
+
+def _write(path: Outputs, loaded: Loaded, kept: FittedLayers, report: Sequence[Row]) -> dict[str, Any]:
+    """Write figures, pictures and the model; return the figures."""
+    model: Any = loaded.model
     figures = {
         "command": "adapt",
-        "settings": settings,
+        "settings": kept.settings,
         "model": loaded.about | {"conversion": conversion_of(model).settings.as_entry()},
         "versions": versions(),
         "rows": [row._asdict() for row in report],
         "layers": kept.in_order(),
+        "rounds": kept.rounds,
     }
     write_figures(path.figures, figures)
     _draw(path, figures, model)

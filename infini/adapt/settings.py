@@ -25,10 +25,12 @@ class Adaptation:
     lookback: Annotated[int, "Whole segments that local attention sees before its own, 0 or 1."] = 1
     sinks: Annotated[int, "First tokens of a text that all others see."] = 4
     update: Annotated[str, "Update rule of the memory: delta or linear."] = "delta"
-    maps: Annotated[bool, "Fit maps of the memory's queries and keys too, not its gates alone."] = True
-    length: Annotated[int, "Tokens of each stretch of text that is fitted to."] = 4096
-    rows: Annotated[int, "Stretches to fit to; one more is held out, on which losses are measured."] = 8
-    steps: Annotated[int, "Steps of the optimizer for each layer, each on one stretch."] = 64
+    maps: Annotated[
+        bool, "Fit maps of the memory's queries and keys too, not its gates alone; with --prompts always."
+    ] = True
+    length: Annotated[int, "Tokens of each stretch of text that is fitted to; without --prompts."] = 4096
+    rows: Annotated[int, "Stretches to fit to, and one more that is held out; without --prompts."] = 8
+    steps: Annotated[int, "Steps of the optimizer for each layer, each on one stretch; without --prompts."] = 64
     gate_lr: Annotated[float, "Learning rate of the gates, which falls to 0 as a cosine."] = 5e-2
     map_lr: Annotated[float, "Learning rate of the maps, which falls in the same way."] = 3e-3
     own: Annotated[bool, "Fit each layer on what the fitted layers below it put out, not on the plain model's."] = True
@@ -70,9 +72,17 @@ class Passkeys:
     prompt_layers: Annotated[
         str | None, "Layers that get a memory, such as 10-20 or 0,5,-1. Default: all those of such heads."
     ] = None
+    rounds: Annotated[
+        int, "Rounds of training end to end after the fit, each on 64 new prompts; with --update linear and a lookback."
+    ] = 0
+    round_lr: Annotated[float, "Learning rate of the maps in these rounds, which falls to 0 as a cosine."] = 2e-3
 
     def __post_init__(self) -> None:
-        check_least(self, {"prompts": 0, "prompt_tokens": 2, "prompt_steps": 0})
+        check_least(self, {"prompts": 0, "prompt_tokens": 2, "prompt_steps": 0, "rounds": 0})
+        if self.rounds and not self.prompts:
+            raise SettingError("rounds", f"must be 0 without --prompts, got {self.rounds}")
+        if not (math.isfinite(self.round_lr) and self.round_lr >= 0):
+            raise SettingError("round_lr", f"must be 0 or more, got {self.round_lr}")
         if self.prompts == 1:
             raise SettingError("prompts", "must be 0 or at least 2, one of them held out, got 1")
         if not (math.isfinite(self.stretch) and self.stretch >= 1):

@@ -23,7 +23,8 @@ def adapt(out: Out = FOLDER, resume: Resume = False, **given: Any) -> None:
     The perplexity of a text that was not fitted to is shown beside full attention, the window without a memory,
     and the model before the fit.
     With --prompts the memory is fitted to passkey prompts instead, in those layers that look passkeys up.
-    Ctrl-C leaves the layers that are fitted.
+    With --rounds all its layers are then trained together by the loss of the answers.
+    Ctrl-C leaves the layers that are fitted, and the rounds that are done.
     The model is in OUT/model, for segattn.from_pretrained, and segattn finetune goes on from it.
     """
     checkpoint = out / "checkpoint.pt"

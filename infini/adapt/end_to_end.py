@@ -1,0 +1,184 @@
+"""The stage of an adaptation that trains maps and gates by the loss of the passkey itself, all else frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.memory import memory_write
+from ..evaluate.loading import Loaded
+from ..evaluate.passkey import QUESTION
+from ..huggingface.cache import InfiniCache
+from ..huggingface.settings import GATE, MAP_K, attentions_of, conversion_of, trunk_of
+from .fit import memory_parameters, trained
+from .kept import FittedLayers, Listener
+from .lookups import Prompts, make_prompts
+from .settings import Adaptation, Passkeys
+
+# of a round: its prompts, how often each is asked, and how many are asked in one step
+PROMPTS, PASSES, BATCH = 64, 6, 16
+# biases and gates move so much faster than matrices
+BIAS_FACTOR, GATE_FACTOR = 3.0, 10.0
+# the least β at first: a gate that is shut further has no gradient
+LEAST_GATE = -4.0
+LARGEST_NORM = 1.0
+
+
+class Round(NamedTuple):
+    """The figures of a round, on prompts that were not trained on before: of the first time that each is asked.
+
+    loss: nats of a token of the answer.
+    digits, keys: shares of the answer's tokens, and of whole answers, that are the likeliest.
+    """
+
+    loss: float
+    digits: float
+    keys: float
+
+
+class Prefixes(NamedTuple):
+    """Hold prompts as they are read up to their questions, without gradients.
+
+    asked: int64 [N, R], the tokens from the question on.
+    cache: behind the tokens before.
+    written: for each layer with a memory, the keys before rotary embedding [N, G, T, K] and the values [N, G, T, V]
+        of the tokens that it holds, which are the prompt's first T.
+    """
+
+    prompts: Prompts
+    asked: Tensor
+    cache: InfiniCache
+    written: dict[int, tuple[Tensor, Tensor]]
+
+
+def read_prefixes(model: Any, prompts: Prompts, question: int) -> Prefixes:
+    """Read prompts up to their questions, of which there are `question` tokens before the answer's first.
+
+    Args:
+        model: converted with a lookback, so that the tail of its cache has a whole segment.
+    """
+    settings = conversion_of(model).settings
+    size, time = settings.segment_len, prompts.tokens.shape[1] - prompts.asking + 1 - question
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in settings.memory_layers}
+    cache = InfiniCache(model)
+    with torch.no_grad():
+        # after each segment, which is the last of the tail
+        for part in prompts.tokens[:, :time].to(model.device).split(size, dim=1):
+            trunk_of(model)(input_ids=part, past_key_values=cache, use_cache=True)
+            for layer, parts in kept.items():
+                state = cache.layers[layer].state
+                parts.append((state.memory_keys[:, :, -part.shape[1] :], state.values[:, :, -part.shape[1] :]))
+    folded = (time // size - settings.lookback) * size
+    written = {}
+    for layer, parts in kept.items():
+        k, v = (torch.cat(each, dim=2)[:, :, :folded] for each in zip(*parts, strict=True))
+        written[layer] = k, v
+    return Prefixes(prompts, prompts.tokens[:, time:].to(model.device), cache, written)
+
+
+def answer_logits(model: Any, prefixes: Prefixes, rows: Tensor, times: Tensor) -> Tensor:
+    """Return the logits [B, asking, vocabulary] of the answers to some prompts, with gradients to maps and gates.
+
+    The memory is written anew, by the linear rule. What the tokens before the question are at each layer stays as it
+    was when they were read: that lower layers' memories take part in it has no gradient.
+
+    Args:
+        rows: indices of the prompts, [B].
+        times: the filler before the question is counted so many times, [B].
+    """
+    prompts, cache, attentions = prefixes.prompts, prefixes.cache.copy(), attentions_of(trunk_of(model))
+    cache.reorder_cache(rows)
+    for layer, (k, v) in prefixes.written.items():
+        index, filler = rows.to(k.device), prompts.filler[rows, : k.shape[2]]
+        counts = torch.where(filler, times[:, None], 1.0).to(k.device)[:, None, :, None]
+        features = F.elu(getattr(attentions[layer], MAP_K)(k[index]).float()) + 1
+        memory = memory_write(counts * features, v[index].float(), update="linear", feature_map=None)
+        cache.layers[layer].state = cache.layers[layer].state._replace(memory=memory)
+    asked = prefixes.asked[rows.to(prefixes.asked.device)]
+    # as indices, since what a slice leaves is no matrix, and slow to multiply by the vocabulary
+    rows_asking = torch.arange(asked.shape[1] - prompts.asking, asked.shape[1], device=asked.device)
+    output = model(asked, past_key_values=cache, use_cache=True, logits_to_keep=rows_asking)
+    logits: Tensor = output.logits
+    return logits.float()
+
+
+def train_end_to_end(
+    loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys, kept: FittedLayers, listener: Listener
+) -> None:
+    """Take the rounds that are left, each on new prompts: cross-entropy of the answers, over the maps and the gates."""
+    model: Any = loaded.model
+    attentions = [attentions_of(trunk_of(model))[layer] for layer in conversion_of(model).settings.memory_layers]
+    parameters = [item for attention in attentions for item in memory_parameters(attention).items()]
+    if not kept.rounds:
+        with torch.no_grad():
+            for name, parameter in parameters:
+                if name.startswith(GATE):
+                    parameter.clamp_(min=LEAST_GATE)
+    optimizer = torch.optim.Adam([_group(name, x, passkeys.round_lr) for name, x in parameters], betas=(0.9, 0.98))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if kept.optimizer:
+        optimizer.load_state_dict(kept.optimizer)
+    size = PASSES * math.ceil(PROMPTS / BATCH)
+    listener.begin((passkeys.rounds - len(kept.rounds)) * size)
+    for number in range(len(kept.rounds), passkeys.rounds):
+        generator = torch.Generator().manual_seed(adaptation.seed * 1_000_003 + number)
+        prefixes = _new_prompts(loaded, adaptation, passkeys, generator)
+        asked: list[tuple[float, Tensor]] = []
+        for step, rows in enumerate(_batches(generator), start=number * size):
+            factor = min(1.0, (step + 1) / size) * 0.5 * (1 + math.cos(math.pi * step / (passkeys.rounds * size)))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = factor * rate
+            times = torch.rand(len(rows), generator=generator, dtype=torch.float32, device="cpu")
+            asked.append(_step(model, optimizer, prefixes, rows, passkeys.stretch**times))
+            listener.read(1)
+        figures = _figures(asked[: size // PASSES])
+        kept.add_round(attentions, figures._asdict(), optimizer.state_dict())
+        right = f"{100 * figures.digits:.0f} % of digits, {100 * figures.keys:.0f} % of keys"
+        listener.finished(f"round {number + 1}: {right}")
+
+
+def _batches(generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the indices of a round's prompts, in batches, as often as they are asked."""
+    for _ in range(PASSES):
+        yield from torch.randperm(PROMPTS, generator=generator, device="cpu").split(BATCH)
+
+
+def _step(
+    model: Any, optimizer: torch.optim.Optimizer, prefixes: Prefixes, rows: Tensor, times: Tensor
+) -> tuple[float, Tensor]:
+    """Take a step of the optimizer; return the loss before it, and which tokens of the answers were right."""
+    parameters = [x for group in optimizer.param_groups for x in group["params"]]
+    with torch.enable_grad(), trained(parameters):
+        logits = answer_logits(model, prefixes, rows, times)
+        answers = prefixes.prompts.answers[rows].to(logits.device)
+        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item(), logits.detach().argmax(-1) == answers
+
+
+def _figures(asked: Sequence[tuple[float, Tensor]]) -> Round:
+    right = torch.cat([each for _, each in asked]).float()
+    loss = sum(loss for loss, _ in asked) / len(asked)
+    return Round(loss, right.mean().item(), right.amin(1).mean().item())
+
+
+def _group(name: str, parameter: Tensor, lr: float) -> dict[str, Any]:
+    factor = GATE_FACTOR if name.startswith(GATE) else BIAS_FACTOR if parameter.ndim == 1 else 1.0
+    return {"params": [parameter], "lr": factor * lr}
+
+
+def _new_prompts(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys, generator: torch.Generator) -> Prefixes:
+    """Draw the prompts of a round, all of one length between two thirds and all of `prompt_tokens`, and read them."""
+    longest = passkeys.prompt_tokens
+    length = int(torch.randint(2 * longest // 3, longest + 1, (), generator=generator, device="cpu"))
+    seed = int(torch.randint(2**31, (), generator=generator, device="cpu"))
+    prompts = make_prompts(loaded.tokenizer, PROMPTS, length, adaptation.segment_len, adaptation.lookback, seed)
+    return read_prefixes(loaded.model, prompts, len(loaded.tokenizer.encode("\n" + QUESTION)))

@@ -1,0 +1,165 @@
+"""The training end to end of `segattn adapt`: its gradients are the whole model's, and it goes on after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+from models import make
+
+import segattn
+from segattn.infini.adapt import end_to_end as stage
+from segattn.infini.adapt.end_to_end import answer_logits, read_prefixes
+from segattn.infini.adapt.fit import memory_parameters
+from segattn.infini.adapt.kept import FittedLayers
+from segattn.infini.adapt.lookups import Prompts, make_prompts
+from segattn.infini.adapt.run import run_adaptation
+from segattn.infini.adapt.settings import Adaptation, Passkeys
+from segattn.infini.evaluate.loading import ByteTokenizer
+from segattn.infini.evaluate.passkey import QUESTION
+from segattn.infini.evaluate.settings import Checkpoint
+from segattn.infini.huggingface.settings import attentions_of, trunk_of
+from segattn.runs.errors import SettingError
+from segattn.runs.text import generate_text
+
+L = 16
+ASKED = len(QUESTION) + 1
+
+
+def converted(layers: list[int]) -> Any:
+    """Return a tiny model whose maps and gates have values of their own."""
+    options: dict[str, Any] = {"update": "linear", "lookback": 1, "memory_maps": True, "memory_layers": layers}
+    model = segattn.convert(make(vocab_size=256), L, quiet=True, sinks=3, **options)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for attention in attentions_of(trunk_of(model.requires_grad_(False))):
+            for parameter in memory_parameters(attention).values():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def prompts(length: int = 20 * L + 9) -> Prompts:
+    return make_prompts(ByteTokenizer(), 3, length, L, 1, seed=1)
+
+
+def gradients(model: Any, logits: Tensor, layer: int) -> list[Tensor]:
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    parameters = memory_parameters(attentions_of(trunk_of(model))[layer])
+    return list(torch.autograd.grad((logits * weight).sum(), list(parameters.values()), retain_graph=True))
+
+
+@pytest.mark.parametrize("length", [20 * L + 9, 21 * L - 1])
+def test_logits_and_gradients_are_those_of_the_whole_model(length: int) -> None:
+    model, drawn, rows = converted([0, 1]), prompts(length), torch.tensor([2, 0])
+    prefixes = read_prefixes(model, drawn, ASKED)
+    for attention in attentions_of(trunk_of(model)):
+        for parameter in memory_parameters(attention).values():
+            parameter.requires_grad_(True)
+    ours = answer_logits(model, prefixes, rows, torch.ones(2))
+    whole = model(drawn.tokens[rows], use_cache=False).logits[:, -drawn.asking :]
+    assert torch.allclose(ours, whole, atol=2e-5)
+    # nothing of the last layer reaches its memory, so that nothing is left out
+    for one, other in zip(gradients(model, ours, 1), gradients(model, whole, 1), strict=True):
+        assert other.abs().max() > 0
+        assert torch.allclose(one, other, atol=1e-4 * float(other.abs().max()), rtol=1e-3)
+    # of the layer below, the way through what the last one writes is
+    one, other = (torch.cat([x.flatten() for x in gradients(model, logits, 0)]) for logits in (ours, whole))
+    assert not torch.allclose(one, other, rtol=1e-3)
+
+
+def test_filler_that_is_counted_is_filler_that_is_written_again() -> None:
+    model, drawn = converted([1]), prompts()
+    prefixes, rows = read_prefixes(model, drawn, ASKED), torch.tensor([1])
+    k, v = prefixes.written[1]
+    filler = drawn.filler[1, : k.shape[2]].nonzero().flatten()
+    columns = torch.cat([torch.arange(k.shape[2]), filler, filler])
+    longer = drawn._replace(filler=torch.zeros_like(drawn.filler).repeat(1, 3))
+    repeated = prefixes._replace(prompts=longer, written={1: (k[:, :, columns], v[:, :, columns])})
+    with torch.no_grad():
+        ours = answer_logits(model, prefixes, rows, torch.tensor([3.0]))
+        assert torch.allclose(ours, answer_logits(model, repeated, rows, torch.ones(1)), atol=1e-5)
+        assert not torch.allclose(ours, answer_logits(model, prefixes, rows, torch.ones(1)), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a model of bytes, and running text."""
+    folder: Path = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    make(vocab_size=256).save_pretrained(folder / "plain")
+    (folder / "text.txt").write_text(generate_text(400, seed=1), encoding="utf-8")
+    return folder
+
+
+def run(
+    folder: Path, out: Path, *, resume: bool = False, update: str = "linear", lookback: int = 1, **changes: Any
+) -> dict[str, Any]:
+    adaptation = Adaptation(
+        str(folder / "text.txt"), None, L, lookback, sinks=2, length=5 * L, eval_tokens=100, update=update
+    )
+    sizes = {"prompts": 5, "prompt_tokens": 30 * L, "prompt_steps": 2, "attended": 1e-3, "rounds": 2}
+    passkeys = Passkeys(**sizes | changes)
+    checkpoint = Checkpoint(str(folder / "plain"), "bytes", device="cpu")
+    return run_adaptation(checkpoint, adaptation, out, passkeys=passkeys, resume=resume)
+
+
+@pytest.fixture
+def small_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("PROMPTS", 6), ("PASSES", 2), ("BATCH", 4)):
+        monkeypatch.setattr(stage, name, size)
+
+
+@pytest.mark.usefixtures("small_rounds")
+def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(folder, tmp_path / "whole")
+    fitted = run(folder, tmp_path / "fitted", rounds=0)
+    assert len(whole["rounds"]) == 2
+    assert fitted["rounds"] == []
+    add = FittedLayers.add_round
+
+    def stop(*arguments: Any) -> None:
+        add(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FittedLayers, "add_round", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, tmp_path / "parts")
+    with pytest.raises(SettingError, match="rounds must be the checkpoint's with --resume, 2, got 3"):
+        run(folder, tmp_path / "parts", resume=True, rounds=3)
+    assert run(folder, tmp_path / "parts", resume=True)["rounds"] == whole["rounds"]
+    states = [
+        segattn.from_pretrained(tmp_path / name / "model", quiet=True).state_dict()
+        for name in ("whole", "parts", "fitted")
+    ]
+    for name, weight in states[0].items():
+        assert torch.equal(weight, states[1][name]), name
+    # all maps and gates move, and nothing else
+    changed = {name for name, weight in states[0].items() if not torch.equal(weight, states[2][name])}
+    assert changed == {name for name in states[0] if "segattn" in name}
+
+
+@pytest.mark.usefixtures("small_rounds")
+def test_the_loss_falls(folder: Path, tmp_path: Path) -> None:
+    rounds = run(folder, tmp_path / "out", rounds=4, round_lr=3e-2)["rounds"]
+    still = run(folder, tmp_path / "still", rounds=4, round_lr=0.0)["rounds"]
+    assert rounds[-1]["loss"] < still[-1]["loss"] - 1e-3
+
+
+def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"rounds": -1}, "rounds must be at least 0"),
+        ({"rounds": 1, "prompts": 0}, "rounds must be 0 without --prompts"),
+        ({"rounds": 1, "update": "delta"}, "rounds must be 0 with --update delta or --lookback 0"),
+        ({"rounds": 1, "lookback": 0}, "rounds must be 0 with --update delta or --lookback 0"),
+        ({"round_lr": float("inf")}, "round_lr must be 0 or more"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            run(folder, tmp_path / "out", **changes)
+    assert not (tmp_path / "out" / "adapt.json").exists()
