@@ -33,6 +33,7 @@ RECALLING = {
     "smollm2-passkeys-long": "memory fitted to passkeys",
     "smollm2-passkeys-trained": "then trained end to end",
     "smollm2-passkeys-trained-long": "then trained end to end",
+    "smollm2-passkeys-trained-128k": "then trained end to end",
 }
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
@@ -116,7 +117,7 @@ def _pretrained(folder: Path, file: str) -> str | None:
     for name, title in PRETRAINED.items():
         for path in sorted((folder / "pretrained").glob(f"{name}*/{file}")):
             figures = figures_in(path)
-            rule = path.parent.name.removeprefix(name).removeprefix("-")
+            rule = path.parent.name.removeprefix(name).removeprefix("-").replace("-", ", ")
             rows = [
                 [
                     x["conversion"],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..planner.units import in_bytes
 from ..speed.rows import Row
@@ -70,15 +71,24 @@ def _demo(folder: Path) -> list[list[str]]:
 
 
 def _pretrained(folder: Path) -> list[list[str]]:
-    """Return the share of digits that a pretrained model recalls, and that without a memory, in the longest texts."""
-    names = ("smollm2-passkeys", "smollm2-passkeys-window")
+    """Return the passkeys that a pretrained model recalls from the longest texts, and those without a memory."""
+    names = ("smollm2-passkeys-trained-long", "smollm2-passkeys-window")
     memory, window = (figures_in(folder / "pretrained" / name / "passkey.json") for name in names)
     if memory is None or window is None:
         return []
-    longest = max(cell["length"] for cell in window["cells"])
-    cells = [[cell for cell in figures["cells"] if cell["length"] == longest] for figures in (memory, window)]
-    recalled, alone = (f"{100 * sum(cell['tokens'] for cell in own) / len(own):.0f} %" for own in cells)
-    return [[f"digits of passkeys that SmolLM2 recalls from {longest:,} tokens", recalled, f"without a memory {alone}"]]
+    longest, of_window = (max(cell["length"] for cell in figures["cells"]) for figures in (memory, window))
+    recalled, alone = (
+        _recalled(cell for cell in figures["cells"] if cell["length"] == length)
+        for figures, length in ((memory, longest), (window, of_window))
+    )
+    against = f"without a memory {alone}, from {of_window:,}"
+    return [[f"passkeys that SmolLM2, converted, recalls from {longest:,} tokens", recalled, against]]
+
+
+def _recalled(cells: Iterable[dict[str, Any]]) -> str:
+    """Return how many passkeys of some cells were recalled whole, in words."""
+    right, samples = (sum(x) for x in zip(*((c["exact"] * c["samples"], c["samples"]) for c in cells), strict=True))
+    return f"{round(right)} of {samples}"
 
 
 def _memory_tasks(folder: Path) -> list[list[str]]:

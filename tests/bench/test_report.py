@@ -396,15 +396,16 @@ def test_the_headline_has_a_row_for_each_result_that_is_there(tmp_path: Path, re
     keep(results / "demo" / "figures.json", {"trained_length": 64})
     recall = [{"length": n, "right": right, "samples": 4} for n, right in ((64, 0), (128, 4), (128, 2))]
     keep(results / "demo" / "million.json", {"cells": recall})
-    for name, tokens in (("", (0.9, 0.8)), ("-window", (0.1, 0.2))):
-        cells_of = [{"length": n, "tokens": share} for n, shares in ((9, (0, 0)), (99, tokens)) for share in shares]
+    for name, long, whole in (("-trained-long", 999, (0.9, 0.8)), ("-window", 99, (0.0, 0.1))):
+        lengths = ((9, (0, 0)), (long, whole))
+        cells_of = [{"length": n, "exact": share, "samples": 10} for n, shares in lengths for share in shares]
         keep(results / "pretrained" / f"smollm2-passkeys{name}" / "passkey.json", {"cells": cells_of})
     rows = [row[1:] for row in cells(table("headline", results) or "")[2:]]
     assert rows == [
         ["1.40", "eager loop over segments 1.50, infini-transformer-pytorch 2.50, full attention 5.00"],
         ["1 MiB", "keys and values 64 MiB"],
         ["75.0 % of 8", "trained on 64 tokens"],
-        ["85 %", "without a memory 15 %"],
+        ["17 of 20", "without a memory 1 of 20, from 99"],
         ["100.0 % of 4", "the paper's 98.2 %"],
         ["75.0 % of 4", "the paper's 98.2 %"],
         ["8.00 ± 0.25", "segments alone 5.00 ± 0.25, full attention 6.00 ± 0.25"],
