@@ -210,7 +210,7 @@ def test_what_is_said_of_the_book_is_in_the_results() -> None:
 
 def test_figures_of_the_baselines_are_in_the_results() -> None:
     figures = json.loads((RESULTS / "baselines" / "baselines.json").read_text(encoding="utf-8"))
-    assert (figures["setup"]["steps"], figures["setup"]["seeds"]) == (600, 3)
+    assert (figures["setup"]["steps"], figures["setup"]["seeds"]) == (1000, 5)
     assert all(kept["counted"] == kept["bytes"] for kept in figures["kept"].values())
     infini = figures["papers"][-1]
     assert f"{infini['counted_fewer']:.1f} times fewer numbers than Memorizing Transformers" in PROSE["results.md"]
