@@ -72,7 +72,7 @@ def _demo(folder: Path) -> list[list[str]]:
 
 def _pretrained(folder: Path) -> list[list[str]]:
     """Return the passkeys that a pretrained model recalls from the longest texts, and those without a memory."""
-    names = ("smollm2-passkeys-trained-long", "smollm2-passkeys-window")
+    names = ("smollm2-passkeys-trained-128k", "smollm2-passkeys-window")
     memory, window = (figures_in(folder / "pretrained" / name / "passkey.json") for name in names)
     if memory is None or window is None:
         return []

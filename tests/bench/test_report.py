@@ -396,7 +396,7 @@ def test_the_headline_has_a_row_for_each_result_that_is_there(tmp_path: Path, re
     keep(results / "demo" / "figures.json", {"trained_length": 64})
     recall = [{"length": n, "right": right, "samples": 4} for n, right in ((64, 0), (128, 4), (128, 2))]
     keep(results / "demo" / "million.json", {"cells": recall})
-    for name, long, whole in (("-trained-long", 999, (0.9, 0.8)), ("-window", 99, (0.0, 0.1))):
+    for name, long, whole in (("-trained-128k", 999, (0.9, 0.8)), ("-window", 99, (0.0, 0.1))):
         lengths = ((9, (0, 0)), (long, whole))
         cells_of = [{"length": n, "exact": share, "samples": 10} for n, shares in lengths for share in shares]
         keep(results / "pretrained" / f"smollm2-passkeys{name}" / "passkey.json", {"cells": cells_of})
