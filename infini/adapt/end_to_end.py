@@ -92,7 +92,7 @@ def answer_logits(model: Any, prefixes: Prefixes, rows: Tensor, times: Tensor) -
         times: the filler before the question is counted so many times, [B].
     """
     prompts, cache, attentions = prefixes.prompts, prefixes.cache.copy(), attentions_of(trunk_of(model))
-    cache.reorder_cache(rows)
+    cache.batch_select_indices(rows)
     for layer, (k, v) in prefixes.written.items():
         index, filler = rows.to(k.device), prompts.filler[rows, : k.shape[2]]
         counts = torch.where(filler, times[:, None], 1.0).to(k.device)[:, None, :, None]
