@@ -34,6 +34,7 @@ RECALLING = {
     "smollm2-passkeys-trained": "then trained end to end",
     "smollm2-passkeys-trained-long": "then trained end to end",
     "smollm2-passkeys-trained-128k": "then trained end to end",
+    "smollm2-passkeys-trained-1m": "then trained end to end",
 }
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
