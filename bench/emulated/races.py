@@ -49,7 +49,7 @@ class Order:
     has waited for. instructions: of the program, and executed: the index of the one at each time of the clock.
     """
 
-    def __init__(self, lanes: int, threads: int, instructions: Sequence[Instruction] = ()) -> None:
+    def __init__(self, lanes: int, threads: int, instructions: Sequence[Instruction]) -> None:
         thread = np.arange(lanes, dtype=np.int64) % threads
         self.now, self.threads = 2, threads
         self.instructions, self.executed = instructions, array("i", (0, 0, 0))

@@ -1,5 +1,6 @@
 """Tiny models with random weights, of every type that the support table has."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ _EXPERTS = {
     **{"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
     **{"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1},
 }
+from segattn.runs.text import generate_text
 
 
 def _sizes(*absent: str, experts: bool = False, **more: Any) -> dict[str, Any]:
@@ -180,3 +182,10 @@ def open_gates(model: transformers.PreTrainedModel, seed: int = 0) -> None:
 def tokens(batch: int, time: int, seed: int = 0) -> torch.Tensor:
     """Return random token ids [B, T], none of them special."""
     return torch.randint(3, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def save_plain(folder: Path) -> None:
+    """Save a small model of bytes as folder/plain, and running text as folder/text.txt."""
+    torch.manual_seed(0)
+    make(vocab_size=256).save_pretrained(folder / "plain")
+    (folder / "text.txt").write_text(generate_text(400, seed=1), encoding="utf-8")

@@ -13,7 +13,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.cli.main")
-from models import NAMES, make
+from models import NAMES, make, save_plain
 from typer.testing import CliRunner, Result
 
 import segattn
@@ -122,9 +122,7 @@ def test_a_layer_is_fitted(options: dict[str, Any]) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a model of bytes, and running text."""
     folder: Path = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    make(vocab_size=256).save_pretrained(folder / "plain")
-    (folder / "text.txt").write_text(generate_text(400, seed=1), encoding="utf-8")
+    save_plain(folder)
     (folder / "other.txt").write_text(generate_text(80, seed=2), encoding="utf-8")
     return folder
 

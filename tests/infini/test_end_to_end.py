@@ -11,7 +11,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-from models import make
+from models import make, save_plain
 
 import segattn
 from segattn.infini.adapt import end_to_end as stage
@@ -26,7 +26,6 @@ from segattn.infini.evaluate.passkey import QUESTION
 from segattn.infini.evaluate.settings import Checkpoint
 from segattn.infini.huggingface.settings import attentions_of, trunk_of
 from segattn.runs.errors import SettingError
-from segattn.runs.text import generate_text
 
 L = 16
 ASKED = len(QUESTION) + 1
@@ -91,9 +90,7 @@ def test_filler_that_is_counted_is_filler_that_is_written_again() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a model of bytes, and running text."""
     folder: Path = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    make(vocab_size=256).save_pretrained(folder / "plain")
-    (folder / "text.txt").write_text(generate_text(400, seed=1), encoding="utf-8")
+    save_plain(folder)
     return folder
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.cli.main")
-from models import make
+from models import make, save_plain
 from typer.testing import CliRunner
 
 import segattn
@@ -29,7 +29,6 @@ from segattn.infini.evaluate.settings import Checkpoint
 from segattn.infini.huggingface.settings import attentions_of, conversion_of, trunk_of
 from segattn.infini.huggingface.watching import AttentionCall, watched
 from segattn.runs.errors import SettingError
-from segattn.runs.text import generate_text
 
 L = 16
 
@@ -187,9 +186,7 @@ def test_a_fit_finds_what_is_stated() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a model of bytes, and running text."""
     folder: Path = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    make(vocab_size=256).save_pretrained(folder / "plain")
-    (folder / "text.txt").write_text(generate_text(400, seed=1), encoding="utf-8")
+    save_plain(folder)
     return folder
 
 
