@@ -78,8 +78,7 @@ class FittedLayers:
             # copies, since later steps change them in place
             tensors = {name: x.detach().to("cpu", copy=True) for name, x in memory_parameters(attention).items()}
             self.tensors[int(attention.layer_idx)] = tensors
-        names = ("settings", "layers", "tensors", "fingerprint", "rounds", "optimizer")
-        save_checkpoint(self.path, {name: getattr(self, name) for name in names})
+        save_checkpoint(self.path, {name: getattr(self, name) for name in ("settings", *self.PARTS)})
 
     def in_order(self) -> list[dict[str, Any]]:
         """Return the figures of all layers that are fitted."""
