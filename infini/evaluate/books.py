@@ -10,7 +10,7 @@ import torch
 
 from .loading import Loaded
 from .needle import plain_words
-from .reading import cache_bytes, decode, read, read_on
+from .reading import cache_bytes, decode, read
 from .retrieval import RetrievalCell
 
 # tokens that are decoded beyond an answer's, in which it may stand too
@@ -79,7 +79,7 @@ def measure_books(
         hits.append([])
         for asked in book.asked:
             answer = list(asked.answer)
-            asking = read_on(model, reading, torch.tensor([list(asked.question)]))
+            asking = read(model, torch.tensor([list(asked.question)]), after=reading)
             said = decode(model, asking, len(answer) + EXTRA)[0].tolist()
             right = plain_words(tokenizer.decode(answer)) in plain_words(tokenizer.decode(said))
             hits[-1].append((right, sum(a == b for a, b in zip(answer, said, strict=False)) / len(answer)))

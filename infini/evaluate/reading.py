@@ -83,12 +83,19 @@ def cache_bytes(cache: Any) -> int:
 
 @torch.no_grad()
 def read(
-    model: nn.Module, tokens: Tensor, *, piece: int | None = None, on_tokens: Callable[[int], None] = lambda count: None
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    after: Reading | None = None,
+    piece: int | None = None,
+    on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Reading:
-    """Read tokens [B, T] from the beginning; logits are computed for a piece's last token alone where a model can.
+    """Read tokens [B, T]; logits are computed for a piece's last token alone where a model can.
 
     Args:
         model: a causal language model that keeps a cache, converted or not; in evaluation mode.
+        after: the text that they follow, in B rows or in one that all of them follow; its cache stays as it is, for
+            others to go on from. None: they are the beginning.
         piece: tokens read at once, whole segments; None: about 4096.
         on_tokens: called after each piece with the number of its tokens.
 
@@ -96,21 +103,12 @@ def read(
         ValueError: `piece` is not whole segments, the text is empty, or the model keeps no cache.
     """
     _check_text(tokens, 1)
-    device, keep, cache = _device(model), _last_only(model), None
+    device, keep, cache = _device(model), _last_only(model), None if after is None else _copied(after, len(tokens))
     for part in tokens.split(piece_len(model, piece), dim=1):
         output = _advance(model, part.to(device), cache, keep)
         cache = output.past_key_values
         on_tokens(part.numel())
     return Reading(output.logits[:, -1], cache)
-
-
-@torch.no_grad()
-def read_on(model: nn.Module, reading: Reading, tokens: Tensor) -> Reading:
-    """Read tokens [B, T] after a text whose own cache stays as it is, for others to go on from."""
-    _check_text(tokens, 1)
-    cache = reading.cache.copy() if hasattr(reading.cache, "copy") else copy.deepcopy(reading.cache)
-    output = _advance(model, tokens.to(_device(model)), cache, _last_only(model))
-    return Reading(output.logits[:, -1], output.past_key_values)
 
 
 @torch.no_grad()
@@ -150,6 +148,14 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the loss, float32 [B, T], of logits [B, T, vocabulary] and targets [B, T]."""
     rows = zip(logits.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS), strict=True)
     return torch.cat([F.cross_entropy(x.float(), y.long(), reduction="none") for x, y in rows]).view(targets.shape)
+
+
+def _copied(reading: Reading, rows: int) -> Any:
+    """Return a copy of a reading's cache, of as many rows."""
+    cache = reading.cache.copy() if hasattr(reading.cache, "copy") else copy.deepcopy(reading.cache)
+    if len(reading.logits) < rows:
+        cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def _advance(model: nn.Module, part: Tensor, cache: Any, keep: dict[str, int]) -> Any:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .reading import cache_bytes, decode, longest_text, read
+from .reading import Reading, cache_bytes, decode, longest_text, read, segment_len_of
 
 
 class Prompt(NamedTuple):
@@ -56,6 +56,16 @@ class RetrievalCell(NamedTuple):
     seconds: float
 
 
+class Beginning(NamedTuple):
+    """Hold the tokens [n] that prompts begin with alike, and a model after them; None where there are none."""
+
+    tokens: Tensor
+    reading: Reading | None
+
+
+NO_BEGINNING = Beginning(torch.empty(0, dtype=torch.int64, device="cpu"), None)
+
+
 def measure(
     model: nn.Module,
     task: RetrievalTask,
@@ -66,9 +76,12 @@ def measure(
     seed: int = 0,
     batch: int = 1,
     piece: int | None = None,
+    earlier: Beginning = NO_BEGINNING,
     on_tokens: Callable[[int], None] = lambda count: None,
-) -> RetrievalCell:
+) -> tuple[RetrievalCell, Beginning]:
     """Measure one cell by greedy decoding; its prompts depend on seed, length and depth alone.
+
+    A converted model, whose cache is small, reads once what all prompts begin with.
 
     Args:
         length: tokens of a prompt, without the answer.
@@ -76,27 +89,38 @@ def measure(
         samples: number of prompts.
         batch: prompts read at once.
         piece: tokens of each that are read at once; None: about 4096.
-        on_tokens: called with the number of tokens of each piece.
+        earlier: the beginning of another cell's prompts, which these may begin with.
+        on_tokens: called with the number of tokens of each piece, and of what need not be read again.
+
+    Returns:
+        The cell, and what its prompts begin with.
 
     Raises:
         ValueError: the model has too few positions, or `piece` is not whole segments.
     """
     begin = time.perf_counter()
     generator = torch.Generator().manual_seed((seed * 1_000_003 + length) * 1009 + round(1000 * depth))
+    prompts = [task.prompt(length, depth, generator) for _ in range(samples)]
+    check_positions(model, length + max(len(prompt.answer) for prompt in prompts) + task.extra)
+    tokens = torch.tensor([prompt.tokens for prompt in prompts], device="cpu")
+    beginning, segment = NO_BEGINNING, segment_len_of(model)
+    if segment is not None:
+        shared = tokens[0, : _shared(tokens, min(prompt.start for prompt in prompts), segment)]
+        # each token counts for all the prompts that need not read it
+        beginning = _read_beginning(model, shared, earlier, piece, lambda count: on_tokens(count * samples))
     right, hits, held = 0, 0.0, 0
-    for first in range(0, samples, batch):
-        group = [task.prompt(length, depth, generator) for _ in range(min(batch, samples - first))]
+    for rows in torch.arange(samples, device="cpu").split(batch):
+        group = [prompts[row] for row in rows.tolist()]
         steps = max(len(prompt.answer) for prompt in group) + task.extra
-        check_positions(model, length + steps)
-        tokens = torch.tensor([prompt.tokens for prompt in group], device="cpu")
-        reading = read(model, tokens, piece=piece, on_tokens=on_tokens)
+        rest = tokens[rows, len(beginning.tokens) :]
+        reading = read(model, rest, after=beginning.reading, piece=piece, on_tokens=on_tokens)
         held = max(held, cache_bytes(reading.cache) // len(group))
         said = decode(model, reading, steps)
         for prompt, answer in zip(group, said.tolist(), strict=True):
             right += task.right(prompt, answer)
             hits += _share(prompt.answer, answer)
     seconds = round(time.perf_counter() - begin, 3)
-    return RetrievalCell(length, depth, samples, right / samples, hits / samples, held, seconds)
+    return RetrievalCell(length, depth, samples, right / samples, hits / samples, held, seconds), beginning
 
 
 def measure_grid(
@@ -124,9 +148,10 @@ def measure_grid(
     """
     cells = {(cell.length, cell.depth): cell for cell in done}
     for length in lengths:
+        beginning = NO_BEGINNING
         for depth in depths:
             if (length, depth) not in cells:
-                cells[length, depth] = measure(
+                cells[length, depth], beginning = measure(
                     model,
                     task,
                     length,
@@ -135,10 +160,32 @@ def measure_grid(
                     seed=seed,
                     batch=batch,
                     piece=piece,
+                    earlier=beginning,
                     on_tokens=on_tokens,
                 )
                 on_cell(cells[length, depth], in_order(cells.values()))
     return in_order(cells.values())
+
+
+def _shared(tokens: Tensor, most: int, segment: int) -> int:
+    """Return how many tokens the rows of [N, T] begin with alike: whole segments, and at most so many."""
+    alike = (tokens[:, :most] == tokens[0, :most]).all(dim=0)
+    count = most if alike.all() else int(alike.int().argmin())
+    return count - count % segment
+
+
+def _read_beginning(
+    model: nn.Module, tokens: Tensor, earlier: Beginning, piece: int | None, on_tokens: Callable[[int], None]
+) -> Beginning:
+    """Read tokens [n], after the earlier beginning where they begin with it."""
+    known = len(earlier.tokens)
+    if not known or not torch.equal(tokens[:known], earlier.tokens):
+        known, earlier = 0, NO_BEGINNING
+    on_tokens(known)
+    if len(tokens) == known:
+        return earlier
+    new = tokens[None, known:]
+    return Beginning(tokens, read(model, new, after=earlier.reading, piece=piece, on_tokens=on_tokens))
 
 
 def in_order(cells: Iterable[RetrievalCell]) -> list[RetrievalCell]:

@@ -43,7 +43,7 @@ from segattn.infini.evaluate.perplexity import (
     widths,
 )
 from segattn.infini.evaluate.plots import plot_perplexity
-from segattn.infini.evaluate.reading import cache_bytes, decode, losses, piece_len, read, read_on
+from segattn.infini.evaluate.reading import cache_bytes, decode, losses, piece_len, read
 from segattn.infini.evaluate.retrieval import RetrievalCell, measure, measure_grid
 from segattn.infini.evaluate.runs import Outputs, run_passkey
 from segattn.infini.evaluate.settings import Grid, Source
@@ -370,11 +370,11 @@ def test_documents_of_a_text() -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_who_knows_the_key_scores_full(batch: int) -> None:
     task, model = PasskeyText(ByteTokenizer()), Answerer()
-    cell = measure(model, task, 500, 0.25, samples=4, batch=batch, piece=64)
+    cell, _ = measure(model, task, 500, 0.25, samples=4, batch=batch, piece=64)
     assert (cell.exact, cell.tokens, cell.samples) == (1.0, 1.0, 4)
     assert cell.cache_bytes == 64
     assert max(model.pieces) == 64
-    liar = measure(Answerer(wrong=True), task, 500, 0.25, samples=4, batch=batch)
+    liar, _ = measure(Answerer(wrong=True), task, 500, 0.25, samples=4, batch=batch)
     assert (liar.exact, liar.tokens) == (0.0, 0.0)
 
 
@@ -388,6 +388,32 @@ def test_cells_depend_on_their_place_alone() -> None:
     both = measure_grid(model, task, [300, 350], [0.0, 1.0], **options)
     assert [(cell.length, cell.depth) for cell in both] == [(300, 0.0), (300, 1.0), (350, 0.0), (350, 1.0)]
     assert untimed(measure_grid(model, task, [350], [1.0], **options)) == untimed(both[3:])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_what_prompts_begin_with_is_read_once(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, task, length, depths = converted().double(), PasskeyText(ByteTokenizer()), 700, [0.1, 0.6, 0.9]
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(args[0].numel()), with_kwargs=True)
+    ends: list[Tensor] = []
+
+    def remember(model: Any, reading: Any, steps: int) -> Tensor:
+        ends.extend(reading.logits)
+        return torch.zeros(len(reading.logits), steps, dtype=torch.int64)
+
+    prompts: list[Any] = []
+    made = task.prompt
+    monkeypatch.setattr(task, "prompt", lambda *given: prompts.append(made(*given)) or prompts[-1])
+    monkeypatch.setattr(retrieval, "decode", remember)
+    counted: list[int] = []
+    measure_grid(model, task, [length], depths, samples=3, seed=4, batch=batch, on_tokens=counted.append)
+    read_in_all = sum(sizes)
+    for prompt, logits in zip(prompts, ends, strict=True):
+        whole = read(model, torch.tensor([prompt.tokens]))
+        assert (logits - whole.logits[0]).abs().max() < 1e-10
+    shared = [prompts[3 * i].start // L * L for i in range(3)]
+    assert read_in_all == shared[2] + 3 * sum(length - n for n in shared)
+    assert sum(counted) == 3 * 3 * length
 
 
 def invoke(*arguments: Any) -> Result:
@@ -794,16 +820,17 @@ def test_a_book_is_read_once_for_all_questions() -> None:
 def test_a_question_goes_on_from_the_book(kind: str) -> None:
     """One question adds nothing to what the next one sees."""
     model = (converted() if kind == "converted" else tiny()).double()
-    tokens, first, second = (torch.randint(256, (1, n)) for n in (5 * L + 7, 9, L + 3))
+    tokens, first, second = (torch.randint(256, shape) for shape in ((1, 5 * L + 7), (1, 9), (3, L + 3)))
     reading = read(model, tokens, piece=L)
     kept = cache_bytes(reading.cache)
     for asked in (first, second, first):
-        asking = read_on(model, reading, asked)
+        asking = read(model, asked, after=reading)
         said = decode(model, asking, 4)
         with torch.no_grad():
-            whole = model(torch.cat([tokens, asked], dim=1), use_cache=False).logits[:, -1]
+            texts = torch.cat([tokens.expand(len(asked), -1), asked], dim=1)
+            whole = model(texts, use_cache=False).logits[:, -1]
         assert (asking.logits - whole).abs().max() < 1e-10
-        assert said.shape == (1, 4)
+        assert said.shape == (len(asked), 4)
     assert cache_bytes(reading.cache) == kept
 
 
