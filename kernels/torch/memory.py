@@ -39,9 +39,13 @@ def feature_map_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return σ(x) = ELU(x) + 1 in `dtype`, as σ'(x) (1 + max(x, 0)) so that small values keep their digits."""
+    """Return σ(x) = ELU(x) + 1 in `dtype`, as σ'(x) (1 + max(x, 0)) so that small values keep their digits.
+
+    It is contiguous, whatever x is, as products of matrices then need no copy of it.
+    """
     x = x.to(dtype)
-    return feature_map_backward(x.relu().add_(1), x)
+    above = torch.clamp_min(x, 0, out=x.new_empty(x.shape)).add_(1)
+    return torch.ops.aten.elu_backward.grad_input(above, 1, 1, 1, False, x, grad_input=above)
 
 
 def inverse_weight(features: Tensor, z: Tensor, inverse_peak: Tensor) -> Tensor:
@@ -50,8 +54,20 @@ def inverse_weight(features: Tensor, z: Tensor, inverse_peak: Tensor) -> Tensor:
     The sum of products is faster than a product of matrices with one column.
     """
     weight = (features * z.unsqueeze(-2)).sum(-1, keepdim=True)
-    least = least_weight(features.amax(-1, keepdim=True), inverse_peak.unsqueeze(-2))
+    if _is_moderate(z) and _is_moderate(inverse_peak):
+        # σ z is not small beside σ then
+        least = torch.finfo(weight.dtype).tiny
+    else:
+        least = least_weight(features.amax(-1, keepdim=True), inverse_peak.unsqueeze(-2))
     return torch.where(weight.abs() >= least, weight.reciprocal(), 0)
+
+
+def _is_moderate(x: Tensor) -> bool:
+    """Return whether all numbers are known to lie between 1 / `_FAR` and it: on a CPU, where nothing waits for them."""
+    if x.device.type != "cpu":
+        return False
+    least, largest = x.aminmax()
+    return least.item() >= 1 / _FAR and largest.item() <= _FAR
 
 
 def _is_zero(*tensors: Tensor) -> bool:
@@ -66,10 +82,11 @@ def _blocks(x: Tensor, dims: int) -> list[tuple[slice, ...]]:
     """
     room = _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // max(1, math.prod(x.shape[dims:]))
     cuts = []
-    for length in x.shape[:dims][::-1]:
-        size = max(1, min(room, length))
+    for dim in reversed(range(dims)):
+        # of two or three segments, heads would be copied to lie side by side, for few passes less
+        size = 1 if dim == 0 and room < 4 else max(1, min(room, x.shape[dim]))
         room //= size
-        cuts.append([slice(i, i + size) for i in range(0, length, size)])
+        cuts.append([slice(i, i + size) for i in range(0, x.shape[dim], size)])
     return [part[::-1] for part in itertools.product(*cuts)]
 
 
@@ -294,14 +311,6 @@ def _queries(q: Tensor, z: Tensor, inverse_peak: Tensor) -> tuple[Tensor, Tensor
     features = feature_map(q, z.dtype)
     inverse = inverse_weight(features, z.unsqueeze(2), inverse_peak.unsqueeze(2))
     return features, inverse, inverse != 0
-
-
-def _is_moderate(x: Tensor) -> bool:
-    """Return whether all numbers are known to lie between 1 / `_FAR` and it: on a CPU, where nothing waits for them."""
-    if x.device.type != "cpu":
-        return False
-    least, largest = x.aminmax()
-    return 1 / _FAR <= least.item() and largest.item() <= _FAR
 
 
 def blend_one_query(local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor) -> Tensor | None:
