@@ -85,9 +85,9 @@ def segment_decode(
     check.check_sinks(count, sink_k, sink_v, q.shape[0], None, k, v)
     if sink_seen is not None and sink_k is None:
         raise ValueError("sink_seen needs sink_k and sink_v, got sink_k=None")
-    check_per_row("lengths", lengths, "[B]", q.shape[0], (torch.int32, torch.int64), q)
-    check_per_row("sink_seen", sink_seen, "[B]", q.shape[0], (torch.bool,), q)
-    check_per_row("counters", counters, "[B · G]", k.shape[0] * k.shape[1], (torch.int32,), q)
+    _check_per_row("lengths", lengths, "[B]", q.shape[0], (torch.int32, torch.int64), q)
+    _check_per_row("sink_seen", sink_seen, "[B]", q.shape[0], (torch.bool,), q)
+    _check_per_row("counters", counters, "[B · G]", k.shape[0] * k.shape[1], (torch.int32,), q)
     if counters is not None and not counters.is_contiguous():
         raise ValueError(f"counters must be contiguous, got strides {list(counters.stride())}")
     tensors = (q, k, v, gate, memory_q, sink_k, sink_v, *biases, *(state or ()))
@@ -115,7 +115,7 @@ def segment_decode(
     return run(chosen, q, k, v, memory_q, gate, state, lengths, sinks, biases, counters, options)
 
 
-def check_per_row(name: str, x: object, letters: str, size: int, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:
+def _check_per_row(name: str, x: object, letters: str, size: int, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:
     """Check that an argument is None, or a tensor of so many numbers of one of these dtypes on q's device."""
     if x is None:
         return

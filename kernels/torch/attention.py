@@ -119,8 +119,10 @@ def blend(local: Tensor, memory_q: Tensor, state: MemoryState, gate: Tensor, opt
     keep_gate = options.empty_memory == "gated"
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return read_and_blend(local, memory_q, *state, gate, keep_gate)
-    if local.shape[2] == 1 and (blended := blend_one_query(local, memory_q, *state, gate)) is not None:
-        return blended
+    if local.shape[2] == 1:
+        blended = blend_one_query(local, memory_q, state.memory, state.normalizer, gate)
+        if blended is not None:
+            return blended
     # nothing is kept for a backward, so the result takes local attention's place
     return blend_into(local, local, memory_q, state.memory, state.normalizer, gate, keep_gate)
 

@@ -44,8 +44,7 @@ def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
     It is contiguous, whatever x is, as products of matrices then need no copy of it.
     """
     x = x.to(dtype)
-    above = torch.clamp_min(x, 0, out=x.new_empty(x.shape)).add_(1)
-    return torch.ops.aten.elu_backward.grad_input(above, 1, 1, 1, False, x, grad_input=above)
+    return feature_map_backward(torch.clamp_min(x, 0, out=x.new_empty(x.shape)).add_(1), x)
 
 
 def inverse_weight(features: Tensor, z: Tensor, inverse_peak: Tensor) -> Tensor:
@@ -56,10 +55,10 @@ def inverse_weight(features: Tensor, z: Tensor, inverse_peak: Tensor) -> Tensor:
     weight = (features * z.unsqueeze(-2)).sum(-1, keepdim=True)
     if _is_moderate(z) and _is_moderate(inverse_peak):
         # σ z is not small beside σ then
-        least = torch.finfo(weight.dtype).tiny
+        filled = weight.abs() >= torch.finfo(weight.dtype).tiny
     else:
-        least = least_weight(features.amax(-1, keepdim=True), inverse_peak.unsqueeze(-2))
-    return torch.where(weight.abs() >= least, weight.reciprocal(), 0)
+        filled = weight.abs() >= least_weight(features.amax(-1, keepdim=True), inverse_peak.unsqueeze(-2))
+    return torch.where(filled, weight.reciprocal(), 0)
 
 
 def _is_moderate(x: Tensor) -> bool:
