@@ -30,10 +30,10 @@ def without_autocast(f: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(f)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if not tensors or not autocast_holds(tensors[0].device.type):
+        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if first is None or not autocast_holds(first.device.type):
             return f(*args, **kwargs)
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with torch.autocast(first.device.type, enabled=False):
             return f(*args, **kwargs)
 
     return wrapped

@@ -65,7 +65,8 @@ def segment_decode(
         TypeError, ValueError: naming the argument, what it must be, and what it was.
         RuntimeError: gradients are wanted, or forward-mode differentiation of another backend than "reference".
     """
-    if isinstance(q, Tensor) and autocast_holds(q.device.type):
+    autocasts = isinstance(q, Tensor) and autocast_holds(q.device.type)
+    if autocasts:
         q, k, v = autocast(q), autocast(k), autocast(v)
         memory_q, sink_k, sink_v = (None if x is None else autocast(x) for x in (memory_q, sink_k, sink_v))
     check.check_tokens(q, k, v)
@@ -84,20 +85,9 @@ def segment_decode(
     check.check_sinks(count, sink_k, sink_v, q.shape[0], None, k, v)
     if sink_seen is not None and sink_k is None:
         raise ValueError("sink_seen needs sink_k and sink_v, got sink_k=None")
-    for name, x, letters, shape, dtypes in (
-        ("lengths", lengths, "[B]", (q.shape[0],), (torch.int32, torch.int64)),
-        ("sink_seen", sink_seen, "[B]", (q.shape[0],), (torch.bool,)),
-        ("counters", counters, "[B · G]", (k.shape[0] * k.shape[1],), (torch.int32,)),
-    ):
-        if x is None:
-            continue
-        if not isinstance(x, Tensor) or x.dtype not in dtypes:
-            wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-            got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-            article = "a" if wanted == "bool" else "an"
-            raise TypeError(f"{name} must be {article} {wanted} tensor, got {got}")
-        check.check_shape(name, x, letters, shape)
-        check.check_device(name, x, "q", q)
+    _check_per_row("lengths", lengths, "[B]", q.shape[0], (torch.int32, torch.int64), q)
+    _check_per_row("sink_seen", sink_seen, "[B]", q.shape[0], (torch.bool,), q)
+    _check_per_row("counters", counters, "[B · G]", k.shape[0] * k.shape[1], (torch.int32,), q)
     if counters is not None and not counters.is_contiguous():
         raise ValueError(f"counters must be contiguous, got strides {list(counters.stride())}")
     tensors = (q, k, v, gate, memory_q, sink_k, sink_v, *biases, *(state or ()))
@@ -121,7 +111,20 @@ def segment_decode(
     )
     memory_q = q if memory_q is None else memory_q
     sinks = _sinks(sink_k, sink_v, sink_seen, chosen)
-    return _run(chosen, q, k, v, memory_q, gate, state, lengths, sinks, biases, counters, options)
+    run = without_autocast(_run) if autocasts else _run
+    return run(chosen, q, k, v, memory_q, gate, state, lengths, sinks, biases, counters, options)
+
+
+def _check_per_row(name: str, x: object, letters: str, size: int, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:
+    """Check that an argument is None, or a tensor of so many numbers of one of these dtypes on q's device."""
+    if x is None:
+        return
+    if not isinstance(x, Tensor) or x.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be {'a' if wanted == 'bool' else 'an'} {wanted} tensor, got {got}")
+    check.check_shape(name, x, letters, (size,))
+    check.check_device(name, x, "q", q)
 
 
 def _sinks(k: Tensor | None, v: Tensor | None, seen: Tensor | None, backend: str) -> Sinks | None:
@@ -138,7 +141,6 @@ def _sinks(k: Tensor | None, v: Tensor | None, seen: Tensor | None, backend: str
     return Sinks(k, v, seen)
 
 
-@without_autocast
 def _run(
     backend: str, q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor, gate: Tensor | None, state: MemoryState | None,
     lengths: Tensor | None, sinks: Sinks | None, biases: HeadBiases, counters: Tensor | None, options: Options,

@@ -71,7 +71,7 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 def check_shape(name: str, x: Tensor, letters: str, shape: Sequence[int]) -> None:
     """Check that a tensor has a shape, which the error shows as letters and as numbers."""
-    if tuple(x.shape) != tuple(shape):
+    if x.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {letters} = {list(shape)}, got {list(x.shape)}")
 
 
@@ -121,27 +121,25 @@ def check_biases(sink_logits: Tensor | None, alibi_slopes: Tensor | None, q: Ten
             check_per_head(name, x, q)
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes must not require gradients, which they do not get: pass alibi_slopes.detach()")
-    dtype = state_dtype(q)
-    return HeadBiases(*(None if x is None else x.to(dtype) for x in (alibi_slopes, sink_logits)))
+    return HeadBiases(*(None if x is None else x.to(state_dtype(q)) for x in (alibi_slopes, sink_logits)))
 
 
 def check_state(state: object, sequences: int, k: Tensor, v: Tensor) -> MemoryState:
     """Return the state of `sequences` sequences whose keys and values are k and v, once it is checked."""
     if not isinstance(state, (MemoryState, tuple)) or len(state) != 2:
         raise TypeError(f"state must be a MemoryState(memory, normalizer), got {type(state).__name__}")
-    dtype = state_dtype(k)
-    groups, width = k.shape[1], k.shape[3]
-    expected = (
-        ("memory", "[B, G, K, V]", (sequences, groups, width, v.shape[3])),
-        ("normalizer", "[B, G, K]", (sequences, groups, width)),
-    )
-    for x, (name, letters, shape) in zip(state, expected, strict=True):
-        check_floating(f"state.{name}", x)
+    memory, normalizer = state
+    dtype, shape = state_dtype(k), (sequences, k.shape[1], k.shape[3], v.shape[3])
+    for name, x, letters, expected in (
+        ("state.memory", memory, "[B, G, K, V]", shape),
+        ("state.normalizer", normalizer, "[B, G, K]", shape[:3]),
+    ):
+        check_floating(name, x)
         if x.dtype != dtype:
-            raise TypeError(f"state.{name} must be {dtype}, got {x.dtype}")
-        check_shape(f"state.{name}", x, letters, shape)
-        check_device(f"state.{name}", x, "k", k)
-    return MemoryState(*state)
+            raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
+        check_shape(name, x, letters, expected)
+        check_device(name, x, "k", k)
+    return MemoryState(memory, normalizer)
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
@@ -157,11 +155,12 @@ def check_no_tangent(*tensors: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise RuntimeError(
-            "segment_attention has no forward-mode derivative (torch.func.jvp): pass backend='reference', or take "
-            "gradients by torch.autograd.grad"
-        )
+    for x in tensors:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                "segment_attention has no forward-mode derivative (torch.func.jvp): pass backend='reference', or take "
+                "gradients by torch.autograd.grad"
+            )
 
 
 def check_scale(scale: float | None, q: Tensor) -> float:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..sequences import Slots, gather_tokens, scatter_tokens, slots_of, window
 from ..state import HeadBiases, MemoryState, Options, SegmentOutput, Sinks, empty_output
-from .memory import blend_into, fold_segments, read_and_blend
+from .memory import blend_into, blend_one_query, fold_segments, read_and_blend
 
 
 def stores_scores(biases: HeadBiases, options: Options) -> bool:
@@ -85,13 +85,14 @@ def attend_slots(
         v = F.pad(v, (0, key_width - value_width))
     if q.shape[2] == 1 and mask is None and not is_causal:
         # one query sees what all do, so the heads of a group are rows of one: its keys are read once
-        out = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, q.shape[3]), k, v, scale=options.scale)
-        return out.reshape(*q.shape[:3], -1)[..., :value_width]
-    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210  a bool also where compiled sizes are symbols
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=options.scale, enable_gqa=grouped
-    )
-    return out[..., :value_width]
+        rows = q.reshape(*k.shape[:2], -1, q.shape[3])
+        out = F.scaled_dot_product_attention(rows, k, v, scale=options.scale).reshape(*q.shape[:3], -1)
+    else:
+        grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210  a bool also where sizes are symbols
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=options.scale, enable_gqa=grouped
+        )
+    return out[..., :value_width] if value_width < key_width else out
 
 
 def attend_slots_causally(q: Tensor, k: Tensor, v: Tensor, biases: HeadBiases, options: Options) -> Tensor:
@@ -118,6 +119,10 @@ def blend(local: Tensor, memory_q: Tensor, state: MemoryState, gate: Tensor, opt
     keep_gate = options.empty_memory == "gated"
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return read_and_blend(local, memory_q, *state, gate, keep_gate)
+    if local.shape[2] == 1:
+        blended = blend_one_query(local, memory_q, state.memory, state.normalizer, gate)
+        if blended is not None:
+            return blended
     # nothing is kept for a backward, so the result takes local attention's place
     return blend_into(local, local, memory_q, state.memory, state.normalizer, gate, keep_gate)
 
@@ -380,9 +385,11 @@ def torch_decode(
     batch, _, query_time, _ = q.shape
     if lengths is not None and not torch.compiler.is_compiling() and lengths.device.type == "cpu":
         # nothing waits for their values there, and most of a buffer may be yet to come
-        shortest, longest = (int(n) for n in lengths.clamp(max=k.shape[2]).aminmax())
-        k, v = k[:, :, : max(1, longest)], v[:, :, : max(1, longest)]
-        lengths = lengths if shortest < max(1, longest, query_time) else None
+        each = [min(n, k.shape[2]) for n in lengths.tolist()]
+        longest = max(1, *each)
+        if longest < k.shape[2]:
+            k, v = k[:, :, :longest], v[:, :, :longest]
+        lengths = lengths if min(each) < max(longest, query_time) else None
     if lengths is None and query_time == 1 and sinks is None:
         out = attend_slots(q, k, v, None, False, biases, options)
         return out if gate is None or state is None else blend(out, memory_q, state, gate, options)

@@ -29,17 +29,22 @@ from ..state import least_weight, over_peak
 # tokens × width of one pass: about a core's cache on a CPU, a bound on scratch memory elsewhere
 _BLOCK = {"cpu": 2**18}
 _BLOCK_ELSEWHERE = 2**24
+# weights and normalizers between its inverse and it need no care in float32, and no memory with them is empty
+_FAR = 1e10
 
 
 def feature_map_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Return grad · σ'(x) in one pass: σ' is exp(x) below zero and 1 above, the derivative of ELU."""
-    return torch.ops.aten.elu_backward(grad, 1, 1, 1, False, x)
+    return torch.ops.aten.elu_backward.default(grad, 1, 1, 1, False, x)
 
 
 def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return σ(x) = ELU(x) + 1 in `dtype`, as σ'(x) + max(x, 0) so that small values keep their digits."""
+    """Return σ(x) = ELU(x) + 1 in `dtype`, as σ'(x) (1 + max(x, 0)) so that small values keep their digits.
+
+    It is contiguous, whatever x is, as products of matrices then need no copy of it.
+    """
     x = x.to(dtype)
-    return feature_map_backward(x.new_ones(()).expand_as(x), x).add_(x.clamp(min=0))
+    return feature_map_backward(torch.clamp_min(x, 0, out=x.new_empty(x.shape)).add_(1), x)
 
 
 def inverse_weight(features: Tensor, z: Tensor, inverse_peak: Tensor) -> Tensor:
@@ -48,8 +53,20 @@ def inverse_weight(features: Tensor, z: Tensor, inverse_peak: Tensor) -> Tensor:
     The sum of products is faster than a product of matrices with one column.
     """
     weight = (features * z.unsqueeze(-2)).sum(-1, keepdim=True)
-    least = least_weight(features.amax(-1, keepdim=True), inverse_peak.unsqueeze(-2))
-    return torch.where(weight.abs() >= least, weight.reciprocal(), 0)
+    if _is_moderate(z) and _is_moderate(inverse_peak):
+        # σ z is not small beside σ then
+        filled = weight.abs() >= torch.finfo(weight.dtype).tiny
+    else:
+        filled = weight.abs() >= least_weight(features.amax(-1, keepdim=True), inverse_peak.unsqueeze(-2))
+    return torch.where(filled, weight.reciprocal(), 0)
+
+
+def _is_moderate(x: Tensor) -> bool:
+    """Return whether all numbers are known to lie between 1 / `_FAR` and it: on a CPU, where nothing waits for them."""
+    if x.device.type != "cpu":
+        return False
+    least, largest = x.aminmax()
+    return least.item() >= 1 / _FAR and largest.item() <= _FAR
 
 
 def _is_zero(*tensors: Tensor) -> bool:
@@ -64,10 +81,11 @@ def _blocks(x: Tensor, dims: int) -> list[tuple[slice, ...]]:
     """
     room = _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // max(1, math.prod(x.shape[dims:]))
     cuts = []
-    for length in x.shape[:dims][::-1]:
-        size = max(1, min(room, length))
+    for dim in reversed(range(dims)):
+        # of two or three segments, heads would be copied to lie side by side, for few passes less
+        size = 1 if dim == 0 and room < 4 else max(1, min(room, x.shape[dim]))
         room //= size
-        cuts.append([slice(i, i + size) for i in range(0, length, size)])
+        cuts.append([slice(i, i + size) for i in range(0, x.shape[dim], size)])
     return [part[::-1] for part in itertools.product(*cuts)]
 
 
@@ -292,6 +310,20 @@ def _queries(q: Tensor, z: Tensor, inverse_peak: Tensor) -> tuple[Tensor, Tensor
     features = feature_map(q, z.dtype)
     inverse = inverse_weight(features, z.unsqueeze(2), inverse_peak.unsqueeze(2))
     return features, inverse, inverse != 0
+
+
+def blend_one_query(local: Tensor, q: Tensor, memory: Tensor, normalizer: Tensor, gate: Tensor) -> Tensor | None:
+    """Return g A_mem + (1 − g) A_dot for one query of each head, [B, H, 1, ·], in as few operations as there can be.
+
+    None where factors must be bounded first, or a memory may be empty: `blend_into` does that.
+    """
+    _, groups, key_width, width = memory.shape
+    features = feature_map(q.reshape(len(q) * groups, -1, key_width), memory.dtype)
+    weight = torch.bmm(features, normalizer.reshape(-1, key_width, 1))
+    if not (_is_moderate(normalizer) and _is_moderate(weight)):
+        return None
+    recalled = torch.bmm(features.div_(weight), memory.reshape(-1, key_width, width)).view(local.shape)
+    return torch.lerp(local.to(memory.dtype), recalled, gate.sigmoid().view(-1, 1, 1)).to(local.dtype)
 
 
 def blend_into(

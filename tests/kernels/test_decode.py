@@ -149,6 +149,24 @@ def test_equals_the_reference(name: str, backend: str, dtype: torch.dtype, devic
         assert not out[row, :, : max(step.Tq - length, 0)].any()
 
 
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("shift", [0.0, -40.0, 60.0])
+@pytest.mark.parametrize("sizes", [(1e-12, 1e12), (1e-30, 1e30), (1.0, 0.0), (1e8, 1e-8)], ids=str)
+def test_memories_of_any_size_are_read(
+    sizes: tuple[float, float], shift: float, queries: int, device: torch.device
+) -> None:
+    """A row's memory may be tiny, huge or empty beside another's, and what it is read by likewise."""
+    made = inputs(Step(H=6, Tq=queries, K=7, V=5), torch.float32, device)
+    scaled = torch.tensor(sizes, device=device)
+    memory, normalizer = made["state"]
+    made["state"] = MemoryState(memory * scaled[:, None, None, None], normalizer * scaled[:, None, None])
+    made["memory_q"] = made["memory_q"] + shift
+    out = segment_decode(**made, backend="torch")
+    exact = segment_decode(**in_double(made), backend="reference")
+    for row in range(2):
+        assert error(out[row], exact[row]) < GATES[torch.float32].outputs
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 @pytest.mark.parametrize(
     "name", [name for name, step in STEPS.items() if step.lengths is None or 0 not in step.lengths]
