@@ -40,10 +40,10 @@ RECALLING = {
 READINGS = {
     "full": "full attention",
     "window": "window alone",
-    "linear": "memory, linear",
-    "delta": "memory, delta",
+    "linear": "memory fitted, linear",
+    "delta": "memory fitted, delta",
 }
-TRAINING = {"": "before", "-lora": "LoRA"}
+TRAINING = {"": "", "-lora": ", then LoRA"}
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
 
@@ -137,7 +137,7 @@ def readings(folder: Path) -> str | None:
             if name not in ("full", "window") and {"full", "window"} <= found.keys():
                 nats, full, window = (found[x]["mean"]["nats"] for x in (name, "full", "window"))
                 won = f"{(window - nats) / (window - full):.0%}"
-            rows.append([f"{READINGS[name]}, {when}", *(f"{x['perplexity']:.1f}" for x in values), won])
+            rows.append([f"{READINGS[name]}{when}", *(f"{x['perplexity']:.1f}" for x in values), won])
     return markdown(head, rows) if rows else None
 
 

@@ -512,11 +512,11 @@ def test_readings_say_how_much_of_the_way_to_full_attention_is_won(tmp_path: Pat
     assert cells(table("readings", tmp_path) or "") == [
         ["perplexity", "to 10", "to 20", "all", "won"],
         ["---"] * 5,
-        ["full attention, before", "7.4", "9.0", "8.2", ""],
-        ["window alone, before", "12.2", "18.2", "14.9", ""],
-        ["memory, delta, before", "11.0", "13.5", "12.2", "33%"],
-        ["window alone, LoRA", "10.0", "14.9", "12.2", ""],
-        ["memory, delta, LoRA", "8.2", "10.0", "9.0", ""],
+        ["full attention", "7.4", "9.0", "8.2", ""],
+        ["window alone", "12.2", "18.2", "14.9", ""],
+        ["memory fitted, delta", "11.0", "13.5", "12.2", "33%"],
+        ["window alone, then LoRA", "10.0", "14.9", "12.2", ""],
+        ["memory fitted, delta, then LoRA", "8.2", "10.0", "9.0", ""],
     ]
 
 
