@@ -36,6 +36,14 @@ RECALLING = {
     "smollm2-passkeys-trained-128k": "then trained end to end",
     "smollm2-passkeys-trained-1m": "then trained end to end",
 }
+# how SmolLM2 reads a text, each in a folder; what LoRA has trained further is in another with `-lora`
+READINGS = {
+    "full": "full attention",
+    "window": "window alone",
+    "linear": "memory fitted, linear",
+    "delta": "memory fitted, delta",
+}
+TRAINING = {"": "", "-lora": ", then LoRA"}
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
 
@@ -110,6 +118,27 @@ def passkeys(folder: Path) -> str | None:
         [title, f"{length:,}", *(cells.get(depth, "") for depth in depths)] for (title, length), cells in found.items()
     ]
     return markdown(["whole keys; digits", "tokens", *(f"at {100 * depth:g} %" for depth in depths)], rows)
+
+
+def readings(folder: Path) -> str | None:
+    """Return a row for each way of reading a text, before and after training: perplexity by position, and what is won.
+
+    Won: the share of what a token costs more in the window alone than in full attention that the memory takes off.
+    """
+    head, rows = ["perplexity"], []
+    for suffix, when in TRAINING.items():
+        files = {name: folder / "pretrained" / f"smollm2-text-{name}{suffix}" / "perplexity.json" for name in READINGS}
+        found = {name: figures for name, path in files.items() if (figures := figures_in(path))}
+        for name, figures in found.items():
+            parts = figures["by_position"]
+            head[1:] = [*(f"to {part['end']:,}" for part in parts), "all", "won"]
+            values = [*parts, figures["mean"]]
+            won = ""
+            if name not in ("full", "window") and {"full", "window"} <= found.keys():
+                nats, full, window = (found[x]["mean"]["nats"] for x in (name, "full", "window"))
+                won = f"{(window - nats) / (window - full):.0%}"
+            rows.append([f"{READINGS[name]}{when}", *(f"{x['perplexity']:.1f}" for x in values), won])
+    return markdown(head, rows) if rows else None
 
 
 def _pretrained(folder: Path, file: str) -> str | None:

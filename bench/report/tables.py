@@ -22,6 +22,7 @@ from .experiments import (
     passkeys,
     plan,
     questions,
+    readings,
     recurrent_lengths,
     retrieval,
     scores,
@@ -186,6 +187,7 @@ TABLES: Mapping[str, Entry] = {
     "conversions": _of_folder(conversions),
     "adaptations": _of_folder(adaptations),
     "passkeys": _of_folder(passkeys),
+    "readings": _of_folder(readings),
     "million": _of_file("demo/million.json", million),
     "recurrent-lengths": _of_file("rmt/lengths.json", recurrent_lengths),
 }

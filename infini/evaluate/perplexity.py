@@ -61,10 +61,11 @@ class Document(NamedTuple):
 def widths(model: nn.Module, length: int, buckets: int) -> Widths:
     """Return widths for about `buckets` buckets of documents of `length` tokens.
 
-    Those in the document are whole segments, so that the position inside the segment averages out.
+    Those in the document are whole segments, so that the position inside the segment averages out, unless one segment
+    holds all of it.
     """
     segment = segment_len_of(model)
-    unit = segment or 1
+    unit = 1 if segment is None or segment >= length else segment
     width = math.ceil(math.ceil(length / buckets) / unit) * unit
     return Widths(width, None if segment is None else math.ceil(segment / SEGMENT_BUCKETS), segment)
 

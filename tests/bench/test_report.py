@@ -499,6 +499,27 @@ def test_scores_have_a_row_for_each_task_and_model(tmp_path: Path) -> None:
     ]
 
 
+def test_readings_say_how_much_of_the_way_to_full_attention_is_won(tmp_path: Path) -> None:
+    assert table("readings", tmp_path) is None
+    for name, losses in (
+        ("full", [2.0, 2.2]), ("window", [2.5, 2.9]), ("delta", [2.4, 2.6]),
+        ("window-lora", [2.3, 2.7]), ("delta-lora", [2.1, 2.3]),
+    ):  # fmt: skip
+        parts = [{"end": 10 * i, "perplexity": math.exp(nats)} for i, nats in enumerate(losses, 1)]
+        mean = {"nats": sum(losses) / 2, "perplexity": math.exp(sum(losses) / 2)}
+        path = tmp_path / "pretrained" / f"smollm2-text-{name}" / "perplexity.json"
+        keep(path, {"by_position": parts, "mean": mean})
+    assert cells(table("readings", tmp_path) or "") == [
+        ["perplexity", "to 10", "to 20", "all", "won"],
+        ["---"] * 5,
+        ["full attention", "7.4", "9.0", "8.2", ""],
+        ["window alone", "12.2", "18.2", "14.9", ""],
+        ["memory fitted, delta", "11.0", "13.5", "12.2", "33%"],
+        ["window alone, then LoRA", "10.0", "14.9", "12.2", ""],
+        ["memory fitted, delta, then LoRA", "8.2", "10.0", "9.0", ""],
+    ]
+
+
 def test_passkeys_have_a_row_for_each_reader_and_length(tmp_path: Path) -> None:
     assert table("passkeys", tmp_path) is None
     for folder, samples, found in (

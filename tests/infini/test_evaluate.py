@@ -316,6 +316,9 @@ def test_perplexity_by_position_equals_the_whole_forward() -> None:
     assert [token for document in documents for token in document[1:]] == text
     spread = widths(model, 301, 5)
     assert spread == (3 * L, 2, L)
+    assert widths(model, L, 5) == (5, 2, L)
+    assert widths(model, L + 1, 5) == (L, 2, L)
+    assert widths(tiny(), 301, 5) == (61, None, None)
     measured = measure_documents(model, documents, spread, batch=2, piece=2 * L)
     by_place: dict[str, dict[int, list[float]]] = {"document": {}, "segment": {}}
     for document in documents:
