@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels.memory import memory_write
 from ...kernels.state import MemoryState
@@ -98,7 +98,8 @@ def answer_logits(model: Any, prefixes: Prefixes, rows: Tensor, times: Tensor) -
     for layer, (k, v) in prefixes.written.items():
         index, filler = rows.to(k.device), prompts.filler[rows, : k.shape[2]]
         counts = torch.where(filler, times[:, None], 1.0).to(k.device)
-        features = F.elu(getattr(attentions[layer], MAP_K)(k[index]).float()) + 1
+        keys = getattr(attentions[layer], MAP_K, nn.Identity())(k[index])
+        features = F.elu(keys.float()) + 1
         memory = write_counted(features, v[index].float(), counts, settings.segment_len, settings.update)
         cache.layers[layer].state = cache.layers[layer].state._replace(memory=memory)
     asked = prefixes.asked[rows.to(prefixes.asked.device)]

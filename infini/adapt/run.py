@@ -128,8 +128,9 @@ def _convert(
 ) -> Stage:
     """Convert the model, with a memory where the run fits one, and return the stage that does."""
     options = {name: getattr(adaptation, name) for name in ("segment_len", "lookback", "sinks", "update")}
+    options["memory_maps"] = adaptation.maps
     if prompts is None:
-        convert_named(loaded.model, options, memory_maps=adaptation.maps)
+        convert_named(loaded.model, options)
         return partial(_fit_to_text, loaded, rows, adaptation)
     lookups = convert_where_looked_up(loaded.model, options, prompts, passkeys, adaptation.seed)
     return partial(fit_to_passkeys, loaded, prompts, lookups, adaptation, passkeys)

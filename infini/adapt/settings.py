@@ -25,9 +25,7 @@ class Adaptation:
     lookback: Annotated[int, "Whole segments that local attention sees before its own, 0 or 1."] = 1
     sinks: Annotated[int, "First tokens of a text that all others see."] = 4
     update: Annotated[str, "Update rule of the memory: delta or linear."] = "delta"
-    maps: Annotated[
-        bool, "Fit maps of the memory's queries and keys too, not its gates alone; with --prompts always."
-    ] = True
+    maps: Annotated[bool, "Fit maps of the memory's queries and keys too, not its gates alone."] = True
     length: Annotated[int, "Tokens of each stretch of text that is fitted to; without --prompts."] = 4096
     rows: Annotated[int, "Stretches to fit to, and one more that is held out; without --prompts."] = 8
     steps: Annotated[int, "Steps of the optimizer for each layer, each on one stretch; without --prompts."] = 64

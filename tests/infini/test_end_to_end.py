@@ -31,9 +31,9 @@ L = 16
 ASKED = len(QUESTION) + 1
 
 
-def converted(layers: list[int], update: str = "linear") -> Any:
+def converted(layers: list[int], update: str = "linear", maps: bool = True) -> Any:
     """Return a tiny model whose maps and gates have values of their own."""
-    options: dict[str, Any] = {"update": update, "lookback": 1, "memory_maps": True, "memory_layers": layers}
+    options: dict[str, Any] = {"update": update, "lookback": 1, "memory_maps": maps, "memory_layers": layers}
     model = segattn.convert(make(vocab_size=256), L, quiet=True, sinks=3, **options)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -53,10 +53,10 @@ def gradients(model: Any, logits: Tensor, layer: int) -> list[Tensor]:
     return list(torch.autograd.grad((logits * weight).sum(), list(parameters.values()), retain_graph=True))
 
 
-@pytest.mark.parametrize("update", ["linear", "delta"])
+@pytest.mark.parametrize(("update", "maps"), [("linear", True), ("delta", True), ("delta", False)])
 @pytest.mark.parametrize("length", [20 * L + 9, 21 * L - 1])
-def test_logits_and_gradients_are_those_of_the_whole_model(length: int, update: str) -> None:
-    model, drawn, rows = converted([0, 1], update), prompts(length), torch.tensor([2, 0])
+def test_logits_and_gradients_are_those_of_the_whole_model(length: int, update: str, maps: bool) -> None:
+    model, drawn, rows = converted([0, 1], update, maps), prompts(length), torch.tensor([2, 0])
     prefixes = read_prefixes(model, drawn, ASKED)
     for attention in attentions_of(trunk_of(model)):
         for parameter in memory_parameters(attention).values():
@@ -143,10 +143,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    folder: Path, out: Path, *, resume: bool = False, update: str = "linear", lookback: int = 1, **changes: Any
+    folder: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    update: str = "linear",
+    lookback: int = 1,
+    maps: bool = True,
+    **changes: Any,
 ) -> dict[str, Any]:
     adaptation = Adaptation(
-        str(folder / "text.txt"), None, L, lookback, sinks=2, length=5 * L, eval_tokens=100, update=update
+        str(folder / "text.txt"), None, L, lookback, sinks=2, length=5 * L, eval_tokens=100, update=update, maps=maps
     )
     sizes = {"prompts": 5, "prompt_tokens": 30 * L, "prompt_steps": 2, "attended": 1e-3, "rounds": 2}
     passkeys = Passkeys(**sizes | changes)
@@ -196,6 +203,16 @@ def test_the_loss_falls(folder: Path, tmp_path: Path, update: str) -> None:
     rounds = run(folder, tmp_path / "out", update=update, rounds=4, round_lr=3e-2)["rounds"]
     still = run(folder, tmp_path / "still", update=update, rounds=4, round_lr=0.0)["rounds"]
     assert rounds[-1]["loss"] < still[-1]["loss"] - 1e-3
+
+
+@pytest.mark.usefixtures("small_rounds")
+def test_without_maps_the_gates_alone_are_trained(folder: Path, tmp_path: Path) -> None:
+    for rounds in (0, 1):
+        run(folder, tmp_path / str(rounds), maps=False, rounds=rounds)
+    one, other = (segattn.from_pretrained(tmp_path / name / "model", quiet=True).state_dict() for name in "01")
+    changed = {name for name, weight in one.items() if not torch.equal(weight, other[name])}
+    assert changed == {f"model.layers.{layer}.self_attn.segattn_gate.bias" for layer in (0, 1)}
+    assert not any("segattn_memory" in name for name in one)
 
 
 def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
