@@ -123,7 +123,8 @@ def write_counted(features: Tensor, v: Tensor, counts: Tensor, segment_len: int,
         counts: [B, T], at least 1.
         update: "delta" or "linear".
     """
-    memory = None
+    batch, groups, _, width = features.shape
+    memory = MemoryState.zeros(batch, groups, width, v.shape[3], device=v.device, dtype=features.dtype)
     segments = (x.split(segment_len, dim=2) for x in (features, v, counts[:, None, :, None]))
     for keys, values, times in zip(*segments, strict=True):
         for share in ((times + 1) / 2, (times - 1) / 2):
