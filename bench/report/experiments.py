@@ -26,16 +26,18 @@ ANSWERING = {
     "smollm2": "SmolLM2-135M-Instruct, full attention",
     "smollm2-window": "segments of 256, lookback=1, sinks=4",
 }
-# folder of a pretrained model's passkeys → how it reads
+# folder of a pretrained model's passkeys → how it reads; longer texts are in folders of their own
 RECALLING = {
     "smollm2-passkeys-window": "window alone",
     "smollm2-passkeys": "memory fitted to passkeys",
-    "smollm2-passkeys-long": "memory fitted to passkeys",
-    "smollm2-passkeys-trained": "then trained end to end",
-    "smollm2-passkeys-trained-long": "then trained end to end",
-    "smollm2-passkeys-trained-128k": "then trained end to end",
-    "smollm2-passkeys-trained-1m": "then trained end to end",
+    "smollm2-passkeys-trained": "trained further, linear, seed 0",
+    "smollm2-passkeys-trained-linear-1": "trained further, linear, seed 1",
+    "smollm2-passkeys-trained-linear-2": "trained further, linear, seed 2",
+    "smollm2-passkeys-trained-delta-0": "trained further, delta, seed 0",
 }
+OF_LENGTHS = ("", "-long", "-128k", "-1m")
+# of its training's rounds
+SHOWN_ROUNDS = (1, 2, 3, 4, 6, 8, 10, 12, 14)
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
 
@@ -99,8 +101,8 @@ def passkeys(folder: Path) -> str | None:
     """Return a row for each reader and length of `segattn evaluate passkey`: whole keys and digits recalled."""
     found: dict[tuple[str, int], dict[float, str]] = {}
     for name, title in RECALLING.items():
-        figures = figures_in(folder / "pretrained" / name / "passkey.json")
-        for cell in figures["cells"] if figures else []:
+        files = [figures_in(folder / "pretrained" / f"{name}{lengths}" / "passkey.json") for lengths in OF_LENGTHS]
+        for cell in (cell for figures in files if figures for cell in figures["cells"]):
             said = f"{round(cell['exact'] * cell['samples'])} of {cell['samples']}; {100 * cell['tokens']:.0f} %"
             found.setdefault((title, cell["length"]), {})[cell["depth"]] = said
     if not found:
@@ -110,6 +112,19 @@ def passkeys(folder: Path) -> str | None:
         [title, f"{length:,}", *(cells.get(depth, "") for depth in depths)] for (title, length), cells in found.items()
     ]
     return markdown(["whole keys; digits", "tokens", *(f"at {100 * depth:g} %" for depth in depths)], rows)
+
+
+def rounds(folder: Path) -> str | None:
+    """Return a row for each training on passkeys by `segattn adapt --rounds`: loss, and whole keys, of some rounds."""
+    rows = []
+    for name, title in RECALLING.items():
+        figures = figures_in(folder / "pretrained" / name / "adapt.json") or {}
+        if found := figures.get("rounds"):
+            shown = [found[number - 1] for number in SHOWN_ROUNDS if number <= len(found)]
+            rows.append([title, *(f"{x['loss']:.2f}; {100 * x['keys']:.0f} %" for x in shown)])
+    if not rows:
+        return None
+    return markdown(["nats a digit; whole keys", *(f"round {number}" for number in SHOWN_ROUNDS)], rows)
 
 
 def _pretrained(folder: Path, file: str) -> str | None:

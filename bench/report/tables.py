@@ -24,6 +24,7 @@ from .experiments import (
     questions,
     recurrent_lengths,
     retrieval,
+    rounds,
     scores,
 )
 from .headline import headline
@@ -186,6 +187,7 @@ TABLES: Mapping[str, Entry] = {
     "conversions": _of_folder(conversions),
     "adaptations": _of_folder(adaptations),
     "passkeys": _of_folder(passkeys),
+    "rounds": _of_folder(rounds),
     "million": _of_file("demo/million.json", million),
     "recurrent-lengths": _of_file("rmt/lengths.json", recurrent_lengths),
 }
