@@ -26,16 +26,18 @@ ANSWERING = {
     "smollm2": "SmolLM2-135M-Instruct, full attention",
     "smollm2-window": "segments of 256, lookback=1, sinks=4",
 }
-# folder of a pretrained model's passkeys → how it reads
+# folder of a pretrained model's passkeys → how it reads; longer texts are in folders of their own
 RECALLING = {
     "smollm2-passkeys-window": "window alone",
     "smollm2-passkeys": "memory fitted to passkeys",
-    "smollm2-passkeys-long": "memory fitted to passkeys",
-    "smollm2-passkeys-trained": "then trained end to end",
-    "smollm2-passkeys-trained-long": "then trained end to end",
-    "smollm2-passkeys-trained-128k": "then trained end to end",
-    "smollm2-passkeys-trained-1m": "then trained end to end",
+    "smollm2-passkeys-trained": "trained further, linear, seed 0",
+    "smollm2-passkeys-trained-linear-1": "trained further, linear, seed 1",
+    "smollm2-passkeys-trained-linear-2": "trained further, linear, seed 2",
+    "smollm2-passkeys-trained-delta-0": "trained further, delta, seed 0",
 }
+OF_LENGTHS = ("", "-long", "-128k", "-1m")
+# of its training's rounds
+SHOWN_ROUNDS = (1, 2, 3, 4, 6, 8, 10, 12, 14)
 # how SmolLM2 reads a text, each in a folder; what LoRA has trained further is in another with `-lora`
 READINGS = {
     "full": "full attention",
@@ -107,8 +109,8 @@ def passkeys(folder: Path) -> str | None:
     """Return a row for each reader and length of `segattn evaluate passkey`: whole keys and digits recalled."""
     found: dict[tuple[str, int], dict[float, str]] = {}
     for name, title in RECALLING.items():
-        figures = figures_in(folder / "pretrained" / name / "passkey.json")
-        for cell in figures["cells"] if figures else []:
+        files = [figures_in(folder / "pretrained" / f"{name}{lengths}" / "passkey.json") for lengths in OF_LENGTHS]
+        for cell in (cell for figures in files if figures for cell in figures["cells"]):
             said = f"{round(cell['exact'] * cell['samples'])} of {cell['samples']}; {100 * cell['tokens']:.0f} %"
             found.setdefault((title, cell["length"]), {})[cell["depth"]] = said
     if not found:
@@ -139,6 +141,19 @@ def readings(folder: Path) -> str | None:
                 won = f"{(window - nats) / (window - full):.0%}"
             rows.append([f"{READINGS[name]}{when}", *(f"{x['perplexity']:.1f}" for x in values), won])
     return markdown(head, rows) if rows else None
+
+
+def rounds(folder: Path) -> str | None:
+    """Return a row for each training on passkeys by `segattn adapt --rounds`: loss, and whole keys, of some rounds."""
+    rows = []
+    for name, title in RECALLING.items():
+        figures = figures_in(folder / "pretrained" / name / "adapt.json") or {}
+        if found := figures.get("rounds"):
+            shown = [found[number - 1] for number in SHOWN_ROUNDS if number <= len(found)]
+            rows.append([title, *(f"{x['loss']:.2f}; {100 * x['keys']:.0f} %" for x in shown)])
+    if not rows:
+        return None
+    return markdown(["nats a digit; whole keys", *(f"round {number}" for number in SHOWN_ROUNDS)], rows)
 
 
 def _pretrained(folder: Path, file: str) -> str | None:

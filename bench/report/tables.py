@@ -25,6 +25,7 @@ from .experiments import (
     readings,
     recurrent_lengths,
     retrieval,
+    rounds,
     scores,
 )
 from .headline import headline
@@ -188,6 +189,7 @@ TABLES: Mapping[str, Entry] = {
     "adaptations": _of_folder(adaptations),
     "passkeys": _of_folder(passkeys),
     "readings": _of_folder(readings),
+    "rounds": _of_folder(rounds),
     "million": _of_file("demo/million.json", million),
     "recurrent-lengths": _of_file("rmt/lengths.json", recurrent_lengths),
 }

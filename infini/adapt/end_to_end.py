@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels.memory import memory_write
+from ...kernels.state import MemoryState
 from ..evaluate.loading import Loaded
 from ..evaluate.passkey import QUESTION
 from ..huggingface.cache import InfiniCache
@@ -84,20 +85,22 @@ def read_prefixes(model: Any, prompts: Prompts, question: int) -> Prefixes:
 def answer_logits(model: Any, prefixes: Prefixes, rows: Tensor, times: Tensor) -> Tensor:
     """Return the logits [B, asking, vocabulary] of the answers to some prompts, with gradients to maps and gates.
 
-    The memory is written anew, by the linear rule. What the tokens before the question are at each layer stays as it
-    was when they were read: that lower layers' memories take part in it has no gradient.
+    The memory is written anew. What the tokens before the question are at each layer stays as it was when they were
+    read: that lower layers' memories take part in it has no gradient.
 
     Args:
         rows: indices of the prompts, [B].
         times: the filler before the question is counted so many times, [B].
     """
     prompts, cache, attentions = prefixes.prompts, prefixes.cache.copy(), attentions_of(trunk_of(model))
+    settings = conversion_of(model).settings
     cache.batch_select_indices(rows)
     for layer, (k, v) in prefixes.written.items():
         index, filler = rows.to(k.device), prompts.filler[rows, : k.shape[2]]
-        counts = torch.where(filler, times[:, None], 1.0).to(k.device)[:, None, :, None]
-        features = F.elu(getattr(attentions[layer], MAP_K)(k[index]).float()) + 1
-        memory = memory_write(counts * features, v[index].float(), update="linear", feature_map=None)
+        counts = torch.where(filler, times[:, None], 1.0).to(k.device)
+        keys = getattr(attentions[layer], MAP_K, nn.Identity())(k[index])
+        features = F.elu(keys.float()) + 1
+        memory = write_counted(features, v[index].float(), counts, settings.segment_len, settings.update)
         cache.layers[layer].state = cache.layers[layer].state._replace(memory=memory)
     asked = prefixes.asked[rows.to(prefixes.asked.device)]
     # as indices, since what a slice leaves is no matrix, and slow to multiply by the vocabulary
@@ -105,6 +108,29 @@ def answer_logits(model: Any, prefixes: Prefixes, rows: Tensor, times: Tensor) -
     output = model(asked, past_key_values=cache, use_cache=True, logits_to_keep=rows_asking)
     logits: Tensor = output.logits
     return logits.float()
+
+
+def write_counted(features: Tensor, v: Tensor, counts: Tensor, segment_len: int, update: str) -> MemoryState:
+    """Return the memory that holds some tokens, written one segment after another, each token counted so many times.
+
+    M takes c σ(k)ᵀ (v − v̄) and z takes c σ(k) of a token that counts c times. By the delta rule v̄, what the memory
+    returns, comes to rest in a long text, since it depends on the proportions in M and z alone. In the first filler it
+    has not: 0, then v, then about half of v for good. So a segment's repetitions are written in two halves.
+
+    Args:
+        features: σ(k), [B, G, T, K].
+        v: [B, G, T, V].
+        counts: [B, T], at least 1.
+        update: "delta" or "linear".
+    """
+    batch, groups, _, width = features.shape
+    memory = MemoryState.zeros(batch, groups, width, v.shape[3], device=v.device, dtype=features.dtype)
+    segments = (x.split(segment_len, dim=2) for x in (features, v, counts[:, None, :, None]))
+    for keys, values, times in zip(*segments, strict=True):
+        for share in ((times + 1) / 2, (times - 1) / 2):
+            # features that are c times as large return the same v̄, and are written c times as strongly
+            memory = memory_write(share * keys, values, memory, update=update, feature_map=None)
+    return memory
 
 
 def train_end_to_end(

@@ -60,7 +60,7 @@ def convert_where_looked_up(
             lookups = record(model, prompts, heads, seed)
     finally:
         revert(model)
-    convert_named(model, options, memory_maps=True, memory_layers=list(heads))
+    convert_named(model, options, memory_layers=list(heads))
     return lookups
 
 

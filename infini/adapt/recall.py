@@ -89,7 +89,7 @@ def fit_recall(
     window alone in rows that ask. The weights are those of the linear rule; a last fifth of the prompts is held out.
 
     Args:
-        attention: of a converted layer with a memory and maps.
+        attention: of a converted layer with a memory, with maps or without.
         on_step: called after each step.
     """
     parameters = memory_parameters(attention)
@@ -142,11 +142,12 @@ class Heads:
         folded = (lookups.rows // recipe.segment_len - recipe.lookback) * recipe.segment_len
         # [N, 1, R, T]: what the memory holds when a row reads it
         self.held = (positions < folded.unsqueeze(-1)).unsqueeze(1)
-        width = lookups.k.shape[3]
-        # of all key/value heads, those that the heads above read
-        share = parameters[f"{MAP_Q}.weight"].shape[0] // parameters[f"{MAP_K}.weight"].shape[0]
-        self.key_heads = sorted({head // share for head in lookups.heads})
-        self.width = width
+        self.width = lookups.k.shape[3]
+        self.maps = f"{MAP_Q}.weight" in parameters
+        if self.maps:
+            # of all key/value heads, those that the heads above read
+            share = parameters[f"{MAP_Q}.weight"].shape[0] // parameters[f"{MAP_K}.weight"].shape[0]
+            self.key_heads = sorted({head // share for head in lookups.heads})
 
     def outputs(self, batch: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """Return the outputs [B, A, R, V] of prompts [B], and the weights [B, A, R, T] that the memory recalls by.
@@ -158,8 +159,10 @@ class Heads:
         of = self.lookups
         counts = torch.where(self.prompts.filler[batch], times[:, None], 1.0).to(of.k.device)
         batch = batch.to(of.k.device)
-        q = self._features(MAP_Q, of.heads, of.q[batch])
-        k = self._features(MAP_K, self.key_heads, of.k[batch])[:, of.groups]
+        q, k = of.q[batch], of.k[batch]
+        if self.maps:
+            q, k = self._mapped(MAP_Q, of.heads, q), self._mapped(MAP_K, self.key_heads, k)
+        q, k = F.elu(q) + 1, (F.elu(k) + 1)[:, of.groups]
         weights = (q @ k.mT) * counts[:, None, None] * self.held[batch]
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         share = self.parameters[f"{GATE}.bias"][of.heads].sigmoid().view(-1, 1, 1)
@@ -179,7 +182,7 @@ class Heads:
         missed, disturbed = error[:, :, :asking].mean((0, 2)) / alone, error[:, :, asking:].mean((0, 2)) / alone
         return Losses(entropy, missed, disturbed, found)
 
-    def _features(self, name: str, heads: list[int], x: Tensor) -> Tensor:
+    def _mapped(self, name: str, heads: list[int], x: Tensor) -> Tensor:
         weight = self.parameters[f"{name}.weight"][heads]
         bias = self.parameters[f"{name}.bias"].view(-1, 1, self.width)[heads]
-        return F.elu(x + x @ weight + bias) + 1
+        return x + x @ weight + bias

@@ -77,8 +77,8 @@ def run_adaptation(
     path, passkeys = Outputs.of(folder), passkeys or Passkeys()
     texts = [read_text(name) for name in (adaptation.text, adaptation.eval_text) if name is not None]
     prepare(path.figures, path.checkpoint, resume=resume)
-    if passkeys.rounds and (adaptation.update != "linear" or not adaptation.lookback):
-        raise SettingError("rounds", f"must be 0 with --update delta or --lookback 0, got {passkeys.rounds}")
+    if passkeys.rounds and not adaptation.lookback:
+        raise SettingError("rounds", f"must be 0 with --lookback 0, got {passkeys.rounds}")
     settings = asdict(checkpoint) | asdict(adaptation) | asdict(passkeys)
     settings |= {"text_sha256": text_sha256(texts[0]), "eval_text_sha256": text_sha256(texts[-1])}
     loaded, kept = _begin(checkpoint, settings, path.checkpoint, resume=resume)
@@ -128,8 +128,9 @@ def _convert(
 ) -> Stage:
     """Convert the model, with a memory where the run fits one, and return the stage that does."""
     options = {name: getattr(adaptation, name) for name in ("segment_len", "lookback", "sinks", "update")}
+    options["memory_maps"] = adaptation.maps
     if prompts is None:
-        convert_named(loaded.model, options, memory_maps=adaptation.maps)
+        convert_named(loaded.model, options)
         return partial(_fit_to_text, loaded, rows, adaptation)
     lookups = convert_where_looked_up(loaded.model, options, prompts, passkeys, adaptation.seed)
     return partial(fit_to_passkeys, loaded, prompts, lookups, adaptation, passkeys)

@@ -25,9 +25,7 @@ class Adaptation:
     lookback: Annotated[int, "Whole segments that local attention sees before its own, 0 or 1."] = 1
     sinks: Annotated[int, "First tokens of a text that all others see."] = 4
     update: Annotated[str, "Update rule of the memory: delta or linear."] = "delta"
-    maps: Annotated[
-        bool, "Fit maps of the memory's queries and keys too, not its gates alone; with --prompts always."
-    ] = True
+    maps: Annotated[bool, "Fit maps of the memory's queries and keys too, not its gates alone."] = True
     length: Annotated[int, "Tokens of each stretch of text that is fitted to; without --prompts."] = 4096
     rows: Annotated[int, "Stretches to fit to, and one more that is held out; without --prompts."] = 8
     steps: Annotated[int, "Steps of the optimizer for each layer, each on one stretch; without --prompts."] = 64
@@ -36,7 +34,7 @@ class Adaptation:
     own: Annotated[bool, "Fit each layer on what the fitted layers below it put out, not on the plain model's."] = True
     eval_tokens: Annotated[int, "Tokens to measure perplexity on; the model's positions must suffice for them."] = 4096
     skip: Annotated[int, "Tokens of each text to skip first, as those of a book's front matter."] = 0
-    seed: Annotated[int, "Seed of the order of stretches."] = 0
+    seed: Annotated[int, "Seed of the order of stretches, and of the prompts and their order."] = 0
 
     def __post_init__(self) -> None:
         check_least(
@@ -72,9 +70,7 @@ class Passkeys:
     prompt_layers: Annotated[
         str | None, "Layers that get a memory, such as 10-20 or 0,5,-1. Default: all those of such heads."
     ] = None
-    rounds: Annotated[
-        int, "Rounds of training end to end after the fit, each on 64 new prompts; with --update linear and a lookback."
-    ] = 0
+    rounds: Annotated[int, "Rounds of training end to end after the fit, each on 64 new prompts; with a lookback."] = 0
     round_lr: Annotated[float, "Learning rate of the maps in these rounds, which falls to 0 as a cosine."] = 2e-3
 
     def __post_init__(self) -> None:

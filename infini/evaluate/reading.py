@@ -96,7 +96,7 @@ def read(
         model: a causal language model that keeps a cache, converted or not; in evaluation mode.
         after: the text that they follow, in B rows or in one that all of them follow; its cache stays as it is, for
             others to go on from. None: they are the beginning.
-        piece: tokens read at once, whole segments; None: about 4096.
+        piece: tokens read at once, whole segments; None: about 4096 of all rows together.
         on_tokens: called after each piece with the number of its tokens.
 
     Raises:
@@ -104,7 +104,7 @@ def read(
     """
     _check_text(tokens, 1)
     device, keep, cache = _device(model), _last_only(model), None if after is None else _copied(after, len(tokens))
-    for part in tokens.split(piece_len(model, piece), dim=1):
+    for part in tokens.split(piece_len(model, piece, len(tokens)), dim=1):
         output = _advance(model, part.to(device), cache, keep)
         cache = output.past_key_values
         on_tokens(part.numel())
@@ -134,7 +134,7 @@ def losses(
     """
     _check_text(tokens, 2)
     device, cache, nats = _device(model), None, []
-    size = piece_len(model, piece)
+    size = piece_len(model, piece, len(tokens))
     # the last token is a target, but never read
     for part, targets in zip(tokens[:, :-1].split(size, dim=1), tokens[:, 1:].split(size, dim=1), strict=True):
         output = _advance(model, part.to(device), cache, {})

@@ -539,6 +539,18 @@ def test_passkeys_have_a_row_for_each_reader_and_length(tmp_path: Path) -> None:
     ]
 
 
+def test_rounds_have_a_row_for_each_training(tmp_path: Path) -> None:
+    assert table("rounds", tmp_path) is None
+    keep(tmp_path / "pretrained" / "smollm2-passkeys" / "adapt.json", {"rounds": []})
+    assert table("rounds", tmp_path) is None
+    found = [{"loss": 1.304 / n, "digits": 0.9, "keys": 1 - 0.5 / n} for n in range(1, 15)]
+    keep(tmp_path / "pretrained" / "smollm2-passkeys-trained-delta-0" / "adapt.json", {"rounds": found})
+    head, _, row = cells(table("rounds", tmp_path) or "")
+    assert head == ["nats a digit; whole keys", *(f"round {n}" for n in (1, 2, 3, 4, 6, 8, 10, 12, 14))]
+    assert row[:4] == ["trained further, delta, seed 0", "1.30; 50 %", "0.65; 75 %", "0.43; 83 %"]
+    assert row[-1] == "0.09; 96 %"
+
+
 def test_recurrent_lengths_have_a_row_for_each_reader(tmp_path: Path) -> None:
     assert table("recurrent-lengths", tmp_path) is None
     summary = [

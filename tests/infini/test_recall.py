@@ -33,9 +33,9 @@ from segattn.runs.errors import SettingError
 L = 16
 
 
-def converted(name: str = "llama", **options: Any) -> Any:
+def converted(name: str = "llama", *, memory_maps: bool = True, **options: Any) -> Any:
     model = make(name, vocab_size=256)
-    return segattn.convert(model, L, quiet=True, memory_maps=True, **options).requires_grad_(False)
+    return segattn.convert(model, L, quiet=True, memory_maps=memory_maps, **options).requires_grad_(False)
 
 
 def prompts(count: int = 3, lookback: int = 1, length: int = 20 * L + 9) -> Prompts:
@@ -94,7 +94,13 @@ def test_weights_are_those_of_full_attention(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("llama", {"lookback": 1, "sinks": 3}), ("llama", {}), ("gemma2", {"lookback": 1}), ("gpt_neox", {"sinks": 2})],
+    [
+        ("llama", {"lookback": 1, "sinks": 3}),
+        ("llama", {}),
+        ("llama", {"memory_maps": False}),
+        ("gemma2", {"lookback": 1}),
+        ("gpt_neox", {"sinks": 2}),
+    ],
 )
 def test_outputs_and_gradients_are_those_of_the_converted_model(name: str, options: dict[str, Any]) -> None:
     model = converted(name, update="linear", **options)
