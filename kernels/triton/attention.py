@@ -84,11 +84,15 @@ def softmax_loop(
     for start in range(first, last, BLOCK_N):
         key = load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K, MASKED)
         j = start + tl.arange(0, BLOCK_N)
-        x = biased(scores(queries, key, factor, softcap), i[:, None], j[None, :], slope)
+        if (softcap is None) and (slope is None):
+            # scaled with the subtraction of the peak, in one instruction
+            x, unit = dot(queries, tl.trans(key), None), factor
+        else:
+            x, unit = biased(scores(queries, key, factor, softcap), i[:, None], j[None, :], slope), 1.0
         if MASKED:
             x = tl.where(visible(i[:, None], j[None, :], segment, memory_tokens, CAUSAL), x, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(x, 1))
-        p = tl.exp2(x - new_peak[:, None])
+        new_peak = tl.maximum(peak, tl.max(x, 1) * unit)
+        p = tl.exp2(x * unit - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(p, 1)
         value = load_rows(values, start, 0, BLOCK_N, BLOCK_V, V, MASKED)
@@ -165,7 +169,7 @@ def attend_kernel(
             sink_block(sinks.count, BLOCK_N),
         )  # fmt: skip
     lse2 = peak + tl.log2(total)
-    acc = acc / total[:, None]
+    acc *= (1.0 / total)[:, None]
     if reading.gate is not None:
         if saved.lse2 is not None:
             store_rows(head_of(saved.local, segment.row, head, stop), at, 0, acc, V)
