@@ -307,13 +307,13 @@ def key_loop(
         else:
             p = tl.exp2(biased_x - tl.load(lse2 + at_rows + rows)[None, :])
         do = load_rows(head_of(dout, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_V, V, MASKED)
-        dv = dot(rounded(p, do.dtype), do, dv)
-        dp = dot(values, tl.trans(do), None)
         if MASKED:
             delta = tl.load(row_delta + at_rows + rows, mask=inside, other=0.0)
         else:
             delta = tl.load(row_delta + at_rows + rows)
-        dx = capped_grad(p * (dp - delta[None, :]), x, softcap)
+        dp = dot(values, tl.trans(do), tl.broadcast_to(-delta[None, :], p.shape))
+        dv = dot(rounded(p, do.dtype), do, dv)
+        dx = capped_grad(p * dp, x, softcap)
         dk = dot(rounded(dx, query.dtype), query, dk)
         step += 1
         head += tl.where(step == walk.tiles, 1, 0)
