@@ -357,16 +357,12 @@ def whole_rows(x, first, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexp
 
     Rows beyond x.stop are the last one again: predicated loads would wait for each other.
     """
+    whole = None
     if CHUNK >= K:
         r = tl.minimum(tl.arange(0, ROWS), x.stop - 1 - first)
         c = tl.arange(0, CHUNK)
         at = x.pointer + tl.cast(first, tl.int64) * x.stride + (r[:, None] * x.stride + c[None, :])
-        if ragged(K, CHUNK):
-            whole = tl.load(at, mask=(c < K)[None, :], other=0.0)
-        else:
-            whole = tl.load(at)
-    else:
-        whole = None
+        whole = tl.load(at, mask=(c < K)[None, :], other=0.0) if ragged(K, CHUNK) else tl.load(at)
     return whole
 
 
