@@ -474,15 +474,10 @@ def visible(i, j, segment, memory_tokens, CAUSAL: tl.constexpr):
     """Return whether the query at i sees the key at j: all see the memory read, the memory to write sees all."""
     inside = j < segment.end
     if CAUSAL:
-        # one comparison for each pair
-        seen = j <= tl.minimum(i, segment.end - 1)
+        seen = j <= i
         if memory_tokens is not None:
-            seen = (
-                seen
-                | inside & (j < segment.begin + memory_tokens.read)
-                | inside & (i >= segment.end - memory_tokens.write)
-            )
-        return seen
+            seen = seen | (j < segment.begin + memory_tokens.read) | (i >= segment.end - memory_tokens.write)
+        return inside & seen
     return inside & (i >= segment.begin)
 
 
