@@ -17,8 +17,8 @@ from .tiles import (
     MemoryTokens,
     biased,
     block,
+    chunk_features,
     dot,
-    feature_map,
     from_sinks,
     head_of,
     keys_of,
@@ -40,6 +40,7 @@ from .tiles import (
     spanning,
     store_rows,
     visible,
+    whole_rows,
 )
 from .write import SegmentMemory, normalizer_at
 
@@ -84,11 +85,15 @@ def softmax_loop(
     for start in range(first, last, BLOCK_N):
         key = load_rows(keys, start, 0, BLOCK_N, BLOCK_K, K, MASKED)
         j = start + tl.arange(0, BLOCK_N)
-        x = biased(scores(queries, key, factor, softcap), i[:, None], j[None, :], slope)
+        if (softcap is None) and (slope is None):
+            # scaled with the subtraction of the peak, in one instruction
+            x, unit = dot(queries, tl.trans(key), None), factor
+        else:
+            x, unit = biased(scores(queries, key, factor, softcap), i[:, None], j[None, :], slope), 1.0
         if MASKED:
             x = tl.where(visible(i[:, None], j[None, :], segment, memory_tokens, CAUSAL), x, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(x, 1))
-        p = tl.exp2(x - new_peak[:, None])
+        new_peak = tl.maximum(peak, tl.max(x, 1) * unit)
+        p = tl.exp2(x * unit - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(p, 1)
         value = load_rows(values, start, 0, BLOCK_N, BLOCK_V, V, MASKED)
@@ -98,11 +103,16 @@ def softmax_loop(
 
 
 @triton.jit
-def recall(acc, share, x, first, matrix, ELU: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr):
-    """Return acc + share · σ(x) M for the rows of x from `first` on, scaled before they are rounded."""
+def recall(
+    acc, share, x, first, whole, matrix, ELU: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Return acc + share · σ(x) M for the rows of x from `first` on, scaled before they are rounded.
+
+    whole: as `whole_rows` returns them.
+    """
     ROWS: tl.constexpr = acc.shape[0]
     for c in tl.range(0, K, CHUNK, num_stages=1):
-        features = feature_map(load_rows(x, first, c, ROWS, CHUNK, K), ELU) * share[:, None]
+        features = chunk_features(x, first, whole, c, ELU, ROWS, K, CHUNK) * share[:, None]
         features = tl.where((c + tl.arange(0, CHUNK) < K)[None, :], features, 0.0)
         recalled = load_chunk(matrix, c, CHUNK, K, V)
         features, factor = row_operand(features, recalled.dtype)
@@ -165,18 +175,19 @@ def attend_kernel(
             sink_block(sinks.count, BLOCK_N),
         )  # fmt: skip
     lse2 = peak + tl.log2(total)
-    acc = acc / total[:, None]
+    acc *= (1.0 / total)[:, None]
     if reading.gate is not None:
+        x = head_of(reading.q, segment.row, head, stop)
+        rows = whole_rows(x, at, BLOCK_M, K, CHUNK)
         if saved.lse2 is not None:
             store_rows(head_of(saved.local, segment.row, head, stop), at, 0, acc, V)
         g = tl.sigmoid(tl.load(reading.gate + head))
         at_memory = tl.cast(read_slot(slot, segment, LOOKBACK), tl.int64) * k.heads + group
-        x = head_of(reading.q, segment.row, head, stop)
         normalizer = normalizer_at(reading.memory.normalizer, at_memory, K)
-        inverse = memory_inverse(x, at, normalizer, True, BLOCK_M, K, CHUNK)
+        inverse = memory_inverse(x, at, rows, normalizer, True, BLOCK_M, K, CHUNK)
         local_share = tl.where((inverse != 0) | KEEP_GATE, 1 - g, 1.0)
         matrix = reading.memory.matrix + at_memory * K * V
-        acc = recall(acc * local_share[:, None], g * inverse, x, at, matrix, True, K, V, CHUNK)
+        acc = recall(acc * local_share[:, None], g * inverse, x, at, rows, matrix, True, K, V, CHUNK)
         lse2 -= tl.log2(local_share)
     if saved.lse2 is not None:
         at_rows = (tl.cast(segment.row, tl.int64) * q.heads + head) * query_time - offset + i

@@ -6,6 +6,7 @@ comes straight from that, so the loops know nothing of the memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -307,14 +308,14 @@ def key_loop(
         else:
             p = tl.exp2(biased_x - tl.load(lse2 + at_rows + rows)[None, :])
         do = load_rows(head_of(dout, segment.row, head, stop), at, 0, BLOCK_M, BLOCK_V, V, MASKED)
-        dv = dot(rounded(p, do.dtype), do, dv)
-        dp = dot(values, tl.trans(do), None)
         if MASKED:
             delta = tl.load(row_delta + at_rows + rows, mask=inside, other=0.0)
         else:
             delta = tl.load(row_delta + at_rows + rows)
-        dx = capped_grad(p * (dp - delta[None, :]), x, softcap)
-        dk = dot(rounded(dx, query.dtype), query, dk)
+        # before dv, so that it runs under the softmax; and from −D, which needs no registers then
+        dp = dot(values, tl.trans(do), tl.broadcast_to(-delta[None, :], p.shape))
+        dv = dot(rounded(p, do.dtype), do, dv)
+        dk = dot(rounded(capped_grad(p, x, softcap) * dp, query.dtype), query, dk)
         step += 1
         head += tl.where(step == walk.tiles, 1, 0)
         step = tl.where(step == walk.tiles, 0, step)
@@ -393,6 +394,9 @@ def key_grads(
     groups, time, key_width = k.shape[1:]
     padded = layout.slots is not None
     tile = tile_of(key_grad_kernel, q, key_width, v.shape[3])
+    if options.softcap is not None and tile.num_stages > 3:
+        # the tile that copies so far ahead fills the registers, and caps take some
+        tile = replace(tile, BLOCK_M=tile.BLOCK_M // 2)
     tiles = triton.cdiv(min(layout.segment_len, time), tile.BLOCK_N)
     add_dk, add_dv = dk is not None, dv is not None
     dk = new_tokens(k, groups, time, key_width, padded) if dk is None else dk

@@ -97,7 +97,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     },
     ("key_grad_kernel", 16, 128): {
         "": _tile(64, 64, warps=8),
-        "sm_90": _tile(32, 128, warps=8, stages=3),
+        "sm_90": _tile(64, 128, warps=8, stages=4),
         "sm_100": _tile(64, 128, warps=8, stages=3),
         "gfx942": _tile(32, 32, stages=1),
     },

@@ -10,7 +10,7 @@ from torch import Tensor
 from .attention import recall
 from .attention_backward import recall_adjoint
 from .launch import launch, new_tokens, tile_of, view
-from .tiles import LENGTHS, block, head_of, load_rows, memory_inverse, store_rows
+from .tiles import LENGTHS, block, head_of, load_rows, memory_inverse, store_rows, whole_rows
 from .write import SegmentMemory, normalizer_at
 
 
@@ -26,9 +26,10 @@ def read_kernel(
     row = tl.program_id(0) // tiles // q.heads
     at = tl.cast(row, tl.int64) * groups + head // (q.heads // groups)
     x = head_of(q, row, head, time)
-    inverse = memory_inverse(x, first, normalizer_at(memory.normalizer, at, K), ELU, BLOCK_M, K, CHUNK)
+    rows = whole_rows(x, first, BLOCK_M, K, CHUNK)
+    inverse = memory_inverse(x, first, rows, normalizer_at(memory.normalizer, at, K), ELU, BLOCK_M, K, CHUNK)
     acc = tl.zeros([BLOCK_M, block(V)], tl.float32)
-    acc = recall(acc, inverse, x, first, memory.matrix + at * K * V, ELU, K, V, CHUNK)
+    acc = recall(acc, inverse, x, first, rows, memory.matrix + at * K * V, ELU, K, V, CHUNK)
     store_rows(head_of(out, row, head, time), first, 0, acc, V)
 
 

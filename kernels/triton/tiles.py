@@ -352,12 +352,40 @@ def inverse_weight(weight, most, inverse_peak):
 
 
 @triton.jit
-def memory_inverse(x, first, normalizer, ELU: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
-    """Return 1 / σ(x) z of every row, z over its peak; 0 where the memory holds nothing for it."""
+def whole_rows(x, first, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
+    """Load rows of x from `first` on where a chunk holds all of their columns; else return None.
+
+    Rows beyond x.stop are the last one again: predicated loads would wait for each other.
+    """
+    whole = None
+    if CHUNK >= K:
+        r = tl.minimum(tl.arange(0, ROWS), x.stop - 1 - first)
+        c = tl.arange(0, CHUNK)
+        at = x.pointer + tl.cast(first, tl.int64) * x.stride + (r[:, None] * x.stride + c[None, :])
+        whole = tl.load(at, mask=(c < K)[None, :], other=0.0) if ragged(K, CHUNK) else tl.load(at)
+    return whole
+
+
+@triton.jit
+def chunk_features(
+    x, first, whole, c, ELU: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Return columns [c, c + CHUNK) of σ(x), of `whole` where that holds them all."""
+    return feature_map(load_rows(x, first, c, ROWS, CHUNK, K) if whole is None else whole, ELU)
+
+
+@triton.jit
+def memory_inverse(
+    x, first, whole, normalizer, ELU: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Return 1 / σ(x) z of every row, z over its peak; 0 where the memory holds nothing for it.
+
+    whole: as `whole_rows` returns them, or None.
+    """
     weight = tl.zeros([ROWS], tl.float32)
     most = tl.zeros([ROWS], tl.float32)
     for c in tl.range(0, K, CHUNK, num_stages=1):
-        features = feature_map(load_rows(x, first, c, ROWS, CHUNK, K), ELU)
+        features = chunk_features(x, first, whole, c, ELU, ROWS, K, CHUNK)
         weight += tl.sum(features * load_vector(normalizer.z, c, CHUNK, K)[None, :], 1)
         most = tl.maximum(most, largest(features, c, K))
     return inverse_weight(weight, most, tl.load(normalizer.inverse_peak))

@@ -118,7 +118,7 @@ def write_adjoint(
     rows = tl.arange(0, ROWS)
     inside = first + rows < keys.stop
     if dweight is not None:
-        inverse = memory_inverse(keys, first, state.normalizer, ELU, ROWS, K, CHUNK)
+        inverse = memory_inverse(keys, first, None, state.normalizer, ELU, ROWS, K, CHUNK)
         u = feature_map(load_rows(keys, first, 0, ROWS, BLOCK_K, K), ELU) * inverse[:, None]
         u = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], u, 0.0)
         # negative, so that products add up
