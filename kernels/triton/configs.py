@@ -178,7 +178,7 @@ TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     },
     ("query_grad_kernel", 32, 128): {"": _tile(16, 16, 16, warps=8, stages=1)},
     ("query_grad_kernel", 32, 256): {"": _tile(16, 16, 16, stages=1)},
-    ("key_grad_kernel", 32, 128): {"": _tile(16, 32, 16, warps=8, stages=1), "gfx942": _tile(16, 16, 16, stages=1)},
+    ("key_grad_kernel", 32, 128): {"": _tile(16, 16, 16, warps=8, stages=1), "gfx942": _tile(16, 16, 16, stages=1)},
     ("key_grad_kernel", 32, 256): {"": _tile(16, 16, 16, stages=1)},
     ("sink_grad_kernel", 32, 256): {"": _tile(16, 16, stages=1)},
     ("product_kernel", 32, 128): {"": _tile(n=16, warps=8, stages=1, COLUMNS=32)},

@@ -353,16 +353,15 @@ def inverse_weight(weight, most, inverse_peak):
 
 @triton.jit
 def whole_rows(x, first, ROWS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
-    """Load rows of x from `first` on where a chunk holds all of their columns; else return None.
+    """Load rows of x from `first` on where a chunk is all of their columns; else return None.
 
     Rows beyond x.stop are the last one again: predicated loads would wait for each other.
     """
     whole = None
-    if CHUNK >= K:
+    if CHUNK == K:
         r = tl.minimum(tl.arange(0, ROWS), x.stop - 1 - first)
-        c = tl.arange(0, CHUNK)
-        at = x.pointer + tl.cast(first, tl.int64) * x.stride + (r[:, None] * x.stride + c[None, :])
-        whole = tl.load(at, mask=(c < K)[None, :], other=0.0) if ragged(K, CHUNK) else tl.load(at)
+        at = r[:, None] * x.stride + tl.arange(0, K)[None, :]
+        whole = tl.load(x.pointer + tl.cast(first, tl.int64) * x.stride + at)
     return whole
 
 
