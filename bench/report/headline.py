@@ -71,15 +71,16 @@ def _demo(folder: Path) -> list[list[str]]:
 
 
 def _pretrained(folder: Path) -> list[list[str]]:
-    """Return the passkeys that a pretrained model recalls from the longest texts, and those without a memory."""
-    names = ("smollm2-passkeys-trained-128k", "smollm2-passkeys-window")
-    memory, window = (figures_in(folder / "pretrained" / name / "passkey.json") for name in names)
-    if memory is None or window is None:
+    """Return the passkeys that a pretrained model's trainings recall from long texts, and those without a memory."""
+    trained = [figures_in(path) for path in (folder / "pretrained").glob("smollm2-passkeys-trained*-128k/passkey.json")]
+    window = figures_in(folder / "pretrained" / "smollm2-passkeys-window" / "passkey.json")
+    if not trained or window is None:
         return []
-    longest, of_window = (max(cell["length"] for cell in figures["cells"]) for figures in (memory, window))
+    memory = [cell for figures in trained for cell in figures["cells"]]
+    longest, of_window = (max(cell["length"] for cell in cells) for cells in (memory, window["cells"]))
     recalled, alone = (
-        _recalled(cell for cell in figures["cells"] if cell["length"] == length)
-        for figures, length in ((memory, longest), (window, of_window))
+        _recalled(cell for cell in cells if cell["length"] == length)
+        for cells, length in ((memory, longest), (window["cells"], of_window))
     )
     against = f"without a memory {alone}, from {of_window:,}"
     return [[f"passkeys that SmolLM2, converted, recalls from {longest:,} tokens", recalled, against]]

@@ -18,7 +18,7 @@ from . import perplexity as ppl
 from .loading import Loaded, convert_named, load_plain
 from .retrieval import check_positions
 from .runs import Listener, Outputs, begin_figures, earlier_run
-from .settings import Checkpoint, Conversions
+from .settings import CONVERSIONS, Checkpoint, Conversions
 
 # of a text, in the table; each is several buckets of the picture
 QUARTERS = 4
@@ -78,13 +78,13 @@ def run_conversions(
     kept = earlier_run(path.figures, resume, settings, about)
     rows = {row["conversion"]: Row(**row) for row in kept.get("rows", ())}
     figures = begin_figures("convert-report", settings, about)
+    arguments = _possible(model, arguments, conversions.conversions == CONVERSIONS, listener)
     listener.begin((len(tokens) - 1) * len({FULL, *arguments} - rows.keys()))
     try:
         for name in (FULL, *arguments):
             if name not in rows:
                 if name != FULL:
-                    refused = "conversions", f"must be what the model can be converted to, got {name!r}"
-                    convert_named(model, {}, refused, **arguments[name])
+                    convert_named(model, {}, **arguments[name])
                 rows[name] = measure(model, name, tokens, listener.read)
                 if name != FULL:
                     revert(model)
@@ -98,6 +98,32 @@ def run_conversions(
 
             plot_conversions(path.picture, figures["rows"], f"Perplexity of {len(tokens):,} tokens, untrained")
     return figures
+
+
+def _possible(
+    model: Any, arguments: dict[str, dict[str, Any]], usual: bool, listener: Listener
+) -> dict[str, dict[str, Any]]:
+    """Return the conversions that a model takes, before any is measured.
+
+    Args:
+        usual: nobody has chosen them, and those that are refused are left out.
+
+    Raises:
+        SettingError: of `conversions`: one that was chosen is refused, or all are.
+    """
+    possible = {}
+    for name, options in arguments.items():
+        refused = "conversions", f"must be what the model can be converted to, got {name!r}"
+        try:
+            convert_named(model, {}, refused, **options)
+        except SettingError as error:
+            if not usual or (not possible and name == [*arguments][-1]):
+                raise
+            listener.finished(f"{name}: left out, {error.problem}")
+        else:
+            revert(model)
+            possible[name] = options
+    return possible
 
 
 def arguments_of(conversion: str) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def measure_documents(
     Args:
         on_documents: called with all that are measured, after each batch.
         batch: documents read at once.
-        piece: tokens of each that are read at once; None: about 4096.
+        piece: tokens of each that are read at once; None: about 4096 of all together.
         on_tokens: called with the number of tokens of each piece.
 
     Raises:

@@ -45,6 +45,7 @@ class RetrievalCell(NamedTuple):
     exact: share of prompts that are answered right.
     tokens: share of the answers' tokens that are decoded in their place.
     cache_bytes: of one prompt at its end.
+    seconds: of what was read for this cell; what its prompts share with those of cells before it was read there.
     """
 
     length: int
@@ -88,7 +89,7 @@ def measure(
         depth: place of the statement, 0 the beginning, 1 the end.
         samples: number of prompts.
         batch: prompts read at once.
-        piece: tokens of each that are read at once; None: about 4096.
+        piece: tokens of each that are read at once; None: about 4096 of all together.
         earlier: the beginning of another cell's prompts, which these may begin with.
         on_tokens: called with the number of tokens of each piece, and of what need not be read again.
 
@@ -137,7 +138,7 @@ def measure_grid(
     piece: int | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> list[RetrievalCell]:
-    """Measure every cell of the grid that is not among `done`, in order, and return all.
+    """Measure every cell of the grid that is not among `done`, in rising order, and return all.
 
     Args:
         done: cells measured earlier, which are kept, those outside the grid too.
@@ -149,7 +150,8 @@ def measure_grid(
     cells = {(cell.length, cell.depth): cell for cell in done}
     for length in lengths:
         beginning = NO_BEGINNING
-        for depth in depths:
+        # in rising order, so that one cell's prompts go on from what another's begin with
+        for depth in sorted(depths):
             if (length, depth) not in cells:
                 cells[length, depth], beginning = measure(
                     model,

@@ -30,7 +30,9 @@ CONVERSIONS = (
 PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
 
 Batch = Annotated[int, "Texts to read at once."]
-Piece = Annotated[int | None, "Tokens of a text to read at once, whole segments. Default: about 4096."]
+Piece = Annotated[
+    int | None, "Tokens of a text to read at once, whole segments. Default: about 4096 of all texts together."
+]
 
 
 @dataclass(frozen=True)

@@ -400,12 +400,14 @@ def test_the_headline_has_a_row_for_each_result_that_is_there(tmp_path: Path, re
         lengths = ((9, (0, 0)), (long, whole))
         cells_of = [{"length": n, "exact": share, "samples": 10} for n, shares in lengths for share in shares]
         keep(results / "pretrained" / f"smollm2-passkeys{name}" / "passkey.json", {"cells": cells_of})
+    another = {"cells": [{"length": 999, "exact": 0.5, "samples": 4}, {"length": 99, "exact": 0.0, "samples": 4}]}
+    keep(results / "pretrained" / "smollm2-passkeys-trained-delta-0-128k" / "passkey.json", another)
     rows = [row[1:] for row in cells(table("headline", results) or "")[2:]]
     assert rows == [
         ["1.40", "eager loop over segments 1.50, infini-transformer-pytorch 2.50, full attention 5.00"],
         ["1 MiB", "keys and values 64 MiB"],
         ["75.0 % of 8", "trained on 64 tokens"],
-        ["17 of 20", "without a memory 1 of 20, from 99"],
+        ["19 of 24", "without a memory 1 of 20, from 99"],
         ["100.0 % of 4", "the paper's 98.2 %"],
         ["75.0 % of 4", "the paper's 98.2 %"],
         ["8.00 ± 0.25", "segments alone 5.00 ± 0.25, full attention 6.00 ± 0.25"],

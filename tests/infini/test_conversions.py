@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.cli.main")
 from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ from models import make_of_bytes
 from typer.testing import CliRunner, Result
 
 import segattn
-from segattn.infini.evaluate import plots
+from segattn.infini.evaluate import conversions, plots
 from segattn.infini.evaluate.conversions import FULL, arguments_of, run_conversions
 from segattn.infini.evaluate.settings import Checkpoint, Conversions
 from segattn.infini.huggingface.saving import save_pretrained
@@ -140,6 +140,23 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path, arguments: list[st
     said = invoke(folder, tmp_path, *arguments)
     assert said.exit_code == 2, said.output
     assert message in " ".join(said.output.split())
+
+
+def test_a_model_takes_what_it_can_of_the_usual_conversions(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Learnt positions leave no room for a lookback; what was chosen is refused before anything is measured."""
+    config = transformers.GPT2Config(vocab_size=256, n_positions=256, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    usual = ("24 lookback=1", "24 gate=-20", "24 sinks=4")
+    monkeypatch.setattr(conversions, "CONVERSIONS", usual)
+    checkpoint, text = Checkpoint(str(tmp_path / "gpt2"), "bytes", device="cpu"), str(folder / "text.txt")
+    found = run_conversions(checkpoint, Conversions(text, conversions=usual, tokens=100), tmp_path / "a")
+    assert [row["conversion"] for row in found["rows"]] == ["full attention", "24 gate=-20"]
+    monkeypatch.setattr(conversions, "CONVERSIONS", ())
+    monkeypatch.setattr(conversions, "measure", None)
+    with pytest.raises(SettingError, match="must be what the model can be converted to, got '24 lookback=1'"):
+        run_conversions(checkpoint, Conversions(text, conversions=usual, tokens=100), tmp_path / "b")
 
 
 def test_texts_and_models_must_do(folder: Path, tmp_path: Path) -> None:

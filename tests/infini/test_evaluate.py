@@ -395,7 +395,7 @@ def test_cells_depend_on_their_place_alone() -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_what_prompts_begin_with_is_read_once(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, task, length, depths = converted().double(), PasskeyText(ByteTokenizer()), 700, [0.1, 0.6, 0.9]
+    model, task, length, depths = converted().double(), PasskeyText(ByteTokenizer()), 700, [0.6, 0.9, 0.1]
     sizes: list[int] = []
     model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(args[0].numel()), with_kwargs=True)
     ends: list[Tensor] = []

@@ -10,7 +10,7 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from .checkpoint import replacing
 
@@ -71,12 +71,14 @@ def logarithmic(axes: Axes, form: Callable[[float], str] = "{:g}".format, base: 
     """Make the y axis logarithmic, once the data are drawn, with a few ticks that `form` writes.
 
     Args:
-        base: 2 for ticks at powers of two; 10 for those at powers of ten, and 2 and 5 times them on a short axis.
+        base: 2 for ticks at powers of two; 10 for those at powers of ten, and 2 and 5 times them on a short axis. An
+            axis on which there would be no two of these has ticks at equal distances.
     """
     axes.set_yscale("log", base=base)
     low, high = axes.get_ylim()
     between = (1.0, 2.0, 5.0) if base == 10 and high < 1000 * low else (1.0,)
-    axes.yaxis.set_major_locator(LogLocator(base=base, subs=between, numticks=9))
+    few = MaxNLocator(6, steps=[1, 2, 5, 10]) if base == 10 and high < 4 * low else None
+    axes.yaxis.set_major_locator(few or LogLocator(base=base, subs=between, numticks=9))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
     axes.yaxis.set_minor_locator(NullLocator())
 
