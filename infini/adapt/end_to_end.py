@@ -18,7 +18,7 @@ from ..huggingface.cache import InfiniCache
 from ..huggingface.settings import GATE, MAP_K, attentions_of, conversion_of, trunk_of
 from .fit import memory_parameters, trained
 from .kept import FittedLayers, Listener
-from .lookups import Prompts, make_prompts
+from .lookups import Prompts, least_length, make_prompts
 from .settings import Adaptation, Passkeys
 
 # of a round: its prompts, how often each is asked, and how many are asked in one step
@@ -202,9 +202,13 @@ def _group(name: str, parameter: Tensor, lr: float) -> dict[str, Any]:
 
 
 def _new_prompts(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys, generator: torch.Generator) -> Prefixes:
-    """Draw the prompts of a round, all of one length between two thirds and all of `prompt_tokens`, and read them."""
+    """Draw the prompts of a round, all of one length, and read them.
+
+    The length is between two thirds and all of `prompt_tokens`, and no less than prompts must have.
+    """
     longest = passkeys.prompt_tokens
-    length = int(torch.randint(2 * longest // 3, longest + 1, (), generator=generator, device="cpu"))
+    shortest = max(2 * longest // 3, least_length(loaded.tokenizer, adaptation.segment_len, adaptation.lookback))
+    length = int(torch.randint(shortest, longest + 1, (), generator=generator, device="cpu"))
     seed = int(torch.randint(2**31, (), generator=generator, device="cpu"))
     prompts = make_prompts(loaded.tokenizer, PROMPTS, length, adaptation.segment_len, adaptation.lookback, seed)
     return read_prefixes(loaded.model, prompts, len(loaded.tokenizer.encode("\n" + QUESTION)))

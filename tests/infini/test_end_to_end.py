@@ -18,10 +18,10 @@ from segattn.infini.adapt import end_to_end as stage
 from segattn.infini.adapt.end_to_end import answer_logits, read_prefixes, write_counted
 from segattn.infini.adapt.fit import memory_parameters
 from segattn.infini.adapt.kept import FittedLayers
-from segattn.infini.adapt.lookups import Prompts, make_prompts
+from segattn.infini.adapt.lookups import Prompts, least_length, make_prompts
 from segattn.infini.adapt.run import run_adaptation
 from segattn.infini.adapt.settings import Adaptation, Passkeys
-from segattn.infini.evaluate.loading import ByteTokenizer
+from segattn.infini.evaluate.loading import ByteTokenizer, Loaded
 from segattn.infini.evaluate.passkey import QUESTION
 from segattn.infini.evaluate.settings import Checkpoint
 from segattn.infini.huggingface.settings import attentions_of, trunk_of
@@ -213,6 +213,35 @@ def test_without_maps_the_gates_alone_are_trained(folder: Path, tmp_path: Path) 
     changed = {name for name, weight in one.items() if not torch.equal(weight, other[name])}
     assert changed == {f"model.layers.{layer}.self_attn.segattn_gate.bias" for layer in (0, 1)}
     assert not any("segattn_memory" in name for name in one)
+
+
+@pytest.mark.usefixtures("small_rounds")
+def test_prompts_of_rounds_are_long_enough_where_two_thirds_are_not(folder: Path, tmp_path: Path) -> None:
+    least = least_length(ByteTokenizer(), L, 1)
+    figures = run(folder, tmp_path / "out", prompt_tokens=least, rounds=3)
+    assert len(figures["rounds"]) == 3
+    with pytest.raises(SettingError, match=f"prompt_tokens must be at least {least}, .* got {least - 1}"):
+        run(folder, tmp_path / "short", prompt_tokens=least - 1)
+
+
+@pytest.mark.parametrize(("size", "longest", "shortest"), [(8, 640, 426), (64, 400, 322), (16, 300, 274)])
+def test_lengths_that_are_drawn(size: int, longest: int, shortest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Loaded(torch.nn.Linear(1, 1), ByteTokenizer(), {})
+    adaptation, passkeys = Adaptation("text", segment_len=size), Passkeys(prompts=2, prompt_tokens=longest)
+    drawn: list[int] = []
+
+    def note(model: Any, prompts: Prompts, question: int) -> None:
+        drawn.append(prompts.tokens.shape[1] - prompts.asking + 1)
+
+    monkeypatch.setattr(stage, "read_prefixes", note)
+    monkeypatch.setattr(stage, "PROMPTS", 1)
+    for seed in range(60):
+        stage._new_prompts(loaded, adaptation, passkeys, torch.Generator().manual_seed(seed))
+    wanted = [
+        int(torch.randint(shortest, longest + 1, (), generator=torch.Generator().manual_seed(seed)))
+        for seed in range(60)
+    ]
+    assert drawn == wanted
 
 
 def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:

@@ -272,6 +272,17 @@ def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeyp
         assert torch.equal(weight, other.state_dict()[name]), name
 
 
+def test_layers_whose_window_slides_stay_as_they_are(folder: Path, tmp_path: Path) -> None:
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 24, "num_hidden_layers": 4}
+    make("gemma3_text", vocab_size=256, **kinds).save_pretrained(tmp_path / "plain")
+    (tmp_path / "text.txt").write_bytes((folder / "text.txt").read_bytes())
+    figures = run(tmp_path, tmp_path / "out", rounds=1)
+    assert [layer["layer"] for layer in figures["layers"]] == [1, 3]
+    assert len(figures["rounds"]) == 1
+    with pytest.raises(SettingError, match=r"prompt_layers must be layers that are converted, got '1-2': \[2\] stay"):
+        run(tmp_path, tmp_path / "named", prompt_layers="1-2")
+
+
 def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"prompts": -1}, "prompts must be at least 0"),
