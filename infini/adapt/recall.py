@@ -35,7 +35,7 @@ class RecallFit(NamedTuple):
     disturbed: loss in the other rows, over the same.
     found: share of what the memory recalls that comes from the statement, in the rows that ask.
     found_stretched: the same with the filler counted `stretch` times.
-    gates: sigmoid(β).
+    gates: sigmoid(β) after all steps of this fit; rounds of training end to end change them further.
     """
 
     layer: int

@@ -18,7 +18,7 @@ from ...runs.settings import check_same
 from ...runs.silence import SILENT
 from ...runs.text import text_sha256
 from ..evaluate.conversions import FULL, Row, first_tokens, measure
-from ..evaluate.gate_map import gate_map
+from ..evaluate.gate_map import GateMap, gate_map
 from ..evaluate.loading import Loaded, convert_named, load_plain
 from ..evaluate.retrieval import check_positions
 from ..evaluate.settings import Checkpoint
@@ -81,7 +81,7 @@ def run_adaptation(
         raise SettingError("rounds", f"must be 0 with --lookback 0, got {passkeys.rounds}")
     settings = asdict(checkpoint) | asdict(adaptation) | asdict(passkeys)
     settings |= {"text_sha256": text_sha256(texts[0]), "eval_text_sha256": text_sha256(texts[-1])}
-    loaded, kept = _begin(checkpoint, settings, path.checkpoint, resume=resume)
+    loaded, kept = _begin(checkpoint, settings, path, resume=resume)
     rows, held_out = _stretches(loaded, texts, adaptation, fitted=not passkeys.prompts)
     prompts = prompts_for(loaded, adaptation, passkeys) if passkeys.prompts else None
     report: list[Row] = []
@@ -107,20 +107,20 @@ Stage = Callable[[FittedLayers, Listener], None]
 
 
 def _begin(
-    checkpoint: Checkpoint, settings: Mapping[str, Any], path: Path, *, resume: bool
+    checkpoint: Checkpoint, settings: Mapping[str, Any], path: Outputs, *, resume: bool
 ) -> tuple[Loaded, FittedLayers]:
     """Load the plain model, frozen, and what an earlier run has kept for it.
 
     Raises:
         SettingError: the earlier run was of other settings, or of another model.
     """
-    saved = _saved(path, settings) if resume and path.exists() else {}
+    saved = _saved(path.checkpoint, settings) if resume and (path.checkpoint.exists() or path.figures.exists()) else {}
     loaded = load_plain(checkpoint)
     fingerprint = loaded.about["fingerprint"]
     if saved and saved["fingerprint"] != fingerprint:
         raise SettingError("model", f"must be the earlier run's with --resume, got {checkpoint.model!r}, another one")
     loaded.model.requires_grad_(False)
-    return loaded, FittedLayers(path, settings, fingerprint, saved)
+    return loaded, FittedLayers(path.checkpoint, settings, fingerprint, saved)
 
 
 def _convert(
@@ -137,8 +137,13 @@ def _convert(
 
 
 def _write(path: Outputs, loaded: Loaded, kept: FittedLayers, report: Sequence[Row]) -> dict[str, Any]:
-    """Write figures, pictures and the model; return the figures."""
+    """Write figures, pictures and the model; return the figures.
+
+    In "layers" are the figures of the fit, the gates behind it among them; in "gates" are those of the model that is
+    written, which rounds have changed further: for each layer with a memory, sigmoid(β) of each head.
+    """
     model: Any = loaded.model
+    gates = gate_map(model)
     figures = {
         "command": "adapt",
         "settings": kept.settings,
@@ -147,9 +152,10 @@ def _write(path: Outputs, loaded: Loaded, kept: FittedLayers, report: Sequence[R
         "rows": [row._asdict() for row in report],
         "layers": kept.in_order(),
         "rounds": kept.rounds,
+        "gates": {str(layer): share.tolist() for layer, share in zip(gates.layers, gates.share, strict=True)},
     }
     write_figures(path.figures, figures)
-    _draw(path, figures, model)
+    _draw(path, figures, gates)
     save_model(model, loaded.tokenizer, model.state_dict(), path.model)
     return figures
 
@@ -215,18 +221,34 @@ def _window_alone(model: Any, tokens: Sequence[int]) -> Row:
 
 def _saved(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     saved = read_checkpoint(path, "segattn adapt", FittedLayers.PARTS, settings)
-    check_same(settings, saved["settings"], FREE)
+    check_same(settings, saved["settings"], {"rounds", *_free(settings, saved)})
+    if saved["rounds"] and settings["rounds"] != (before := saved["settings"]["rounds"]):
+        problem = (
+            f"must be the checkpoint's with --resume, {before}, got {settings['rounds']}: of these "
+            f"{len(saved['rounds'])} are done, and the learning rate falls over all of them"
+        )
+        raise SettingError("rounds", problem)
     return saved
 
 
-def _draw(path: Outputs, figures: Mapping[str, Any], model: Any) -> None:
+def _free(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
+    """Return the settings that may change between a run and its continuation."""
+    free = {*FREE}
+    if not saved["rounds"]:
+        free.add("round_lr")
+    # else the stretches that are fitted to begin where the measured tokens end
+    if settings["prompts"] or settings["eval_text"]:
+        free.add("eval_tokens")
+    return free
+
+
+def _draw(path: Outputs, figures: Mapping[str, Any], gates: GateMap) -> None:
     # matplotlib takes a second to import, and only this needs it
     from ...runs.heat_maps import plot_gates
     from ..evaluate.plots import plot_conversions
 
     tokens = figures["settings"]["eval_tokens"]
     plot_conversions(path.picture, figures["rows"], f"Perplexity of {tokens:,} tokens, memory fitted")
-    gates = gate_map(model)
     plot_gates(path.gates, gates.share, gates.layers, "Share of memory per head")
 
 

@@ -164,6 +164,7 @@ def test_command_and_its_files(folder: Path, tmp_path: Path) -> None:
         gates = attentions_of(trunk_of(model))[layer].segattn_gate.bias.sigmoid()
         assert figure["layer"] == layer
         assert figure["gates"] == pytest.approx(gates.tolist(), rel=1e-5)
+        assert figures["gates"][str(layer)] == pytest.approx(gates.tolist(), rel=1e-5)
         assert f"layer {layer}: " in said.output
     for path in Outputs.of(tmp_path)[:4]:
         assert path.stat().st_size > 500
@@ -191,6 +192,23 @@ def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeyp
     one, other = (segattn.from_pretrained(tmp_path / name / "model", quiet=True) for name in ("whole", "parts"))
     for name, weight in one.state_dict().items():
         assert torch.equal(weight, other.state_dict()[name]), name
+
+
+def test_resume_needs_the_checkpoint_of_the_earlier_run(folder: Path, tmp_path: Path) -> None:
+    run_adaptation(checkpoint(folder), adaptation(folder, steps=0), tmp_path)
+    # measured tokens move the stretches that are fitted to, unless they are of another text
+    with pytest.raises(SettingError, match="eval_tokens must be the checkpoint's with --resume, 100, got 90"):
+        run_adaptation(checkpoint(folder), adaptation(folder, steps=0, eval_tokens=90), tmp_path, resume=True)
+    path = Outputs.of(tmp_path).checkpoint
+    for junk in (b"", b"G12", b"\x80\x02", b"junk", b"K", b"0", b"(d."):
+        path.write_bytes(junk)
+        with pytest.raises(
+            SettingError, match=r"resume needs a checkpoint of segattn adapt; .* another file, or damaged"
+        ):
+            run_adaptation(checkpoint(folder), adaptation(folder, steps=0), tmp_path, resume=True)
+    path.unlink()
+    with pytest.raises(SettingError, match="resume needs a checkpoint in the output folder, and there is no"):
+        run_adaptation(checkpoint(folder), adaptation(folder, steps=0), tmp_path, resume=True)
 
 
 def test_own_activations_are_another_fit(folder: Path, tmp_path: Path) -> None:
