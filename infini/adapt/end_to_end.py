@@ -136,7 +136,11 @@ def write_counted(features: Tensor, v: Tensor, counts: Tensor, segment_len: int,
 def train_end_to_end(
     loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys, kept: FittedLayers, listener: Listener
 ) -> None:
-    """Take the rounds that are left, each on new prompts: cross-entropy of the answers, over the maps and the gates."""
+    """Take the rounds that are left, each on new prompts: cross-entropy of the answers, over the maps and the gates.
+
+    The learning rates are `passkeys.round_lr` for matrices, and `BIAS_FACTOR` and `GATE_FACTOR` times that for biases
+    and gates. They rise over the first round, and fall to 0 as a cosine over all of them.
+    """
     model: Any = loaded.model
     attentions = [attentions_of(trunk_of(model))[layer] for layer in conversion_of(model).settings.memory_layers]
     parameters = [item for attention in attentions for item in memory_parameters(attention).items()]

@@ -110,7 +110,7 @@ def looked_up(model: Any, prompts: Prompts, full: Collection[int]) -> dict[int, 
     """Return how much of its attention each head [H] gives to passkeys, over the rows that ask, by layer.
 
     Args:
-        model: converted without a memory.
+        model: converted, and `without_memory`: its gates are closed.
         full: layers in full attention, whose heads are returned; the others see their window alone.
     """
     shares: dict[int, list[Tensor]] = {layer: [] for layer in full}

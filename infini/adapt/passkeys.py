@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from ...runs.errors import SettingError, named
 from ..conversion_options import layers_named
 from ..evaluate.loading import Loaded, convert_named
-from ..evaluate.retrieval import check_positions
+from ..evaluate.reading import longest_text
 from ..huggingface.conversion import revert
 from ..huggingface.settings import attentions_of, conversion_of, trunk_of
 from .kept import FittedLayers, Listener, without_memory
@@ -26,8 +28,8 @@ def prompts_for(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys) -> P
     Raises:
         SettingError: they are too short, or too long for the model.
     """
+    check_room(loaded.model, passkeys.prompt_tokens, "prompt_tokens")
     with named(length="prompt_tokens"):
-        check_positions(loaded.model, passkeys.prompt_tokens)
         return make_prompts(
             loaded.tokenizer,
             passkeys.prompts,
@@ -36,6 +38,32 @@ def prompts_for(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys) -> P
             adaptation.lookback,
             adaptation.seed,
         )
+
+
+def check_room(model: nn.Module, count: int, option: str) -> None:
+    """Check that a plain model has positions for so many tokens.
+
+    Raises:
+        SettingError: of `option`: it has fewer.
+    """
+    limit = longest_text(model)
+    if limit is not None and count > limit:
+        problem = f"must be at most the {limit} positions of the model, which full attention needs, got {count}"
+        raise SettingError(option, f"{problem}: choose fewer")
+
+
+def check_convertible(model: Any, options: Mapping[str, Any], passkeys: Passkeys) -> None:
+    """Check that a plain model can be converted, and has the layers that are named; it stays as it is.
+
+    Raises:
+        SettingError: naming the option.
+    """
+    convert_named(model, options)
+    try:
+        if passkeys.prompt_layers is not None:
+            _layers(model, passkeys.prompt_layers)
+    finally:
+        revert(model)
 
 
 def convert_where_looked_up(

@@ -233,11 +233,14 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     long.write_text("a" * 5000)
     for changes, message in (
         ({"length": 2 * L}, "length must be more than the 32 tokens"),
-        ({"length": 4097}, "length must be at most the 4096 positions"),
+        ({"length": 4097}, "length must be at most the 4096 positions of .* 4097: choose fewer"),
         ({"lookback": 2}, "lookback must be 0 or 1"),
         ({"sinks": L + 1}, "sinks must be"),
         ({"update": "none"}, "update must be"),
+        ({"lookback": "1"}, "lookback must be 0 or 1"),
         ({"rows": 0}, "rows must be at least 1"),
+        ({"rows": "2"}, "rows must be a number, got '2'"),
+        ({"map_lr": "fast"}, "map_lr must be 0 or more, got 'fast'"),
         ({"gate_lr": float("nan")}, "gate_lr must be 0 or more"),
         ({"rows": 500}, "text must be of 40080 tokens and more for --rows 500"),
         ({"eval_tokens": 5000}, "eval_tokens must be at most"),
@@ -246,4 +249,4 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(SettingError, match=message):
             run_adaptation(checkpoint(folder), adaptation(folder, **changes), tmp_path / "out")
-    assert not (tmp_path / "out" / "adapt.json").exists()
+    assert not (tmp_path / "out").exists()

@@ -277,4 +277,4 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(SettingError, match=message):
             run(folder, tmp_path / "out", **changes)
-    assert not (tmp_path / "out" / "adapt.json").exists()
+    assert not (tmp_path / "out").exists()
