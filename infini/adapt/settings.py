@@ -13,8 +13,8 @@ from ...runs.settings import check_least
 from ..conversion_options import layers_named
 
 # what one of the two fits reads alone: that to running text, and that to prompts
-OF_TEXT = ("length", "rows", "steps")
-OF_PROMPTS = ("prompt_tokens", "prompt_steps", "stretch", "attended", "prompt_layers", "round_lr")
+OF_TEXT: tuple[str, ...] = ("length", "rows", "steps")
+OF_PROMPTS: tuple[str, ...] = ("prompt_tokens", "prompt_steps", "stretch", "attended", "prompt_layers", "round_lr")
 
 
 @dataclass(frozen=True)
