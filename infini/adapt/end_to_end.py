@@ -18,7 +18,7 @@ from ..huggingface.cache import InfiniCache
 from ..huggingface.settings import GATE, MAP_K, attentions_of, conversion_of, trunk_of
 from .fit import memory_parameters, trained
 from .kept import FittedLayers, Listener
-from .lookups import Prompts, make_prompts
+from .lookups import Prompts, least_length, make_prompts
 from .settings import Adaptation, Passkeys
 
 # of a round: its prompts, how often each is asked, and how many are asked in one step
@@ -136,7 +136,11 @@ def write_counted(features: Tensor, v: Tensor, counts: Tensor, segment_len: int,
 def train_end_to_end(
     loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys, kept: FittedLayers, listener: Listener
 ) -> None:
-    """Take the rounds that are left, each on new prompts: cross-entropy of the answers, over the maps and the gates."""
+    """Take the rounds that are left, each on new prompts: cross-entropy of the answers, over the maps and the gates.
+
+    The learning rates are `passkeys.round_lr` for matrices, and `BIAS_FACTOR` and `GATE_FACTOR` times that for biases
+    and gates. They rise over the first round, and fall to 0 as a cosine over all of them.
+    """
     model: Any = loaded.model
     attentions = [attentions_of(trunk_of(model))[layer] for layer in conversion_of(model).settings.memory_layers]
     parameters = [item for attention in attentions for item in memory_parameters(attention).items()]
@@ -202,9 +206,13 @@ def _group(name: str, parameter: Tensor, lr: float) -> dict[str, Any]:
 
 
 def _new_prompts(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys, generator: torch.Generator) -> Prefixes:
-    """Draw the prompts of a round, all of one length between two thirds and all of `prompt_tokens`, and read them."""
+    """Draw the prompts of a round, all of one length, and read them.
+
+    The length is between two thirds and all of `prompt_tokens`, and no less than prompts must have.
+    """
     longest = passkeys.prompt_tokens
-    length = int(torch.randint(2 * longest // 3, longest + 1, (), generator=generator, device="cpu"))
+    shortest = max(2 * longest // 3, least_length(loaded.tokenizer, adaptation.segment_len, adaptation.lookback))
+    length = int(torch.randint(shortest, longest + 1, (), generator=generator, device="cpu"))
     seed = int(torch.randint(2**31, (), generator=generator, device="cpu"))
     prompts = make_prompts(loaded.tokenizer, PROMPTS, length, adaptation.segment_len, adaptation.lookback, seed)
     return read_prefixes(loaded.model, prompts, len(loaded.tokenizer.encode("\n" + QUESTION)))

@@ -25,7 +25,7 @@ class LayerFit(NamedTuple):
     beyond: share of the output's energy that the window alone misses: Σ (window − full)² / Σ full².
     before: loss of each head with the best gates before any step: Σ (out − full)² / Σ (window − full)².
     after: loss of each head after all steps.
-    gates: sigmoid(β) of each head after all steps.
+    gates: sigmoid(β) of each head after all steps of this fit; rounds of training end to end change them further.
     """
 
     layer: int

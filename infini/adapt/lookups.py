@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..evaluate.loading import Tokenizer
 from ..evaluate.passkey import STATEMENT, TASK, PasskeyText
-from ..huggingface.settings import attentions_of, conversion_of, trunk_of
+from ..huggingface.settings import conversion_of, trunk_of
 from ..huggingface.watching import AttentionCall, watched
 
 # prompts that a pass reads side by side
@@ -67,6 +67,14 @@ class Lookups(NamedTuple):
     wanted: Tensor
 
 
+def least_length(tokenizer: Tokenizer, segment_len: int, lookback: int) -> int:
+    """Return the least number of tokens of a prompt: the text of a passkey in whole segments, a window, and two rows.
+
+    The rows are the first that asks and the one before, both with the segments before the window in their memory.
+    """
+    return (-(-PasskeyText(tokenizer).shortest // segment_len) + lookback) * segment_len + 2
+
+
 def make_prompts(tokenizer: Tokenizer, count: int, length: int, segment_len: int, lookback: int, seed: int) -> Prompts:
     """Draw prompts whose answers have one number of tokens, each statement where the rows that ask have it in memory.
 
@@ -75,10 +83,10 @@ def make_prompts(tokenizer: Tokenizer, count: int, length: int, segment_len: int
     """
     task, generator = PasskeyText(tokenizer), torch.Generator().manual_seed(seed)
     begin = len(tokenizer.prefix) + len(tokenizer.encode(TASK + "\n"))
-    behind = (length // segment_len - lookback) * segment_len
-    if behind < task.shortest:
-        least = (-(-task.shortest // segment_len) + lookback) * segment_len
+    least = least_length(tokenizer, segment_len, lookback)
+    if length < least:
         raise ValueError(f"length must be at least {least}, for statements beyond the window, got {length}")
+    behind = (length // segment_len - lookback) * segment_len
     tokens: list[list[int]] = []
     answers: list[list[int]] = []
     stated = torch.zeros(count, length, dtype=torch.bool, device="cpu")
@@ -102,7 +110,7 @@ def looked_up(model: Any, prompts: Prompts, full: Collection[int]) -> dict[int, 
     """Return how much of its attention each head [H] gives to passkeys, over the rows that ask, by layer.
 
     Args:
-        model: converted without a memory.
+        model: converted, and `without_memory`: its gates are closed.
         full: layers in full attention, whose heads are returned; the others see their window alone.
     """
     shares: dict[int, list[Tensor]] = {layer: [] for layer in full}
@@ -158,11 +166,6 @@ def choose(shares: Mapping[int, Tensor], least: float) -> dict[int, list[int]]:
     """Return the heads of each layer that give at least that share of their attention, where there are any."""
     heads = {layer: (share >= least).nonzero().flatten().tolist() for layer, share in shares.items()}
     return {layer: chosen for layer, chosen in heads.items() if chosen}
-
-
-def layers_of_model(model: Any) -> range:
-    """Return the indices of all layers."""
-    return range(len(attentions_of(trunk_of(model))))
 
 
 def _pass(model: Any, prompts: Prompts, watch: Callable[..., Tensor]) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from ...runs.errors import SettingError, named
 from ..conversion_options import layers_named
 from ..evaluate.loading import Loaded, convert_named
-from ..evaluate.retrieval import check_positions
+from ..evaluate.reading import longest_text
 from ..huggingface.conversion import revert
-from ..huggingface.settings import attentions_of, trunk_of
+from ..huggingface.settings import attentions_of, conversion_of, trunk_of
 from .kept import FittedLayers, Listener, without_memory
-from .lookups import Lookups, Prompts, choose, layers_of_model, looked_up, make_prompts, record
+from .lookups import Lookups, Prompts, choose, looked_up, make_prompts, record
 from .recall import RecallFit, RecallRecipe, fit_recall
 from .settings import Adaptation, Passkeys
 
@@ -26,8 +28,8 @@ def prompts_for(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys) -> P
     Raises:
         SettingError: they are too short, or too long for the model.
     """
+    check_room(loaded.model, passkeys.prompt_tokens, "prompt_tokens")
     with named(length="prompt_tokens"):
-        check_positions(loaded.model, passkeys.prompt_tokens)
         return make_prompts(
             loaded.tokenizer,
             passkeys.prompts,
@@ -36,6 +38,32 @@ def prompts_for(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys) -> P
             adaptation.lookback,
             adaptation.seed,
         )
+
+
+def check_room(model: nn.Module, count: int, option: str) -> None:
+    """Check that a plain model has positions for so many tokens.
+
+    Raises:
+        SettingError: of `option`: it has fewer.
+    """
+    limit = longest_text(model)
+    if limit is not None and count > limit:
+        problem = f"must be at most the {limit} positions of the model, which full attention needs, got {count}"
+        raise SettingError(option, f"{problem}: choose fewer")
+
+
+def check_convertible(model: Any, options: Mapping[str, Any], passkeys: Passkeys) -> None:
+    """Check that a plain model can be converted, and has the layers that are named; it stays as it is.
+
+    Raises:
+        SettingError: naming the option.
+    """
+    convert_named(model, options)
+    try:
+        if passkeys.prompt_layers is not None:
+            _layers(model, passkeys.prompt_layers)
+    finally:
+        revert(model)
 
 
 def convert_where_looked_up(
@@ -104,10 +132,10 @@ def _heads(model: Any, prompts: Prompts, passkeys: Passkeys) -> dict[int, list[i
     """Return the heads of each layer that look up passkeys.
 
     Raises:
-        SettingError: there are none, or the model lacks a layer that is named.
+        SettingError: there are none, or the model lacks a layer that is named, or does not convert it.
     """
     if passkeys.prompt_layers is None:
-        shares = looked_up(model, prompts, layers_of_model(model))
+        shares = looked_up(model, prompts, conversion_of(model).settings.layers)
         layers = list(choose(shares, passkeys.attended / 2))
     else:
         layers = _layers(model, passkeys.prompt_layers)
@@ -123,11 +151,19 @@ def _heads(model: Any, prompts: Prompts, passkeys: Passkeys) -> dict[int, list[i
 
 def _layers(model: Any, text: str) -> list[int]:
     """Return the indices of the layers that `prompt_layers` names, from 0."""
-    count, layers = len(layers_of_model(model)), layers_named(text, "prompt_layers")
+    conversion, layers = conversion_of(model), layers_named(text, "prompt_layers")
+    count = conversion.depth
     if not all(-count <= layer < count for layer in layers):
         problem = f"must be layers of the model, which has {count}, got {text!r}"
         raise SettingError("prompt_layers", problem)
-    return sorted({layer % count for layer in layers})
+    named = sorted({layer % count for layer in layers})
+    if native := [layer for layer in named if layer in conversion.native]:
+        problem = (
+            f"must be layers that are converted, got {text!r}: {native} stay as they are, since their window slides; "
+            f"choose from {list(conversion.settings.layers)}"
+        )
+        raise SettingError("prompt_layers", problem)
+    return named
 
 
 def _said(fitted: RecallFit) -> str:

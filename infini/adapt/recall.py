@@ -28,14 +28,14 @@ LEAST = 1e-20
 
 
 class RecallFit(NamedTuple):
-    """The figures of a layer, on prompts that were not fitted to; a list has a figure for each head in `heads`.
+    """The figures of a layer, a list of one for each head in `heads`; all but `attended` on prompts not fitted to.
 
-    attended: share of full attention that is on the statement, in the rows that ask.
+    attended: share of full attention that is on the statement, in the rows that ask, over all prompts.
     missed: loss in these rows: Σ (out − full)² / Σ (window − full)².
     disturbed: loss in the other rows, over the same.
     found: share of what the memory recalls that comes from the statement, in the rows that ask.
     found_stretched: the same with the filler counted `stretch` times.
-    gates: sigmoid(β).
+    gates: sigmoid(β) after all steps of this fit; rounds of training end to end change them further.
     """
 
     layer: int
@@ -53,7 +53,8 @@ class RecallRecipe(NamedTuple):
 
     segment_len, lookback: of the converted model.
     steps: of Adam, each on a few prompts.
-    map_lr, gate_lr: learning rates at the beginning; they fall to 0 as a cosine.
+    map_lr, gate_lr: largest learning rates, of the maps' matrices and of the gates; that of the maps' biases is
+        `BIAS_FACTOR` times `map_lr`. All rise over the first `WARM_UP` steps, and fall to 0 as a cosine.
     stretch: the filler of a prompt is counted up to so many times, as a text so much longer would hold it.
     """
 

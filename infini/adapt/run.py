@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,15 +13,14 @@ import torch
 from torch import Tensor
 
 from ...runs.checkpoint import read_checkpoint
-from ...runs.errors import SettingError, named
+from ...runs.errors import SettingError
 from ...runs.figures import prepare, read_text, versions, write_figures
 from ...runs.settings import check_same
 from ...runs.silence import SILENT
 from ...runs.text import text_sha256
 from ..evaluate.conversions import FULL, Row, first_tokens, measure
-from ..evaluate.gate_map import gate_map
+from ..evaluate.gate_map import GateMap, gate_map
 from ..evaluate.loading import Loaded, convert_named, load_plain
-from ..evaluate.retrieval import check_positions
 from ..evaluate.settings import Checkpoint
 from ..huggingface.settings import conversion_of, trunk_of
 from ..huggingface.watching import AttentionCall, watched
@@ -29,8 +29,8 @@ from .end_to_end import train_end_to_end
 from .fit import LayerFit, Recipe, fit_layer
 from .kept import FittedLayers, Listener, without_memory
 from .lookups import Prompts
-from .passkeys import convert_where_looked_up, fit_to_passkeys, prompts_for
-from .settings import Adaptation, Passkeys
+from .passkeys import check_convertible, check_room, convert_where_looked_up, fit_to_passkeys, prompts_for
+from .settings import Adaptation, Passkeys, check_together
 
 # may change between a run and its continuation, where weights and texts are compared
 FREE = ("model", "tokenizer", "device", "text", "eval_text")
@@ -65,8 +65,10 @@ def run_adaptation(
 
     Args:
         checkpoint: of a plain model.
-        passkeys: where there are prompts, fit to them instead of running text; None: there are none.
-        resume: keep the layers that the folder's checkpoint has, and fit the others to the same figures.
+        passkeys: where there are prompts, fit to them instead of running text; where there are rounds, train all
+            fitted layers end to end after it. None: there are neither.
+        resume: keep the layers and rounds that the folder's checkpoint has, and go on to the same figures. Rounds may
+            be added to a run that has done none.
 
     Returns:
         Every figure of the run, as in the JSON file.
@@ -75,31 +77,44 @@ def run_adaptation(
         SettingError: naming an option that cannot be or, with `resume`, is not the earlier run's.
     """
     path, passkeys = Outputs.of(folder), passkeys or Passkeys()
+    check_together(adaptation, passkeys)
     texts = [read_text(name) for name in (adaptation.text, adaptation.eval_text) if name is not None]
-    prepare(path.figures, path.checkpoint, resume=resume)
-    if passkeys.rounds and not adaptation.lookback:
-        raise SettingError("rounds", f"must be 0 with --lookback 0, got {passkeys.rounds}")
-    settings = asdict(checkpoint) | asdict(adaptation) | asdict(passkeys)
-    settings |= {"text_sha256": text_sha256(texts[0]), "eval_text_sha256": text_sha256(texts[-1])}
-    loaded, kept = _begin(checkpoint, settings, path.checkpoint, resume=resume)
-    rows, held_out = _stretches(loaded, texts, adaptation, fitted=not passkeys.prompts)
-    prompts = prompts_for(loaded, adaptation, passkeys) if passkeys.prompts else None
-    report: list[Row] = []
+    with _no_empty_folder(folder):
+        prepare(path.figures, path.checkpoint, resume=resume)
+        settings = asdict(checkpoint) | asdict(adaptation) | asdict(passkeys)
+        settings |= {"text_sha256": text_sha256(texts[0]), "eval_text_sha256": text_sha256(texts[-1])}
+        loaded, kept = _begin(checkpoint, settings, path, resume=resume)
+        check_convertible(loaded.model, _options(adaptation), passkeys)
+        rows, held_out = _stretches(loaded, texts, adaptation, fitted=not passkeys.prompts)
+        prompts = prompts_for(loaded, adaptation, passkeys) if passkeys.prompts else None
+        report: list[Row] = []
 
-    def note(row: Row) -> None:
-        report.append(row)
-        listener.finished(_said(row))
+        def note(row: Row) -> None:
+            report.append(row)
+            listener.finished(_said(row))
 
-    note(measure(loaded.model, FULL, held_out))
-    stage = _convert(loaded, rows, prompts, adaptation, passkeys)
-    note(measure(loaded.model, "untrained", held_out))
-    note(_window_alone(loaded.model, held_out))
-    kept.restore(loaded.model)
-    stage(kept, listener)
-    if passkeys.rounds:
-        train_end_to_end(loaded, adaptation, passkeys, kept, listener)
-    note(measure(loaded.model, "adapted", held_out))
-    return _write(path, loaded, kept, report)
+        note(measure(loaded.model, FULL, held_out))
+        stage = _convert(loaded, rows, prompts, adaptation, passkeys)
+        note(measure(loaded.model, "untrained", held_out))
+        note(_window_alone(loaded.model, held_out))
+        kept.restore(loaded.model)
+        stage(kept, listener)
+        if passkeys.rounds:
+            train_end_to_end(loaded, adaptation, passkeys, kept, listener)
+        note(measure(loaded.model, "adapted", held_out))
+        return _write(path, loaded, kept, report)
+
+
+@contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """Remove a folder that was not there before, where a run ends in an error and has written nothing to it."""
+    is_new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 # fits the layers that are not kept
@@ -107,28 +122,27 @@ Stage = Callable[[FittedLayers, Listener], None]
 
 
 def _begin(
-    checkpoint: Checkpoint, settings: Mapping[str, Any], path: Path, *, resume: bool
+    checkpoint: Checkpoint, settings: Mapping[str, Any], path: Outputs, *, resume: bool
 ) -> tuple[Loaded, FittedLayers]:
     """Load the plain model, frozen, and what an earlier run has kept for it.
 
     Raises:
         SettingError: the earlier run was of other settings, or of another model.
     """
-    saved = _saved(path, settings) if resume and path.exists() else {}
+    saved = _saved(path.checkpoint, settings) if resume and (path.checkpoint.exists() or path.figures.exists()) else {}
     loaded = load_plain(checkpoint)
     fingerprint = loaded.about["fingerprint"]
     if saved and saved["fingerprint"] != fingerprint:
         raise SettingError("model", f"must be the earlier run's with --resume, got {checkpoint.model!r}, another one")
     loaded.model.requires_grad_(False)
-    return loaded, FittedLayers(path, settings, fingerprint, saved)
+    return loaded, FittedLayers(path.checkpoint, settings, fingerprint, saved)
 
 
 def _convert(
     loaded: Loaded, rows: Tensor, prompts: Prompts | None, adaptation: Adaptation, passkeys: Passkeys
 ) -> Stage:
     """Convert the model, with a memory where the run fits one, and return the stage that does."""
-    options = {name: getattr(adaptation, name) for name in ("segment_len", "lookback", "sinks", "update")}
-    options["memory_maps"] = adaptation.maps
+    options = _options(adaptation)
     if prompts is None:
         convert_named(loaded.model, options)
         return partial(_fit_to_text, loaded, rows, adaptation)
@@ -136,9 +150,20 @@ def _convert(
     return partial(fit_to_passkeys, loaded, prompts, lookups, adaptation, passkeys)
 
 
+def _options(adaptation: Adaptation) -> dict[str, Any]:
+    """Return the arguments of `convert`."""
+    options = {name: getattr(adaptation, name) for name in ("segment_len", "lookback", "sinks", "update")}
+    return options | {"memory_maps": adaptation.maps}
+
+
 def _write(path: Outputs, loaded: Loaded, kept: FittedLayers, report: Sequence[Row]) -> dict[str, Any]:
-    """Write figures, pictures and the model; return the figures."""
+    """Write figures, pictures and the model; return the figures.
+
+    In "layers" are the figures of the fit, the gates behind it among them; in "gates" are those of the model that is
+    written, which rounds have changed further: for each layer with a memory, sigmoid(β) of each head.
+    """
     model: Any = loaded.model
+    gates = gate_map(model)
     figures = {
         "command": "adapt",
         "settings": kept.settings,
@@ -147,9 +172,10 @@ def _write(path: Outputs, loaded: Loaded, kept: FittedLayers, report: Sequence[R
         "rows": [row._asdict() for row in report],
         "layers": kept.in_order(),
         "rounds": kept.rounds,
+        "gates": {str(layer): share.tolist() for layer, share in zip(gates.layers, gates.share, strict=True)},
     }
     write_figures(path.figures, figures)
-    _draw(path, figures, model)
+    _draw(path, figures, gates)
     save_model(model, loaded.tokenizer, model.state_dict(), path.model)
     return figures
 
@@ -167,11 +193,11 @@ def _stretches(
     """
     tokens, measured = (loaded.tokenizer.encode(text)[adaptation.skip :] for text in (texts[0], texts[-1]))
     prefix, count = loaded.tokenizer.prefix, adaptation.rows + 1
+    check_room(loaded.model, adaptation.eval_tokens, "eval_tokens")
     held_out = first_tokens(loaded, measured, adaptation.eval_tokens, "eval_tokens")
     if not fitted:
         return torch.empty(0, 0, dtype=torch.long, device="cpu"), held_out
-    with named(length="length"):
-        check_positions(loaded.model, adaptation.length)
+    check_room(loaded.model, adaptation.length, "length")
     if len(texts) == 1:
         tokens = tokens[len(held_out) :]
     size = adaptation.length - len(prefix)
@@ -215,18 +241,34 @@ def _window_alone(model: Any, tokens: Sequence[int]) -> Row:
 
 def _saved(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     saved = read_checkpoint(path, "segattn adapt", FittedLayers.PARTS, settings)
-    check_same(settings, saved["settings"], FREE)
+    check_same(settings, saved["settings"], {"rounds", *_free(settings, saved)})
+    if saved["rounds"] and settings["rounds"] != (before := saved["settings"]["rounds"]):
+        problem = (
+            f"must be the checkpoint's with --resume, {before}, got {settings['rounds']}: of these "
+            f"{len(saved['rounds'])} are done, and the learning rate falls over all of them"
+        )
+        raise SettingError("rounds", problem)
     return saved
 
 
-def _draw(path: Outputs, figures: Mapping[str, Any], model: Any) -> None:
+def _free(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
+    """Return the settings that may change between a run and its continuation."""
+    free = {*FREE}
+    if not saved["rounds"]:
+        free.add("round_lr")
+    # else the stretches that are fitted to begin where the measured tokens end
+    if settings["prompts"] or settings["eval_text"]:
+        free.add("eval_tokens")
+    return free
+
+
+def _draw(path: Outputs, figures: Mapping[str, Any], gates: GateMap) -> None:
     # matplotlib takes a second to import, and only this needs it
     from ...runs.heat_maps import plot_gates
     from ..evaluate.plots import plot_conversions
 
     tokens = figures["settings"]["eval_tokens"]
     plot_conversions(path.picture, figures["rows"], f"Perplexity of {tokens:,} tokens, memory fitted")
-    gates = gate_map(model)
     plot_gates(path.gates, gates.share, gates.layers, "Share of memory per head")
 
 

