@@ -111,7 +111,7 @@ def _possible(
     Raises:
         SettingError: of `conversions`: one that was chosen is refused, or all are.
     """
-    possible = {}
+    possible: dict[str, dict[str, Any]] = {}
     for name, options in arguments.items():
         refused = "conversions", f"must be what the model can be converted to, got {name!r}"
         try:
