@@ -35,7 +35,7 @@ RECALLING = {
     "smollm2-passkeys-trained-linear-2": "trained further, linear, seed 2",
     "smollm2-passkeys-trained-delta-0": "trained further, delta, seed 0",
 }
-OF_LENGTHS = ("", "-long", "-128k", "-1m")
+OF_LENGTHS = ("", "-long", "-128k", "-1m", "-1m-end")
 # of its training's rounds
 SHOWN_ROUNDS = (1, 2, 3, 4, 6, 8, 10, 12, 14)
 # how SmolLM2 reads a text, each in a folder; what LoRA has trained further is in another with `-lora`
