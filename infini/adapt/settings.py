@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Annotated
 
-from ...kernels.validation import UPDATES
 from ...runs.errors import SettingError
 from ...runs.settings import check_least
 from ..conversion_options import layers_named
 
+# as `kernels.validation` has them, which would load PyTorch
+UPDATES = ("delta", "linear")
 # what one of the two fits reads alone: that to running text, and that to prompts
 OF_TEXT: tuple[str, ...] = ("length", "rows", "steps")
 OF_PROMPTS: tuple[str, ...] = ("prompt_tokens", "prompt_steps", "stretch", "attended", "prompt_layers", "round_lr")
