@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 from ..runs.errors import SettingError
 
+# those of `kernels.validation`, without PyTorch
+UPDATES = ("delta", "linear")
 _LAYERS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 
 

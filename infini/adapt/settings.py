@@ -9,10 +9,8 @@ from typing import Annotated
 
 from ...runs.errors import SettingError
 from ...runs.settings import check_least
-from ..conversion_options import layers_named
+from ..conversion_options import UPDATES, layers_named
 
-# as `kernels.validation` has them, which would load PyTorch
-UPDATES = ("delta", "linear")
 # what one of the two fits reads alone: that to running text, and that to prompts
 OF_TEXT: tuple[str, ...] = ("length", "rows", "steps")
 OF_PROMPTS: tuple[str, ...] = ("prompt_tokens", "prompt_steps", "stretch", "attended", "prompt_layers", "round_lr")

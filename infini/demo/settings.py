@@ -8,8 +8,8 @@ from typing import Annotated
 from ...runs.device import usable_device
 from ...runs.errors import SettingError
 from ...runs.settings import absolute, check_least
+from ..conversion_options import UPDATES
 
-UPDATES = ("delta", "linear")
 LEAST = {"steps": 1, "segment_len": 1, "segments": 1, "seed": 0, "samples": 1}
 # may change between a run and its continuation: a checkpoint's weights do not depend on them, and its text is compared
 FREE = ("text", "lengths", "samples", "device")

@@ -20,7 +20,7 @@ from models import make_of_bytes
 from typer.testing import CliRunner, Result
 
 import segattn
-from segattn.infini.conversion_options import NAMES, ConversionOptions
+from segattn.infini.conversion_options import NAMES, UPDATES, ConversionOptions
 from segattn.infini.evaluate.conversions import arguments_of
 from segattn.infini.evaluate.loading import load
 from segattn.infini.evaluate.settings import Source
@@ -30,6 +30,7 @@ from segattn.infini.huggingface.settings import conversion_of
 from segattn.infini.memory_map import MemoryMap
 from segattn.infini.train.model import build_model
 from segattn.infini.train.settings import TrainSettings
+from segattn.kernels import validation
 from segattn.runs.errors import SettingError
 from segattn.runs.text import generate_text
 
@@ -37,6 +38,10 @@ L, TOKENS = 24, 203
 OPTIONS: dict[str, Any] = {"segment_len": L, "update": "linear", "gate_init": -1.5, "lookback": 1, "sinks": 3}
 OPTIONS |= {"memory_maps": True, "memory_layers": "-1"}
 CONVERTING = ("finetune", *(f"evaluate {name}" for name in "passkey needle book perplexity ruler babilong".split()))
+
+
+def test_commands_know_the_rules_of_the_operation() -> None:
+    assert UPDATES == validation.UPDATES
 
 
 def tiny() -> Any:

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ....infini.conversion_options import UPDATES
 from ....infini.demo.evaluation import evaluate
 from ....infini.demo.runs import build
-from ....infini.demo.settings import UPDATES, DemoSettings
+from ....infini.demo.settings import DemoSettings
 from ....infini.demo.training import Recipe, Trainer
 from ....runs.errors import SettingError
 from ....runs.figures import versions
