@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..huggingface.settings import conversion_of, is_converted
+from .needed_layers import needed_layers, only_needed
 
 # about so many tokens are a piece by default
 PIECE_TOKENS = 4096
@@ -92,6 +93,8 @@ def read(
 ) -> Reading:
     """Read tokens [B, T]; logits are computed for a piece's last token alone where a model can.
 
+    Layers of a converted model that a piece does not need are not run for it (`needed_layers`).
+
     Args:
         model: a causal language model that keeps a cache, converted or not; in evaluation mode.
         after: the text that they follow, in B rows or in one that all of them follow; its cache stays as it is, for
@@ -104,8 +107,12 @@ def read(
     """
     _check_text(tokens, 1)
     device, keep, cache = _device(model), _last_only(model), None if after is None else _copied(after, len(tokens))
+    end, alike = 0, after is None or len(after.logits) == 1
     for part in tokens.split(piece_len(model, piece, len(tokens)), dim=1):
-        output = _advance(model, part.to(device), cache, keep)
+        begin, end = end, end + part.shape[1]
+        needed = needed_layers(model, tokens, begin, end, cache, alike=alike)
+        with only_needed(model, cache, needed):
+            output = _advance(model, part.to(device), cache, keep)
         cache = output.past_key_values
         on_tokens(part.numel())
     return Reading(output.logits[:, -1], cache)

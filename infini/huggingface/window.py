@@ -151,7 +151,7 @@ def _sink_positions(conversion: Conversion, rows: Rows, places: int, device: tor
 
 
 def _tail_positions(rows: Rows, device: torch.device) -> Tensor:
-    """Return the positions of the tails [B, P], each counted from its first token; 0 before it."""
-    tails = torch.tensor(rows.tails, device=device)
+    """Return the positions of the tails [1 or B, P], each counted from its first token; 0 before it."""
+    tails = torch.tensor(rows.tails[:1] if len(set(rows.tails)) == 1 else rows.tails, device=device)
     width = max(rows.tails)
     return (torch.arange(width, device=device) - width + tails[:, None]).clamp(min=0)
