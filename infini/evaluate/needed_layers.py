@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..huggingface.cache import InfiniCache
 from ..huggingface.forward_pass import ARGUMENT
-from ..huggingface.settings import conversion_of, layers_of, trunk_of
+from ..huggingface.settings import Settings, conversion_of, layers_of, trunk_of
 
 
 class Needed(NamedTuple):
@@ -41,22 +41,24 @@ def needed_layers(model: nn.Module, tokens: Tensor, begin: int, end: int, cache:
         return None
     settings, rows, depth = conversion.settings, cache.rows, conversion.depth
     size, memories = settings.segment_len, settings.memory_layers
-    # what is different, or out of date, gets so many tokens further with each layer
-    spread = settings.lookback * size
     if len(set(rows.lengths)) > 1 or not min(rows.folded):
         return None
     before = rows.lengths[0] - begin
     shared, above = memories[0], depth - 1 - memories[-1]
     differs = (tokens[:, :end] != tokens[0, :end]).any(dim=0).nonzero()
     if len(differs):
-        last = before + int(differs[-1]) + 1
-        is_far = before + begin >= -(-last // size) * size + shared * spread
-        alike = alike and is_far and int(differs[0]) >= settings.sinks - before
+        reaches = _reach(before + int(differs[-1]) + 1, shared, settings)
+        alike = alike and reaches <= before + begin and settings.sinks <= before + int(differs[0])
     tail = ((before + tokens.shape[1]) // size - settings.lookback) * size
     # of whole segments, so that the tails stay as long as they are
-    is_out_of_reach = (end - begin) % size == 0 and before + end <= tail - above * spread
+    is_out_of_reach = (end - begin) % size == 0 and _reach(before + end, above, settings) <= tail
     needed = Needed(shared if alike and len(tokens) > 1 else 0, depth - above if is_out_of_reach else depth)
     return None if needed == (0, depth) else needed
+
+
+def _reach(end: int, layers: int, settings: Settings) -> int:
+    """Return where the last segment ends that sees, through so many layers, a token before `end`."""
+    return (-(-end // settings.segment_len) + layers * settings.lookback) * settings.segment_len
 
 
 @contextmanager
