@@ -32,6 +32,8 @@ class Needed(NamedTuple):
 def needed_layers(model: nn.Module, tokens: Tensor, begin: int, end: int, cache: Any, *, alike: bool) -> Needed | None:
     """Return the layers that the piece [begin, end) of tokens [B, T] needs; None: all of them, for all rows.
 
+    All pieces but the last are whole segments, so that tails which no layer renews stay as long as they have to be.
+
     Args:
         model: a causal language model, converted or not.
         cache: with what comes before the piece; None: nothing.
@@ -49,9 +51,8 @@ def needed_layers(model: nn.Module, tokens: Tensor, begin: int, end: int, cache:
     if len(differs):
         reaches = _reach(before + int(differs[-1]) + 1, shared, settings)
         alike = alike and reaches <= before + begin and settings.sinks <= before + int(differs[0])
-    tail = ((before + tokens.shape[1]) // size - settings.lookback) * size
-    # of whole segments, so that the tails stay as long as they are
-    is_out_of_reach = (end - begin) % size == 0 and _reach(before + end, above, settings) <= tail
+    final = (before + tokens.shape[1] - 1) // size * size
+    is_out_of_reach = _reach(before + end, above, settings) <= final
     needed = Needed(shared if alike and len(tokens) > 1 else 0, depth - above if is_out_of_reach else depth)
     return None if needed == (0, depth) else needed
 

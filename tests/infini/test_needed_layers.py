@@ -113,8 +113,8 @@ def test_layers_above_the_memory_run_at_the_end(lookback: int) -> None:
     model = remembering([1, 2], lookback=lookback)
     texts, taken = differing(12 * L + 3, slice(0, 12 * L + 3)), runs(model)
     read(model, texts, piece=L)
-    # at first until the memory holds something; at the end in the tail, and a lookback more for each of the two layers
-    first, last = 1 + lookback, 1 + 3 * lookback
+    # at first until the memory holds something; at the end in the last segment, and a lookback more for each layer
+    first, last = 1 + lookback, 1 + 2 * lookback
     assert [layer for layer, _ in taken].count(4) == first + last
     assert [layer for layer, _ in taken].count(2) == 13
 
