@@ -1,9 +1,10 @@
-"""The stage of an adaptation that trains maps and gates by the loss of the passkey itself, all else frozen."""
+"""Rounds of passkey prompts: the adapted model is to answer them, with a memory written anew at each step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +16,13 @@ from ...kernels.state import MemoryState
 from ..evaluate.loading import Loaded
 from ..evaluate.passkey import QUESTION
 from ..huggingface.cache import InfiniCache
-from ..huggingface.settings import GATE, MAP_K, attentions_of, conversion_of, trunk_of
-from .fit import memory_parameters, trained
-from .kept import FittedLayers, Listener
+from ..huggingface.settings import MAP_K, attentions_of, conversion_of, trunk_of
 from .lookups import Prompts, least_length, make_prompts
+from .rounds import Step
 from .settings import Adaptation, Passkeys
 
 # of a round: its prompts, how often each is asked, and how many are asked in one step
 PROMPTS, PASSES, BATCH = 64, 6, 16
-# biases and gates move so much faster than matrices
-BIAS_FACTOR, GATE_FACTOR = 3.0, 10.0
-# the least β at first: a gate that is shut further has no gradient
-LEAST_GATE = -4.0
-LARGEST_NORM = 1.0
 
 
 class Round(NamedTuple):
@@ -133,76 +128,42 @@ def write_counted(features: Tensor, v: Tensor, counts: Tensor, segment_len: int,
     return memory
 
 
-def train_end_to_end(
-    loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys, kept: FittedLayers, listener: Listener
-) -> None:
-    """Take the rounds that are left, each on new prompts: cross-entropy of the answers, over the maps and the gates.
+class PasskeyRounds:
+    """Give the loss of passkeys' answers, in nats a token: each round has new prompts, which are asked several times.
 
-    The learning rates are `passkeys.round_lr` for matrices, and `BIAS_FACTOR` and `GATE_FACTOR` times that for biases
-    and gates. They rise over the first round, and fall to 0 as a cosine over all of them.
+    Args:
+        loaded: a converted model.
     """
-    model: Any = loaded.model
-    attentions = [attentions_of(trunk_of(model))[layer] for layer in conversion_of(model).settings.memory_layers]
-    parameters = [item for attention in attentions for item in memory_parameters(attention).items()]
-    if not kept.rounds:
+
+    def __init__(self, loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys) -> None:
+        self.loaded, self.adaptation, self.passkeys = loaded, adaptation, passkeys
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of a round."""
+        return PASSES * math.ceil(PROMPTS / BATCH)
+
+    def losses(self, generator: torch.Generator) -> Iterator[Step]:
+        """Yield the losses of batches of prompts, and which tokens of their answers are right."""
         with torch.no_grad():
-            for name, parameter in parameters:
-                if name.startswith(GATE):
-                    parameter.clamp_(min=LEAST_GATE)
-    optimizer = torch.optim.Adam([_group(name, x, passkeys.round_lr) for name, x in parameters], betas=(0.9, 0.98))
-    rates = [group["lr"] for group in optimizer.param_groups]
-    if kept.optimizer:
-        optimizer.load_state_dict(kept.optimizer)
-    size = PASSES * math.ceil(PROMPTS / BATCH)
-    listener.begin((passkeys.rounds - len(kept.rounds)) * size)
-    for number in range(len(kept.rounds), passkeys.rounds):
-        generator = torch.Generator().manual_seed(adaptation.seed * 1_000_003 + number)
-        prefixes = _new_prompts(loaded, adaptation, passkeys, generator)
-        asked: list[tuple[float, Tensor]] = []
-        for step, rows in enumerate(_batches(generator), start=number * size):
-            factor = min(1.0, (step + 1) / size) * 0.5 * (1 + math.cos(math.pi * step / (passkeys.rounds * size)))
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = factor * rate
-            times = torch.rand(len(rows), generator=generator, dtype=torch.float32, device="cpu")
-            asked.append(_step(model, optimizer, prefixes, rows, passkeys.stretch**times))
-            listener.read(1)
-        figures = _figures(asked[: size // PASSES])
-        kept.add_round(attentions, figures._asdict(), optimizer.state_dict())
-        right = f"{100 * figures.digits:.0f} % of digits, {100 * figures.keys:.0f} % of keys"
-        listener.finished(f"round {number + 1}: {right}")
+            prefixes = _new_prompts(self.loaded, self.adaptation, self.passkeys, generator)
+        for _ in range(PASSES):
+            for rows in torch.randperm(PROMPTS, generator=generator, device="cpu").split(BATCH):
+                times = torch.rand(len(rows), generator=generator, dtype=torch.float32, device="cpu")
+                logits = answer_logits(self.loaded.model, prefixes, rows, self.passkeys.stretch**times)
+                answers = prefixes.prompts.answers[rows].to(logits.device)
+                right = logits.detach().argmax(-1) == answers
+                yield Step(F.cross_entropy(logits.flatten(0, 1), answers.flatten()), right)
 
+    def figures(self, losses: Sequence[float], rest: Sequence[Tensor]) -> dict[str, float]:
+        """Return the figures of the first time that each prompt is asked."""
+        count = self.steps // PASSES
+        right = torch.cat(rest[:count]).float()
+        return Round(fmean(losses[:count]), right.mean().item(), right.amin(1).mean().item())._asdict()
 
-def _batches(generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield the indices of a round's prompts, in batches, as often as they are asked."""
-    for _ in range(PASSES):
-        yield from torch.randperm(PROMPTS, generator=generator, device="cpu").split(BATCH)
-
-
-def _step(
-    model: Any, optimizer: torch.optim.Optimizer, prefixes: Prefixes, rows: Tensor, times: Tensor
-) -> tuple[float, Tensor]:
-    """Take a step of the optimizer; return the loss before it, and which tokens of the answers were right."""
-    parameters = [x for group in optimizer.param_groups for x in group["params"]]
-    with torch.enable_grad(), trained(parameters):
-        logits = answer_logits(model, prefixes, rows, times)
-        answers = prefixes.prompts.answers[rows].to(logits.device)
-        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
-        loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item(), logits.detach().argmax(-1) == answers
-
-
-def _figures(asked: Sequence[tuple[float, Tensor]]) -> Round:
-    right = torch.cat([each for _, each in asked]).float()
-    loss = sum(loss for loss, _ in asked) / len(asked)
-    return Round(loss, right.mean().item(), right.amin(1).mean().item())
-
-
-def _group(name: str, parameter: Tensor, lr: float) -> dict[str, Any]:
-    factor = GATE_FACTOR if name.startswith(GATE) else BIAS_FACTOR if parameter.ndim == 1 else 1.0
-    return {"params": [parameter], "lr": factor * lr}
+    def said(self, figures: Mapping[str, float]) -> str:
+        """Return the shares of digits and keys in words."""
+        return f"{100 * figures['digits']:.0f} % of digits, {100 * figures['keys']:.0f} % of keys"
 
 
 def _new_prompts(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys, generator: torch.Generator) -> Prefixes:

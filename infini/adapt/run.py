@@ -25,11 +25,12 @@ from ..evaluate.settings import Checkpoint
 from ..huggingface.settings import conversion_of, trunk_of
 from ..huggingface.watching import AttentionCall, watched
 from ..train.model import save_model
-from .end_to_end import train_end_to_end
+from .end_to_end import PasskeyRounds
 from .fit import LayerFit, Recipe, fit_layer
 from .kept import FittedLayers, Listener, without_memory
 from .lookups import Prompts
 from .passkeys import check_convertible, check_room, convert_where_looked_up, fit_to_passkeys, prompts_for
+from .rounds import train_in_rounds
 from .settings import Adaptation, Passkeys, check_together
 
 # may change between a run and its continuation, where weights and texts are compared
@@ -100,7 +101,8 @@ def run_adaptation(
         kept.restore(loaded.model)
         stage(kept, listener)
         if passkeys.rounds:
-            train_end_to_end(loaded, adaptation, passkeys, kept, listener)
+            task = PasskeyRounds(loaded, adaptation, passkeys)
+            train_in_rounds(loaded.model, task, passkeys.rounds, passkeys.round_lr, adaptation.seed, kept, listener)
         note(measure(loaded.model, "adapted", held_out))
         return _write(path, loaded, kept, report)
 
