@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,15 @@ ANSWERING = {
 # folder of a pretrained model's passkeys → how it reads; longer texts are in folders of their own
 RECALLING = {
     "smollm2-passkeys-window": "window alone",
-    "smollm2-passkeys": "memory fitted to passkeys",
-    "smollm2-passkeys-trained": "trained further, linear, seed 0",
-    "smollm2-passkeys-trained-linear-1": "trained further, linear, seed 1",
-    "smollm2-passkeys-trained-linear-2": "trained further, linear, seed 2",
-    "smollm2-passkeys-trained-delta-0": "trained further, delta, seed 0",
+    "smollm2-passkeys": "fitted alone, linear",
+    "smollm2-passkeys-no-maps-linear": "trained without maps, linear",
+    "smollm2-passkeys-no-maps-delta": "trained without maps, delta",
+    "smollm2-passkeys-trained": "trained, linear, seed 0",
+    "smollm2-passkeys-trained-linear-1": "trained, linear, seed 1",
+    "smollm2-passkeys-trained-linear-2": "trained, linear, seed 2",
+    "smollm2-passkeys-trained-delta-0": "trained, delta, seed 0",
 }
-OF_LENGTHS = ("", "-long", "-128k", "-1m", "-1m-end")
+OF_LENGTHS = ("", "-long", "-128k", "-1m")
 # of its training's rounds
 SHOWN_ROUNDS = (1, 2, 3, 4, 6, 8, 10, 12, 14)
 # how SmolLM2 reads a text, each in a folder; what LoRA has trained further is in another with `-lora`
@@ -101,8 +103,24 @@ def conversions(folder: Path) -> str | None:
 
 
 def adaptations(folder: Path) -> str | None:
-    """Return a table for each pretrained model and rule that `segattn adapt` has fitted."""
-    return _pretrained(folder, "adapt.json")
+    """Return a table for each pretrained model and rule that `segattn adapt` has fitted to running text."""
+    return _pretrained(folder, "adapt.json", lambda figures: not figures["settings"].get("prompts"))
+
+
+def beside_passkeys(folder: Path) -> str | None:
+    """Return a row for each model that `segattn adapt` has fitted to passkeys: its perplexity of running text."""
+    found = {title: figures_in(folder / "pretrained" / name / "adapt.json") for name, title in RECALLING.items()}
+    fitted = {title: figures for title, figures in found.items() if figures}
+    if not fitted:
+        return None
+    rows = []
+    for title, figures in fitted.items():
+        by_name = {row["conversion"]: row for row in figures["rows"]}
+        if not rows:
+            head, *before = _quarters("SmolLM2-135M-Instruct, perplexity", figures["rows"])
+            rows = [row for row in before if row[0] in ("full attention", "window alone")]
+        rows += _quarters("", [by_name["adapted"] | {"conversion": title}])[1:]
+    return markdown(head, rows)
 
 
 def passkeys(folder: Path) -> str | None:
@@ -156,27 +174,30 @@ def rounds(folder: Path) -> str | None:
     return markdown(["nats a digit; whole keys", *(f"round {number}" for number in SHOWN_ROUNDS)], rows)
 
 
-def _pretrained(folder: Path, file: str) -> str | None:
-    """Return a row for each way in which a model has read a text: its perplexity by quarters, and what it keeps."""
+def _pretrained(folder: Path, file: str, shown: Callable[[Any], bool] = lambda figures: True) -> str | None:
+    """Return a table for each model and way in which it has read a text, of those that are shown."""
     tables = []
     for name, title in PRETRAINED.items():
         for path in sorted((folder / "pretrained").glob(f"{name}*/{file}")):
             figures = figures_in(path)
+            if not shown(figures):
+                continue
             rule = path.parent.name.removeprefix(name).removeprefix("-").replace("-", ", ")
-            rows = [
-                [
-                    x["conversion"],
-                    *(f"{p:.1f}" for p in x["quarters"]),
-                    f"{x['perplexity']:.2f}",
-                    in_bytes(x["cache_bytes"]),
-                ]
-                for x in figures["rows"]
-            ]
-            ends = [bucket["end"] for bucket in figures["rows"][0]["by_position"]]
-            quarters = [f"to {ends[min(i + 3, len(ends) - 1)]:,}" for i in range(0, len(ends), 4)]
             heading = f"{title}, perplexity" if not rule else f"{title}, {rule}, perplexity"
-            tables.append(markdown([heading, *quarters, "all", "kept"], rows))
+            head, *rows = _quarters(heading, figures["rows"])
+            tables.append(markdown(head, rows))
     return "\n\n".join(tables) or None
+
+
+def _quarters(title: str, found: Sequence[Any]) -> list[list[str]]:
+    """Return a head, and a row for each way of reading a text: its perplexity by quarters, and what is kept."""
+    ends = [bucket["end"] for bucket in found[0]["by_position"]]
+    quarters = [f"to {ends[min(i + 3, len(ends) - 1)]:,}" for i in range(0, len(ends), 4)]
+    rows = [
+        [x["conversion"], *(f"{p:.1f}" for p in x["quarters"]), f"{x['perplexity']:.2f}", in_bytes(x["cache_bytes"])]
+        for x in found
+    ]
+    return [[title, *quarters, "all", "kept"], *rows]
 
 
 def plan(figures: Any) -> str:

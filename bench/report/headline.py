@@ -72,7 +72,7 @@ def _demo(folder: Path) -> list[list[str]]:
 
 def _pretrained(folder: Path) -> list[list[str]]:
     """Return the passkeys that a pretrained model's trainings recall from long texts, and those without a memory."""
-    trained = [figures_in(path) for path in (folder / "pretrained").glob("smollm2-passkeys-trained*-128k/passkey.json")]
+    trained = [figures_in(path) for path in (folder / "pretrained").glob("smollm2-passkeys-trained*/passkey.json")]
     window = figures_in(folder / "pretrained" / "smollm2-passkeys-window" / "passkey.json")
     if not trained or window is None:
         return []
