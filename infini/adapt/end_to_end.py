@@ -17,7 +17,7 @@ from ..evaluate.passkey import QUESTION
 from ..huggingface.cache import InfiniCache
 from ..huggingface.settings import GATE, MAP_K, attentions_of, conversion_of, trunk_of
 from .fit import memory_parameters, trained
-from .kept import FittedLayers, Listener
+from .kept import Kept, Listener
 from .lookups import Prompts, least_length, make_prompts
 from .settings import Adaptation, Passkeys
 
@@ -67,13 +67,26 @@ def read_prefixes(model: Any, prompts: Prompts, question: int) -> Prefixes:
     size, time = settings.segment_len, prompts.tokens.shape[1] - prompts.asking + 1 - question
     kept: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in settings.memory_layers}
     cache = InfiniCache(model)
+    # prompts that begin alike, which are read as one until they differ: for each, its place among those that are read
+    alike = torch.zeros(len(prompts.tokens), dtype=torch.long, device="cpu")
     with torch.no_grad():
-        # after each segment, which is the last of the tail
-        for part in prompts.tokens[:, :time].to(model.device).split(size, dim=1):
+        for begin in range(0, time, size):
+            end = min(begin + size, time)
+            before, (_, alike) = alike, torch.unique(prompts.tokens[:, :end], dim=0, return_inverse=True)
+            # of each that is read, one of the prompts that begin so
+            rows = torch.empty(int(alike.max()) + 1, dtype=torch.long, device="cpu")
+            rows[alike] = torch.arange(len(alike), device="cpu")
+            if begin:
+                cache.batch_select_indices(before[rows])
+            part = prompts.tokens[rows, begin:end].to(model.device)
             trunk_of(model)(input_ids=part, past_key_values=cache, use_cache=True)
             for layer, parts in kept.items():
                 state = cache.layers[layer].state
-                parts.append((state.memory_keys[:, :, -part.shape[1] :], state.values[:, :, -part.shape[1] :]))
+                # the segment is the last of the tail
+                new = (x[:, :, begin - end :] for x in (state.memory_keys, state.values))
+                k, v = (x[alike.to(x.device)] for x in new)
+                parts.append((k, v))
+        cache.batch_select_indices(alike)
     folded = (time // size - settings.lookback) * size
     written = {}
     for layer, parts in kept.items():
@@ -134,7 +147,7 @@ def write_counted(features: Tensor, v: Tensor, counts: Tensor, segment_len: int,
 
 
 def train_end_to_end(
-    loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys, kept: FittedLayers, listener: Listener
+    loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys, kept: Kept, listener: Listener
 ) -> None:
     """Take the rounds that are left, each on new prompts: cross-entropy of the answers, over the maps and the gates.
 
@@ -154,7 +167,8 @@ def train_end_to_end(
     if kept.optimizer:
         optimizer.load_state_dict(kept.optimizer)
     size = PASSES * math.ceil(PROMPTS / BATCH)
-    listener.begin((passkeys.rounds - len(kept.rounds)) * size)
+    stage = "train in rounds"
+    listener.begin(stage, (passkeys.rounds - len(kept.rounds)) * size)
     for number in range(len(kept.rounds), passkeys.rounds):
         generator = torch.Generator().manual_seed(adaptation.seed * 1_000_003 + number)
         prefixes = _new_prompts(loaded, adaptation, passkeys, generator)
@@ -165,7 +179,7 @@ def train_end_to_end(
                 group["lr"] = factor * rate
             times = torch.rand(len(rows), generator=generator, dtype=torch.float32, device="cpu")
             asked.append(_step(model, optimizer, prefixes, rows, passkeys.stretch**times))
-            listener.read(1)
+            listener.read(stage, 1)
         figures = _figures(asked[: size // PASSES])
         kept.add_round(attentions, figures._asdict(), optimizer.state_dict())
         right = f"{100 * figures.digits:.0f} % of digits, {100 * figures.keys:.0f} % of keys"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -106,12 +107,19 @@ def make_prompts(tokenizer: Tokenizer, count: int, length: int, segment_len: int
     return Prompts(asked, of_answers, stated, keys, filler)
 
 
-def looked_up(model: Any, prompts: Prompts, full: Collection[int]) -> dict[int, Tensor]:
+def no_note(count: int) -> None:
+    """Take no note of prompts that are read."""
+
+
+def looked_up(
+    model: Any, prompts: Prompts, full: Collection[int], on_prompts: Callable[[int], None] = no_note
+) -> dict[int, Tensor]:
     """Return how much of its attention each head [H] gives to passkeys, over the rows that ask, by layer.
 
     Args:
         model: converted, and `without_memory`: its gates are closed.
         full: layers in full attention, whose heads are returned; the others see their window alone.
+        on_prompts: called with the number of prompts of each pass.
     """
     shares: dict[int, list[Tensor]] = {layer: [] for layer in full}
 
@@ -123,12 +131,23 @@ def looked_up(model: Any, prompts: Prompts, full: Collection[int]) -> dict[int, 
         shares[call.layer].append((weights * keys).sum(-1).mean(2))
         return call.full()
 
-    _pass(model, prompts, watch)
+    _pass(model, prompts, watch, max(full), on_prompts)
     return {layer: torch.cat(parts).mean(0) for layer, parts in shares.items()}
 
 
-def record(model: Any, prompts: Prompts, heads: Mapping[int, list[int]], seed: int) -> dict[int, Lookups]:
-    """Return what these heads look up, by layer; those layers are in full attention, the others see their window."""
+def record(
+    model: Any,
+    prompts: Prompts,
+    heads: Mapping[int, list[int]],
+    seed: int,
+    on_prompts: Callable[[int], None] = no_note,
+) -> dict[int, Lookups]:
+    """Return what these heads look up, by layer; those layers are in full attention, the others see their window.
+
+    Args:
+        seed: of the rows that do not ask.
+        on_prompts: called with the number of prompts of each pass.
+    """
     conversion = conversion_of(model)
     settings, time = conversion.settings, prompts.tokens.shape[1]
     generator = torch.Generator().manual_seed(seed)
@@ -158,7 +177,7 @@ def record(model: Any, prompts: Prompts, heads: Mapping[int, list[int]], seed: i
         parts[call.layer].append(Lookups(chosen, groups, each, asked_by, k, v, alone, whole, wanted))
         return full
 
-    _pass(model, prompts, watch)
+    _pass(model, prompts, watch, max(heads), on_prompts)
     return {layer: _joined(each) for layer, each in parts.items()}
 
 
@@ -168,12 +187,27 @@ def choose(shares: Mapping[int, Tensor], least: float) -> dict[int, list[int]]:
     return {layer: chosen for layer, chosen in heads.items() if chosen}
 
 
-def _pass(model: Any, prompts: Prompts, watch: Callable[..., Tensor]) -> None:
-    trunk, count = trunk_of(model), len(prompts.tokens)
-    for begin in range(0, count, BATCH):
+class _SeenError(Exception):
+    """The end of a pass at the last layer that is watched."""
+
+
+def _pass(
+    model: Any, prompts: Prompts, watch: Callable[..., Tensor], last: int, on_prompts: Callable[[int], None]
+) -> None:
+    """Read the prompts up to the attention of the layer `last`."""
+
+    def watch_to_last(call: AttentionCall, batch: slice) -> Tensor:
+        out = watch(call, batch)
+        if call.layer == last:
+            raise _SeenError
+        return out
+
+    for begin in range(0, len(prompts.tokens), BATCH):
         batch = slice(begin, begin + BATCH)
-        with torch.no_grad(), watched(model, partial(watch, batch=batch)):
-            trunk(input_ids=prompts.tokens[batch].to(model.device), use_cache=False)
+        tokens = prompts.tokens[batch].to(model.device)
+        with torch.no_grad(), watched(model, partial(watch_to_last, batch=batch)), suppress(_SeenError):
+            trunk_of(model)(input_ids=tokens, use_cache=False)
+        on_prompts(len(tokens))
 
 
 def _asking(prompts: Prompts, batch: slice) -> Tensor:
