@@ -42,6 +42,11 @@ class Prompts(NamedTuple):
         """The number of rows that ask."""
         return self.answers.shape[1]
 
+    @property
+    def answered(self) -> Tensor:
+        """The statement's tokens that each row that asks has to answer with, bool [N, asking, T]."""
+        return self.stated[:, None] & (self.tokens[:, None] == self.answers[:, :, None])
+
     def first(self, count: int) -> Prompts:
         """Return the first of the prompts."""
         return Prompts(*(x[:count] for x in self))
@@ -112,12 +117,13 @@ def no_note(count: int) -> None:
 
 
 def looked_up(
-    model: Any, prompts: Prompts, full: Collection[int], on_prompts: Callable[[int], None] = no_note
+    model: Any, prompts: Prompts, wanted: Tensor, full: Collection[int], on_prompts: Callable[[int], None] = no_note
 ) -> dict[int, Tensor]:
-    """Return how much of its attention each head [H] gives to passkeys, over the rows that ask, by layer.
+    """Return how much of its attention each head [H] gives to some tokens, over the rows that ask, by layer.
 
     Args:
         model: converted, and `without_memory`: its gates are closed.
+        wanted: these tokens for each row, bool [N, asking, T], or for all rows, [N, 1, T].
         full: layers in full attention, whose heads are returned; the others see their window alone.
         on_prompts: called with the number of prompts of each pass.
     """
@@ -127,8 +133,7 @@ def looked_up(
         if call.layer not in shares:
             return call.segmented()
         weights = attention_weights(call, _asking(prompts, batch).to(call.q.device))
-        keys = prompts.keys[batch, None, None].to(weights.device)
-        shares[call.layer].append((weights * keys).sum(-1).mean(2))
+        shares[call.layer].append((weights * wanted[batch, None].to(weights.device)).sum(-1).mean(2))
         return call.full()
 
     _pass(model, prompts, watch, max(full), on_prompts)

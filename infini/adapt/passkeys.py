@@ -18,6 +18,8 @@ from .settings import Adaptation, Passkeys
 
 # prompts in which the layers that look passkeys up are searched for
 SEARCHED = 8
+# of the largest share of attention that a head gives to the answer, what the heads of a layer must reach to be chosen
+LEAST_SHARE = 0.5
 
 
 def prompts_for(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys) -> Prompts:
@@ -59,7 +61,8 @@ def search_heads(
 
     Args:
         attended: share of its attention that a head must give to passkeys.
-        everywhere: a first pass, in which all layers are in full attention, leaves those of heads with half that share.
+        everywhere: choose among the layers first, in a pass in which all are in full attention: those with a head that
+            attends to the token that is to be answered at least half as much as the head that does so most.
 
     Raises:
         SettingError: of `attended`: no head gives so much.
@@ -69,9 +72,10 @@ def search_heads(
     read = partial(listener.read, stage)
     layers = list(conversion_of(model).settings.memory_layers)
     with without_memory(model):
-        shares = looked_up(model, prompts, layers, read)
-        if everywhere and (layers := list(choose(shares, attended / 2))):
-            shares = looked_up(model, prompts, layers, read)
+        if everywhere:
+            shares = looked_up(model, prompts, prompts.answered, layers, read)
+            layers = list(choose(shares, LEAST_SHARE * max(float(share.max()) for share in shares.values())))
+        shares = looked_up(model, prompts, prompts.keys[:, None], layers, read)
     heads = choose(shares, attended)
     if not heads:
         most = max(float(share.max()) for share in shares.values())

@@ -78,6 +78,12 @@ def test_prompts_say_where_their_parts_are() -> None:
             bytes(tokens[filler].tolist())[: len(text) // 2] == text[: len(text) // 2] or stated.nonzero().min() < 250
         )
     assert len({tuple(answer) for answer in drawn.answers.tolist()}) == 5
+    for i, row, column in drawn.answered.nonzero().tolist():
+        assert drawn.keys[i, column]
+        assert drawn.tokens[i, column] == drawn.answers[i, row]
+    # the statement has the key twice
+    assert (drawn.answered.sum(2) >= 2).all()
+    assert torch.equal(drawn.answered.any(1), drawn.keys)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "gpt_oss"])
@@ -166,7 +172,7 @@ def test_filler_that_is_counted_is_filler_that_is_repeated() -> None:
 def test_a_fit_finds_what_is_stated() -> None:
     model, drawn = converted(lookback=1, sinks=2), prompts(10)
     with without_memory(model):
-        shares = looked_up(model, drawn, [1])
+        shares = looked_up(model, drawn, drawn.keys[:, None], [1])
         lookups = record(model, drawn, {1: [0, 3]}, seed=0)[1]
     on_keys = (lookups.wanted * drawn.keys[:, None, None]).sum(-1).mean((0, 2))
     assert torch.allclose(on_keys, shares[1][[0, 3]], atol=1e-5)
@@ -227,10 +233,10 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     assert "layer 1: head 0 finds " in said.output
     assert f"segattn evaluate passkey {tmp_path / 'model'} --lengths " in said.output
     # full attention has no positions for 4096 tokens and an answer
-    [heading] = [line.split() for line in said.output.splitlines() if re.match(r"conversion +at", line)]
+    [heading] = [line.split() for line in said.output.splitlines() if "at 25 %" in line and ":" not in line]
     assert heading == "conversion at 25 % at 100 % at 25 % at 100 %".split()
     for name, places in (("full attention", 2), ("window alone", 4), ("adapted", 4)):
-        assert re.search(rf"^{name}( +\d+ / \d+){{{places}}} *$", said.output, re.MULTILINE), name
+        assert re.search(rf"^ {name}( +\d+ / \d+){{{places}}} *$", said.output, re.MULTILINE), name
     model = segattn.from_pretrained(tmp_path / "model", quiet=True)
     assert conversion_of(model).settings.memory_layers == (0, 1)
 
@@ -326,7 +332,7 @@ def test_a_model_is_converted_twice_and_read_no_further_than_its_layers(
     handle = attentions_of(trunk_of(model))[1].register_forward_pre_hook(fail)
     drawn = prompts(9)
     with without_memory(model):
-        looked_up(model, drawn, [0], read.append)
+        looked_up(model, drawn, drawn.answered, [0], read.append)
         assert read == [8, 1]
         first = record(model, drawn, {0: [1]}, 0, read.append)[0]
         assert read == [8, 1, 8, 1]
@@ -334,6 +340,27 @@ def test_a_model_is_converted_twice_and_read_no_further_than_its_layers(
         both = record(model, drawn, {0: [1], 1: [2]}, 0)[0]
     for one, other in zip(first[2:], both[2:], strict=True):
         assert torch.equal(one, other)
+
+
+def test_layers_are_those_of_heads_that_attend_to_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half as much as the best head; of these layers, the heads that attend to any of the passkey."""
+    drawn, read = prompts(9), []
+    to_answer = {0: [0.1, 0.39, 0.0, 0.1], 1: [0.8, 0.0, 0.1, 0.3], 2: [0.1, 0.2, 0.4, 0.3]}
+    to_key = {0: [0.0] * 4, 1: [0.9, 0.1, 0.15, 0.5], 2: [0.1, 0.1, 0.1, 0.1]}
+
+    def note(model: Any, asked: Prompts, wanted: Tensor, full: Any, on_prompts: Any) -> dict[int, Tensor]:
+        read.append((len(asked.tokens), wanted, list(full)))
+        return {layer: torch.tensor((to_answer if len(read) == 1 else to_key)[layer]) for layer in full}
+
+    monkeypatch.setattr(stage, "looked_up", note)
+    model = segattn.convert(make(vocab_size=256, num_hidden_layers=3), L, lookback=1, quiet=True)
+    assert stage.search_heads(model, drawn, 0.15, SILENT, everywhere=True) == {1: [0, 2, 3]}
+    first = drawn.first(8)
+    assert [(count, full) for count, _, full in read] == [(8, [0, 1, 2]), (8, [1, 2])]
+    assert torch.equal(read[0][1], first.answered)
+    assert torch.equal(read[1][1], first.keys[:, None])
+    with pytest.raises(SettingError, match=r"attended must be a share that some head gives to passkeys, at most 0\.9"):
+        stage.search_heads(model, drawn, 0.95, SILENT, everywhere=False)
 
 
 def test_layers_that_are_named_get_the_memory(folder: Path, tmp_path: Path) -> None:
