@@ -71,8 +71,8 @@ def read_prefixes(model: Any, prompts: Prompts, question: int) -> Prefixes:
     alike = torch.zeros(len(prompts.tokens), dtype=torch.long, device="cpu")
     with torch.no_grad():
         for begin in range(0, time, size):
-            end = min(begin + size, time)
-            before, (_, alike) = alike, torch.unique(prompts.tokens[:, :end], dim=0, return_inverse=True)
+            end, before = min(begin + size, time), alike
+            _, alike = torch.unique(prompts.tokens[:, :end], dim=0, return_inverse=True)
             # of each that is read, one of the prompts that begin so
             rows = torch.empty(int(alike.max()) + 1, dtype=torch.long, device="cpu")
             rows[alike] = torch.arange(len(alike), device="cpu")
@@ -83,8 +83,7 @@ def read_prefixes(model: Any, prompts: Prompts, question: int) -> Prefixes:
             for layer, parts in kept.items():
                 state = cache.layers[layer].state
                 # the segment is the last of the tail
-                new = (x[:, :, begin - end :] for x in (state.memory_keys, state.values))
-                k, v = (x[alike.to(x.device)] for x in new)
+                k, v = (x[alike.to(x.device), :, begin - end :] for x in (state.memory_keys, state.values))
                 parts.append((k, v))
         cache.batch_select_indices(alike)
     folded = (time // size - settings.lookback) * size

@@ -75,13 +75,12 @@ def adapt(
 
 
 class Stages(Progress):
-    """A bar for each stage of an adaptation, and what it has come to."""
+    """Show a bar for each stage of an adaptation, and above them a line for what they have come to."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self.done: dict[str, int] = {}
         self.total: dict[str, int] = {}
-        self.latest: str | None = None
 
     def begin(self, stage: str, count: int) -> None:
         """Set the number of steps, prompts or tokens that are left of a stage."""
@@ -92,14 +91,11 @@ class Stages(Progress):
     def read(self, stage: str, count: int) -> None:
         """Count those that are done."""
         self.done[stage] += count
-        self.latest = stage
         self.bar(stage, self.done[stage], self.total[stage])
 
     def finished(self, what: str) -> None:
-        """Show a layer or a measurement at the stage that has moved last."""
-        if self.latest is not None:
-            self.bar(self.latest, self.done[self.latest], self.total[self.latest], what)
-        self.line(what)
+        """Print a layer, a round or a measurement."""
+        self.console.print(what, markup=False)
 
 
 def recalled(cells: list[dict[str, Any]]) -> Table:
