@@ -9,11 +9,12 @@ from ..evaluate.loading import Loaded
 from ..evaluate.passkey import PasskeyText
 from ..evaluate.reading import longest_text
 from ..evaluate.retrieval import RetrievalCell, check_prompt, measure_grid
+from ..huggingface.settings import is_converted
 from .kept import Kept, Listener
 from .settings import Passkeys
 
-# prompts that are read side by side
-BATCH = 5
+# prompts that a converted model, which keeps little of each, reads side by side
+BATCH = 8
 
 
 def check_asked(loaded: Loaded, passkeys: Passkeys) -> None:
@@ -60,6 +61,6 @@ def ask(loaded: Loaded, name: str, passkeys: Passkeys, kept: Kept, listener: Lis
         done=done,
         on_cell=keep,
         samples=passkeys.ask_samples,
-        batch=BATCH,
+        batch=BATCH if is_converted(model) else 1,
         on_tokens=partial(listener.read, stage),
     )

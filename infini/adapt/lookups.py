@@ -112,12 +112,12 @@ def make_prompts(tokenizer: Tokenizer, count: int, length: int, segment_len: int
     return Prompts(asked, of_answers, stated, keys, filler)
 
 
-def no_note(count: int) -> None:
-    """Take no note of prompts that are read."""
-
-
 def looked_up(
-    model: Any, prompts: Prompts, wanted: Tensor, full: Collection[int], on_prompts: Callable[[int], None] = no_note
+    model: Any,
+    prompts: Prompts,
+    wanted: Tensor,
+    full: Collection[int],
+    on_prompts: Callable[[int], None] = lambda count: None,
 ) -> dict[int, Tensor]:
     """Return how much of its attention each head [H] gives to some tokens, over the rows that ask, by layer.
 
@@ -145,7 +145,7 @@ def record(
     prompts: Prompts,
     heads: Mapping[int, list[int]],
     seed: int,
-    on_prompts: Callable[[int], None] = no_note,
+    on_prompts: Callable[[int], None] = lambda count: None,
 ) -> dict[int, Lookups]:
     """Return what these heads look up, by layer; those layers are in full attention, the others see their window.
 
