@@ -62,13 +62,25 @@ def read_prefixes(model: Any, prompts: Prompts, question: int) -> Prefixes:
     size, time = settings.segment_len, prompts.tokens.shape[1] - prompts.asking + 1 - question
     kept: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in settings.memory_layers}
     cache = InfiniCache(model)
+    # prompts that begin alike, which are read as one until they differ: for each, its place among those that are read
+    alike = torch.zeros(len(prompts.tokens), dtype=torch.long, device="cpu")
     with torch.no_grad():
-        # after each segment, which is the last of the tail
-        for part in prompts.tokens[:, :time].to(model.device).split(size, dim=1):
+        for begin in range(0, time, size):
+            end, before = min(begin + size, time), alike
+            _, alike = torch.unique(prompts.tokens[:, :end], dim=0, return_inverse=True)
+            # of each that is read, one of the prompts that begin so
+            rows = torch.empty(int(alike.max()) + 1, dtype=torch.long, device="cpu")
+            rows[alike] = torch.arange(len(alike), device="cpu")
+            if begin:
+                cache.batch_select_indices(before[rows])
+            part = prompts.tokens[rows, begin:end].to(model.device)
             trunk_of(model)(input_ids=part, past_key_values=cache, use_cache=True)
             for layer, parts in kept.items():
                 state = cache.layers[layer].state
-                parts.append((state.memory_keys[:, :, -part.shape[1] :], state.values[:, :, -part.shape[1] :]))
+                # the segment is the last of the tail
+                k, v = (x[alike.to(x.device), :, begin - end :] for x in (state.memory_keys, state.values))
+                parts.append((k, v))
+        cache.batch_select_indices(alike)
     folded = (time // size - settings.lookback) * size
     written = {}
     for layer, parts in kept.items():

@@ -1,4 +1,4 @@
-"""What the stages of an adaptation share: the layers fitted so far, progress, and a model without its memory."""
+"""What the stages of an adaptation share: what is kept of them, progress, and a model without its memory."""
 
 from __future__ import annotations
 
@@ -15,24 +15,28 @@ from ..gate import Gate
 from ..huggingface.settings import attentions_of, trunk_of
 from .fit import WINDOW_ALONE, memory_parameters
 
+# names of the model whose memory is closed, and of the one that is fitted
+WINDOW, ADAPTED = "window alone", "adapted"
+
 
 class Listener(Protocol):
     """Take note of a run's progress."""
 
-    def begin(self, steps: int) -> None:
-        """Take note of the number of steps that are left, of all layers."""
+    def begin(self, stage: str, count: int) -> None:
+        """Take note of a stage, and of the steps, prompts or tokens that are left of it."""
 
-    def read(self, steps: int) -> None:
-        """Take note of steps that have been taken since."""
+    def read(self, stage: str, count: int) -> None:
+        """Take note of those that a stage has done since."""
 
     def finished(self, what: str) -> None:
         """Take note of a layer or a measurement, in words."""
 
 
-class FittedLayers:
-    """Hold the figures and the parameters of the layers that are fitted, and write them to a file after each.
+class Kept:
+    """Hold what a run has come to, and write it to a file after each part.
 
-    So it is after each round of training end to end, with what the optimizer holds.
+    That is the heads that look passkeys up, figures and parameters of each layer that is fitted, figures of each round
+    of training end to end with what the optimizer holds, and the passkeys that are asked, by the model's name.
 
     Args:
         path: of the checkpoint.
@@ -41,14 +45,16 @@ class FittedLayers:
         saved: content of an earlier run's checkpoint; empty: there is none.
     """
 
-    PARTS = ("layers", "tensors", "fingerprint", "rounds", "optimizer")
+    PARTS = ("heads", "layers", "tensors", "fingerprint", "rounds", "optimizer", "passkeys")
 
     def __init__(self, path: Path, settings: Mapping[str, Any], fingerprint: str, saved: Mapping[str, Any]) -> None:
         self.path, self.settings, self.fingerprint = path, dict(settings), fingerprint
+        self.heads: dict[int, list[int]] = dict(saved.get("heads", {}))
         self.layers: dict[int, dict[str, Any]] = dict(saved.get("layers", {}))
         self.tensors: dict[int, dict[str, Tensor]] = dict(saved.get("tensors", {}))
         self.rounds: list[dict[str, Any]] = list(saved.get("rounds", []))
         self.optimizer: dict[str, Any] = dict(saved.get("optimizer", {}))
+        self.passkeys: dict[str, list[dict[str, Any]]] = dict(saved.get("passkeys", {}))
 
     def restore(self, model: Any) -> None:
         """Give a converted model the parameters of the layers that are fitted."""
@@ -65,20 +71,26 @@ class FittedLayers:
     def add(self, attention: Any, figures: dict[str, Any]) -> None:
         """Keep a layer that is fitted."""
         self.layers[int(attention.layer_idx)] = figures
-        self._save([attention])
+        self._keep([attention])
 
     def add_round(self, attentions: Iterable[Any], figures: dict[str, Any], optimizer: dict[str, Any]) -> None:
         """Keep a round, which has changed all of these layers."""
         self.rounds.append(figures)
         self.optimizer = optimizer
-        self._save(attentions)
+        self._keep(attentions)
 
-    def _save(self, attentions: Iterable[Any]) -> None:
+    def save(self) -> None:
+        """Write all to the file."""
+        save_checkpoint(self.path, {name: getattr(self, name) for name in ("settings", *self.PARTS)})
+
+    def _keep(self, attentions: Iterable[Any]) -> None:
+        # what was asked of another model
+        self.passkeys.pop(ADAPTED, None)
         for attention in attentions:
             # copies, since later steps change them in place
             tensors = {name: x.detach().to("cpu", copy=True) for name, x in memory_parameters(attention).items()}
             self.tensors[int(attention.layer_idx)] = tensors
-        save_checkpoint(self.path, {name: getattr(self, name) for name in ("settings", *self.PARTS)})
+        self.save()
 
     def in_order(self) -> list[dict[str, Any]]:
         """Return the figures of all layers that are fitted."""

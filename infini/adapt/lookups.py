@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,6 +41,11 @@ class Prompts(NamedTuple):
     def asking(self) -> int:
         """The number of rows that ask."""
         return self.answers.shape[1]
+
+    @property
+    def answered(self) -> Tensor:
+        """The statement's tokens that each row that asks has to answer with, bool [N, asking, T]."""
+        return self.stated[:, None] & (self.tokens[:, None] == self.answers[:, :, None])
 
     def first(self, count: int) -> Prompts:
         """Return the first of the prompts."""
@@ -106,12 +112,20 @@ def make_prompts(tokenizer: Tokenizer, count: int, length: int, segment_len: int
     return Prompts(asked, of_answers, stated, keys, filler)
 
 
-def looked_up(model: Any, prompts: Prompts, full: Collection[int]) -> dict[int, Tensor]:
-    """Return how much of its attention each head [H] gives to passkeys, over the rows that ask, by layer.
+def looked_up(
+    model: Any,
+    prompts: Prompts,
+    wanted: Tensor,
+    full: Collection[int],
+    on_prompts: Callable[[int], None] = lambda count: None,
+) -> dict[int, Tensor]:
+    """Return how much of its attention each head [H] gives to some tokens, over the rows that ask, by layer.
 
     Args:
         model: converted, and `without_memory`: its gates are closed.
+        wanted: these tokens for each row, bool [N, asking, T], or for all rows, [N, 1, T].
         full: layers in full attention, whose heads are returned; the others see their window alone.
+        on_prompts: called with the number of prompts of each pass.
     """
     shares: dict[int, list[Tensor]] = {layer: [] for layer in full}
 
@@ -119,16 +133,26 @@ def looked_up(model: Any, prompts: Prompts, full: Collection[int]) -> dict[int, 
         if call.layer not in shares:
             return call.segmented()
         weights = attention_weights(call, _asking(prompts, batch).to(call.q.device))
-        keys = prompts.keys[batch, None, None].to(weights.device)
-        shares[call.layer].append((weights * keys).sum(-1).mean(2))
+        shares[call.layer].append((weights * wanted[batch, None].to(weights.device)).sum(-1).mean(2))
         return call.full()
 
-    _pass(model, prompts, watch)
+    _pass(model, prompts, watch, max(full), on_prompts)
     return {layer: torch.cat(parts).mean(0) for layer, parts in shares.items()}
 
 
-def record(model: Any, prompts: Prompts, heads: Mapping[int, list[int]], seed: int) -> dict[int, Lookups]:
-    """Return what these heads look up, by layer; those layers are in full attention, the others see their window."""
+def record(
+    model: Any,
+    prompts: Prompts,
+    heads: Mapping[int, list[int]],
+    seed: int,
+    on_prompts: Callable[[int], None] = lambda count: None,
+) -> dict[int, Lookups]:
+    """Return what these heads look up, by layer; those layers are in full attention, the others see their window.
+
+    Args:
+        seed: of the rows that do not ask.
+        on_prompts: called with the number of prompts of each pass.
+    """
     conversion = conversion_of(model)
     settings, time = conversion.settings, prompts.tokens.shape[1]
     generator = torch.Generator().manual_seed(seed)
@@ -158,7 +182,7 @@ def record(model: Any, prompts: Prompts, heads: Mapping[int, list[int]], seed: i
         parts[call.layer].append(Lookups(chosen, groups, each, asked_by, k, v, alone, whole, wanted))
         return full
 
-    _pass(model, prompts, watch)
+    _pass(model, prompts, watch, max(heads), on_prompts)
     return {layer: _joined(each) for layer, each in parts.items()}
 
 
@@ -168,12 +192,27 @@ def choose(shares: Mapping[int, Tensor], least: float) -> dict[int, list[int]]:
     return {layer: chosen for layer, chosen in heads.items() if chosen}
 
 
-def _pass(model: Any, prompts: Prompts, watch: Callable[..., Tensor]) -> None:
-    trunk, count = trunk_of(model), len(prompts.tokens)
-    for begin in range(0, count, BATCH):
+class _SeenError(Exception):
+    """The end of a pass at the last layer that is watched."""
+
+
+def _pass(
+    model: Any, prompts: Prompts, watch: Callable[..., Tensor], last: int, on_prompts: Callable[[int], None]
+) -> None:
+    """Read the prompts up to the attention of the layer `last`."""
+
+    def watch_to_last(call: AttentionCall, batch: slice) -> Tensor:
+        out = watch(call, batch)
+        if call.layer == last:
+            raise _SeenError
+        return out
+
+    for begin in range(0, len(prompts.tokens), BATCH):
         batch = slice(begin, begin + BATCH)
-        with torch.no_grad(), watched(model, partial(watch, batch=batch)):
-            trunk(input_ids=prompts.tokens[batch].to(model.device), use_cache=False)
+        tokens = prompts.tokens[batch].to(model.device)
+        with torch.no_grad(), watched(model, partial(watch_to_last, batch=batch)), suppress(_SeenError):
+            trunk_of(model)(input_ids=tokens, use_cache=False)
+        on_prompts(len(tokens))
 
 
 def _asking(prompts: Prompts, batch: slice) -> Tensor:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ...runs.errors import SettingError, named
-from ..conversion_options import layers_named
-from ..evaluate.loading import Loaded, convert_named
+from ..evaluate.loading import Loaded
 from ..evaluate.reading import longest_text
-from ..huggingface.conversion import revert
 from ..huggingface.settings import attentions_of, conversion_of, trunk_of
-from .kept import FittedLayers, Listener, without_memory
-from .lookups import Lookups, Prompts, choose, looked_up, make_prompts, record
+from .kept import Kept, Listener, without_memory
+from .lookups import Prompts, choose, looked_up, make_prompts, record
 from .recall import RecallFit, RecallRecipe, fit_recall
 from .settings import Adaptation, Passkeys
 
 # prompts in which the layers that look passkeys up are searched for
 SEARCHED = 8
+# of the largest share of attention that a head gives to the answer, what the heads of a layer must reach to be chosen
+LEAST_SHARE = 0.5
 
 
 def prompts_for(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys) -> Prompts:
-    """Draw the prompts of a run.
+    """Draw the prompts of a run, for a plain model.
 
     Raises:
         SettingError: they are too short, or too long for the model.
@@ -32,7 +32,7 @@ def prompts_for(loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys) -> P
     with named(length="prompt_tokens"):
         return make_prompts(
             loaded.tokenizer,
-            passkeys.prompts,
+            adaptation.prompts,
             passkeys.prompt_tokens,
             adaptation.segment_len,
             adaptation.lookback,
@@ -52,67 +52,68 @@ def check_room(model: nn.Module, count: int, option: str) -> None:
         raise SettingError(option, f"{problem}: choose fewer")
 
 
-def check_convertible(model: Any, options: Mapping[str, Any], passkeys: Passkeys) -> None:
-    """Check that a plain model can be converted, and has the layers that are named; it stays as it is.
+def search_heads(
+    model: Any, prompts: Prompts, attended: float, listener: Listener, *, everywhere: bool
+) -> dict[int, list[int]]:
+    """Return the heads that look passkeys up, by layer, of those layers of a converted model that have a memory.
 
-    Raises:
-        SettingError: naming the option.
-    """
-    convert_named(model, options)
-    try:
-        if passkeys.prompt_layers is not None:
-            _layers(model, passkeys.prompt_layers)
-    finally:
-        revert(model)
-
-
-def convert_where_looked_up(
-    model: Any, options: Mapping[str, Any], prompts: Prompts, passkeys: Passkeys, seed: int
-) -> dict[int, Lookups]:
-    """Convert a plain model, with a memory in the layers that look up passkeys; return what they look up.
-
-    Unless they are named, layers are found in a first pass, in which all are in full attention: those of heads with
-    half the share of attention that is asked for. In the next pass all others see their window alone, as they will.
+    They are searched for in full attention in those layers, while all others see their window alone, as they will.
 
     Args:
-        options: arguments of `convert`.
-        seed: of the rows that do not ask.
+        attended: share of its attention that a head must give to passkeys.
+        everywhere: choose among the layers first, in a pass in which all are in full attention: those with a head that
+            attends to the token that is to be answered at least half as much as the head that does so most.
 
     Raises:
-        SettingError: an option cannot be, or no head attends to passkeys enough.
+        SettingError: of `attended`: no head gives so much.
     """
-    convert_named(model, options)
-    try:
-        with without_memory(model):
-            heads = _heads(model, prompts.first(SEARCHED), passkeys)
-            lookups = record(model, prompts, heads, seed)
-    finally:
-        revert(model)
-    convert_named(model, options, memory_layers=list(heads))
-    return lookups
+    stage, prompts = "search for layers", prompts.first(SEARCHED)
+    listener.begin(stage, (1 + everywhere) * len(prompts.tokens))
+    read = partial(listener.read, stage)
+    layers = list(conversion_of(model).settings.memory_layers)
+    with without_memory(model):
+        if everywhere:
+            shares = looked_up(model, prompts, prompts.answered, layers, read)
+            layers = list(choose(shares, LEAST_SHARE * max(float(share.max()) for share in shares.values())))
+        shares = looked_up(model, prompts, prompts.keys[:, None], layers, read)
+    heads = choose(shares, attended)
+    if not heads:
+        most = max(float(share.max()) for share in shares.values())
+        problem = f"must be a share that some head gives to passkeys, at most {most:.2g}, got {attended}"
+        raise SettingError("attended", problem)
+    listener.finished(f"passkeys are looked up in layers {', '.join(map(str, heads))}")
+    return heads
 
 
 def fit_to_passkeys(
     loaded: Loaded,
     prompts: Prompts,
-    lookups: Mapping[int, Lookups],
     adaptation: Adaptation,
     passkeys: Passkeys,
-    kept: FittedLayers,
+    kept: Kept,
     listener: Listener,
 ) -> None:
-    """Fit the layers that are not kept, each after those below it.
+    """Fit the layers that are not kept, each after those below it, to what their heads look up in full attention.
 
     With `adaptation.own`, a layer is fitted on what the fitted layers below it put out, to the same lookups.
     """
-    attentions = attentions_of(trunk_of(loaded.model))
-    left = kept.left(lookups)
-    listener.begin(len(left) * passkeys.prompt_steps)
+    model, attentions, heads = loaded.model, attentions_of(trunk_of(loaded.model)), kept.heads
+    left = kept.left(heads)
+    if not left:
+        return
+    # of which the first is as it was
+    on_fitted = [layer for layer in left if adaptation.own and layer != min(heads)]
+    reading, fitting = "read prompts", "fit layers"
+    listener.begin(reading, (1 + len(on_fitted)) * len(prompts.tokens))
+    listener.begin(fitting, len(left) * passkeys.prompt_steps)
+    read = partial(listener.read, reading)
+    with without_memory(model):
+        lookups = record(model, prompts, heads, adaptation.seed, read)
     for layer in left:
         own = wanted = lookups[layer]
-        if adaptation.own and layer != min(lookups):
+        if layer in on_fitted:
             with without_memory(attentions[layer]):
-                own = record(loaded.model, prompts, {layer: wanted.heads}, adaptation.seed)[layer]
+                own = record(model, prompts, {layer: wanted.heads}, adaptation.seed, read)[layer]
         recipe = RecallRecipe(
             adaptation.segment_len,
             adaptation.lookback,
@@ -123,47 +124,9 @@ def fit_to_passkeys(
             adaptation.seed * 1_000_003 + layer,
         )
         target = own._replace(full=wanted.full, wanted=wanted.wanted)
-        figures = fit_recall(attentions[layer], target, prompts, recipe, on_step=lambda: listener.read(1))
+        figures = fit_recall(attentions[layer], target, prompts, recipe, on_step=lambda: listener.read(fitting, 1))
         kept.add(attentions[layer], figures._asdict())
         listener.finished(_said(figures))
-
-
-def _heads(model: Any, prompts: Prompts, passkeys: Passkeys) -> dict[int, list[int]]:
-    """Return the heads of each layer that look up passkeys.
-
-    Raises:
-        SettingError: there are none, or the model lacks a layer that is named, or does not convert it.
-    """
-    if passkeys.prompt_layers is None:
-        shares = looked_up(model, prompts, conversion_of(model).settings.layers)
-        layers = list(choose(shares, passkeys.attended / 2))
-    else:
-        layers = _layers(model, passkeys.prompt_layers)
-    if layers:
-        shares = looked_up(model, prompts, layers)
-    heads = choose(shares, passkeys.attended)
-    if not heads:
-        most = max(float(share.max()) for share in shares.values())
-        problem = f"must be a share that some head gives to passkeys, at most {most:.2g}, got {passkeys.attended}"
-        raise SettingError("attended", problem)
-    return heads
-
-
-def _layers(model: Any, text: str) -> list[int]:
-    """Return the indices of the layers that `prompt_layers` names, from 0."""
-    conversion, layers = conversion_of(model), layers_named(text, "prompt_layers")
-    count = conversion.depth
-    if not all(-count <= layer < count for layer in layers):
-        problem = f"must be layers of the model, which has {count}, got {text!r}"
-        raise SettingError("prompt_layers", problem)
-    named = sorted({layer % count for layer in layers})
-    if native := [layer for layer in named if layer in conversion.native]:
-        problem = (
-            f"must be layers that are converted, got {text!r}: {native} stay as they are, since their window slides; "
-            f"choose from {list(conversion.settings.layers)}"
-        )
-        raise SettingError("prompt_layers", problem)
-    return named
 
 
 def _said(fitted: RecallFit) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..huggingface.settings import GATE, attentions_of, conversion_of, trunk_of
 from .fit import memory_parameters, trained
-from .kept import FittedLayers, Listener
+from .kept import Kept, Listener
 
 # biases and gates move so much faster than matrices
 BIAS_FACTOR, GATE_FACTOR = 3.0, 10.0
@@ -44,9 +44,7 @@ class Rounds(Protocol):
         """Return the figures of a round in words."""
 
 
-def train_in_rounds(
-    model: Any, task: Rounds, count: int, lr: float, seed: int, kept: FittedLayers, listener: Listener
-) -> None:
+def train_in_rounds(model: Any, task: Rounds, count: int, lr: float, seed: int, kept: Kept, listener: Listener) -> None:
     """Take the rounds that are left: steps of Adam on the maps and the gates of all layers with a memory.
 
     The learning rates rise over the first round, and fall to 0 as a cosine over all of them.
@@ -70,7 +68,8 @@ def train_in_rounds(
     rates = [group["lr"] for group in optimizer.param_groups]
     if kept.optimizer:
         optimizer.load_state_dict(kept.optimizer)
-    listener.begin((count - len(kept.rounds)) * task.steps)
+    stage = "train in rounds"
+    listener.begin(stage, (count - len(kept.rounds)) * task.steps)
     for number in range(len(kept.rounds), count):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         losses, rest = [], []
@@ -85,7 +84,7 @@ def train_in_rounds(
                 optimizer.zero_grad()
                 losses.append(step.loss.item())
                 rest.append(step.rest)
-                listener.read(1)
+                listener.read(stage, 1)
         figures = task.figures(losses, rest)
         kept.add_round(attentions, dict(figures), optimizer.state_dict())
         listener.finished(f"round {number + 1}: {task.said(figures)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -22,19 +22,22 @@ from ..evaluate.conversions import FULL, Row, first_tokens, measure
 from ..evaluate.gate_map import GateMap, gate_map
 from ..evaluate.loading import Loaded, convert_named, load_plain
 from ..evaluate.settings import Checkpoint
+from ..huggingface.conversion import revert
 from ..huggingface.settings import conversion_of, trunk_of
 from ..huggingface.watching import AttentionCall, watched
 from ..train.model import save_model
+from .asking import ask, check_asked
+from .distillation import TextRounds
 from .end_to_end import PasskeyRounds
 from .fit import LayerFit, Recipe, fit_layer
-from .kept import FittedLayers, Listener, without_memory
+from .kept import ADAPTED, WINDOW, Kept, Listener, without_memory
 from .lookups import Prompts
-from .passkeys import check_convertible, check_room, convert_where_looked_up, fit_to_passkeys, prompts_for
-from .rounds import train_in_rounds
+from .passkeys import check_room, fit_to_passkeys, prompts_for, search_heads
+from .rounds import Rounds, train_in_rounds
 from .settings import Adaptation, Passkeys, check_together
 
 # may change between a run and its continuation, where weights and texts are compared
-FREE = ("model", "tokenizer", "device", "text", "eval_text")
+FREE = ("model", "tokenizer", "device", "text", "eval_text", "ask", "ask_depths")
 
 
 class Outputs(NamedTuple):
@@ -66,10 +69,10 @@ def run_adaptation(
 
     Args:
         checkpoint: of a plain model.
-        passkeys: where there are prompts, fit to them instead of running text; where there are rounds, train all
-            fitted layers end to end after it. None: there are neither.
-        resume: keep the layers and rounds that the folder's checkpoint has, and go on to the same figures. Rounds may
-            be added to a run that has done none.
+        passkeys: with `adaptation.prompts`, how the memory is fitted to them instead of running text, and asked. None:
+            as by default.
+        resume: keep the layers, rounds and passkeys that the folder's checkpoint has, and go on to the same figures.
+            Rounds may be added to a run that has done none, and passkeys asked at other lengths.
 
     Returns:
         Every figure of the run, as in the JSON file.
@@ -85,25 +88,39 @@ def run_adaptation(
         settings = asdict(checkpoint) | asdict(adaptation) | asdict(passkeys)
         settings |= {"text_sha256": text_sha256(texts[0]), "eval_text_sha256": text_sha256(texts[-1])}
         loaded, kept = _begin(checkpoint, settings, path, resume=resume)
-        check_convertible(loaded.model, _options(adaptation), passkeys)
-        rows, held_out = _stretches(loaded, texts, adaptation, fitted=not passkeys.prompts)
-        prompts = prompts_for(loaded, adaptation, passkeys) if passkeys.prompts else None
+        tokens, held_out = _tokens(loaded, texts, adaptation)
+        options, prompts = _plan(loaded, adaptation, passkeys, kept, listener)
+        model: Any = loaded.model
         report: list[Row] = []
 
-        def note(row: Row) -> None:
-            report.append(row)
-            listener.finished(_said(row))
+        def note(name: str) -> None:
+            stage = f"perplexity, {name}"
+            listener.begin(stage, len(held_out) - 1)
+            report.append(measure(model, name, held_out, partial(listener.read, stage)))
+            listener.finished(f"{name}: perplexity {report[-1].perplexity:.4g}")
 
-        note(measure(loaded.model, FULL, held_out))
-        stage = _convert(loaded, rows, prompts, adaptation, passkeys)
-        note(measure(loaded.model, "untrained", held_out))
-        note(_window_alone(loaded.model, held_out))
-        kept.restore(loaded.model)
-        stage(kept, listener)
-        if passkeys.rounds:
+        note(FULL)
+        if prompts is not None:
+            ask(loaded, FULL, passkeys, kept, listener)
+        convert_named(model, options)
+        note("untrained")
+        with without_memory(model):
+            note(WINDOW)
+        kept.restore(model)
+        task: Rounds
+        if prompts is None:
+            _fit_to_text(loaded, _stretches(loaded, tokens, adaptation), adaptation, kept, listener)
+            task = TextRounds(loaded, tokens, adaptation.length, adaptation.window)
+        else:
+            fit_to_passkeys(loaded, prompts, adaptation, passkeys, kept, listener)
             task = PasskeyRounds(loaded, adaptation, passkeys)
-            train_in_rounds(loaded.model, task, passkeys.rounds, passkeys.round_lr, adaptation.seed, kept, listener)
-        note(measure(loaded.model, "adapted", held_out))
+        if adaptation.rounds:
+            train_in_rounds(model, task, adaptation.rounds, adaptation.round_lr, adaptation.seed, kept, listener)
+        if prompts is not None:
+            with without_memory(model):
+                ask(loaded, WINDOW, passkeys, kept, listener)
+            ask(loaded, ADAPTED, passkeys, kept, listener)
+        note(ADAPTED)
         return _write(path, loaded, kept, report)
 
 
@@ -119,13 +136,7 @@ def _no_empty_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-# fits the layers that are not kept
-Stage = Callable[[FittedLayers, Listener], None]
-
-
-def _begin(
-    checkpoint: Checkpoint, settings: Mapping[str, Any], path: Outputs, *, resume: bool
-) -> tuple[Loaded, FittedLayers]:
+def _begin(checkpoint: Checkpoint, settings: Mapping[str, Any], path: Outputs, *, resume: bool) -> tuple[Loaded, Kept]:
     """Load the plain model, frozen, and what an earlier run has kept for it.
 
     Raises:
@@ -137,32 +148,37 @@ def _begin(
     if saved and saved["fingerprint"] != fingerprint:
         raise SettingError("model", f"must be the earlier run's with --resume, got {checkpoint.model!r}, another one")
     loaded.model.requires_grad_(False)
-    return loaded, FittedLayers(path.checkpoint, settings, fingerprint, saved)
+    return loaded, Kept(path.checkpoint, settings, fingerprint, saved)
 
 
-def _convert(
-    loaded: Loaded, rows: Tensor, prompts: Prompts | None, adaptation: Adaptation, passkeys: Passkeys
-) -> Stage:
-    """Convert the model, with a memory where the run fits one, and return the stage that does."""
-    options = _options(adaptation)
-    if prompts is None:
-        convert_named(loaded.model, options)
-        return partial(_fit_to_text, loaded, rows, adaptation)
-    lookups = convert_where_looked_up(loaded.model, options, prompts, passkeys, adaptation.seed)
-    return partial(fit_to_passkeys, loaded, prompts, lookups, adaptation, passkeys)
+def _plan(
+    loaded: Loaded, adaptation: Adaptation, passkeys: Passkeys, kept: Kept, listener: Listener
+) -> tuple[dict[str, Any], Prompts | None]:
+    """Return the arguments of `convert`, and the prompts to fit to, if any; the model stays plain.
+
+    What cannot be is refused here, before anything is measured.
+    """
+    model, options, prompts = loaded.model, adaptation.convert_arguments(), None
+    if adaptation.prompts:
+        check_asked(loaded, passkeys)
+        prompts = prompts_for(loaded, adaptation, passkeys)
+    convert_named(model, options)
+    if prompts is not None:
+        if not kept.heads:
+            everywhere = adaptation.memory_layers is None
+            kept.heads = search_heads(model, prompts, passkeys.attended, listener, everywhere=everywhere)
+            kept.save()
+        options["memory_layers"] = list(kept.heads)
+    revert(model)
+    return options, prompts
 
 
-def _options(adaptation: Adaptation) -> dict[str, Any]:
-    """Return the arguments of `convert`."""
-    options = {name: getattr(adaptation, name) for name in ("segment_len", "lookback", "sinks", "update")}
-    return options | {"memory_maps": adaptation.maps}
-
-
-def _write(path: Outputs, loaded: Loaded, kept: FittedLayers, report: Sequence[Row]) -> dict[str, Any]:
+def _write(path: Outputs, loaded: Loaded, kept: Kept, report: Sequence[Row]) -> dict[str, Any]:
     """Write figures, pictures and the model; return the figures.
 
     In "layers" are the figures of the fit, the gates behind it among them; in "gates" are those of the model that is
-    written, which rounds have changed further: for each layer with a memory, sigmoid(β) of each head.
+    written, which rounds have changed further: for each layer with a memory, sigmoid(β) of each head. In "passkeys" is
+    what each model recalls by length and depth, as in `RetrievalCell`.
     """
     model: Any = loaded.model
     gates = gate_map(model)
@@ -174,6 +190,7 @@ def _write(path: Outputs, loaded: Loaded, kept: FittedLayers, report: Sequence[R
         "rows": [row._asdict() for row in report],
         "layers": kept.in_order(),
         "rounds": kept.rounds,
+        "passkeys": [{"conversion": name} | cell for name, cells in kept.passkeys.items() for cell in cells],
         "gates": {str(layer): share.tolist() for layer, share in zip(gates.layers, gates.share, strict=True)},
     }
     write_figures(path.figures, figures)
@@ -182,41 +199,40 @@ def _write(path: Outputs, loaded: Loaded, kept: FittedLayers, report: Sequence[R
     return figures
 
 
-def _stretches(
-    loaded: Loaded, texts: Sequence[str], adaptation: Adaptation, *, fitted: bool
-) -> tuple[Tensor, list[int]]:
-    """Return the stretches to fit to, spread over the text, int64 [rows + 1, length], and the tokens to measure on.
-
-    Args:
-        fitted: there are to be stretches; else none are returned.
+def _tokens(loaded: Loaded, texts: Sequence[str], adaptation: Adaptation) -> tuple[Tensor, list[int]]:
+    """Return the tokens to adapt to, int64 [N], and those to measure on.
 
     Raises:
         SettingError: a text is too short, or the model has too few positions to fit to or to measure on so many tokens.
     """
     tokens, measured = (loaded.tokenizer.encode(text)[adaptation.skip :] for text in (texts[0], texts[-1]))
-    prefix, count = loaded.tokenizer.prefix, adaptation.rows + 1
     check_room(loaded.model, adaptation.eval_tokens, "eval_tokens")
     held_out = first_tokens(loaded, measured, adaptation.eval_tokens, "eval_tokens")
-    if not fitted:
-        return torch.empty(0, 0, dtype=torch.long, device="cpu"), held_out
-    check_room(loaded.model, adaptation.length, "length")
     if len(texts) == 1:
         tokens = tokens[len(held_out) :]
-    size = adaptation.length - len(prefix)
-    if len(tokens) < count * size:
-        problem = f"must be of {count * size} tokens and more for --rows {adaptation.rows}, got {len(tokens)}"
-        raise SettingError("text", problem)
-    apart = len(tokens) // count
-    rows = [[*prefix, *tokens[i * apart : i * apart + size]] for i in range(count)]
-    return torch.tensor(rows, device="cpu"), held_out
+    if not adaptation.prompts:
+        check_room(loaded.model, adaptation.length, "length")
+        least = (adaptation.rows + 1) * (adaptation.length - len(loaded.tokenizer.prefix))
+        if len(tokens) < least:
+            problem = f"must be of {least} tokens and more for --rows {adaptation.rows}, got {len(tokens)}"
+            raise SettingError("text", problem)
+    return torch.tensor(tokens, dtype=torch.int64, device="cpu"), held_out
 
 
-def _fit_to_text(loaded: Loaded, rows: Tensor, adaptation: Adaptation, kept: FittedLayers, listener: Listener) -> None:
+def _stretches(loaded: Loaded, tokens: Tensor, adaptation: Adaptation) -> Tensor:
+    """Return stretches that are spread over the text, int64 [rows + 1, length]."""
+    prefix = torch.tensor(loaded.tokenizer.prefix, dtype=torch.int64, device="cpu")
+    count, size = adaptation.rows + 1, adaptation.length - len(prefix)
+    begins = [i * (len(tokens) // count) for i in range(count)]
+    return torch.stack([torch.cat([prefix, tokens[begin : begin + size]]) for begin in begins])
+
+
+def _fit_to_text(loaded: Loaded, rows: Tensor, adaptation: Adaptation, kept: Kept, listener: Listener) -> None:
     """Fit the layers that are not kept in one pass over all stretches, each as the pass comes to it."""
     model: Any = loaded.model
     recipe = Recipe(adaptation.window, adaptation.steps, adaptation.gate_lr, adaptation.map_lr, adaptation.seed)
-    left = kept.left(conversion_of(model).settings.layers)
-    listener.begin(len(left) * recipe.steps)
+    left, stage = kept.left(conversion_of(model).settings.memory_layers), "fit layers"
+    listener.begin(stage, len(left) * recipe.steps)
     count = len(rows)
 
     def fit(call: AttentionCall) -> Tensor:
@@ -224,7 +240,7 @@ def _fit_to_text(loaded: Loaded, rows: Tensor, adaptation: Adaptation, kept: Fit
         # the stretches are then read twice side by side: in full attention, and as the fitted layers read them
         fitted = call.rows(count, 2 * count) if adaptation.own else call
         if call.layer in left:
-            figures = fit_layer(fitted, full, recipe, on_step=lambda: listener.read(1))
+            figures = fit_layer(fitted, full, recipe, on_step=lambda: listener.read(stage, 1))
             kept.add(call.attention, figures._asdict())
             listener.finished(_said_of_layer(figures))
         return torch.cat([full, fitted.segmented()]) if adaptation.own else full
@@ -235,14 +251,8 @@ def _fit_to_text(loaded: Loaded, rows: Tensor, adaptation: Adaptation, kept: Fit
             trunk_of(model)(input_ids=inputs.to(model.device), use_cache=False)
 
 
-def _window_alone(model: Any, tokens: Sequence[int]) -> Row:
-    """Measure a converted model without its memory."""
-    with without_memory(model):
-        return measure(model, "window alone", tokens)
-
-
 def _saved(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    saved = read_checkpoint(path, "segattn adapt", FittedLayers.PARTS, settings)
+    saved = read_checkpoint(path, "segattn adapt", Kept.PARTS, settings)
     check_same(settings, saved["settings"], {"rounds", *_free(settings, saved)})
     if saved["rounds"] and settings["rounds"] != (before := saved["settings"]["rounds"]):
         problem = (
@@ -272,10 +282,6 @@ def _draw(path: Outputs, figures: Mapping[str, Any], gates: GateMap) -> None:
     tokens = figures["settings"]["eval_tokens"]
     plot_conversions(path.picture, figures["rows"], f"Perplexity of {tokens:,} tokens, memory fitted")
     plot_gates(path.gates, gates.share, gates.layers, "Share of memory per head")
-
-
-def _said(row: Row) -> str:
-    return f"{row.conversion}: perplexity {row.perplexity:.4g}"
 
 
 def _said_of_layer(fitted: LayerFit) -> str:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from numbers import Real
+from dataclasses import KW_ONLY, dataclass
+from numbers import Integral, Real
 from typing import Annotated
 
 from ...runs.errors import SettingError
-from ...runs.settings import check_least
-from ..conversion_options import UPDATES, layers_named
+from ...runs.settings import check_least, check_several
+from ..conversion_options import ConversionOptions
 
 # what one of the two fits reads alone: that to running text, and that to prompts
-OF_TEXT: tuple[str, ...] = ("length", "rows", "steps")
-OF_PROMPTS: tuple[str, ...] = ("prompt_tokens", "prompt_steps", "stretch", "attended", "prompt_layers", "round_lr")
+OF_TEXT = ("length", "rows", "steps")
+OF_PROMPTS = ("prompt_tokens", "prompt_steps", "stretch", "attended", "ask", "ask_depths", "ask_samples")
+# what is None → its value in the fit to text, and in that to prompts: as each was measured
+OF_FIT = {"segment_len": (256, 128), "gate_lr": (5e-2, 1e-2)}
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class Adaptation(ConversionOptions):
     """Hold the settings by which a plain model is converted and fitted to its own full attention.
 
     Raises:
@@ -26,38 +28,59 @@ class Adaptation:
 
     text: Annotated[str, "File of the text to fit to, UTF-8."]
     eval_text: Annotated[str | None, "File of another text to measure on. Default: the first tokens of --text."] = None
-    segment_len: Annotated[int, "Tokens per segment."] = 256
-    lookback: Annotated[int, "Whole segments that local attention sees before its own, 0 or 1."] = 1
-    sinks: Annotated[int, "First tokens of a text that all others see."] = 4
-    update: Annotated[str, "Update rule of the memory: delta or linear."] = "delta"
-    maps: Annotated[bool, "Fit maps of the memory's queries and keys too, not its gates alone."] = True
+    prompts: Annotated[
+        int, "Passkey prompts to fit to, such as 48, in place of --text, which is then measured on alone."
+    ] = 0
     length: Annotated[int, "Tokens of each stretch of text that is fitted to; without --prompts."] = 4096
     rows: Annotated[int, "Stretches to fit to, and one more that is held out; without --prompts."] = 8
     steps: Annotated[int, "Steps of the optimizer for each layer, each on one stretch; without --prompts."] = 64
     gate_lr: Annotated[
-        float, "Learning rate of the gates in the fit, which falls to 0 as a cosine; not of --rounds."
-    ] = 5e-2
+        float,
+        "Learning rate of the gates in the fit, which falls to 0 as a cosine; not of --rounds. Default: 0.05, with "
+        "--prompts 0.01.",
+    ] = None  # type: ignore[assignment]
     map_lr: Annotated[float, "Learning rate of the maps in the fit, which falls in the same way; not of --rounds."] = (
         3e-3
     )
     own: Annotated[bool, "Fit each layer on what the fitted layers below it put out, not on the plain model's."] = True
+    rounds: Annotated[
+        int,
+        "Rounds of training end to end after the fit: each on 10 new stretches of --text, by what full attention "
+        "predicts, or with --prompts, and a lookback, on 64 new prompts by their answers.",
+    ] = 0
+    round_lr: Annotated[
+        float,
+        "Learning rate of the maps' matrices in these rounds, of biases three times and of gates ten times it; it "
+        "rises over the first round, and falls to 0 as a cosine.",
+    ] = 2e-3
     eval_tokens: Annotated[int, "Tokens to measure perplexity on; the model's positions must suffice for them."] = 4096
     skip: Annotated[int, "Tokens of each text to skip first, as those of a book's front matter."] = 0
     seed: Annotated[int, "Seed of the order of stretches, and of the prompts and their order."] = 0
+    _: KW_ONLY
+    # options of conversion that have defaults of their own here
+    segment_len: Annotated[int, "Tokens per segment. Default: 256, with --prompts 128."] = None  # type: ignore[assignment]
+    lookback: Annotated[int, "Whole segments that a token sees before its own: 0 or 1."] = 1
+    sinks: Annotated[int, "First tokens of a text that all later ones see."] = 4
+    memory_maps: Annotated[bool, "Give the memory learnt maps of its queries and keys.", "--maps/--no-maps"] = True
+    memory_layers: Annotated[
+        str | None,
+        "Layers with a memory, such as 10-20 or 0,5,-1; the others see segment, lookback and sinks. Default: all; with "
+        "--prompts those of heads that look passkeys up.",
+        "--prompt-layers",
+    ] = None
 
     def __post_init__(self) -> None:
-        check_least(
-            self,
-            {"segment_len": 2, "length": 2, "rows": 1, "steps": 0, "eval_tokens": 16, "seed": 0, "sinks": 0, "skip": 0},
-        )
-        _check_rates(self, "gate_lr", "map_lr")
+        for name, defaults in OF_FIT.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, defaults[bool(self.prompts)])
+        super().__post_init__()
+        least = {"segment_len": 2, "length": 2, "rows": 1, "steps": 0, "eval_tokens": 16, "seed": 0, "skip": 0}
+        check_least(self, least | {"prompts": 0, "rounds": 0})
+        _check_rates(self, "gate_lr", "map_lr", "round_lr")
+        if self.prompts == 1:
+            raise SettingError("prompts", "must be 0 or at least 2, one of them held out, got 1")
         if self.lookback not in (0, 1):
             raise SettingError("lookback", f"must be 0 or 1, got {self.lookback!r}")
-        if self.sinks > self.segment_len:
-            problem = f"must be at most the {self.segment_len} tokens of a segment, got {self.sinks}"
-            raise SettingError("sinks", problem)
-        if self.update not in UPDATES:
-            raise SettingError("update", f"must be {' or '.join(UPDATES)}, got {self.update!r}")
 
     @property
     def window(self) -> int:
@@ -67,40 +90,33 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class Passkeys:
-    """Hold the settings of the stage that fits to passkey prompts.
+    """Hold the settings of a fit to passkey prompts, and of the passkeys that are asked at last.
 
     Raises:
         SettingError: naming the option.
     """
 
-    prompts: Annotated[int, "Passkey prompts to fit to in place of --text, which is then measured on alone."] = 0
     prompt_tokens: Annotated[int, "Tokens of each prompt."] = 640
     prompt_steps: Annotated[int, "Steps of the optimizer for each layer, each on a few prompts."] = 600
     stretch: Annotated[float, "Count the filler of a prompt up to so many times, as a longer prompt holds it."] = 2048.0
-    attended: Annotated[float, "Fit the heads whose full attention is so much on passkeys."] = 0.3
-    prompt_layers: Annotated[
-        str | None, "Layers that get a memory, such as 10-20 or 0,5,-1. Default: all those of such heads."
-    ] = None
-    rounds: Annotated[int, "Rounds of training end to end after the fit, each on 64 new prompts; with a lookback."] = 0
-    round_lr: Annotated[
-        float,
-        "Learning rate of the maps' matrices in these rounds, of biases three times and of gates ten times it; it "
-        "rises over the first round, and falls to 0 as a cosine.",
-    ] = 2e-3
+    attended: Annotated[float, "Fit the heads whose full attention is so much on passkeys."] = 0.15
+    ask: Annotated[
+        tuple[int, ...],
+        "Tokens of passkey prompts that are asked with --prompts, such as 1500,32K, or none: of full attention as far "
+        "as the model's positions go, the window without a memory, and the adapted model.",
+    ] = (1500, 6000)
+    ask_depths: Annotated[
+        tuple[float, ...], "Places of the passkeys that are asked: start, middle, end, or shares from 0 to 1."
+    ] = (0.1, 0.5, 0.9)
+    ask_samples: Annotated[int, "Prompts asked per length and place."] = 5
 
     def __post_init__(self) -> None:
-        check_least(self, {"prompts": 0, "prompt_tokens": 2, "prompt_steps": 0, "rounds": 0})
-        if self.rounds and not self.prompts:
-            raise SettingError("rounds", f"must be 0 without --prompts, got {self.rounds}")
-        _check_rates(self, "round_lr")
-        if self.prompts == 1:
-            raise SettingError("prompts", "must be 0 or at least 2, one of them held out, got 1")
+        check_least(self, {"prompt_tokens": 2, "prompt_steps": 0, "ask_samples": 1})
+        check_several(self, {"ask_depths": Real} | ({"ask": Integral} if self.ask else {}))
         if not (_is_finite(self.stretch) and self.stretch >= 1):
             raise SettingError("stretch", f"must be 1 or more, got {self.stretch!r}")
         if not (_is_finite(self.attended) and 0 < self.attended <= 1):
             raise SettingError("attended", f"must be more than 0 and at most 1, got {self.attended!r}")
-        if self.prompt_layers is not None:
-            layers_named(self.prompt_layers, "prompt_layers")
 
 
 def check_together(adaptation: Adaptation, passkeys: Passkeys) -> None:
@@ -109,8 +125,8 @@ def check_together(adaptation: Adaptation, passkeys: Passkeys) -> None:
     Raises:
         SettingError: naming the option.
     """
-    ignored: Adaptation | Passkeys = adaptation if passkeys.prompts else passkeys
-    if passkeys.prompts:
+    ignored: Adaptation | Passkeys = adaptation if adaptation.prompts else passkeys
+    if adaptation.prompts:
         names, goes, remedy = OF_TEXT, "goes without --prompts", "leave one of the two out"
     else:
         names, goes, remedy = OF_PROMPTS, "goes with --prompts", "give both, or leave it out"
@@ -118,11 +134,11 @@ def check_together(adaptation: Adaptation, passkeys: Passkeys) -> None:
         value = getattr(ignored, name)
         if value != getattr(type(ignored), name):
             raise SettingError(name, f"{goes}, got {value!r}: {remedy}")
-    if not passkeys.prompts and adaptation.length <= adaptation.window:
+    if not adaptation.prompts and adaptation.length <= adaptation.window:
         problem = f"must be more than the {adaptation.window} tokens that local attention sees, got {adaptation.length}"
         raise SettingError("length", problem)
-    if passkeys.rounds and not adaptation.lookback:
-        raise SettingError("rounds", f"must be 0 with --lookback 0, got {passkeys.rounds}")
+    if adaptation.prompts and adaptation.rounds and not adaptation.lookback:
+        raise SettingError("rounds", f"must be 0 with --prompts and --lookback 0, got {adaptation.rounds}")
 
 
 def _check_rates(settings: object, *names: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,8 @@ from .retrieval import check_positions
 from .runs import Listener, Outputs, begin_figures, earlier_run
 from .settings import CONVERSIONS, Checkpoint, Conversions
 
-# of a text, in the table; each is several buckets of the picture
-QUARTERS = 4
-BUCKETS = 16
+# into which a text is cut, in the table and in the picture
+QUARTERS, PARTS = 4, 16
 FULL = "full attention"
 # words of a conversion → the option, and what reads its value; maps are the identity until they are trained
 WORDS: dict[str, tuple[str, Any]] = {
@@ -39,7 +38,7 @@ class Row(NamedTuple):
     """The figures of one way to read the text.
 
     conversion: its words, or "full attention".
-    quarters: perplexity in each quarter of the text.
+    quarters: perplexity in each quarter of the tokens that are predicted, all but the text's first.
     perplexity: of the whole text.
     by_position: perplexity in smaller parts, for a picture.
     cache_bytes: kept at the text's end, to go on from there.
@@ -171,14 +170,20 @@ def first_tokens(loaded: Loaded, tokens: Sequence[int], count: int, option: str)
 
 def measure(model: Any, name: str, tokens: Sequence[int], on_tokens: Callable[[int], None] = lambda count: None) -> Row:
     """Return the figures of a model that reads a text of at least 16 tokens; `on_tokens` is called with those read."""
-    widths = ppl.Widths(math.ceil(len(tokens) / BUCKETS), None, None)
+    widths = ppl.Widths(1, None, None)
     [document] = ppl.measure_documents(model, [tokens], widths, on_tokens=on_tokens)
-    buckets, each = ppl.by_position([document], widths), BUCKETS // QUARTERS
+    predicted = ppl.by_position([document], widths)
     return Row(
         name,
-        [ppl.joined(buckets[begin : begin + each]).perplexity for begin in range(0, len(buckets), each)],
-        ppl.joined(buckets).perplexity,
-        [bucket._asdict() for bucket in buckets],
+        [part.perplexity for part in _parts(predicted, QUARTERS)],
+        ppl.joined(predicted).perplexity,
+        [part._asdict() for part in _parts(predicted, min(PARTS, len(predicted)))],
         document.cache_bytes,
         document.seconds,
     )
+
+
+def _parts(predicted: Sequence[ppl.Bucket], count: int) -> list[ppl.Bucket]:
+    """Join neighbouring tokens to so many parts, which differ by at most one token."""
+    ends = [number * len(predicted) // count for number in range(count + 1)]
+    return [ppl.joined(predicted[begin:end]) for begin, end in pairwise(ends)]

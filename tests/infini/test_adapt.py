@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.cli.main")
 from models import NAMES, make, save_plain
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import segattn
+from segattn.cli.adapt import Stages
 from segattn.infini.adapt import run
 from segattn.infini.adapt.fit import Recipe, fit_layer, memory_parameters
 from segattn.infini.adapt.run import Outputs, run_adaptation
@@ -221,8 +224,52 @@ def test_own_activations_are_another_fit(folder: Path, tmp_path: Path) -> None:
     assert runs[0][1] != runs[1][1]
 
 
+def test_layers_without_a_memory_see_their_window(folder: Path, tmp_path: Path) -> None:
+    figures = run_adaptation(checkpoint(folder), adaptation(folder, memory_layers="-1", gate_init=-1.0), tmp_path)
+    assert [layer["layer"] for layer in figures["layers"]] == [1]
+    options: dict[str, Any] = {"lookback": 1, "sinks": 2, "memory_layers": [1], "gate_init": -1.0}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder / "plain")
+    model, x = (
+        segattn.convert(plain, L, quiet=True, **options),
+        torch.tensor([list((folder / "text.txt").read_bytes()[:100])]),
+    )
+    untrained = next(row["perplexity"] for row in figures["rows"] if row["conversion"] == "untrained")
+    with torch.no_grad():
+        assert untrained == pytest.approx(model(x, labels=x).loss.exp().item(), rel=1e-4)
+    settings = segattn.infini.huggingface.settings.conversion_of
+    assert settings(segattn.from_pretrained(tmp_path / "model", quiet=True)).settings.memory_layers == (1,)
+
+
+def test_options_of_conversion_are_those_of_other_commands(folder: Path, tmp_path: Path) -> None:
+    """With the names that they had before."""
+    words = ["adapt", str(folder / "plain"), "--text", str(folder / "text.txt"), "--tokenizer", "bytes"]
+    words += ["--device", "cpu", "--segment-len", str(L), "--length", "80", "--rows", "1", "--steps", "0"]
+    words += ["--eval-tokens", "50", "--gate-init", "-2", "--no-maps", "--prompt-layers", "1", "--update", "linear"]
+    said = CliRunner().invoke(commands.app, [*words, "--out", str(tmp_path)])
+    assert said.exit_code == 0, said.output
+    entry = json.loads((tmp_path / "adapt.json").read_text())["model"]["conversion"]
+    wanted = {"segment_len": L, "gate_init": -2.0, "memory_maps": False, "memory_layers": [1], "update": "linear"}
+    assert {name: entry[name] for name in wanted} == wanted
+    assert (entry["lookback"], entry["sinks"]) == (1, 4)
+
+
+def test_each_stage_has_a_bar() -> None:
+    file = io.StringIO()
+    with Stages(Console(file=file, force_terminal=True, width=60)) as stages:
+        stages.begin("one", 4)
+        stages.begin("two", 3)
+        stages.begin("none", 0)
+        for _ in range(4):
+            stages.read("one", 1)
+        stages.read("two", 2)
+        stages.finished("so far")
+        bars = {task.description: (task.completed, task.total) for task in stages.bars.tasks}
+    assert bars == {"one": (4, 4), "two": (2, 3)}
+    assert file.getvalue().count("so far") == 1
+
+
 def test_gates_alone(folder: Path, tmp_path: Path) -> None:
-    run_adaptation(checkpoint(folder), adaptation(folder, maps=False, update="linear"), tmp_path)
+    run_adaptation(checkpoint(folder), adaptation(folder, memory_maps=False, update="linear"), tmp_path)
     model = segattn.from_pretrained(tmp_path / "model", quiet=True)
     [names] = {tuple(memory_parameters(attention)) for attention in attentions_of(trunk_of(model))}
     assert names == ("segattn_gate.bias",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,10 @@ def test_rows_are_the_perplexities_of_the_models(folder: Path, tmp_path: Path) -
     assert list(rows) == [FULL, "256 gate=0", "24 gate=-20", *list(models)[1:]]
     for name, model in models.items():
         wanted = nats(model, folder)
-        # sixteen parts of 13 tokens; the first token of the text is not predicted
-        parts = [wanted[max(0, begin - 1) : begin + 12] for begin in range(0, TOKENS, 13)]
-        quarters = [torch.cat(parts[begin : begin + 4]).mean().exp().item() for begin in range(0, 16, 4)]
+        # of 202 tokens, since the first is not predicted
+        quarters = [part.mean().exp().item() for part in wanted.split([50, 51, 50, 51])]
+        ends = [202 * number // 16 for number in range(17)]
+        parts = [wanted[begin:end] for begin, end in pairwise(ends)]
         assert rows[name]["quarters"] == pytest.approx(quarters, rel=1e-5)
         assert rows[name]["perplexity"] == pytest.approx(wanted.mean().exp().item(), rel=1e-5)
         assert [x["perplexity"] for x in rows[name]["by_position"]] == pytest.approx(
@@ -122,6 +124,23 @@ def test_the_model_is_plain_again_after_each_row(folder: Path, tmp_path: Path) -
         return {row["conversion"]: row["perplexity"] for row in rows}
 
     assert order("24 gate=3", "32 gate=-1") == order("32 gate=-1", "24 gate=3")
+
+
+@pytest.mark.parametrize("count", [16, 17, 33, 64, 90])
+def test_parts_of_short_texts_are_even(folder: Path, count: int) -> None:
+    tokens = list((folder / "text.txt").read_bytes()[:count])
+    row = conversions.measure(tiny(), "short", tokens)
+    with torch.no_grad():
+        nats = F.cross_entropy(
+            tiny()(torch.tensor([tokens])).logits[0, :-1], torch.tensor(tokens[1:]), reduction="none"
+        )
+    for perplexities, parts in ((row.quarters, 4), ([x["perplexity"] for x in row.by_position], min(16, count - 1))):
+        wanted = [nats[i * (count - 1) // parts : (i + 1) * (count - 1) // parts].double() for i in range(parts)]
+        assert max(map(len, wanted)) - min(map(len, wanted)) <= 1
+        assert perplexities == pytest.approx([part.mean().exp().item() for part in wanted], rel=1e-5)
+    assert row.by_position[0]["begin"] == 1
+    assert row.by_position[-1]["end"] == count
+    assert [x["end"] for x in row.by_position[:-1]] == [x["begin"] for x in row.by_position[1:]]
 
 
 @pytest.mark.parametrize(

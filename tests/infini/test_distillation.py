@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from models import OPTIONS, double, make, tokens
+from models import OPTIONS, double, make, save_plain, tokens
 
 import segattn
 from segattn.infini.adapt import distillation
 from segattn.infini.adapt.distillation import TextRounds
 from segattn.infini.adapt.fit import memory_parameters
-from segattn.infini.adapt.kept import FittedLayers
+from segattn.infini.adapt.kept import Kept
 from segattn.infini.adapt.rounds import train_in_rounds
+from segattn.infini.adapt.run import run_adaptation
+from segattn.infini.adapt.settings import Adaptation
 from segattn.infini.evaluate.loading import ByteTokenizer, Loaded
+from segattn.infini.evaluate.settings import Checkpoint
 from segattn.infini.huggingface.settings import attentions_of, trunk_of
 from segattn.runs.silence import SILENT
 
@@ -101,10 +105,39 @@ def test_rounds_bring_it_closer_to_full_attention(tmp_path: Path, update: str, m
             return sum(step.loss.item() for step in task.losses(torch.Generator().manual_seed(7)))
 
     start = distance()
-    kept = FittedLayers(tmp_path / "checkpoint.pt", {}, "", {})
+    kept = Kept(tmp_path / "checkpoint.pt", {}, "", {})
     train_in_rounds(model, task, 8, 5e-2, 0, kept, SILENT)
     assert distance() < 0.98 * start
     assert len(kept.rounds) == 8
     # nothing but the memory moves
     for name, x in model.state_dict().items():
         assert torch.equal(x, before[name]) == ("segattn" not in name), name
+
+
+def test_a_stopped_run_goes_on_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(distillation, "STEPS", 2)
+    save_plain(tmp_path)
+    options: dict[str, Any] = {"segment_len": L, "length": 60, "rows": 2, "steps": 1, "eval_tokens": 100, "rounds": 3}
+    adaptation = Adaptation(str(tmp_path / "text.txt"), memory_layers="1", **options)
+    checkpoint = Checkpoint(str(tmp_path / "plain"), "bytes", device="cpu")
+    whole = run_adaptation(checkpoint, adaptation, tmp_path / "whole")
+    add = Kept.add_round
+
+    def stop(*arguments: Any) -> None:
+        add(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "add_round", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_adaptation(checkpoint, adaptation, tmp_path / "parts")
+    parts = run_adaptation(checkpoint, adaptation, tmp_path / "parts", resume=True)
+    assert [round["loss"] for round in parts["rounds"]] == [round["loss"] for round in whole["rounds"]]
+    assert len({round["loss"] for round in whole["rounds"]}) == 3
+    one, other = (segattn.from_pretrained(tmp_path / name / "model", quiet=True) for name in ("whole", "parts"))
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+    # the rounds, and not the fit alone, have made it
+    fitted = run_adaptation(checkpoint, replace(adaptation, rounds=0), tmp_path / "fitted")
+    assert fitted["rows"][-1]["perplexity"] != whole["rows"][-1]["perplexity"]

@@ -18,7 +18,7 @@ from segattn.infini.adapt import end_to_end as stage
 from segattn.infini.adapt import passkeys
 from segattn.infini.adapt.end_to_end import answer_logits, read_prefixes, write_counted
 from segattn.infini.adapt.fit import memory_parameters
-from segattn.infini.adapt.kept import FittedLayers
+from segattn.infini.adapt.kept import Kept
 from segattn.infini.adapt.lookups import Prompts, least_length, make_prompts
 from segattn.infini.adapt.run import run_adaptation
 from segattn.infini.adapt.settings import Adaptation, Passkeys
@@ -27,8 +27,10 @@ from segattn.infini.evaluate.passkey import QUESTION
 from segattn.infini.evaluate.settings import Checkpoint
 from segattn.infini.huggingface.settings import attentions_of, trunk_of
 from segattn.runs.errors import SettingError
+from segattn.runs.silence import SILENT, Silent
 
 L = 16
+MODELS = ("full attention", "window alone", "adapted")
 ASKED = len(QUESTION) + 1
 
 
@@ -52,6 +54,31 @@ def gradients(model: Any, logits: Tensor, layer: int) -> list[Tensor]:
     weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
     parameters = memory_parameters(attentions_of(trunk_of(model))[layer])
     return list(torch.autograd.grad((logits * weight).sum(), list(parameters.values()), retain_graph=True))
+
+
+@pytest.mark.parametrize("update", ["linear", "delta"])
+def test_what_prompts_begin_with_alike_is_read_once(update: str) -> None:
+    """As if each were read alone, whole segments at a time until it differs from all others."""
+    model, drawn, read = converted([0, 1], update).double(), prompts(), []
+    handle = trunk_of(model).register_forward_pre_hook(
+        lambda trunk, arguments, inputs: read.append(inputs["input_ids"]), with_kwargs=True
+    )
+    ours = read_prefixes(model, drawn, ASKED)
+    handle.remove()
+    begins = range(0, drawn.tokens.shape[1] - ours.asked.shape[1], L)
+    distinct = [len({tuple(row[: begin + L]) for row in drawn.tokens.tolist()}) for begin in begins]
+    assert [len(tokens) for tokens in read] == distinct
+    assert (distinct[0], distinct[-1]) == (1, 3)
+    assert sum(tokens.shape[1] for tokens in read) == drawn.tokens.shape[1] - ours.asked.shape[1]
+    for row in range(3):
+        alone = read_prefixes(model, Prompts(*(x[row : row + 1] for x in drawn)), ASKED)
+        for one, other in zip(ours.cache.layers, alone.cache.layers, strict=True):
+            for x, y in zip(one.state.tensors(), other.state.tensors(), strict=True):
+                assert torch.allclose(x[row], y[0], rtol=0, atol=1e-10)
+        for layer in (0, 1):
+            for x, y in zip(ours.written[layer], alone.written[layer], strict=True):
+                assert torch.allclose(x[row], y[0], rtol=0, atol=1e-10)
+        assert torch.equal(ours.asked[row], alone.asked[0])
 
 
 @pytest.mark.parametrize(("update", "maps"), [("linear", True), ("delta", True), ("delta", False)])
@@ -148,18 +175,30 @@ def run(
     out: Path,
     *,
     resume: bool = False,
+    listener: Any = SILENT,
     update: str = "linear",
     lookback: int = 1,
     maps: bool = True,
     eval_tokens: int = 100,
     **changes: Any,
 ) -> dict[str, Any]:
-    adaptation = Adaptation(
-        str(folder / "text.txt"), None, L, lookback, sinks=2, update=update, maps=maps, eval_tokens=eval_tokens
-    )
-    sizes = {"prompts": 5, "prompt_tokens": 30 * L, "prompt_steps": 2, "attended": 1e-3, "rounds": 2}
+    options: dict[str, Any] = {"segment_len": L, "lookback": lookback, "sinks": 2, "update": update}
+    options |= {"memory_maps": maps, "eval_tokens": eval_tokens, "prompts": 5, "rounds": 2}
+    options |= {name: changes.pop(name) for name in ("rounds", "round_lr") if name in changes}
+    adaptation = Adaptation(str(folder / "text.txt"), **options)
+    sizes = {"prompt_tokens": 30 * L, "prompt_steps": 2, "attended": 1e-3, "ask": ()}
     checkpoint = Checkpoint(str(folder / "plain"), "bytes", device="cpu")
-    return run_adaptation(checkpoint, adaptation, out, passkeys=Passkeys(**sizes | changes), resume=resume)
+    return run_adaptation(checkpoint, adaptation, out, listener, passkeys=Passkeys(**sizes | changes), resume=resume)
+
+
+class Heard(Silent):
+    """A listener that knows which stages have begun, and with how much to do."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, int]] = []
+
+    def begin(self, *what: Any) -> None:
+        self.begun.append(what)
 
 
 @pytest.fixture
@@ -174,14 +213,14 @@ def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeyp
     fitted = run(folder, tmp_path / "fitted", rounds=0)
     assert len(whole["rounds"]) == 2
     assert fitted["rounds"] == []
-    add = FittedLayers.add_round
+    add = Kept.add_round
 
     def stop(*arguments: Any) -> None:
         add(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(FittedLayers, "add_round", stop)
+        patch.setattr(Kept, "add_round", stop)
         with pytest.raises(KeyboardInterrupt):
             run(folder, tmp_path / "parts")
     with pytest.raises(SettingError, match="rounds must be the checkpoint's with --resume, 2, got 3: of these 1 are"):
@@ -205,11 +244,21 @@ def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("small_rounds")
 def test_rounds_go_on_from_a_finished_fit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {"ask": (300,), "ask_depths": (0.5,), "ask_samples": 1}
     whole = run(folder, tmp_path / "whole", rounds=1, round_lr=1e-2)
-    fitted = run(folder, tmp_path / "parts", rounds=0)
+    fitted = run(folder, tmp_path / "parts", rounds=0, **asked)
     # nothing is fitted again
     monkeypatch.setattr(passkeys, "fit_recall", None)
-    parts = run(folder, tmp_path / "parts", resume=True, rounds=1, round_lr=1e-2, eval_tokens=130)
+    heard = Heard()
+    parts = run(
+        folder, tmp_path / "parts", resume=True, rounds=1, round_lr=1e-2, eval_tokens=130, listener=heard, **asked
+    )
+    # of the passkeys only what the rounds have changed is asked again
+    assert {stage for stage, count in heard.begun if count} & {f"passkeys, {name}" for name in MODELS} == {
+        "passkeys, adapted"
+    }
+    assert [cell["conversion"] for cell in parts["passkeys"]] == list(MODELS)
+    assert parts["passkeys"][:2] == fitted["passkeys"][:2]
     assert (parts["layers"], parts["rounds"]) == (whole["layers"], whole["rounds"])
     assert (parts["settings"]["rounds"], parts["settings"]["eval_tokens"]) == (1, 130)
     # all is measured on the other tokens, full attention too
@@ -251,7 +300,7 @@ def test_prompts_of_rounds_are_long_enough_where_two_thirds_are_not(folder: Path
 @pytest.mark.parametrize(("size", "longest", "shortest"), [(8, 640, 426), (64, 400, 322), (16, 300, 274)])
 def test_lengths_that_are_drawn(size: int, longest: int, shortest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = Loaded(torch.nn.Linear(1, 1), ByteTokenizer(), {})
-    adaptation, settings = Adaptation("text", segment_len=size), Passkeys(prompts=2, prompt_tokens=longest)
+    adaptation, settings = Adaptation("text", prompts=2, segment_len=size), Passkeys(longest)
     drawn: list[int] = []
 
     def note(model: Any, prompts: Prompts, question: int) -> None:
@@ -271,8 +320,7 @@ def test_lengths_that_are_drawn(size: int, longest: int, shortest: int, monkeypa
 def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"rounds": -1}, "rounds must be at least 0"),
-        ({"rounds": 1, "prompts": 0}, "rounds must be 0 without --prompts"),
-        ({"rounds": 1, "lookback": 0}, "rounds must be 0 with --lookback 0, got 1"),
+        ({"rounds": 1, "lookback": 0}, "rounds must be 0 with --prompts and --lookback 0, got 1"),
         ({"round_lr": float("inf")}, "round_lr must be 0 or more"),
     ):
         with pytest.raises(SettingError, match=message):

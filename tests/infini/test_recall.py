@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from models import make, save_plain
 from typer.testing import CliRunner
 
 import segattn
+from segattn.infini.adapt import asking
 from segattn.infini.adapt import passkeys as stage
 from segattn.infini.adapt import run as adaptation_run
 from segattn.infini.adapt.fit import memory_parameters
@@ -24,12 +27,15 @@ from segattn.infini.adapt.lookups import Lookups, Prompts, attention_weights, lo
 from segattn.infini.adapt.recall import Heads, RecallRecipe, fit_recall
 from segattn.infini.adapt.run import run_adaptation
 from segattn.infini.adapt.settings import Adaptation, Passkeys, check_together
-from segattn.infini.evaluate.loading import ByteTokenizer
+from segattn.infini.evaluate import retrieval
+from segattn.infini.evaluate.loading import ByteTokenizer, convert_named
 from segattn.infini.evaluate.passkey import FILLER, STATEMENT
+from segattn.infini.evaluate.retrieval import measure, measure_grid
 from segattn.infini.evaluate.settings import Checkpoint
 from segattn.infini.huggingface.settings import attentions_of, conversion_of, trunk_of
 from segattn.infini.huggingface.watching import AttentionCall, watched
 from segattn.runs.errors import SettingError
+from segattn.runs.silence import SILENT, Silent
 
 L = 16
 
@@ -72,6 +78,12 @@ def test_prompts_say_where_their_parts_are() -> None:
             bytes(tokens[filler].tolist())[: len(text) // 2] == text[: len(text) // 2] or stated.nonzero().min() < 250
         )
     assert len({tuple(answer) for answer in drawn.answers.tolist()}) == 5
+    for i, row, column in drawn.answered.nonzero().tolist():
+        assert drawn.keys[i, column]
+        assert drawn.tokens[i, column] == drawn.answers[i, row]
+    # the statement has the key twice
+    assert (drawn.answered.sum(2) >= 2).all()
+    assert torch.equal(drawn.answered.any(1), drawn.keys)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "gpt_oss"])
@@ -160,7 +172,7 @@ def test_filler_that_is_counted_is_filler_that_is_repeated() -> None:
 def test_a_fit_finds_what_is_stated() -> None:
     model, drawn = converted(lookback=1, sinks=2), prompts(10)
     with without_memory(model):
-        shares = looked_up(model, drawn, [1])
+        shares = looked_up(model, drawn, drawn.keys[:, None], [1])
         lookups = record(model, drawn, {1: [0, 3]}, seed=0)[1]
     on_keys = (lookups.wanted * drawn.keys[:, None, None]).sum(-1).mean((0, 2))
     assert torch.allclose(on_keys, shares[1][[0, 3]], atol=1e-5)
@@ -197,16 +209,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, out: Path, *, resume: bool = False, own: bool = True, **changes: Any) -> dict[str, Any]:
-    adaptation = Adaptation(str(folder / "text.txt"), segment_len=L, sinks=2, own=own, eval_tokens=100)
-    passkeys = Passkeys(**{"prompts": 5, "prompt_tokens": 20 * L + 5, "prompt_steps": 4, "attended": 1e-3} | changes)
+def run(
+    folder: Path, out: Path, *, resume: bool = False, own: bool = True, listener: Any = SILENT, **changes: Any
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"segment_len": L, "sinks": 2, "own": own, "eval_tokens": 100, "prompts": 5}
+    options |= {name: changes.pop(name) for name in ("prompts", "memory_layers", "rounds") if name in changes}
+    adaptation = Adaptation(str(folder / "text.txt"), **options)
+    sizes = {"prompt_tokens": 20 * L + 5, "prompt_steps": 4, "attended": 1e-3, "ask": ()}
+    passkeys = Passkeys(**sizes | changes)
     checkpoint = Checkpoint(str(folder / "plain"), "bytes", device="cpu")
-    return run_adaptation(checkpoint, adaptation, out, passkeys=passkeys, resume=resume)
+    return run_adaptation(checkpoint, adaptation, out, listener, passkeys=passkeys, resume=resume)
 
 
 def test_command(folder: Path, tmp_path: Path) -> None:
     options = {"text": folder / "text.txt", "segment-len": L, "sinks": 2, "eval-tokens": 100, "prompts": 5}
     sizes = {"prompt-tokens": 325, "prompt-steps": 4, "attended": 0.001, "tokenizer": "bytes", "device": "cpu"}
+    sizes |= {"ask": "300,4K", "ask-depths": "0.25,end", "ask-samples": 1}
     words = [str(x) for name, value in (options | sizes).items() for x in (f"--{name}", value)]
     said = CliRunner().invoke(
         commands.app, ["adapt", str(folder / "plain"), *words, "--out", str(tmp_path)], env={"COLUMNS": "200"}
@@ -214,13 +232,140 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     assert said.exit_code == 0, said.output
     assert "layer 1: head 0 finds " in said.output
     assert f"segattn evaluate passkey {tmp_path / 'model'} --lengths " in said.output
+    # full attention has no positions for 4096 tokens and an answer
+    [heading] = [line.split() for line in said.output.splitlines() if "at 25 %" in line and ":" not in line]
+    assert heading == "conversion at 25 % at 100 % at 25 % at 100 %".split()
+    for name, places in (("full attention", 2), ("window alone", 4), ("adapted", 4)):
+        assert re.search(rf"^ {name}( +\d+ / \d+){{{places}}} *$", said.output, re.MULTILINE), name
     model = segattn.from_pretrained(tmp_path / "model", quiet=True)
     assert conversion_of(model).settings.memory_layers == (0, 1)
 
 
+def test_none_are_asked(folder: Path, tmp_path: Path) -> None:
+    options = ["--text", str(folder / "text.txt"), "--tokenizer", "bytes", "--out", str(tmp_path)]
+    words = ["adapt", str(folder / "plain"), *options, "--ask"]
+    for given, message in (
+        ("none", "--ask goes with --prompts, got ()"),
+        ("", "--ask must be numbers from 1 on"),
+        ("1500", "--ask goes with --prompts, got (1500,)"),
+    ):
+        assert message in CliRunner().invoke(commands.app, [*words, given]).stderr
+
+
+def test_each_model_is_asked_for_passkeys(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the three, by their logits; with the figures that `measure_grid` gives for them."""
+    x = torch.tensor([list((folder / "text.txt").read_bytes()[: 6 * L])])
+    asked: list[tuple[Tensor, list[Any]]] = []
+
+    def note(model: Any, *arguments: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            logits = model(x, use_cache=False).logits
+        cells = measure_grid(model, *arguments, **options)
+        asked.append((logits, cells))
+        return cells
+
+    monkeypatch.setattr(asking, "measure_grid", note)
+    figures = run(folder, tmp_path, ask=(400, 300), ask_depths=(0.2, 0.9), ask_samples=3)
+    adapted = segattn.from_pretrained(tmp_path / "model", quiet=True)
+    plain = segattn.revert(segattn.from_pretrained(tmp_path / "model", quiet=True))
+    with torch.no_grad():
+        wanted = [plain(x).logits]
+        with without_memory(adapted):
+            wanted.append(adapted(x).logits)
+        wanted.append(adapted(x).logits)
+    for (logits, _), other in zip(asked, wanted, strict=True):
+        assert torch.allclose(logits, other, atol=1e-5)
+    assert not torch.allclose(wanted[1], wanted[2], atol=1e-4)
+    names = ["full attention", "window alone", "adapted"]
+    cells = [
+        {"conversion": name} | cell._asdict() for name, (_, each) in zip(names, asked, strict=True) for cell in each
+    ]
+    assert figures["passkeys"] == cells
+    assert [(c["length"], c["depth"], c["samples"]) for c in cells[:4]] == [
+        (length, depth, 3) for length in (300, 400) for depth in (0.2, 0.9)
+    ]
+    assert json.loads((tmp_path / "adapt.json").read_text())["passkeys"] == cells
+
+
+def test_passkeys_that_are_asked_are_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Silent):
+        def finished(self, *what: Any) -> None:
+            if what[0].startswith("window alone: ") and "400 tokens" in what[0]:
+                raise KeyboardInterrupt
+
+    sizes: dict[str, Any] = {"ask_depths": (0.5,), "ask_samples": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path, ask=(300, 400, 500), listener=Stop(), **sizes)
+    left: list[int] = []
+
+    def note(model: Any, task: Any, length: int, depth: float, **options: Any) -> Any:
+        left.append(length)
+        return measure(model, task, length, depth, **options)
+
+    monkeypatch.setattr(retrieval, "measure", note)
+    # neither is the search for layers made again
+    monkeypatch.setattr(adaptation_run, "search_heads", None)
+    figures = run(folder, tmp_path, ask=(300, 400, 500), resume=True, **sizes)
+    assert left == [500, 300, 400, 500]
+    assert [(c["conversion"], c["length"]) for c in figures["passkeys"]] == [
+        (name, length) for name in ("full attention", "window alone", "adapted") for length in (300, 400, 500)
+    ]
+
+
+def test_a_model_is_converted_twice_and_read_no_further_than_its_layers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted_with: list[dict[str, Any]] = []
+
+    def note(model: Any, options: dict[str, Any]) -> Any:
+        converted_with.append(dict(options))
+        return convert_named(model, options)
+
+    monkeypatch.setattr(adaptation_run, "convert_named", note)
+    run(folder, tmp_path, memory_layers="0")
+    assert [options["memory_layers"] for options in converted_with] == [[0], [0]]
+    model, read = converted(lookback=1), []
+
+    def fail(*what: Any) -> None:
+        raise AssertionError
+
+    handle = attentions_of(trunk_of(model))[1].register_forward_pre_hook(fail)
+    drawn = prompts(9)
+    with without_memory(model):
+        looked_up(model, drawn, drawn.answered, [0], read.append)
+        assert read == [8, 1]
+        first = record(model, drawn, {0: [1]}, 0, read.append)[0]
+        assert read == [8, 1, 8, 1]
+        handle.remove()
+        both = record(model, drawn, {0: [1], 1: [2]}, 0)[0]
+    for one, other in zip(first[2:], both[2:], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_layers_are_those_of_heads_that_attend_to_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half as much as the best head; of these layers, the heads that attend to any of the passkey."""
+    drawn, read = prompts(9), []
+    to_answer = {0: [0.1, 0.39, 0.0, 0.1], 1: [0.8, 0.0, 0.1, 0.3], 2: [0.1, 0.2, 0.4, 0.3]}
+    to_key = {0: [0.0] * 4, 1: [0.9, 0.1, 0.15, 0.5], 2: [0.1, 0.1, 0.1, 0.1]}
+
+    def note(model: Any, asked: Prompts, wanted: Tensor, full: Any, on_prompts: Any) -> dict[int, Tensor]:
+        read.append((len(asked.tokens), wanted, list(full)))
+        return {layer: torch.tensor((to_answer if len(read) == 1 else to_key)[layer]) for layer in full}
+
+    monkeypatch.setattr(stage, "looked_up", note)
+    model = segattn.convert(make(vocab_size=256, num_hidden_layers=3), L, lookback=1, quiet=True)
+    assert stage.search_heads(model, drawn, 0.15, SILENT, everywhere=True) == {1: [0, 2, 3]}
+    first = drawn.first(8)
+    assert [(count, full) for count, _, full in read] == [(8, [0, 1, 2]), (8, [1, 2])]
+    assert torch.equal(read[0][1], first.answered)
+    assert torch.equal(read[1][1], first.keys[:, None])
+    with pytest.raises(SettingError, match=r"attended must be a share that some head gives to passkeys, at most 0\.9"):
+        stage.search_heads(model, drawn, 0.95, SILENT, everywhere=False)
+
+
 def test_layers_that_are_named_get_the_memory(folder: Path, tmp_path: Path) -> None:
     searched = run(folder, tmp_path / "searched")
-    named = run(folder, tmp_path / "named", prompt_layers="-1")
+    named = run(folder, tmp_path / "named", memory_layers="-1")
     assert [layer["layer"] for layer in searched["layers"]] == [0, 1]
     assert [layer["layer"] for layer in named["layers"]] == [1]
     model = segattn.from_pretrained(tmp_path / "named" / "model", quiet=True)
@@ -281,8 +426,8 @@ def test_layers_whose_window_slides_stay_as_they_are(folder: Path, tmp_path: Pat
     figures = run(tmp_path, tmp_path / "out", rounds=1)
     assert [layer["layer"] for layer in figures["layers"]] == [1, 3]
     assert len(figures["rounds"]) == 1
-    with pytest.raises(SettingError, match=r"prompt_layers must be layers that are converted, got '1-2': \[2\] stay"):
-        run(tmp_path, tmp_path / "named", prompt_layers="1-2")
+    with pytest.raises(SettingError, match=r"memory_layers must be among the converted layers \[1, 3\], got \[2\]"):
+        run(tmp_path, tmp_path / "named", memory_layers="1-2")
 
 
 def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
@@ -297,8 +442,13 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
         ({"stretch": 0.5}, "stretch must be 1 or more"),
         ({"stretch": float("nan")}, "stretch must be 1 or more"),
         ({"attended": 0.0}, "attended must be more than 0"),
-        ({"prompt_layers": "1-0"}, "prompt_layers must be numbers of layers"),
-        ({"prompt_layers": "0,2"}, "prompt_layers must be layers of the model, which has 2, got '0,2'"),
+        ({"memory_layers": "1-0"}, "memory_layers must be numbers of layers"),
+        ({"memory_layers": "0,2"}, r"memory_layers must lie in \[-2, 2\), got 2"),
+        ({"ask": (100,)}, "ask must be at least 2.., for what is hidden and asked, got 100"),
+        ({"ask": (0.5,)}, "ask must be a tuple of integers"),
+        ({"ask": (400,), "ask_depths": (1.5,)}, "ask_depths must be between 0 and 1, got 1.5"),
+        ({"ask_depths": ()}, "ask_depths must name at least one"),
+        ({"ask_samples": 0}, "ask_samples must be at least 1"),
         ({"attended": 0.99}, "attended must be a share that some head gives to passkeys, at most 0"),
     ):
         with pytest.raises(SettingError, match=message):
@@ -307,39 +457,49 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("of_text", "of_prompts", "message"),
+    ("of_both", "of_prompts", "message"),
     [
-        ({"rows": 2}, {"prompts": 5}, "rows goes without --prompts, got 2: leave one of the two out"),
-        ({"steps": 2}, {"prompts": 5}, "steps goes without --prompts"),
-        ({"length": 100}, {"prompts": 5}, "length goes without --prompts"),
+        ({"prompts": 5, "rows": 2}, {}, "rows goes without --prompts, got 2: leave one of the two out"),
+        ({"prompts": 5, "steps": 2}, {}, "steps goes without --prompts"),
+        ({"prompts": 5, "length": 100}, {}, "length goes without --prompts"),
         ({}, {"prompt_tokens": 600}, "prompt_tokens goes with --prompts, got 600: give both, or leave it out"),
         ({}, {"prompt_steps": 1}, "prompt_steps goes with --prompts"),
         ({}, {"stretch": 1.0}, "stretch goes with --prompts"),
         ({}, {"attended": 0.2}, "attended goes with --prompts"),
-        ({}, {"prompt_layers": "0"}, "prompt_layers goes with --prompts"),
-        ({}, {"round_lr": 0.1}, "round_lr goes with --prompts"),
+        ({}, {"ask": ()}, "ask goes with --prompts"),
+        ({}, {"ask_depths": (0.5,)}, "ask_depths goes with --prompts"),
+        ({}, {"ask_samples": 3}, "ask_samples goes with --prompts"),
     ],
 )
 def test_options_of_the_fit_that_does_not_run_are_refused(
-    of_text: dict[str, Any], of_prompts: dict[str, Any], message: str
+    of_both: dict[str, Any], of_prompts: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SettingError, match=message):
-        check_together(Adaptation("text", **of_text), Passkeys(**of_prompts))
+        check_together(Adaptation("text", **of_both), Passkeys(**of_prompts))
+
+
+def test_defaults_are_those_of_the_fit_that_runs() -> None:
+    text, prompts = Adaptation("text"), Adaptation("text", prompts=48)
+    assert (text.segment_len, text.gate_lr) == (256, 5e-2)
+    assert (prompts.segment_len, prompts.gate_lr) == (128, 1e-2)
+    assert Adaptation("text", prompts=48, segment_len=256, gate_lr=5e-2).convert_arguments()["segment_len"] == 256
+    for fit in (text, prompts):
+        wanted = {"lookback": 1, "sinks": 4, "memory_maps": True, "segment_len": fit.segment_len}
+        assert fit.convert_arguments() == wanted
 
 
 def test_length_matters_to_the_fit_to_text_alone() -> None:
-    wide = Adaptation("text", segment_len=2048)
-    check_together(wide, Passkeys(prompts=5))
+    check_together(Adaptation("text", prompts=5, segment_len=2048), Passkeys())
     with pytest.raises(SettingError, match="length must be more than the 4096 tokens"):
-        check_together(wide, Passkeys())
+        check_together(Adaptation("text", segment_len=2048), Passkeys())
 
 
 def test_what_cannot_be_converted_is_refused_before_anything_is_measured(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adaptation_run, "measure", None)
-    with pytest.raises(SettingError, match="prompt_layers must be layers of the model, which has 2, got '2'"):
-        run(folder, tmp_path / "layers", prompt_layers="2")
+    with pytest.raises(SettingError, match=r"memory_layers must lie in \[-2, 2\), got 2"):
+        run(folder, tmp_path / "layers", memory_layers="2")
     kinds = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 24}
     make("gemma3_text", vocab_size=256, **kinds).save_pretrained(tmp_path / "plain")
     (tmp_path / "text.txt").write_bytes((folder / "text.txt").read_bytes())

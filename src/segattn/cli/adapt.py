@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
 
 from ..infini.adapt.settings import Adaptation, Passkeys
 from ..infini.evaluate.settings import Checkpoint
 from .conversions import perplexities
-from .options import Out, Resume, options_of, settings_from
-from .progress import Reading
+from .evaluate import depths_in, lengths_in
+from .options import Out, Resume, help_of, options_of, settings_from
+from .progress import Progress
 from .shell import Command, print_files
 
 FOLDER = Path("segattn-adapt")
@@ -27,14 +31,23 @@ Model = Annotated[
 
 
 @options_of(Checkpoint, Adaptation, Passkeys, arguments=("model",))
-def adapt(model: Model, out: Out = FOLDER, resume: Resume = False, **given: Any) -> None:
+def adapt(
+    model: Model,
+    ask: Annotated[str, typer.Option(help=help_of(Passkeys, "ask"))] = "1500,6000",
+    ask_depths: Annotated[str, typer.Option(help=help_of(Passkeys, "ask_depths"))] = "0.1,0.5,0.9",
+    out: Out = FOLDER,
+    resume: Resume = False,
+    **given: Any,
+) -> None:
     """Convert a plain model, and fit its memory layer after layer to its own full attention; nothing else is trained.
 
     The perplexity of a text that was not fitted to is shown beside full attention, the window without a memory,
     and the model before the fit.
     With --prompts the memory is fitted to passkey prompts instead, in those layers that look passkeys up.
-    With --rounds all its layers are then trained together by the loss of the answers.
-    Ctrl-C leaves the layers that are fitted, and the rounds that are done.
+    With --rounds the memory of all layers is then trained together: by what full attention predicts of the text, or by
+    the answers of the prompts.
+    At the end it is asked for passkeys, as are full attention and the window without a memory.
+    Ctrl-C leaves the layers that are fitted, the rounds that are done, and the passkeys that are asked.
     The model is in OUT/model, for segattn.from_pretrained, and segattn finetune goes on from it.
     """
     checkpoint = out / "checkpoint.pt"
@@ -44,13 +57,61 @@ def adapt(model: Model, out: Out = FOLDER, resume: Resume = False, **given: Any)
         from ..infini.adapt.run import Outputs, run_adaptation
 
         settings = settings_from(Checkpoint, given | {"model": model}), settings_from(Adaptation, given)
-        passkeys = settings_from(Passkeys, given)
-        with Reading(console, "adapt") as listener:
+        asked = {
+            "ask": () if ask == "none" else lengths_in(ask, "ask"),
+            "ask_depths": depths_in(ask_depths, "ask_depths"),
+        }
+        passkeys = settings_from(Passkeys, given | asked)
+        with Stages(console) as listener:
             figures = run_adaptation(*settings, out, listener, passkeys=passkeys, resume=resume)
         tokens = figures["settings"]["eval_tokens"]
         console.print(perplexities(figures["rows"], f"Perplexity of {tokens:,} tokens, memory fitted"))
+        if figures["passkeys"]:
+            console.print(recalled(figures["passkeys"]))
         files = Outputs.of(out)
         print_files(console, files._asdict())
-        if passkeys.prompts:
-            ask = f"segattn evaluate passkey {shlex.quote(str(files.model))} --lengths 4K,32K"
-            console.print(f"what it recalls: {ask}", markup=False)
+        if figures["settings"]["prompts"]:
+            further = f"segattn evaluate passkey {shlex.quote(str(files.model))} --lengths 32K,128K"
+            console.print(f"what it recalls of longer texts: {further}", markup=False)
+
+
+class Stages(Progress):
+    """Show a bar for each stage of an adaptation, and above them a line for what they have come to."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.done: dict[str, int] = {}
+        self.total: dict[str, int] = {}
+
+    def begin(self, stage: str, count: int) -> None:
+        """Set the number of steps, prompts or tokens that are left of a stage."""
+        self.done[stage], self.total[stage] = 0, count
+        if count:
+            self.read(stage, 0)
+
+    def read(self, stage: str, count: int) -> None:
+        """Count those that are done."""
+        self.done[stage] += count
+        self.bar(stage, self.done[stage], self.total[stage])
+
+    def finished(self, what: str) -> None:
+        """Print a layer, a round or a measurement."""
+        self.console.print(what, markup=False)
+
+
+def recalled(cells: list[dict[str, Any]]) -> Table:
+    """Return a table of what each model recalls of passkeys, by length and depth."""
+    table = Table(
+        title="Passkeys found / tokens of the answers right, %", title_justify="left", box=SIMPLE, pad_edge=False
+    )
+    table.add_column("conversion", no_wrap=True)
+    places = sorted({(cell["length"], cell["depth"]) for cell in cells})
+    for length, depth in places:
+        table.add_column(f"{length:,}\nat {100 * depth:g} %", justify="right", no_wrap=True)
+    shares = {
+        (cell["conversion"], cell["length"], cell["depth"]): f"{100 * cell['exact']:.0f} / {100 * cell['tokens']:.0f}"
+        for cell in cells
+    }
+    for name in dict.fromkeys(cell["conversion"] for cell in cells):
+        table.add_row(name, *(shares.get((name, *place), "") for place in places))
+    return table

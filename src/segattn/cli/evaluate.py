@@ -96,7 +96,7 @@ def book(
         from ..runs.figures import read_text
         from ..runs.text import text_sha256
 
-        source, books = settings_from(Source, given), settings_from(Books, given | {"lengths": _lengths(lengths)})
+        source, books = settings_from(Source, given), settings_from(Books, given | {"lengths": lengths_in(lengths)})
         texts = {"text": text, "text_sha256": None if text is None else text_sha256(read_text(text))}
 
         def library(loaded: Loaded) -> Draw:
@@ -215,12 +215,12 @@ def gates(
 
 
 def _grid(lengths: str, depths: str, given: dict[str, Any]) -> Grid:
-    return settings_from(Grid, given | {"lengths": _lengths(lengths), "depths": _depths(depths)})
+    return settings_from(Grid, given | {"lengths": lengths_in(lengths), "depths": depths_in(depths)})
 
 
 def _tasks(tasks: str, lengths: str, given: dict[str, Any]) -> Tasks:
     names = tuple(dict.fromkeys(filter(None, map(str.strip, tasks.split(",")))))
-    return settings_from(Tasks, given | {"tasks": names, "lengths": _lengths(lengths)})
+    return settings_from(Tasks, given | {"tasks": names, "lengths": lengths_in(lengths)})
 
 
 def _check_harness() -> None:
@@ -234,11 +234,13 @@ def _check_harness() -> None:
     harness_class()
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(sorted(set(counts("lengths", text, "4096,32K,1M"))))
+def lengths_in(text: str, option: str = "lengths") -> tuple[int, ...]:
+    """Return the lengths that an option's text names, in rising order, each once."""
+    return tuple(sorted(set(counts(option, text, "4096,32K,1M"))))
 
 
-def _depths(text: str) -> tuple[float, ...]:
+def depths_in(text: str, option: str = "depths") -> tuple[float, ...]:
+    """Return the depths that an option's text names, in rising order, each once."""
     depths = []
     for part in filter(None, map(str.strip, text.split(","))):
         try:
@@ -246,7 +248,7 @@ def _depths(text: str) -> tuple[float, ...]:
         except ValueError:
             depth = -1.0
         if not 0 <= depth <= 1:
-            raise SettingError("depths", f"must be start, middle, end or shares from 0 to 1 with commas, got {text!r}")
+            raise SettingError(option, f"must be start, middle, end or shares from 0 to 1 with commas, got {text!r}")
         depths.append(depth)
     return tuple(sorted(set(depths)))
 
