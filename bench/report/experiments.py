@@ -113,13 +113,12 @@ def beside_passkeys(folder: Path) -> str | None:
     fitted = {title: figures for title, figures in found.items() if figures}
     if not fitted:
         return None
-    rows = []
+    # of the same text, so that what is without a memory reads it alike in all runs
+    first = next(iter(fitted.values()))["rows"]
+    read = [row for row in first if row["conversion"] in ("full attention", "window alone")]
     for title, figures in fitted.items():
-        by_name = {row["conversion"]: row for row in figures["rows"]}
-        if not rows:
-            head, *before = _quarters("SmolLM2-135M-Instruct, perplexity", figures["rows"])
-            rows = [row for row in before if row[0] in ("full attention", "window alone")]
-        rows += _quarters("", [by_name["adapted"] | {"conversion": title}])[1:]
+        read += [row | {"conversion": title} for row in figures["rows"] if row["conversion"] == "adapted"]
+    head, *rows = _quarters("SmolLM2-135M-Instruct, perplexity", read)
     return markdown(head, rows)
 
 

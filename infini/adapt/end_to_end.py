@@ -170,7 +170,7 @@ class PasskeyRounds:
     def figures(self, losses: Sequence[float], rest: Sequence[Tensor]) -> dict[str, float]:
         """Return the figures of the first time that each prompt is asked."""
         count = self.steps // PASSES
-        right = torch.cat(rest[:count]).float()
+        right = torch.cat([*rest[:count]]).float()
         return Round(fmean(losses[:count]), right.mean().item(), right.amin(1).mean().item())._asdict()
 
     def said(self, figures: Mapping[str, float]) -> str:

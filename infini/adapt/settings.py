@@ -12,8 +12,16 @@ from ...runs.settings import check_least, check_several
 from ..conversion_options import ConversionOptions
 
 # what one of the two fits reads alone: that to running text, and that to prompts
-OF_TEXT = ("length", "rows", "steps")
-OF_PROMPTS = ("prompt_tokens", "prompt_steps", "stretch", "attended", "ask", "ask_depths", "ask_samples")
+OF_TEXT: tuple[str, ...] = ("length", "rows", "steps")
+OF_PROMPTS: tuple[str, ...] = (
+    "prompt_tokens",
+    "prompt_steps",
+    "stretch",
+    "attended",
+    "ask",
+    "ask_depths",
+    "ask_samples",
+)
 # what is None → its value in the fit to text, and in that to prompts: as each was measured
 OF_FIT = {"segment_len": (256, 128), "gate_lr": (5e-2, 1e-2)}
 

@@ -63,7 +63,7 @@ def _reach(end: int, layers: int, settings: Settings) -> int:
 
 
 @contextmanager
-def only_needed(model: nn.Module, cache: InfiniCache, needed: Needed | None) -> Iterator[None]:
+def only_needed(model: nn.Module, cache: Any, needed: Needed | None) -> Iterator[None]:
     """Let a model run the needed layers alone, in one pass that goes on from the cache."""
     if needed is None:
         yield
