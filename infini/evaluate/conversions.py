@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from ...runs.errors import SettingError, named
 from ...runs.figures import prepare, read_text, write_figures
 from ...runs.silence import SILENT
 from ...runs.text import text_sha256
 from ..conversion_options import ConversionOptions
-from ..huggingface.conversion import revert
 from . import perplexity as ppl
 from .loading import Loaded, convert_named, load_plain
 from .retrieval import check_positions
@@ -71,24 +73,20 @@ def run_conversions(
     arguments = {text: arguments_of(text) for text in conversions.conversions}
     text = read_text(conversions.text)
     prepare(path.figures, resume=resume)
-    model, tokenizer, about = loaded = load_plain(checkpoint)
+    plain, tokenizer, about = loaded = load_plain(checkpoint)
     tokens = first_tokens(loaded, tokenizer.encode(text)[conversions.skip :], conversions.tokens, "tokens")
     settings = asdict(checkpoint) | asdict(conversions) | {"text_sha256": text_sha256(text)}
     kept = earlier_run(path.figures, resume, settings, about)
     rows = {row["conversion"]: Row(**row) for row in kept.get("rows", ())}
     figures = begin_figures("convert-report", settings, about)
-    arguments = _possible(model, arguments, conversions.conversions == CONVERSIONS, listener)
-    listener.begin((len(tokens) - 1) * len({FULL, *arguments} - rows.keys()))
+    models = {FULL: plain} | _converted(plain, arguments, conversions.conversions == CONVERSIONS, listener)
+    listener.begin((len(tokens) - 1) * len(models.keys() - rows.keys()))
     try:
-        for name in (FULL, *arguments):
+        for name, model in models.items():
             if name not in rows:
-                if name != FULL:
-                    convert_named(model, {}, **arguments[name])
                 rows[name] = measure(model, name, tokens, listener.read)
-                if name != FULL:
-                    revert(model)
                 listener.finished(f"{name}: perplexity {rows[name].perplexity:.4g}")
-            figures["rows"] = [rows[name]._asdict() for name in (FULL, *arguments) if name in rows]
+            figures["rows"] = [rows[name]._asdict() for name in models if name in rows]
             write_figures(path.figures, figures)
     finally:
         if rows:
@@ -99,30 +97,29 @@ def run_conversions(
     return figures
 
 
-def _possible(
-    model: Any, arguments: dict[str, dict[str, Any]], usual: bool, listener: Listener
-) -> dict[str, dict[str, Any]]:
-    """Return the conversions that a model takes, before any is measured.
+def _converted(
+    plain: nn.Module, arguments: dict[str, dict[str, Any]], usual: bool, listener: Listener
+) -> dict[str, nn.Module]:
+    """Return the model in each conversion that it takes, before any is measured: copies, which share its weights.
 
     Args:
-        usual: nobody has chosen them, and those that are refused are left out.
+        plain: stays as it is.
+        usual: nobody has chosen the conversions, and those that are refused are left out.
 
     Raises:
         SettingError: of `conversions`: one that was chosen is refused, or all are.
     """
-    possible: dict[str, dict[str, Any]] = {}
+    models: dict[str, nn.Module] = {}
+    weights = {id(x): x for x in (*plain.parameters(), *plain.buffers())}
     for name, options in arguments.items():
         refused = "conversions", f"must be what the model can be converted to, got {name!r}"
         try:
-            convert_named(model, {}, refused, **options)
+            models[name] = convert_named(copy.deepcopy(plain, {**weights}), {}, refused, **options)
         except SettingError as error:
-            if not usual or (not possible and name == [*arguments][-1]):
+            if not usual or (not models and name == [*arguments][-1]):
                 raise
             listener.finished(f"{name}: left out, {error.problem}")
-        else:
-            revert(model)
-            possible[name] = options
-    return possible
+    return models
 
 
 def arguments_of(conversion: str) -> dict[str, Any]:

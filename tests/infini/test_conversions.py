@@ -25,6 +25,7 @@ from segattn.infini.evaluate import conversions, plots
 from segattn.infini.evaluate.conversions import FULL, arguments_of, run_conversions
 from segattn.infini.evaluate.settings import Checkpoint, Conversions
 from segattn.infini.huggingface.saving import save_pretrained
+from segattn.infini.huggingface.settings import conversion_of
 from segattn.runs.errors import SettingError
 from segattn.runs.text import generate_text
 
@@ -116,7 +117,35 @@ def test_kept_rows_are_not_measured_again(folder: Path, tmp_path: Path, monkeypa
     assert "--tokens must be the earlier run's" in other.output
 
 
-def test_the_model_is_plain_again_after_each_row(folder: Path, tmp_path: Path) -> None:
+def test_a_model_is_converted_once_for_each_row_and_shares_its_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Any] = []
+    count: list[Any] = []
+
+    def note(model: Any, name: str, *arguments: Any) -> Any:
+        measured.append(model)
+        return measure(model, name, *arguments)
+
+    measure, convert = conversions.measure, conversions.convert_named
+    monkeypatch.setattr(conversions, "measure", note)
+    monkeypatch.setattr(
+        conversions, "convert_named", lambda model, *x, **y: (count.append(y), convert(model, *x, **y))[1]
+    )
+    checkpoint, text = Checkpoint(str(folder / "plain"), "bytes", device="cpu"), str(folder / "text.txt")
+    run_conversions(checkpoint, Conversions(text, ("24 gate=3", "32 gate=-1"), TOKENS), tmp_path)
+    assert [options["segment_len"] for options in count] == [24, 32]
+    plain, *converted = measured
+    weights = {name: weight.data_ptr() for name, weight in plain.named_parameters()}
+    assert not any("segattn" in name for name in weights)
+    for model, (size, gate) in zip(converted, ((24, 3.0), (32, -1.0)), strict=True):
+        assert conversion_of(model).settings.segment_len == size
+        of_model = dict(model.named_parameters())
+        assert {name: of_model[name].data_ptr() for name in weights} == weights
+        assert {x for name in of_model.keys() - weights.keys() for x in of_model[name].tolist()} == {gate}
+
+
+def test_the_order_of_conversions_is_of_no_account(folder: Path, tmp_path: Path) -> None:
     def order(*names: str) -> dict[str, float]:
         settings = Conversions(str(folder / "text.txt"), names, TOKENS)
         checkpoint = Checkpoint(str(folder / "plain"), "bytes", device="cpu")
