@@ -27,14 +27,14 @@ from ..huggingface.settings import conversion_of, trunk_of
 from ..huggingface.watching import AttentionCall, watched
 from ..train.model import save_model
 from .asking import ask, check_asked
-from .distillation import TextRounds
-from .end_to_end import PasskeyRounds
 from .fit import LayerFit, Recipe, fit_layer
 from .kept import ADAPTED, WINDOW, Kept, Listener, without_memory
 from .lookups import Prompts
+from .passkey_rounds import PasskeyRounds
 from .passkeys import check_room, fit_to_passkeys, prompts_for, search_heads
 from .rounds import Rounds, train_in_rounds
 from .settings import Adaptation, Passkeys, check_together
+from .text_rounds import TextRounds
 
 # may change between a run and its continuation, where weights and texts are compared
 FREE = ("model", "tokenizer", "device", "text", "eval_text", "ask", "ask_depths")

@@ -14,13 +14,13 @@ transformers = pytest.importorskip("transformers")
 from models import OPTIONS, double, make, save_plain, tokens
 
 import segattn
-from segattn.infini.adapt import distillation
-from segattn.infini.adapt.distillation import TextRounds
+from segattn.infini.adapt import text_rounds
 from segattn.infini.adapt.fit import memory_parameters
 from segattn.infini.adapt.kept import Kept
 from segattn.infini.adapt.rounds import train_in_rounds
 from segattn.infini.adapt.run import run_adaptation
 from segattn.infini.adapt.settings import Adaptation
+from segattn.infini.adapt.text_rounds import TextRounds
 from segattn.infini.evaluate.loading import ByteTokenizer, Loaded
 from segattn.infini.evaluate.settings import Checkpoint
 from segattn.infini.huggingface.settings import attentions_of, trunk_of
@@ -79,7 +79,7 @@ def test_stretches_are_of_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> Non
 
     task = rounds(model, text)
     monkeypatch.setattr(task, "_log_probabilities", note)
-    monkeypatch.setattr(distillation, "COMPARED", 7)
+    monkeypatch.setattr(text_rounds, "COMPARED", 7)
     for seed in range(20):
         list(task.losses(torch.Generator().manual_seed(seed)))
     begins = set()
@@ -95,7 +95,7 @@ def test_stretches_are_of_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("update", ["linear", "delta"])
 def test_rounds_bring_it_closer_to_full_attention(tmp_path: Path, update: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "STEPS", 4)
+    monkeypatch.setattr(text_rounds, "STEPS", 4)
     _, model = adapted(update=update, memory_layers=[1])
     task = rounds(model, tokens(1, 400)[0])
     before = {name: x.clone() for name, x in model.state_dict().items()}
@@ -116,7 +116,7 @@ def test_rounds_bring_it_closer_to_full_attention(tmp_path: Path, update: str, m
 
 def test_a_stopped_run_goes_on_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(distillation, "STEPS", 2)
+    monkeypatch.setattr(text_rounds, "STEPS", 2)
     save_plain(tmp_path)
     options: dict[str, Any] = {"segment_len": L, "length": 60, "rows": 2, "steps": 1, "eval_tokens": 100, "rounds": 3}
     adaptation = Adaptation(str(tmp_path / "text.txt"), memory_layers="1", **options)

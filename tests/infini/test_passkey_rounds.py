@@ -14,12 +14,12 @@ pytest.importorskip("matplotlib")
 from models import make, save_plain
 
 import segattn
-from segattn.infini.adapt import end_to_end as stage
+from segattn.infini.adapt import passkey_rounds as stage
 from segattn.infini.adapt import passkeys
-from segattn.infini.adapt.end_to_end import answer_logits, read_prefixes, write_counted
 from segattn.infini.adapt.fit import memory_parameters
 from segattn.infini.adapt.kept import Kept
 from segattn.infini.adapt.lookups import Prompts, least_length, make_prompts
+from segattn.infini.adapt.passkey_rounds import answer_logits, read_prefixes, write_counted
 from segattn.infini.adapt.run import run_adaptation
 from segattn.infini.adapt.settings import Adaptation, Passkeys
 from segattn.infini.evaluate.loading import ByteTokenizer, Loaded
