@@ -40,14 +40,14 @@ RECALLING = {
 OF_LENGTHS = ("", "-long", "-128k", "-1m")
 # of its training's rounds
 SHOWN_ROUNDS = (1, 2, 3, 4, 6, 8, 10, 12, 14)
-# how SmolLM2 reads a text, each in a folder; what LoRA has trained further is in another with `-lora`
+# how SmolLM2 reads a text, each in a folder; what is trained further is in another, as `TRAINING` has it
 READINGS = {
     "full": "full attention",
     "window": "window alone",
     "linear": "memory fitted, linear",
     "delta": "memory fitted, delta",
 }
-TRAINING = {"": "", "-lora": ", then LoRA"}
+TRAINING = {"": "", "-rounds": ", then trained in rounds", "-lora": ", then LoRA"}
 # the least share of values recalled for a number of pairs to count as held
 HELD = 0.95
 
@@ -145,16 +145,19 @@ def readings(folder: Path) -> str | None:
     Won: the share of what a token costs more in the window alone than in full attention that the memory takes off.
     """
     head, rows = ["perplexity"], []
+    against: dict[str, Any] = {}
     for suffix, when in TRAINING.items():
         files = {name: folder / "pretrained" / f"smollm2-text-{name}{suffix}" / "perplexity.json" for name in READINGS}
         found = {name: figures for name, path in files.items() if (figures := figures_in(path))}
+        # rounds change nothing but the memory, so that the other readings are those before
+        against |= {name: found[name] for name in ("full", "window") if name in found}
         for name, figures in found.items():
             parts = figures["by_position"]
             head[1:] = [*(f"to {part['end']:,}" for part in parts), "all", "won"]
             values = [*parts, figures["mean"]]
             won = ""
-            if name not in ("full", "window") and {"full", "window"} <= found.keys():
-                nats, full, window = (found[x]["mean"]["nats"] for x in (name, "full", "window"))
+            if name not in against and len(against) == 2:
+                nats, full, window = (x["mean"]["nats"] for x in (figures, against["full"], against["window"]))
                 won = f"{(window - nats) / (window - full):.0%}"
             rows.append([f"{READINGS[name]}{when}", *(f"{x['perplexity']:.1f}" for x in values), won])
     return markdown(head, rows) if rows else None

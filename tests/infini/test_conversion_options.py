@@ -37,7 +37,11 @@ from segattn.runs.text import generate_text
 L, TOKENS = 24, 203
 OPTIONS: dict[str, Any] = {"segment_len": L, "update": "linear", "gate_init": -1.5, "lookback": 1, "sinks": 3}
 OPTIONS |= {"memory_maps": True, "memory_layers": "-1"}
-CONVERTING = ("finetune", *(f"evaluate {name}" for name in "passkey needle book perplexity ruler babilong".split()))
+CONVERTING = (
+    "adapt",
+    "finetune",
+    *(f"evaluate {name}" for name in "passkey needle book perplexity ruler babilong".split()),
+)
 
 
 def test_commands_know_the_rules_of_the_operation() -> None:
@@ -96,7 +100,7 @@ def test_every_command_that_converts_has_all_of_them(command: str) -> None:
     assert "Conversion of a plain model" in said
     panel = said.partition("Conversion of a plain model")[2]
     for name in NAMES:
-        assert re.search(rf"--{name.replace('_', '-')}\s", panel)
+        assert re.search(rf"--{name.replace('_', '-')}[\s,]", panel)
     assert "--out" not in panel
 
 
