@@ -9,52 +9,78 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from ..huggingface.cache import InfiniCache
 from ..huggingface.forward_pass import ARGUMENT
-from ..huggingface.settings import Settings, conversion_of, layers_of, trunk_of
+from ..huggingface.settings import Settings, conversion_of, is_converted, stack_of, trunk_of
+
+
+class Rest(NamedTuple):
+    """Hold what is to be known of the rest of some texts, of which the beginning may be read already.
+
+    time: tokens of each row.
+    differs: bool [T], where the rows are not all alike.
+    alike: whether the rows have begun alike.
+    """
+
+    time: int
+    differs: Tensor
+    alike: bool
+
+    @classmethod
+    def of(cls, tokens: Tensor, *, alike: bool) -> Rest:
+        """Return it for tokens [B, T]."""
+        return cls(tokens.shape[1], (tokens != tokens[:1]).any(dim=0), alike)
 
 
 class Needed(NamedTuple):
-    """Say which layers a piece of a text needs.
+    """Say how many layers a piece of a text needs, counted from the lowest.
 
-    shared: number of lowest layers that run for one row in place of all.
-    layers: number of lowest layers that run; those above keep the state that they have.
+    shared: those that run for one row in place of all.
+    run: those that run; the others keep the state that they have.
     """
 
     shared: int
-    layers: int
+    run: int
 
 
-def needed_layers(model: nn.Module, tokens: Tensor, begin: int, end: int, cache: Any, *, alike: bool) -> Needed | None:
-    """Return the layers that the piece [begin, end) of tokens [B, T] needs; None: all of them, for all rows.
+def needed_layers(model: nn.Module, rest: Rest, begin: int, end: int, cache: Any) -> Needed | None:
+    """Return what the piece [begin, end) of the rest of a text needs; None: all layers, for all rows.
 
     All pieces but the last are whole segments, so that tails which no layer renews stay as long as they have to be.
 
     Args:
         model: a causal language model, converted or not.
         cache: with what comes before the piece; None: nothing.
-        alike: whether the rows are alike in what comes before `tokens`.
     """
-    if not isinstance(cache, InfiniCache) or (conversion := conversion_of(model)).native:
+    # a cache that records keeps a segment more in the layers that run
+    if not isinstance(cache, InfiniCache) or cache.recording or (conversion := conversion_of(model)).native:
         return None
     settings, rows, depth = conversion.settings, cache.rows, conversion.depth
-    size, memories = settings.segment_len, settings.memory_layers
     if len(set(rows.lengths)) > 1 or not min(rows.folded):
         return None
     before = rows.lengths[0] - begin
-    shared, above = memories[0], depth - 1 - memories[-1]
-    differs = (tokens[:, :end] != tokens[0, :end]).any(dim=0).nonzero()
-    if len(differs):
-        reaches = _reach(before + int(differs[-1]) + 1, shared, settings)
-        alike = alike and reaches <= before + begin and settings.sinks <= before + int(differs[0])
-    final = (before + tokens.shape[1] - 1) // size * size
-    is_out_of_reach = _reach(before + end, above, settings) <= final
-    needed = Needed(shared if alike and len(tokens) > 1 else 0, depth - above if is_out_of_reach else depth)
-    return None if needed == (0, depth) else needed
+    below, above = settings.memory_layers[0], depth - 1 - settings.memory_layers[-1]
+    shared = below if len(rows.lengths) > 1 and _are_alike(rest, begin, end, before, below, settings) else 0
+    last_segment = (before + rest.time - 1) // settings.segment_len * settings.segment_len
+    run = depth - above if _reach(before + end, above, settings) <= last_segment else depth
+    return None if (shared, run) == (0, depth) else Needed(shared, run)
+
+
+def _are_alike(rest: Rest, begin: int, end: int, before: int, layers: int, settings: Settings) -> bool:
+    """Return whether so many layers, the lowest, hold and put out the same for all rows from `begin` to `end`."""
+    if not rest.alike:
+        return False
+    columns = rest.differs[:end].nonzero().flatten()
+    if not len(columns):
+        return True
+    first, last = int(columns[0]), int(columns[-1])
+    return settings.sinks <= before + first and _reach(before + last + 1, layers, settings) <= before + begin
 
 
 def _reach(end: int, layers: int, settings: Settings) -> int:
@@ -62,33 +88,55 @@ def _reach(end: int, layers: int, settings: Settings) -> int:
     return (-(-end // settings.segment_len) + layers * settings.lookback) * settings.segment_len
 
 
+# of models by the module that runs their layers: what is changed for a pass is shared by all threads
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_LOCK = RLock()
+
+
 @contextmanager
 def only_needed(model: nn.Module, cache: Any, needed: Needed | None) -> Iterator[None]:
-    """Let a model run the needed layers alone, in one pass that goes on from the cache."""
-    if needed is None:
+    """Let a model run what is needed alone, in one pass that goes on from the cache; other threads' passes wait."""
+    if not is_converted(model):
         yield
         return
-    trunk, batch = trunk_of(model), len(cache.rows.lengths)
-    layers = layers_of(trunk)
-    with ExitStack() as stack:
-        if needed.shared:
-            # behind the hook that sets the positions
-            stack.callback(trunk.register_forward_pre_hook(_positions_once, with_kwargs=True).remove)
-            for layer, change in ((0, lambda x: x[:1]), (needed.shared, lambda x: x.expand(batch, -1, -1))):
-                handle = layers[layer].register_forward_pre_hook(_on_input(change), with_kwargs=True)
-                stack.callback(handle.remove)
-            stack.callback(_change, cache, needed.shared, lambda x: x.expand(batch, *x.shape[1:]))
-            _change(cache, needed.shared, lambda x: x[:1])
-        if needed.layers < len(layers):
-            name = next(name for name, child in trunk.named_children() if child is not None and _holds(child, layers))
-            stack.callback(setattr, trunk, name, getattr(trunk, name))
-            setattr(trunk, name, nn.ModuleList(layers[: needed.layers]))
-            stack.callback(trunk.register_forward_hook(_keep_states, with_kwargs=True, prepend=True).remove)
+    trunk = trunk_of(model)
+    with _LOCK:
+        lock = _LOCKS.setdefault(trunk, RLock())
+    with lock, ExitStack() as stack:
+        if needed is not None:
+            _run_once(stack, trunk, cache, needed.shared)
+            _leave_out(stack, trunk, needed.run)
         yield
 
 
-def _holds(stack: nn.Module, layers: list[nn.Module]) -> bool:
-    return isinstance(stack, nn.ModuleList) and list(stack) == layers
+def _run_once(stack: ExitStack, trunk: Any, cache: InfiniCache, count: int) -> None:
+    """Let so many layers, the lowest, run for the first row in place of all."""
+    if not count:
+        return
+    layers, batch = stack_of(trunk)[1], len(cache.rows.lengths)
+
+    def first(x: Tensor) -> Tensor:
+        return x[:1]
+
+    def all_rows(x: Tensor) -> Tensor:
+        return x.expand(batch, *x.shape[1:])
+
+    # behind the hook that sets the positions
+    stack.callback(trunk.register_forward_pre_hook(_positions_once, with_kwargs=True).remove)
+    stack.callback(layers[0].register_forward_pre_hook(_on_input(first), with_kwargs=True).remove)
+    stack.callback(layers[count].register_forward_pre_hook(_on_input(all_rows), with_kwargs=True).remove)
+    stack.callback(_change, cache, count, all_rows)
+    _change(cache, count, first)
+
+
+def _leave_out(stack: ExitStack, trunk: Any, count: int) -> None:
+    """Let no more than so many layers run, the lowest."""
+    name, layers = stack_of(trunk)
+    if count == len(layers):
+        return
+    stack.callback(setattr, trunk, name, layers)
+    setattr(trunk, name, layers[:count])
+    stack.callback(trunk.register_forward_hook(_keep_states, with_kwargs=True, prepend=True).remove)
 
 
 def _positions_once(
@@ -110,9 +158,9 @@ def _on_input(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     return hook
 
 
-def _change(cache: InfiniCache, layers: int, change: Callable[[Tensor], Tensor]) -> None:
+def _change(cache: InfiniCache, count: int, change: Callable[[Tensor], Tensor]) -> None:
     """Change the states of the lowest layers of a cache."""
-    for layer in cache.layers[:layers]:
+    for layer in cache.layers[:count]:
         layer.state = layer.state.map(change)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..huggingface.settings import conversion_of, is_converted
-from .needed_layers import needed_layers, only_needed
+from .needed_layers import Needed, Rest, needed_layers, only_needed
 
 # about so many tokens are a piece by default
 PIECE_TOKENS = 4096
@@ -93,7 +93,8 @@ def read(
 ) -> Reading:
     """Read tokens [B, T]; logits are computed for a piece's last token alone where a model can.
 
-    Layers of a converted model that a piece does not need are not run for it (`needed_layers`).
+    Layers of a converted model that a piece does not need are not run for it (`needed_layers`). The model is changed
+    for each pass: several threads may read, but must not call it otherwise meanwhile.
 
     Args:
         model: a causal language model that keeps a cache, converted or not; in evaluation mode.
@@ -107,12 +108,11 @@ def read(
     """
     _check_text(tokens, 1)
     device, keep, cache = _device(model), _last_only(model), None if after is None else _copied(after, len(tokens))
-    end, alike = 0, after is None or len(after.logits) == 1
+    end, rest = 0, Rest.of(tokens, alike=after is None or len(after.logits) == 1)
     for part in tokens.split(piece_len(model, piece, len(tokens)), dim=1):
         begin, end = end, end + part.shape[1]
-        needed = needed_layers(model, tokens, begin, end, cache, alike=alike)
-        with only_needed(model, cache, needed):
-            output = _advance(model, part.to(device), cache, keep)
+        needed = needed_layers(model, rest, begin, end, cache)
+        output = _advance(model, part.to(device), cache, keep, needed)
         cache = output.past_key_values
         on_tokens(part.numel())
     return Reading(output.logits[:, -1], cache)
@@ -165,8 +165,9 @@ def _copied(reading: Reading, rows: int) -> Any:
     return cache
 
 
-def _advance(model: nn.Module, part: Tensor, cache: Any, keep: dict[str, int]) -> Any:
-    output = model(part, past_key_values=cache, use_cache=True, **keep)
+def _advance(model: nn.Module, part: Tensor, cache: Any, keep: dict[str, int], needed: Needed | None = None) -> Any:
+    with only_needed(model, cache, needed):
+        output = model(part, past_key_values=cache, use_cache=True, **keep)
     if getattr(output, "past_key_values", None) is None:
         raise ValueError(f"model must return past_key_values, to go on from; {type(model).__name__} does not")
     return output

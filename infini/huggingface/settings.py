@@ -222,12 +222,17 @@ def cache_name(trunk: Any) -> str:
     return "cache" if "cache" in inspect.signature(trunk.forward).parameters else PAST
 
 
+def stack_of(trunk: Any) -> tuple[str, nn.ModuleList]:
+    """Return the trunk's first list of layers that has attention, which it runs, and its name; none: an empty one."""
+    for name, child in trunk.named_children():
+        if isinstance(child, nn.ModuleList) and any(attention_in(layer, trunk.config) is not None for layer in child):
+            return name, child
+    return "", nn.ModuleList()
+
+
 def layers_of(trunk: Any) -> list[nn.Module]:
-    """Return the layers that the trunk runs, in order: those of its first list that has attention; none: []."""
-    for stack in trunk.children():
-        if isinstance(stack, nn.ModuleList) and any(attention_in(layer, trunk.config) is not None for layer in stack):
-            return list(stack)
-    return []
+    """Return the layers that the trunk runs, in order."""
+    return list(stack_of(trunk)[1])
 
 
 def attentions_of(trunk: Any) -> list[Any]:

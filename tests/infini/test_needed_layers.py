@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -144,6 +145,54 @@ def test_the_beginning_may_end_within_a_segment(lookback: int) -> None:
         # the beginning stays as it was
         again = read(model, texts[:, begun:], after=beginning, piece=L)
         assert torch.equal(again.logits, reading.logits)
+
+
+def test_a_cache_that_records_is_read_by_all_layers() -> None:
+    model = remembering([0])
+    texts = differing(12 * L + 3, slice(L, L + 2))
+    wanted, _ = by_all_layers(model, texts)
+    beginning = read(model, texts[:1, :L])
+    beginning.cache.activate_past_recording()
+    reading = read(model, texts[:, L:], after=beginning, piece=L)
+    # keys stand elsewhere in a longer tail, by angles in float32
+    assert (reading.logits - wanted).abs().max() < 1e-6
+    reading.cache.crop(-L)
+    with torch.no_grad():
+        again = model(texts[:, 11 * L + 3 :], past_key_values=reading.cache, use_cache=True).logits[:, -1]
+    assert (again - wanted).abs().max() < 1e-6
+
+
+def test_threads_read_one_model() -> None:
+    model = remembering([2])
+    texts = [differing(10 * L + i, slice(1, 5)) for i in range(1, 5)]
+    wanted = [by_all_layers(model, each)[0] for each in texts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: read(model, texts[i % 4], piece=L).logits, range(16)))
+    for i, logits in enumerate(found):
+        assert (logits - wanted[i % 4]).abs().max() < 1e-10
+    assert len(layers_of(trunk_of(model))) == DEPTH
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_pass_that_ends_in_an_error_leaves_the_model_as_it_was(error: type[BaseException]) -> None:
+    model = remembering([1, 2])
+    texts, count = differing(12 * L + 3, slice(1, 5)), 0
+    wanted, _ = by_all_layers(model, texts)
+
+    def stop(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 7:
+            raise error
+
+    handle = layers_of(trunk_of(model))[2].register_forward_pre_hook(stop)
+    with pytest.raises(error):
+        read(model, texts, piece=L)
+    handle.remove()
+    assert len(layers_of(trunk_of(model))) == DEPTH
+    with torch.no_grad():
+        assert (model(texts, use_cache=False).logits[:, -1] - wanted).abs().max() < 1e-6
+    assert (read(model, texts, piece=L).logits - wanted).abs().max() < 1e-10
 
 
 def test_a_model_with_layers_that_are_not_converted_runs_whole() -> None:
