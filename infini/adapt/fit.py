@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..huggingface.settings import GATE, MEMORY
 from ..huggingface.watching import AttentionCall
+from .schedule import cosine
 
 # sigmoid(β) is 1 and 0 in float32
 MEMORY_ALONE, WINDOW_ALONE = 100.0, -110.0
@@ -73,17 +73,15 @@ def fit_layer(
         before = held_out.losses()
     groups = [{"params": [gate], "lr": recipe.gate_lr}, {"params": maps, "lr": recipe.map_lr}]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99))
-    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = cosine(optimizer, recipe.steps)
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + call.layer)
     with torch.enable_grad(), trained([gate, *maps]):
-        for step in range(recipe.steps):
-            factor = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = factor * rate
+        for _ in range(recipe.steps):
             row = fitted[int(torch.randint(len(fitted), (1,), generator=generator, device="cpu"))]
             optimizer.zero_grad()
             row.losses().sum().backward()
             optimizer.step()
+            schedule.step()
             on_step()
         optimizer.zero_grad()
     with torch.no_grad():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...kernels.memory import memory_write
 from ...kernels.state import MemoryState
+from ...kernels.validation import state_dtype
 from ..evaluate.loading import Loaded
 from ..evaluate.passkey import QUESTION
 from ..huggingface.cache import InfiniCache
@@ -106,8 +107,9 @@ def answer_logits(model: Any, prefixes: Prefixes, rows: Tensor, times: Tensor) -
         index, filler = rows.to(k.device), prompts.filler[rows, : k.shape[2]]
         counts = torch.where(filler, times[:, None], 1.0).to(k.device)
         keys = getattr(attentions[layer], MAP_K, nn.Identity())(k[index])
-        features = F.elu(keys.float()) + 1
-        memory = write_counted(features, v[index].float(), counts, settings.segment_len, settings.update)
+        dtype = state_dtype(v)
+        features = F.elu(keys.to(dtype)) + 1
+        memory = write_counted(features, v[index].to(dtype), counts.to(dtype), settings.segment_len, settings.update)
         cache.layers[layer].state = cache.layers[layer].state._replace(memory=memory)
     asked = prefixes.asked[rows.to(prefixes.asked.device)]
     # as indices, since what a slice leaves is no matrix, and slow to multiply by the vocabulary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -79,8 +80,11 @@ def search_heads(
     heads = choose(shares, attended)
     if not heads:
         most = max(float(share.max()) for share in shares.values())
-        problem = f"must be a share that some head gives to passkeys, at most {most:.2g}, got {attended}"
-        raise SettingError("attended", problem)
+        # two digits, not above it
+        unit = 10.0 ** (math.floor(math.log10(max(most, 1e-9))) - 1)
+        most = math.floor(most / unit) * unit
+        problem = f"must be a share that some head gives to passkeys, at most {most:.2g} in this model, got {attended}"
+        raise SettingError("attended", f"{problem}: choose less, or name --memory-layers")
     listener.finished(f"passkeys are looked up in layers {', '.join(map(str, heads))}")
     return heads
 

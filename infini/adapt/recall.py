@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ..huggingface.settings import GATE, MAP_K, MAP_Q
 from .fit import LARGEST_SHARE, memory_parameters, trained
 from .lookups import Lookups, Prompts
+from .schedule import cosine
 
 # a gate whose memory is not read, though a later training can still open it
 CLOSED = -20.0
@@ -111,19 +111,17 @@ def fit_recall(
         ],
         betas=(0.9, 0.98),
     )
-    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = cosine(optimizer, recipe.steps, warm_up=WARM_UP)
     generator = torch.Generator().manual_seed(recipe.seed)
     with torch.enable_grad(), trained([gate, *maps]):
-        for step in range(recipe.steps):
-            factor = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = factor * rate
+        for _ in range(recipe.steps):
             batch = torch.randperm(fitted, generator=generator, device="cpu")[:BATCH]
             times = torch.rand(len(batch), generator=generator, dtype=torch.float32, device="cpu")
             losses = layer.losses(batch, recipe.stretch**times)
             optimizer.zero_grad()
             (losses.entropy + ASKING_WEIGHT * losses.missed + losses.disturbed).sum().backward()
             optimizer.step()
+            schedule.step()
             on_step()
         optimizer.zero_grad()
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ..huggingface.settings import GATE, attentions_of, conversion_of, trunk_of
 from .fit import memory_parameters, trained
 from .kept import Kept, Listener
+from .schedule import cosine
 
 # biases and gates move so much faster than matrices
 BIAS_FACTOR, GATE_FACTOR = 3.0, 10.0
@@ -65,22 +65,21 @@ def train_in_rounds(model: Any, task: Rounds, count: int, lr: float, seed: int, 
                 if name.startswith(GATE):
                     parameter.clamp_(min=LEAST_GATE)
     optimizer = torch.optim.Adam([_group(name, x, lr) for name, x in named], betas=(0.9, 0.98))
-    rates = [group["lr"] for group in optimizer.param_groups]
     if kept.optimizer:
         optimizer.load_state_dict(kept.optimizer)
+    done = len(kept.rounds) * task.steps
+    schedule = cosine(optimizer, count * task.steps, warm_up=task.steps, done=done)
     stage = "train in rounds"
-    listener.begin(stage, (count - len(kept.rounds)) * task.steps)
+    listener.begin(stage, count * task.steps - done)
     for number in range(len(kept.rounds), count):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         losses, rest = [], []
         with torch.enable_grad(), trained(parameters):
-            for index, step in enumerate(task.losses(generator), start=number * task.steps):
-                factor = _factor(index, task.steps, count * task.steps)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = factor * rate
+            for step in task.losses(generator):
                 step.loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
                 optimizer.step()
+                schedule.step()
                 optimizer.zero_grad()
                 losses.append(step.loss.item())
                 rest.append(step.rest)
@@ -88,10 +87,6 @@ def train_in_rounds(model: Any, task: Rounds, count: int, lr: float, seed: int, 
         figures = task.figures(losses, rest)
         kept.add_round(attentions, dict(figures), optimizer.state_dict())
         listener.finished(f"round {number + 1}: {task.said(figures)}")
-
-
-def _factor(step: int, warm_up: int, steps: int) -> float:
-    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _group(name: str, parameter: nn.Parameter, lr: float) -> dict[str, Any]:

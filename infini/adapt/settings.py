@@ -69,6 +69,9 @@ class Adaptation(ConversionOptions):
     segment_len: Annotated[int, "Tokens per segment. Default: 256, with --prompts 128."] = None  # type: ignore[assignment]
     lookback: Annotated[int, "Whole segments that a token sees before its own: 0 or 1."] = 1
     sinks: Annotated[int, "First tokens of a text that all later ones see."] = 4
+    gate_init: Annotated[
+        float | None, "Gates of the untrained model that is measured too; the fit sets its own. Default: -4."
+    ] = None
     memory_maps: Annotated[bool, "Give the memory learnt maps of its queries and keys.", "--maps/--no-maps"] = True
     memory_layers: Annotated[
         str | None,
@@ -142,11 +145,14 @@ def check_together(adaptation: Adaptation, passkeys: Passkeys) -> None:
         value = getattr(ignored, name)
         if value != getattr(type(ignored), name):
             raise SettingError(name, f"{goes}, got {value!r}: {remedy}")
-    if not adaptation.prompts and adaptation.length <= adaptation.window:
-        problem = f"must be more than the {adaptation.window} tokens that local attention sees, got {adaptation.length}"
-        raise SettingError("length", problem)
+    for name in () if adaptation.prompts else ("length", "eval_tokens"):
+        if (value := getattr(adaptation, name)) <= adaptation.window:
+            problem = f"must be more than the {adaptation.window} tokens that local attention sees, got {value}"
+            raise SettingError(name, problem)
     if adaptation.prompts and adaptation.rounds and not adaptation.lookback:
-        raise SettingError("rounds", f"must be 0 with --prompts and --lookback 0, got {adaptation.rounds}")
+        raise SettingError(
+            "rounds", f"must be 0 with --prompts and --lookback 0, got {adaptation.rounds}: give a lookback"
+        )
 
 
 def _check_rates(settings: object, *names: str) -> None:

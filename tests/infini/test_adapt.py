@@ -280,6 +280,7 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     long.write_text("a" * 5000)
     for changes, message in (
         ({"length": 2 * L}, "length must be more than the 32 tokens"),
+        ({"eval_tokens": 2 * L}, "eval_tokens must be more than the 32 tokens that local attention sees, got 32"),
         ({"length": 4097}, "length must be at most the 4096 positions of .* 4097: choose fewer"),
         ({"lookback": 2}, "lookback must be 0 or 1"),
         ({"sinks": L + 1}, "sinks must be"),

@@ -101,6 +101,14 @@ def test_logits_and_gradients_are_those_of_the_whole_model(length: int, update: 
     assert not torch.allclose(one, other, rtol=1e-3)
 
 
+def test_logits_of_a_model_in_float64() -> None:
+    model, drawn, rows = converted([0, 1]).double(), prompts(), torch.tensor([2, 0])
+    ours = answer_logits(model, read_prefixes(model, drawn, ASKED), rows, torch.ones(2))
+    whole = model(drawn.tokens[rows], use_cache=False).logits[:, -drawn.asking :]
+    # logits are compared in float32, and rotary angles are of that too
+    assert torch.allclose(ours, whole.float(), atol=2e-6)
+
+
 def test_filler_that_is_counted_is_filler_that_is_written_again() -> None:
     model, drawn = converted([1]), prompts()
     prefixes, rows = read_prefixes(model, drawn, ASKED), torch.tensor([1])
