@@ -103,8 +103,9 @@ def conversions(folder: Path) -> str | None:
 
 
 def adaptations(folder: Path) -> str | None:
-    """Return a table for each pretrained model and rule that `segattn adapt` has fitted to running text."""
-    return _pretrained(folder, "adapt.json", lambda figures: not figures["settings"].get("prompts"))
+    """Return a table for each pretrained model and rule that `segattn adapt` has fitted to running text alone."""
+    others = ("prompts", "rounds")
+    return _pretrained(folder, "adapt.json", lambda figures: not any(figures["settings"].get(x) for x in others))
 
 
 def beside_passkeys(folder: Path) -> str | None:
@@ -144,23 +145,49 @@ def readings(folder: Path) -> str | None:
 
     Won: the share of what a token costs more in the window alone than in full attention that the memory takes off.
     """
-    head, rows = ["perplexity"], []
+    head, rows = [], []
     against: dict[str, Any] = {}
     for suffix, when in TRAINING.items():
-        files = {name: folder / "pretrained" / f"smollm2-text-{name}{suffix}" / "perplexity.json" for name in READINGS}
-        found = {name: figures for name, path in files.items() if (figures := figures_in(path))}
+        found = _read(folder, suffix)
         # rounds change nothing but the memory, so that the other readings are those before
         against |= {name: found[name] for name in ("full", "window") if name in found}
         for name, figures in found.items():
-            parts = figures["by_position"]
-            head[1:] = [*(f"to {part['end']:,}" for part in parts), "all", "won"]
-            values = [*parts, figures["mean"]]
             won = ""
             if name not in against and len(against) == 2:
                 nats, full, window = (x["mean"]["nats"] for x in (figures, against["full"], against["window"]))
                 won = f"{(window - nats) / (window - full):.0%}"
-            rows.append([f"{READINGS[name]}{when}", *(f"{x['perplexity']:.1f}" for x in values), won])
-    return markdown(head, rows) if rows else None
+            head, row = _by_position(f"{READINGS[name]}{when}", figures)
+            rows.append([*row, won])
+    return markdown([*head, "won"], rows) if rows else None
+
+
+def far_readings(folder: Path) -> str | None:
+    """Return a row for each way of reading a text beyond the model's positions: perplexity by position."""
+    found = {
+        f"{READINGS[name]}{TRAINING[suffix]}": x
+        for suffix in ("", "-rounds")
+        for name, x in _read(folder, f"{suffix}-32k").items()
+    }
+    if not found:
+        return None
+    head, rows = [], []
+    for title, figures in found.items():
+        head, row = _by_position(title, figures)
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def _read(folder: Path, suffix: str) -> dict[str, Any]:
+    """Return the figures of each way in which SmolLM2 has read a text, of the folders with this suffix."""
+    files = {name: folder / "pretrained" / f"smollm2-text-{name}{suffix}" / "perplexity.json" for name in READINGS}
+    return {name: figures for name, path in files.items() if (figures := figures_in(path))}
+
+
+def _by_position(title: str, figures: Any) -> tuple[list[str], list[str]]:
+    """Return a head, and a row of the perplexity of each part of a text and of all of it."""
+    parts = figures["by_position"]
+    head = ["perplexity", *(f"to {part['end']:,}" for part in parts), "all"]
+    return head, [title, *(f"{x['perplexity']:.1f}" for x in (*parts, figures["mean"]))]
 
 
 def rounds(folder: Path) -> str | None:
