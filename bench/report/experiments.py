@@ -145,7 +145,8 @@ def readings(folder: Path) -> str | None:
 
     Won: the share of what a token costs more in the window alone than in full attention that the memory takes off.
     """
-    head, rows = [], []
+    head: list[str] = []
+    rows = []
     against: dict[str, Any] = {}
     for suffix, when in TRAINING.items():
         found = _read(folder, suffix)
@@ -163,18 +164,12 @@ def readings(folder: Path) -> str | None:
 
 def far_readings(folder: Path) -> str | None:
     """Return a row for each way of reading a text beyond the model's positions: perplexity by position."""
-    found = {
-        f"{READINGS[name]}{TRAINING[suffix]}": x
+    found = [
+        _by_position(f"{READINGS[name]}{TRAINING[suffix]}", figures)
         for suffix in ("", "-rounds")
-        for name, x in _read(folder, f"{suffix}-32k").items()
-    }
-    if not found:
-        return None
-    head, rows = [], []
-    for title, figures in found.items():
-        head, row = _by_position(title, figures)
-        rows.append(row)
-    return markdown(head, rows)
+        for name, figures in _read(folder, f"{suffix}-32k").items()
+    ]
+    return markdown(found[0][0], [row for _, row in found]) if found else None
 
 
 def _read(folder: Path, suffix: str) -> dict[str, Any]:
