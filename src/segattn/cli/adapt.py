@@ -46,7 +46,7 @@ def adapt(
     With --prompts the memory is fitted to passkey prompts instead, in those layers that look passkeys up.
     With --rounds the memory of all layers is then trained together: by what full attention predicts of the text, or by
     the answers of the prompts.
-    At the end it is asked for passkeys, as are full attention and the window without a memory.
+    With --prompts it is asked for passkeys at the end, as are full attention and the window without a memory.
     Ctrl-C leaves the layers that are fitted, the rounds that are done, and the passkeys that are asked.
     The model is in OUT/model, for segattn.from_pretrained, and segattn finetune goes on from it.
     """
