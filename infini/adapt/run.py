@@ -178,10 +178,11 @@ def _write(path: Outputs, loaded: Loaded, kept: Kept, report: Sequence[Row]) -> 
 
     In "layers" are the figures of the fit, the gates behind it among them; in "gates" are those of the model that is
     written, which rounds have changed further: for each layer with a memory, sigmoid(β) of each head. In "passkeys" is
-    what each model recalls by length and depth, as in `RetrievalCell`.
+    what each model recalls by length and depth, as in `RetrievalCell`; none where this run asks for none.
     """
     model: Any = loaded.model
     gates = gate_map(model)
+    asked = kept.passkeys if kept.settings["ask"] else {}
     figures = {
         "command": "adapt",
         "settings": kept.settings,
@@ -190,7 +191,7 @@ def _write(path: Outputs, loaded: Loaded, kept: Kept, report: Sequence[Row]) -> 
         "rows": [row._asdict() for row in report],
         "layers": kept.in_order(),
         "rounds": kept.rounds,
-        "passkeys": [{"conversion": name} | cell for name, cells in kept.passkeys.items() for cell in cells],
+        "passkeys": [{"conversion": name} | cell for name, cells in asked.items() for cell in cells],
         "gates": {str(layer): share.tolist() for layer, share in zip(gates.layers, gates.share, strict=True)},
     }
     write_figures(path.figures, figures)
@@ -215,7 +216,11 @@ def _tokens(loaded: Loaded, texts: Sequence[str], adaptation: Adaptation) -> tup
         least = (adaptation.rows + 1) * (adaptation.length - len(loaded.tokenizer.prefix))
         if len(tokens) < least:
             problem = f"must be of {least} tokens and more for --rows {adaptation.rows}, got {len(tokens)}"
-            raise SettingError("text", problem)
+            remedy = ": give fewer --rows"
+            if len(texts) == 1:
+                problem += f" behind the first {len(held_out)}, which are measured on"
+                remedy += ", or another text to measure on by --eval-text"
+            raise SettingError("text", problem + remedy)
     return torch.tensor(tokens, dtype=torch.int64, device="cpu"), held_out
 
 
@@ -285,7 +290,5 @@ def _draw(path: Outputs, figures: Mapping[str, Any], gates: GateMap) -> None:
 
 
 def _said_of_layer(fitted: LayerFit) -> str:
-    closed = 1 - sum(fitted.after) / len(fitted.after)
-    return (
-        f"layer {fitted.layer}: the window misses {100 * fitted.beyond:.2g} %, of which {100 * closed:.3g} % came back"
-    )
+    beyond, closed = 100 * fitted.beyond, 100 * (1 - sum(fitted.after) / len(fitted.after))
+    return f"layer {fitted.layer}: the window misses {beyond:,.1f} %, of which {closed:,.1f} % came back"

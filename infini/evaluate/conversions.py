@@ -16,8 +16,10 @@ from ...runs.figures import prepare, read_text, write_figures
 from ...runs.silence import SILENT
 from ...runs.text import text_sha256
 from ..conversion_options import ConversionOptions
+from ..huggingface.conversion import convert
+from ..huggingface.convertible import checked_trunk
 from . import perplexity as ppl
-from .loading import Loaded, convert_named, load_plain
+from .loading import Loaded, load_plain
 from .retrieval import check_positions
 from .runs import Listener, Outputs, begin_figures, earlier_run
 from .settings import CONVERSIONS, Checkpoint, Conversions
@@ -79,6 +81,8 @@ def run_conversions(
     kept = earlier_run(path.figures, resume, settings, about)
     rows = {row["conversion"]: Row(**row) for row in kept.get("rows", ())}
     figures = begin_figures("convert-report", settings, about)
+    with named(model="model"):
+        checked_trunk(plain)
     models = {FULL: plain} | _converted(plain, arguments, conversions.conversions == CONVERSIONS, listener)
     listener.begin((len(tokens) - 1) * len(models.keys() - rows.keys()))
     try:
@@ -107,18 +111,27 @@ def _converted(
         usual: nobody has chosen the conversions, and those that are refused are left out.
 
     Raises:
-        SettingError: of `conversions`: one that was chosen is refused, or all are.
+        SettingError: of `conversions`: one that was chosen is refused, or all of the usual ones are.
     """
     models: dict[str, nn.Module] = {}
+    refused: dict[str, str] = {}
     weights = {id(x): x for x in (*plain.parameters(), *plain.buffers())}
     for name, options in arguments.items():
-        refused = "conversions", f"must be what the model can be converted to, got {name!r}"
         try:
-            models[name] = convert_named(copy.deepcopy(plain, {**weights}), {}, refused, **options)
-        except SettingError as error:
-            if not usual or (not models and name == [*arguments][-1]):
-                raise
-            listener.finished(f"{name}: left out, {error.problem}")
+            models[name] = convert(copy.deepcopy(plain, {**weights}), **options, quiet=True)
+        except (TypeError, ValueError) as error:
+            if not usual:
+                problem = f"must be what the model can be converted to, got {name!r}: {error}"
+                raise SettingError("conversions", problem) from None
+            refused[name] = str(error)
+            listener.finished(f"{name} is left out: {error}")
+    if not models:
+        name, reason = next(iter(refused.items()))
+        raise SettingError(
+            "conversions",
+            f'must be given, as none of the usual ones fits this model: for "{name}", {reason}. Name some that fit, '
+            'such as --conversions "32"',
+        )
     return models
 
 

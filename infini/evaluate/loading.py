@@ -198,19 +198,27 @@ def _model(source: Source, converted: bool) -> Any:
 
 
 @contextmanager
-def _loading(source: Source) -> Iterator[None]:
-    """Turn errors of loading into those of `model`, and keep transformers' progress bars out of ours."""
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers' progress bars, as of loading or saving a model, out of ours for as long as this lasts."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _loading(source: Source) -> Iterator[None]:
+    """Turn errors of loading into those of `model`, and keep transformers' progress bars out of ours."""
+    try:
+        with without_progress_bars():
+            yield
     except (OSError, ValueError, KeyError, SafetensorError, struct.error) as error:
         raise SettingError(
             "model", f"must be a folder or name of a causal language model, got {source.model!r}: {first_line(error)}"
         ) from None
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _with_gates(model: Any, source: Source) -> Any:

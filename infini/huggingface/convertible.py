@@ -171,7 +171,8 @@ def check_learnt_length(config: Any, settings: Settings) -> None:
         raise ValueError(
             f"lookback and sinks must be 0 for a model with learnt positions, got {settings.lookback} and "
             f"{settings.sinks}, since these begin anew with each segment, and a token keeps its own when it is looked "
-            "back at: choose a longer segment_len"
+            "back at: choose lookback=0 and sinks=0 (--lookback 0 --sinks 0), and a longer segment_len where more is "
+            "to be seen"
         )
     if settings.segment_len > (most := config.max_position_embeddings):
         raise ValueError(

@@ -20,6 +20,7 @@ from ..evaluate.loading import (
     check_conversion,
     convert_named,
     load,
+    without_progress_bars,
 )
 from ..evaluate.settings import Source
 from ..gate import Gate
@@ -73,7 +74,8 @@ def save_model(model: Any, tokenizer: Tokenizer, weights: Mapping[str, Any], fol
         setattr(model.config, TOKENIZER, BYTES if is_of_bytes else None)
     # tied weights by one of their names: transformers 5.0 unties what a checkpoint has by both
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    save_pretrained(model, folder, state_dict=_merged(model, {x: weights[x] for x in weights if x not in tied}))
+    with without_progress_bars():
+        save_pretrained(model, folder, state_dict=_merged(model, {x: weights[x] for x in weights if x not in tied}))
     if isinstance(tokenizer, PretrainedTokenizer):
         tokenizer.tokenizer.save_pretrained(folder)
 

@@ -225,9 +225,10 @@ def _earlier(path: Path, about: dict[str, Any], resume: bool) -> dict[int, Cell]
         raise SettingError(
             "resume", f"needs the weights of {str(path)!r}, which have changed since: give another --out, or delete it"
         )
-    for name, option in {"seed": "seed", "data_sha256": "book"}.items():
-        if before[name] != about[name]:
-            raise SettingError(option, f"must be of the earlier {name}, {before[name]!r}, got {about[name]!r}")
+    if before["seed"] != about["seed"]:
+        raise SettingError("seed", f"must be of the earlier seed, {before['seed']!r}, got {about['seed']!r}")
+    if before["data_sha256"] != about["data_sha256"]:
+        raise SettingError("book", "and --babi must hold what they held before with --resume, got other files")
     return {cell.segments: cell for cell in cells}
 
 

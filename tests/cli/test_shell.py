@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from typer import Exit
 from typer.testing import CliRunner
 
 import segattn
+from segattn.cli.adapt import recalled
+from segattn.cli.conversions import perplexities
 from segattn.cli.progress import Progress, Reading, is_due
 from segattn.cli.shell import Command, Ending, counts
 from segattn.infini.demo.settings import DemoSettings
@@ -98,9 +101,24 @@ def test_paths_stay_right_in_another_folder(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_resumed_run_keeps_its_settings() -> None:
     check_same({"steps": 3, "lr": 0.1, "text_sha256": "a"}, {"steps": 2, "lr": 0.1, "text_sha256": "a"}, ("steps",))
-    for name, option in (("lr", "lr"), ("text_sha256", "text")):
-        with pytest.raises(SettingError, match=f"{option} must be the checkpoint's with --resume, 1, got 2"):
-            check_same({name: 2}, {name: 1}, ("steps",))
+    with pytest.raises(SettingError, match="lr must be the checkpoint's with --resume, 1, got 2"):
+        check_same({"lr": 2}, {"lr": 1}, ("steps",))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "got"),
+    [
+        ("text", "b.txt", "'b.txt', which holds another text"),
+        ("text", "a.txt", "'a.txt', which holds another text"),
+        ("eval_text", None, "another text"),
+    ],
+)
+def test_a_resumed_run_keeps_its_text_and_speaks_of_no_hash(name: str, file: str | None, got: str) -> None:
+    now, before = {name: file, f"{name}_sha256": "38e039"}, {name: "a.txt", f"{name}_sha256": "a097b1"}
+    with pytest.raises(SettingError) as refused:
+        check_same(now, before, (name,))
+    assert str(refused.value) == f"{name} must be the earlier run's with --resume, got {got}"
+    check_same(now, now | {name: "elsewhere"}, (name,))
 
 
 def shown(terminal: bool) -> Console:
@@ -129,6 +147,51 @@ def test_progress_is_bars_on_a_terminal_and_lines_elsewhere(terminal: bool) -> N
         assert "step" not in text_of(console)
     else:
         assert text_of(console) == "step 1\nstep 2\nstep 3\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_known_before_a_bar_begins_is_said_everywhere(terminal: bool) -> None:
+    console = shown(terminal)
+    with Reading(console, "convert-report") as reading:
+        reading.finished("one is left out, and why")
+        reading.begin(3)
+        reading.read(3)
+    assert text_of(console).count("one is left out, and why\n") == 1
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("largest", [29812.3, 1.2346e9])
+def test_figures_and_heads_are_never_cut(width: int, largest: float) -> None:
+    names = ["full attention", "64 gate=-4 lookback=1 sinks=4 memory_layers=10-20", "256 gate=-20"]
+    parts = {"quarters": [largest, 298.44, 17.5, 1e-3], "perplexity": 1234.5, "cache_bytes": 298_000 * 2**10}
+    console = Console(file=io.StringIO(), width=width, soft_wrap=True, highlight=False)
+    console.print(perplexities([parts | {"conversion": name} for name in names], "Perplexity"))
+    title, first, second, rule, *body = filter(str.strip, text_of(console).splitlines())
+    assert max(map(len, (first, second, rule, *body))) <= width
+    assert title.split() == ["Perplexity"]
+    assert first.split() == [*["quarter"] * 4, "kept,"]
+    assert second.split() == ["conversion", *"1234", "all", "KiB"]
+    # names fold, and are all there
+    figures = f"{largest:.4g} 298.4 17.5 0.001 1234 298,000"
+    row = re.compile(r" +".join(map(re.escape, figures.split())) + r" *$")
+    assert sum(row.search(line) is not None for line in body) == len(names)
+    assert "".join(row.sub("", line) for line in body).replace(" ", "") == "".join(names).replace(" ", "")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_passkeys_of_many_places_are_never_cut(width: int) -> None:
+    cells = [
+        {"conversion": name, "length": length, "depth": depth, "exact": 1.0, "tokens": 1.0}
+        for name in ("full attention", "window alone", "adapted")
+        for length in (1500, 131072)
+        for depth in (0.125, 0.5, 0.9)
+    ]
+    console = Console(file=io.StringIO(), width=width, soft_wrap=True, highlight=False)
+    console.print(recalled(cells))
+    text = text_of(console)
+    assert "…" not in text
+    assert text.count("100 / 100") == 18
+    assert (text.count("131,072"), text.count("at 12.5 %")) == (3, 2)
 
 
 def test_what_is_complete_is_said_to_be_done() -> None:

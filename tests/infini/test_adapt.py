@@ -21,12 +21,13 @@ from typer.testing import CliRunner, Result
 import segattn
 from segattn.cli.adapt import Stages
 from segattn.infini.adapt import run
-from segattn.infini.adapt.fit import Recipe, fit_layer, memory_parameters
+from segattn.infini.adapt.fit import LayerFit, Recipe, fit_layer, memory_parameters
 from segattn.infini.adapt.run import Outputs, run_adaptation
 from segattn.infini.adapt.settings import Adaptation
 from segattn.infini.evaluate.settings import Checkpoint
 from segattn.infini.huggingface.settings import attentions_of, trunk_of
 from segattn.infini.huggingface.watching import AttentionCall, watched
+from segattn.infini.train import model as model_of_run
 from segattn.runs.errors import SettingError
 from segattn.runs.text import generate_text
 
@@ -214,6 +215,46 @@ def test_resume_needs_the_checkpoint_of_the_earlier_run(folder: Path, tmp_path: 
         run_adaptation(checkpoint(folder), adaptation(folder, steps=0), tmp_path, resume=True)
 
 
+def test_another_text_is_named_and_no_hash(folder: Path, tmp_path: Path) -> None:
+    run_adaptation(checkpoint(folder), adaptation(folder, steps=0), tmp_path)
+    other = adaptation(folder, steps=0, eval_text=str(folder / "other.txt"))
+    with pytest.raises(
+        SettingError, match=r"eval_text must be the earlier run's with --resume, got '.*other\.txt', which"
+    ):
+        run_adaptation(checkpoint(folder), other, tmp_path, resume=True)
+
+
+def test_no_bar_of_transformers_comes_between(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import logging
+
+    shown: list[bool] = []
+    save = model_of_run.save_pretrained
+    monkeypatch.setattr(
+        model_of_run,
+        "save_pretrained",
+        lambda *x, **y: (shown.append(logging.is_progress_bar_enabled()), save(*x, **y))[1],
+    )
+    logging.enable_progress_bar()
+    run_adaptation(checkpoint(folder), adaptation(folder, steps=0), tmp_path)
+    assert "it/s" not in capfd.readouterr().err
+    assert shown == [False]
+    # and they are as they were
+    assert logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize(
+    ("beyond", "after", "said"),
+    [
+        (8.0, [0.5, 0.25], "misses 800.0 %, of which 62.5 % came back"),
+        (0.0123, [20.0], "misses 1.2 %, of which -1,900.0 %"),
+    ],
+)
+def test_shares_of_a_layer_have_no_exponent(beyond: float, after: list[float], said: str) -> None:
+    assert said in run._said_of_layer(LayerFit(3, beyond, [1.0], after, [0.5]))
+
+
 def test_own_activations_are_another_fit(folder: Path, tmp_path: Path) -> None:
     runs = [
         run_adaptation(checkpoint(folder), adaptation(folder, own=own), tmp_path / str(own))["layers"]
@@ -290,7 +331,15 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
         ({"rows": "2"}, "rows must be a number, got '2'"),
         ({"map_lr": "fast"}, "map_lr must be 0 or more, got 'fast'"),
         ({"gate_lr": float("nan")}, "gate_lr must be 0 or more"),
-        ({"rows": 500}, "text must be of 40080 tokens and more for --rows 500"),
+        (
+            {"rows": 500},
+            r"text must be of 40080 tokens and more for --rows 500, got \d+ behind the first 100, which are "
+            "measured on: give fewer --rows, or another text to measure on by --eval-text$",
+        ),
+        (
+            {"rows": 500, "eval_text": str(long)},
+            r"text must be of 40080 tokens and more for --rows 500, got \d+: give fewer --rows$",
+        ),
         ({"eval_tokens": 5000}, "eval_tokens must be at most"),
         ({"eval_text": str(long), "eval_tokens": 4500}, "eval_tokens must be at most the 4096 positions"),
         ({"eval_text": str(folder / "none.txt")}, "text must be a file"),

@@ -17,16 +17,17 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 commands = pytest.importorskip("segattn.cli.main")
 from matplotlib.figure import Figure
-from models import make_of_bytes
+from models import make, make_of_bytes
 from typer.testing import CliRunner, Result
 
 import segattn
 from segattn.infini.evaluate import conversions, plots
 from segattn.infini.evaluate.conversions import FULL, arguments_of, run_conversions
-from segattn.infini.evaluate.settings import Checkpoint, Conversions
+from segattn.infini.evaluate.settings import CONVERSIONS, Checkpoint, Conversions
 from segattn.infini.huggingface.saving import save_pretrained
 from segattn.infini.huggingface.settings import conversion_of
 from segattn.runs.errors import SettingError
+from segattn.runs.silence import Silent
 from segattn.runs.text import generate_text
 
 TOKENS = 203
@@ -44,6 +45,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_pretrained(segattn.convert(tiny(), 24, quiet=True), folder / "converted")
     (folder / "text.txt").write_text(generate_text(400, seed=1), encoding="utf-8")
     return folder
+
+
+class Lines(Silent):
+    """Keep what a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def finished(self, what: Any) -> None:
+        self.lines.append(what)
 
 
 def nats(model: Any, folder: Path) -> Tensor:
@@ -127,11 +138,9 @@ def test_a_model_is_converted_once_for_each_row_and_shares_its_weights(
         measured.append(model)
         return measure(model, name, *arguments)
 
-    measure, convert = conversions.measure, conversions.convert_named
+    measure, convert = conversions.measure, conversions.convert
     monkeypatch.setattr(conversions, "measure", note)
-    monkeypatch.setattr(
-        conversions, "convert_named", lambda model, *x, **y: (count.append(y), convert(model, *x, **y))[1]
-    )
+    monkeypatch.setattr(conversions, "convert", lambda model, *x, **y: (count.append(y), convert(model, *x, **y))[1])
     checkpoint, text = Checkpoint(str(folder / "plain"), "bytes", device="cpu"), str(folder / "text.txt")
     run_conversions(checkpoint, Conversions(text, ("24 gate=3", "32 gate=-1"), TOKENS), tmp_path)
     assert [options["segment_len"] for options in count] == [24, 32]
@@ -205,6 +214,48 @@ def test_a_model_takes_what_it_can_of_the_usual_conversions(
     monkeypatch.setattr(conversions, "measure", None)
     with pytest.raises(SettingError, match="must be what the model can be converted to, got '24 lookback=1'"):
         run_conversions(checkpoint, Conversions(text, conversions=usual, tokens=100), tmp_path / "b")
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Checkpoint:
+    """A model of bytes with 64 learnt positions, fewer than a segment of any usual conversion."""
+    make("gpt2", vocab_size=256).save_pretrained(tmp_path / "gpt2")
+    return Checkpoint(str(tmp_path / "gpt2"), "bytes", device="cpu")
+
+
+def test_a_model_that_no_usual_conversion_fits_is_told_to_name_others(
+    folder: Path, tmp_path: Path, short: Checkpoint
+) -> None:
+    text, said = str(folder / "text.txt"), Lines()
+    with pytest.raises(SettingError) as refused:
+        run_conversions(short, Conversions(text, tokens=50), tmp_path / "none", said)
+    too_long = "segment_len must be at most the 64 learnt positions of the model, which begin anew with each segment"
+    assert str(refused.value) == (
+        'conversions must be given, as none of the usual ones fits this model: for "256 gate=-20", '
+        f'{too_long}, got 256. Name some that fit, such as --conversions "32"'
+    )
+    assert [line.split(" is left out: ")[0] for line in said.lines] == [*CONVERSIONS]
+    assert said.lines[0] == f"256 gate=-20 is left out: {too_long}, got 256"
+    # the remedy is one
+    rows = run_conversions(short, Conversions(text, ("32",), tokens=50), tmp_path / "named")["rows"]
+    assert [row["conversion"] for row in rows] == [FULL, "32"]
+
+
+def test_what_is_chosen_and_refused_is_named(folder: Path, tmp_path: Path, short: Checkpoint) -> None:
+    """With what to choose for learnt positions, and for a model that cannot be converted at all."""
+    text = str(folder / "text.txt")
+    with pytest.raises(
+        SettingError,
+        match=r"got '16 sinks=4': lookback and sinks must be 0 for a model with learnt positions, got 0 and 4, .*: "
+        r"choose lookback=0 and sinks=0 \(--lookback 0 --sinks 0\), and a longer segment_len where more",
+    ):
+        run_conversions(short, Conversions(text, ("16 sinks=4",), tokens=50), tmp_path / "sinks")
+    make("bloom", vocab_size=256).save_pretrained(tmp_path / "bloom")
+    bloom = Checkpoint(str(tmp_path / "bloom"), "bytes", device="cpu")
+    said = Lines()
+    with pytest.raises(SettingError, match="model must know positions by rotary or learnt embedding"):
+        run_conversions(bloom, Conversions(text, tokens=50), tmp_path / "biases", said)
+    assert said.lines == []
 
 
 def test_texts_and_models_must_do(folder: Path, tmp_path: Path) -> None:

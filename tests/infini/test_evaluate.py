@@ -498,7 +498,8 @@ def test_resume_holds_to_the_run(folder: Path, tmp_path: Path) -> None:
     options = ["perplexity", *options[1:4], "--device", "cpu", "--text", text, "--out", tmp_path]
     assert invoke(*options).exit_code == 0
     text.write_text("two text")
-    assert "--text must be the earlier run's with --resume" in invoke(*options, "--resume").stderr
+    said = invoke(*options, "--resume").stderr
+    assert f"--text must be the earlier run's with --resume, got '{text}', which holds another text" in said
     options = ["passkey", *options[1:4], "--device", "cpu", "--lengths", "300", "--depths", "0", "--out", tmp_path]
     for damage in ("{", "[]", '{"settings": 1, "model": 2}'):
         (tmp_path / "passkey.json").write_text(damage)

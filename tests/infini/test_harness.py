@@ -374,7 +374,7 @@ def test_command_babilong_reads_files(folder: Path, tmp_path: Path) -> None:
     book.write_text(book.read_text() + " And one more.")
     result = invoke("babilong", folder / "converted", tmp_path / "out", *given, "--resume")
     assert result.exit_code == 2
-    assert "--book must be the earlier run's with --resume" in result.stderr
+    assert f"--book must be the earlier run's with --resume, got '{book}', which holds another text" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,17 @@ def test_passkeys_that_are_asked_are_kept(folder: Path, tmp_path: Path, monkeypa
     ]
 
 
+def test_a_run_that_asks_for_none_reports_none(folder: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"ask_depths": (0.5,), "ask_samples": 1}
+    asked = run(folder, tmp_path, ask=(300,), **sizes)["passkeys"]
+    assert len(asked) == 3
+    assert run(folder, tmp_path, resume=True, **sizes)["passkeys"] == []
+    assert json.loads((tmp_path / "adapt.json").read_text())["passkeys"] == []
+    # the checkpoint has them still
+    again = run(folder, tmp_path, resume=True, ask=(300,), **sizes)
+    assert again["passkeys"] == asked
+
+
 def test_a_model_is_converted_twice_and_read_no_further_than_its_layers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -450,6 +450,9 @@ def test_an_interrupted_evaluation_goes_on(tiny: Path, tmp_path: Path) -> None:
     assert [cell[:2] for cell in measured(more)] == [(1, 2), (2, 9), (3, 12)]
     with pytest.raises(SettingError, match="seed must be of the earlier seed, 0, got 1"):
         run_evaluation(tiny, replace(grid, seed=1), Quiet(), out=tmp_path / "part", device="cpu", resume=True)
+    written.write_text(json.dumps(part | {"data_sha256": "a097b1"}))
+    with pytest.raises(SettingError, match="book and --babi must hold what they held before with --resume, got other"):
+        run_evaluation(tiny, grid, Quiet(), out=tmp_path / "part", device="cpu", resume=True)
     written.write_text("{}")
     with pytest.raises(SettingError, match="is another file, or damaged"):
         run_evaluation(tiny, grid, Quiet(), out=tmp_path / "part", device="cpu", resume=True)

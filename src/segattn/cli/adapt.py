@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +17,7 @@ from .evaluate import depths_in, lengths_in
 from .options import Out, Resume, help_of, options_of, settings_from
 from .progress import Progress
 from .shell import Command, print_files
+from .tables import figures_by_name
 
 FOLDER = Path("segattn-adapt")
 Model = Annotated[
@@ -101,17 +101,11 @@ class Stages(Progress):
 
 def recalled(cells: list[dict[str, Any]]) -> Table:
     """Return a table of what each model recalls of passkeys, by length and depth."""
-    table = Table(
-        title="Passkeys found / tokens of the answers right, %", title_justify="left", box=SIMPLE, pad_edge=False
-    )
-    table.add_column("conversion", no_wrap=True)
     places = sorted({(cell["length"], cell["depth"]) for cell in cells})
-    for length, depth in places:
-        table.add_column(f"{length:,}\nat {100 * depth:g} %", justify="right", no_wrap=True)
+    heads = [f"{length:,}\nat {100 * depth:g} %" for length, depth in places]
     shares = {
         (cell["conversion"], cell["length"], cell["depth"]): f"{100 * cell['exact']:.0f} / {100 * cell['tokens']:.0f}"
         for cell in cells
     }
-    for name in dict.fromkeys(cell["conversion"] for cell in cells):
-        table.add_row(name, *(shares.get((name, *place), "") for place in places))
-    return table
+    rows = {cell["conversion"]: [shares.get((cell["conversion"], *place), "") for place in places] for cell in cells}
+    return figures_by_name("Passkeys found / tokens of the answers right, %", ["conversion", *heads], rows)

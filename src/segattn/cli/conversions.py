@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.table import Table
 
 from ..infini.evaluate.settings import CONVERSIONS, Checkpoint, Conversions
 from .options import Out, ResumeMeasuring, help_of, options_of, settings_from
 from .progress import Reading
 from .shell import Command, print_files
+from .tables import figures_by_name
 
 FOLDER = Path("segattn-convert-report")
 
@@ -47,13 +47,12 @@ def convert_report(
 
 def perplexities(rows: list[dict[str, Any]], title: str) -> Table:
     """Return a table of the perplexity of each way to read a text, by quarters of it, and of what is kept."""
-    # without vertical lines, so that it fits a terminal of 80 columns
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    table.add_column("conversion", no_wrap=True)
     quarters = [f"quarter\n{number}" for number in range(1, 1 + len(rows[0]["quarters"]))]
-    for column in (*quarters, "all", "kept,\nKiB"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        figures = (f"{x:.4g}" for x in (*row["quarters"], row["perplexity"]))
-        table.add_row(row["conversion"], *figures, f"{row['cache_bytes'] / 2**10:,.0f}")
-    return table
+    figures = {
+        row["conversion"]: [
+            *(f"{x:.4g}" for x in (*row["quarters"], row["perplexity"])),
+            f"{row['cache_bytes'] / 2**10:,.0f}",
+        ]
+        for row in rows
+    }
+    return figures_by_name(title, ["conversion", *quarters, "all", "kept,\nKiB"], figures)

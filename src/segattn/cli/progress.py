@@ -88,11 +88,14 @@ class Reading(Progress):
         self.bar(self.name, self.done, self.total)
 
     def finished(self, measured: Any) -> None:
-        """Show a part that is measured."""
+        """Show a part that is measured, or what is known before any is."""
         note = self.describe(measured)
         if self.total:
             self.bar(self.name, self.done, self.total, note)
-        self.line(note)
+            self.line(note)
+        else:
+            # there is no bar yet to say it
+            self.console.print(note, markup=False)
 
 
 def is_due(step: int, steps: int, lines: int) -> bool:

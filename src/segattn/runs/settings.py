@@ -57,7 +57,7 @@ def check_same(
     """Check that the settings of a run are those that it was begun with.
 
     Args:
-        settings, saved: setting → value, now and at the beginning.
+        settings, saved: setting → value, now and at the beginning; of `text_sha256` and its like the setting is `text`.
         free: settings that may change.
         whose: the saved settings are, for messages.
 
@@ -66,9 +66,15 @@ def check_same(
     """
     for name, value in settings.items():
         before = saved.get(name)
-        if name not in free and before != value:
-            option = name.removesuffix("_sha256")
-            raise SettingError(option, f"must be {whose} with --resume, {before!r}, got {value!r}")
+        if name in free or before == value:
+            continue
+        option = name.removesuffix("_sha256")
+        if option != name:
+            # hashes say nothing to the reader of a message
+            file = settings.get(option)
+            got = "another text" if file is None else f"{file!r}, which holds another text"
+            raise SettingError(option, f"must be the earlier run's with --resume, got {got}")
+        raise SettingError(name, f"must be {whose} with --resume, {before!r}, got {value!r}")
 
 
 def absolute(name: str | None) -> str | None:
