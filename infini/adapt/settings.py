@@ -144,7 +144,8 @@ def check_together(adaptation: Adaptation, passkeys: Passkeys) -> None:
     for name in names:
         value = getattr(ignored, name)
         if value != getattr(type(ignored), name):
-            raise SettingError(name, f"{goes}, got {value!r}: {remedy}")
+            got = (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else repr(value)
+            raise SettingError(name, f"{goes}, got {got}: {remedy}")
     for name in () if adaptation.prompts else ("length", "eval_tokens"):
         if (value := getattr(adaptation, name)) <= adaptation.window:
             problem = f"must be more than the {adaptation.window} tokens that local attention sees, got {value}"

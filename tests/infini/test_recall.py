@@ -245,9 +245,9 @@ def test_none_are_asked(folder: Path, tmp_path: Path) -> None:
     options = ["--text", str(folder / "text.txt"), "--tokenizer", "bytes", "--out", str(tmp_path)]
     words = ["adapt", str(folder / "plain"), *options, "--ask"]
     for given, message in (
-        ("none", "--ask goes with --prompts, got ()"),
+        ("none", "--ask goes with --prompts, got none"),
         ("", "--ask must be numbers from 1 on"),
-        ("1500", "--ask goes with --prompts, got (1500,)"),
+        ("1500", "--ask goes with --prompts, got 1500"),
     ):
         assert message in CliRunner().invoke(commands.app, [*words, given]).stderr
 
