@@ -147,14 +147,13 @@ def readings(folder: Path) -> str | None:
     """
     head: list[str] = []
     rows = []
-    against: dict[str, Any] = {}
     for suffix, when in TRAINING.items():
         found = _read(folder, suffix)
-        # rounds change nothing but the memory, so that the other readings are those before
-        against |= {name: found[name] for name in ("full", "window") if name in found}
+        # rounds change nothing but the memory, so that the readings without one are those before
+        against = _read(folder, "") if suffix == "-rounds" else found
         for name, figures in found.items():
             won = ""
-            if name not in against and len(against) == 2:
+            if name not in ("full", "window") and {"full", "window"} <= against.keys():
                 nats, full, window = (x["mean"]["nats"] for x in (figures, against["full"], against["window"]))
                 won = f"{(window - nats) / (window - full):.0%}"
             head, row = _by_position(f"{READINGS[name]}{when}", figures)

@@ -505,7 +505,7 @@ def test_readings_say_how_much_of_the_way_to_full_attention_is_won(tmp_path: Pat
     assert table("readings", tmp_path) is None
     for name, losses in (
         ("full", [2.0, 2.2]), ("window", [2.5, 2.9]), ("delta", [2.4, 2.6]),
-        ("window-lora", [2.3, 2.7]), ("delta-lora", [2.1, 2.3]),
+        ("window-lora", [2.3, 2.7]), ("delta-lora", [2.1, 2.3]), ("delta-rounds", [2.3, 2.5]),
     ):  # fmt: skip
         parts = [{"end": 10 * i, "perplexity": math.exp(nats)} for i, nats in enumerate(losses, 1)]
         mean = {"nats": sum(losses) / 2, "perplexity": math.exp(sum(losses) / 2)}
@@ -517,8 +517,56 @@ def test_readings_say_how_much_of_the_way_to_full_attention_is_won(tmp_path: Pat
         ["full attention", "7.4", "9.0", "8.2", ""],
         ["window alone", "12.2", "18.2", "14.9", ""],
         ["memory fitted, delta", "11.0", "13.5", "12.2", "33%"],
+        ["memory fitted, delta, then trained in rounds", "10.0", "12.2", "11.0", "50%"],
         ["window alone, then LoRA", "10.0", "14.9", "12.2", ""],
         ["memory fitted, delta, then LoRA", "8.2", "10.0", "9.0", ""],
+    ]
+
+
+def test_far_readings_have_a_row_for_each_way(tmp_path: Path) -> None:
+    assert table("far-readings", tmp_path) is None
+    for name, nats in (("delta-rounds-32k", 2.3), ("window-32k", 2.5), ("window", 2.0)):
+        parts = [{"end": 10, "perplexity": math.exp(nats)}, {"end": 20, "perplexity": 9.04}]
+        mean = {"nats": nats, "perplexity": 9.5}
+        keep(tmp_path / "pretrained" / f"smollm2-text-{name}" / "perplexity.json", {"by_position": parts, "mean": mean})
+    assert cells(table("far-readings", tmp_path) or "") == [
+        ["perplexity", "to 10", "to 20", "all"],
+        ["---"] * 4,
+        ["window alone", "12.2", "9.0", "9.5"],
+        ["memory fitted, delta, then trained in rounds", "10.0", "9.0", "9.5"],
+    ]
+
+
+def test_what_is_fitted_to_passkeys_is_read_beside_the_window(tmp_path: Path) -> None:
+    assert table("beside-passkeys", tmp_path) is None
+    for name, perplexity in (
+        ("smollm2-passkeys", 9.0),
+        ("smollm2-passkeys-trained-linear-1", 9.25),
+        ("smollm2-delta", 8.0),
+    ):
+        rows = [
+            {
+                "conversion": way,
+                "by_position": [{"end": end} for end in (4, 8, 12, 16)],
+                "quarters": [value],
+                "perplexity": value,
+            }
+            | {"cache_bytes": 2048}
+            for way, value in (
+                ("full attention", 7.5),
+                ("untrained", 9.5),
+                ("window alone", 9.75),
+                ("adapted", perplexity),
+            )
+        ]
+        keep(tmp_path / "pretrained" / name / "adapt.json", {"rows": rows})
+    assert cells(table("beside-passkeys", tmp_path) or "") == [
+        ["SmolLM2-135M-Instruct, perplexity", "to 16", "all", "kept"],
+        ["---"] * 4,
+        ["full attention", "7.5", "7.50", "2 KiB"],
+        ["window alone", "9.8", "9.75", "2 KiB"],
+        ["fitted alone, linear", "9.0", "9.00", "2 KiB"],
+        ["trained, linear, seed 1", "9.2", "9.25", "2 KiB"],
     ]
 
 
@@ -535,9 +583,9 @@ def test_passkeys_have_a_row_for_each_reader_and_length(tmp_path: Path) -> None:
         ["whole keys; digits", "tokens", "at 10 %", "at 50 %"],
         ["---"] * 4,
         ["window alone", "1,500", "0 of 10; 6 %", "0 of 10; 0 %"],
-        ["memory fitted to passkeys", "1,500", "10 of 10; 100 %", "9 of 10; 98 %"],
-        ["memory fitted to passkeys", "6,000", "7 of 10; 86 %", ""],
-        ["memory fitted to passkeys", "32,768", "2 of 5; 60 %", ""],
+        ["fitted alone, linear", "1,500", "10 of 10; 100 %", "9 of 10; 98 %"],
+        ["fitted alone, linear", "6,000", "7 of 10; 86 %", ""],
+        ["fitted alone, linear", "32,768", "2 of 5; 60 %", ""],
     ]
 
 
@@ -549,7 +597,7 @@ def test_rounds_have_a_row_for_each_training(tmp_path: Path) -> None:
     keep(tmp_path / "pretrained" / "smollm2-passkeys-trained-delta-0" / "adapt.json", {"rounds": found})
     head, _, row = cells(table("rounds", tmp_path) or "")
     assert head == ["nats a digit; whole keys", *(f"round {n}" for n in (1, 2, 3, 4, 6, 8, 10, 12, 14))]
-    assert row[:4] == ["trained further, delta, seed 0", "1.30; 50 %", "0.65; 75 %", "0.43; 83 %"]
+    assert row[:4] == ["trained, delta, seed 0", "1.30; 50 %", "0.65; 75 %", "0.43; 83 %"]
     assert row[-1] == "0.09; 96 %"
 
 
