@@ -31,7 +31,6 @@ RECALLING = {
     "smollm2-passkeys-window": "window alone",
     "smollm2-passkeys": "fitted alone, linear",
     "smollm2-passkeys-no-maps-linear": "trained without maps, linear",
-    "smollm2-passkeys-no-maps-delta": "trained without maps, delta",
     "smollm2-passkeys-trained": "trained, linear, seed 0",
     "smollm2-passkeys-trained-linear-1": "trained, linear, seed 1",
     "smollm2-passkeys-trained-linear-2": "trained, linear, seed 2",

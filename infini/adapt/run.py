@@ -34,7 +34,7 @@ from .passkey_rounds import PasskeyRounds
 from .passkeys import check_room, fit_to_passkeys, prompts_for, search_heads
 from .rounds import Rounds, train_in_rounds
 from .settings import Adaptation, Passkeys, check_together
-from .text_rounds import TextRounds
+from .text_rounds import TextRounds, stretch_at
 
 # may change between a run and its continuation, where weights and texts are compared
 FREE = ("model", "tokenizer", "device", "text", "eval_text", "ask", "ask_depths")
@@ -107,13 +107,7 @@ def run_adaptation(
         with without_memory(model):
             note(WINDOW)
         kept.restore(model)
-        task: Rounds
-        if prompts is None:
-            _fit_to_text(loaded, _stretches(loaded, tokens, adaptation), adaptation, kept, listener)
-            task = TextRounds(loaded, tokens, adaptation.length, adaptation.window)
-        else:
-            fit_to_passkeys(loaded, prompts, adaptation, passkeys, kept, listener)
-            task = PasskeyRounds(loaded, adaptation, passkeys)
+        task = _fit(loaded, tokens, prompts, adaptation, passkeys, kept, listener)
         if adaptation.rounds:
             train_in_rounds(model, task, adaptation.rounds, adaptation.round_lr, adaptation.seed, kept, listener)
         if prompts is not None:
@@ -173,6 +167,23 @@ def _plan(
     return options, prompts
 
 
+def _fit(
+    loaded: Loaded,
+    tokens: Tensor,
+    prompts: Prompts | None,
+    adaptation: Adaptation,
+    passkeys: Passkeys,
+    kept: Kept,
+    listener: Listener,
+) -> Rounds:
+    """Fit the layers that are not kept, to prompts or to running text; return what rounds read after that fit."""
+    if prompts is None:
+        _fit_to_text(loaded, _stretches(loaded, tokens, adaptation), adaptation, kept, listener)
+        return TextRounds(loaded, tokens, adaptation.length, adaptation.window)
+    fit_to_passkeys(loaded, prompts, adaptation, passkeys, kept, listener)
+    return PasskeyRounds(loaded, adaptation, passkeys)
+
+
 def _write(path: Outputs, loaded: Loaded, kept: Kept, report: Sequence[Row]) -> dict[str, Any]:
     """Write figures, pictures and the model; return the figures.
 
@@ -226,10 +237,9 @@ def _tokens(loaded: Loaded, texts: Sequence[str], adaptation: Adaptation) -> tup
 
 def _stretches(loaded: Loaded, tokens: Tensor, adaptation: Adaptation) -> Tensor:
     """Return stretches that are spread over the text, int64 [rows + 1, length]."""
-    prefix = torch.tensor(loaded.tokenizer.prefix, dtype=torch.int64, device="cpu")
-    count, size = adaptation.rows + 1, adaptation.length - len(prefix)
+    prefix, count = loaded.tokenizer.prefix, adaptation.rows + 1
     begins = [i * (len(tokens) // count) for i in range(count)]
-    return torch.stack([torch.cat([prefix, tokens[begin : begin + size]]) for begin in begins])
+    return torch.stack([stretch_at(begin, tokens, adaptation.length, prefix) for begin in begins])
 
 
 def _fit_to_text(loaded: Loaded, rows: Tensor, adaptation: Adaptation, kept: Kept, listener: Listener) -> None:

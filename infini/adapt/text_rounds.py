@@ -20,6 +20,13 @@ STEPS = 10
 COMPARED = 512
 
 
+def stretch_at(begin: int, tokens: Tensor, length: int, prefix: Sequence[int]) -> Tensor:
+    """Return so many tokens, int64 [length]: a tokenizer's prefix, and those of a text from `begin` on."""
+    return torch.cat([torch.tensor([*prefix], dtype=torch.int64, device="cpu"), tokens[begin : begin + length]])[
+        :length
+    ]
+
+
 class TextRounds:
     """Give the loss of stretches of a text: KL(full attention, adapted), in nats a token, of tokens beyond the window.
 
@@ -32,7 +39,7 @@ class TextRounds:
 
     def __init__(self, loaded: Loaded, tokens: Tensor, length: int, window: int) -> None:
         self.model: Any = loaded.model
-        self.prefix = torch.tensor(loaded.tokenizer.prefix, dtype=torch.int64, device="cpu")
+        self.prefix = loaded.tokenizer.prefix
         self.tokens, self.length, self.window = tokens, length, window
 
     @property
@@ -45,7 +52,7 @@ class TextRounds:
         size, beyond = self.length - len(self.prefix), self.length - self.window
         for _ in range(self.steps):
             begin = int(torch.randint(len(self.tokens) - size + 1, (), generator=generator, device="cpu"))
-            stretch = torch.cat([self.prefix, self.tokens[begin : begin + size]])[None].to(self.model.device)
+            stretch = stretch_at(begin, self.tokens, self.length, self.prefix)[None].to(self.model.device)
             compared = self.window + torch.randperm(beyond, generator=generator, device="cpu")[:COMPARED]
             with torch.no_grad(), watched(self.model, AttentionCall.full):
                 wanted = self._log_probabilities(stretch, compared)

@@ -13,6 +13,7 @@ from threading import RLock
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from ..huggingface.cache import InfiniCache
@@ -24,7 +25,7 @@ class Rest(NamedTuple):
     """Hold what is to be known of the rest of some texts, of which the beginning may be read already.
 
     time: tokens of each row.
-    differs: bool [T], where the rows are not all alike.
+    differs: int64 [n], the columns in which the rows are not all alike, in rising order.
     alike: whether the rows have begun alike.
     """
 
@@ -35,7 +36,7 @@ class Rest(NamedTuple):
     @classmethod
     def of(cls, tokens: Tensor, *, alike: bool) -> Rest:
         """Return it for tokens [B, T]."""
-        return cls(tokens.shape[1], (tokens != tokens[:1]).any(dim=0), alike)
+        return cls(tokens.shape[1], (tokens != tokens[:1]).any(dim=0).nonzero().flatten(), alike)
 
 
 class Needed(NamedTuple):
@@ -76,10 +77,9 @@ def _are_alike(rest: Rest, begin: int, end: int, before: int, layers: int, setti
     """Return whether so many layers, the lowest, hold and put out the same for all rows from `begin` to `end`."""
     if not rest.alike:
         return False
-    columns = rest.differs[:end].nonzero().flatten()
-    if not len(columns):
+    if not (count := int(torch.searchsorted(rest.differs, end))):
         return True
-    first, last = int(columns[0]), int(columns[-1])
+    first, last = int(rest.differs[0]), int(rest.differs[count - 1])
     return settings.sinks <= before + first and _reach(before + last + 1, layers, settings) <= before + begin
 
 

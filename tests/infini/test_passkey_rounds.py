@@ -12,6 +12,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 from models import make, save_plain
+from stopping import stopped_after
 
 import segattn
 from segattn.infini.adapt import passkey_rounds as stage
@@ -216,21 +217,13 @@ def small_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_rounds")
-def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on_to_the_same(folder: Path, tmp_path: Path) -> None:
     whole = run(folder, tmp_path / "whole")
     fitted = run(folder, tmp_path / "fitted", rounds=0)
     assert len(whole["rounds"]) == 2
     assert fitted["rounds"] == []
-    add = Kept.add_round
-
-    def stop(*arguments: Any) -> None:
-        add(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Kept, "add_round", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(folder, tmp_path / "parts")
+    with stopped_after(Kept, "add_round"):
+        run(folder, tmp_path / "parts")
     with pytest.raises(SettingError, match="rounds must be the checkpoint's with --resume, 2, got 3: of these 1 are"):
         run(folder, tmp_path / "parts", resume=True, rounds=3)
     assert run(folder, tmp_path / "parts", resume=True)["rounds"] == whole["rounds"]

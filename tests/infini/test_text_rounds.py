@@ -12,6 +12,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from models import OPTIONS, double, make, save_plain, tokens
+from stopping import stopped_after
 
 import segattn
 from segattn.infini.adapt import text_rounds
@@ -122,16 +123,8 @@ def test_a_stopped_run_goes_on_to_the_same(tmp_path: Path, monkeypatch: pytest.M
     adaptation = Adaptation(str(tmp_path / "text.txt"), memory_layers="1", **options)
     checkpoint = Checkpoint(str(tmp_path / "plain"), "bytes", device="cpu")
     whole = run_adaptation(checkpoint, adaptation, tmp_path / "whole")
-    add = Kept.add_round
-
-    def stop(*arguments: Any) -> None:
-        add(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Kept, "add_round", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run_adaptation(checkpoint, adaptation, tmp_path / "parts")
+    with stopped_after(Kept, "add_round"):
+        run_adaptation(checkpoint, adaptation, tmp_path / "parts")
     parts = run_adaptation(checkpoint, adaptation, tmp_path / "parts", resume=True)
     assert [round["loss"] for round in parts["rounds"]] == [round["loss"] for round in whole["rounds"]]
     assert len({round["loss"] for round in whole["rounds"]}) == 3
